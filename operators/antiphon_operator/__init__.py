@@ -1,0 +1,1 @@
+"""The Kubernetes operator of Antiphon: kinds, planning, rendering, reconciling (control speed)."""

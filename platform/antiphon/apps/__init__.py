@@ -1,0 +1,1 @@
+"""Composition roots: the only place that sees everything; Ray Serve deployments (control speed)."""

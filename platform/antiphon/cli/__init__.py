@@ -1,0 +1,82 @@
+"""The antiphon command: parse, import only what the verb needs, run (control speed).
+
+A verb lives in a module of this package that has ``app``, a typer application. VERBS is the only list of them;
+``antiphon --help`` reads it without importing any. Errors of our tree print one line each and exit with 1 (2 = wrong usage).
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+
+import click
+import typer
+
+from antiphon.core.errors import AntiphonError, SpecInvalid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verb:
+    """A verb's module in this package and its line in the help."""
+
+    module: str
+    help: str
+
+
+VERBS = {
+    "serve": Verb(module="serve", help="Serve the documents of a file on this machine."),
+    "chat": Verb(module="chat", help="Chat in the terminal with a served model."),
+    "validate": Verb(module="validate", help="Check documents and name every wrong field."),
+    "status": Verb(module="status", help="Show pools, workers, leases and load."),
+    "convert": Verb(module="convert", help="Turn a GGUF file into a checkpoint directory."),
+    "bench": Verb(module="bench", help="Measure transports, prefill, decode and mixed load."),
+    "plan": Verb(module="plan", help="Plan pools: cost, attention:FFN ratio, verdict, simulation."),
+    "coe": Verb(module="coe", help="Composition of experts: train, evaluate, route."),
+    "doctor": Verb(module="doctor", help="Check this machine and cluster for what Antiphon needs."),
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        verb = VERBS.get(cmd_name)
+        if verb is None:
+            return None
+        module = importlib.import_module(f"antiphon.cli.{verb.module}")
+        command: click.Command = typer.main.get_command(module.app)
+        command.name = cmd_name
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, verb.help) for name, verb in VERBS.items()])
+
+
+def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value:
+        from antiphon import __version__
+
+        click.echo(f"antiphon {__version__}")
+        ctx.exit()
+
+
+@click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version.")
+def _root() -> None:
+    """Serve language models with attention and FFN on separate pools."""
+
+
+def main() -> None:
+    """Entry point of the ``antiphon`` script."""
+    try:
+        _root(prog_name="antiphon")
+    except SpecInvalid as error:
+        for problem in error.problems:
+            click.echo(f"error: {problem.path}: {problem.message}", err=True)
+        sys.exit(1)
+    except AntiphonError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)

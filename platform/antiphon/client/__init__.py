@@ -1,0 +1,1 @@
+"""The SDK: typed sync and async clients of antiphon.rpc.v1 (request speed)."""

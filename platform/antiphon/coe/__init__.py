@@ -1,0 +1,1 @@
+"""Composition of experts: embed, classify, map, route; train and evaluate (request speed)."""

@@ -1,0 +1,1 @@
+"""Gives bytes a meaning: A2F/F2A rows and KV blocks (hot)."""

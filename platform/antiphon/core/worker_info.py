@@ -1,0 +1,95 @@
+"""What a worker tells the directory about itself: identity, addresses, layout and load (control speed).
+
+The gateway routes on it, peers pair on it, ``antiphon status`` prints it. JSON is its wire form (``to_json`` / ``from_json``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from antiphon.core.errors import InvalidInput
+from antiphon.core.ids import Endpoint, Epoch, FFNShard, Role, WorkerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLoad:
+    """A worker's load, renewed with its lease. Zero where the role has no such thing."""
+
+    num_waiting: int = 0
+    num_running: int = 0
+    num_free_blocks: int = 0
+    num_total_blocks: int = 0
+    num_cached_blocks: int = 0
+    num_steps: int = 0
+    num_prompt_tokens: int = 0  # since start
+    num_generation_tokens: int = 0  # since start
+    num_preemptions: int = 0  # since start
+    num_prefix_hit_tokens: int = 0  # since start
+    num_prefix_query_tokens: int = 0  # since start
+    num_peers: int = 0
+    num_ffn_rows: int = 0  # FFN role: rows computed since start
+    num_ffn_batches: int = 0  # FFN role: batches computed since start
+    num_kv_transfers: int = 0  # KV hand-offs sent or received since start
+    num_kv_failures: int = 0
+    resident_weight_bytes: int = 0
+    resident_memory_bytes: int = 0
+    gauges: dict[str, float] = field(default_factory=dict)  # further named figures, e.g. stage times
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerInfo:
+    """One registered worker. ``revision`` and ``fingerprint`` must be equal for peers to pair."""
+
+    worker_id: WorkerId
+    deployment: str
+    pool: str
+    role: Role
+    model: str
+    revision: str
+    fingerprint: str
+    epoch: Epoch
+    endpoint: Endpoint
+    pid: int
+    host: str
+    shard: FFNShard = field(default_factory=FFNShard)
+    ready: bool = False
+    draining: bool = False
+    message: str = ""  # why it is not ready
+    max_model_len: int = 0
+    vocab_size: int = 0
+    block_size_tokens: int = 0
+    max_num_seqs: int = 0
+    max_queued_requests: int = 0
+    load: WorkerLoad = field(default_factory=WorkerLoad)
+
+    def to_json(self) -> str:
+        """The wire form; round-trips through ``from_json``."""
+        value = dataclasses.asdict(self)
+        value["role"] = self.role.value
+        return json.dumps(value, separators=(",", ":"), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> WorkerInfo:
+        """Parse the wire form; unknown keys of a newer version are ignored.
+
+        Raises:
+            InvalidInput: the text is not a worker's record.
+        """
+        try:
+            raw = json.loads(text)
+            value = _known(cls, raw)
+            value["role"] = Role(raw["role"])
+            value["endpoint"] = Endpoint(**_known(Endpoint, raw["endpoint"]))
+            value["shard"] = FFNShard(**_known(FFNShard, raw.get("shard", {})))
+            value["load"] = WorkerLoad(**_known(WorkerLoad, raw.get("load", {})))
+            return cls(**value)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InvalidInput(f"not a worker record: {error}", "worker_info") from error
+
+
+def _known(kind: type[Any], raw: dict[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in dataclasses.fields(kind)}
+    return {key: value for key, value in raw.items() if key in names}

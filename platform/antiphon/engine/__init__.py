@@ -1,0 +1,1 @@
+"""Engine core loop, scheduler, KV block manager: decides; no torch, no I/O (step speed)."""

@@ -1,0 +1,1 @@
+"""The doors: OpenAI HTTP, gRPC, tokenizer, endpoint picker, directory of workers (request speed)."""

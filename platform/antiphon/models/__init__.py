@@ -1,0 +1,1 @@
+"""Layers, attention variants, decoder halves, weights by role, families (hot)."""

@@ -1,0 +1,1 @@
+"""Hardware and model cost arithmetic, AFD ratio plan, simulation, reports (control speed)."""

@@ -1,0 +1,1 @@
+"""The only door to grpc and protobuf: generated messages, codecs, channels, services (request speed)."""

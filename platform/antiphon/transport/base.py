@@ -1,0 +1,168 @@
+"""The transport seam: links between two workers, made of slots (hot). Bytes only; connectors give them a meaning.
+
+A ``Link`` joins this worker to one peer and carries messages both ways, in order, at most once. The sender acquires a
+slot, computes into it in place, and commits it with a header; the receiver polls and gets a view that is valid until
+it releases it. Slots are allocated once, when the link opens:
+
+    sender:    acquire() -> Slot -> (write into slot.data) -> commit(slot, header, num_bytes)
+    receiver:  poll() -> Message -> (read message.data) -> release(message)
+
+After warm-up nothing here allocates tensors or blocks: ``acquire`` returns None while every slot is in flight and
+``poll`` returns None while nothing has arrived; waiting (with its deadline) is ``wait``'s work. Any call raises PeerLost once
+the peer is gone, and every later call raises it again. Not thread-safe: a link belongs to one worker loop.
+
+Life of a link:  OPENING ── hello both ways, fingerprints equal ──► OPEN ── close() ──► CLOSED
+                    └── LayoutMismatch ──► CLOSED                    └── PeerLost ──► CLOSED
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from antiphon.core.ids import Epoch, WorkerId
+
+HEADER_BYTES = 64  # every message carries a fixed binary header of this size; its fields are the connector's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkLayout:
+    """What both ends must agree on before a byte flows.
+
+    ``fields`` is an ordered set of named facts (model digest, hidden size, dtype, shard, protocol version, ...); the link opens
+    only if both ends have equal fields, and the error names the ones that differ.
+    """
+
+    channel: str  # "afd" or "kv"
+    num_slots: int  # per direction
+    send_slot_bytes: int
+    recv_slot_bytes: int
+    fields: tuple[tuple[str, str], ...]
+
+    def differences(self, other: LinkLayout) -> list[str]:
+        """Names and values of the facts in which ``other``, the peer's layout seen from its end, does not match."""
+        found = []
+        if self.channel != other.channel:
+            found.append(f"channel {self.channel} against {other.channel}")
+        if self.num_slots != other.num_slots:
+            found.append(f"num_slots {self.num_slots} against {other.num_slots}")
+        if self.send_slot_bytes != other.recv_slot_bytes:
+            found.append(f"send_slot_bytes {self.send_slot_bytes} against its recv_slot_bytes {other.recv_slot_bytes}")
+        if self.recv_slot_bytes != other.send_slot_bytes:
+            found.append(f"recv_slot_bytes {self.recv_slot_bytes} against its send_slot_bytes {other.send_slot_bytes}")
+        mine, theirs = dict(self.fields), dict(other.fields)
+        for name in sorted(mine.keys() | theirs.keys()):
+            if mine.get(name) != theirs.get(name):
+                found.append(f"{name} {mine.get(name)} against {theirs.get(name)}")
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """Who opens a link, and with which layout; exchanged once in each direction."""
+
+    worker_id: WorkerId
+    epoch: Epoch
+    layout: LinkLayout
+
+
+@dataclass(slots=True)
+class Slot:
+    """A registered region to write a message into. ``data`` is uint8 [slot_bytes], owned by the link."""
+
+    index: int
+    data: torch.Tensor
+
+
+@dataclass(slots=True)
+class Message:
+    """A received message; ``data`` is uint8 [num_bytes], a view valid until released."""
+
+    slot: int
+    header: memoryview  # HEADER_BYTES
+    data: torch.Tensor
+
+
+class Link(Protocol):
+    """One open connection to one peer; the module's docstring has the rules."""
+
+    @property
+    def peer(self) -> WorkerId:
+        """The worker at the other end."""
+        ...
+
+    @property
+    def peer_epoch(self) -> Epoch:
+        """The other end's epoch, from its hello."""
+        ...
+
+    def acquire(self) -> Slot | None:
+        """A free slot to write into, or None while all are in flight. Raises PeerLost."""
+        ...
+
+    def commit(self, slot: Slot, header: bytes | bytearray | memoryview, num_bytes: int) -> None:
+        """Send the first ``num_bytes`` of the slot with its header (HEADER_BYTES long). Raises PeerLost."""
+        ...
+
+    def poll(self) -> Message | None:
+        """The next message in order, or None; also drives progress. Raises PeerLost, CorruptMessage."""
+        ...
+
+    def release(self, message: Message) -> None:
+        """Give a received message's slot back to the sender."""
+        ...
+
+    def wait(self, timeout_s: float) -> bool:
+        """Spin, then sleep, until a message may be there (True) or the time is up (False). Raises PeerLost."""
+        ...
+
+    def close(self) -> None:
+        """Close; idempotent. The peer sees PeerLost."""
+        ...
+
+
+class Listener(Protocol):
+    """Accepts links on one address."""
+
+    @property
+    def address(self) -> str:
+        """What peers connect to; its scheme names the transport."""
+        ...
+
+    def accept(self) -> Link | None:
+        """A link whose hello has been exchanged, or None; never blocks."""
+        ...
+
+    def close(self) -> None:
+        """Stop accepting; links already accepted live on. Idempotent."""
+        ...
+
+
+# Chooses this end's layout for an arriving peer, or raises LayoutMismatch to refuse it.
+Answer = Callable[[Hello], Hello]
+
+
+class Transport(Protocol):
+    """A way to move bytes between workers."""
+
+    @property
+    def name(self) -> str:
+        """loopback, shm, nixl or grpc."""
+        ...
+
+    def listen(self, host: str, answer: Answer) -> Listener:
+        """Accept links on an address of ``host``; ``answer`` is called once per arriving peer."""
+        ...
+
+    def connect(self, address: str, hello: Hello, timeout_s: float) -> Link:
+        """Open a link. Raises PeerLost, LayoutMismatch."""
+        ...
+
+
+PREFIX = struct.Struct("<IHHQ")  # magic, version, kind, epoch: the first 16 bytes of every connector header
+MAGIC = 0x414E5450  # "ANTP"
+PROTOCOL_VERSION = 1

@@ -1,0 +1,1 @@
+"""Model runner, attention worker, FFN worker, ubatch plan, sampler (hot)."""
