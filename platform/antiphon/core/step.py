@@ -1,0 +1,95 @@
+"""One step of an engine: what was decided (SchedulerOutput) and what came of it (ModelRunnerOutput). Ints and lists, no tensors.
+
+There is no prefill or decode phase: each request's computed tokens catch up with its known tokens, and a step schedules some
+tokens of some requests. New requests travel whole, old ones as differences. Must not know: who computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from antiphon.core.kv import KVLoad, KVTarget, TransferId
+from antiphon.core.request import Request, RequestId, SamplingParams, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewRequestData:
+    """A request the runner does not know (new, or resumed after a preemption)."""
+
+    request_id: RequestId
+    token_ids: tuple[int, ...]  # prompt and output so far
+    num_prompt_tokens: int
+    block_ids: tuple[int, ...]
+    num_computed_tokens: int
+    sampling: SamplingParams
+    eos_token_ids: frozenset[int]
+    kv_target: KVTarget | None = None  # set: compute only, never sample, hand the KV over
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedRequestData:
+    """A request the runner knows: what changed since its last step."""
+
+    request_id: RequestId
+    new_block_ids: tuple[int, ...]
+    num_computed_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerOutput:
+    """The decision for one step."""
+
+    step_id: int
+    new_requests: tuple[NewRequestData, ...] = ()
+    cached_requests: tuple[CachedRequestData, ...] = ()
+    num_scheduled_tokens: dict[RequestId, int] = field(default_factory=dict)  # in batch order
+    finished_request_ids: tuple[RequestId, ...] = ()  # finished or preempted since the last step: forget them
+    kv_loads: tuple[KVLoad, ...] = ()
+    kv_load_aborts: tuple[RequestId, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens scheduled in this step."""
+        return sum(self.num_scheduled_tokens.values())
+
+    @property
+    def has_work(self) -> bool:
+        """True when the runner has anything to do."""
+        return bool(self.num_scheduled_tokens or self.finished_request_ids or self.kv_loads or self.kv_load_aborts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVEvents:
+    """What the KV hand-off saw since it was last asked."""
+
+    loaded: tuple[RequestId, ...] = ()  # decode side: all KV is in its blocks
+    failed: tuple[tuple[RequestId, str], ...] = ()  # decode side: recompute here; why
+    sent: tuple[RequestId, ...] = ()  # prefill side: handed over, blocks may go
+    arrived: tuple[Request, ...] = ()  # prefill side: asked for
+    targets: dict[RequestId, KVTarget] = field(default_factory=dict)  # of the arrived ones
+    aborted: tuple[RequestId, ...] = ()  # prefill side: the asker is gone or no longer wants it
+
+    @property
+    def empty(self) -> bool:
+        """True when nothing happened."""
+        return not (self.loaded or self.failed or self.sent or self.arrived or self.aborted)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRunnerOutput:
+    """What came of one step."""
+
+    sampled_token_ids: dict[RequestId, int] = field(default_factory=dict)
+    logprobs: dict[RequestId, TokenLogprob] = field(default_factory=dict)
+    errors: dict[RequestId, str] = field(default_factory=dict)  # requests that can't go on, and why
+    kv: KVEvents = field(default_factory=KVEvents)
+
+
+__all__ = [
+    "CachedRequestData",
+    "KVEvents",
+    "ModelRunnerOutput",
+    "NewRequestData",
+    "SchedulerOutput",
+    "TransferId",
+]

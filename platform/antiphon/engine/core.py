@@ -1,0 +1,108 @@
+"""The engine core: schedule, execute, update (step speed); and the inbox that other threads may fill.
+
+``step`` is the whole engine. Everything else here is the hand-over between the loop that steps and those who submit.
+Must not know: how tokens are computed (an Executor does), text, transports.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from antiphon.core.errors import AntiphonError, Overloaded
+from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput
+from antiphon.core.step import KVEvents, ModelRunnerOutput, SchedulerOutput
+from antiphon.engine.scheduler import Scheduler
+
+
+class Executor(Protocol):
+    """Computes steps; the attention worker is one."""
+
+    def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        """Compute one step."""
+        ...
+
+    def poll_kv(self) -> KVEvents:
+        """What the KV hand-off saw since last asked; never blocks."""
+        ...
+
+
+Outbox = Callable[[Sequence[RequestOutput]], None]
+
+
+class EngineCore:
+    """One engine. ``submit`` and ``abort`` may be called from any thread, everything else from the loop's own."""
+
+    def __init__(self, scheduler: Scheduler, executor: Executor, outbox: Outbox) -> None:
+        self.scheduler = scheduler
+        self._executor = executor
+        self._outbox = outbox
+        self._inbox: deque[Request | RequestId] = deque()
+        self._wakeup = threading.Event()
+        self.num_steps = 0
+
+    # ---- any thread ----------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Hand a request to the loop; refusals come back as outputs.
+
+        Raises:
+            Overloaded: already when the inbox alone is past the queue's limit.
+        """
+        if len(self._inbox) > 2 * self.scheduler.config.max_queued_requests + 64:
+            raise Overloaded("the engine's inbox is full")
+        self._inbox.append(request)
+        self._wakeup.set()
+
+    def abort(self, request_id: RequestId) -> None:
+        """Ask the loop to end a request; its blocks are free within a step."""
+        self._inbox.append(request_id)
+        self._wakeup.set()
+
+    # ---- the loop's own thread -----------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Take the inbox, then schedule, execute, update; False when there was nothing to do."""
+        self._take_inbox()
+        self._take_kv()
+        if not self.scheduler.has_requests:
+            return False
+        step = self.scheduler.schedule()
+        outputs = self.scheduler.take_outputs()
+        if step.has_work:
+            result = self._executor.execute(step)
+            outputs += self.scheduler.update(step, result)
+            self.num_steps += 1
+        if outputs:
+            self._outbox(outputs)
+        return bool(step.num_scheduled_tokens)
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until something is submitted, at most ``timeout_s``."""
+        self._wakeup.wait(timeout_s)
+        self._wakeup.clear()
+
+    def _take_inbox(self) -> None:
+        refused: list[RequestOutput] = []
+        while self._inbox:
+            item = self._inbox.popleft()
+            if isinstance(item, str):
+                self.scheduler.abort([item])
+                continue
+            try:
+                self.scheduler.add(item)
+            except AntiphonError as error:
+                refused.append(
+                    RequestOutput(
+                        request_id=item.request_id, finish_reason=FinishReason.ERROR, error=f"{error.code}: {error}"
+                    )
+                )
+        if refused:
+            self._outbox(refused)
+
+    def _take_kv(self) -> None:
+        events = self._executor.poll_kv()
+        if not events.empty:
+            self.scheduler.take_kv_events(events)

@@ -1,0 +1,503 @@
+"""Decides each step: who runs, how many tokens, which blocks (step speed: synchronous, O(batch), no torch, no I/O).
+
+Queues, each request in exactly one:
+
+    waiting ──admit──► running ──finish──► gone
+       │ ▲                │
+       │ └───preempt──────┘          (blocks go, tokens stay; recomputed, mostly from the prefix cache)
+       └──► remote ──KV arrived or failed──► front of waiting, blocks kept
+
+    running and handed over (prefill role): sending ──KV sent──► gone
+
+Running requests are served before waiting ones, in order of (priority, arrival); the token budget bounds the step, so that long
+prompts are computed in chunks beside decodes. Clock is an argument. Must not know: tensors, peers, text.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from antiphon.core.errors import InvalidInput, Overloaded
+from antiphon.core.ids import WorkerId
+from antiphon.core.kv import KVLoad, KVTarget
+from antiphon.core.request import FINISH_REASON, Request, RequestId, RequestOutput, RequestStatus
+from antiphon.core.step import CachedRequestData, KVEvents, ModelRunnerOutput, NewRequestData, SchedulerOutput
+from antiphon.engine.block_manager import KVBlockManager
+from antiphon.engine.request_state import RequestState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of one engine; the document's scheduler and cache sections, resolved."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_queued_requests: int
+    max_model_len: int
+    block_size_tokens: int
+    num_blocks: int
+    prefix_caching: bool = True
+    remote_prefill_min_tokens: int = 64
+    kv_lease_s: float = 30.0
+
+
+@dataclass(slots=True, kw_only=True)
+class SchedulerStats:
+    """Counters since start, and the queues now; read by metrics and leases."""
+
+    num_prompt_tokens: int = 0
+    num_generation_tokens: int = 0
+    num_preemptions: int = 0
+    num_prefix_query_tokens: int = 0
+    num_prefix_hit_tokens: int = 0
+    num_kv_transfers: int = 0
+    num_kv_failures: int = 0
+
+
+class Scheduler:
+    """Owns all request states and KV blocks of one engine. Only the engine's loop may touch it."""
+
+    def __init__(self, config: SchedulerConfig, clock: Callable[[], float]) -> None:
+        if config.num_blocks * config.block_size_tokens < config.max_model_len:
+            raise InvalidInput(
+                f"the KV cache holds {config.num_blocks * config.block_size_tokens} tokens, one sequence of maxModelLen "
+                f"needs {config.max_model_len}",
+                "spec.cache",
+            )
+        self.config = config
+        self.stats = SchedulerStats()
+        self.blocks = KVBlockManager(config.num_blocks, config.block_size_tokens, prefix_caching=config.prefix_caching)
+        self._clock = clock
+        self._states: dict[RequestId, RequestState] = {}
+        self._waiting: list[RequestState] = []
+        self._running: list[RequestState] = []
+        self._remote: dict[RequestId, RequestState] = {}
+        self._sending: dict[RequestId, RequestState] = {}
+        self._forgotten: list[RequestId] = []  # the runner must drop these at the next step
+        self._load_aborts: list[RequestId] = []
+        self._outputs: list[RequestOutput] = []  # ends that came about outside update()
+        self._step_id = 0
+        self._next_deadline_s: float | None = None
+
+    # ---- what others may ask -------------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that hold no place in the batch: waiting ones and those whose KV is on its way."""
+        return len(self._waiting) + len(self._remote)
+
+    @property
+    def num_running(self) -> int:
+        """Requests in the batch, and those whose KV is being handed over."""
+        return len(self._running) + len(self._sending)
+
+    @property
+    def num_remote(self) -> int:
+        """Requests whose KV is on its way from a prefill worker."""
+        return len(self._remote)
+
+    @property
+    def has_requests(self) -> bool:
+        """True while any request is unfinished or the runner has something to forget."""
+        return bool(self._states or self._forgotten or self._outputs)
+
+    @property
+    def can_compute(self) -> bool:
+        """True when a step now could compute tokens."""
+        return bool(self._running or self._waiting)
+
+    # ---- requests come and go ------------------------------------------------------------------------------------
+
+    def add(self, request: Request, kv_target: KVTarget | None = None) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidInput: empty or too long, or its id is in use.
+            Overloaded: the queue is full.
+        """
+        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+        if num_tokens == 0:
+            raise InvalidInput("the prompt has no tokens", "prompt")
+        room = self.config.max_model_len if kv_target is not None else self.config.max_model_len - 1
+        if num_tokens > room:
+            raise InvalidInput(f"{num_tokens} tokens leave no room in the model's {self.config.max_model_len}", "prompt")
+        if request.request_id in self._states:
+            raise InvalidInput(f"request id {request.request_id!r} is in use", "request_id")
+        if len(self._waiting) >= self.config.max_queued_requests:
+            raise Overloaded(f"{len(self._waiting)} requests are waiting already", retry_after_s=1.0)
+        state = RequestState(request, kv_target)
+        self._states[request.request_id] = state
+        self._enqueue(state)
+        if request.deadline_s is not None:
+            self._next_deadline_s = (
+                request.deadline_s if self._next_deadline_s is None else min(self._next_deadline_s, request.deadline_s)
+            )
+
+    def abort(self, request_ids: Iterable[RequestId], reason: str | None = None) -> None:
+        """End requests now: their blocks are free when this returns. Unknown ids are ignored."""
+        for request_id in request_ids:
+            state = self._states.get(request_id)
+            if state is not None:
+                self._end(state, RequestStatus.FINISHED_ABORTED, reason)
+
+    def fail(self, request_id: RequestId, reason: str) -> None:
+        """End a request with an error. An unknown id is ignored."""
+        state = self._states.get(request_id)
+        if state is not None:
+            self._end(state, RequestStatus.FINISHED_ERROR, reason)
+
+    # ---- one step ------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> SchedulerOutput:
+        """Decide the next step."""
+        self._expire()
+        self._step_id += 1
+        num_scheduled: dict[RequestId, int] = {}
+        new: list[NewRequestData] = []
+        cached: list[CachedRequestData] = []
+        loads: list[KVLoad] = []
+        budget = self._schedule_running(self.config.max_num_batched_tokens, num_scheduled, cached)
+        self._schedule_waiting(budget, num_scheduled, new, loads)
+        output = SchedulerOutput(
+            step_id=self._step_id,
+            new_requests=tuple(new),
+            cached_requests=tuple(cached),
+            num_scheduled_tokens=num_scheduled,
+            finished_request_ids=tuple(self._forgotten),
+            kv_loads=tuple(loads),
+            kv_load_aborts=tuple(self._load_aborts),
+        )
+        self._forgotten.clear()
+        self._load_aborts.clear()
+        return output
+
+    def update(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[RequestOutput]:
+        """Take in what came of a step; returns what each request gained, ends included."""
+        outputs: list[RequestOutput] = []
+        for request_id, num_tokens in step.num_scheduled_tokens.items():
+            state = self._states.get(request_id)
+            if state is None or state.status is not RequestStatus.RUNNING:
+                continue
+            error = result.errors.get(request_id)
+            if error is not None:
+                self._end(state, RequestStatus.FINISHED_ERROR, error)
+                continue
+            state.num_computed_tokens += num_tokens
+            self._cache_full_blocks(state)
+            if state.kv_target is not None:
+                if state.num_tokens_to_compute == 0:
+                    self._running.remove(state)
+                    self._sending[request_id] = state
+                continue
+            token_id = result.sampled_token_ids.get(request_id)
+            if token_id is not None:
+                outputs.append(self._append(state, token_id, result))
+        self.take_kv_events(result.kv)
+        outputs += self._outputs
+        self._outputs = []
+        return outputs
+
+    def take_kv_events(self, events: KVEvents) -> None:
+        """Take in what the KV hand-off saw."""
+        for request_id in events.loaded:
+            state = self._remote.pop(request_id, None)
+            if state is not None:
+                self.stats.num_kv_transfers += 1
+                state.num_remote_tokens = len(state.token_ids) - 1 - state.num_computed_tokens
+                state.num_computed_tokens = len(state.token_ids) - 1
+                self._cache_full_blocks(state)
+                self._rejoin(state)
+        for request_id, _reason in events.failed:
+            state = self._remote.pop(request_id, None)
+            if state is not None:
+                self.stats.num_kv_failures += 1
+                state.prefill_worker = None
+                self._rejoin(state)
+        for request_id in events.sent:
+            state = self._sending.get(request_id)
+            if state is not None:
+                self.stats.num_kv_transfers += 1
+                self._end(state, RequestStatus.FINISHED_STOPPED, None)
+        self.abort(events.aborted)
+        for request in events.arrived:
+            try:
+                self.add(request, events.targets[request.request_id])
+            except (InvalidInput, Overloaded) as error:
+                # The asker's lease on this hand-off ends by the runner's "forget", which tells it to compute by itself.
+                self._forgotten.append(request.request_id)
+                self._outputs.append(RequestOutput(request_id=request.request_id, error=str(error)))
+
+    def take_outputs(self) -> list[RequestOutput]:
+        """Ends that came about since the last update (aborts, deadlines)."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    # ---- scheduling, inside --------------------------------------------------------------------------------------
+
+    def _schedule_running(
+        self, budget: int, num_scheduled: dict[RequestId, int], cached: list[CachedRequestData]
+    ) -> int:
+        index = 0
+        while index < len(self._running) and budget > 0:
+            state = self._running[index]
+            num_tokens = min(state.num_tokens_to_compute, budget)
+            if not self._grow(state, num_tokens, num_scheduled, cached):
+                continue  # it preempted itself: the next request moved into its place, or there is none
+            if num_tokens > 0:
+                num_scheduled[state.request_id] = num_tokens
+                budget -= num_tokens
+                cached.append(
+                    CachedRequestData(
+                        request_id=state.request_id,
+                        new_block_ids=tuple(state.block_ids[state.num_sent_block_ids :]),
+                        num_computed_tokens=state.num_computed_tokens,
+                    )
+                )
+                state.num_sent_block_ids = len(state.block_ids)
+            index += 1
+        return budget
+
+    def _grow(
+        self,
+        state: RequestState,
+        num_tokens: int,
+        num_scheduled: dict[RequestId, int],
+        cached: list[CachedRequestData],
+    ) -> bool:
+        """Give a running request blocks for ``num_tokens`` more, preempting from the tail; False if it was itself preempted."""
+        needed = self.blocks.num_blocks_for(state.num_computed_tokens + num_tokens) - len(state.block_ids)
+        while needed > 0:
+            fresh = self.blocks.allocate(needed)
+            if fresh is not None:
+                state.block_ids += fresh
+                break
+            victim = self._running[-1]
+            if victim.request_id in num_scheduled:  # scheduled earlier in this very step: only when order and queue differ
+                del num_scheduled[victim.request_id]
+                cached[:] = [c for c in cached if c.request_id != victim.request_id]
+            self._preempt(victim)
+            if victim is state:
+                return False
+        return True
+
+    def _schedule_waiting(
+        self, budget: int, num_scheduled: dict[RequestId, int], new: list[NewRequestData], loads: list[KVLoad]
+    ) -> None:
+        while self._waiting and budget > 0:
+            state = self._waiting[0]
+            if not state.block_ids:
+                prefix = self._find_prefix(state)
+                num_local = len(prefix) * self.config.block_size_tokens
+                # All of what is known must fit at once: admitting on a chunk's worth of blocks would only preempt soon.
+                if self.blocks.num_free_after(prefix) < self.blocks.num_blocks_for(len(state.token_ids)) - len(prefix):
+                    break
+                if self._worth_remote(state, num_local):
+                    self._start_load(state, prefix, loads)
+                    continue
+                if len(self._running) >= self.config.max_num_seqs:
+                    break
+                self._take_prefix(state, prefix)
+            elif len(self._running) >= self.config.max_num_seqs:
+                break
+            num_tokens = min(state.num_tokens_to_compute, budget)
+            if num_tokens > 0:
+                fresh = self.blocks.allocate(
+                    max(0, self.blocks.num_blocks_for(state.num_computed_tokens + num_tokens) - len(state.block_ids))
+                )
+                if fresh is None:
+                    break
+                state.block_ids += fresh
+            self._waiting.pop(0)
+            state.status = RequestStatus.RUNNING
+            if state.scheduled_s is None:
+                state.scheduled_s = self._clock()
+            if num_tokens == 0:  # a hand-off of what is all cached here
+                self._announce(state, new)
+                num_scheduled[state.request_id] = 0
+                self._running.append(state)
+                continue
+            self._announce(state, new)
+            num_scheduled[state.request_id] = num_tokens
+            budget -= num_tokens
+            self._running.append(state)
+
+    def _announce(self, state: RequestState, new: list[NewRequestData]) -> None:
+        new.append(
+            NewRequestData(
+                request_id=state.request_id,
+                token_ids=tuple(state.token_ids),
+                num_prompt_tokens=state.num_prompt_tokens,
+                block_ids=tuple(state.block_ids),
+                num_computed_tokens=state.num_computed_tokens,
+                sampling=state.request.sampling,
+                eos_token_ids=state.request.eos_token_ids,
+                kv_target=state.kv_target,
+            )
+        )
+        state.num_sent_block_ids = len(state.block_ids)
+        state.known_to_runner = True
+
+    def _find_prefix(self, state: RequestState) -> list[int]:
+        state.update_hashes(self.config.block_size_tokens)
+        # The last known token is always computed, since its logits choose the next one.
+        limit = len(state.token_ids) - (0 if state.kv_target is not None else 1)
+        return self.blocks.find_prefix(state.block_hashes, limit)
+
+    def _take_prefix(self, state: RequestState, prefix: list[int]) -> None:
+        self.blocks.hold(prefix)
+        state.block_ids = list(prefix)
+        state.num_computed_tokens = len(prefix) * self.config.block_size_tokens
+        state.num_cached_blocks = len(prefix)
+        if state.scheduled_s is None:
+            state.num_cached_tokens = min(state.num_computed_tokens, state.num_prompt_tokens)
+            self.stats.num_prefix_query_tokens += len(state.token_ids)
+            self.stats.num_prefix_hit_tokens += state.num_computed_tokens
+
+    def _worth_remote(self, state: RequestState, num_local: int) -> bool:
+        return (
+            state.prefill_worker is not None
+            and state.kv_target is None
+            and len(state.token_ids) - 1 - num_local >= self.config.remote_prefill_min_tokens
+        )
+
+    def _start_load(self, state: RequestState, prefix: list[int], loads: list[KVLoad]) -> None:
+        assert state.prefill_worker is not None
+        self._waiting.pop(0)
+        self._take_prefix(state, prefix)
+        num_tokens = len(state.token_ids) - 1
+        fresh = self.blocks.allocate(self.blocks.num_blocks_for(num_tokens) - len(prefix))
+        assert fresh is not None  # the caller saw that the whole request fits
+        state.block_ids += fresh
+        state.status = RequestStatus.WAITING_FOR_REMOTE_KV
+        if state.scheduled_s is None:
+            state.scheduled_s = self._clock()
+        self._remote[state.request_id] = state
+        loads.append(
+            KVLoad(
+                request_id=state.request_id,
+                prefill_worker=WorkerId(state.prefill_worker),
+                token_ids=tuple(state.token_ids[:num_tokens]),
+                first_token=state.num_computed_tokens,
+                num_tokens=num_tokens - state.num_computed_tokens,
+                block_ids=tuple(state.block_ids),
+                deadline_s=self.config.kv_lease_s,
+                traceparent=state.request.traceparent,
+                cache_salt=state.request.cache_salt,
+            )
+        )
+
+    def _preempt(self, state: RequestState) -> None:
+        self._running.remove(state)
+        self.blocks.release(state.block_ids)
+        state.block_ids = []
+        state.num_cached_blocks = 0
+        state.num_computed_tokens = 0
+        state.num_preemptions += 1
+        self.stats.num_preemptions += 1
+        state.status = RequestStatus.PREEMPTED
+        self._forget(state)
+        self._enqueue(state)
+
+    def _rejoin(self, state: RequestState) -> None:
+        """Back from remote KV: first in line, with its blocks."""
+        state.status = RequestStatus.WAITING
+        self._waiting.insert(0, state)
+
+    def _enqueue(self, state: RequestState) -> None:
+        bisect.insort(self._waiting, state, key=lambda s: (s.request.priority, s.request.arrival_s))
+
+    # ---- progress, inside ----------------------------------------------------------------------------------------
+
+    def _append(self, state: RequestState, token_id: int, result: ModelRunnerOutput) -> RequestOutput:
+        now_s = self._clock()
+        if state.first_token_s is None:
+            state.first_token_s = now_s
+            self.stats.num_prompt_tokens += state.num_prompt_tokens
+        self.stats.num_generation_tokens += 1
+        state.token_ids.append(token_id)
+        status = self._stop_status(state, token_id)
+        if status is not None:
+            self._close(state, status)
+        logprob = result.logprobs.get(state.request_id)
+        return RequestOutput(
+            request_id=state.request_id,
+            new_token_ids=(token_id,),
+            logprobs=() if logprob is None else (logprob,),
+            finish_reason=None if status is None else FINISH_REASON[status],
+            stop_token_id=state.stop_token_id,
+            num_cached_tokens=state.num_cached_tokens,
+            num_remote_tokens=state.num_remote_tokens,
+            num_preemptions=state.num_preemptions,
+            times=None if status is None else state.times(now_s),
+        )
+
+    def _stop_status(self, state: RequestState, token_id: int) -> RequestStatus | None:
+        sampling = state.request.sampling
+        if state.num_output_tokens > sampling.min_tokens:
+            is_eos = token_id in state.request.eos_token_ids and not sampling.ignore_eos
+            if is_eos or token_id in sampling.stop_token_ids:
+                state.stop_token_id = token_id
+                return RequestStatus.FINISHED_STOPPED
+        if state.num_output_tokens >= sampling.max_tokens or len(state.token_ids) >= self.config.max_model_len:
+            return RequestStatus.FINISHED_LENGTH
+        return None
+
+    def _cache_full_blocks(self, state: RequestState) -> None:
+        num_full = state.num_computed_tokens // self.config.block_size_tokens
+        if num_full <= state.num_cached_blocks:
+            return
+        state.update_hashes(self.config.block_size_tokens)
+        for index in range(state.num_cached_blocks, num_full):
+            self.blocks.cache(state.block_ids[index], state.block_hashes[index])
+        state.num_cached_blocks = num_full
+
+    # ---- ends, inside --------------------------------------------------------------------------------------------
+
+    def _expire(self) -> None:
+        now_s = self._clock()
+        if self._next_deadline_s is None or now_s < self._next_deadline_s:
+            return
+        late = [s for s in self._states.values() if s.request.deadline_s is not None and s.request.deadline_s <= now_s]
+        for state in late:
+            self._end(state, RequestStatus.FINISHED_ABORTED, "deadline_exceeded")
+        left = [s.request.deadline_s for s in self._states.values() if s.request.deadline_s is not None]
+        self._next_deadline_s = min(left, default=None)
+
+    def _end(self, state: RequestState, status: RequestStatus, reason: str | None) -> None:
+        """End a request outside the normal course, and report it."""
+        self._close(state, status)
+        self._outputs.append(
+            RequestOutput(
+                request_id=state.request_id,
+                finish_reason=FINISH_REASON[status],
+                error=reason,
+                num_cached_tokens=state.num_cached_tokens,
+                num_remote_tokens=state.num_remote_tokens,
+                num_preemptions=state.num_preemptions,
+                times=state.times(self._clock()),
+            )
+        )
+
+    def _close(self, state: RequestState, status: RequestStatus) -> None:
+        del self._states[state.request_id]
+        if state.status is RequestStatus.RUNNING:
+            if state.request_id in self._sending:
+                del self._sending[state.request_id]
+            else:
+                self._running.remove(state)
+        elif state.status is RequestStatus.WAITING_FOR_REMOTE_KV:
+            del self._remote[state.request_id]
+            self._load_aborts.append(state.request_id)
+        else:
+            self._waiting.remove(state)
+        self.blocks.release(state.block_ids)
+        state.block_ids = []
+        state.status = status
+        self._forget(state)
+
+    def _forget(self, state: RequestState) -> None:
+        if state.known_to_runner:
+            self._forgotten.append(state.request_id)
+            state.known_to_runner = False
