@@ -19,9 +19,20 @@ from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic.alias_generators import to_camel
 
+from antiphon.core.document_part import Model
 from antiphon.core.ids import Role
+from antiphon.core.policies import (
+    MAX_RATIOS,
+    RESERVED_POOL_NAMES,
+    KubernetesSpec,
+    RatioSpec,
+    RolloutSpec,
+    ScalingMode,
+    ScalingSpec,
+    SloSpec,
+    TolerationSpec,
+)
 
 GROUP = "serving.antiphon.dev"
 VERSION = "v1alpha1"
@@ -29,14 +40,6 @@ API_VERSION = f"{GROUP}/{VERSION}"
 MAX_NAME_LENGTH = 40  # a RayService of the same name with its suffix must stay within 47 characters
 
 _DNS_LABEL = re.compile(r"^[a-z]([-a-z0-9]*[a-z0-9])?$")
-
-
-class Model(BaseModel):
-    """Base of all document parts: frozen, camelCase outside, unknown keys refused, types not coerced from strings."""
-
-    model_config = ConfigDict(
-        alias_generator=to_camel, validate_by_name=True, validate_by_alias=True, extra="forbid", frozen=True, strict=True
-    )
 
 
 class Topology(StrEnum):
@@ -111,10 +114,21 @@ class ModelSpec(Model):
     name: str | None = Field(
         default=None, description="Model name that clients send; None = metadata.name.", min_length=1, max_length=256
     )
-    revision: str | None = Field(default=None, description="Revision of the checkpoint; None = the uri's default.", max_length=128)
+    revision: str | None = Field(
+        default=None, description="Revision of the checkpoint; None = the uri's default.", max_length=128
+    )
     dtype: DType = Field(default="auto", description="Compute and weight format; auto = the checkpoint's.")
     max_model_len: int | None = Field(
-        default=None, ge=1, le=10_000_000, description="Longest prompt plus output, in tokens; None = the model's limit."
+        default=None,
+        ge=1,
+        le=10_000_000,
+        description="Longest prompt plus output, in tokens; None = the model's limit.",
+    )
+    num_experts: int | None = Field(
+        default=None,
+        ge=1,
+        le=65_536,
+        description="Experts per layer, to check sharding early; None = known once loaded.",
     )
     quantization: Literal["none", "int8"] = Field(
         default="none", description="Format of the FFN's (or experts') linear weights; int8 is per output channel."
@@ -139,7 +153,9 @@ class Resources(Model):
     cpu: Quantity = Field(default="1", description="Processors, as a Kubernetes quantity.")
     memory: Quantity | None = Field(default=None, description="Memory, as a Kubernetes quantity; None = not requested.")
     gpu: int = Field(default=0, ge=0, le=16, description="Accelerators per worker.")
-    gpu_resource: str = Field(default="nvidia.com/gpu", description="Kubernetes resource name of the accelerator.", max_length=128)
+    gpu_resource: str = Field(
+        default="nvidia.com/gpu", description="Kubernetes resource name of the accelerator.", max_length=128
+    )
 
 
 class PoolSpec(Model):
@@ -149,24 +165,34 @@ class PoolSpec(Model):
     role: PoolRole = Field(description="What its workers hold and do.")
     replicas: int = Field(default=1, ge=0, le=10_000, description="Number of workers.")
     parallelism: Parallelism = Field(default_factory=Parallelism, description="How an FFN pool's weights are sharded.")
-    threads: int | None = Field(default=None, ge=1, le=1024, description="Compute threads per worker; None = its cpu resource.")
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="Compute threads per worker; None = its cpu resource."
+    )
     cores: tuple[Annotated[int, Field(ge=0, le=4095)], ...] | None = Field(
         default=None,
         description="Processors to pin workers to, dealt out in equal runs over the replicas; None = not pinned.",
         max_length=4096,
     )
     resources: Resources = Field(default_factory=Resources, description="What one worker asks of its machine.")
-    node_selector: dict[str, str] = Field(default_factory=dict, description="Labels of the nodes it may run on (Kubernetes).")
+    node_selector: dict[str, str] = Field(
+        default_factory=dict, description="Labels of the nodes it may run on (Kubernetes)."
+    )
     env: dict[str, str] = Field(default_factory=dict, description="Environment variables of its workers.")
+    scaling: ScalingSpec = Field(default_factory=ScalingSpec, description="How its size is decided (Kubernetes).")
+    tolerations: tuple[TolerationSpec, ...] = Field(
+        default=(), description="Taints that its pods tolerate (Kubernetes).", max_length=16
+    )
 
     @field_validator("name")
     @classmethod
     def _is_dns_label(cls, name: str) -> str:
         if not _DNS_LABEL.match(name):
             raise ValueError("must be a DNS label: lower-case letters, digits and '-', starting with a letter")
+        if name in RESERVED_POOL_NAMES:
+            raise ValueError(f"{name!r} is reserved")
         return name
 
-    @field_validator("cores", mode="before")
+    @field_validator("cores", "tolerations", mode="before")
     @classmethod
     def _cores_are_a_list(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
@@ -177,6 +203,20 @@ class PoolSpec(Model):
         if self.threads is not None:
             return self.threads
         return max(1, int(parse_quantity(self.resources.cpu)))
+
+    @property
+    def floor(self) -> int:
+        """Fewest workers it ever has while not asleep or suspended."""
+        if self.scaling.mode is ScalingMode.STATIC or self.scaling.min_replicas is None:
+            return self.replicas
+        return self.scaling.min_replicas
+
+    @property
+    def ceiling(self) -> int:
+        """Most workers it ever has."""
+        if self.scaling.mode is ScalingMode.STATIC or self.scaling.max_replicas is None:
+            return self.replicas
+        return self.scaling.max_replicas
 
     @property
     def worker_role(self) -> Role:
@@ -192,6 +232,12 @@ class PoolSpec(Model):
                 f"replicas: {self.replicas} is not a multiple of the {self.parallelism.num_shards} shards of parallelism; "
                 "each copy of the weights needs one worker per shard"
             )
+        for bound, size in (("min", self.scaling.min_replicas), ("max", self.scaling.max_replicas)):
+            if size is not None and size % self.parallelism.num_shards:
+                raise ValueError(
+                    f"scaling.{bound}Replicas: {size} is not a multiple of the {self.parallelism.num_shards} shards of "
+                    "parallelism"
+                )
         if self.cores is not None and self.replicas and len(self.cores) % self.replicas:
             raise ValueError(f"cores: {len(self.cores)} processors can't be dealt equally to {self.replicas} replicas")
         return self
@@ -210,9 +256,15 @@ class TransportSpec(Model):
     return_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Format of F2A rows; auto = the compute format."
     )
-    num_ubatches: int | Literal["auto"] = Field(default="auto", description="Micro-batches in flight per attention worker, 1 to 8.")
+    num_ubatches: int | Literal["auto"] = Field(
+        default="auto", description="Micro-batches in flight per attention worker, 1 to 8."
+    )
     peer_timeout_s: float = Field(
-        default=10.0, gt=0, le=600, strict=False, description="A peer that is silent this long while it owes an answer is lost."
+        default=10.0,
+        gt=0,
+        le=600,
+        strict=False,
+        description="A peer that is silent this long while it owes an answer is lost.",
     )
 
     @field_validator("num_ubatches")
@@ -228,9 +280,14 @@ class SchedulerSpec(Model):
 
     max_num_seqs: int = Field(default=64, ge=1, le=65_536, description="Requests running at once, per worker.")
     max_num_batched_tokens: int = Field(default=1024, ge=16, le=1_048_576, description="Token budget of one step.")
-    max_queued_requests: int = Field(default=256, ge=0, le=1_000_000, description="Waiting requests, per worker, before 429.")
+    max_queued_requests: int = Field(
+        default=256, ge=0, le=1_000_000, description="Waiting requests, per worker, before 429."
+    )
     remote_prefill_min_tokens: int = Field(
-        default=64, ge=1, le=10_000_000, description="Prompts with fewer uncached tokens are prefilled where they decode."
+        default=64,
+        ge=1,
+        le=10_000_000,
+        description="Prompts with fewer uncached tokens are prefilled where they decode.",
     )
     kv_lease_s: float = Field(
         default=30.0, gt=0, le=3600, strict=False, description="A KV hand-off without progress for this long fails."
@@ -254,7 +311,9 @@ class EndpointSpec(Model):
     grpc_port: int = Field(default=9000, ge=0, le=65_535, description="gRPC; 0 = any free port.")
     replicas: int = Field(default=1, ge=1, le=1000, description="Gateway replicas.")
     api_keys_env: str | None = Field(
-        default=None, description="Environment variable with the accepted API keys, comma-separated; None = open.", max_length=128
+        default=None,
+        description="Environment variable with the accepted API keys, comma-separated; None = open.",
+        max_length=128,
     )
     max_request_bytes: int = Field(default=4_194_304, ge=1024, le=1 << 30, description="Largest request body.")
     default_deadline_s: float = Field(
@@ -266,22 +325,47 @@ class DirectorySpec(Model):
     """Where workers register."""
 
     redis_url: str | None = Field(default=None, description="redis:// URL; None = an embedded store.", max_length=1024)
-    lease_s: float = Field(default=5.0, gt=0.5, le=300, strict=False, description="A worker that does not renew this long is gone.")
+    lease_s: float = Field(
+        default=5.0, gt=0.5, le=300, strict=False, description="A worker that does not renew this long is gone."
+    )
 
 
 class LLMDeploymentSpec(Model):
     """What to serve and on which pools."""
 
     model: ModelSpec = Field(description="Which weights are served, under which name.")
-    topology: Topology = Field(default=Topology.MONOLITH, strict=False, description="How the model is split over pools.")
-    pools: tuple[PoolSpec, ...] = Field(description="The pools; which roles are needed follows from the topology.", min_length=1, max_length=64)
+    topology: Topology = Field(
+        default=Topology.MONOLITH, strict=False, description="How the model is split over pools."
+    )
+    pools: tuple[PoolSpec, ...] = Field(
+        description="The pools; which roles are needed follows from the topology.", min_length=1, max_length=64
+    )
     transport: TransportSpec = Field(default_factory=TransportSpec, description="How pools exchange bytes.")
     scheduler: SchedulerSpec = Field(default_factory=SchedulerSpec, description="Limits of the engine's step.")
     cache: CacheSpec = Field(default_factory=CacheSpec, description="The paged KV cache of one worker.")
     endpoint: EndpointSpec = Field(default_factory=EndpointSpec, description="Where clients connect.")
     directory: DirectorySpec = Field(default_factory=DirectorySpec, description="Where workers register.")
+    slo: SloSpec = Field(default_factory=SloSpec, description="Latencies to keep (Kubernetes).")
+    ratios: tuple[RatioSpec, ...] = Field(
+        default=(),
+        description="Bounds on quotients of pool sizes, kept while scaling (Kubernetes).",
+        max_length=MAX_RATIOS,
+    )
+    gpu_budget: int | None = Field(
+        default=None,
+        ge=0,
+        le=1_000_000,
+        description="Most accelerators in use at any moment, rollouts included; None = unbounded.",
+    )
+    rollout: RolloutSpec = Field(
+        default_factory=RolloutSpec, description="How a new revision is brought in (Kubernetes)."
+    )
+    suspend: bool = Field(default=False, description="Stop all pools and keep the document (Kubernetes).")
+    kubernetes: KubernetesSpec = Field(
+        default_factory=KubernetesSpec, description="What the pods need that a laptop does not."
+    )
 
-    @field_validator("pools", mode="before")
+    @field_validator("pools", "ratios", mode="before")
     @classmethod
     def _pools_are_a_list(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
@@ -302,6 +386,26 @@ class LLMDeploymentSpec(Model):
         ffn_pools = [pool for pool in self.pools if pool.role == "ffn"]
         if len({pool.parallelism for pool in ffn_pools}) > 1:
             raise ValueError("pools: all ffn pools must have the same parallelism")
+        if self.model.num_experts is not None:
+            for pool in ffn_pools:
+                if self.model.num_experts % pool.parallelism.expert:
+                    raise ValueError(
+                        f"pools: {self.model.num_experts} experts don't divide over the {pool.parallelism.expert} groups of "
+                        f"pool {pool.name}"
+                    )
+        for ratio in self.ratios:
+            for name in (ratio.numerator, ratio.denominator):
+                if name not in names:
+                    raise ValueError(f"ratios: there is no pool {name!r}; pools are {', '.join(names)}")
+        if self.gpu_budget is not None:
+            floor = sum(pool.floor * pool.resources.gpu for pool in self.pools)
+            for pool in self.pools:
+                largest = floor + (pool.ceiling - pool.floor) * pool.resources.gpu
+                if largest > self.gpu_budget:
+                    raise ValueError(
+                        f"gpuBudget: {self.gpu_budget} accelerators don't cover {largest}, the largest size of pool "
+                        f"{pool.name} beside the smallest sizes of the others"
+                    )
         return self
 
 
