@@ -3,6 +3,7 @@
 AntiphonError                       http  grpc                 retryable
 ├── InvalidInput(field)             400   INVALID_ARGUMENT     no
 │   ├── SpecInvalid(problems)       400   INVALID_ARGUMENT     no
+│   ├── ContextLengthExceeded       400   INVALID_ARGUMENT     no
 │   ├── UnknownModel                404   NOT_FOUND            no
 │   └── UnsupportedModel            400   INVALID_ARGUMENT     no
 ├── Unauthenticated                 401   UNAUTHENTICATED      no
@@ -63,6 +64,12 @@ class SpecInvalid(InvalidInput):
     def __init__(self, problems: Sequence[Problem]) -> None:
         super().__init__("\n".join(f"{p.path}: {p.message}" for p in problems), problems[0].path if problems else None)
         self.problems = tuple(problems)
+
+
+class ContextLengthExceeded(InvalidInput):
+    """Prompt and asked-for output don't fit into the model's context."""
+
+    code = "context_length_exceeded"
 
 
 class UnknownModel(InvalidInput):
