@@ -8,8 +8,14 @@ it releases it. Slots are allocated once, when the link opens:
     receiver:  poll() -> Message -> (read message.data) -> release(message)
 
 After warm-up nothing here allocates tensors or blocks: ``acquire`` returns None while every slot is in flight and
-``poll`` returns None while nothing has arrived; waiting (with its deadline) is ``wait``'s work. Any call raises PeerLost once
-the peer is gone, and every later call raises it again. Not thread-safe: a link belongs to one worker loop.
+``poll`` returns None while nothing has arrived; waiting (with its deadline) is ``wait``'s work. Slots may be committed and
+messages released in any order; messages arrive in the order of their commits. Any call raises PeerLost once the peer is
+gone (``poll`` first hands out what had arrived whole), and every later call raises it again, as does any call after this
+end's own ``close``; ``release`` never raises. A link on which a CorruptMessage was found is closed: it raises PeerLost from
+then on. Not thread-safe: a link belongs to one worker loop. Received data is read-only by contract. Slots, messages and
+their tensors are the link's own objects, used again after commit and release: keep none of them.
+
+A worker with several peers sleeps on all of them at once through ``waiting.WaitSet``, which needs ``Waitable``.
 
 Life of a link:  OPENING ── hello both ways, fingerprints equal ──► OPEN ── close() ──► CLOSED
                     └── LayoutMismatch ──► CLOSED                    └── PeerLost ──► CLOSED
@@ -18,12 +24,13 @@ Life of a link:  OPENING ── hello both ways, fingerprints equal ──► OP
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from antiphon.core.errors import AntiphonError
 from antiphon.core.ids import Epoch, WorkerId
 
 HEADER_BYTES = 64  # every message carries a fixed binary header of this size; its fields are the connector's
@@ -87,7 +94,33 @@ class Message:
     data: torch.Tensor
 
 
-class Link(Protocol):
+class Waitable(Protocol):
+    """What a ``WaitSet`` needs from a link or a listener to spin on it and then to sleep on it."""
+
+    @property
+    def spin_s(self) -> float:
+        """Seconds it pays to spin before sleeping; 0 where only sleeping pays, or after a sleep that brought nothing."""
+        ...
+
+    @property
+    def spin_address(self) -> int:
+        """Address of the native lane to spin on without the GIL, or 0 when ``pending`` has to be called instead."""
+        ...
+
+    def pending(self) -> bool:
+        """True when the next call has something to say: a message, a loss, a new link, or the slot ``acquire`` lacked."""
+        ...
+
+    def park(self) -> Sequence[int]:
+        """Announce that this end goes to sleep; the file descriptors that become readable when it must wake."""
+        ...
+
+    def unpark(self, *, woken: bool) -> None:
+        """Take the announcement back; ``woken`` is False when the sleep ran into its deadline."""
+        ...
+
+
+class Link(Waitable, Protocol):
     """One open connection to one peer; the module's docstring has the rules."""
 
     @property
@@ -117,7 +150,10 @@ class Link(Protocol):
         ...
 
     def wait(self, timeout_s: float) -> bool:
-        """Spin, then sleep, until a message may be there (True) or the time is up (False). Raises PeerLost."""
+        """Spin, then sleep, until a message may be there (True) or the time is up (False). Raises PeerLost.
+
+        If the last ``acquire`` returned None, a slot that may have come back also ends the wait.
+        """
         ...
 
     def close(self) -> None:
@@ -125,7 +161,7 @@ class Link(Protocol):
         ...
 
 
-class Listener(Protocol):
+class Listener(Waitable, Protocol):
     """Accepts links on one address."""
 
     @property
@@ -134,7 +170,15 @@ class Listener(Protocol):
         ...
 
     def accept(self) -> Link | None:
-        """A link whose hello has been exchanged, or None; never blocks."""
+        """A link whose hello has been exchanged, or None; never blocks.
+
+        Raises the first unexpected error of ``answer`` or of the listener's own thread. A peer that was turned away for
+        its layout, or by an AntiphonError of ``answer``, raises nothing here: ``refused`` tells.
+        """
+        ...
+
+    def refused(self) -> AntiphonError | None:
+        """Why the next peer was turned away (a LayoutMismatch names the fields), or None; never blocks."""
         ...
 
     def close(self) -> None:
@@ -142,7 +186,8 @@ class Listener(Protocol):
         ...
 
 
-# Chooses this end's layout for an arriving peer, or raises LayoutMismatch to refuse it.
+# Chooses this end's layout for an arriving peer, or raises an AntiphonError (LayoutMismatch, Unavailable) to refuse it.
+# Called at control speed from a thread of the listener (loopback: the connecting thread), one peer at a time.
 Answer = Callable[[Hello], Hello]
 
 
@@ -159,7 +204,13 @@ class Transport(Protocol):
         ...
 
     def connect(self, address: str, hello: Hello, timeout_s: float) -> Link:
-        """Open a link. Raises PeerLost, LayoutMismatch."""
+        """Open a link.
+
+        Raises:
+            Unavailable: nobody there speaks this transport, or it can't be opened between the two (``auto`` tries the next).
+            LayoutMismatch: both are there and disagree; the message names the fields.
+            PeerLost: the peer was there and went away.
+        """
         ...
 
 

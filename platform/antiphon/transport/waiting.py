@@ -1,0 +1,78 @@
+"""Sleeping on several links and listeners at once: spin while that pays, then park, then poll(2) (step).
+
+    pending? ──no──► spin ──no──► park all ──► pending? ──no──► poll(2)
+       └─yes─► True    └─yes─► True              └─yes─► True        └─► woken, or time up
+
+Parking comes before the second look, so that whatever arrives in between either is seen or rings: no wake-up is lost.
+Must not know: any one transport.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Iterable
+
+from antiphon.transport.base import Waitable
+
+
+class WaitSet:
+    """The links and listeners one worker loop sleeps on. Belongs to that loop, as the links do."""
+
+    def __init__(self, members: Iterable[Waitable] = ()) -> None:
+        self._members: tuple[Waitable, ...] = tuple(members)
+
+    def add(self, member: Waitable) -> None:
+        """Wait on ``member`` too."""
+        self._members = (*self._members, member)
+
+    def remove(self, member: Waitable) -> None:
+        """Wait on ``member`` no longer; no error if it is not here."""
+        self._members = tuple(m for m in self._members if m is not member)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until a member may have something to say (True) or the time is up (False); raises nothing of theirs."""
+        members = self._members
+        deadline = time.monotonic() + timeout_s
+        if any_pending(members):
+            return True
+        window = max((m.spin_s for m in members), default=0.0)
+        if window > 0 and _spin(members, min(window, timeout_s)):
+            return True
+        return _sleep(members, deadline)
+
+
+def any_pending(members: Iterable[Waitable]) -> bool:
+    """True when one of ``members`` has something to say now."""
+    return any(m.pending() for m in members)
+
+
+def _spin(members: tuple[Waitable, ...], window_s: float) -> bool:
+    spinning = tuple(m for m in members if m.spin_s > 0)
+    end = time.monotonic() + window_s
+    while time.monotonic() < end:
+        if any_pending(spinning):
+            return True
+        time.sleep(0)  # gives the GIL to whoever wants it
+    return False
+
+
+def _sleep(members: tuple[Waitable, ...], deadline: float) -> bool:
+    woken = False
+    parked: list[Waitable] = []
+    poller = select.poll()
+    try:
+        for member in members:
+            parked.append(member)
+            for fd in member.park():
+                poller.register(fd, select.POLLIN)
+        if any_pending(members):
+            woken = True
+        else:
+            # Rounded up: a sleep that ends a fraction of a millisecond early would be followed by a spin.
+            left_ms = max(0, int((deadline - time.monotonic()) * 1e3 + 0.999))
+            woken = bool(poller.poll(left_ms))
+    finally:
+        for member in parked:
+            member.unpark(woken=woken)
+    return woken and any_pending(members)
