@@ -98,9 +98,7 @@ class WorkerConfig:
         """
         value = environment.get(CONFIG_VARIABLE)
         if value is None:
-            raise InvalidInput(
-                f"{CONFIG_VARIABLE} is not set; workers are started by their supervisor", CONFIG_VARIABLE
-            )
+            raise InvalidInput(f"{CONFIG_VARIABLE} is not set; workers are started by their supervisor", CONFIG_VARIABLE)
         if value.lstrip().startswith("{"):
             return cls.from_json(value)
         try:

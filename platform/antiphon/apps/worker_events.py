@@ -56,12 +56,12 @@ class WorkerEvent:
             CorruptMessage: the line is no event.
         """
         try:
-            raw = json.loads(line)
-            if raw["event"] not in ("stage", "ready", "failed"):
-                raise ValueError(f"unknown event {raw['event']!r}")
-            return cls(**raw)
-        except (ValueError, TypeError, KeyError) as error:
+            event = cls(**json.loads(line))
+        except (ValueError, TypeError) as error:
             raise CorruptMessage("worker", f"not an event: {error}") from error
+        if event.event not in ("stage", "ready", "failed"):
+            raise CorruptMessage("worker", f"unknown event {event.event!r}")
+        return event
 
 
 class EventWriter:

@@ -1,0 +1,186 @@
+"""The directory in Redis: leases are key expiries, claims are Lua scripts; the only door to redis (control speed).
+
+    antiphon:{directory}:worker:<id>                   hash info, epoch, lease_ms; expires with the lease
+    antiphon:{directory}:workers:<deployment>          set of worker ids, pruned when listed
+    antiphon:{directory}:deployments                   set of deployment names, pruned when listed
+    antiphon:{directory}:index:<deployment>/<pool>:<i> owner; expires with the claim
+    antiphon:{directory}:owner:<deployment>/<pool>:<o> index; expires with the claim
+    antiphon:{directory}:epoch:<id>                    highest epoch handed out or seen
+
+The braces keep all keys in one slot of a Redis Cluster. Time is Redis' own, so clocks of hosts do not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Any, TypeVar, cast
+
+import redis.asyncio as redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from antiphon.core.directory import WorkerRecord
+from antiphon.core.errors import AntiphonError, InternalError, InvalidInput, Unavailable
+from antiphon.core.ids import Epoch, WorkerId
+from antiphon.core.worker_info import WorkerInfo
+
+_PREFIX = "antiphon:{directory}:"
+
+# KEYS worker, epoch, workers of the deployment, deployments; ARGV info, lease_ms, epoch, worker id, deployment
+_REGISTER = """
+local held = redis.call('HGET', KEYS[1], 'epoch')
+if held and tonumber(held) > tonumber(ARGV[3]) then return 0 end
+redis.call('HSET', KEYS[1], 'info', ARGV[1], 'epoch', ARGV[3], 'lease_ms', ARGV[2])
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+local highest = redis.call('GET', KEYS[2])
+if not highest or tonumber(highest) < tonumber(ARGV[3]) then redis.call('SET', KEYS[2], ARGV[3]) end
+redis.call('SADD', KEYS[3], ARGV[4])
+redis.call('SADD', KEYS[4], ARGV[5])
+return 1
+"""
+
+# KEYS worker; ARGV epoch. The set of ids is pruned when listed.
+_REMOVE = """
+if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 0 end
+return redis.call('DEL', KEYS[1])
+"""
+
+# KEYS deployments; ARGV prefix, deployment or nothing. Answers info, lease_ms, remaining_ms for each worker.
+_WORKERS = """
+local names = ARGV[2] and {ARGV[2]} or redis.call('SMEMBERS', KEYS[1])
+local found = {}
+for _, name in ipairs(names) do
+  local ids = ARGV[1] .. 'workers:' .. name
+  for _, id in ipairs(redis.call('SMEMBERS', ids)) do
+    local key = ARGV[1] .. 'worker:' .. id
+    local record = redis.call('HMGET', key, 'info', 'lease_ms')
+    if record[1] then
+      found[#found + 1] = {record[1], tonumber(record[2]), redis.call('PTTL', key)}
+    else
+      redis.call('SREM', ids, id)
+    end
+  end
+  if redis.call('SCARD', ids) == 0 then redis.call('SREM', KEYS[1], name) end
+end
+return found
+"""
+
+# KEYS the owner's; ARGV prefix of the pool's index keys, owner, lease_ms, preferred or nothing
+_CLAIM = """
+local index = redis.call('GET', KEYS[1])
+if not index or redis.call('GET', ARGV[1] .. index) ~= ARGV[2] then
+  index = ARGV[4]
+  if not index or redis.call('EXISTS', ARGV[1] .. index) == 1 then
+    index = 0
+    while redis.call('EXISTS', ARGV[1] .. index) == 1 do index = index + 1 end
+  end
+end
+redis.call('SET', ARGV[1] .. index, ARGV[2], 'PX', ARGV[3])
+redis.call('SET', KEYS[1], index, 'PX', ARGV[3])
+return tonumber(index)
+"""
+
+# KEYS the owner's; ARGV prefix of the pool's index keys, owner
+_RELEASE = """
+local index = redis.call('GET', KEYS[1])
+if index and redis.call('GET', ARGV[1] .. index) == ARGV[2] then redis.call('DEL', ARGV[1] .. index) end
+return redis.call('DEL', KEYS[1])
+"""
+
+# KEYS epoch; ARGV after. An unknown worker starts at Redis' time in seconds: a store that was emptied must not go back.
+_EPOCH = """
+local epoch = tonumber(redis.call('GET', KEYS[1]) or redis.call('TIME')[1])
+epoch = math.max(epoch, tonumber(ARGV[1])) + 1
+redis.call('SET', KEYS[1], string.format('%.0f', epoch))
+return epoch
+"""
+
+T = TypeVar("T")
+
+
+class RedisDirectory:
+    """A client of one Redis; belongs to one event loop. Each call takes ``timeout_s`` seconds at most."""
+
+    def __init__(self, url: str, *, timeout_s: float = 5.0) -> None:
+        try:
+            self._redis: redis.Redis = redis.Redis.from_url(
+                url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, health_check_interval=30
+            )
+        except ValueError as error:
+            raise InvalidInput(f"not a Redis URL: {error}", "directory.redisUrl") from error
+        self._register = self._redis.register_script(_REGISTER)
+        self._remove = self._redis.register_script(_REMOVE)
+        self._workers = self._redis.register_script(_WORKERS)
+        self._claim = self._redis.register_script(_CLAIM)
+        self._release = self._redis.register_script(_RELEASE)
+        self._epoch = self._redis.register_script(_EPOCH)
+
+    async def register(self, info: WorkerInfo, lease_s: float) -> bool:
+        """See ``Directory``."""
+        keys = [
+            f"{_PREFIX}worker:{info.worker_id}",
+            f"{_PREFIX}epoch:{info.worker_id}",
+            f"{_PREFIX}workers:{info.deployment}",
+            f"{_PREFIX}deployments",
+        ]
+        args: list[str | int] = [info.to_json(), _milliseconds(lease_s), info.epoch, info.worker_id, info.deployment]
+        return bool(await _translated(self._register(keys=keys, args=args)))
+
+    async def remove(self, worker_id: WorkerId, epoch: Epoch) -> bool:
+        """See ``Directory``."""
+        return bool(await _translated(self._remove(keys=[f"{_PREFIX}worker:{worker_id}"], args=[epoch])))
+
+    async def workers(self, deployment: str | None = None) -> tuple[WorkerRecord, ...]:
+        """See ``Directory``."""
+        args = [_PREFIX] if deployment is None else [_PREFIX, deployment]
+        rows = await _translated(self._workers(keys=[f"{_PREFIX}deployments"], args=args))
+        records = [
+            WorkerRecord(info=WorkerInfo.from_json(info), age_s=max(0.0, (lease - left) / 1000), lease_s=lease / 1000)
+            for info, lease, left in rows
+        ]
+        return tuple(sorted(records, key=lambda record: record.info.worker_id))
+
+    async def claim_index(self, deployment: str, pool: str, owner: str, lease_s: float, preferred: int | None = None) -> int:
+        """See ``Directory``."""
+        args: list[str | int] = [f"{_PREFIX}index:{deployment}/{pool}:", owner, _milliseconds(lease_s)]
+        if preferred is not None:
+            args.append(preferred)
+        return int(await _translated(self._claim(keys=[_owner_key(deployment, pool, owner)], args=args)))
+
+    async def release_index(self, deployment: str, pool: str, owner: str) -> None:
+        """See ``Directory``."""
+        args = [f"{_PREFIX}index:{deployment}/{pool}:", owner]
+        await _translated(self._release(keys=[_owner_key(deployment, pool, owner)], args=args))
+
+    async def next_epoch(self, worker_id: WorkerId, after: Epoch = Epoch(0)) -> Epoch:
+        """See ``Directory``."""
+        return Epoch(int(await _translated(self._epoch(keys=[f"{_PREFIX}epoch:{worker_id}"], args=[after]))))
+
+    async def close(self) -> None:
+        """See ``Directory``."""
+        await self._redis.aclose()
+
+
+def _owner_key(deployment: str, pool: str, owner: str) -> str:
+    return f"{_PREFIX}owner:{deployment}/{pool}:{owner}"
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
+
+
+async def _translated(call: Awaitable[T]) -> Any:
+    try:
+        return cast(Any, await call)
+    except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+        raise Unavailable(f"the directory's Redis can't be reached: {error}") from error
+    except RedisError as error:
+        raise _unexpected(error) from error
+
+
+def _unexpected(error: RedisError) -> AntiphonError:
+    text = str(error)
+    if text.startswith(("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "BUSY")):
+        return Unavailable(f"the directory's Redis can't serve now: {text}")
+    return InternalError(f"the directory's Redis refused a command: {text}")

