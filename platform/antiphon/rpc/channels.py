@@ -1,0 +1,83 @@
+"""Options of channels and servers: message sizes, keepalive, reconnection (request speed).
+
+Every connection of the platform is opened here, so that limits and keepalive are the same at both ends.
+Must not know: which services travel on a channel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+
+from antiphon.core.errors import Unavailable
+
+ChannelOptions = list[tuple[str, int | str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelLimits:
+    """What both ends of a connection allow."""
+
+    max_message_bytes: int = 64 * 2**20
+    keepalive_s: float = 10.0  # silence before a ping
+    keepalive_timeout_s: float = 5.0  # silence after a ping before the connection is given up
+    max_backoff_s: float = 2.0  # longest pause between attempts to connect
+
+
+DEFAULT_LIMITS = ChannelLimits()
+
+
+def channel_options(limits: ChannelLimits = DEFAULT_LIMITS) -> ChannelOptions:
+    """The client end's options."""
+    return [
+        ("grpc.max_send_message_length", limits.max_message_bytes),
+        ("grpc.max_receive_message_length", limits.max_message_bytes),
+        ("grpc.keepalive_time_ms", int(limits.keepalive_s * 1000)),
+        ("grpc.keepalive_timeout_ms", int(limits.keepalive_timeout_s * 1000)),
+        ("grpc.keepalive_permit_without_calls", 0),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", int(limits.max_backoff_s * 1000)),
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.use_local_subchannel_pool", 1),  # channels to one address fail and recover apart from each other
+    ]
+
+
+def server_options(limits: ChannelLimits = DEFAULT_LIMITS, *, reuse_port: bool = False) -> ChannelOptions:
+    """The server end's options; ``reuse_port`` lets several processes of one machine share a port."""
+    return [
+        ("grpc.max_send_message_length", limits.max_message_bytes),
+        ("grpc.max_receive_message_length", limits.max_message_bytes),
+        ("grpc.keepalive_time_ms", int(limits.keepalive_s * 1000)),
+        ("grpc.keepalive_timeout_ms", int(limits.keepalive_timeout_s * 1000)),
+        # Clients may ping as often as channel_options make them, with room for jitter.
+        ("grpc.http2.min_ping_interval_without_data_ms", int(limits.keepalive_s * 500)),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.so_reuseport", int(reuse_port)),
+    ]
+
+
+def open_channel(address: str, limits: ChannelLimits = DEFAULT_LIMITS) -> grpc.aio.Channel:
+    """An asyncio channel to ``host:port``; connects lazily and again after a loss."""
+    return grpc.aio.insecure_channel(address, options=channel_options(limits))
+
+
+def open_sync_channel(address: str, limits: ChannelLimits = DEFAULT_LIMITS) -> grpc.Channel:
+    """A blocking channel to ``host:port``; connects lazily and again after a loss."""
+    return grpc.insecure_channel(address, options=channel_options(limits))
+
+
+async def wait_until_connected(channel: grpc.aio.Channel, address: str, timeout_s: float) -> None:
+    """Return once the channel is connected.
+
+    Raises:
+        Unavailable: it isn't within ``timeout_s`` seconds.
+    """
+    try:
+        await asyncio.wait_for(channel.channel_ready(), timeout_s)
+    except TimeoutError as error:
+        raise Unavailable(f"no connection to {address} within {timeout_s:g} s") from error

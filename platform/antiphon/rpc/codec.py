@@ -1,0 +1,233 @@
+"""EngineCommand and EngineUpdate to and from core.request's values (request speed).
+
+Used at both ends of an engine session. Must not know: sessions, channels, or where requests run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from antiphon.core.errors import AntiphonError, Overloaded, Unavailable
+from antiphon.core.request import (
+    FinishReason,
+    Request,
+    RequestId,
+    RequestOutput,
+    RequestTimes,
+    SamplingParams,
+    TokenLogprob,
+)
+from antiphon.rpc.errors import error_of
+from antiphon.rpc.v1 import engine_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One request's part of an update, as the gateway reads it.
+
+    ``error`` is set when the request failed, or was aborted by anyone but this gateway.
+    """
+
+    output: RequestOutput
+    error: AntiphonError | None = None
+
+
+def encode_submit(request: Request, *, deadline_left_s: float | None) -> pb.EngineCommand:
+    """The command that submits ``request``; ``deadline_left_s`` = seconds left now, None = no deadline."""
+    return pb.EngineCommand(
+        submit=pb.SubmitCommand(
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            output_token_ids=request.output_token_ids,
+            sampling=_encode_sampling(request.sampling),
+            eos_token_ids=sorted(request.eos_token_ids),
+            deadline_ms=0 if deadline_left_s is None else max(1, int(deadline_left_s * 1000)),
+            priority=request.priority,
+            prefill_worker=request.prefill_worker or "",
+            traceparent=request.traceparent or "",
+            cache_salt=request.cache_salt,
+        )
+    )
+
+
+def decode_submit(submit: pb.SubmitCommand, *, now_s: float) -> Request:
+    """The request, arrived at ``now_s`` on the engine's clock."""
+    return Request(
+        request_id=RequestId(submit.request_id),
+        prompt_token_ids=tuple(submit.prompt_token_ids),
+        output_token_ids=tuple(submit.output_token_ids),
+        sampling=_decode_sampling(submit.sampling),
+        eos_token_ids=frozenset(submit.eos_token_ids),
+        arrival_s=now_s,
+        deadline_s=now_s + submit.deadline_ms / 1000 if submit.deadline_ms else None,
+        priority=submit.priority,
+        prefill_worker=submit.prefill_worker or None,
+        traceparent=submit.traceparent or None,
+        cache_salt=submit.cache_salt,
+    )
+
+
+def encode_abort(request_id: RequestId) -> pb.EngineCommand:
+    """The command that aborts a request."""
+    return pb.EngineCommand(abort=pb.AbortCommand(request_id=request_id))
+
+
+def encode_update(outputs: Iterable[RequestOutput]) -> pb.EngineUpdate:
+    """What a step added to the requests of one gateway."""
+    return pb.EngineUpdate(requests=[_encode_output(output) for output in outputs])
+
+
+def encode_refusal(request_id: RequestId, error: AntiphonError) -> pb.EngineUpdate:
+    """The answer to a submit that the engine did not take."""
+    retry_after_s = error.retry_after_s if isinstance(error, Overloaded | Unavailable) else 0.0
+    return pb.EngineUpdate(
+        requests=[
+            pb.RequestUpdate(
+                request_id=request_id,
+                finish_reason=FinishReason.ERROR.value,
+                error_code=error.code,
+                error_message=str(error),
+                retry_after_s=retry_after_s,
+            )
+        ]
+    )
+
+
+def decode_update(update: pb.EngineUpdate) -> list[Answer]:
+    """The answers of an update, in order. An unknown finish reason counts as an error."""
+    return [_decode_answer(part) for part in update.requests]
+
+
+def _encode_sampling(sampling: SamplingParams) -> pb.EngineSampling:
+    return pb.EngineSampling(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=dict(sampling.logit_bias),
+        seed=sampling.seed,
+        stop_token_ids=sorted(sampling.stop_token_ids),
+        min_tokens=sampling.min_tokens,
+        ignore_eos=sampling.ignore_eos,
+        num_logprobs=sampling.num_logprobs,
+    )
+
+
+def _decode_sampling(sampling: pb.EngineSampling) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=dict(sampling.logit_bias),
+        seed=sampling.seed,
+        stop_token_ids=frozenset(sampling.stop_token_ids),
+        min_tokens=sampling.min_tokens,
+        ignore_eos=sampling.ignore_eos,
+        num_logprobs=sampling.num_logprobs if sampling.HasField("num_logprobs") else None,
+    )
+
+
+def _encode_output(output: RequestOutput) -> pb.RequestUpdate:
+    code, message = _split_error(output.error)
+    times = output.times
+    return pb.RequestUpdate(
+        request_id=output.request_id,
+        new_token_ids=output.new_token_ids,
+        logprobs=[_encode_logprob(logprob) for logprob in output.logprobs],
+        finish_reason=output.finish_reason.value if output.finish_reason is not None else "",
+        error_code=code,
+        error_message=message,
+        stop_token_id=output.stop_token_id,
+        num_cached_tokens=output.num_cached_tokens,
+        num_remote_tokens=output.num_remote_tokens,
+        num_preemptions=output.num_preemptions,
+        times=None
+        if times is None
+        else pb.RequestTimes(
+            queue_s=_since(times.arrival_s, times.scheduled_s),
+            first_token_s=_since(times.arrival_s, times.first_token_s),
+            finished_s=_since(times.arrival_s, times.finished_s),
+        ),
+    )
+
+
+def _split_error(error: str | None) -> tuple[str, str]:
+    """``error`` is a code of the tree, "code: message", or the message of an internal error."""
+    if error is None:
+        return "", ""
+    code, _, message = error.partition(": ")
+    if code.isidentifier():
+        return code, message or code.replace("_", " ")
+    return "internal_error", error
+
+
+def _since(start_s: float, moment_s: float | None) -> float:
+    return 0.0 if moment_s is None else moment_s - start_s
+
+
+def _encode_logprob(logprob: TokenLogprob) -> pb.TokenLogprob:
+    return pb.TokenLogprob(
+        token_id=logprob.token_id,
+        logprob=logprob.logprob,
+        rank=logprob.rank,
+        top_token_ids=[token_id for token_id, _ in logprob.top],
+        top_logprobs=[value for _, value in logprob.top],
+    )
+
+
+def _decode_answer(part: pb.RequestUpdate) -> Answer:
+    finish_reason = _decode_finish(part.finish_reason)
+    output = RequestOutput(
+        request_id=RequestId(part.request_id),
+        new_token_ids=tuple(part.new_token_ids),
+        logprobs=tuple(_decode_logprob(logprob) for logprob in part.logprobs),
+        finish_reason=finish_reason,
+        error=part.error_code or None,
+        stop_token_id=part.stop_token_id if part.HasField("stop_token_id") else None,
+        num_cached_tokens=part.num_cached_tokens,
+        num_remote_tokens=part.num_remote_tokens,
+        num_preemptions=part.num_preemptions,
+        times=_decode_times(part.times) if part.HasField("times") else None,
+    )
+    if finish_reason is FinishReason.ERROR or part.error_code:
+        retry_after_s = part.retry_after_s if part.retry_after_s > 0 else None
+        message = part.error_message or part.error_code or f"the engine ended the request with {part.finish_reason!r}"
+        return Answer(output=output, error=error_of(part.error_code, message, retry_after_s=retry_after_s))
+    return Answer(output=output)
+
+
+def _decode_finish(text: str) -> FinishReason | None:
+    if not text:
+        return None
+    try:
+        return FinishReason(text)
+    except ValueError:
+        return FinishReason.ERROR
+
+
+def _decode_times(times: pb.RequestTimes) -> RequestTimes:
+    return RequestTimes(
+        arrival_s=0.0,
+        scheduled_s=times.queue_s or None,
+        first_token_s=times.first_token_s or None,
+        finished_s=times.finished_s or None,
+    )
+
+
+def _decode_logprob(logprob: pb.TokenLogprob) -> TokenLogprob:
+    return TokenLogprob(
+        token_id=logprob.token_id,
+        logprob=logprob.logprob,
+        rank=logprob.rank,
+        top=tuple(zip(logprob.top_token_ids, logprob.top_logprobs, strict=True)),
+    )

@@ -1,0 +1,115 @@
+"""The public Inference service over a port: parsing, statuses, cancellation (request speed).
+
+Requests are parsed here and not by grpc, so that bytes which are no message (broken UTF-8, say) are refused as bad input.
+Must not know: how a request is answered.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError, Message
+
+from antiphon.core.errors import AntiphonError, InternalError, InvalidInput
+from antiphon.rpc.errors import status_of
+from antiphon.rpc.v1 import inference_pb2 as pb
+
+_log = logging.getLogger(__name__)
+_M = TypeVar("_M", bound=Message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallInfo:
+    """What came with a call besides its message."""
+
+    metadata: Mapping[str, str]  # keys in lower case; binary values are left out
+    deadline_left_s: float | None
+    peer: str
+
+
+class InferencePort(Protocol):
+    """Who answers. Errors of the tree become statuses; closing ``generate``'s iterator cancels the request."""
+
+    def generate(self, request: pb.GenerateRequest, call: CallInfo) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """The answer."""
+        ...
+
+    async def list_models(self, request: pb.ListModelsRequest, call: CallInfo) -> pb.ListModelsResponse:
+        """The models served here."""
+        ...
+
+    async def get_status(self, request: pb.GetStatusRequest, call: CallInfo) -> pb.GetStatusResponse:
+        """Pools, workers and load."""
+        ...
+
+
+class InferenceServicer:
+    """Serves antiphon.rpc.v1.Inference."""
+
+    name = "antiphon.rpc.v1.Inference"
+
+    def __init__(self, port: InferencePort) -> None:
+        self._port = port
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Register with a server."""
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "Generate": grpc.unary_stream_rpc_method_handler(
+                self._generate, response_serializer=pb.GenerateResponse.SerializeToString
+            ),
+            "ListModels": grpc.unary_unary_rpc_method_handler(
+                self._list_models, response_serializer=pb.ListModelsResponse.SerializeToString
+            ),
+            "GetStatus": grpc.unary_unary_rpc_method_handler(
+                self._get_status, response_serializer=pb.GetStatusResponse.SerializeToString
+            ),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(self.name, handlers),))
+
+    async def _generate(self, raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[pb.GenerateResponse]:
+        try:
+            request = _parse(pb.GenerateRequest, raw)
+            async with aclosing(self._port.generate(request, _call_info(context))) as responses:
+                async for response in responses:
+                    yield response
+        except Exception as error:  # noqa: BLE001 - the door: whatever happens, the caller gets a status and not a traceback
+            await _abort(context, error)
+
+    async def _list_models(self, raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> pb.ListModelsResponse:
+        try:
+            return await self._port.list_models(_parse(pb.ListModelsRequest, raw), _call_info(context))
+        except Exception as error:  # noqa: BLE001 - as above
+            await _abort(context, error)
+
+    async def _get_status(self, raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> pb.GetStatusResponse:
+        try:
+            return await self._port.get_status(_parse(pb.GetStatusRequest, raw), _call_info(context))
+        except Exception as error:  # noqa: BLE001 - as above
+            await _abort(context, error)
+
+
+def _parse(kind: type[_M], raw: bytes) -> _M:
+    try:
+        return kind.FromString(raw)
+    except DecodeError as error:
+        raise InvalidInput(f"the request is not a valid {kind.DESCRIPTOR.full_name}; strings must be UTF-8") from error
+
+
+def _call_info(context: grpc.aio.ServicerContext[Any, Any]) -> CallInfo:
+    metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    left_s = context.time_remaining()
+    return CallInfo(metadata=metadata, deadline_left_s=left_s, peer=context.peer())
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
+    if not isinstance(error, AntiphonError):
+        _log.error("a call failed", exc_info=error)
+        error = InternalError(str(error))
+    status = status_of(error)
+    await context.abort(status.code, status.message, status.trailing_metadata)

@@ -1,0 +1,121 @@
+"""A grpc server with health and reflection, made of services (control speed).
+
+Must not know: what the services do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Protocol
+
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
+from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # the stubs miss it
+from grpc_reflection.v1alpha import reflection
+
+from antiphon.core.errors import Unavailable
+from antiphon.rpc.channels import DEFAULT_LIMITS, ChannelLimits, server_options
+
+
+class Service(Protocol):
+    """Something a server can serve."""
+
+    @property
+    def name(self) -> str:
+        """Full name, e.g. antiphon.rpc.v1.Engine: the key of its health and reflection."""
+        ...
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Register the method handlers."""
+        ...
+
+
+class RpcServer:
+    """One listening server; owned by the event loop that constructs it. ``close`` is idempotent.
+
+    Health is SERVING for every service and for the whole server ("") from ``start`` on; ``drain`` turns it.
+    """
+
+    def __init__(
+        self,
+        services: Sequence[Service],
+        *,
+        host: str,
+        port: int = 0,
+        reuse_port: bool = False,
+        limits: ChannelLimits = DEFAULT_LIMITS,
+        max_concurrent_calls: int | None = None,
+    ) -> None:
+        self._server = grpc.aio.server(
+            options=server_options(limits, reuse_port=reuse_port), maximum_concurrent_rpcs=max_concurrent_calls
+        )
+        self._health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        for service in services:
+            service.add_to(self._server)
+        self._names = [service.name for service in services]
+        reflection.enable_server_reflection([*self._names, HEALTH_SERVICE, reflection.SERVICE_NAME], self._server)
+        self._host = host
+        self._port = port
+        self._closed = False
+
+    @property
+    def port(self) -> int:
+        """The bound port, once started."""
+        return self._port
+
+    @property
+    def address(self) -> str:
+        """host:port, once started."""
+        return _join(self._host, self._port)
+
+    async def start(self) -> None:
+        """Bind and serve.
+
+        Raises:
+            Unavailable: the address can't be bound.
+        """
+        try:
+            self._port = self._server.add_insecure_port(_join(self._host, self._port))
+        except RuntimeError as error:
+            raise Unavailable(f"can't listen on {_join(self._host, self._port)}: {error}") from error
+        await self._server.start()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def drain(self) -> None:
+        """Tell whoever asks for the health that no new calls should come."""
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def close(self, grace_s: float = 0.0) -> None:
+        """Refuse new calls, give running ones ``grace_s`` seconds, then cancel them."""
+        if self._closed:
+            return
+        self._closed = True
+        await self._server.stop(grace_s if grace_s > 0 else None)
+
+    async def wait_closed(self, timeout_s: float) -> bool:
+        """Whether the server has terminated within ``timeout_s`` seconds."""
+        try:
+            return not await asyncio.wait_for(self._server.wait_for_termination(), timeout_s)
+        except TimeoutError:
+            return False
+
+    async def __aenter__(self) -> RpcServer:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in ["", *self._names]:
+            await self._health.set(name, status)
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
