@@ -5,6 +5,8 @@ Must not know: any kind of document.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
 
@@ -20,3 +22,11 @@ class Model(BaseModel):
         frozen=True,
         strict=True,
     )
+
+
+class FieldsError(ValueError):
+    """What a check over a whole part found: wrong fields, each with its path from that part as documents write it."""
+
+    def __init__(self, problems: Sequence[tuple[str, str]]) -> None:
+        super().__init__("; ".join(f"{path}: {message}" for path, message in problems))
+        self.problems = tuple(problems)

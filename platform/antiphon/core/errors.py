@@ -54,6 +54,8 @@ class Problem:
 
     path: str
     message: str
+    source: str = ""  # the file, where there is one
+    line: int | None = None  # in the source, from 1
 
 
 class SpecInvalid(InvalidInput):

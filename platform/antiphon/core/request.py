@@ -76,7 +76,7 @@ MAX_LOGPROBS = 20
 class SamplingParams:
     """How the next token is chosen. Ranges are checked by the gateway, which owns the error with the field's name.
 
-    The order of operations is: logit_bias, penalties, temperature, min_p, top_k, top_p, draw. A draw depends
+    The order of operations is: penalties, logit_bias, temperature, top_k, top_p, min_p, draw (as in transformers). A draw depends
     on nothing but (seed, position in the output, logits), so equal seeds give equal tokens in any batch or topology.
     """
 

@@ -15,12 +15,13 @@ Must not know: how pools are started, or any transport.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from antiphon.core.document_part import Model
+from antiphon.core.document_part import FieldsError, Model
 from antiphon.core.ids import Role
 from antiphon.core.policies import (
     MAX_RATIOS,
@@ -76,11 +77,6 @@ def parse_quantity(text: str) -> float:
     return float(match[1]) * factors.get(match[2] or "", 1.0)
 
 
-def _check_quantity(text: str) -> str:
-    parse_quantity(text)
-    return text
-
-
 Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$", max_length=32)]
 
 
@@ -114,9 +110,7 @@ class ModelSpec(Model):
     name: str | None = Field(
         default=None, description="Model name that clients send; None = metadata.name.", min_length=1, max_length=256
     )
-    revision: str | None = Field(
-        default=None, description="Revision of the checkpoint; None = the uri's default.", max_length=128
-    )
+    revision: str | None = Field(default=None, description="Revision of the checkpoint; None = the uri's default.", max_length=128)
     dtype: DType = Field(default="auto", description="Compute and weight format; auto = the checkpoint's.")
     max_model_len: int | None = Field(
         default=None,
@@ -153,9 +147,7 @@ class Resources(Model):
     cpu: Quantity = Field(default="1", description="Processors, as a Kubernetes quantity.")
     memory: Quantity | None = Field(default=None, description="Memory, as a Kubernetes quantity; None = not requested.")
     gpu: int = Field(default=0, ge=0, le=16, description="Accelerators per worker.")
-    gpu_resource: str = Field(
-        default="nvidia.com/gpu", description="Kubernetes resource name of the accelerator.", max_length=128
-    )
+    gpu_resource: str = Field(default="nvidia.com/gpu", description="Kubernetes resource name of the accelerator.", max_length=128)
 
 
 class PoolSpec(Model):
@@ -165,18 +157,14 @@ class PoolSpec(Model):
     role: PoolRole = Field(description="What its workers hold and do.")
     replicas: int = Field(default=1, ge=0, le=10_000, description="Number of workers.")
     parallelism: Parallelism = Field(default_factory=Parallelism, description="How an FFN pool's weights are sharded.")
-    threads: int | None = Field(
-        default=None, ge=1, le=1024, description="Compute threads per worker; None = its cpu resource."
-    )
+    threads: int | None = Field(default=None, ge=1, le=1024, description="Compute threads per worker; None = its cpu resource.")
     cores: tuple[Annotated[int, Field(ge=0, le=4095)], ...] | None = Field(
         default=None,
         description="Processors to pin workers to, dealt out in equal runs over the replicas; None = not pinned.",
         max_length=4096,
     )
     resources: Resources = Field(default_factory=Resources, description="What one worker asks of its machine.")
-    node_selector: dict[str, str] = Field(
-        default_factory=dict, description="Labels of the nodes it may run on (Kubernetes)."
-    )
+    node_selector: dict[str, str] = Field(default_factory=dict, description="Labels of the nodes it may run on (Kubernetes).")
     env: dict[str, str] = Field(default_factory=dict, description="Environment variables of its workers.")
     scaling: ScalingSpec = Field(default_factory=ScalingSpec, description="How its size is decided (Kubernetes).")
     tolerations: tuple[TolerationSpec, ...] = Field(
@@ -225,21 +213,23 @@ class PoolSpec(Model):
 
     @model_validator(mode="after")
     def _shards_fit(self) -> PoolSpec:
-        if self.role != "ffn" and self.parallelism.num_shards != 1:
-            raise ValueError(f"parallelism: only ffn pools are sharded, this pool's role is {self.role}")
-        if self.replicas % self.parallelism.num_shards:
-            raise ValueError(
-                f"replicas: {self.replicas} is not a multiple of the {self.parallelism.num_shards} shards of parallelism; "
-                "each copy of the weights needs one worker per shard"
-            )
-        for bound, size in (("min", self.scaling.min_replicas), ("max", self.scaling.max_replicas)):
-            if size is not None and size % self.parallelism.num_shards:
-                raise ValueError(
-                    f"scaling.{bound}Replicas: {size} is not a multiple of the {self.parallelism.num_shards} shards of "
-                    "parallelism"
-                )
+        found = []
+        num_shards = self.parallelism.num_shards
+        if self.role != "ffn" and num_shards != 1:
+            found.append(("parallelism", f"only ffn pools are sharded, this pool's role is {self.role}"))
+        else:
+            why = f"is not a multiple of the {num_shards} shards of parallelism; each copy of the weights has a worker per shard"
+            for path, size in (
+                ("replicas", self.replicas),
+                ("scaling.minReplicas", self.scaling.min_replicas),
+                ("scaling.maxReplicas", self.scaling.max_replicas),
+            ):
+                if size is not None and size % num_shards:
+                    found.append((path, f"{size} {why}"))
         if self.cores is not None and self.replicas and len(self.cores) % self.replicas:
-            raise ValueError(f"cores: {len(self.cores)} processors can't be dealt equally to {self.replicas} replicas")
+            found.append(("cores", f"{len(self.cores)} processors can't be dealt equally to {self.replicas} replicas"))
+        if found:
+            raise FieldsError(found)
         return self
 
 
@@ -256,14 +246,11 @@ class TransportSpec(Model):
     return_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Format of F2A rows; auto = the compute format."
     )
-    num_ubatches: int | Literal["auto"] = Field(
-        default="auto", description="Micro-batches in flight per attention worker, 1 to 8."
-    )
+    num_ubatches: int | Literal["auto"] = Field(default="auto", description="Micro-batches in flight per attention worker, 1 to 8.")
     peer_timeout_s: float = Field(
         default=10.0,
         gt=0,
         le=600,
-        strict=False,
         description="A peer that is silent this long while it owes an answer is lost.",
     )
 
@@ -280,18 +267,14 @@ class SchedulerSpec(Model):
 
     max_num_seqs: int = Field(default=64, ge=1, le=65_536, description="Requests running at once, per worker.")
     max_num_batched_tokens: int = Field(default=1024, ge=16, le=1_048_576, description="Token budget of one step.")
-    max_queued_requests: int = Field(
-        default=256, ge=0, le=1_000_000, description="Waiting requests, per worker, before 429."
-    )
+    max_queued_requests: int = Field(default=256, ge=0, le=1_000_000, description="Waiting requests, per worker, before 429.")
     remote_prefill_min_tokens: int = Field(
         default=64,
         ge=1,
         le=10_000_000,
         description="Prompts with fewer uncached tokens are prefilled where they decode.",
     )
-    kv_lease_s: float = Field(
-        default=30.0, gt=0, le=3600, strict=False, description="A KV hand-off without progress for this long fails."
-    )
+    kv_lease_s: float = Field(default=30.0, gt=0, le=3600, description="A KV hand-off without progress for this long fails.")
 
 
 class CacheSpec(Model):
@@ -316,27 +299,21 @@ class EndpointSpec(Model):
         max_length=128,
     )
     max_request_bytes: int = Field(default=4_194_304, ge=1024, le=1 << 30, description="Largest request body.")
-    default_deadline_s: float = Field(
-        default=600.0, gt=0, le=86_400, strict=False, description="Deadline of requests that bring none."
-    )
+    default_deadline_s: float = Field(default=600.0, gt=0, le=86_400, description="Deadline of requests that bring none.")
 
 
 class DirectorySpec(Model):
     """Where workers register."""
 
     redis_url: str | None = Field(default=None, description="redis:// URL; None = an embedded store.", max_length=1024)
-    lease_s: float = Field(
-        default=5.0, gt=0.5, le=300, strict=False, description="A worker that does not renew this long is gone."
-    )
+    lease_s: float = Field(default=5.0, gt=0.5, le=300, description="A worker that does not renew this long is gone.")
 
 
 class LLMDeploymentSpec(Model):
     """What to serve and on which pools."""
 
     model: ModelSpec = Field(description="Which weights are served, under which name.")
-    topology: Topology = Field(
-        default=Topology.MONOLITH, strict=False, description="How the model is split over pools."
-    )
+    topology: Topology = Field(default=Topology.MONOLITH, strict=False, description="How the model is split over pools.")
     pools: tuple[PoolSpec, ...] = Field(
         description="The pools; which roles are needed follows from the topology.", min_length=1, max_length=64
     )
@@ -357,13 +334,9 @@ class LLMDeploymentSpec(Model):
         le=1_000_000,
         description="Most accelerators in use at any moment, rollouts included; None = unbounded.",
     )
-    rollout: RolloutSpec = Field(
-        default_factory=RolloutSpec, description="How a new revision is brought in (Kubernetes)."
-    )
+    rollout: RolloutSpec = Field(default_factory=RolloutSpec, description="How a new revision is brought in (Kubernetes).")
     suspend: bool = Field(default=False, description="Stop all pools and keep the document (Kubernetes).")
-    kubernetes: KubernetesSpec = Field(
-        default_factory=KubernetesSpec, description="What the pods need that a laptop does not."
-    )
+    kubernetes: KubernetesSpec = Field(default_factory=KubernetesSpec, description="What the pods need that a laptop does not.")
 
     @field_validator("pools", "ratios", mode="before")
     @classmethod
@@ -371,42 +344,52 @@ class LLMDeploymentSpec(Model):
         return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
-    def _pools_match_topology(self) -> LLMDeploymentSpec:
-        names = [pool.name for pool in self.pools]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"pools: the name {name!r} is used more than once")
-        needed = {role.value for role in ROLES_OF[self.topology]}
-        present: set[str] = {pool.role for pool in self.pools}
-        for role in sorted(needed - present):
-            raise ValueError(f"pools: topology {self.topology.value} needs a pool with role {role}")
-        for role in sorted(present - needed):
-            expected = ", ".join(sorted(needed))
-            raise ValueError(f"pools: topology {self.topology.value} has no role {role}; expected {expected}")
-        ffn_pools = [pool for pool in self.pools if pool.role == "ffn"]
-        if len({pool.parallelism for pool in ffn_pools}) > 1:
-            raise ValueError("pools: all ffn pools must have the same parallelism")
-        if self.model.num_experts is not None:
-            for pool in ffn_pools:
-                if self.model.num_experts % pool.parallelism.expert:
-                    raise ValueError(
-                        f"pools: {self.model.num_experts} experts don't divide over the {pool.parallelism.expert} groups of "
-                        f"pool {pool.name}"
-                    )
-        for ratio in self.ratios:
-            for name in (ratio.numerator, ratio.denominator):
-                if name not in names:
-                    raise ValueError(f"ratios: there is no pool {name!r}; pools are {', '.join(names)}")
-        if self.gpu_budget is not None:
-            floor = sum(pool.floor * pool.resources.gpu for pool in self.pools)
-            for pool in self.pools:
-                largest = floor + (pool.ceiling - pool.floor) * pool.resources.gpu
-                if largest > self.gpu_budget:
-                    raise ValueError(
-                        f"gpuBudget: {self.gpu_budget} accelerators don't cover {largest}, the largest size of pool "
-                        f"{pool.name} beside the smallest sizes of the others"
-                    )
+    def _pools_fit_together(self) -> LLMDeploymentSpec:
+        found = [*self._wrong_roles(), *self._wrong_shards(), *self._wrong_ratios(), *self._beyond_budget()]
+        if found:
+            raise FieldsError(found)
         return self
+
+    def _wrong_roles(self) -> Iterator[tuple[str, str]]:
+        needed = [role.value for role in ROLES_OF[self.topology]]
+        names: set[str] = set()
+        for i, pool in enumerate(self.pools):
+            if pool.name in names:
+                yield f"pools[{i}].name", f"the name {pool.name!r} is used more than once"
+            names.add(pool.name)
+            if pool.role not in needed:
+                yield f"pools[{i}].role", f"topology {self.topology.value} has no role {pool.role}; expected {', '.join(needed)}"
+        for role in needed:
+            if role not in {pool.role for pool in self.pools}:
+                yield "pools", f"topology {self.topology.value} needs a pool with role {role}"
+
+    def _wrong_shards(self) -> Iterator[tuple[str, str]]:
+        ffn_pools = [(i, pool) for i, pool in enumerate(self.pools) if pool.role == "ffn"]
+        for i, pool in ffn_pools:
+            if pool.parallelism != ffn_pools[0][1].parallelism:
+                yield f"pools[{i}].parallelism", "all ffn pools must have the same parallelism"
+            if self.model.num_experts is not None and self.model.num_experts % pool.parallelism.expert:
+                yield (
+                    f"pools[{i}].parallelism.expert",
+                    f"{self.model.num_experts} experts don't divide over {pool.parallelism.expert} groups",
+                )
+
+    def _wrong_ratios(self) -> Iterator[tuple[str, str]]:
+        names = [pool.name for pool in self.pools]
+        for i, ratio in enumerate(self.ratios):
+            for field, name in (("numerator", ratio.numerator), ("denominator", ratio.denominator)):
+                if name not in names:
+                    yield f"ratios[{i}].{field}", f"there is no pool {name!r}; pools are {', '.join(names)}"
+
+    def _beyond_budget(self) -> Iterator[tuple[str, str]]:
+        if self.gpu_budget is None:
+            return
+        floor = sum(pool.floor * pool.resources.gpu for pool in self.pools)
+        for pool in self.pools:
+            largest = floor + (pool.ceiling - pool.floor) * pool.resources.gpu
+            if largest > self.gpu_budget:
+                wanted = f"{largest}, the largest size of pool {pool.name} beside the smallest sizes of the others"
+                yield "gpuBudget", f"{self.gpu_budget} accelerators don't cover {wanted}"
 
 
 class LLMDeployment(Model):

@@ -23,7 +23,9 @@ from antiphon.core.errors import InternalError
 BlockHash = NewType("BlockHash", bytes)
 
 
-def hash_blocks(token_ids: Sequence[int], block_size_tokens: int, *, salt: str = "", parent: BlockHash | None = None) -> list[BlockHash]:
+def hash_blocks(
+    token_ids: Sequence[int], block_size_tokens: int, *, salt: str = "", parent: BlockHash | None = None
+) -> list[BlockHash]:
     """Digests of the full blocks of ``token_ids``, each chained to its predecessor (``parent`` precedes the first)."""
     digest = parent if parent is not None else BlockHash(hashlib.blake2b(salt.encode(), digest_size=16).digest())
     hashes = []

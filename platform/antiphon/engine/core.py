@@ -95,9 +95,7 @@ class EngineCore:
                 self.scheduler.add(item)
             except AntiphonError as error:
                 refused.append(
-                    RequestOutput(
-                        request_id=item.request_id, finish_reason=FinishReason.ERROR, error=f"{error.code}: {error}"
-                    )
+                    RequestOutput(request_id=item.request_id, finish_reason=FinishReason.ERROR, error=f"{error.code}: {error}")
                 )
         if refused:
             self._outbox(refused)

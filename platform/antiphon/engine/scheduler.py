@@ -236,9 +236,7 @@ class Scheduler:
 
     # ---- scheduling, inside --------------------------------------------------------------------------------------
 
-    def _schedule_running(
-        self, budget: int, num_scheduled: dict[RequestId, int], cached: list[CachedRequestData]
-    ) -> int:
+    def _schedule_running(self, budget: int, num_scheduled: dict[RequestId, int], cached: list[CachedRequestData]) -> int:
         index = 0
         while index < len(self._running) and budget > 0:
             state = self._running[index]

@@ -1,0 +1,106 @@
+"""Paged attention over the rows of one step, in plain torch: the reference, and the path on machines without our kernel (hot).
+
+Rows are ordered decodes first (one row a request), then prefill chunks. Query heads that share a KV head are grouped as extra
+queries: torch's own grouped attention is several times slower on CPUs in bf16.
+Legend: T rows, N query heads, K KV heads, G = N/K, H head dim, B decoding requests, C context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A prefill chunk: rows [first_row, first_row + num_rows) of the step see ``context_slots`` (int64 [C]), causally."""
+
+    first_row: int
+    num_rows: int
+    context_slots: torch.Tensor
+
+    @property
+    def num_past(self) -> int:
+        """Context tokens before the chunk's first row."""
+        return self.context_slots.numel() - self.num_rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionBatch:
+    """Where the rows of one step (or one ubatch of it) stand in the cache."""
+
+    positions_T: torch.Tensor  # int64
+    slots_T: torch.Tensor  # int64: where each row's own K and V go
+    decode_slots_BC: torch.Tensor | None  # int64, padded with slot 0; None = no decodes
+    decode_lens_B: torch.Tensor | None  # int64: context lengths, the row itself included
+    chunks: Sequence[Chunk]
+
+    @property
+    def num_decodes(self) -> int:
+        """Leading rows that are decodes."""
+        return 0 if self.decode_lens_B is None else self.decode_lens_B.numel()
+
+
+def paged_attention(
+    q_TNH: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Attention of every row over its own context, whose K and V are in the cache already. [T, N, H]."""
+    parts = []
+    if batch.decode_slots_BC is not None and batch.decode_lens_B is not None:
+        q_BNH = q_TNH[: batch.num_decodes]
+        parts.append(_decode(q_BNH, k_cache, v_cache, batch.decode_slots_BC, batch.decode_lens_B, scale, sliding_window))
+    for chunk in batch.chunks:
+        q_CNH = q_TNH[chunk.first_row : chunk.first_row + chunk.num_rows]
+        parts.append(_prefill(q_CNH, k_cache, v_cache, chunk, scale, sliding_window))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _decode(
+    q_BNH: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots_BC: torch.Tensor,
+    lens_B: torch.Tensor,
+    scale: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    num_requests, num_heads, _ = q_BNH.shape
+    num_kv_heads = k_cache.shape[1]
+    k_BKHC = k_cache[slots_BC].permute(0, 2, 3, 1)
+    v_BKCH = v_cache[slots_BC].transpose(1, 2)
+    q_BKGH = q_BNH.reshape(num_requests, num_kv_heads, num_heads // num_kv_heads, -1)
+    scores = torch.matmul(q_BKGH, k_BKHC).float().mul_(scale)
+    columns_C = torch.arange(slots_BC.shape[1], device=q_BNH.device)
+    hidden_BC = columns_C >= lens_B[:, None]
+    if sliding_window is not None:
+        hidden_BC |= columns_C < lens_B[:, None] - sliding_window
+    scores.masked_fill_(hidden_BC[:, None, None, :], float("-inf"))
+    out = torch.matmul(torch.softmax(scores, dim=-1).to(q_BNH.dtype), v_BKCH)
+    return out.reshape(num_requests, num_heads, -1)
+
+
+def _prefill(
+    q_TNH: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, chunk: Chunk, scale: float, sliding_window: int | None
+) -> torch.Tensor:
+    num_groups = q_TNH.shape[1] // k_cache.shape[1]
+    k_NCH = k_cache[chunk.context_slots].transpose(0, 1).repeat_interleave(num_groups, dim=0)
+    v_NCH = v_cache[chunk.context_slots].transpose(0, 1).repeat_interleave(num_groups, dim=0)
+    num_context = chunk.context_slots.numel()
+    if chunk.num_past == 0 and sliding_window is None:
+        out = F.scaled_dot_product_attention(q_TNH.transpose(0, 1)[None], k_NCH[None], v_NCH[None], is_causal=True, scale=scale)
+    else:
+        rows_T = torch.arange(chunk.num_past, num_context, device=q_TNH.device)[:, None]
+        columns_C = torch.arange(num_context, device=q_TNH.device)
+        seen_TC = columns_C <= rows_T
+        if sliding_window is not None:
+            seen_TC &= columns_C > rows_T - sliding_window
+        out = F.scaled_dot_product_attention(q_TNH.transpose(0, 1)[None], k_NCH[None], v_NCH[None], attn_mask=seen_TC, scale=scale)
+    return out[0].transpose(0, 1)

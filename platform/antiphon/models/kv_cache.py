@@ -1,0 +1,59 @@
+"""The paged KV cache of one worker: preallocated tensors and the reads and writes on them (hot).
+
+Legend: P blocks, S slots per block, T tokens, K KV heads, H head dim. Block and slot arithmetic is core.kv's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from antiphon.core.kv import KVLayout
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+class KVCache:
+    """One tensor [P*S, K, H] per layer and plane. Owned by one worker loop."""
+
+    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        num_slots = num_blocks * layout.block_size_tokens
+        dtype = TORCH_DTYPES[layout.dtype]
+        # Zeroed once, so that masked slots never hold NaN (0 x NaN would reach the result).
+        self.planes: list[tuple[torch.Tensor, ...]] = [
+            tuple(torch.zeros(num_slots, plane.num_heads, plane.head_dim, dtype=dtype, device=device) for plane in layout.planes)
+            for _ in range(layout.num_layers)
+        ]
+
+    def write(self, layer: int, slots_T: torch.Tensor, values: Sequence[torch.Tensor]) -> None:
+        """Store one [T, K, H] tensor per plane at slots_T (int64)."""
+        for plane, value in zip(self.planes[layer], values, strict=True):
+            plane.index_copy_(0, slots_T, value)
+
+    def slots(self, block_ids: Sequence[int], first_token: int, num_tokens: int) -> torch.Tensor:
+        """Slots, int64 [num_tokens], of a request's tokens [first_token, first_token + num_tokens)."""
+        size = self.layout.block_size_tokens
+        tokens = torch.arange(first_token, first_token + num_tokens)
+        return torch.tensor(block_ids, dtype=torch.int64)[tokens // size] * size + tokens % size
+
+    def export(self, layer: int, slots_T: torch.Tensor, out: torch.Tensor) -> int:
+        """Copy the planes of ``slots_T`` one after another into ``out`` (uint8); returns the bytes written."""
+        at = 0
+        for plane in self.planes[layer]:
+            num_bytes = slots_T.numel() * plane[0].numel() * plane.element_size()
+            target = out[at : at + num_bytes].view(plane.dtype).view(slots_T.numel(), *plane.shape[1:])
+            torch.index_select(plane, 0, slots_T, out=target)
+            at += num_bytes
+        return at
+
+    def load(self, layer: int, slots_T: torch.Tensor, data: torch.Tensor) -> None:
+        """The inverse of ``export``: store what ``data`` (uint8) holds at slots_T."""
+        at = 0
+        for plane in self.planes[layer]:
+            num_bytes = slots_T.numel() * plane[0].numel() * plane.element_size()
+            source = data[at : at + num_bytes].view(plane.dtype).view(slots_T.numel(), *plane.shape[1:])
+            plane.index_copy_(0, slots_T, source)
+            at += num_bytes

@@ -1,0 +1,56 @@
+"""Norms, rotary embedding and activations (hot).
+
+Legend: T tokens, D hidden, N heads, H head dim, R rotary dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from antiphon.models.config import Activation, RopeConfig
+
+
+class RMSNorm:
+    """Root mean square norm (arXiv 1910.07467) over the last dimension; statistics in fp32."""
+
+    def __init__(self, weight_D: torch.Tensor, eps: float) -> None:
+        self._weight = weight_D
+        self._shape = (weight_D.shape[0],)
+        self._eps = eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Same shape and dtype as x."""
+        return F.rms_norm(x, self._shape, self._weight, self._eps)
+
+
+class Rope:
+    """Rotary position embedding (arXiv 2104.09864), halves rotated against each other as Hugging Face checkpoints expect."""
+
+    def __init__(self, config: RopeConfig, max_position: int, dtype: torch.dtype, device: torch.device) -> None:
+        inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32, device=device)
+        angles = torch.outer(torch.arange(max_position, dtype=torch.float32, device=device), inv_freq)
+        self._cos = (angles.cos() * config.attention_factor).to(dtype)  # [max_position, R/2]
+        self._sin = (angles.sin() * config.attention_factor).to(dtype)
+        self._half = len(config.inv_freq)
+
+    def tables(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cos and sin, each [T, 1, R/2], for one step; every layer of the step reuses them."""
+        return self._cos[positions_T].unsqueeze(1), self._sin[positions_T].unsqueeze(1)
+
+    def rotate(self, x_TNH: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Rotate the leading R dimensions of each head."""
+        cos, sin = tables
+        first, second = x_TNH[..., : self._half], x_TNH[..., self._half : 2 * self._half]
+        rotated = [first * cos - second * sin, second * cos + first * sin]
+        if x_TNH.shape[-1] > 2 * self._half:
+            rotated.append(x_TNH[..., 2 * self._half :])
+        return torch.cat(rotated, dim=-1)
+
+
+def gated(gate_up_TI: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """act(gate) * up, from both side by side: [T, 2I] -> [T, I]."""
+    gate, up = gate_up_TI.chunk(2, dim=-1)
+    if activation == "silu":
+        return F.silu(gate).mul_(up)
+    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none").mul_(up)

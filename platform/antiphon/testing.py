@@ -1,0 +1,237 @@
+"""For tests, ours and our users': a whole deployment in one process, tiny models, a clock that is advanced by hand.
+
+``LocalCluster`` wires real engines and FFN workers over loopback links and steps them in turn, so that a test of any topology is
+deterministic and needs no process. Must not know: pytest.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from antiphon.apps.wiring import (
+    AttentionPart,
+    ModelFacts,
+    afd_layout,
+    build_attention,
+    build_ffn,
+    ffn_parallelism,
+    kv_link_layout,
+    num_ubatches,
+    resolve_model,
+)
+from antiphon.connectors.kv import DecodeSide, PrefillSide
+from antiphon.core.errors import DeadlineExceeded
+from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
+from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput, SamplingParams, TokenLogprob
+from antiphon.core.spec import LLMDeploymentSpec
+from antiphon.transport.base import Hello
+from antiphon.transport.loopback import loopback_pair
+from antiphon.worker.ffn_worker import FFNWorker
+
+
+class FakeClock:
+    """Seconds that pass only when told."""
+
+    def __init__(self, now_s: float = 0.0) -> None:
+        self.now_s = now_s
+
+    def __call__(self) -> float:
+        """The time now."""
+        return self.now_s
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now_s += seconds
+
+
+@dataclass(slots=True, kw_only=True)
+class Generated:
+    """What one request has got so far."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    last: RequestOutput | None = None
+
+
+def wiring(
+    uri: str | Path,
+    topology: str,
+    *,
+    attention: int = 1,
+    ffn: int = 1,
+    prefill: int = 1,
+    ffn_replicas: int = 1,
+    dtype: str = "float32",
+    **sections: Mapping[str, Any],
+) -> LLMDeploymentSpec:
+    """A spec of xAyF (and more): ``ffn`` shards by slices, ``ffn_replicas`` workers each. ``sections`` are camelCase overrides."""
+    pools: list[dict[str, Any]] = []
+    if topology == "monolith":
+        pools.append({"name": "monolith", "role": "monolith", "replicas": attention})
+    if topology == "pd":
+        pools.append({"name": "decode", "role": "decode", "replicas": attention})
+    if topology in ("pd", "pd-afd"):
+        pools.append({"name": "prefill", "role": "prefill", "replicas": prefill})
+    if topology in ("afd", "pd-afd"):
+        pools.append({"name": "attention", "role": "attention", "replicas": attention})
+        pools.append({"name": "ffn", "role": "ffn", "replicas": ffn * ffn_replicas, "parallelism": {"tensor": ffn}})
+    raw: dict[str, Any] = {"model": {"uri": str(uri), "dtype": dtype}, "topology": topology, "pools": pools}
+    for name, values in sections.items():
+        raw[name] = {**raw.get(name, {}), **values}
+    return LLMDeploymentSpec.model_validate(raw)
+
+
+class LocalCluster:
+    """Every worker of a deployment in this process. Not thread-safe."""
+
+    def __init__(self, spec: LLMDeploymentSpec, checkpoint_dir: str | Path, clock: Callable[[], float] | None = None) -> None:
+        self.spec = spec
+        self.clock = clock if clock is not None else FakeClock()
+        self.facts: ModelFacts = resolve_model(spec, str(checkpoint_dir), "test")
+        self.outputs: dict[RequestId, Generated] = {}
+        self.ffns: list[FFNWorker] = []
+        self.generating: list[AttentionPart] = []
+        self.prefilling: list[AttentionPart] = []
+        self._links = itertools.count()
+        for pool in spec.pools:
+            for index in range(pool.replicas):
+                self._add(pool.worker_role, WorkerId(f"test/{pool.name}/{index}"), index)
+        self._connect()
+
+    def _add(self, role: Role, worker_id: WorkerId, index: int) -> None:
+        if role is Role.FFN:
+            tensor, expert = ffn_parallelism(self.spec)
+            shard = FFNShard.of(index % (tensor * expert), num_tensor=tensor, num_expert=expert)
+            self.ffns.append(build_ffn(self.facts, shard, Epoch(1)))
+            return
+        part = build_attention(self.facts, self.spec, role, worker_id, Epoch(1), self._take, self.clock, index=index, hold_s=0.2)
+        (self.prefilling if role is Role.PREFILL else self.generating).append(part)
+
+    def _connect(self) -> None:
+        for a, part in enumerate(self.generating):
+            if part.ffn is None:
+                for f in range(len(self.ffns)):
+                    self.connect_ffn(a, f)
+            for p, prefill in enumerate(self.prefilling):
+                near, far = loopback_pair(
+                    Hello(
+                        worker_id=WorkerId(f"test/generating/{a}"),
+                        epoch=Epoch(1),
+                        layout=kv_link_layout(self.facts, decode_end=True),
+                    ),
+                    Hello(
+                        worker_id=WorkerId(f"test/prefill/{p}"), epoch=Epoch(1), layout=kv_link_layout(self.facts, decode_end=False)
+                    ),
+                )
+                assert isinstance(part.worker.kv, DecodeSide)
+                assert isinstance(prefill.worker.kv, PrefillSide)
+                part.worker.kv.add_link(near)
+                prefill.worker.kv.add_link(far)
+
+    def connect_ffn(self, attention: int, ffn: int) -> None:
+        """Link an attention worker to an FFN worker."""
+        worker, part = self.ffns[ffn], self.generating[attention]
+        ubatches = num_ubatches(self.spec, Role.ATTENTION)
+        number = next(self._links)
+        near, far = loopback_pair(
+            Hello(
+                worker_id=WorkerId(f"test/attention/{attention}"),
+                epoch=Epoch(1),
+                layout=afd_layout(self.facts, self.spec, worker.halves.shard, attention_end=True, ubatches=ubatches),
+            ),
+            Hello(
+                worker_id=WorkerId(f"test/ffn/{ffn}/{number}"),
+                epoch=Epoch(1),
+                layout=afd_layout(self.facts, self.spec, worker.halves.shard, attention_end=False, ubatches=ubatches),
+            ),
+        )
+
+        def pump() -> None:
+            worker.pump()
+
+        near.on_poll = pump
+        part.worker.afd.add_link(worker.halves.shard.index, near)
+        worker.side.add_link(far)
+
+    # ---- use ---------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        *,
+        request_id: str | None = None,
+        on: int = 0,
+        prefill: int | None = None,
+        deadline_s: float | None = None,
+        eos: Sequence[int] = (),
+        **sampling: Any,
+    ) -> RequestId:
+        """Submit to generating worker ``on``; ``prefill`` names a prefill worker by index. Greedy unless told otherwise."""
+        params = {"max_tokens": 16, "temperature": 0.0, **sampling}
+        name = RequestId(request_id if request_id is not None else f"request-{len(self.outputs)}")
+        self.outputs[name] = Generated()
+        self.generating[on].engine.submit(
+            Request(
+                request_id=name,
+                prompt_token_ids=tuple(prompt),
+                sampling=SamplingParams(**params),
+                eos_token_ids=frozenset(eos),
+                arrival_s=self.clock(),
+                deadline_s=deadline_s,
+                prefill_worker=None if prefill is None else f"test/prefill/{prefill}",
+            )
+        )
+        return name
+
+    def step(self) -> bool:
+        """One step of every engine; False when all were idle."""
+        busy = [part.engine.step() for part in (*self.prefilling, *self.generating)]
+        return any(busy) or any(part.engine.scheduler.has_requests for part in (*self.prefilling, *self.generating))
+
+    def run(self, max_steps: int = 100_000) -> None:
+        """Step until every request has ended.
+
+        Raises:
+            DeadlineExceeded: not within max_steps.
+        """
+        for _ in range(max_steps):
+            if not self.step() and all(g.finish_reason is not None for g in self.outputs.values()):
+                return
+        raise DeadlineExceeded(f"requests did not end within {max_steps} steps")
+
+    def generate(self, prompt: Sequence[int], **options: Any) -> list[int]:
+        """Run one request to its end; its tokens."""
+        name = self.submit(prompt, **options)
+        self.run()
+        return self.outputs[name].token_ids
+
+    def close(self) -> None:
+        """Close all links; idempotent."""
+        for part in (*self.generating, *self.prefilling):
+            part.close()
+        for worker in self.ffns:
+            worker.side.close()
+
+    def __enter__(self) -> LocalCluster:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _take(self, outputs: Sequence[RequestOutput]) -> None:
+        for output in outputs:
+            got = self.outputs.get(output.request_id)
+            if got is None:
+                continue  # a hand-off on a prefill worker
+            got.token_ids += output.new_token_ids
+            got.logprobs += output.logprobs
+            got.last = output
+            if output.finish_reason is not None:
+                got.finish_reason = output.finish_reason
+                got.error = output.error

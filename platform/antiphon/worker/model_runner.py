@@ -1,0 +1,258 @@
+"""The attention worker: computes steps with its attention halves, the FFN side's answers, and the sampler (hot).
+
+Per step: lay out rows (decodes first), run the plan of ubatch operations, sample where a request's tokens are all computed.
+On a prefill worker every layer's K and V of requests that are to be handed over is offered to the KV connector as it is made.
+Legend: T rows, D hidden, R sampled rows. Must not know: queues, budgets, text.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from antiphon.connectors.afd import AttentionSide
+from antiphon.connectors.kv import DecodeSide, PrefillSide
+from antiphon.core.errors import PeerLost
+from antiphon.core.kv import KVTarget
+from antiphon.core.request import RequestId, TokenLogprob
+from antiphon.core.step import KVEvents, ModelRunnerOutput, NewRequestData, SchedulerOutput
+from antiphon.models.attention import AttentionBatch, Chunk
+from antiphon.models.decoder import AttentionHalves, StepState
+from antiphon.models.kv_cache import KVCache
+from antiphon.worker.sampler import SamplingState, logprobs_of, sample
+from antiphon.worker.ubatch import Half, Segment, plan_ops, split_segments
+
+_NO_KV = KVEvents()
+
+
+class _Row:
+    """One request as the runner knows it."""
+
+    __slots__ = ("block_ids", "kv_target", "num_computed_tokens", "num_prompt_tokens", "request_id", "sampling", "token_ids")
+
+    def __init__(self, new: NewRequestData, vocab_size: int) -> None:
+        self.request_id = new.request_id
+        self.token_ids = list(new.token_ids)
+        self.num_prompt_tokens = new.num_prompt_tokens
+        self.block_ids = list(new.block_ids)
+        self.num_computed_tokens = new.num_computed_tokens
+        self.kv_target: KVTarget | None = new.kv_target
+        self.sampling = SamplingState(
+            new.sampling,
+            new.eos_token_ids,
+            self.token_ids[: self.num_prompt_tokens],
+            self.token_ids[self.num_prompt_tokens :],
+            vocab_size,
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class RunnerStats:
+    """Since start, in seconds of this worker's own clock."""
+
+    num_steps: int = 0
+    num_rows: int = 0
+    step_s: float = 0.0
+    attention_s: float = 0.0
+    sample_s: float = 0.0
+
+
+class AttentionWorker:
+    """Owns the attention halves and the KV cache of one engine; an ``engine.core.Executor``."""
+
+    def __init__(
+        self,
+        halves: AttentionHalves,
+        cache: KVCache,
+        afd: AttentionSide,
+        *,
+        num_ubatches: int = 1,
+        min_ubatch_rows: int = 1,
+        kv: DecodeSide | PrefillSide | None = None,
+    ) -> None:
+        self.halves = halves
+        self.cache = cache
+        self.afd = afd
+        self.kv = kv
+        self.stats = RunnerStats()
+        self._num_ubatches = num_ubatches
+        self._min_ubatch_rows = min_ubatch_rows
+        self._plans = {m: plan_ops(halves.config.num_layers, m) for m in range(1, num_ubatches + 1)}
+        self._rows: dict[RequestId, _Row] = {}
+
+    # ---- engine.core.Executor ----------------------------------------------------------------------------------
+
+    def poll_kv(self) -> KVEvents:
+        """What the KV hand-off saw since last asked."""
+        return _NO_KV if self.kv is None else self.kv.poll()
+
+    def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        """Compute one step. A lost FFN that nobody replaces ends the step's requests with errors, not the worker."""
+        start_s = time.perf_counter()
+        self._take_changes(step)
+        if not step.num_scheduled_tokens:
+            return ModelRunnerOutput()
+        batch = [(self._rows[request_id], n) for request_id, n in step.num_scheduled_tokens.items()]
+        batch.sort(key=lambda item: item[1] != 1)  # decodes first; the sort is stable
+        try:
+            with torch.inference_mode():
+                output = self._run(step.step_id, batch)
+        except PeerLost as error:
+            self.afd.abandon()
+            return ModelRunnerOutput(errors={row.request_id: f"{error.code}: {error}" for row, _ in batch})
+        self.stats.num_steps += 1
+        self.stats.num_rows += step.num_tokens
+        self.stats.step_s += time.perf_counter() - start_s
+        return output
+
+    # ---- inside ------------------------------------------------------------------------------------------------
+
+    def _take_changes(self, step: SchedulerOutput) -> None:
+        for request_id in step.finished_request_ids:
+            self._rows.pop(request_id, None)
+            if isinstance(self.kv, PrefillSide):
+                self.kv.forget(request_id)
+        if isinstance(self.kv, DecodeSide):
+            for request_id in step.kv_load_aborts:
+                self.kv.abort(request_id)
+            for load in step.kv_loads:
+                self.kv.start(load)
+        for new in step.new_requests:
+            row = self._rows[new.request_id] = _Row(new, self.halves.config.vocab_size)
+            if row.kv_target is not None:
+                self._offer_cached(row, row.kv_target)
+        for cached in step.cached_requests:
+            row = self._rows[cached.request_id]
+            row.block_ids += cached.new_block_ids
+            row.num_computed_tokens = cached.num_computed_tokens
+
+    def _offer_cached(self, row: _Row, target: KVTarget) -> None:
+        num_cached = row.num_computed_tokens - target.first_token
+        if num_cached > 0 and isinstance(self.kv, PrefillSide):
+            slots = self.cache.slots(row.block_ids, target.first_token, num_cached)
+            for layer in range(self.halves.config.num_layers):
+                self.kv.offer(row.request_id, layer, target.first_token, slots)
+
+    def _run(self, step_id: int, batch: list[tuple[_Row, int]]) -> ModelRunnerOutput:
+        segments = [
+            Segment(request=i, first_token=row.num_computed_tokens, num_tokens=n) for i, (row, n) in enumerate(batch) if n > 0
+        ]
+        finals: list[torch.Tensor] = []
+        sampled: list[_Row] = []
+        if segments:
+            runs = split_segments(segments, self._num_ubatches, self._min_ubatch_rows)
+            states = [self._lay_out(batch, run) for run in runs]
+            self._forward(step_id, batch, runs, states)
+            for run, state in zip(runs, states, strict=True):
+                at = 0
+                for segment in run:
+                    at += segment.num_tokens
+                    row = batch[segment.request][0]
+                    is_last = segment.first_token + segment.num_tokens == len(row.token_ids)
+                    if is_last and row.kv_target is None:
+                        finals.append(state.x_TD[at - 1 : at])
+                        sampled.append(row)
+        for row, n in batch:
+            row.num_computed_tokens += n
+            if row.kv_target is not None and isinstance(self.kv, PrefillSide):
+                if row.num_computed_tokens >= row.kv_target.first_token + row.kv_target.num_tokens:
+                    self.kv.finish(row.request_id)
+                self.kv.pump()
+        return self._sample(finals, sampled)
+
+    def _lay_out(self, batch: list[tuple[_Row, int]], run: list[Segment]) -> StepState:
+        size = self.cache.layout.block_size_tokens
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        decodes: list[Segment] = []
+        chunks: list[Chunk] = []
+        for segment in run:
+            row = batch[segment.request][0]
+            end = segment.first_token + segment.num_tokens
+            if segment.num_tokens == 1 and not chunks:
+                decodes.append(segment)
+            else:
+                chunks.append(
+                    Chunk(
+                        first_row=len(token_ids),
+                        num_rows=segment.num_tokens,
+                        context_slots=self.cache.slots(row.block_ids, 0, end),
+                    )
+                )
+            token_ids += row.token_ids[segment.first_token : end]
+            positions += range(segment.first_token, end)
+            slots += [row.block_ids[t // size] * size + t % size for t in range(segment.first_token, end)]
+        decode_slots = decode_lens = None
+        if decodes:
+            decode_lens = torch.tensor([segment.first_token + 1 for segment in decodes])
+            num_blocks = -(-int(decode_lens.max()) // size)
+            padded = [batch[s.request][0].block_ids[:num_blocks] for s in decodes]
+            blocks = torch.tensor([ids + [0] * (num_blocks - len(ids)) for ids in padded])
+            decode_slots = (blocks[:, :, None] * size + torch.arange(size)).flatten(1)[:, : int(decode_lens.max())]
+        return self.halves.begin(
+            torch.tensor(token_ids),
+            AttentionBatch(
+                positions_T=torch.tensor(positions),
+                slots_T=torch.tensor(slots),
+                decode_slots_BC=decode_slots,
+                decode_lens_B=decode_lens,
+                chunks=chunks,
+            ),
+        )
+
+    def _forward(self, step_id: int, batch: list[tuple[_Row, int]], runs: list[list[Segment]], states: list[StepState]) -> None:
+        hands_over = isinstance(self.kv, PrefillSide) and any(row.kv_target is not None for row, _ in batch)
+        for op in self._plans[len(runs)]:
+            state = states[op.ubatch]
+            if op.half is Half.ATTEND:
+                attend_s = time.perf_counter()
+                rows_TD = self.halves.attend(op.layer, state, self.cache)
+                self.stats.attention_s += time.perf_counter() - attend_s
+                self.afd.send(step_id, op.layer, op.ubatch, rows_TD)
+                if hands_over:
+                    self._offer(op.layer, batch, runs[op.ubatch], state)
+            else:
+                self.halves.combine(op.layer, state, self.afd.receive(op.ubatch))
+
+    def _offer(self, layer: int, batch: list[tuple[_Row, int]], run: list[Segment], state: StepState) -> None:
+        assert isinstance(self.kv, PrefillSide)
+        at = 0
+        for segment in run:
+            row = batch[segment.request][0]
+            if row.kv_target is not None:
+                skip = max(0, row.kv_target.first_token - segment.first_token)
+                slots = state.batch.slots_T[at + skip : at + segment.num_tokens]
+                self.kv.offer(row.request_id, layer, segment.first_token + skip, slots)
+            at += segment.num_tokens
+        self.kv.pump()
+
+    def _sample(self, finals: list[torch.Tensor], rows: list[_Row]) -> ModelRunnerOutput:
+        if not rows:
+            return ModelRunnerOutput()
+        start_s = time.perf_counter()
+        logits_RV = self.halves.logits(torch.cat(finals))
+        tokens = sample(logits_RV, [row.sampling for row in rows], [len(r.token_ids) - r.num_prompt_tokens for r in rows])
+        chosen: dict[RequestId, int] = {}
+        logprobs: dict[RequestId, TokenLogprob] = {}
+        errors: dict[RequestId, str] = {}
+        for index, (row, token_id) in enumerate(zip(rows, tokens, strict=True)):
+            if token_id is None:
+                errors[row.request_id] = "internal_error: the model's logits are not numbers"
+                continue
+            chosen[row.request_id] = token_id
+            row.token_ids.append(token_id)
+            row.sampling.append(token_id)
+            num_top = row.sampling.params.num_logprobs
+            if num_top is not None:
+                logprobs[row.request_id] = logprobs_of(logits_RV[index], token_id, num_top)
+        self.stats.sample_s += time.perf_counter() - start_s
+        return ModelRunnerOutput(sampled_token_ids=chosen, logprobs=logprobs, errors=errors)
+
+    def close(self) -> None:
+        """Close links; idempotent."""
+        self.afd.close()
+        if self.kv is not None:
+            self.kv.close()

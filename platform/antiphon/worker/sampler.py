@@ -1,0 +1,137 @@
+"""Chooses the next token of every request from its logits (hot).
+
+Greedy rows without penalties take one argmax together; everything else is row by row over tensors of one vocabulary. A draw
+inverts the cumulative distribution at one uniform number that depends on (seed, position) only, so the same seed gives the
+same tokens in any batch and any topology. Legend: R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from antiphon.core.request import SamplingParams, TokenLogprob
+
+_MASK64 = (1 << 64) - 1
+_TOP_P_FIRST_LOOK = 1024  # nearly always holds top_p of the mass; sorting a whole vocabulary costs milliseconds
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1), a pure function of its arguments: SplitMix64 (Steele et al., OOPSLA 2014) over both."""
+    state = (seed + (position + 1) * 0x9E3779B97F4A7C15) & _MASK64
+    for _ in range(2):  # twice, so that neighbouring seeds share nothing
+        state = (state + 0x9E3779B97F4A7C15) & _MASK64
+        mixed = state
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK64
+        state = mixed ^ (mixed >> 31)
+    return (state >> 11) * 2.0**-53
+
+
+class SamplingState:
+    """What one request's sampling remembers between steps."""
+
+    __slots__ = ("_bias", "_counts_V", "_prompt_V", "end_ids", "params", "plain_greedy")
+
+    def __init__(
+        self, params: SamplingParams, end_ids: frozenset[int], prompt: Sequence[int], output: Sequence[int], vocab: int
+    ) -> None:
+        self.params = params
+        self.end_ids = sorted(i for i in end_ids | params.stop_token_ids if i < vocab)
+        penalised = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0 or params.repetition_penalty != 1.0
+        self.plain_greedy = params.greedy and not penalised and not params.logit_bias and params.min_tokens == 0
+        self._prompt_V: torch.Tensor | None = None
+        self._counts_V: torch.Tensor | None = None
+        if penalised:
+            self._counts_V = torch.zeros(vocab, dtype=torch.float32)
+            self._prompt_V = torch.zeros(vocab, dtype=torch.bool)
+            self._prompt_V[torch.tensor(list(prompt), dtype=torch.int64)] = True
+            for token_id in output:
+                self._counts_V[token_id] += 1
+        bias = {token_id: value for token_id, value in params.logit_bias.items() if token_id < vocab}
+        self._bias = (torch.tensor(list(bias)), torch.tensor(list(bias.values()))) if bias else None
+
+    def append(self, token_id: int) -> None:
+        """A token was chosen."""
+        if self._counts_V is not None:
+            self._counts_V[token_id] += 1
+
+    def adjust(self, logits_V: torch.Tensor, position: int) -> torch.Tensor:
+        """Penalties, bias and the mask of min_tokens; a new tensor."""
+        params = self.params
+        out = logits_V.clone()
+        if self._counts_V is not None and self._prompt_V is not None:
+            if params.repetition_penalty != 1.0:
+                seen = self._prompt_V | (self._counts_V > 0)
+                scaled = torch.where(out < 0, out * params.repetition_penalty, out / params.repetition_penalty)
+                out = torch.where(seen, scaled, out)
+            out -= params.frequency_penalty * self._counts_V + params.presence_penalty * (self._counts_V > 0)
+        if self._bias is not None:
+            out.index_add_(0, self._bias[0], self._bias[1])
+        if position < params.min_tokens and self.end_ids:
+            out[self.end_ids] = float("-inf")
+        return out
+
+
+def sample(logits_RV: torch.Tensor, states: Sequence[SamplingState], positions: Sequence[int]) -> list[int | None]:
+    """One token per row; None where the logits are not numbers. ``positions``: output tokens so far, per row."""
+    greedy_R = logits_RV.argmax(dim=-1)
+    best_R = logits_RV.gather(1, greedy_R[:, None]).squeeze(1)
+    bad = torch.isnan(best_R) | torch.isinf(best_R)
+    chosen: list[int | None] = list(greedy_R.tolist())
+    for row, state in enumerate(states):
+        if bad[row]:
+            chosen[row] = None
+        elif not state.plain_greedy:
+            adjusted_V = state.adjust(logits_RV[row], positions[row])
+            if state.params.greedy:
+                chosen[row] = int(adjusted_V.argmax())
+            else:
+                chosen[row] = _draw(adjusted_V, state.params, positions[row])
+    return chosen
+
+
+def _draw(logits_V: torch.Tensor, params: SamplingParams, position: int) -> int:
+    logits_V = logits_V / params.temperature
+    if 0 < params.top_k < logits_V.numel():
+        kth = torch.topk(logits_V, params.top_k).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < kth, float("-inf"))
+    probs_V = torch.softmax(logits_V, dim=-1)
+    keep_V = torch.ones_like(probs_V, dtype=torch.bool)
+    if params.top_p < 1.0:
+        keep_V &= _top_p(probs_V, params.top_p)
+    if params.min_p > 0.0:
+        keep_V &= probs_V >= params.min_p * probs_V.max()
+    cumulative_V = (probs_V * keep_V).cumsum(0, dtype=torch.float64)
+    point = uniform(params.seed, position) * float(cumulative_V[-1])
+    index = int(torch.searchsorted(cumulative_V, point, right=True))
+    if index >= probs_V.numel():  # rounding at the very end of the distribution
+        index = int(keep_V.nonzero()[-1])
+    return index
+
+
+def _top_p(probs_V: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The smallest set of most probable tokens that holds ``top_p`` of the mass (arXiv 1904.09751), as a mask."""
+    looked_at = min(_TOP_P_FIRST_LOOK, probs_V.numel())
+    while True:
+        values, indices = torch.topk(probs_V, looked_at)
+        before = values.cumsum(0) - values  # mass of the more probable ones
+        if float(before[-1]) >= top_p or looked_at == probs_V.numel():
+            mask_V = torch.zeros_like(probs_V, dtype=torch.bool)
+            kept = before < top_p
+            kept[0] = True
+            mask_V[indices[kept]] = True
+            return mask_V
+        looked_at = probs_V.numel()
+
+
+def logprobs_of(logits_V: torch.Tensor, token_id: int, num_top: int) -> TokenLogprob:
+    """Log-probabilities under the model's own distribution, before penalties and temperature."""
+    logprobs_V = torch.log_softmax(logits_V, dim=-1)
+    chosen = logprobs_V[token_id]
+    top: tuple[tuple[int, float], ...] = ()
+    if num_top > 0:
+        values, indices = torch.topk(logprobs_V, min(num_top, logprobs_V.numel()))
+        top = tuple(zip(indices.tolist(), values.tolist(), strict=True))
+    return TokenLogprob(token_id=token_id, logprob=float(chosen), rank=int((logprobs_V > chosen).sum()), top=top)
