@@ -1,0 +1,1 @@
+"""The kinds as the API server sees them: schemas, rules, columns, statuses (control speed)."""
