@@ -1,0 +1,219 @@
+"""The shape of a model: what each layer caches, multiplies and holds (pure arithmetic).
+
+Three attention designs and two FFN designs are all that differs between families; each says its sizes once, here. Must not
+know: config files, number formats, or hardware.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+FLOPS_PER_WEIGHT = 2.0  # a multiply-add with each weight, per row
+LINEAR_PASSES = 5.0  # linear attention, per element of state: outer product, decay, accumulate, read-out product, read-out sum
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoftmaxAttention:
+    """Attention over cached positions; ``window`` None sees the whole context."""
+
+    cached_values: int  # per token: what the KV cache keeps
+    decode_flops: int  # per row and cached token
+    prefill_flops: int  # per row and cached token, before weights are absorbed
+    projection_weights: int
+    window: int | None = None  # tokens
+
+    @classmethod
+    def grouped(
+        cls, *, hidden: int, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None = None
+    ) -> SoftmaxAttention:
+        """MHA, GQA or MQA: one key and one value per KV head."""
+        flops = 4 * num_heads * head_dim
+        return cls(
+            cached_values=2 * num_kv_heads * head_dim,
+            decode_flops=flops,
+            prefill_flops=flops,
+            projection_weights=hidden * (2 * num_heads * head_dim + 2 * num_kv_heads * head_dim),
+            window=window,
+        )
+
+    @classmethod
+    def latent(
+        cls,
+        *,
+        hidden: int,
+        num_heads: int,
+        q_rank: int | None,
+        kv_rank: int,
+        nope_dim: int,
+        rope_dim: int,
+        value_dim: int,
+    ) -> SoftmaxAttention:
+        """MLA with absorbed weights: all heads read one latent of kv_rank + rope_dim values.
+
+        The read-out is counted over the whole latent as published cost tables do, though its rope part is not read out.
+        """
+        latent = kv_rank + rope_dim
+        query = num_heads * (nope_dim + rope_dim)
+        query_weights = hidden * query if q_rank is None else hidden * q_rank + q_rank * query
+        return cls(
+            cached_values=latent,
+            decode_flops=4 * num_heads * latent,
+            prefill_flops=2 * num_heads * (nope_dim + rope_dim + value_dim),
+            projection_weights=query_weights
+            + hidden * latent
+            + kv_rank * num_heads * (nope_dim + value_dim)
+            + num_heads * value_dim * hidden,
+        )
+
+    @classmethod
+    def factorised(cls, *, hidden: int, num_heads: int, num_kv_heads: int, head_dim: int, q_rank: int) -> SoftmaxAttention:
+        """MFA: query heads grow out of a low rank and share a few (one) wide KV heads."""
+        flops = 4 * num_heads * head_dim
+        return cls(
+            cached_values=2 * num_kv_heads * head_dim,
+            decode_flops=flops,
+            prefill_flops=flops,
+            projection_weights=hidden * q_rank
+            + q_rank * num_heads * head_dim
+            + 2 * hidden * num_kv_heads * head_dim
+            + num_heads * head_dim * hidden,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearAttention:
+    """Attention with a recurrent state that is read and written once per row, whatever the context."""
+
+    state_values: int
+    projection_weights: int
+
+    @classmethod
+    def gated(cls, *, hidden: int, num_heads: int, head_dim: int) -> LinearAttention:
+        """A head_dim x head_dim state per head; q, k, v, output gate and output projections."""
+        return cls(state_values=num_heads * head_dim * head_dim, projection_weights=5 * hidden * num_heads * head_dim)
+
+
+Attention = SoftmaxAttention | LinearAttention
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FFN:
+    """A dense FFN (num_experts 0) or a mixture of experts with optional shared weights."""
+
+    always_weights: int  # the dense FFN, or the shared experts
+    num_experts: int = 0
+    experts_per_row: int = 0
+    expert_weights: int = 0  # of one expert
+    router_weights: int = 0
+
+    @property
+    def activated_weights(self) -> int:
+        """Weights that one row multiplies, the router's aside."""
+        return self.always_weights + self.experts_per_row * self.expert_weights
+
+    @property
+    def total_weights(self) -> int:
+        """Weights to hold, the router's aside."""
+        return self.always_weights + self.num_experts * self.expert_weights
+
+    @property
+    def sparsity(self) -> float:
+        """Activated share of the weights; 1 for a dense FFN."""
+        return self.activated_weights / self.total_weights
+
+    @classmethod
+    def dense(cls, hidden: int, intermediate: int, num_matrices: int = 3) -> FFN:
+        """Gated (three matrices) or plain (two)."""
+        return cls(always_weights=num_matrices * hidden * intermediate)
+
+    @classmethod
+    def experts(cls, *, hidden: int, intermediate: int, num: int, per_row: int, shared_intermediate: int = 0) -> FFN:
+        """Gated experts of one size, with shared experts of a total intermediate size."""
+        return cls(
+            always_weights=3 * hidden * shared_intermediate,
+            num_experts=num,
+            experts_per_row=per_row,
+            expert_weights=3 * hidden * intermediate,
+            router_weights=hidden * num,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One decoder layer."""
+
+    attention: Attention
+    ffn: FFN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """A decoder-only model."""
+
+    name: str
+    hidden_size: int
+    vocab_size: int
+    tied_embeddings: bool
+    layers: tuple[Layer, ...]
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.layers)
+
+    @property
+    def kinds(self) -> tuple[tuple[Layer, int], ...]:
+        """Distinct layers with how many there are of each, most frequent last."""
+        return tuple(sorted(Counter(self.layers).items(), key=lambda pair: pair[1]))
+
+    @property
+    def embedding_weights(self) -> int:
+        """Embedding table and, unless tied, the LM head."""
+        return self.hidden_size * self.vocab_size * (1 if self.tied_embeddings else 2)
+
+    @property
+    def head_weights(self) -> int:
+        """The LM head's matrix, whether or not the embedding shares it."""
+        return self.hidden_size * self.vocab_size
+
+    @property
+    def attention_weights(self) -> int:
+        """Projections of all layers."""
+        return sum(layer.attention.projection_weights for layer in self.layers)
+
+    @property
+    def router_weights(self) -> int:
+        """MoE gates of all layers; they live with attention."""
+        return sum(layer.ffn.router_weights for layer in self.layers)
+
+    @property
+    def norm_weights(self) -> int:
+        """Two norms a layer and a last one."""
+        return (2 * self.num_layers + 1) * self.hidden_size
+
+    @property
+    def attention_side_weights(self) -> int:
+        """What an attention worker holds: projections, gates, norms, embedding and head."""
+        return self.attention_weights + self.router_weights + self.norm_weights + self.embedding_weights
+
+    @property
+    def ffn_weights(self) -> int:
+        """What the FFN workers hold together."""
+        return sum(layer.ffn.total_weights for layer in self.layers)
+
+    @property
+    def total_weights(self) -> int:
+        """Every parameter."""
+        return self.attention_side_weights + self.ffn_weights
+
+    @property
+    def activated_weights(self) -> int:
+        """Parameters that one token uses, embedding and head included."""
+        return self.attention_side_weights + sum(layer.ffn.activated_weights for layer in self.layers)
+
+    @property
+    def experts(self) -> FFN | None:
+        """The most frequent MoE FFN; None in a dense model."""
+        mixtures = Counter(layer.ffn for layer in self.layers if layer.ffn.num_experts)
+        return mixtures.most_common(1)[0][0] if mixtures else None
