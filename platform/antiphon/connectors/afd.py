@@ -23,7 +23,7 @@ import torch
 
 from antiphon.connectors.headers import TORCH_OF_WIRE, WIRE_DTYPES, Header, Kind, unpack
 from antiphon.core.errors import AntiphonError, CorruptMessage, PeerLost
-from antiphon.core.ids import Epoch
+from antiphon.core.ids import Epoch, WorkerId
 from antiphon.transport.base import Link, Listener, Message
 from antiphon.transport.waiting import WaitSet
 
@@ -103,9 +103,10 @@ class AttentionSide:
         """Offer an open link to a worker of ``shard``; safe from any thread, taken up at the next exchange."""
         self._arrivals.append((shard, link))
 
-    def peers(self) -> list[str]:
-        """Worker ids linked now."""
-        return [link.peer for shard in self._shards for link in shard.links]
+    def peers(self) -> set[tuple[WorkerId, Epoch]]:
+        """Workers linked now, links still to be taken up included; safe from any thread."""
+        linked = [link for shard in self._shards for link in tuple(shard.links)]
+        return {(link.peer, link.peer_epoch) for link in [*linked, *(link for _, link in tuple(self._arrivals))]}
 
     @property
     def complete(self) -> bool:

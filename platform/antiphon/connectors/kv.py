@@ -83,9 +83,9 @@ class DecodeSide:
         """Offer an open link to a prefill worker; safe from any thread."""
         self._arrivals.append(link)
 
-    def peers(self) -> list[str]:
-        """Prefill workers linked now."""
-        return list(self._links)
+    def peers(self) -> set[tuple[WorkerId, Epoch]]:
+        """Prefill workers linked now, links still to be taken up included; safe from any thread."""
+        return {(link.peer, link.peer_epoch) for link in [*tuple(self._links.values()), *tuple(self._arrivals)]}
 
     @property
     def num_transfers(self) -> int:
@@ -206,7 +206,7 @@ class DecodeSide:
                 layout = self._cache.layout
                 at = header.first - load.load.first_token
                 expected = header.rows * layout.layer_token_bytes
-                if not (0 <= at and at + header.rows <= load.load.num_tokens and header.layer < layout.num_layers):
+                if not (at >= 0 and at + header.rows <= load.load.num_tokens and header.layer < layout.num_layers):
                     raise CorruptMessage(link.peer, f"KV of tokens {header.first}+{header.rows}, layer {header.layer}")
                 if message.data.numel() != expected:
                     raise CorruptMessage(link.peer, f"{message.data.numel()} bytes of KV where {expected} belong")

@@ -156,3 +156,4 @@ class RequestOutput:
     num_remote_tokens: int = 0  # prompt tokens whose KV came from a prefill worker
     num_preemptions: int = 0
     times: RequestTimes | None = None  # with the finish
+    traceparent: str | None = None  # the request's, with the finish

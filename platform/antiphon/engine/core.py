@@ -6,7 +6,6 @@ Must not know: how tokens are computed (an Executor does), text, transports.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -32,15 +31,19 @@ class Executor(Protocol):
 Outbox = Callable[[Sequence[RequestOutput]], None]
 
 
+def _nobody_sleeps() -> None:
+    pass
+
+
 class EngineCore:
     """One engine. ``submit`` and ``abort`` may be called from any thread, everything else from the loop's own."""
 
     def __init__(self, scheduler: Scheduler, executor: Executor, outbox: Outbox) -> None:
         self.scheduler = scheduler
+        self.wake: Callable[[], None] = _nobody_sleeps  # called, from any thread, when the inbox got something
         self._executor = executor
         self._outbox = outbox
         self._inbox: deque[Request | RequestId] = deque()
-        self._wakeup = threading.Event()
         self.num_steps = 0
 
     # ---- any thread ----------------------------------------------------------------------------------------------
@@ -54,12 +57,12 @@ class EngineCore:
         if len(self._inbox) > 2 * self.scheduler.config.max_queued_requests + 64:
             raise Overloaded("the engine's inbox is full")
         self._inbox.append(request)
-        self._wakeup.set()
+        self.wake()
 
     def abort(self, request_id: RequestId) -> None:
         """Ask the loop to end a request; its blocks are free within a step."""
         self._inbox.append(request_id)
-        self._wakeup.set()
+        self.wake()
 
     # ---- the loop's own thread -----------------------------------------------------------------------------------
 
@@ -79,10 +82,10 @@ class EngineCore:
             self._outbox(outputs)
         return bool(step.num_scheduled_tokens)
 
-    def wait(self, timeout_s: float) -> None:
-        """Sleep until something is submitted, at most ``timeout_s``."""
-        self._wakeup.wait(timeout_s)
-        self._wakeup.clear()
+    @property
+    def has_inbox(self) -> bool:
+        """True when something was submitted or aborted since the last step."""
+        return bool(self._inbox)
 
     def _take_inbox(self) -> None:
         refused: list[RequestOutput] = []

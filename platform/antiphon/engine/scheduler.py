@@ -429,6 +429,7 @@ class Scheduler:
             num_remote_tokens=state.num_remote_tokens,
             num_preemptions=state.num_preemptions,
             times=None if status is None else state.times(now_s),
+            traceparent=None if status is None else state.request.traceparent,
         )
 
     def _stop_status(self, state: RequestState, token_id: int) -> RequestStatus | None:
@@ -475,6 +476,7 @@ class Scheduler:
                 num_remote_tokens=state.num_remote_tokens,
                 num_preemptions=state.num_preemptions,
                 times=state.times(self._clock()),
+                traceparent=state.request.traceparent,
             )
         )
 
