@@ -1,1 +1,41 @@
-"""The SDK: typed sync and async clients of antiphon.rpc.v1 (request speed)."""
+"""The SDK: typed blocking and asyncio clients of antiphon.rpc.v1 (request speed).
+
+    from antiphon.client import Client
+
+    with Client("127.0.0.1:9000") as client:
+        print(client.generate("smollm2", prompt="The capital of France is", max_tokens=8, temperature=0).text)
+
+Must not know: servers.
+"""
+
+from antiphon.client.asynchronous import AsyncClient, AsyncStream
+from antiphon.client.blocking import Client, Stream
+from antiphon.client.retry import RetryPolicy
+from antiphon.client.status_values import GatewayStatus, PoolStatus, ServiceStatus, WorkerStatus
+from antiphon.client.values import Choice, Chunk, Completion, Logprob, Message, ModelInfo, TokenProbability, Usage
+from antiphon.client.wire import GenerateOptions
+from antiphon.core.request import FinishReason
+from antiphon.rpc.client_channel import Tls
+
+__all__ = [
+    "AsyncClient",
+    "AsyncStream",
+    "Choice",
+    "Chunk",
+    "Client",
+    "Completion",
+    "FinishReason",
+    "GatewayStatus",
+    "GenerateOptions",
+    "Logprob",
+    "Message",
+    "ModelInfo",
+    "PoolStatus",
+    "RetryPolicy",
+    "ServiceStatus",
+    "Stream",
+    "Tls",
+    "TokenProbability",
+    "Usage",
+    "WorkerStatus",
+]

@@ -1,0 +1,73 @@
+"""Gathers the responses of one call into an answer (request speed). Must not know: connections, threads or tasks."""
+
+from __future__ import annotations
+
+from antiphon.client.values import Choice, Chunk, Completion, Usage
+from antiphon.client.wire import chunk_of, usage_of
+from antiphon.core.errors import Unavailable
+from antiphon.rpc.v1 import inference_pb2 as pb
+
+
+class Answer:
+    """What has come so far. Owned by one stream."""
+
+    def __init__(self) -> None:
+        self._started = pb.Started()
+        self._chunks: dict[int, list[Chunk]] = {}
+        self.usage: Usage | None = None
+
+    @property
+    def has_tokens(self) -> bool:
+        """True once anything came that the application may have seen."""
+        return bool(self._chunks)
+
+    @property
+    def started(self) -> pb.Started:
+        """What the server said first; empty until then."""
+        return self._started
+
+    def feed(self, response: pb.GenerateResponse) -> Chunk | None:
+        """Take a response; the chunk it brings, if any. Events of a newer server are passed over."""
+        match response.WhichOneof("event"):
+            case "started":
+                self._started = response.started
+            case "delta":
+                chunk = chunk_of(response.delta)
+                self._chunks.setdefault(chunk.index, []).append(chunk)
+                return chunk
+            case "completed":
+                self.usage = usage_of(response.completed.usage)
+        return None
+
+    def check_whole(self) -> None:
+        """The call ended well.
+
+        Raises:
+            Unavailable: but its answer is not whole.
+        """
+        if self.usage is None:
+            raise Unavailable("the answer ended early", 0.0)
+
+    def completion(self) -> Completion:
+        """Everything so far."""
+        return Completion(
+            request_id=self._started.request_id,
+            model=self._started.model,
+            created=self._started.created,
+            seed=self._started.seed,
+            choices=tuple(_choice(index, self._chunks[index]) for index in sorted(self._chunks)),
+            usage=self.usage,
+        )
+
+
+def _choice(index: int, chunks: list[Chunk]) -> Choice:
+    last = chunks[-1]
+    return Choice(
+        index=index,
+        text="".join(chunk.text for chunk in chunks),
+        token_ids=tuple(token_id for chunk in chunks for token_id in chunk.token_ids),
+        logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
+        finish_reason=last.finish_reason,
+        stop_string=last.stop_string,
+        stop_token_id=last.stop_token_id,
+    )
