@@ -49,10 +49,10 @@ class Settings:
 
 
 def _check_timeout(timeout_s: float) -> None:
-    if not 0 < timeout_s < math.inf:
+    if not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
         raise InvalidInput("timeout_s: must be a number above 0", "timeout_s")
 
 
 def _check_header(name: str, value: str) -> None:
-    if not (value.isascii() and value.isprintable()):
+    if not (isinstance(value, str) and value.isascii() and value.isprintable()):
         raise InvalidInput(f"{name}: only printable ASCII can travel in a header", name)

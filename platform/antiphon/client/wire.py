@@ -122,6 +122,8 @@ def _extend(repeated: Any, field: str, values: object) -> None:
 
 
 def _set_messages(request: pb.GenerateRequest, messages: Sequence[Message | Mapping[str, str]]) -> None:
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise InvalidInput("messages: expected a sequence of messages", "messages")
     request.chat.SetInParent()
     for i, message in enumerate(messages):
         if isinstance(message, Message):
