@@ -111,7 +111,7 @@ def _byte_level_bpe(gguf: GgufFile) -> Any:
     tokenizer.pre_tokenizer = rule.split()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(_added(tokens, types))
-    bos = gguf.optional_integer("tokenizer.ggml.bos_token_id")
+    bos = _special_id(gguf, "bos", len(tokens))
     if bos is not None and gguf.flag("tokenizer.ggml.add_bos_token", rule.add_bos):
         text = tokens[bos]
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -144,6 +144,14 @@ def _added(tokens: list[str], types: list[int]) -> list[AddedToken]:
     ]
 
 
+def _special_id(gguf: GgufFile, name: str, num_tokens: int) -> int | None:
+    key = f"tokenizer.ggml.{name}_token_id"
+    index = gguf.optional_integer(key)
+    if index is not None and not 0 <= index < num_tokens:
+        raise CheckpointInvalid(f"{gguf.path}: field {key!r} is {index}, but there are {num_tokens} tokens")
+    return index
+
+
 def _tokenizer_config(gguf: GgufFile) -> dict[str, Any]:
     tokens = gguf.texts("tokenizer.ggml.tokens")
     architecture = gguf.text("general.architecture")
@@ -154,13 +162,9 @@ def _tokenizer_config(gguf: GgufFile) -> dict[str, Any]:
     }
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     for role, name in names.items():
-        key = f"tokenizer.ggml.{name}_token_id"
-        index = gguf.optional_integer(key)
-        if index is None:
-            continue
-        if not 0 <= index < len(tokens):
-            raise CheckpointInvalid(f"{gguf.path}: field {key!r} is {index}, but there are {len(tokens)} tokens")
-        config[role] = tokens[index]
+        index = _special_id(gguf, name, len(tokens))
+        if index is not None:
+            config[role] = tokens[index]
     if gguf.has("tokenizer.chat_template"):
         config["chat_template"] = gguf.text("tokenizer.chat_template")
     return config
