@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 FLOPS_PER_WEIGHT = 2.0  # a multiply-add with each weight, per row
 LINEAR_PASSES = 5.0  # linear attention, per element of state: outer product, decay, accumulate, read-out product, read-out sum
@@ -147,9 +148,9 @@ class Layer:
     ffn: FFN
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A decoder-only model."""
+    """A decoder-only model. Not slotted: sums over its layers are computed once and kept."""
 
     name: str
     hidden_size: int
@@ -162,7 +163,7 @@ class ModelShape:
         """Decoder layers."""
         return len(self.layers)
 
-    @property
+    @cached_property
     def kinds(self) -> tuple[tuple[Layer, int], ...]:
         """Distinct layers with how many there are of each, most frequent last."""
         return tuple(sorted(Counter(self.layers).items(), key=lambda pair: pair[1]))
@@ -177,12 +178,12 @@ class ModelShape:
         """The LM head's matrix, whether or not the embedding shares it."""
         return self.hidden_size * self.vocab_size
 
-    @property
+    @cached_property
     def attention_weights(self) -> int:
         """Projections of all layers."""
         return sum(layer.attention.projection_weights for layer in self.layers)
 
-    @property
+    @cached_property
     def router_weights(self) -> int:
         """MoE gates of all layers; they live with attention."""
         return sum(layer.ffn.router_weights for layer in self.layers)
@@ -192,12 +193,12 @@ class ModelShape:
         """Two norms a layer and a last one."""
         return (2 * self.num_layers + 1) * self.hidden_size
 
-    @property
+    @cached_property
     def attention_side_weights(self) -> int:
         """What an attention worker holds: projections, gates, norms, embedding and head."""
         return self.attention_weights + self.router_weights + self.norm_weights + self.embedding_weights
 
-    @property
+    @cached_property
     def ffn_weights(self) -> int:
         """What the FFN workers hold together."""
         return sum(layer.ffn.total_weights for layer in self.layers)

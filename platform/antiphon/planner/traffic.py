@@ -1,0 +1,137 @@
+"""What the requests look like: prompt and output lengths, and the decode contexts that follow from them (pure values).
+
+A decode step sees token-weighted contexts: a request of prompt P and output O contributes O rows at contexts P .. P+O. Must not
+know: models or hardware.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from antiphon.core.errors import InvalidInput
+
+DEFAULT_OUTPUT_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestShape:
+    """One kind of request, ``weight`` times as frequent as one of weight 1; ``arrival_s`` is known from traces."""
+
+    prompt_tokens: int
+    output_tokens: int
+    weight: float = 1.0
+    arrival_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """A distribution of requests."""
+
+    requests: tuple[RequestShape, ...]
+
+    @classmethod
+    def of(cls, requests: Sequence[RequestShape]) -> Traffic:
+        """Check and keep.
+
+        Raises:
+            InvalidInput: there are none, or one has no prompt, no output or no weight.
+        """
+        if not requests:
+            raise InvalidInput("there are no requests to plan for", "traffic")
+        for request in requests:
+            if request.prompt_tokens < 1 or request.output_tokens < 1 or not request.weight > 0:
+                raise InvalidInput(f"a request needs a prompt, an output and a weight: {request}", "traffic")
+        return cls(tuple(requests))
+
+    @classmethod
+    def at_context(cls, context: float, output_tokens: int = DEFAULT_OUTPUT_TOKENS) -> Traffic:
+        """Equal requests whose decode rows see ``context`` tokens on average."""
+        output = max(1, min(output_tokens, int(context)))
+        return cls.of([RequestShape(prompt_tokens=max(1, round(context - output / 2)), output_tokens=output)])
+
+    @classmethod
+    def from_trace(cls, path: Path) -> Traffic:
+        """Requests of a trace: CSV with a header or JSON lines, fields prompt_tokens, output_tokens and maybe arrival_s.
+
+        Raises:
+            InvalidInput: the file can't be read, or a line lacks a field; the message names the line.
+        """
+        try:
+            text = path.read_text()
+        except OSError as error:
+            raise InvalidInput(f"{path}: {error}", "trace") from error
+        lines = [line for line in text.splitlines() if line.strip()]
+        is_json = bool(lines) and lines[0].lstrip().startswith("{")
+        requests = []
+        try:
+            rows = [json.loads(line) for line in lines] if is_json else list(csv.DictReader(lines))
+        except ValueError as error:
+            raise InvalidInput(f"{path}: {error}", "trace") from error
+        for number, row in enumerate(rows, start=1 if is_json else 2):
+            try:
+                arrival = row.get("arrival_s")
+                requests.append(
+                    RequestShape(
+                        prompt_tokens=int(row["prompt_tokens"]),
+                        output_tokens=int(row["output_tokens"]),
+                        arrival_s=None if arrival in (None, "") else float(arrival),
+                    )
+                )
+            except (KeyError, TypeError, ValueError) as error:
+                raise InvalidInput(f"{path}, line {number}: {error!r} in {row}", "trace") from error
+        return cls.of(requests)
+
+    def _mean(self, values: Sequence[float]) -> float:
+        weights = [request.weight for request in self.requests]
+        return sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
+
+    @property
+    def mean_prompt(self) -> float:
+        """Tokens."""
+        return self._mean([request.prompt_tokens for request in self.requests])
+
+    @property
+    def mean_output(self) -> float:
+        """Tokens."""
+        return self._mean([request.output_tokens for request in self.requests])
+
+    @property
+    def longest(self) -> int:
+        """Prompt and output of the longest request, in tokens."""
+        return max(request.prompt_tokens + request.output_tokens for request in self.requests)
+
+    def prompt_quantile(self, share: float) -> int:
+        """Prompt length that ``share`` of the requests don't exceed."""
+        ordered = sorted(self.requests, key=lambda request: request.prompt_tokens)
+        wanted, seen = share * sum(request.weight for request in ordered), 0.0
+        for request in ordered:
+            seen += request.weight
+            if seen >= wanted - 1e-12:
+                return request.prompt_tokens
+        return ordered[-1].prompt_tokens
+
+    @property
+    def prompt_variation(self) -> float:
+        """Standard deviation of prompt lengths over their mean."""
+        second = self._mean([float(request.prompt_tokens) ** 2 for request in self.requests])
+        return math.sqrt(max(0.0, second / self.mean_prompt**2 - 1))
+
+    @property
+    def mean_context(self) -> float:
+        """Context that a decode row sees on average, in tokens: E[P O + O^2 / 2] / E[O]."""
+        area = [r.output_tokens * (r.prompt_tokens + r.output_tokens / 2) for r in self.requests]
+        return self._mean(area) / self.mean_output
+
+    @property
+    def context_deviation(self) -> float:
+        """Standard deviation of the contexts of decode rows, in tokens."""
+        squares = [
+            r.output_tokens * (r.prompt_tokens**2 + r.prompt_tokens * r.output_tokens + r.output_tokens**2 / 3)
+            for r in self.requests
+        ]
+        return math.sqrt(max(0.0, self._mean(squares) / self.mean_output - self.mean_context**2))
