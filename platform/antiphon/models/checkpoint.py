@@ -139,9 +139,7 @@ class Checkpoint:
         """
         found = self.shape(name)
         if found != shape:
-            raise CheckpointInvalid(
-                f"{self.path}: tensor {name!r} has shape {list(found)}, but the config needs {list(shape)}"
-            )
+            raise CheckpointInvalid(f"{self.path}: tensor {name!r} has shape {list(found)}, but the config needs {list(shape)}")
 
     def tensor(
         self,
@@ -188,9 +186,7 @@ class Checkpoint:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def _entry(self, name: str) -> _Entry:
@@ -204,9 +200,7 @@ class Checkpoint:
         start, stop = span
         if dimension >= len(shape) or not 0 <= start <= stop <= shape[dimension]:
             kind = "rows" if dimension == 0 else "cols"
-            raise CheckpointInvalid(
-                f"{self.path}: {kind} {start}:{stop} lie outside tensor {name!r} of shape {list(shape)}"
-            )
+            raise CheckpointInvalid(f"{self.path}: {kind} {start}:{stop} lie outside tensor {name!r} of shape {list(shape)}")
         return slice(start, stop)
 
     def _file(self, file: str) -> Any:
@@ -240,9 +234,7 @@ def _read_shards(path: Path, digest: hashlib.blake2b) -> dict[str, _Entry]:
     entries: dict[str, _Entry] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointInvalid(
-                f"{path / INDEX}: weight_map[{name!r}] is {file!r}, not a file name of this directory"
-            )
+            raise CheckpointInvalid(f"{path / INDEX}: weight_map[{name!r}] is {file!r}, not a file name of this directory")
         if file not in in_file:
             if not (path / file).exists():
                 raise CheckpointInvalid(f"{path / INDEX}: names {file}, which is not there (for tensor {name!r})")
