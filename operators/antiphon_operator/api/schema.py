@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 Json = dict[str, Any]
 
@@ -92,7 +91,7 @@ def _with_defaults(schema: Json, model: type[BaseModel]) -> Json:
             default = field.get_default(call_default_factory=True, validated_data={})
             if isinstance(default, BaseModel):
                 property_["default"] = default.model_dump(mode="json", by_alias=True, exclude_none=True)
-        elif isinstance(field.default, (list, tuple)) and field.default is not PydanticUndefined and not field.default:
+        elif isinstance(field.default, (list, tuple)) and not field.default:
             property_.pop("default", None)
         for inner in _models_of(field.annotation):
             _with_defaults(property_.get("items", property_), inner)

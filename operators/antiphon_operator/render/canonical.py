@@ -1,0 +1,22 @@
+"""One spelling for one value, and its fingerprint (control speed, pure).
+
+Must not know: what is rendered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+Json = dict[str, Any]
+
+
+def canonical(value: Any) -> str:
+    """``value`` as JSON that does not depend on the order of keys."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def fingerprint(value: Any, length: int = 10) -> str:
+    """``length`` hexadecimal digits that change when ``value`` does."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:length]

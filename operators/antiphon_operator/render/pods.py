@@ -1,0 +1,223 @@
+"""Pod templates of head and workers, fit for the restricted pod-security profile (control speed, pure).
+
+Every field the API server would default inside a list is written out where comparing needs it. Must not know: Ray Serve.
+"""
+
+from __future__ import annotations
+
+from antiphon.core.policies import KubernetesSpec, TolerationSpec
+from antiphon.core.spec import LLMDeployment, PoolSpec, Resources, parse_quantity
+from antiphon_operator.render.canonical import Json
+from antiphon_operator.render.names import (
+    AGENT_PORT,
+    DASHBOARD_PORT,
+    GATEWAY,
+    GCS_PORT,
+    HEAD_GROUP,
+    HEALTH_PATH,
+    LABEL_POOL,
+    LABEL_ROLE,
+    METRICS_PORT,
+    RAY_CLIENT_PORT,
+    RAYLET_HEALTH_PATH,
+    SERVE_PROXY_PORT,
+    common_labels,
+    grpc_port,
+    http_port,
+)
+from antiphon_operator.render.settings import Runtime, Settings, Weights
+
+CONTAINER_SECURITY: Json = {
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "readOnlyRootFilesystem": True,
+    "runAsNonRoot": True,
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+POD_SECURITY: Json = {"runAsNonRoot": True, "fsGroup": 1000, "seccompProfile": {"type": "RuntimeDefault"}}
+_SHM_DEFAULT_BYTES = 1 << 30
+_GRACE_MARGIN_S = 30
+
+
+def resource_requirements(resources: Resources) -> Json:
+    """Requests equal to limits, so that workers get whole processors and are not evicted first."""
+    amounts: Json = {"cpu": resources.cpu}
+    if resources.memory is not None:
+        amounts["memory"] = resources.memory
+    if resources.gpu:
+        amounts[resources.gpu_resource] = str(resources.gpu)
+    return {"requests": amounts, "limits": dict(amounts)}
+
+
+def worker_template(document: LLMDeployment, pool: PoolSpec, runtime: Runtime, weights: Weights | None) -> Json:
+    """The pod template of one pool's worker group."""
+    probe = {"httpGet": {"path": RAYLET_HEALTH_PATH, "port": AGENT_PORT}}
+    return _template(
+        document,
+        group=pool.name,
+        role=pool.role,
+        container=_container(
+            document, "ray-worker", pool.name, runtime, resource_requirements(pool.resources), weights, env=pool.env
+        )
+        | {"ports": [_port("metrics", METRICS_PORT)], "readinessProbe": _probe(probe), "livenessProbe": _probe(probe, 12)},
+        weights=weights,
+        shm_bytes=_shm_bytes(pool.resources.memory),
+        node_selector=pool.node_selector,
+        tolerations=pool.tolerations,
+        token=False,
+    )
+
+
+def gateway_template(document: LLMDeployment, settings: Settings, runtime: Runtime, weights: Weights | None) -> Json:
+    """The pod template of the gateway's worker group; it is ready when the gateway answers."""
+    requirements = resource_requirements(Resources(cpu=settings.gateway_cpu, memory=settings.gateway_memory))
+    ready = {"httpGet": {"path": HEALTH_PATH, "port": http_port(document)}}
+    alive = {"httpGet": {"path": RAYLET_HEALTH_PATH, "port": AGENT_PORT}}
+    return _template(
+        document,
+        group=GATEWAY,
+        role=GATEWAY,
+        container=_container(document, "ray-worker", GATEWAY, runtime, requirements, weights, env={})
+        | {
+            "ports": [
+                _port("metrics", METRICS_PORT),
+                _port("http", http_port(document)),
+                _port("grpc", grpc_port(document)),
+            ],
+            "readinessProbe": _probe(ready),
+            "livenessProbe": _probe(alive, 12),
+        },
+        weights=weights,
+        shm_bytes=_SHM_DEFAULT_BYTES,
+        node_selector={},
+        tolerations=(),
+        token=False,
+    )
+
+
+def head_template(document: LLMDeployment, settings: Settings, runtime: Runtime) -> Json:
+    """The pod template of Ray's head; its autoscaler needs the token of the account KubeRay makes for it."""
+    requirements = resource_requirements(Resources(cpu=settings.head_cpu, memory=settings.head_memory))
+    return _template(
+        document,
+        group=HEAD_GROUP,
+        role="head",
+        container=_container(document, "ray-head", HEAD_GROUP, runtime, requirements, None, env={})
+        | {
+            "ports": [
+                _port("gcs", GCS_PORT),
+                _port("dashboard", DASHBOARD_PORT),
+                _port("client", RAY_CLIENT_PORT),
+                _port("metrics", METRICS_PORT),
+                _port("serve", SERVE_PROXY_PORT),
+            ]
+        },
+        weights=None,
+        shm_bytes=_SHM_DEFAULT_BYTES,
+        node_selector={},
+        tolerations=(),
+        token=True,
+    )
+
+
+def tolerations(specs: tuple[TolerationSpec, ...]) -> list[Json]:
+    """Tolerations as the API server takes them."""
+    return [spec.model_dump(mode="json", by_alias=True, exclude_none=True) for spec in specs]
+
+
+def _template(
+    document: LLMDeployment,
+    *,
+    group: str,
+    role: str,
+    container: Json,
+    weights: Weights | None,
+    shm_bytes: int,
+    node_selector: dict[str, str],
+    tolerations: tuple[TolerationSpec, ...],
+    token: bool,
+) -> Json:
+    kubernetes = document.spec.kubernetes
+    spec: Json = {
+        "containers": [container],
+        "securityContext": POD_SECURITY,
+        "terminationGracePeriodSeconds": int(kubernetes.drain_s) + _GRACE_MARGIN_S,
+        "volumes": [
+            {"name": "tmp", "emptyDir": {}},
+            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": str(shm_bytes)}},
+        ],
+    }
+    if weights is not None:
+        claim = {"claimName": weights.claim, "readOnly": True}
+        spec["volumes"].append({"name": "weights", "persistentVolumeClaim": claim})
+    if not token:
+        spec["automountServiceAccountToken"] = False
+    if node_selector:
+        spec["nodeSelector"] = dict(node_selector)
+    if tolerations:
+        spec["tolerations"] = [t.model_dump(mode="json", by_alias=True, exclude_none=True) for t in tolerations]
+    return {
+        "metadata": {"labels": common_labels(document) | {LABEL_POOL: group, LABEL_ROLE: role}},
+        "spec": spec | _from_kubernetes(kubernetes, token=token),
+    }
+
+
+def _from_kubernetes(kubernetes: KubernetesSpec, *, token: bool) -> Json:
+    out: Json = {}
+    if kubernetes.image_pull_secrets:
+        out["imagePullSecrets"] = [{"name": name} for name in kubernetes.image_pull_secrets]
+    if kubernetes.service_account_name is not None and not token:
+        out["serviceAccountName"] = kubernetes.service_account_name
+    if kubernetes.priority_class_name is not None:
+        out["priorityClassName"] = kubernetes.priority_class_name
+    return out
+
+
+def _container(
+    document: LLMDeployment,
+    name: str,
+    pool: str,
+    runtime: Runtime,
+    resources: Json,
+    weights: Weights | None,
+    *,
+    env: dict[str, str],
+) -> Json:
+    kubernetes = document.spec.kubernetes
+    variables: list[Json] = [
+        {"name": "ANTIPHON_DEPLOYMENT", "value": document.metadata.name},
+        {"name": "ANTIPHON_POOL", "value": pool},
+        {"name": "HOME", "value": "/tmp"},  # noqa: S108 - an emptyDir of the pod's own
+    ]
+    variables += [{"name": key, "value": env[key]} for key in sorted(env)]
+    variables += [
+        {"name": ref.name, "valueFrom": {"secretKeyRef": {"name": ref.secret, "key": ref.key}}}
+        for ref in sorted(kubernetes.secret_env, key=lambda ref: ref.name)
+    ]
+    mounts: list[Json] = [
+        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108
+        {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108
+    ]
+    if weights is not None:
+        mounts.append({"name": "weights", "mountPath": weights.mount, "readOnly": True})
+    return {
+        "name": name,
+        "image": kubernetes.image if kubernetes.image is not None else runtime.image,
+        "imagePullPolicy": kubernetes.image_pull_policy,
+        "env": variables,
+        "resources": resources,
+        "securityContext": CONTAINER_SECURITY,
+        "volumeMounts": mounts,
+    }
+
+
+def _port(name: str, number: int) -> Json:
+    return {"name": name, "containerPort": number, "protocol": "TCP"}
+
+
+def _probe(handler: Json, failures: int = 3) -> Json:
+    return handler | {"initialDelaySeconds": 5, "periodSeconds": 5, "timeoutSeconds": 5, "failureThreshold": failures}
+
+
+def _shm_bytes(memory: str | None) -> int:
+    return _SHM_DEFAULT_BYTES if memory is None else int(parse_quantity(memory) // 4)
