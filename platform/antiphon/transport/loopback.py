@@ -9,6 +9,7 @@ Must not know: what runs in ``on_poll``.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -16,10 +17,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from antiphon.core.errors import AntiphonError, InvalidInput, LayoutMismatch, PeerLost, Unavailable
+from antiphon.core.errors import InvalidInput, LayoutMismatch, PeerLost, Unavailable
 from antiphon.core.ids import Epoch, WorkerId
-from antiphon.transport.base import HEADER_BYTES, Answer, Hello, Link, Listener, Message, Slot
+from antiphon.transport.base import HEADER_BYTES, Answer, Hello, Link, Listener, Message, Slot, Transport
 from antiphon.transport.bell import Bell
+from antiphon.transport.hello import check_layouts
+from antiphon.transport.reception import Reception
 from antiphon.transport.slots import MessageViews, slots_of
 from antiphon.transport.waiting import WaitSet
 
@@ -184,8 +187,7 @@ class LoopbackLink(Link):
 
 def loopback_pair(hello_a: Hello, hello_b: Hello) -> tuple[LoopbackLink, LoopbackLink]:
     """Both ends of a link, a's first. Raises LayoutMismatch when the layouts differ."""
-    if differences := hello_a.layout.differences(hello_b.layout):
-        raise LayoutMismatch(hello_b.worker_id, differences)
+    check_layouts(hello_a, hello_b)
     layout = hello_a.layout
     a_to_b = _Lane(layout.num_slots, layout.send_slot_bytes)
     b_to_a = _Lane(layout.num_slots, layout.recv_slot_bytes)
@@ -194,75 +196,7 @@ def loopback_pair(hello_a: Hello, hello_b: Hello) -> tuple[LoopbackLink, Loopbac
     return a, b
 
 
-class LoopbackListener(Listener):
-    """Accepts links made by the same ``LoopbackTransport``."""
-
-    spin_s = 0.0
-    spin_address = 0
-
-    def __init__(self, transport: LoopbackTransport, name: str, answer: Answer) -> None:
-        """``LoopbackTransport.listen`` makes these."""
-        self._transport = transport
-        self._name = name
-        self._answer = answer
-        self._arrived: deque[LoopbackLink] = deque()
-        self._refused: deque[AntiphonError] = deque(maxlen=64)
-        self._error: Exception | None = None
-        self._bell = Bell()
-
-    @property
-    def address(self) -> str:
-        """``loopback://<name>``."""
-        return SCHEME + self._name
-
-    def accept(self) -> LoopbackLink | None:
-        """The next link, or None."""
-        self._bell.clear()
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-        return self._arrived.popleft() if self._arrived else None
-
-    def refused(self) -> AntiphonError | None:
-        """Why the next peer was turned away, or None."""
-        return self._refused.popleft() if self._refused else None
-
-    def close(self) -> None:
-        """Stop accepting."""
-        self._transport._forget(self._name, self)
-        self._bell.close()
-
-    def pending(self) -> bool:
-        """True when a link or an error waits."""
-        return bool(self._arrived or self._error)
-
-    def park(self) -> Sequence[int]:
-        """The listener's doorbell."""
-        return () if self._bell.fd < 0 else (self._bell.fd,)
-
-    def unpark(self, *, woken: bool) -> None:
-        """Nothing was announced: arrivals ring always."""
-
-    def _arrive(self, address: str, hello: Hello) -> LoopbackLink:
-        try:
-            mine = self._answer(hello)
-        except AntiphonError as error:
-            self._refused.append(error)
-            raise
-        except Exception as error:
-            self._error = self._error or error
-            self._bell.ring()
-            raise Unavailable(f"{address} failed to answer") from error
-        if differences := mine.layout.differences(hello.layout):
-            self._refused.append(LayoutMismatch(hello.worker_id, differences))
-            raise LayoutMismatch(mine.worker_id, hello.layout.differences(mine.layout))
-        near, far = loopback_pair(hello, mine)
-        self._arrived.append(far)
-        self._bell.ring()
-        return near
-
-
-class LoopbackTransport:
+class LoopbackTransport(Transport):
     """Links within one process, found by name within this object."""
 
     name = "loopback"
@@ -270,25 +204,31 @@ class LoopbackTransport:
     def __init__(self) -> None:
         """No listener yet."""
         self._lock = threading.Lock()
-        self._listeners: dict[str, LoopbackListener] = {}
+        self._receptions: dict[str, Reception] = {}
 
-    def listen(self, host: str, answer: Answer) -> LoopbackListener:
+    def listen(self, host: str, answer: Answer) -> Listener:
         """Accept links on ``loopback://<host>``. Raises InvalidInput if the name is taken."""
+        reception = Reception(answer)
         with self._lock:
-            if host in self._listeners:
+            if host in self._receptions:
                 raise InvalidInput(f"{SCHEME}{host} is already listened on", "host")
-            listener = self._listeners[host] = LoopbackListener(self, host, answer)
-        return listener
+            self._receptions[host] = reception
+        reception.open(SCHEME + host, stop=lambda: self._forget(host))
+        return reception
 
     def connect(self, address: str, hello: Hello, timeout_s: float) -> LoopbackLink:
         """Open a link at once; ``timeout_s`` is never needed. Raises Unavailable, LayoutMismatch."""
         with self._lock:
-            listener = self._listeners.get(address.removeprefix(SCHEME))
-        if listener is None or not address.startswith(SCHEME):
+            reception = self._receptions.get(address.removeprefix(SCHEME))
+        if reception is None or not address.startswith(SCHEME):
             raise Unavailable(f"nobody listens on {address}")
-        return listener._arrive(address, hello)
+        theirs = reception.answer(hello)
+        with contextlib.suppress(LayoutMismatch):  # this end raises its own, just below
+            reception.check(theirs, hello)
+        near, far = loopback_pair(hello, theirs)
+        reception.arrive(far)
+        return near
 
-    def _forget(self, name: str, listener: LoopbackListener) -> None:
+    def _forget(self, name: str) -> None:
         with self._lock:
-            if self._listeners.get(name) is listener:
-                del self._listeners[name]
+            del self._receptions[name]

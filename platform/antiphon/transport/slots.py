@@ -5,11 +5,25 @@ Must not know: how the memory reaches the peer.
 
 from __future__ import annotations
 
+import mmap
+
 import torch
 
 from antiphon.transport.base import HEADER_BYTES, Message, Slot
 
 _EMPTY = torch.empty(0, dtype=torch.uint8)
+
+
+def byte_rows(
+    buffer: bytearray | memoryview | mmap.mmap, num_rows: int, offset: int = 0, row_bytes: int | None = None
+) -> torch.Tensor:
+    """A view of writable ``buffer`` from ``offset`` as uint8 [num_rows, row_bytes]; by default all of it in equal rows."""
+    if row_bytes is None:
+        row_bytes = (len(buffer) - offset) // num_rows
+    if row_bytes == 0:
+        return torch.empty(num_rows, 0, dtype=torch.uint8)
+    flat = torch.frombuffer(buffer, dtype=torch.uint8, count=num_rows * row_bytes, offset=offset)
+    return flat.view(num_rows, row_bytes)
 
 
 def slots_of(memory: torch.Tensor) -> list[Slot]:
