@@ -134,6 +134,11 @@ class Quantity:
             raise UnitMismatch(f"an exponent can't be in {self.unit}")
         return Quantity(base**self.value)
 
+    def __float__(self) -> float:
+        if self.unit != PLAIN:
+            raise UnitMismatch(f"{self.unit} is no plain number")
+        return self.value
+
     def __lt__(self, other: Quantity | float) -> bool:
         return self.value < self._same(other)
 

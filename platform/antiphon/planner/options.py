@@ -1,0 +1,308 @@
+"""The three ways to deploy - colocated, prefill/decode apart, AFD - each at its best under a demand (control speed).
+
+Must not know: which of them wins; that is the plan's verdict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from antiphon.planner.decode import Contexts, DecodeModel, GroupPoint, Layout, largest
+from antiphon.planner.formats import Formats, bytes_per_value
+from antiphon.planner.hardware import Accelerator, Efficiency
+from antiphon.planner.prefill import TAIL, PrefillModel, PrefillPool, waiting_chance, waiting_quantile_s
+from antiphon.planner.shape import ModelShape
+from antiphon.planner.stages import Roofline
+from antiphon.planner.traffic import Traffic
+
+PROMPT_ROOM = 1.25  # colocated steps have room for this many times the mean prompt rows, so that prompts don't queue up
+SECONDS_PER_HOUR = 3600.0
+NUM_FINALISTS = 12
+
+
+class Wiring(StrEnum):
+    """How prefill, attention and FFN are spread over cards."""
+
+    COLOCATED = "colocated"
+    PD = "pd"
+    AFD = "afd"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cards:
+    """Which accelerator each role runs on."""
+
+    colocated: Accelerator
+    prefill: Accelerator
+    decode: Accelerator
+    attention: Accelerator
+    ffn: Accelerator
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assumptions:
+    """What a plan takes for granted."""
+
+    efficiency: Efficiency = field(default_factory=Efficiency)
+    memory_share: float = 0.9
+    expert_skew: float = 1.0
+    max_ubatches: int = 4
+    max_group_cards: int = 320
+    fill: float = 0.9  # share of the decode slots in use when a request rate is planned for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What is asked of a deployment. Infinite targets are none; without a rate the budget is filled."""
+
+    traffic: Traffic
+    tpot_s: float = math.inf
+    ttft_s: float = math.inf
+    budget_cards: int | None = None
+    rate: float | None = None  # requests per second
+
+    @property
+    def max_cards(self) -> int:
+        """The budget; without one, more than any demand needs."""
+        return 100_000 if self.budget_cards is None else self.budget_cards
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One way to deploy, at its best."""
+
+    wiring: Wiring
+    point: GroupPoint
+    num_groups: int
+    prefill: PrefillPool | None
+    num_cards: int
+    tokens_per_s: float  # output tokens of the whole deployment at full batch; at the planned rate when one is given
+    usd_per_hour: float | None
+    tpot_s: float
+    ttft_s: float
+    score: float  # greater is better; comparable within one demand
+
+    @property
+    def tokens_per_s_per_card(self) -> float:
+        """Every card counted, prefill too."""
+        return self.tokens_per_s / self.num_cards
+
+    @property
+    def usd_per_mtok(self) -> float | None:
+        """US dollars per million output tokens, every card counted; None without prices."""
+        if self.usd_per_hour is None:
+            return None
+        return self.usd_per_hour / SECONDS_PER_HOUR / self.tokens_per_s * 1e6
+
+    @property
+    def prefill_decode_ratio(self) -> float:
+        """Prefill cards per decode card; 0 when they are the same."""
+        return 0.0 if self.prefill is None else self.prefill.num_cards / (self.num_groups * self.point.layout.num_cards)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planner:
+    """Finds each wiring's best option for one model on given cards."""
+
+    shape: ModelShape
+    formats: Formats
+    cards: Cards
+    assumptions: Assumptions
+    demand: Demand
+
+    def decode_model(self, wiring: Wiring) -> DecodeModel:
+        """The decode side of a wiring."""
+        traffic, cards = self.demand.traffic, self.cards
+        attention, ffn = {
+            Wiring.COLOCATED: (cards.colocated, cards.colocated),
+            Wiring.PD: (cards.decode, cards.decode),
+            Wiring.AFD: (cards.attention, cards.ffn),
+        }[wiring]
+        in_step = wiring is Wiring.COLOCATED
+        return DecodeModel(
+            stages=Roofline(
+                shape=self.shape,
+                formats=self.formats,
+                attention=attention,
+                ffn=ffn,
+                efficiency=self.assumptions.efficiency,
+                expert_skew=self.assumptions.expert_skew,
+            ),
+            contexts=Contexts(
+                mean=traffic.mean_context,
+                deviation=traffic.context_deviation,
+                prompt_rows_per_decode_row=PROMPT_ROOM * traffic.mean_prompt / traffic.mean_output if in_step else 0.0,
+                prompt=traffic.mean_prompt,
+            ),
+            memory_share=self.assumptions.memory_share,
+        )
+
+    def prefill_model(self) -> PrefillModel:
+        """The prefill side."""
+        return PrefillModel(
+            shape=self.shape,
+            formats=self.formats,
+            card=self.cards.prefill,
+            efficiency=self.assumptions.efficiency,
+            traffic=self.demand.traffic,
+            memory_share=self.assumptions.memory_share,
+        )
+
+    def best(self, wiring: Wiring) -> Option | None:
+        """The wiring's best option; None when nothing keeps the demand."""
+        model = self.decode_model(wiring)
+        points = self._afd_points(model) if wiring is Wiring.AFD else self._whole_points(model)
+        ranked = sorted(points, key=self._usd_per_token)[:NUM_FINALISTS]
+        if wiring is Wiring.AFD:
+            ranked = sorted([*ranked, *self._neighbours(model, ranked[:4])], key=self._usd_per_token)[:NUM_FINALISTS]
+        # A budget of few cards may not hold the cheapest groups: the smallest stay in the race.
+        small = sorted(points, key=lambda point: point.layout.num_cards)[:NUM_FINALISTS]
+        options = [option for point in [*ranked, *small] if (option := self._option(wiring, point)) is not None]
+        return max(options, key=lambda option: option.score, default=None)
+
+    def _price(self, card: Accelerator) -> float:
+        return 1.0 if card.usd_per_hour is None else card.usd_per_hour
+
+    def _usd_per_token(self, point: GroupPoint) -> float:
+        layout = point.layout
+        cards = self.cards
+        if layout.colocated:
+            return layout.num_cards * self._price(cards.decode) / point.tokens_per_s
+        price = layout.num_attention * self._price(cards.attention) + layout.num_ffn * self._price(cards.ffn)
+        return price / point.tokens_per_s
+
+    def _whole_points(self, model: DecodeModel) -> list[GroupPoint]:
+        limit = min(self.demand.max_cards, self.assumptions.max_group_cards)
+        weights = self.shape.total_weights * bytes_per_value(self.formats.weights)
+        low = max(1, math.ceil(weights / model.usable_attention_bytes()))
+        sizes = _grid(low, limit, 1.25)
+        layouts = (
+            Layout(num_attention=size, num_ffn=size, num_ubatches=count, colocated=True) for size in sizes for count in (1, 2)
+        )
+        return self._points(model, layouts)
+
+    def _afd_points(self, model: DecodeModel) -> list[GroupPoint]:
+        limit = min(self.demand.max_cards, self.assumptions.max_group_cards)
+        shards = _grid(self.fewest_ffn_cards(model), max(1, limit // 2), 1.6)
+        layouts = (
+            Layout(num_attention=x, num_ffn=y, num_ubatches=count)
+            for y in shards
+            for x in _grid(1, limit - y, 1.6)
+            for count in (2, 3)
+            if count <= self.assumptions.max_ubatches
+        )
+        return self._points(model, layouts)
+
+    def fewest_ffn_cards(self, model: DecodeModel) -> int:
+        """Cards that hold the FFN weights once."""
+        weights = self.shape.ffn_weights * bytes_per_value(self.formats.weights)
+        return max(1, math.ceil(weights / (model.usable_ffn_bytes() * 0.98)))  # the rest is for exchange buffers
+
+    def _neighbours(self, model: DecodeModel, points: Sequence[GroupPoint]) -> list[GroupPoint]:
+        limit = min(self.demand.max_cards, self.assumptions.max_group_cards)
+        layouts = {
+            Layout(num_attention=x, num_ffn=point.layout.num_ffn, num_ubatches=count)
+            for point in points
+            for x in _around(point.layout.num_attention)
+            for count in range(1, self.assumptions.max_ubatches + 1)
+            if x + point.layout.num_ffn <= limit
+        }
+        return self._points(model, sorted(layouts, key=lambda layout: (layout.name, layout.num_ubatches)))
+
+    def _points(self, model: DecodeModel, layouts: Iterable[Layout]) -> list[GroupPoint]:
+        found = (model.best_point(layout, self.demand.tpot_s) for layout in layouts)
+        return [point for point in found if point is not None]
+
+    def _option(self, wiring: Wiring, point: GroupPoint) -> Option | None:
+        """As many groups of ``point`` as the budget or the rate takes, with their prefill pool."""
+        demand = self.demand
+        per_group = point.tokens_per_s / demand.traffic.mean_output  # requests per second at full batch
+        most = demand.max_cards // point.layout.num_cards
+        if most < 1:
+            return None
+        if demand.rate is not None:
+            needed = max(1, math.ceil(demand.rate / (per_group * self.assumptions.fill)))
+            return self._assembled(wiring, point, needed, demand.rate) if needed <= most else None
+        if self._assembled(wiring, point, 1, per_group) is None:
+            return None
+        count = largest(lambda n: self._assembled(wiring, point, n, n * per_group) is not None, most)
+        return self._assembled(wiring, point, count, count * per_group)
+
+    def _assembled(self, wiring: Wiring, point: GroupPoint, num_groups: int, rate: float) -> Option | None:
+        demand, cards, layout = self.demand, self.cards, point.layout
+        left = demand.max_cards - num_groups * layout.num_cards
+        if left < 0:
+            return None
+        pool: PrefillPool | None = None
+        if wiring is Wiring.COLOCATED:
+            ttft_s = self._colocated_ttft_s(point, num_groups)
+            prices = [(num_groups * layout.num_cards, cards.colocated)]
+        else:
+            attention = cards.decode if wiring is Wiring.PD else cards.attention
+            pool = self.prefill_model().smallest_pool(
+                rate,
+                ttft_s=demand.ttft_s,
+                max_cards=left,
+                first_step_s=point.step_s,
+                decode_net=attention.nic_bandwidth,
+            )
+            if pool is None:
+                return None
+            ttft_s = pool.ttft_s
+            prices = [(num_groups * layout.num_attention, attention), (pool.num_cards, cards.prefill)]
+            if wiring is Wiring.AFD:
+                prices.append((num_groups * layout.num_ffn, cards.ffn))
+        if ttft_s > demand.ttft_s:
+            return None
+        num_cards = sum(count for count, _ in prices)
+        usd = sum(count * self._price(card) for count, card in prices)
+        # Cards of the budget that stay unused are paid for as well, at the cheapest role's price.
+        idle = 0 if demand.rate is not None or demand.budget_cards is None else demand.budget_cards - num_cards
+        paid = usd + idle * min(self._price(card) for _, card in prices)
+        tokens_per_s = rate * demand.traffic.mean_output
+        return Option(
+            wiring=wiring,
+            point=point,
+            num_groups=num_groups,
+            prefill=pool,
+            num_cards=num_cards,
+            tokens_per_s=tokens_per_s,
+            usd_per_hour=None if any(card.usd_per_hour is None for _, card in prices) else usd,
+            tpot_s=point.step_s,
+            ttft_s=ttft_s,
+            score=tokens_per_s / paid,
+        )
+
+    def _colocated_ttft_s(self, point: GroupPoint, num_groups: int) -> float:
+        """Prompts run in chunks beside decode rows; each card serves one prompt at a time."""
+        traffic = self.demand.traffic
+        chunk = point.batch * PROMPT_ROOM * traffic.mean_prompt / traffic.mean_output
+        servers, load = num_groups * point.layout.num_cards, 1 / PROMPT_ROOM
+        wait_s = waiting_quantile_s(
+            service_s=max(1.0, traffic.mean_prompt / chunk) * point.step_s,
+            variation=traffic.prompt_variation,
+            num_servers=servers,
+            load=load,
+            chance=waiting_chance(load=load, num_servers=servers),
+            tail=TAIL,
+        )
+        return wait_s + (math.ceil(traffic.prompt_quantile(1 - TAIL) / chunk) + 0.5) * point.step_s
+
+
+def _grid(low: int, high: int, factor: float) -> list[int]:
+    """Whole numbers from ``low`` to ``high``, each about ``factor`` times the one before."""
+    sizes, size = [], float(low)
+    while size <= high:
+        sizes.append(round(size))
+        size = max(size * factor, size + 1)
+    if sizes and sizes[-1] != high:
+        sizes.append(high)
+    return sizes
+
+
+def _around(count: int) -> list[int]:
+    spread = max(1, count // 12)
+    return [x for offset in (-4, -2, -1, 0, 1, 2, 4) if (x := count + offset * spread) >= 1]
