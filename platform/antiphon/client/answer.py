@@ -30,7 +30,8 @@ class Answer:
         """Take a response; the chunk it brings, if any. Events of a newer server are passed over."""
         match response.WhichOneof("event"):
             case "started":
-                self._started = response.started
+                if not self._started.request_id:  # a call that goes on repeats it
+                    self._started = response.started
             case "delta":
                 chunk = chunk_of(response.delta)
                 self._chunks.setdefault(chunk.index, []).append(chunk)
@@ -47,6 +48,23 @@ class Answer:
         """
         if self.usage is None:
             raise Unavailable("the answer ended early", 0.0)
+
+    def resumption(self, request: pb.GenerateRequest) -> pb.GenerateRequest | None:
+        """The request for what is still missing after a lost connection.
+
+        The server goes on behind the tokens that have come, with the same seed; text is a function of the tokens, so nothing
+        comes twice or is left out. None when that can't be asked for: a choice has finished, and would go on behind its end.
+        """
+        if not self._started.request_id or any(chunks[-1].finish_reason for chunks in self._chunks.values()):
+            return None
+        missing = pb.GenerateRequest()
+        missing.CopyFrom(request)
+        missing.request_id = self._started.request_id
+        missing.sampling.seed = self._started.seed
+        del missing.resume[:]
+        for index, chunks in sorted(self._chunks.items()):
+            missing.resume.add(index=index, token_ids=[token_id for chunk in chunks for token_id in chunk.token_ids])
+        return missing
 
     def completion(self) -> Completion:
         """Everything so far."""

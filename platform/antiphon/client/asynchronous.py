@@ -18,8 +18,10 @@ from antiphon.client.values import Chunk, Completion, ModelInfo, Usage
 from antiphon.client.wire import GenerateOptions, generate_request, models_of, status_of
 from antiphon.core.errors import AntiphonError, Cancelled
 from antiphon.rpc.client_channel import AsyncInferenceCalls, AsyncResponseStream, Tls
+from antiphon.rpc.v1 import inference_pb2 as pb
 
 T = TypeVar("T")
+Start = Callable[[pb.GenerateRequest, float], AsyncResponseStream]
 
 
 class AsyncStream:
@@ -32,8 +34,9 @@ class AsyncStream:
     One task iterates; any task of the loop may close. Cancelling the iterating task cancels the request too.
     """
 
-    def __init__(self, start: Callable[[float], AsyncResponseStream], attempts: Attempts) -> None:
+    def __init__(self, start: Start, request: pb.GenerateRequest, attempts: Attempts) -> None:
         self._start = start
+        self._request = request
         self._attempts = attempts
         self._call: AsyncResponseStream | None = None
         self._answer = Answer()
@@ -88,22 +91,29 @@ class AsyncStream:
 
     async def _receive(self) -> Chunk | None:
         if self._call is None:
-            self._call = self._start(self._attempts.timeout_s())
+            self._call = self._start(self._request, self._attempts.timeout_s())
         response = await self._call.receive()
         if response is not None:
-            return self._answer.feed(response)
+            chunk = self._answer.feed(response)
+            if chunk is not None:
+                self._attempts.progressed()
+            return chunk
         self._answer.check_whole()
         self._ended = True
         return None
 
     def _pause_s(self, error: AntiphonError) -> float:
         try:
+            pause_s = self._attempts.pause_s(error)
             if self._answer.has_tokens:
-                raise error
-            return self._attempts.pause_s(error)
+                request = self._answer.resumption(self._request) if self._attempts.may_resume else None
+                if request is None:
+                    raise error
+                self._request = request
         except AntiphonError:
             self._ended = True
             raise
+        return pause_s
 
     async def _pause(self, pause_s: float) -> None:
         try:
@@ -144,10 +154,10 @@ class AsyncClient:
         request = generate_request(model, options)
         metadata = self._settings.metadata(options)
 
-        def start(timeout_s: float) -> AsyncResponseStream:
+        def start(request: pb.GenerateRequest, timeout_s: float) -> AsyncResponseStream:
             return self._calls.generate(request, timeout_s=timeout_s, metadata=metadata)
 
-        return AsyncStream(start, Attempts(self._settings.retry, self._settings.timeout_of(options)))
+        return AsyncStream(start, request, Attempts(self._settings.retry, self._settings.timeout_of(options)))
 
     async def list_models(self, *, timeout_s: float = UNARY_TIMEOUT_S) -> tuple[ModelInfo, ...]:
         """The models served."""

@@ -18,8 +18,10 @@ from antiphon.client.values import Chunk, Completion, ModelInfo, Usage
 from antiphon.client.wire import GenerateOptions, generate_request, models_of, status_of
 from antiphon.core.errors import AntiphonError, Cancelled
 from antiphon.rpc.client_channel import InferenceCalls, ResponseStream, Tls
+from antiphon.rpc.v1 import inference_pb2 as pb
 
 T = TypeVar("T")
+Start = Callable[[pb.GenerateRequest, float], ResponseStream]
 
 
 class Stream:
@@ -32,8 +34,9 @@ class Stream:
     One thread iterates; any thread may close.
     """
 
-    def __init__(self, start: Callable[[float], ResponseStream], attempts: Attempts) -> None:
+    def __init__(self, start: Start, request: pb.GenerateRequest, attempts: Attempts) -> None:
         self._start = start
+        self._request = request
         self._attempts = attempts
         self._call: ResponseStream | None = None
         self._answer = Answer()
@@ -88,22 +91,29 @@ class Stream:
 
     def _receive(self) -> Chunk | None:
         if self._call is None:
-            self._call = self._start(self._attempts.timeout_s())
+            self._call = self._start(self._request, self._attempts.timeout_s())
         response = self._call.receive()
         if response is not None:
-            return self._answer.feed(response)
+            chunk = self._answer.feed(response)
+            if chunk is not None:
+                self._attempts.progressed()
+            return chunk
         self._answer.check_whole()
         self._ended = True
         return None
 
     def _pause_s(self, error: AntiphonError) -> float:
         try:
+            pause_s = self._attempts.pause_s(error)
             if self._answer.has_tokens:
-                raise error
-            return self._attempts.pause_s(error)
+                request = self._answer.resumption(self._request) if self._attempts.may_resume else None
+                if request is None:
+                    raise error
+                self._request = request
         except AntiphonError:
             self._ended = True
             raise
+        return pause_s
 
     def _drop_call(self) -> None:
         call, self._call = self._call, None
@@ -114,8 +124,8 @@ class Stream:
 class Client:
     """A blocking client of one endpoint.
 
-    Calls raise the errors of ``antiphon.core.errors``, whichever end they come from. What is refused or lost before the first
-    token is tried again within ``timeout_s``, as ``retry`` says.
+    Calls raise the errors of ``antiphon.core.errors``, whichever end they come from. What is refused or lost is tried again
+    within ``timeout_s``, as ``retry`` says; an answer that has begun goes on behind the tokens that have come.
 
     Args:
         endpoint: host:port of the gRPC door.
@@ -153,10 +163,10 @@ class Client:
         request = generate_request(model, options)
         metadata = self._settings.metadata(options)
 
-        def start(timeout_s: float) -> ResponseStream:
+        def start(request: pb.GenerateRequest, timeout_s: float) -> ResponseStream:
             return self._calls.generate(request, timeout_s=timeout_s, metadata=metadata)
 
-        return Stream(start, Attempts(self._settings.retry, self._settings.timeout_of(options)))
+        return Stream(start, request, Attempts(self._settings.retry, self._settings.timeout_of(options)))
 
     def list_models(self, *, timeout_s: float = UNARY_TIMEOUT_S) -> tuple[ModelInfo, ...]:
         """The models served."""

@@ -1,8 +1,9 @@
 """When a call is tried again, and when it is not (request speed). Decides only; waiting is the caller's.
 
-Tried again is what cannot have reached the application yet: UNAVAILABLE and RESOURCE_EXHAUSTED, before the first token. Pauses
-grow by half at least and are drawn at random, so that clients that were refused together do not come back together; a server
-that says when to come back is not asked earlier. Nothing outlives the call's deadline.
+Tried again is what was refused or lost (UNAVAILABLE, RESOURCE_EXHAUSTED) before the first token; after it, the call goes on
+behind the tokens that have come, where the policy says so. Pauses double and are drawn at random, so that clients that were
+refused together do not come back together; a server that says when to come back is not asked earlier. Nothing outlives the
+call's deadline.
 
 Must not know: connections, or what is asked.
 """
@@ -25,6 +26,7 @@ class RetryPolicy:
     initial_s: float = 0.1  # longest first pause
     max_s: float = 5.0  # longest pause, unless the server asks for more
     max_retry_after_s: float = 30.0  # a server that asks for a longer pause is not waited for
+    resume: bool = True  # go on with an answer whose connection was lost; False = the application gets the error
 
 
 class Attempts:
@@ -54,6 +56,15 @@ class Attempts:
         if left_s <= 0:
             raise DeadlineExceeded("the call's deadline passed")
         return left_s
+
+    @property
+    def may_resume(self) -> bool:
+        """Whether an answer that has begun may go on over another connection."""
+        return self._policy.resume
+
+    def progressed(self) -> None:
+        """Something came: failures before it don't count any more."""
+        self._num_failed = 0
 
     def pause_s(self, error: AntiphonError) -> float:
         """Seconds to wait before the next attempt. Raises ``error`` when there should be none."""

@@ -58,6 +58,10 @@ class Script:
                 raise UnknownModel("no model 'unknown'", "model")
             case "locked" if call.metadata.get("authorization") != "Bearer secret":
                 raise Unauthenticated("a key is needed")
+            case "goes-on" if request.resume:
+                async for response in self._rest(request):
+                    yield response
+                return
             case "broken":
                 raise RuntimeError("an invariant of the server's")
         yield pb.GenerateResponse(
@@ -71,7 +75,7 @@ class Script:
             for i, word in enumerate(["Hello", " wor", "ld"]):
                 for index in range(max(1, request.num_choices)):
                     yield pb.GenerateResponse(delta=pb.Delta(index=index, text=word, token_ids=[10 + i]))
-                if request.model == "lost-after-token":
+                if request.model in ("lost-after-token", "goes-on"):
                     raise Unavailable("worker lost", 0.0)
                 if request.model == "slow":
                     await asyncio.sleep(60)
@@ -82,6 +86,16 @@ class Script:
             yield pb.GenerateResponse(delta=pb.Delta(index=index, finish_reason=pb.FINISH_REASON_STOP, stop_string="!"))
         if request.model != "ends-early":
             yield pb.GenerateResponse(completed=pb.Completed(usage=pb.Usage(num_prompt_tokens=3, num_completion_tokens=3)))
+
+    async def _rest(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse, None]:
+        num_had = len(request.resume[0].token_ids)
+        yield pb.GenerateResponse(started=pb.Started(request_id=request.request_id, model=request.model, seed=7))
+        for i, word in list(enumerate(["Hello", " wor", "ld"]))[num_had:]:
+            yield pb.GenerateResponse(delta=pb.Delta(text=word, token_ids=[10 + i]))
+            if self.num_attempts == 2:
+                raise Unavailable("worker lost again", 0.0)
+        yield pb.GenerateResponse(delta=pb.Delta(finish_reason=pb.FINISH_REASON_LENGTH))
+        yield pb.GenerateResponse(completed=pb.Completed(usage=pb.Usage(num_completion_tokens=3)))
 
     async def list_models(self, request: pb.ListModelsRequest, call: CallInfo) -> pb.ListModelsResponse:
         self.num_attempts += 1
@@ -342,8 +356,21 @@ def test_a_loss_before_the_first_token_is_tried_again(server: Server, connect: C
     assert server.script.num_attempts == 2
 
 
-def test_a_loss_after_the_first_token_is_the_applications_to_handle(server: Server, connect: Connect) -> None:
-    stream = connect(server.address).stream("lost-after-token", prompt="x")
+def test_an_answer_goes_on_behind_its_tokens_when_its_connection_is_lost(server: Server, connect: Connect) -> None:
+    completion = connect(server.address).generate("goes-on", prompt="x", max_tokens=3)
+    assert completion.text == "Hello world"
+    assert completion.choices[0].token_ids == (10, 11, 12)
+    assert completion.choices[0].finish_reason is FinishReason.LENGTH
+    first, second, third = server.script.requests
+    assert not first.sampling.HasField("seed")
+    assert (second.request_id, second.sampling.seed, second.sampling.max_tokens) == ("r1", 7, 3)
+    assert [list(part.token_ids) for part in second.resume] == [[10]]
+    assert [list(part.token_ids) for part in third.resume] == [[10, 11]]
+
+
+def test_an_answer_that_may_not_go_on_is_the_applications_to_handle(server: Server, connect: Connect) -> None:
+    never = RetryPolicy(max_attempts=3, initial_s=0.01, resume=False)
+    stream = connect(server.address, retry=never).stream("lost-after-token", prompt="x")
     assert next(iter(stream)).text == "Hello"
     with pytest.raises(Unavailable, match="worker lost"):
         list(stream)
@@ -354,6 +381,7 @@ def test_a_loss_after_the_first_token_is_the_applications_to_handle(server: Serv
 def test_an_answer_without_its_end_is_not_taken_for_whole(server: Server, connect: Connect) -> None:
     with pytest.raises(Unavailable, match="ended early"):
         connect(server.address).generate("ends-early", prompt="x")
+    assert server.script.num_attempts == 1
 
 
 def test_bad_input_names_the_field_and_is_not_tried_again(server: Server, connect: Connect) -> None:
