@@ -1,0 +1,108 @@
+"""Other ways of asking the same thing: for training, and held out from it for judging robustness (control speed, offline).
+
+Training variants and the five judged perturbations use different wordings and typos of different kinds, so that a robust score
+is not a memorised one. Must not know: embeddings, categories.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+_TRAIN_BEFORE = (
+    "Hi! Could you help me with this? ",
+    "I need your help with the following.\n\n",
+    "You are a helpful assistant. Answer the question below.\n\n",
+    "Question: ",
+    "Hello, quick one: ",
+    "Please answer as well as you can. ",
+    "Task:\n",
+    "### Instruction:\n",
+    "hey there, i was wondering about something. ",
+    "Let me ask you something:\n",
+)
+_TRAIN_AFTER = (
+    "\n\nThanks in advance!",
+    " Please explain your answer.",
+    "\n\nAnswer:",
+    "\nKeep it short please.",
+    "\n### Response:\n",
+    " Thank you so much.",
+    "\nThink it through before you reply.",
+    "",
+    "",
+)
+_JUDGE_BEFORE = (
+    "Good morning, I hope you are doing well. Would you be so kind as to look at this for me? ",
+    "I'd really appreciate some assistance here:\n",
+    "Dear assistant, my colleague asked me the following and I am not sure. ",
+)
+_JUDGE_AFTER = (
+    "\n\nMany thanks for your time, I am grateful for any help.",
+    "\nLooking forward to your reply. Cheers!",
+    "\n\nTake your time, there is no hurry.",
+)
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def _typos(text: str, rate: float, source: random.Random, kinds: Sequence[str]) -> str:
+    chars = list(text)
+    letters = [i for i, char in enumerate(chars) if char.isalpha()]
+    if not letters:
+        return text
+    for i in sorted(source.sample(letters, min(len(letters), max(1, int(len(letters) * rate)))), reverse=True):
+        match source.choice(kinds):
+            case "swap" if i + 1 < len(chars):
+                chars[i], chars[i + 1] = chars[i + 1], chars[i]
+            case "drop":
+                del chars[i]
+            case "double":
+                chars.insert(i, chars[i])
+            case _:
+                chars[i] = source.choice(_LETTERS)
+    return "".join(chars)
+
+
+def _wrap_for_training(text: str, source: random.Random) -> str:
+    return source.choice(_TRAIN_BEFORE) + text + source.choice(_TRAIN_AFTER)
+
+
+def _truncate(text: str, source: random.Random) -> str:
+    words = text.split(" ")
+    return " ".join(words[: max(4, int(len(words) * source.uniform(0.6, 0.9)))])
+
+
+def training_variants(prompt: str, num_variants: int, source: random.Random) -> list[str]:
+    """``num_variants`` other forms of a prompt, in a fixed rotation of kinds: wrapped, with typos, cut, in one case, both."""
+    kinds: tuple[Callable[[str], str], ...] = (
+        lambda text: _wrap_for_training(text, source),
+        lambda text: _typos(text, 0.03, source, ("swap", "drop", "other")),
+        lambda text: _truncate(text, source),
+        lambda text: _wrap_for_training(_typos(text, 0.02, source, ("swap", "drop")), source),
+        lambda text: source.choice((text.lower(), text.upper())).rstrip("?.! ") if len(text) > 1 else text,
+        lambda text: _wrap_for_training(_truncate(text, source), source),
+    )
+    return [kinds[i % len(kinds)](prompt) for i in range(num_variants)]
+
+
+def _polite(text: str, source: random.Random) -> str:
+    return source.choice(_JUDGE_BEFORE) + text + source.choice(_JUDGE_AFTER)
+
+
+def _spacing(text: str, source: random.Random) -> str:
+    return source.choice(("\n\n", "  ", "\t")) + text.replace(" ", source.choice(("  ", " \n"))) + "\n\n"
+
+
+PERTURBATIONS: dict[str, Callable[[str, random.Random], str]] = {
+    "polite wrapper": _polite,
+    "typos": lambda text, source: _typos(text, 0.03, source, ("double", "swap", "other")),
+    "truncated": lambda text, source: text[: max(16, int(len(text) * 0.8))],
+    "lower case": lambda text, source: text.lower().rstrip("?.! "),
+    "spacing": _spacing,
+}
+
+
+def perturbed(prompts: Sequence[str], name: str, seed: int) -> list[str]:
+    """Every prompt under the judged perturbation ``name``, a key of PERTURBATIONS; the same for the same seed."""
+    source = random.Random(f"{name}:{seed}")
+    return [PERTURBATIONS[name](prompt, source) for prompt in prompts]

@@ -1,0 +1,157 @@
+"""What one path of the router computes: categories, neighbours, expected scores, familiarity (request speed, plain numpy).
+
+    embedding ─► coarse head ─► p(category) ──────┐
+             ├─► fine head ───► p(source) ────────┼─► expected score per expert
+             └─► landmarks ───► neighbours ───────┘   and familiarity 0..1: how much this looks like what was trained on
+
+Shape letters: B prompts, D embedding, C categories, F sources (finer classes), N landmarks, K neighbours, M experts. Training and
+routing share this code, so what is judged is what is served. Must not know: files, policies, clocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+NUM_SIGNALS = 4
+_TINY = np.float32(1e-4)
+
+
+def softmax(logits_BC: npt.NDArray[np.floating], temperature: float) -> Floats:
+    """Row-wise softmax of ``logits_BC / temperature``."""
+    scaled = (logits_BC - logits_BC.max(axis=-1, keepdims=True)) / np.float32(temperature)
+    raised = np.exp(scaled)
+    result: Floats = (raised / raised.sum(axis=-1, keepdims=True)).astype(np.float32)
+    return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """Multinomial logistic regression over an embedding, calibrated by one temperature."""
+
+    weights_DC: Floats
+    bias_C: Floats
+    temperature: float = 1.0
+
+    def logits(self, embedding_BD: Floats) -> Floats:
+        """Uncalibrated logits [B, C]."""
+        result: Floats = embedding_BD @ self.weights_DC + self.bias_C
+        return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Neighbourhood:
+    """What the nearest landmarks say about prompts."""
+
+    scores_BM: Floats  # mean score per expert
+    agreement_B: Floats  # share of neighbours of the prompt's most probable category
+    similarity_B: Floats  # mean cosine of the neighbours, -1..1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Landmarks:
+    """A fixed sample of training prompts: normalised embeddings, category and score per expert."""
+
+    embedding_ND: Floats
+    category_N: Ints
+    scores_NM: Floats
+    num_neighbours: int
+
+    def look(self, embedding_BD: Floats, category_B: Ints) -> Neighbourhood:
+        """The neighbourhood of each prompt, given its most probable category. Only the first D numbers of embeddings count."""
+        num_landmarks, D = self.embedding_ND.shape
+        similarity_BN = embedding_BD[:, :D] @ self.embedding_ND.T
+        k = min(self.num_neighbours, num_landmarks)
+        nearest_BK = np.argpartition(-similarity_BN, k - 1, axis=1)[:, :k]
+        return Neighbourhood(
+            scores_BM=self.scores_NM[nearest_BK].mean(axis=1, dtype=np.float32),
+            agreement_B=(self.category_N[nearest_BK] == category_B[:, None]).mean(axis=1, dtype=np.float32),
+            similarity_B=np.take_along_axis(similarity_BN, nearest_BK, axis=1).mean(axis=1, dtype=np.float32),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """Familiarity as a logistic regression over the signals; below ``threshold`` a prompt goes to the general expert."""
+
+    weights: tuple[float, ...]  # NUM_SIGNALS
+    bias: float
+    threshold: float
+
+    def familiarity(self, signals_BS: Floats) -> Floats:
+        """0..1 for each prompt."""
+        logit_B = signals_BS @ np.array(self.weights, np.float32) + np.float32(self.bias)
+        result: Floats = (1.0 / (1.0 + np.exp(-np.clip(logit_B, -30, 30)))).astype(np.float32)
+        return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Raw:
+    """What heads and landmarks say before calibration, mixing and gate."""
+
+    coarse_BC: Floats  # logits
+    fine_BF: Floats  # logits
+    near: Neighbourhood
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """Heads, landmarks and mean scores fitted on one set of prompts."""
+
+    coarse: Head
+    fine: Head
+    landmarks: Landmarks
+    coarse_scores_CM: Floats  # shrunken mean score of each expert in each category
+    fine_scores_FM: Floats
+
+    def raw(self, embedding_BD: Floats) -> Raw:
+        """Everything that costs time, once."""
+        coarse_BC = self.coarse.logits(embedding_BD)
+        near = self.landmarks.look(embedding_BD, coarse_BC.argmax(axis=1))
+        return Raw(coarse_BC=coarse_BC, fine_BF=self.fine.logits(embedding_BD), near=near)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """How the three sources of an expected score are mixed."""
+
+    fine_share: float  # of the heads' part; the rest is the coarse head's
+    knn_share: float  # of the whole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assessment:
+    """What a path says about prompts."""
+
+    categories_BC: Floats  # calibrated p(category)
+    scores_BM: Floats  # expected score per expert
+    familiarity_B: Floats
+    signals_BS: Floats
+
+
+def signals(coarse_BC: Floats, fine_BF: Floats, near: Neighbourhood) -> Floats:
+    """The gate's inputs [B, NUM_SIGNALS] from calibrated probabilities: log-odds of both maxima, agreement, similarity."""
+    top, top_fine = coarse_BC.max(axis=1), fine_BF.max(axis=1)
+    odds = np.log(top / (1.0 - top + _TINY))
+    odds_fine = np.log(top_fine / (1.0 - top_fine + _TINY))
+    return np.stack([odds, odds_fine, near.agreement_B, near.similarity_B], axis=1).astype(np.float32)
+
+
+def assess(raw: Raw, fitted: Fitted, mix: Mix, gate: Gate) -> Assessment:
+    """Calibrate, mix and gate; pure arithmetic on ``raw``."""
+    coarse_BC = softmax(raw.coarse_BC, fitted.coarse.temperature)
+    fine_BF = softmax(raw.fine_BF, fitted.fine.temperature)
+    heads_BM = (1.0 - mix.fine_share) * (coarse_BC @ fitted.coarse_scores_CM)
+    heads_BM += mix.fine_share * (fine_BF @ fitted.fine_scores_FM)
+    signals_BS = signals(coarse_BC, fine_BF, raw.near)
+    return Assessment(
+        categories_BC=coarse_BC,
+        scores_BM=((1.0 - mix.knn_share) * heads_BM + mix.knn_share * raw.near.scores_BM).astype(np.float32),
+        familiarity_B=gate.familiarity(signals_BS),
+        signals_BS=signals_BS,
+    )
