@@ -1,0 +1,115 @@
+"""Runs one gateway process: HTTP and gRPC over the same gateway, until told to stop (control speed).
+
+    start: load tokenizers ─► look into the directory ─► bind ─► serve
+    stop:  not ready, no new requests ─► open streams go on for drain_timeout_s ─► close
+
+Must not know: Ray, documents, or which directory it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from antiphon.core.errors import AntiphonError
+from antiphon.gateway.config import BoundPorts, GatewayConfig
+from antiphon.gateway.gateway import Gateway
+from antiphon.gateway.grpc_door import GrpcDoor
+from antiphon.gateway.http_server import HttpServer
+from antiphon.gateway.openai_http import make_app
+from antiphon.gateway.tokenizer import TextModel
+from antiphon.gateway.workers import WorkerSource
+from antiphon.rpc.channels import ChannelLimits
+from antiphon.rpc.inference import InferenceServicer
+from antiphon.rpc.services import RpcServer
+from antiphon.telemetry import Telemetry, setup
+
+_log = logging.getLogger(__name__)
+
+
+async def run_gateway(
+    config: GatewayConfig,
+    workers: WorkerSource,
+    stop: asyncio.Event,
+    *,
+    on_bound: Callable[[BoundPorts], None] | None = None,
+    telemetry: Telemetry | None = None,
+) -> None:
+    """Serve until ``stop`` is set, then drain.
+
+    Args:
+        config: addresses, models and limits.
+        workers: where workers are registered.
+        stop: set to end.
+        on_bound: called once with the ports, when both doors are open.
+        telemetry: traces and metrics; None = made here from the environment, and closed here.
+
+    Raises:
+        CheckpointInvalid: a model's tokenizer can't be read.
+        Unavailable: an address can't be bound.
+    """
+    if telemetry is not None:
+        await _run(config, workers, stop, on_bound, telemetry)
+        return
+    owned = setup("antiphon-gateway")
+    try:
+        await _run(config, workers, stop, on_bound, owned)
+    finally:
+        await asyncio.to_thread(owned.close)
+
+
+async def _run(
+    config: GatewayConfig,
+    workers: WorkerSource,
+    stop: asyncio.Event,
+    on_bound: Callable[[BoundPorts], None] | None,
+    telemetry: Telemetry,
+) -> None:
+    models = {name: await asyncio.to_thread(TextModel.load, path) for name, path in config.models.items()}
+    gateway = Gateway(config, models=models, source=workers, telemetry=telemetry)
+    http = HttpServer(make_app(gateway), host=config.host, port=config.http_port, reuse_port=config.reuse_port)
+    grpc = RpcServer(
+        [InferenceServicer(GrpcDoor(gateway))],
+        host=config.host,
+        port=config.grpc_port,
+        reuse_port=config.reuse_port,
+        limits=ChannelLimits(max_message_bytes=config.max_request_bytes),
+    )
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        try:
+            await gateway.view.refresh()
+        except AntiphonError as error:
+            _log.warning("the directory can't be reached yet: %s", error)
+        await http.start()
+        await grpc.start()
+        if on_bound is not None:
+            on_bound(BoundPorts(host=config.host, http_port=http.port, grpc_port=grpc.port))
+        tasks = [asyncio.create_task(gateway.view.run()), asyncio.create_task(http.failed()), asyncio.create_task(_wait(stop))]
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()  # a loop that failed raises here
+        gateway.draining = True
+        await grpc.drain()
+        await _drain(gateway, config.drain_timeout_s)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await grpc.close()
+        await http.close()
+        await gateway.close()
+
+
+async def _wait(stop: asyncio.Event) -> None:
+    await stop.wait()
+
+
+async def _drain(gateway: Gateway, timeout_s: float) -> None:
+    loop = asyncio.get_running_loop()
+    end_s = loop.time() + timeout_s
+    while gateway.num_requests and loop.time() < end_s:  # noqa: ASYNC110 - once in a process's life, and bounded
+        await asyncio.sleep(0.05)
+    if gateway.num_requests:
+        _log.warning("%d requests were not finished within %.0f s of draining", gateway.num_requests, timeout_s)

@@ -1,0 +1,99 @@
+"""Renders chat messages with a checkpoint's Jinja template, as transformers' apply_chat_template does (request speed).
+
+Templates come with the weights and are run in Jinja's sandbox. Must not know: tokens.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from antiphon.core.errors import CheckpointInvalid, InvalidInput
+
+
+class ChatTemplate:
+    """One compiled template. Rendering is thread-safe.
+
+    Args:
+        source: the template.
+        special_tokens: variables such as bos_token and eos_token.
+
+    Raises:
+        CheckpointInvalid: the template does not parse.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise CheckpointInvalid(f"chat template, line {error.lineno}: {error.message}") from error
+        self._special_tokens = dict(special_tokens)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
+        """The prompt's text.
+
+        Args:
+            messages: each with role and content.
+            add_generation_prompt: end with the beginning of the assistant's answer.
+            variables: further variables of the template, e.g. enable_thinking.
+
+        Raises:
+            InvalidInput: the template refuses the messages.
+        """
+        context = {
+            **self._special_tokens,
+            **variables,
+            "messages": [dict(message) for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return self._template.render(context)
+        except jinja2.TemplateError as error:
+            raise InvalidInput(f"the model's chat template refuses the messages: {error}", "messages") from error
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
+            raise InvalidInput(f"the model's chat template can't render the messages: {error}", "messages") from error
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %} marks the assistant's words for training; here it is only its content."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's interface
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes for HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)

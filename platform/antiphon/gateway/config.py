@@ -1,0 +1,36 @@
+"""What a gateway is told at its start (values; control speed). Must not know: documents or environments it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """Addresses, models and limits of one gateway process."""
+
+    models: Mapping[str, Path]  # name that clients send → checkpoint directory with the tokenizer
+    host: str = "127.0.0.1"
+    http_port: int = 8000  # 0 = any free port
+    grpc_port: int = 9000  # 0 = any free port
+    reuse_port: bool = False  # several gateways of one machine share the ports
+    api_keys: frozenset[str] = field(default_factory=frozenset)  # empty = open
+    max_request_bytes: int = 4 * 2**20
+    default_deadline_s: float = 600.0
+    max_deadline_s: float = 86_400.0
+    max_concurrent_requests: int = 4096  # beyond it 429, whatever the workers' queues say
+    remote_prefill_min_tokens: int = 64
+    placement_timeout_s: float = 30.0  # how long a request whose worker was lost before its first token looks for another
+    refresh_s: float = 0.5  # between looks into the directory
+    drain_timeout_s: float = 30.0  # at the stop, how long open streams may go on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoundPorts:
+    """Where a gateway listens."""
+
+    host: str
+    http_port: int
+    grpc_port: int

@@ -1,0 +1,133 @@
+"""What both doors share: the generator, the models, the status, whether it drains (request speed).
+
+Must not know: HTTP or grpc.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from antiphon import __version__
+from antiphon.core.errors import Unavailable, UnknownModel
+from antiphon.gateway.auth import ApiKeys
+from antiphon.gateway.config import GatewayConfig
+from antiphon.gateway.engine_client import EngineClient
+from antiphon.gateway.generation import Generator
+from antiphon.gateway.generation_request import Event, GenerationRequest
+from antiphon.gateway.metrics import GatewayMetrics
+from antiphon.gateway.placement import Placement
+from antiphon.gateway.status import Status, pools_of, workers_of
+from antiphon.gateway.tokenizer import TextModel
+from antiphon.gateway.workers import WorkerSource, WorkerView
+from antiphon.telemetry import Telemetry
+
+
+class Gateway:
+    """One gateway process. Belongs to one event loop; ``close`` is idempotent.
+
+    Args:
+        config: limits and addresses.
+        models: tokenizers by the name clients send.
+        source: where workers are registered.
+        telemetry: traces and metrics.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        *,
+        models: Mapping[str, TextModel],
+        source: WorkerSource,
+        telemetry: Telemetry,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.keys = ApiKeys(config.api_keys)
+        self.models = models
+        self.created = int(time.time())
+        self.draining = False
+        self.telemetry = telemetry
+        self.view = WorkerView(source, refresh_s=config.refresh_s, clock=clock)
+        self._clock = clock
+        self._started_s = clock()
+        self._client = EngineClient(clock=clock)
+        # Placement notes what is in flight before new connections are made or old ones dropped.
+        placement = Placement(self.view, self._client, remote_prefill_min_tokens=config.remote_prefill_min_tokens)
+        self.view.on_refresh(self._client.sync)
+        self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+        self._generator = Generator(
+            config,
+            models=models,
+            view=self.view,
+            client=self._client,
+            placement=placement,
+            metrics=GatewayMetrics(telemetry, workers=lambda: self.view.workers, num_requests=lambda: self.num_requests),
+            tracer=telemetry.tracer(__name__),
+            executor=self._executor,
+            clock=clock,
+        )
+
+    @property
+    def num_requests(self) -> int:
+        """Requests being answered."""
+        return self._generator.num_active
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """See ``Generator.generate``."""
+        if self.draining:
+            raise Unavailable("this gateway is shutting down", retry_after_s=1.0)
+        return self._generator.generate(request)
+
+    def max_model_len(self, model: str) -> int | None:
+        """Longest prompt plus output; None while no worker of it is registered.
+
+        Raises:
+            UnknownModel: no such model is served here.
+        """
+        if model not in self.models:
+            raise UnknownModel(f"the model {model!r} does not exist", "model")
+        lengths = [i.max_model_len for i in self.view.workers if i.model == model and i.role.generates and i.max_model_len > 0]
+        return min(lengths, default=None)
+
+    def revision(self, model: str) -> str:
+        """The revision of a ready worker of the model, or ""."""
+        return next((i.revision for i in self.view.workers if i.model == model and i.role.generates and i.ready), "")
+
+    def is_ready(self, model: str) -> bool:
+        """True when a worker can take requests for the model now."""
+        return any(info.model == model and info.role.generates and info.ready and not info.draining for info in self.view.workers)
+
+    def why_not_ready(self) -> str | None:
+        """Why this gateway should get no traffic; None when it should."""
+        if self.draining:
+            return "shutting down"
+        if self.view.age_s is None:
+            return "the directory has not answered yet"
+        if not any(self.is_ready(model) for model in self.models):
+            return "no model has a ready worker"
+        return None
+
+    def status(self, deployment: str = "") -> Status:
+        """What this gateway sees, of one deployment or of all ("")."""
+        records = [r for r in self.view.records if not deployment or r.info.deployment == deployment]
+        return Status(
+            version=__version__,
+            uptime_s=self._clock() - self._started_s,
+            num_requests=self.num_requests,
+            draining=self.draining,
+            pools=pools_of([record.info for record in records]),
+            workers=workers_of(
+                records,
+                age_s=self.view.age_s or 0.0,
+                is_connected=self._client.is_connected,
+                inflight_on=self._client.inflight_on,
+            ),
+        )
+
+    async def close(self) -> None:
+        """End the sessions with all workers."""
+        await self._client.close()
+        self._executor.shutdown(wait=False, cancel_futures=True)
