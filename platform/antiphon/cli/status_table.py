@@ -1,0 +1,107 @@
+"""A gateway's status as tables for people (control speed). Must not know: where the status came from."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from antiphon.client import PoolStatus, ServiceStatus, WorkerStatus
+
+_STYLES = {"ready": "green", "draining": "yellow", "starting": "yellow", "no session": "red"}
+
+
+def render(status: ServiceStatus) -> RenderableType:
+    """The gateway's line, the pools and the workers."""
+    gateway = status.gateway
+    state = "draining" if gateway.draining else "serving"
+    head = Text(f"gateway {gateway.version}: {state}, up {duration(gateway.uptime_s)}, {gateway.num_requests} requests in flight")
+    if not status.workers:
+        return Group(head, Text("no workers are registered"))
+    return Group(head, Text(), _pools(status.pools), Text(), _workers(status.workers))
+
+
+def _pools(pools: tuple[PoolStatus, ...]) -> Table:
+    table = _table("DEPLOYMENT", "POOL", "ROLE", "#READY", "#WAITING", "#RUNNING", "#KV")
+    for pool in pools:
+        ready = Text(f"{pool.num_ready}/{pool.num_workers}", "green" if pool.num_ready == pool.num_workers else "yellow")
+        kv = "-" if pool.role == "ffn" else f"{pool.kv_usage:.0%}"
+        table.add_row(pool.deployment, pool.name, pool.role, ready, str(pool.num_waiting), str(pool.num_running), kv)
+    return table
+
+
+def _workers(workers: tuple[WorkerStatus, ...]) -> Table:
+    table = _table(
+        "WORKER", "ROLE", "STATE", "SHARD", "#EPOCH", "#LEASE", "#WAIT", "#RUN", "#KV", "#WORK", "#WEIGHTS", "ADDRESS", "WHY"
+    )
+    messages = any(worker.message for worker in workers)
+    for worker in workers:
+        state = state_of(worker)
+        lease = "-" if worker.lease_remaining_s is None else f"{worker.lease_remaining_s:.1f} s"
+        usage = worker.kv_usage
+        table.add_row(
+            worker.worker_id,
+            worker.role,
+            Text(state, _STYLES[state]),
+            worker.shard or "-",
+            str(worker.epoch),
+            lease,
+            str(worker.load.num_waiting),
+            str(worker.load.num_running),
+            "-" if usage is None else f"{usage:.0%}",
+            work_of(worker),
+            size(worker.load.resident_weight_bytes),
+            worker.rpc_address,
+            Text(worker.message),
+        )
+    table.columns[-1].overflow = "fold"
+    if not messages:
+        table.columns.pop()
+    return table
+
+
+def state_of(worker: WorkerStatus) -> str:
+    """ready, draining, starting, or no session: ready by its own account, but the gateway has no connection to it."""
+    if worker.draining:
+        return "draining"
+    if not worker.ready:
+        return "starting"
+    return "no session" if worker.connected is False else "ready"
+
+
+def work_of(worker: WorkerStatus) -> str:
+    """What it has done since its start: tokens read and written, or rows computed."""
+    load = worker.load
+    if worker.role == "ffn":
+        return f"{load.num_ffn_rows:,} rows"
+    return f"{load.num_prompt_tokens:,} in, {load.num_generation_tokens:,} out"
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min 5 s, 2 h 7 min, 4 d 3 h."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86_400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
+
+
+def size(num_bytes: int) -> str:
+    """A number of bytes in the binary unit that fits."""
+    value = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def _table(*names: str) -> Table:
+    """Names that begin with # are columns of numbers."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in names:
+        table.add_column(name.removeprefix("#"), justify="right" if name.startswith("#") else "left", no_wrap=name != "WHY")
+    return table

@@ -1,0 +1,62 @@
+"""``antiphon validate``: check documents and name every wrong field (control speed). Must not know: what documents are used for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from antiphon.core.documents import Document, read_documents
+from antiphon.core.errors import Problem, SpecInvalid
+from antiphon.core.spec import LLMDeployment
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def validate(
+    files: Annotated[list[Path], typer.Option("--filename", "-f", help="YAML file; may be given several times.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
+) -> None:
+    """Check documents: one line per problem, or "ok" and what they ask for. Exits with 1 when there is a problem."""
+    documents: list[Document] = []
+    problems: list[Problem] = []
+    for path in files:
+        try:
+            documents += read_documents(path)
+        except SpecInvalid as error:
+            problems += error.problems
+    if as_json:
+        found = {
+            "ok": not problems,
+            "documents": [{"kind": document.kind, "name": document.metadata.name} for document in documents],
+            "problems": [dataclasses.asdict(problem) for problem in problems],
+        }
+        print(json.dumps(found, indent=2))
+    else:
+        for problem in problems:
+            print(problem_line(problem))
+        for document in documents:
+            print(f"ok: {describe(document)}")
+    if problems:
+        raise typer.Exit(1)
+
+
+def problem_line(problem: Problem) -> str:
+    """file:line: path: message, in the form that editors and terminals turn into links."""
+    where = problem.source if problem.line is None else f"{problem.source}:{problem.line}"
+    if problem.path == problem.source:
+        return f"{where}: {problem.message}"
+    return f"{where}: {problem.path}: {problem.message}"
+
+
+def describe(document: Document) -> str:
+    """A document in one line: kind, name and, for a deployment, its topology and pools."""
+    name = f"{document.kind}/{document.metadata.name}"
+    if not isinstance(document, LLMDeployment):
+        return name
+    pools = ", ".join(f"{pool.name} {pool.role} x{pool.replicas}" for pool in document.spec.pools)
+    return f"{name} (topology {document.spec.topology.value}, pools {pools})"
