@@ -1,0 +1,1 @@
+"""A Kubernetes API server in memory and a scripted KubeRay, for tests of operators (control speed). Shipped."""

@@ -1,0 +1,416 @@
+"""An API server's behaviour in memory: versions, generations, ownership of fields, deletion, watches (control speed).
+
+One thread, no I/O: every call is one atomic change. ``calls`` lists what was asked, ``faults`` may refuse it, ``clock`` stamps it.
+Validation by schema is the API server's own business and left to it. Must not know: the operator.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jsonpatch
+
+from antiphon_operator.kube.base import Conflict, Gone, KubeError, Listing, NotFound, Object, Refused, WatchEvent
+from antiphon_operator.kube.resources import Resource
+from antiphon_operator.testing.field_sets import Path, exists, leaves, read, remove, to_fields_v1, write
+
+Key = tuple[str, str, str]  # plural.group, namespace or "", name
+_UNOWNED = (("f:apiVersion",), ("f:kind",), ("f:metadata", "f:name"), ("f:metadata", "f:namespace"))
+_SERVER_METADATA = ("uid", "resourceVersion", "generation", "creationTimestamp", "managedFields", "deletionTimestamp")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One request, as role-based access control sees it."""
+
+    verb: str
+    group: str
+    resource: str  # with /status or /scale
+    namespace: str
+    name: str
+
+    @property
+    def writes(self) -> bool:
+        """True unless it only reads."""
+        return self.verb not in ("get", "list", "watch")
+
+
+@dataclass(slots=True)
+class _Owner:
+    manager: str
+    operation: Literal["Apply", "Update"]
+    subresource: str
+    fields: frozenset[Path]
+    time: str
+
+
+@dataclass(slots=True)
+class _Stored:
+    value: Object
+    owners: list[_Owner] = field(default_factory=list)
+
+
+class MemoryApi:
+    """The state of a cluster. Every method is one atomic request; ``changed`` is called after each change."""
+
+    def __init__(self, *, clock: Callable[[], float], history: int = 10_000) -> None:
+        self.calls: list[Call] = []
+        self.faults: list[Callable[[Call], KubeError | None]] = []
+        self.listeners: list[Callable[[], None]] = []
+        self._clock = clock
+        self._history = history
+        self._version = 0
+        self._objects: dict[Key, _Stored] = {}
+        self._log: list[tuple[int, str, WatchEvent]] = []
+        self._dropped = 0  # versions up to this one are gone from the log
+        self._uid = 0
+
+    # Reading
+
+    def get(self, resource: Resource, namespace: str | None, name: str) -> Object | None:
+        """The object, or None."""
+        self._ask("get", resource, namespace, name)
+        stored = self._objects.get(_key(resource, namespace, name))
+        return None if stored is None else copy.deepcopy(stored.value)
+
+    def list(self, resource: Resource, namespace: str | None, labels: Mapping[str, str] | None = None) -> Listing:
+        """Objects of the kind."""
+        self._ask("list", resource, namespace, "")
+        items = tuple(
+            copy.deepcopy(stored.value)
+            for (kind, space, _), stored in sorted(self._objects.items())
+            if kind == _kind(resource) and namespace in (None, space) and _matches(stored.value, labels)
+        )
+        return Listing(items=items, resource_version=str(self._version))
+
+    def events_since(
+        self, resource: Resource, namespace: str | None, version: int, labels: Mapping[str, str] | None = None
+    ) -> tuple[tuple[WatchEvent, ...], int]:
+        """Changes after ``version`` and the version reached.
+
+        Raises:
+            Gone: some of them are forgotten.
+        """
+        if version < self._dropped:
+            raise Gone(f"too old resource version: {version} ({self._dropped})")
+        found = [
+            event
+            for at, kind, event in self._log
+            if at > version and kind == _kind(resource) and _in(event.object, namespace) and _matches(event.object, labels)
+        ]
+        return tuple(copy.deepcopy(found)), self._version
+
+    def begin_watch(self, resource: Resource, namespace: str | None) -> None:
+        """Record a watch request; faults may refuse it."""
+        self._ask("watch", resource, namespace, "")
+
+    def forget_history(self) -> None:
+        """Forget all changes: watches from before answer 410."""
+        self._log.clear()
+        self._dropped = self._version
+
+    # Writing
+
+    def create(self, resource: Resource, value: Object, *, manager: str = "test") -> Object:
+        """Create; Conflict where it exists."""
+        namespace, name = value["metadata"].get("namespace"), self._named(value)
+        self._ask("create", resource, namespace, name)
+        if _key(resource, namespace, name) in self._objects:
+            raise Conflict(f"{resource.plural} {name!r} already exists")
+        new = self._new(resource, value)
+        new.value.pop("status", None) if resource.kind not in ("Pod", "Event") else None
+        self._record_update(new, {}, manager, "")
+        return self._store(resource, new, "ADDED")
+
+    def apply(self, resource: Resource, value: Object, *, manager: str, force: bool = False, subresource: str = "") -> Object:
+        """Server-side apply, of everything but status, or of status only."""
+        namespace, name = value["metadata"].get("namespace"), str(value["metadata"]["name"])
+        self._ask("patch", resource, namespace, name, subresource)
+        stored = self._objects.get(_key(resource, namespace, name))
+        if stored is None:
+            if subresource:
+                raise NotFound(f"{resource.plural} {name!r} not found")
+            self._ask("create", resource, namespace, name)
+            new = self._new(resource, {"metadata": {"name": name, "namespace": namespace}})
+            self._merge(new, _appliable(value, subresource), manager, force=force, subresource=subresource)
+            return self._store(resource, new, "ADDED")
+        self._check_version(stored, value)
+        draft = copy.deepcopy(stored)
+        self._merge(draft, _appliable(value, subresource), manager, force=force, subresource=subresource)
+        return self._replace(resource, stored, draft)
+
+    def json_patch(
+        self,
+        resource: Resource,
+        namespace: str | None,
+        name: str,
+        patch: Sequence[Object],
+        *,
+        manager: str,
+        subresource: str = "",
+    ) -> Object:
+        """An RFC 6902 patch."""
+        self._ask("patch", resource, namespace, name, subresource)
+        stored = self._present(resource, namespace, name)
+        versions = [op for op in patch if op["path"] == "/metadata/resourceVersion"]
+        if any(op["op"] == "test" and op["value"] != stored.value["metadata"]["resourceVersion"] for op in versions):
+            raise Conflict(f"{resource.plural} {name!r}: the object has been modified")
+        try:
+            patched = jsonpatch.apply_patch(stored.value, list(patch))
+        except jsonpatch.JsonPatchTestFailed as error:
+            raise Refused(f"{resource.plural} {name!r}: {error}") from error
+        except (jsonpatch.JsonPatchException, jsonpatch.JsonPointerException) as error:
+            raise Refused(f"{resource.plural} {name!r}: {error}") from error
+        return self._update(resource, stored, patched, manager, subresource)
+
+    def merge_patch(
+        self, resource: Resource, namespace: str | None, name: str, patch: Object, *, manager: str, subresource: str = ""
+    ) -> Object:
+        """An RFC 7386 patch, as kubectl and kopf send."""
+        self._ask("patch", resource, namespace, name, subresource)
+        stored = self._present(resource, namespace, name)
+        self._check_version(stored, patch)
+        return self._update(resource, stored, _merge_patch(stored.value, patch), manager, subresource)
+
+    def update(self, resource: Resource, value: Object, *, manager: str, subresource: str = "") -> Object:
+        """Replace, as a controller's client does."""
+        namespace, name = value["metadata"].get("namespace"), str(value["metadata"]["name"])
+        self._ask("update", resource, namespace, name, subresource)
+        stored = self._present(resource, namespace, name)
+        self._check_version(stored, value)
+        return self._update(resource, stored, value, manager, subresource)
+
+    def delete(self, resource: Resource, namespace: str | None, name: str, *, uid: str | None = None) -> None:
+        """Delete the object and, through owner references, what it owns; finalizers hold it back."""
+        self._ask("delete", resource, namespace, name)
+        stored = self._present(resource, namespace, name)
+        if uid is not None and stored.value["metadata"]["uid"] != uid:
+            raise Conflict(f"{resource.plural} {name!r}: the uid is another")
+        if stored.value["metadata"].get("finalizers"):
+            if "deletionTimestamp" not in stored.value["metadata"]:
+                stored.value["metadata"]["deletionTimestamp"] = self._now()
+                self._log_event(resource, stored, "MODIFIED")
+            return
+        self._remove(_key(resource, namespace, name))
+
+    # Inside
+
+    def _ask(self, verb: str, resource: Resource, namespace: str | None, name: str, subresource: str = "") -> None:
+        plural = f"{resource.plural}/{subresource}" if subresource else resource.plural
+        call = Call(verb=verb, group=resource.group, resource=plural, namespace=namespace or "", name=name)
+        self.calls.append(call)
+        for fault in tuple(self.faults):
+            error = fault(call)
+            if error is not None:
+                raise error
+
+    def _present(self, resource: Resource, namespace: str | None, name: str) -> _Stored:
+        stored = self._objects.get(_key(resource, namespace, name))
+        if stored is None:
+            raise NotFound(f"{resource.plural} {name!r} not found")
+        return stored
+
+    @staticmethod
+    def _check_version(stored: _Stored, value: Object) -> None:
+        version = value.get("metadata", {}).get("resourceVersion")
+        if version is not None and version != stored.value["metadata"]["resourceVersion"]:
+            raise Conflict(f"{stored.value['metadata']['name']!r}: the object has been modified")
+
+    def _named(self, value: Object) -> str:
+        metadata = value["metadata"]
+        if "name" not in metadata and "generateName" in metadata:
+            metadata["name"] = f"{metadata['generateName']}{self._version:05d}"
+        return str(metadata["name"])
+
+    def _new(self, resource: Resource, value: Object) -> _Stored:
+        self._uid += 1
+        out = copy.deepcopy(value)
+        metadata = {k: v for k, v in out.get("metadata", {}).items() if v is not None and k not in _SERVER_METADATA}
+        metadata |= {"uid": f"uid-{self._uid}", "generation": 1, "creationTimestamp": self._now()}
+        return _Stored(value={**out, "apiVersion": resource.api_version, "kind": resource.kind, "metadata": metadata})
+
+    def _merge(self, stored: _Stored, config: Object, manager: str, *, force: bool, subresource: str) -> None:
+        wanted = dict(leaves(config))
+        owner = self._owner(stored, manager, "Apply", subresource)
+        conflicts = sorted(
+            {
+                f"{other.manager}: {'.'.join(step.removeprefix('f:') for step in path)}"
+                for other in stored.owners
+                if other is not owner
+                for path in other.fields & wanted.keys()
+                if exists(stored.value, path) and read(stored.value, path) != wanted[path]
+            }
+        )
+        if conflicts and not force:
+            raise Conflict(f"Apply failed with {len(conflicts)} conflicts with " + "; ".join(conflicts))
+        if conflicts:
+            for other in stored.owners:
+                if other is not owner:
+                    other.fields -= {p for p in wanted if read(stored.value, p) != wanted[p]}
+        elsewhere = frozenset().union(*(other.fields for other in stored.owners if other is not owner))
+        for path in sorted(owner.fields - wanted.keys(), reverse=True):
+            if path not in elsewhere:
+                remove(stored.value, path)
+        for path, new in wanted.items():
+            write(stored.value, path, new)
+        owner.fields = frozenset(wanted)
+        stored.owners = [o for o in stored.owners if o.fields]
+
+    def _owner(self, stored: _Stored, manager: str, operation: Literal["Apply", "Update"], subresource: str) -> _Owner:
+        for owner in stored.owners:
+            if (owner.manager, owner.operation, owner.subresource) == (manager, operation, subresource):
+                return owner
+        owner = _Owner(manager=manager, operation=operation, subresource=subresource, fields=frozenset(), time=self._now())
+        stored.owners.append(owner)
+        return owner
+
+    def _update(self, resource: Resource, stored: _Stored, value: Object, manager: str, subresource: str) -> Object:
+        draft = copy.deepcopy(stored)
+        if subresource == "status":
+            draft.value["status"] = copy.deepcopy(value.get("status", {}))
+        else:
+            status = stored.value.get("status")
+            draft.value = copy.deepcopy(value)
+            draft.value.pop("status", None)
+            if status is not None:
+                draft.value["status"] = copy.deepcopy(status)
+            server = {k: v for k, v in stored.value["metadata"].items() if k in _SERVER_METADATA}
+            draft.value["metadata"] = {
+                **{k: v for k, v in draft.value["metadata"].items() if k not in _SERVER_METADATA},
+                **server,
+            }
+        self._record_update(draft, stored.value, manager, subresource)
+        return self._replace(resource, stored, draft)
+
+    def _record_update(self, draft: _Stored, before: Object, manager: str, subresource: str) -> None:
+        old, new = dict(leaves(_appliable(before, None))), dict(leaves(_appliable(draft.value, None)))
+        touched = frozenset(path for path, value in new.items() if path not in old or old[path] != value)
+        gone = old.keys() - new.keys()
+        for owner in draft.owners:
+            owner.fields -= touched | gone
+        if touched:
+            self._owner(draft, manager, "Update", subresource).fields |= touched
+        draft.owners = [o for o in draft.owners if o.fields]
+
+    def _replace(self, resource: Resource, stored: _Stored, draft: _Stored) -> Object:
+        same_fields = {(o.manager, o.operation, o.subresource, o.fields) for o in stored.owners} == {
+            (o.manager, o.operation, o.subresource, o.fields) for o in draft.owners
+        }
+        if _comparable(draft.value) == _comparable(stored.value) and same_fields:
+            return copy.deepcopy(stored.value)
+        if _spec_part(draft.value) != _spec_part(stored.value):
+            draft.value["metadata"]["generation"] += 1
+        metadata = draft.value["metadata"]
+        if "deletionTimestamp" in metadata and not metadata.get("finalizers"):
+            key = _key(resource, metadata.get("namespace"), metadata["name"])
+            self._objects[key] = draft
+            self._remove(key)
+            return copy.deepcopy(draft.value)
+        return self._store(resource, draft, "MODIFIED")
+
+    def _store(self, resource: Resource, stored: _Stored, type_: Literal["ADDED", "MODIFIED"]) -> Object:
+        metadata = stored.value["metadata"]
+        self._objects[_key(resource, metadata.get("namespace"), metadata["name"])] = stored
+        self._log_event(resource, stored, type_)
+        return copy.deepcopy(stored.value)
+
+    def _log_event(self, resource: Resource, stored: _Stored, type_: Literal["ADDED", "MODIFIED", "DELETED"]) -> None:
+        self._version += 1
+        stored.value["metadata"]["resourceVersion"] = str(self._version)
+        stored.value["metadata"]["managedFields"] = [
+            {
+                "manager": owner.manager,
+                "operation": owner.operation,
+                "apiVersion": resource.api_version,
+                "time": owner.time,
+                "fieldsType": "FieldsV1",
+                "fieldsV1": to_fields_v1(owner.fields),
+            }
+            | ({"subresource": owner.subresource} if owner.subresource else {})
+            for owner in stored.owners
+        ]
+        self._log.append((self._version, _kind(resource), WatchEvent(type=type_, object=copy.deepcopy(stored.value))))
+        if len(self._log) > self._history:
+            self._dropped = self._log[0][0]
+            del self._log[0]
+        for listener in tuple(self.listeners):
+            listener()
+
+    def _remove(self, key: Key) -> None:
+        stored = self._objects.pop(key, None)
+        if stored is None:
+            return
+        group_kind = key[0]
+        plural, _, group = group_kind.partition(".")
+        version = stored.value["apiVersion"].rpartition("/")[2]
+        resource = Resource(group=group, version=version, kind=stored.value["kind"], plural=plural)
+        self._log_event(resource, stored, "DELETED")
+        uid = stored.value["metadata"]["uid"]
+        for child, owned in list(self._objects.items()):
+            owners = owned.value["metadata"].get("ownerReferences", [])
+            if any(o["uid"] == uid for o in owners) and all(o["uid"] == uid for o in owners):
+                if owned.value["metadata"].get("finalizers"):
+                    owned.value["metadata"].setdefault("deletionTimestamp", self._now())
+                else:
+                    self._remove(child)
+
+    def _now(self) -> str:
+        return datetime.datetime.fromtimestamp(int(self._clock()), datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _kind(resource: Resource) -> str:
+    return f"{resource.plural}.{resource.group}"
+
+
+def _key(resource: Resource, namespace: str | None, name: str) -> Key:
+    return _kind(resource), namespace or "", name
+
+
+def _in(value: Object, namespace: str | None) -> bool:
+    return namespace is None or value["metadata"].get("namespace") == namespace
+
+
+def _matches(value: Object, labels: Mapping[str, str] | None) -> bool:
+    present = value["metadata"].get("labels", {})
+    return all(present.get(key) == wanted for key, wanted in (labels or {}).items())
+
+
+def _appliable(value: Object, subresource: str | None) -> Object:
+    """The part a writer may own: status only, all but status, or (None) both; never what the server fills in."""
+    if subresource == "status":
+        return {"status": value.get("status", {})}
+    out = {key: inner for key, inner in value.items() if key != "status" or subresource is None}
+    if "metadata" in out:
+        metadata = {k: v for k, v in out["metadata"].items() if k not in _SERVER_METADATA and k not in ("name", "namespace")}
+        out["metadata"] = metadata
+        if not metadata:
+            del out["metadata"]
+    out.pop("apiVersion", None)
+    out.pop("kind", None)
+    return json.loads(json.dumps(out)) if out else {}
+
+
+def _comparable(value: Object) -> Object:
+    metadata = {k: v for k, v in value["metadata"].items() if k not in ("resourceVersion", "managedFields")}
+    return {**value, "metadata": metadata}
+
+
+def _spec_part(value: Object) -> Object:
+    return {key: inner for key, inner in value.items() if key not in ("metadata", "status", "apiVersion", "kind")}
+
+
+def _merge_patch(value: Any, patch: Any) -> Any:
+    if not isinstance(patch, dict):
+        return copy.deepcopy(patch)
+    out = dict(value) if isinstance(value, dict) else {}
+    for key, inner in patch.items():
+        if inner is None:
+            out.pop(key, None)
+        else:
+            out[key] = _merge_patch(out.get(key), inner)
+    return out
