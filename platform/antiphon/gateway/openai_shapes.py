@@ -28,7 +28,19 @@ def error_body(error: AntiphonError) -> Json:
         kind = "server_error"
     message = "internal error" if isinstance(error, InternalError) else str(error)
     param = error.field if isinstance(error, InvalidInput) else None
-    return {"error": {"message": message, "type": kind, "param": param, "code": error.code}}
+    return {
+        "error": {
+            "message": _printable(message),
+            "type": kind,
+            "param": None if param is None else _printable(param),
+            "code": error.code,
+        }
+    }
+
+
+def _printable(text: str) -> str:
+    """What clients sent may come back in a message, also what has no UTF-8 form."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def model_card(name: str, *, created: int, max_model_len: int | None) -> Json:
