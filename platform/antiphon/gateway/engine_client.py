@@ -71,7 +71,7 @@ class WorkerConnection:
         except TimeoutError as error:
             raise Unavailable(f"no session with {self.worker_id} at {self.address}") from error
         if self._closed is not None:
-            raise self._closed
+            raise Unavailable(str(self._closed))  # nothing of the request's has been lost
 
     async def stream(self, request: Request, *, deadline_left_s: float | None) -> AsyncGenerator[Answer, None]:
         """Submit and yield answers until the finish; leaving early aborts the request.

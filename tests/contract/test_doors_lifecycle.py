@@ -1,0 +1,285 @@
+"""Cancellation, disconnects, deadlines, overload, lost workers and draining, through the real doors."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+_spec = importlib.util.spec_from_file_location("doors_fake_engine", Path(__file__).with_name("fake_engine.py"))
+assert _spec is not None
+assert _spec.loader is not None
+fake = sys.modules.setdefault(_spec.name, importlib.util.module_from_spec(_spec))
+if not hasattr(fake, "world"):
+    _spec.loader.exec_module(fake)
+
+CHAT = "/v1/chat/completions"
+
+
+def body(max_tokens: int = 100, **fields: Any) -> dict[str, Any]:
+    return {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "what is it?"}],
+        "max_tokens": max_tokens,
+        "seed": 5,
+        **fields,
+    }
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[fake.World]:
+    async with fake.world(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+async def http(world: fake.World) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=world.url, timeout=20) as made:
+        yield made
+
+
+async def events_of(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    async for line in response.aiter_lines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line.removeprefix("data: "))
+
+
+async def text_of(response: httpx.Response) -> str:
+    return "".join([choice["delta"].get("content") or "" async for event in events_of(response) for choice in event["choices"]])
+
+
+async def test_a_client_that_leaves_a_stream_frees_the_engine(world: fake.World, http: httpx.AsyncClient) -> None:
+    world.engine.stop_after_tokens = 10
+    async with http.stream("POST", CHAT, json=body(stream=True)) as response:
+        await anext(events_of(response))
+        assert world.engine.num_live == 1
+    await fake.until(lambda: world.engine.num_live == 0)
+    assert len(world.engine.aborted) == 1
+
+
+async def test_a_client_that_leaves_before_the_first_token_frees_the_engine(world: fake.World, http: httpx.AsyncClient) -> None:
+    world.engine.stop_after_tokens = 0
+    for stream in (True, False):
+        asking = asyncio.create_task(http.post(CHAT, json=body(stream=stream)))
+        await fake.until(lambda: world.engine.num_live == 1)
+        asking.cancel()
+        await fake.until(lambda: world.engine.num_live == 0)
+
+
+async def test_a_deadline_without_a_token_is_a_504(world: fake.World, http: httpx.AsyncClient) -> None:
+    world.engine.stop_after_tokens = 0
+    answer = await http.post(CHAT, json=body(), headers={"x-request-timeout-s": "0.3"})
+    assert answer.status_code == 504
+    assert answer.json()["error"]["code"] == "deadline_exceeded"
+    await fake.until(lambda: world.engine.num_live == 0)
+
+
+async def test_a_deadline_in_a_stream_ends_it_with_an_error_event(world: fake.World, http: httpx.AsyncClient) -> None:
+    world.engine.stop_after_tokens = 5
+    headers = {"x-request-timeout-s": "0.5"}
+    async with http.stream("POST", CHAT, json=body(stream=True), headers=headers) as response:
+        assert response.status_code == 200
+        events = [event async for event in events_of(response)]
+    assert events[-1]["error"]["code"] == "deadline_exceeded"
+    assert events[-2]["choices"]
+
+
+async def test_the_deadline_travels_to_the_engine(world: fake.World, http: httpx.AsyncClient) -> None:
+    await http.post(CHAT, json=body(1), headers={"x-request-timeout-s": "7"})
+    request = world.engine.requests[-1]
+    assert request.deadline_s is not None
+    assert 5 < request.deadline_s - request.arrival_s <= 7
+
+
+async def test_beyond_the_queues_it_is_429_at_once_and_what_was_accepted_completes(tmp_path: Path) -> None:
+    async with (
+        fake.world(tmp_path, max_num_seqs=4, max_queued=4, step_s=0.002) as world,
+        httpx.AsyncClient(base_url=world.url, timeout=30, limits=httpx.Limits(max_connections=200)) as http,
+    ):
+        answers = await asyncio.gather(*(http.post(CHAT, json=body(20)) for _ in range(80)))
+        accepted = [answer for answer in answers if answer.status_code == 200]
+        refused = [answer for answer in answers if answer.status_code != 200]
+        assert len(accepted) >= 8
+        assert refused
+        expected = world.text_of(world.chat_tokens_of("what is it?", 20, seed=5))
+        assert {answer.json()["choices"][0]["message"]["content"] for answer in accepted} == {expected}
+        for answer in refused:
+            assert answer.status_code == 429
+            assert int(answer.headers["retry-after"]) >= 1
+            assert answer.json()["error"]["code"] == "overloaded"
+
+
+async def test_a_refusal_of_the_engine_itself_is_a_429_too(tmp_path: Path) -> None:
+    async with fake.world(tmp_path, max_num_seqs=1, max_queued=0) as world, httpx.AsyncClient(base_url=world.url) as http:
+        # The record claims room that the engine doesn't have, as when another gateway was faster.
+        await world.workers[0].register(max_num_seqs=50)
+        await fake_refresh(http, world)
+        world.engine.stop_after_tokens = 0
+        first = asyncio.create_task(http.post(CHAT, json=body(2)))
+        await fake.until(lambda: world.engine.num_live == 1)
+        second = await http.post(CHAT, json=body(2))
+        assert second.status_code == 429
+        assert second.headers["retry-after"] == "2"
+        world.engine.stop_after_tokens = None
+        assert (await first).status_code == 200
+
+
+async def fake_refresh(http: httpx.AsyncClient, world: fake.World) -> None:
+    """Wait until the gateway has seen the newest records."""
+    newest = world.workers[-1].info
+    async with asyncio.timeout(10):
+        while True:
+            seen = {w["worker_id"]: w for w in (await http.get("/status")).json()["workers"]}
+            record = seen.get(newest.worker_id)
+            if record is not None and record["connected"] and record["max_num_seqs"] == newest.max_num_seqs:
+                return
+            await asyncio.sleep(0.01)
+
+
+async def test_a_lost_workers_stream_goes_on_elsewhere_without_gap_or_duplicate(tmp_path: Path) -> None:
+    async with (
+        fake.world(tmp_path, workers=("0", "1")) as world,
+        httpx.AsyncClient(base_url=world.url, timeout=20) as http,
+    ):
+        await fake_refresh(http, world)
+        for worker in world.workers:
+            worker.engine.stop_after_tokens = 17
+        async with http.stream("POST", CHAT, json=body(60, stream=True)) as response:
+            events = events_of(response)
+            first = await anext(events)
+            await fake.until(lambda: any(w.engine.num_live for w in world.workers))
+            busy = next(w for w in world.workers if w.engine.num_live)
+            other = next(w for w in world.workers if w is not busy)
+            other.engine.stop_after_tokens = None
+            await asyncio.sleep(0.05)  # let some tokens through
+            await busy.die()
+            rest = [event async for event in events]
+        text = "".join(c["delta"].get("content") or "" for event in [first, *rest] for c in event["choices"])
+        assert text == world.text_of(world.chat_tokens_of("what is it?", 60, seed=5))
+        (resumed,) = other.engine.requests
+        assert list(resumed.output_token_ids) == world.chat_tokens_of("what is it?", len(resumed.output_token_ids), seed=5)
+        assert len(resumed.output_token_ids) > 0
+        assert resumed.sampling.seed == 5
+
+
+async def test_a_stream_waits_for_its_only_worker_to_come_back(world: fake.World, http: httpx.AsyncClient) -> None:
+    worker = world.workers[0]
+    worker.engine.stop_after_tokens = 9
+    async with http.stream("POST", CHAT, json=body(30, stream=True)) as response:
+        events = events_of(response)
+        first = await anext(events)
+        await worker.die()
+        await world.directory.remove(worker.info.worker_id, worker.info.epoch)
+        world.workers.clear()
+        await asyncio.sleep(0.2)
+        await world.add_worker("0", epoch=2)
+        rest = [event async for event in events]
+    text = "".join(c["delta"].get("content") or "" for event in [first, *rest] for c in event["choices"])
+    assert text == world.text_of(world.chat_tokens_of("what is it?", 30, seed=5))
+
+
+async def test_without_a_worker_it_is_503_with_retry_after(world: fake.World, http: httpx.AsyncClient) -> None:
+    await world.workers[0].register(ready=False, message="loading weights")
+    await wait_ready(http, ready=False)
+    answer = await http.post(CHAT, json=body(2))
+    assert answer.status_code == 503
+    assert int(answer.headers["retry-after"]) >= 1
+    assert "loading weights" in answer.json()["error"]["message"]
+    await world.workers[0].register(ready=True, message="")
+    await wait_ready(http, ready=True)
+    assert (await http.post(CHAT, json=body(2))).status_code == 200
+
+
+async def wait_ready(http: httpx.AsyncClient, *, ready: bool) -> None:
+    async with asyncio.timeout(10):
+        while ((await http.get("/ready")).status_code == 200) is not ready:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_request_that_takes_its_workers_down_is_given_up(world: fake.World, http: httpx.AsyncClient) -> None:
+    worker = world.workers[0]
+    assert worker.servicer is not None
+    worker.engine.stop_after_tokens = 0
+
+    async def die_on_every_request() -> None:
+        seen = 0
+        while True:
+            await fake.until(lambda seen=seen: len(worker.engine.requests) > seen)
+            seen = len(worker.engine.requests)
+            await worker._server.close()
+            await worker.start()
+
+    killing = asyncio.create_task(die_on_every_request())
+    try:
+        answer = await http.post(CHAT, json=body(5))
+    finally:
+        killing.cancel()
+    assert answer.status_code == 503
+    assert len(worker.engine.requests) == 5
+
+
+async def test_draining_refuses_new_requests_and_lets_open_ones_finish(tmp_path: Path) -> None:
+    async with fake.world(tmp_path) as world, httpx.AsyncClient(base_url=world.url, timeout=20) as http:
+        world.engine.stop_after_tokens = 5
+        async with http.stream("POST", CHAT, json=body(12, stream=True)) as response:
+            reading = asyncio.create_task(text_of(response))
+            await fake.until(lambda: world.engine.num_live == 1)
+            world.stop.set()
+            await wait_ready(http, ready=False)
+            refused = await http.post(CHAT, json=body(2))
+            assert refused.status_code == 503
+            world.engine.stop_after_tokens = None
+            assert await reading == world.text_of(world.chat_tokens_of("what is it?", 12, seed=5))
+
+
+async def test_status_shows_pools_workers_leases_and_load(world: fake.World, http: httpx.AsyncClient) -> None:
+    await fake_refresh(http, world)
+    status = (await http.get("/status")).json()
+    (pool,) = status["pools"]
+    assert (pool["name"], pool["role"], pool["num_ready"], pool["kv_usage"]) == ("monolith", "monolith", 1, 0.25)
+    (worker,) = status["workers"]
+    assert worker["worker_id"] == "demo/monolith/0"
+    assert 0 < worker["lease_remaining_s"] <= 60
+    assert worker["connected"] is True
+    assert (await http.get("/status", params={"deployment": "other"})).json()["workers"] == []
+
+
+async def test_an_answer_is_the_same_whichever_worker_gives_it(tmp_path: Path) -> None:
+    async with (
+        fake.world(tmp_path, workers=("0", "1", "2")) as world,
+        httpx.AsyncClient(base_url=world.url, timeout=20) as http,
+    ):
+        await fake_refresh(http, world)
+        prompts = [f"question {index}?" for index in range(12)]
+        answers = await asyncio.gather(
+            *(http.post("/v1/completions", json={"model": "tiny", "prompt": p, "max_tokens": 9, "seed": 4}) for p in prompts)
+        )
+        for prompt, answer in zip(prompts, answers, strict=True):
+            assert answer.json()["choices"][0]["text"] == world.text_of(world.tokens_of(prompt, 9, seed=4))
+        assert all(worker.engine.requests for worker in world.workers)
+
+
+async def test_many_random_cancels_leave_nothing_behind(world: fake.World, http: httpx.AsyncClient) -> None:
+    async def ask(index: int) -> None:
+        try:
+            async with asyncio.timeout(0.002 * (index % 17)):
+                await http.post(CHAT, json=body(5 + index % 40, stream=index % 2 == 0))
+        except (TimeoutError, httpx.HTTPError):
+            pass
+
+    for start in range(0, 120, 12):
+        await asyncio.gather(*(ask(start + offset) for offset in range(12)))
+    await fake.until(lambda: world.engine.num_live == 0)
+    async with asyncio.timeout(10):
+        while (await http.get("/status")).json()["num_requests"]:
+            await asyncio.sleep(0.01)
+    worker = world.workers[0]
+    assert worker.servicer is not None
+    assert worker.servicer.num_requests == 0
