@@ -55,11 +55,10 @@ class ChildProcess:
             EVENTS_VARIABLE: str(events_of_child),
             "PYTHONUNBUFFERED": "1",
         }
-        cores = ",".join(map(str, config.cores)) or "-"
         try:
             with self.log_path.open("ab") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", _LAUNCHER, str(os.getpid()), cores, *argv],
+                    [sys.executable, "-I", "-S", _LAUNCHER, str(os.getpid()), *argv],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,

@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 JournalKind = Literal["started", "stage", "ready", "exited", "failed"]
 Fact = str | int | float
+
+HOST = "host"  # subject of the stages that are no worker's
 
 _FILE = "journal.jsonl"
 
@@ -74,6 +77,13 @@ class Journal:
             os.write(descriptor, line)
         finally:
             os.close(descriptor)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Time the block as a stage of the host's own."""
+        start = time.monotonic()
+        yield
+        self.write("stage", HOST, stage=stage, seconds=time.monotonic() - start)
 
     def read(self) -> list[JournalEntry]:
         """All complete entries, oldest first."""

@@ -31,6 +31,7 @@ class ServeSettings:
     host: str | None = None  # bound and advertised by workers; None = the address of the replica's node
     worker_argv: tuple[str, ...] = ()  # empty = this Python's antiphon.apps.worker_main
     start_timeout_s: float = 600.0  # from process start to ready
+    max_start_attempts: int = 20  # of a pool's replicas, before Serve gives the application up
     drain_s: float = 20.0
     log: LogSettings = field(default_factory=LogSettings)
 

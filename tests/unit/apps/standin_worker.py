@@ -58,8 +58,7 @@ def main() -> None:
         BlockingDirectory(open_directory(config.directory)) as directory,
         LeaseKeeper(directory, lambda: info, config.spec.directory.lease_s),
     ):
-        cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-        events.ready(num_blocks=64, cores=cores, parent=os.getppid())
+        events.ready(num_blocks=64)
         stop.wait()
 
 

@@ -250,22 +250,6 @@ def test_everybody_is_back_after_the_directory_restarted_empty(hosted: Hosted, t
         assert (first.status().num_restarts, second.status().num_restarts) == (0, 0)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processors are pinned on Linux only")
-def test_workers_are_pinned_to_their_run_of_processors(hosted: Hosted, tmp_path: Path) -> None:
-    core = min(os.sched_getaffinity(0))
-    with supervisor(hosted, tmp_path, template(hosted.address, cores=[core])) as supervised:
-        assert supervised.wait_ready(READY_S).facts["cores"] == str(core)
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processors are pinned on Linux only")
-def test_a_processor_that_does_not_exist_is_named(hosted: Hosted, tmp_path: Path) -> None:
-    with (
-        supervisor(hosted, tmp_path, template(hosted.address, cores=[4000])) as supervised,
-        pytest.raises(Unavailable, match="processor 4000 is not available"),
-    ):
-        supervised.wait_ready(READY_S)
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="parent-death signals are Linux'")
 def test_a_worker_does_not_outlive_a_supervisor_that_is_killed(hosted: Hosted, tmp_path: Path) -> None:
     host = tmp_path / "host.py"

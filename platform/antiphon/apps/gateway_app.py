@@ -1,0 +1,174 @@
+"""The gateway of a deployment: its thread, and its replica on Ray Serve (control speed).
+
+The gateway opens its own ports, past Serve's proxies: tokens stream and disconnects arrive without a hop between. Its event
+loop is a thread's own, so that neither Serve's control traffic nor the host's other work delays a token.
+Must not know: how requests are answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from antiphon.apps.journal import Fact, Journal
+from antiphon.apps.serve_plan import GATEWAY, ServeSettings
+from antiphon.core.errors import DeadlineExceeded, Unavailable
+from antiphon.core.spec import LLMDeployment
+from antiphon.gateway.config import BoundPorts, GatewayConfig
+from antiphon.gateway.directory import open_directory
+from antiphon.gateway.workers import WorkerSource
+from antiphon.models.source import resolve
+
+
+class RunGateway(Protocol):
+    """``gateway.app.run_gateway``, or what stands in for it."""
+
+    async def __call__(
+        self, config: GatewayConfig, workers: WorkerSource, stop: asyncio.Event, *, on_bound: Callable[[BoundPorts], None]
+    ) -> None:
+        """Serve until ``stop`` is set; call ``on_bound`` once when the doors are open."""
+        ...
+
+
+_STOP_MARGIN_S = 5.0
+
+
+def gateway_config(document: LLMDeployment, checkpoint: str, *, drain_s: float) -> GatewayConfig:
+    """The gateway's part of a document.
+
+    Raises:
+        Unavailable: the environment variable that should hold the API keys is missing or empty.
+    """
+    spec, endpoint = document.spec, document.spec.endpoint
+    keys: frozenset[str] = frozenset()
+    if endpoint.api_keys_env is not None:
+        keys = frozenset(key.strip() for key in os.environ.get(endpoint.api_keys_env, "").split(",") if key.strip())
+        if not keys:
+            raise Unavailable(f"spec.endpoint.apiKeysEnv: no API keys in the environment variable {endpoint.api_keys_env}")
+    return GatewayConfig(
+        models={document.model_name: Path(checkpoint)},
+        host=endpoint.host,
+        http_port=endpoint.http_port,
+        grpc_port=endpoint.grpc_port,
+        reuse_port=endpoint.replicas > 1,
+        api_keys=keys,
+        max_request_bytes=endpoint.max_request_bytes,
+        default_deadline_s=endpoint.default_deadline_s,
+        remote_prefill_min_tokens=spec.scheduler.remote_prefill_min_tokens,
+        drain_timeout_s=drain_s,
+    )
+
+
+def port_facts(bound: BoundPorts) -> dict[str, Fact]:
+    """Where the gateway listens, as the journal has it."""
+    return {"host": bound.host, "http_port": bound.http_port, "grpc_port": bound.grpc_port}
+
+
+class GatewayThread:
+    """A gateway on a thread and event loop of its own, until closed.
+
+    Args:
+        config: addresses, models and limits.
+        directory: address of the directory of workers.
+        run_gateway: what runs; None = the real one.
+    """
+
+    def __init__(self, config: GatewayConfig, directory: str, run_gateway: RunGateway | None = None) -> None:
+        self._config = config
+        self._directory = directory
+        self._run_gateway = run_gateway
+        self._bound: BoundPorts | None = None
+        self._error: BaseException | None = None
+        self._opened = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="gateway", daemon=True)
+        self._thread.start()
+
+    def wait_open(self, timeout_s: float) -> BoundPorts:
+        """Where it listens, once it does.
+
+        Raises:
+            Unavailable: it could not open its doors, e.g. because a port is taken.
+            DeadlineExceeded: it has not after ``timeout_s`` seconds.
+        """
+        if not self._opened.wait(timeout_s):
+            raise DeadlineExceeded(f"the gateway has not opened its doors after {timeout_s:g} s")
+        self.check()
+        assert self._bound is not None
+        return self._bound
+
+    @property
+    def is_open(self) -> bool:
+        """It has opened its doors, or failed to."""
+        return self._opened.is_set()
+
+    def check(self) -> None:
+        """Raise what ended the gateway, if anything did."""
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Let open streams end within the drain time, then close the doors; idempotent."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(self._config.drain_timeout_s + _STOP_MARGIN_S)
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_until_complete(self._serve())
+        except BaseException as error:  # noqa: BLE001  # stored; wait_open() and check() raise it
+            self._error = error
+        finally:
+            self._opened.set()
+            self._loop.close()
+
+    async def _serve(self) -> None:
+        run: RunGateway | None = self._run_gateway
+        if run is None:
+            from antiphon.gateway.app import run_gateway
+
+            run = run_gateway
+        directory = open_directory(self._directory)
+        try:
+            await run(self._config, directory, self._stop, on_bound=self._set_bound)
+        finally:
+            await directory.close()
+
+    def _set_bound(self, bound: BoundPorts) -> None:
+        self._bound = bound
+        self._opened.set()
+
+
+class GatewayReplica:
+    """The Serve deployment's class. Its constructor returns when the doors are open."""
+
+    def __init__(self, document_json: str, settings: ServeSettings, *_pools: object) -> None:
+        from antiphon.apps.directory_actor import directory_address  # needs Ray, which the direct kind leaves out
+
+        document = LLMDeployment.model_validate_json(document_json)
+        model = document.spec.model
+        checkpoint = settings.checkpoint or str(resolve(model.uri, model.revision))
+        config = gateway_config(document, checkpoint, drain_s=settings.drain_s)
+        journal = None if settings.run_dir is None else Journal(Path(settings.run_dir))
+        self._gateway = GatewayThread(config, directory_address(document, settings))
+        try:
+            bound = self._gateway.wait_open(settings.start_timeout_s)
+        except BaseException as error:
+            if journal is not None:
+                journal.write("failed", GATEWAY, pid=os.getpid(), message=str(error))
+            self._gateway.close()
+            raise
+        if journal is not None:
+            journal.write("ready", GATEWAY, pid=os.getpid(), facts=port_facts(bound))
+
+    async def check_health(self) -> None:
+        """Serve's probe: raises when the gateway has stopped by itself."""
+        self._gateway.check()
+
+    async def __del__(self) -> None:
+        await asyncio.to_thread(self._gateway.close)

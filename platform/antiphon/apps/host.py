@@ -1,0 +1,92 @@
+"""What one ``antiphon serve`` leaves on its machine while it runs, and how all of it goes (control speed).
+
+One private directory, and processes that are descendants of this one: on Linux orphans among them come back to this process,
+so that nothing escapes the last sweep. Must not know: what the processes do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+_PREFIX = "antiphon"
+_PR_SET_CHILD_SUBREAPER = 36
+_MAX_SOCKET_DIRECTORY = 40  # characters; Ray's sockets below it must stay within the 107 of a unix socket's path
+
+
+def make_run_dir() -> Path:
+    """A private directory for logs, sockets and configurations; its short name tells whose it is."""
+    base = tempfile.gettempdir()
+    if len(base) > _MAX_SOCKET_DIRECTORY:
+        base = "/tmp"  # noqa: S108  # mkdtemp makes it private
+    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}-{os.getpid()}-", dir=base))
+
+
+def sweep_run_dirs(base: Path | None = None) -> list[Path]:
+    """Remove run directories of processes that were killed before they could; what was removed."""
+    base = Path(tempfile.gettempdir()) if base is None else base
+    removed = []
+    for path in base.glob(f"{_PREFIX}-*-*"):
+        owner = re.fullmatch(rf"{_PREFIX}-(\d+)-\w+", path.name)
+        if owner is None or psutil.pid_exists(int(owner[1])) or not path.is_dir():
+            continue
+        with contextlib.suppress(OSError):
+            if path.stat().st_uid == os.getuid():
+                remove_tree(path)
+                removed.append(path)
+    return removed
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory and what is in it, also while somebody still writes there for a moment."""
+    for _ in range(20):
+        shutil.rmtree(path, ignore_errors=True)
+        if not path.exists():
+            return
+        time.sleep(0.05)
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of descendants whose own parents end (Linux; elsewhere nothing)."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_descendants(grace_s: float) -> int:
+    """End all descendants: SIGTERM, after ``grace_s`` seconds SIGKILL; 0 = SIGKILL at once. How many there were."""
+    seen: set[int] = set()
+    deadline = time.monotonic() + grace_s
+    give_up = deadline + 5.0
+    while running := list(_descendants()):
+        killing = time.monotonic() >= deadline
+        for process in running:
+            with contextlib.suppress(psutil.Error):
+                if killing:
+                    process.kill()
+                elif process.pid not in seen:
+                    process.terminate()
+            seen.add(process.pid)
+        if time.monotonic() > give_up:
+            break
+        psutil.wait_procs(running, timeout=0.1)
+    return len(seen)
+
+
+def _descendants() -> Iterator[psutil.Process]:
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+            elif process.ppid() == os.getpid():
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(process.pid, os.WNOHANG)

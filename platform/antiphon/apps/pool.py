@@ -1,0 +1,87 @@
+"""A pool replica on Ray Serve: supervises one worker process and answers for its health (control speed).
+
+The worker computes in a process of its own, so that its spinning loop never delays this replica's event loop.
+Must not know: tokens, tensors, or the gateway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from pathlib import Path
+
+from ray import serve
+
+from antiphon.apps.directory_actor import directory_address, node_address
+from antiphon.apps.serve_plan import PoolTemplate, ServeSettings
+from antiphon.apps.supervisor import DEFAULT_ARGV, RestartLimits, WorkerStatus, WorkerSupervisor
+from antiphon.core.spec import LLMDeployment
+from antiphon.gateway.directory import open_directory
+from antiphon.gateway.lease import BlockingDirectory
+from antiphon.models.source import resolve
+
+_STOP_MARGIN_S = 5.0
+
+
+class PoolReplica:
+    """The Serve deployment's class. Its constructor returns when the worker is ready, or raises what kept it from that."""
+
+    def __init__(self, document_json: str, pool: str, settings: ServeSettings) -> None:
+        self._document = LLMDeployment.model_validate_json(document_json)
+        self._pool = pool
+        self._settings = settings
+        self._supervisor: WorkerSupervisor | None = None
+        self._directory: BlockingDirectory | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._owner = str(serve.get_replica_context().replica_id.unique_id)
+        try:
+            self._start().wait_ready(settings.start_timeout_s + _STOP_MARGIN_S)
+        except BaseException:
+            self._close()
+            raise
+
+    async def check_health(self) -> None:
+        """Serve's probe: raises once the worker was given up; then Serve replaces this replica."""
+        if self._supervisor is not None:
+            self._supervisor.check()
+
+    async def status(self) -> WorkerStatus:
+        """Where the worker stands."""
+        assert self._supervisor is not None
+        return self._supervisor.status()
+
+    async def __del__(self) -> None:
+        await asyncio.to_thread(self._close)
+
+    def _start(self) -> WorkerSupervisor:
+        settings, spec = self._settings, self._document.spec
+        if settings.run_dir is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix=f"antiphon-{self._pool}-")
+        address = directory_address(self._document, settings)
+        self._directory = BlockingDirectory(open_directory(address))
+        template = PoolTemplate(
+            document=self._document,
+            pool=self._pool,
+            checkpoint=settings.checkpoint or str(resolve(spec.model.uri, spec.model.revision)),
+            directory=address,
+            host=settings.host or node_address(),
+            drain_s=settings.drain_s,
+            log=settings.log,
+        )
+        self._supervisor = WorkerSupervisor(
+            template,
+            directory=self._directory,
+            owner=self._owner,
+            run_dir=Path(self._scratch.name if self._scratch is not None else settings.run_dir or ""),
+            argv=settings.worker_argv or DEFAULT_ARGV,
+            limits=RestartLimits(start_timeout_s=settings.start_timeout_s),
+        )
+        return self._supervisor
+
+    def _close(self) -> None:
+        if self._supervisor is not None:
+            self._supervisor.close()
+        if self._directory is not None:
+            self._directory.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()

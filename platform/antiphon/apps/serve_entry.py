@@ -1,0 +1,92 @@
+"""A document as a Ray Serve application: what ``antiphon serve`` deploys, and a RayService's import_path (control speed).
+
+    import_path: antiphon.apps.serve_entry:build
+    args: {document: {apiVersion: ..., kind: LLMDeployment, ...}, drainS: 20, startTimeoutS: 600}
+
+Must not know: how Ray was started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from ray import serve
+from ray.serve import Application
+
+from antiphon.apps.gateway_app import GatewayReplica
+from antiphon.apps.pool import PoolReplica
+from antiphon.apps.serve_plan import GATEWAY, GATEWAY_CPU, ServeSettings, plan_serve
+from antiphon.apps.worker_config import LogSettings
+from antiphon.core.document_part import Model
+from antiphon.core.documents import parse_object
+from antiphon.core.errors import InvalidInput
+from antiphon.core.spec import LLMDeployment
+
+_STOP_MARGIN_S = 10.0  # a replica gets this much longer than its worker, before Serve kills it
+
+
+class BuildArgs(Model):
+    """Arguments of ``build`` besides the document."""
+
+    pinned: bool = Field(default=True, description="Nodes offer a custom resource pool-<name>; replicas ask for it.")
+    drain_s: float = Field(default=20.0, ge=0, le=3600, strict=False, description="Time for requests in flight at a stop.")
+    start_timeout_s: float = Field(default=600.0, gt=0, le=86_400, strict=False, description="Deadline of a worker's start.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Level of all logs.")
+    log_format: Literal["text", "json"] = Field(default="json", description="For people or for machines.")
+
+
+def build(args: Mapping[str, object]) -> Application:
+    """The application of ``args["document"]`` on a cluster whose nodes are there already.
+
+    Raises:
+        SpecInvalid: the document has wrong fields.
+        InvalidInput: other arguments are wrong.
+    """
+    document = parse_object(args.get("document"), "args.document")
+    if not isinstance(document, LLMDeployment):
+        raise InvalidInput(f"expected an LLMDeployment, got {document.kind}", "args.document.kind")
+    try:
+        rest = BuildArgs.model_validate({key: value for key, value in args.items() if key != "document"})
+    except ValidationError as error:
+        raise InvalidInput(str(error), "args") from error
+    settings = ServeSettings(
+        drain_s=rest.drain_s,
+        start_timeout_s=rest.start_timeout_s,
+        log=LogSettings(level=rest.log_level, format=rest.log_format),
+    )
+    return application(document, settings, pinned=rest.pinned, sized=True)
+
+
+def application(document: LLMDeployment, settings: ServeSettings, *, pinned: bool, sized: bool) -> Application:
+    """The application of ``document``: a Serve deployment per pool and one for the gateway.
+
+    Args:
+        document: what to serve.
+        settings: how its processes are run.
+        pinned: pools ask for their custom resource.
+        sized: pools ask for memory and accelerators; without it only for processors.
+    """
+    plan = plan_serve(document)
+    text = document.model_dump_json(by_alias=True)
+    limits: dict[str, Any] = {
+        "graceful_shutdown_timeout_s": settings.drain_s + _STOP_MARGIN_S,
+        "graceful_shutdown_wait_loop_s": 0.05,  # requests do not pass through Serve: there is nothing to wait for
+        "health_check_period_s": 2.0,
+        "health_check_timeout_s": 15.0,
+        "max_constructor_retry_count": settings.max_start_attempts,
+    }
+    pools = [
+        serve.deployment(
+            name=pool.deployment_name,
+            num_replicas=pool.num_replicas,
+            ray_actor_options=pool.actor_options(pinned=pinned, sized=sized),
+            **limits,
+        )(PoolReplica).bind(text, pool.name, settings)
+        for pool in plan.pools
+    ]
+    gateway = serve.deployment(name=GATEWAY, num_replicas=plan.num_gateways, ray_actor_options={"num_cpus": GATEWAY_CPU}, **limits)(
+        GatewayReplica
+    )
+    return gateway.bind(text, settings, *pools)

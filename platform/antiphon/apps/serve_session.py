@@ -1,0 +1,201 @@
+"""One run of ``antiphon serve`` on this machine: from its private directory to the last process gone (control speed).
+
+    with ServeSession(document, settings) as session:
+        session.start(show)          everything is ready, or an error says what is not
+        session.watch(show)          until a signal
+                                     then all of it goes: application, Ray, processes, directories, shared memory
+
+``show`` gets the journal's entries as they come. Must not know: how anything is shown.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from antiphon.apps.host import adopt_orphans, end_descendants, make_run_dir, remove_tree, sweep_run_dirs
+from antiphon.apps.journal import Journal, JournalEntry
+from antiphon.apps.local import DirectDeployment, RayDeployment, running
+from antiphon.apps.quiet_streams import QuietStreams
+from antiphon.apps.serve_plan import ServeSettings, plan_serve
+from antiphon.apps.stop_signals import StopSignals
+from antiphon.core.directory import WorkerRecord
+from antiphon.core.errors import Unavailable
+from antiphon.core.spec import LLMDeployment
+from antiphon.gateway.config import BoundPorts
+from antiphon.gateway.directory import open_directory
+from antiphon.gateway.lease import BlockingDirectory
+from antiphon.models.source import resolve
+
+Show = Callable[[Sequence[JournalEntry]], None]
+Say = Callable[[str], None]
+
+_POLL_S = 0.1
+_WATCH_S = 0.5
+_LEFTOVER_GRACE_S = 2.0
+_RECORDS_DEADLINE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """What runs once everything is ready."""
+
+    ports: BoundPorts
+    workers: tuple[WorkerRecord, ...]
+    entries: tuple[JournalEntry, ...]
+
+
+class ServeSession:
+    """Main thread only: it owns the process' signals and standard streams until closed.
+
+    Args:
+        document: what to serve.
+        settings: how its processes are run.
+        with_ray: over Ray Serve; otherwise the same processes directly.
+        log_dir: where logs are kept at the end; None = nowhere.
+    """
+
+    def __init__(
+        self, document: LLMDeployment, settings: ServeSettings, *, with_ray: bool = True, log_dir: Path | None = None
+    ) -> None:
+        self._document = document
+        self._settings = settings
+        self._with_ray = with_ray
+        self._log_dir = log_dir
+        self._ready = False
+        self._closed = False
+        self._deployment: RayDeployment | DirectDeployment | None = None
+        adopt_orphans()
+        sweep_run_dirs()
+        self.num_workers = plan_serve(document).num_workers
+        self.run_dir = make_run_dir()
+        self.streams = QuietStreams(self.run_dir / "host.log")
+        self._journal = Journal(self.run_dir)
+        self._signals = StopSignals(self._force)
+        self._signals.install()
+
+    @property
+    def stopped_by_signal(self) -> bool:
+        """Whether a signal asked to stop."""
+        return self._signals.requested
+
+    def entries(self) -> list[JournalEntry]:
+        """Everything that has happened so far."""
+        return self._journal.read()
+
+    def start(self, show: Show, say: Say) -> Ready:
+        """Start everything and wait until it is ready; ``say`` gets what is being done.
+
+        Raises:
+            AntiphonError: the model can't be had, or something could not be started; the message has the end of its log.
+            StopRequested: a signal came.
+        """
+        deadline = time.monotonic() + self._settings.start_timeout_s
+        model = self._document.spec.model
+
+        def step(text: str) -> None:
+            self._signals.install()  # Ray has handlers of its own
+            say(text)
+
+        step(f"Looking for {model.uri}")
+        with self._journal.timed("checkpoint"):
+            checkpoint = str(resolve(model.uri, model.revision))
+        kind = RayDeployment if self._with_ray else DirectDeployment
+        deployment = kind(self._document, checkpoint=checkpoint, run_dir=self.run_dir, settings=self._settings)
+        self._deployment = deployment
+        deployment.start(step)
+        step(f"Starting {self.num_workers} workers")
+        while not deployment.poll():
+            show(self._journal.read())
+            if time.monotonic() > deadline:
+                raise Unavailable(self._what_is_missing())
+            time.sleep(_POLL_S)
+        workers = self._records(deployment)
+        entries = self._journal.read()
+        show(entries)
+        ports = running(self.run_dir).ports
+        if ports is None:
+            raise Unavailable("the gateway did not say where it listens")
+        self._ready = True
+        self._signals.serving()
+        return Ready(ports=ports, workers=workers, entries=tuple(entries))
+
+    def watch(self, show: Show) -> None:
+        """Serve until a signal. Raises Unavailable when a pool is given up."""
+        assert self._deployment is not None
+        while not self._signals.wait(_WATCH_S):
+            show(self._journal.read())
+            self._deployment.poll()
+
+    def close(self) -> None:
+        """Stop everything and remove every trace; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._signals.stopping()
+        if self._deployment is not None:
+            # Nobody can be in the middle of a request that was never served.
+            self._deployment.close(graceful=self._ready)
+        end_descendants(_LEFTOVER_GRACE_S)
+        self._remove_files()
+        self.streams.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _records(self, deployment: RayDeployment | DirectDeployment) -> tuple[WorkerRecord, ...]:
+        """The workers as the directory has them; a renewal may still be on its way."""
+        name = self._document.metadata.name
+        deadline = time.monotonic() + _RECORDS_DEADLINE_S
+        with BlockingDirectory(open_directory(deployment.directory_address)) as directory:
+            while True:
+                records = tuple(record for record in directory.workers(name) if record.info.ready)
+                if len(records) >= self.num_workers:
+                    return records
+                if time.monotonic() > deadline:
+                    raise Unavailable(f"{len(records)} of {self.num_workers} workers are ready in the directory")
+                time.sleep(_POLL_S)
+
+    def _what_is_missing(self) -> str:
+        entries = self._journal.read()
+        ready = {entry.subject for entry in running(self.run_dir).workers}
+        latest = {entry.subject: entry for entry in entries if entry.kind == "started"}
+        parts = [f"not ready after {self._settings.start_timeout_s:g} s"]
+        for subject in sorted(latest.keys() - ready):
+            parts.append(f"{subject} is not ready; the end of its log:\n{tail(Path(latest[subject].log))}")
+        if not latest:
+            parts.append(f"no worker was started; the end of the log:\n{tail(self.run_dir / 'host.log')}")
+        return "\n".join(parts)
+
+    def _remove_files(self) -> None:
+        if self._log_dir is not None:
+            with suppress(OSError):  # the log directory may be full or gone; serving is over anyway
+                self._log_dir.mkdir(parents=True, exist_ok=True)
+                for log in [*self.run_dir.glob("*.log"), *self.run_dir.glob("*.jsonl")]:
+                    shutil.copy2(log, self._log_dir / log.name)
+        remove_tree(self.run_dir)
+
+    def _force(self) -> None:
+        """In the handler of a second signal: end everything now."""
+        end_descendants(0.0)
+        self._remove_files()
+        self.streams.close()
+        os._exit(130)
+
+
+def tail(log: Path, num_lines: int = 20) -> str:
+    """The last lines of a log."""
+    try:
+        return "\n".join(log.read_text(errors="replace").rstrip().splitlines()[-num_lines:])
+    except OSError as error:
+        return f"(it can't be read: {error})"

@@ -1,0 +1,133 @@
+"""What ``antiphon serve`` shows: progress, the table of what runs where, times, and what happens later (control speed).
+
+Must not know: how anything is started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from antiphon.apps.journal import JournalEntry
+from antiphon.apps.serve_plan import GATEWAY, cores_of
+from antiphon.core.directory import WorkerRecord
+from antiphon.core.spec import LLMDeployment
+from antiphon.gateway.config import BoundPorts
+
+_HOST_STAGES = {"checkpoint": "checkpoint", "ray": "Ray", "serve": "Ray Serve", "directory": "directory"}
+
+
+def worker_table(document: LLMDeployment, records: Sequence[WorkerRecord]) -> Table:
+    """One line per worker: who it is, what it holds, on which processors, where."""
+    pools = {pool.name: pool for pool in document.spec.pools}
+    sharded = any(record.info.shard.num_shards > 1 for record in records)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("WORKER", "ROLE", *(["SHARD"] if sharded else []), "THREADS"):
+        table.add_column(name, no_wrap=True)
+    for name in ("KV BLOCKS", "WEIGHTS", "PID"):
+        table.add_column(name, no_wrap=True, justify="right")
+    table.add_column("ADDRESS", no_wrap=True)
+    for record in records:
+        info, load = record.info, record.info.load
+        pool = pools[info.pool]
+        index = int(info.worker_id.rpartition("/")[2])
+        shard = f"{info.shard.index + 1} of {info.shard.num_shards}" if info.shard.num_shards > 1 else ""
+        cores = ",".join(map(str, cores_of(pool, index)))
+        table.add_row(
+            f"{info.pool}/{index}",
+            info.role.value,
+            *([shard] if sharded else []),
+            f"{pool.num_threads} on {cores}" if cores else str(pool.num_threads),
+            str(load.num_total_blocks) if load.num_total_blocks else "",
+            f"{load.resident_weight_bytes / 1e6:.0f} MB" if load.resident_weight_bytes else "",
+            str(info.pid),
+            info.endpoint.rpc,
+        )
+    return table
+
+
+def times_line(entries: Sequence[JournalEntry], since_process_start_s: float) -> str:
+    """How long the start took, by stages: those of the host, then the slowest worker's own.
+
+    Args:
+        entries: the journal.
+        since_process_start_s: seconds from the start of this process to ready.
+    """
+    host = [f"{_HOST_STAGES.get(e.stage, e.stage)} {e.seconds:.1f}" for e in entries if e.kind == "stage" and e.subject == "host"]
+    slowest: dict[str, float] = {}
+    for entry in entries:
+        if entry.kind == "stage" and entry.subject not in ("host", GATEWAY):
+            slowest[entry.stage] = max(slowest.get(entry.stage, 0.0), entry.seconds)
+    total = slowest.pop("total", None)
+    inner = ", ".join(f"{name} {seconds:.1f}" for name, seconds in slowest.items())
+    if total is not None:
+        host.append(f"workers {total:.1f}" + (f" ({inner})" if inner else ""))
+    elif inner:
+        host.append(f"workers ({inner})")
+    return f"Ready {since_process_start_s:.1f} s after the start of the command: " + ", ".join(host)
+
+
+def endpoints(document: LLMDeployment, ports: BoundPorts) -> Table:
+    """Where clients connect, and a first request."""
+    model = document.model_name
+    url = f"http://{ports.host}:{ports.http_port}"
+    table = Table.grid(padding=(0, 2))
+    table.add_row("HTTP", f"{url}/v1", style="bold")
+    table.add_row("gRPC", f"{ports.host}:{ports.grpc_port}", style="bold")
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    table.add_row("try", Text(f"curl -s {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'", style="dim"))
+    return table
+
+
+class Progress:
+    """Says what has happened since it was last asked: on a terminal in one changing line, elsewhere line by line."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._status = console.status("starting") if console.is_terminal else None
+        self._num_seen = 0
+        self._ready: set[str] = set()
+        if self._status is not None:
+            self._status.start()
+
+    def update(self, entries: Sequence[JournalEntry], num_workers: int) -> None:
+        """Show the entries that are new."""
+        for entry in entries[self._num_seen :]:
+            self._show(entry, num_workers)
+        self._num_seen = len(entries)
+
+    def say(self, text: str) -> None:
+        """Show what is being done now."""
+        if self._status is not None:
+            self._status.update(text)
+        else:
+            self._console.print(text, style="dim", highlight=False)
+
+    def close(self) -> None:
+        """Leave the terminal clean; idempotent."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+    def _show(self, entry: JournalEntry, num_workers: int) -> None:
+        if entry.kind == "ready" and entry.subject != GATEWAY:
+            self._ready.add(entry.subject)
+            self.say(f"{entry.subject} is ready ({len(self._ready)} of {num_workers} workers)")
+        elif entry.kind == "started" and self._status is not None:
+            self.say(f"{entry.subject} is starting ({len(self._ready)} of {num_workers} workers ready)")
+
+
+def later_line(entry: JournalEntry) -> str | None:
+    """What to tell about an entry that came while serving; None = nothing."""
+    match entry.kind:
+        case "exited":
+            return f"{entry.subject} (pid {entry.pid}) is gone: {entry.message}; restarting it"
+        case "ready" if entry.subject != GATEWAY:
+            return f"{entry.subject} (pid {entry.pid}) is ready, epoch {entry.epoch}"
+        case "failed":
+            return f"{entry.subject}: {entry.message}"
+        case _:
+            return None
