@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from antiphon.core.document_part import FieldsError, Model
 from antiphon.core.ids import Role
+from antiphon.core.planning import PlanningSpec
 from antiphon.core.policies import (
     MAX_RATIOS,
     RESERVED_POOL_NAMES,
@@ -337,6 +338,7 @@ class LLMDeploymentSpec(Model):
     rollout: RolloutSpec = Field(default_factory=RolloutSpec, description="How a new revision is brought in (Kubernetes).")
     suspend: bool = Field(default=False, description="Stop all pools and keep the document (Kubernetes).")
     kubernetes: KubernetesSpec = Field(default_factory=KubernetesSpec, description="What the pods need that a laptop does not.")
+    planning: PlanningSpec | None = Field(default=None, description="Inputs of antiphon plan; serving ignores them. None = none.")
 
     @field_validator("pools", "ratios", mode="before")
     @classmethod

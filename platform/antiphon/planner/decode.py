@@ -239,13 +239,37 @@ class DecodeModel:
         if not self.fits(layout, 1) or self.step(layout, 1)[0] > tpot_s:
             return None
         in_memory = largest(lambda rows: self.fits(layout, rows), MAX_ROWS)
-        rows = largest(lambda count: self.step(layout, count)[0] <= tpot_s, in_memory)
+        rows = last_within(lambda count: self.step(layout, count)[0], tpot_s, in_memory)
         limit = "tpot" if rows < in_memory else "memory" if in_memory < MAX_ROWS else "rows"
         return self.point(layout, rows, limit)
 
     def ubatches_to_hide(self, point: GroupPoint) -> int:
         """Ubatches from which the slowest stage of the main kind of layer would never wait."""
         return min_ubatches(point.main.times)
+
+
+def last_within(seconds: Callable[[int], float], target_s: float, limit: int) -> int:
+    """Largest count in 1..limit whose time, which grows with the count, is within the target; 1 is known to be.
+
+    Times are nearly linear: interpolation finds the place in a few evaluations, halving bounds them.
+    """
+    low, high = 1, limit
+    high_s = seconds(high)
+    if high_s <= target_s or high <= low:
+        return high
+    low_s = seconds(low)
+    halve = False
+    while high - low > 1:
+        share = 0.5 if halve or high_s <= low_s else (target_s - low_s) / (high_s - low_s)
+        middle = min(max(low + int((high - low) * share), low + 1), high - 1)
+        middle_s = seconds(middle)
+        before = high - low
+        if middle_s <= target_s:
+            low, low_s = middle, middle_s
+        else:
+            high, high_s = middle, middle_s
+        halve = high - low > before // 2
+    return low
 
 
 def largest(holds: Callable[[int], bool], limit: int) -> int:

@@ -186,11 +186,11 @@ class Planner:
 
     def _afd_points(self, model: DecodeModel) -> list[GroupPoint]:
         limit = min(self.demand.max_cards, self.assumptions.max_group_cards)
-        shards = _grid(self.fewest_ffn_cards(model), max(1, limit // 2), 1.6)
+        shards = _grid(self.fewest_ffn_cards(model), max(1, limit // 2), 1.7)
         layouts = (
             Layout(num_attention=x, num_ffn=y, num_ubatches=count)
             for y in shards
-            for x in _grid(1, limit - y, 1.6)
+            for x in _grid(1, limit - y, 1.7)
             for count in (2, 3)
             if count <= self.assumptions.max_ubatches
         )
@@ -279,17 +279,24 @@ class Planner:
     def _colocated_ttft_s(self, point: GroupPoint, num_groups: int) -> float:
         """Prompts run in chunks beside decode rows; each card serves one prompt at a time."""
         traffic = self.demand.traffic
-        chunk = point.batch * PROMPT_ROOM * traffic.mean_prompt / traffic.mean_output
+        chunk = colocated_chunk(point, traffic)
         servers, load = num_groups * point.layout.num_cards, 1 / PROMPT_ROOM
+        second = sum(share * prompt**2 for prompt, share in traffic.prompt_points)
         wait_s = waiting_quantile_s(
-            service_s=max(1.0, traffic.mean_prompt / chunk) * point.step_s,
-            variation=traffic.prompt_variation,
+            service_s=traffic.mean_prompt / chunk * point.step_s,
+            variation=math.sqrt(max(0.0, second / traffic.mean_prompt**2 - 1)),
             num_servers=servers,
             load=load,
             chance=waiting_chance(load=load, num_servers=servers),
             tail=TAIL,
         )
-        return wait_s + (math.ceil(traffic.prompt_quantile(1 - TAIL) / chunk) + 0.5) * point.step_s
+        # A prompt waits half a step for a chunk on average; its first token leaves with the step after its last chunk.
+        return wait_s + (traffic.prompt_quantile(1 - TAIL) / chunk + 1.5) * point.step_s
+
+
+def colocated_chunk(point: GroupPoint, traffic: Traffic) -> float:
+    """Prompt rows that a colocated card takes into each step; prompts are packed into them."""
+    return point.batch * PROMPT_ROOM * traffic.mean_prompt / traffic.mean_output
 
 
 def _grid(low: int, high: int, factor: float) -> list[int]:

@@ -40,7 +40,7 @@ def waiting_chance(*, load: float, num_servers: float) -> float:
 @formula("s", service_s="s", variation="", num_servers="", load="", chance="", tail="")
 def waiting_quantile_s(*, service_s: float, variation: float, num_servers: float, load: float, chance: float, tail: float) -> float:
     """Wait that all but ``tail`` of the requests stay below: an exponential tail with the mean of those that wait."""
-    return service_s * (1 + variation * variation) / 2 / (num_servers * (1 - load)) * max(0.0, math.log(chance / tail))
+    return service_s * (1 + variation * variation) / 2 / (num_servers * (1 - load)) * math.log(max(1.0, chance / tail))
 
 
 @formula("s", wait_s="s", prefill_s="s", transfer_s="s", num_layers="", first_step_s="s")
@@ -98,6 +98,13 @@ class PrefillModel:
         )
         return max(computing, reads_s + fixed_s)
 
+    def service(self, num_cards: int) -> tuple[float, float]:
+        """Mean seconds of the traffic's prompts on an instance, and their standard deviation over that mean."""
+        times = [(self.prompt_s(prompt, num_cards), share) for prompt, share in self.traffic.prompt_points]
+        mean = sum(seconds * share for seconds, share in times)
+        second = sum(seconds * seconds * share for seconds, share in times)
+        return mean, math.sqrt(max(0.0, second / mean**2 - 1))
+
     def smallest_instance(self) -> int:
         """Fewest cards that hold the weights and the KV of the longest prompt."""
         weights = self.shape.total_weights * bytes_per_value(self.formats.weights)
@@ -118,10 +125,11 @@ class PrefillModel:
         *,
         first_step_s: float,
         decode_net: float,
+        service: tuple[float, float] | None = None,
         apply: Apply = plainly,
     ) -> PrefillPool | None:
-        """The pool under ``rate`` requests per second; None when it can't keep up."""
-        service_s = self.prompt_s(self.traffic.mean_prompt, cards_per_instance, apply)
+        """The pool under ``rate`` requests per second; None when it can't keep up. ``service`` saves computing it again."""
+        service_s, variation = self.service(cards_per_instance) if service is None else service
         load = apply(utilisation, rate=rate, service_s=service_s, num_servers=num_instances)
         if load > MAX_UTILISATION:
             return None
@@ -131,7 +139,7 @@ class PrefillModel:
             wait_s = apply(
                 waiting_quantile_s,
                 service_s=service_s,
-                variation=self.traffic.prompt_variation,
+                variation=variation,
                 num_servers=num_instances,
                 load=load,
                 chance=chance,
@@ -173,11 +181,13 @@ class PrefillModel:
     def _fewest_instances(
         self, size: int, limit: int, rate: float, ttft_s: float, first_step_s: float, decode_net: float
     ) -> PrefillPool | None:
+        service = self.service(size)
+
         def pool(count: int) -> PrefillPool | None:
-            found = self.pool(size, count, rate, first_step_s=first_step_s, decode_net=decode_net)
+            found = self.pool(size, count, rate, first_step_s=first_step_s, decode_net=decode_net, service=service)
             return found if found is not None and found.ttft_s <= ttft_s else None
 
-        needed = rate * self.prompt_s(self.traffic.mean_prompt, size) / MAX_UTILISATION
+        needed = rate * service[0] / MAX_UTILISATION
         low = max(1, math.ceil(needed))
         if low > limit or pool(limit) is None:
             return None

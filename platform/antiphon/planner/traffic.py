@@ -16,6 +16,7 @@ from pathlib import Path
 from antiphon.core.errors import InvalidInput
 
 DEFAULT_OUTPUT_TOKENS = 512
+MAX_POINTS = 32  # prompt lengths that stand for all of a trace's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,10 +117,16 @@ class Traffic:
         return ordered[-1].prompt_tokens
 
     @property
-    def prompt_variation(self) -> float:
-        """Standard deviation of prompt lengths over their mean."""
-        second = self._mean([float(request.prompt_tokens) ** 2 for request in self.requests])
-        return math.sqrt(max(0.0, second / self.mean_prompt**2 - 1))
+    def prompt_points(self) -> tuple[tuple[int, float], ...]:
+        """Prompt lengths with their shares: all of them when there are few, else medians of equal parts."""
+        shares: dict[int, float] = {}
+        total = sum(request.weight for request in self.requests)
+        for request in self.requests:
+            shares[request.prompt_tokens] = shares.get(request.prompt_tokens, 0.0) + request.weight / total
+        if len(shares) <= MAX_POINTS:
+            return tuple(sorted(shares.items()))
+        middles = [(index + 0.5) / MAX_POINTS for index in range(MAX_POINTS)]
+        return tuple((self.prompt_quantile(middle), 1 / MAX_POINTS) for middle in middles)
 
     @property
     def mean_context(self) -> float:
