@@ -29,7 +29,7 @@ from antiphon.transport.bell import Bell
 from antiphon.transport.hello import Greeting, check_layouts, decode_greeting, encode_greeting, encode_refusal
 from antiphon.transport.reception import Reception
 from antiphon.transport.slots import byte_rows, slots_of
-from antiphon.transport.waiting import WaitSet
+from antiphon.transport.waiting import wait_on
 
 SCHEME = "grpc://"
 _PREFIX = struct.Struct("<HHIQ")  # kind, slot, sequence number, payload bytes
@@ -128,7 +128,7 @@ class GrpcLink(Link):
 
     def wait(self, timeout_s: float) -> bool:
         """Sleep until a message may be there. Raises PeerLost."""
-        if self._lost is None and WaitSet((self,)).wait(timeout_s):
+        if self._lost is None and wait_on((self,), timeout_s):
             if self._gone and not self._arrived:
                 self._raise_lost()
             return True

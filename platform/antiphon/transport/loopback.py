@@ -24,7 +24,7 @@ from antiphon.transport.bell import Bell
 from antiphon.transport.hello import check_layouts
 from antiphon.transport.reception import Reception
 from antiphon.transport.slots import MessageViews, slots_of
-from antiphon.transport.waiting import WaitSet
+from antiphon.transport.waiting import wait_on
 
 SCHEME = "loopback://"
 _INLINE_SLEEP_S = 0.001  # between two calls of on_poll while waiting: the inline peer may be waiting for a third party
@@ -122,7 +122,7 @@ class LoopbackLink(Link):
             self._pump()
             left = deadline - time.monotonic()
             nap = left if self.on_poll is None else min(left, _INLINE_SLEEP_S)
-            if WaitSet((self,)).wait(max(0.0, nap)):
+            if wait_on((self,), max(0.0, nap)):
                 if (self._gone or self._lost is not None) and not self._recv.arrived:
                     self._raise_lost()
                 return True

@@ -14,6 +14,9 @@ import time
 from collections.abc import Iterable
 
 from antiphon.transport.base import Waitable
+from antiphon.transport.lane import spin
+
+_SLICE_S = 20e-6  # of native spinning between two looks at the links that can only be asked
 
 
 class WaitSet:
@@ -32,14 +35,18 @@ class WaitSet:
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until a member may have something to say (True) or the time is up (False); raises nothing of theirs."""
-        members = self._members
-        deadline = time.monotonic() + timeout_s
-        if any_pending(members):
-            return True
-        window = max((m.spin_s for m in members), default=0.0)
-        if window > 0 and _spin(members, min(window, timeout_s)):
-            return True
-        return _sleep(members, deadline)
+        return wait_on(self._members, timeout_s)
+
+
+def wait_on(members: tuple[Waitable, ...], timeout_s: float) -> bool:
+    """Spin while that pays, then sleep, until a member is pending (True) or ``timeout_s`` is over (False)."""
+    deadline = time.monotonic() + timeout_s
+    if any_pending(members):
+        return True
+    window = max((m.spin_s for m in members), default=0.0)
+    if window > 0 and _spin(members, min(window, timeout_s)):
+        return True
+    return sleep_on(members, deadline)
 
 
 def any_pending(members: Iterable[Waitable]) -> bool:
@@ -48,16 +55,21 @@ def any_pending(members: Iterable[Waitable]) -> bool:
 
 
 def _spin(members: tuple[Waitable, ...], window_s: float) -> bool:
-    spinning = tuple(m for m in members if m.spin_s > 0)
+    lanes = tuple(m.spin_address for m in members if m.spin_s > 0 and m.spin_address)
+    asked = tuple(m for m in members if m.spin_s > 0 and not m.spin_address)
+    if not asked:
+        return spin(lanes, window_s)
     end = time.monotonic() + window_s
     while time.monotonic() < end:
-        if any_pending(spinning):
+        if any_pending(asked) or (lanes and spin(lanes, _SLICE_S)):
             return True
-        time.sleep(0)  # gives the GIL to whoever wants it
+        if not lanes:
+            time.sleep(0)  # gives the GIL to whoever wants it
     return False
 
 
-def _sleep(members: tuple[Waitable, ...], deadline: float) -> bool:
+def sleep_on(members: tuple[Waitable, ...], deadline: float) -> bool:
+    """Sleep until a member is pending (True) or ``deadline`` (time.monotonic) has come (False)."""
     woken = False
     parked: list[Waitable] = []
     poller = select.poll()

@@ -1,0 +1,199 @@
+"""A link over memory both ends map: slots in place, spin, then sleep (hot). shm.py opens it.
+
+Headers lie with their slots, so that a message stays whole until its release, in whatever order slots come and go.
+Must not know: how the memory came to be shared.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Sequence
+
+from antiphon.core.errors import CorruptMessage, PeerLost
+from antiphon.core.ids import Epoch, WorkerId
+from antiphon.transport.base import HEADER_BYTES, Hello, Link, Message, Slot
+from antiphon.transport.bell import Bell
+from antiphon.transport.lane import CLOSED_LANE, CORRUPT, NOTHING, open_lane, spin
+from antiphon.transport.segment import Segment
+from antiphon.transport.slots import MessageViews, byte_rows, slots_of
+from antiphon.transport.vigil import Vigil
+from antiphon.transport.waiting import sleep_on, wait_on
+
+
+class RingLink(Link):
+    """One end; see the seam for the rules."""
+
+    def __init__(
+        self,
+        mine: Hello,
+        theirs: Hello,
+        memory: mmap.mmap,
+        vigil: Vigil,
+        bells: tuple[Bell, Bell],
+        *,
+        connecting: bool,
+        spin_s: float,
+        native: bool = True,
+    ) -> None:
+        """The hellos fit; ``bells`` are the one that wakes this end and the one that wakes the peer."""
+        segment = Segment.of(mine.layout, connecting=connecting)
+        self._theirs = theirs
+        self._num_slots = segment.num_slots
+        self._recv_slot_bytes = mine.layout.recv_slot_bytes
+        self._lane = open_lane(memory, segment, connecting=connecting, native=native)
+        out, in_ = segment.directions if connecting else segment.directions[::-1]
+        rows = [byte_rows(memory, segment.num_slots, d.slots, d.stride_bytes)[:, : d.slot_bytes] for d in (out, in_)]
+        view = memoryview(memory)
+        self._headers = [
+            view[out.headers + i * HEADER_BYTES : out.headers + (i + 1) * HEADER_BYTES] for i in range(segment.num_slots)
+        ]
+        self._slots = slots_of(rows[0])
+        self._views: MessageViews | None = MessageViews(rows[1], view[in_.headers : in_.headers + segment.num_slots * HEADER_BYTES])
+        self._free = list(range(segment.num_slots - 1, -1, -1))
+        self._in_flight = [False] * segment.num_slots
+        self._held = [False] * segment.num_slots
+        self._starved = False
+        self._lost: str | None = None
+        self._vigil = vigil
+        self._my_bell, self._peer_bell = bells
+        self._spin_s = spin_s
+        self._active = True  # something moved since the last sleep that brought nothing: spinning pays
+
+    @property
+    def peer(self) -> WorkerId:
+        """The worker at the other end."""
+        return self._theirs.worker_id
+
+    @property
+    def peer_epoch(self) -> Epoch:
+        """The other end's epoch."""
+        return self._theirs.epoch
+
+    def acquire(self) -> Slot | None:
+        """A free slot, or None. Raises PeerLost, CorruptMessage."""
+        if self._lost is not None or self._vigil.ended():
+            self._raise_lost()
+        if not self._free:
+            while (slot := self._lane.back()) != NOTHING:
+                if slot == CORRUPT or not self._in_flight[slot]:
+                    self._corrupt("a slot came back that is not in flight")
+                self._in_flight[slot] = False
+                self._free.append(slot)
+        if self._free:
+            if self._starved:
+                self._starve(False)
+            return self._slots[self._free.pop()]
+        if not self._starved:
+            self._starve(True)
+        return None
+
+    def commit(self, slot: Slot, header: bytes | bytearray | memoryview, num_bytes: int) -> None:
+        """Publish the slot. Raises PeerLost."""
+        if self._lost is not None:
+            self._raise_lost()
+        index = slot.index
+        self._in_flight[index] = True
+        self._headers[index][:] = header
+        self._active = True
+        if self._lane.publish(index, num_bytes):
+            self._peer_bell.ring()
+
+    def poll(self) -> Message | None:
+        """The next message, or None. Raises PeerLost, CorruptMessage."""
+        if self._lost is not None:
+            self._raise_lost()
+        found = self._lane.next()
+        if found == NOTHING:
+            # Dead first, then look again: what was published before the death is handed out.
+            if self._vigil.ended() and (found := self._lane.next()) == NOTHING:
+                self._raise_lost()
+            if found == NOTHING:
+                return None
+        slot, num_bytes = found & 0xFFFF, found >> 16
+        if found == CORRUPT or num_bytes > self._recv_slot_bytes or self._held[slot]:
+            self._corrupt(f"the ring's next entry is damaged ({found:#x})")
+        self._held[slot] = True
+        self._active = True
+        assert self._views is not None  # gone only after close, which _lost tells
+        return self._views.view(slot, num_bytes)
+
+    def release(self, message: Message) -> None:
+        """Give the slot back."""
+        slot = message.slot
+        self._held[slot] = False
+        if self._lost is None and self._lane.give(slot):
+            self._peer_bell.ring()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Spin, then sleep. Raises PeerLost."""
+        if self._lost is not None:
+            self._raise_lost()
+        if self._lane.address:
+            deadline = time.monotonic() + timeout_s
+            found = (
+                bool(self._lane.pending())
+                or (self._active and spin((self._lane.address,), min(self._spin_s, timeout_s)))
+                or sleep_on((self,), deadline)
+            )
+        else:
+            found = wait_on((self,), timeout_s)
+        if self._vigil.lost is not None and not self._lane.pending():
+            self._raise_lost()
+        return found
+
+    def close(self) -> None:
+        """Close; the memory goes when the last tensor over it does. Idempotent."""
+        if self._lost is None:
+            self._lost = "closed here"
+        self._vigil.close()
+        self._my_bell.close()
+        self._peer_bell.close()
+        self._lane = CLOSED_LANE
+        self._headers, self._slots, self._views = [], [], None
+
+    @property
+    def spin_s(self) -> float:
+        """The window, as long as messages keep coming."""
+        return self._spin_s if self._active else 0.0
+
+    @property
+    def spin_address(self) -> int:
+        """The native lane."""
+        return self._lane.address if self._lost is None else 0
+
+    def pending(self) -> bool:
+        """True when a message, a loss or the slot that was lacking is there."""
+        return self._lost is not None or self._vigil.lost is not None or bool(self._lane.pending())
+
+    def park(self) -> Sequence[int]:
+        """Ask to be rung; the peer's death wakes too."""
+        if self._lost is not None:
+            return ()
+        self._lane.park()
+        return (self._my_bell.fd, *self._vigil.fds)
+
+    def unpark(self, *, woken: bool) -> None:
+        """Ask no longer."""
+        if self._lost is not None:
+            return
+        self._lane.unpark()
+        if woken:
+            self._my_bell.clear()
+            self._vigil.look()
+        else:
+            self._active = False
+
+    def _starve(self, starved: bool) -> None:
+        self._starved = starved
+        self._lane.starve(starved)
+
+    def _corrupt(self, why: str) -> None:
+        self._lost = f"corrupt message: {why}"
+        self.close()
+        raise CorruptMessage(self.peer, why)
+
+    def _raise_lost(self) -> None:
+        if self._lost is None:
+            self._lost = self._vigil.lost or "it is gone"
+        raise PeerLost(self.peer, self._lost)
