@@ -44,6 +44,8 @@ class LogLevel(StrEnum):
 def serve(
     file: Annotated[Path, typer.Option("--file", "-f", help="YAML file with an LLMDeployment.")],
     ask: Annotated[str | None, typer.Option(help="Ask this once everything is ready, print the answer, and stop.")] = None,
+    http_port: Annotated[int | None, typer.Option(help="HTTP port instead of the document's; 0 = any.", min=0, max=65_535)] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="gRPC port instead of the document's; 0 = any.", min=0, max=65_535)] = None,
     timeout: Annotated[float, typer.Option(help="Seconds until everything must be ready.", min=1)] = 300.0,
     drain: Annotated[float, typer.Option(help="Seconds that requests in flight get at the end.", min=0)] = 5.0,
     log_dir: Annotated[Path | None, typer.Option(help="Keep the logs of all processes here.")] = None,
@@ -51,7 +53,7 @@ def serve(
     no_ray: Annotated[bool, typer.Option("--no-ray", help="Start the same processes without Ray.", hidden=True)] = False,
 ) -> None:
     """Serve a document's pools on this machine until Ctrl-C."""
-    document = _read(file)  # before anything slow is imported: a typing error is told at once
+    document = _on_ports(_read(file), http_port, grpc_port)  # before anything slow is imported: a typing error is told at once
     from antiphon.apps.serve_plan import ServeSettings
     from antiphon.apps.serve_session import ServeSession
     from antiphon.apps.worker_config import LogSettings
@@ -75,6 +77,12 @@ def _read(file: Path) -> LLMDeployment:
     if empty:
         raise InvalidInput(f"{file}: nothing can be served while pool {empty[0]} has 0 replicas", "spec.pools")
     return found[0]
+
+
+def _on_ports(document: LLMDeployment, http_port: int | None, grpc_port: int | None) -> LLMDeployment:
+    given = {"http_port": http_port, "grpc_port": grpc_port}
+    endpoint = document.spec.endpoint.model_copy(update={key: port for key, port in given.items() if port is not None})
+    return document.model_copy(update={"spec": document.spec.model_copy(update={"endpoint": endpoint})})
 
 
 def _run(session: ServeSession, document: LLMDeployment, ask: str | None) -> int:
@@ -104,12 +112,11 @@ def _run(session: ServeSession, document: LLMDeployment, ask: str | None) -> int
         return 130
     except AntiphonError as error:
         progress.close()
-        console.print(f"[red]error:[/] {error.__class__.__name__}", end=": ")
-        console.print(str(error), markup=False)
+        console.print(f"[red]error:[/] {escape(str(error))}")
         return 1
     finally:
         progress.close()
-        console.print("Stopping: requests in flight may end, a second Ctrl-C does not wait.", style="dim")
+        console.print("Stopping (a second Ctrl-C does not wait) ...", style="dim")
     return 0
 
 

@@ -70,16 +70,15 @@ def times_line(entries: Sequence[JournalEntry], since_process_start_s: float) ->
     return f"Ready {since_process_start_s:.1f} s after the start of the command: " + ", ".join(host)
 
 
-def endpoints(document: LLMDeployment, ports: BoundPorts) -> Table:
+def endpoints(document: LLMDeployment, ports: BoundPorts) -> Text:
     """Where clients connect, and a first request."""
     model = document.model_name
     url = f"http://{ports.host}:{ports.http_port}"
-    table = Table.grid(padding=(0, 2))
-    table.add_row("HTTP", f"{url}/v1", style="bold")
-    table.add_row("gRPC", f"{ports.host}:{ports.grpc_port}", style="bold")
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-    table.add_row("try", Text(f"curl -s {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'", style="dim"))
-    return table
+    return Text.assemble(
+        ("HTTP  ", "bold"), f"{url}/v1\n", ("gRPC  ", "bold"), f"{ports.host}:{ports.grpc_port}\n",
+        (f"try   curl -s {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'", "dim"),
+    )  # fmt: skip
 
 
 class Progress:
