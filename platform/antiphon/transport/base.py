@@ -102,11 +102,6 @@ class Waitable(Protocol):
         """Seconds it pays to spin before sleeping; 0 where only sleeping pays, or after a sleep that brought nothing."""
         ...
 
-    @property
-    def spin_address(self) -> int:
-        """Address of the native lane to spin on without the GIL, or 0 when ``pending`` has to be called instead."""
-        ...
-
     def pending(self) -> bool:
         """True when the next call has something to say: a message, a loss, a new link, or the slot ``acquire`` lacked."""
         ...

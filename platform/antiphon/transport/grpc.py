@@ -49,7 +49,6 @@ class GrpcLink(Link):
     """One end; see the seam for the rules. ``_take`` runs in the stream's reader thread, all else in the worker loop's."""
 
     spin_s = 0.0
-    spin_address = 0
 
     def __init__(self, stream: RawStream, mine: Hello, theirs: Hello) -> None:
         """The hellos have been exchanged and fit."""

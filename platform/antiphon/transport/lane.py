@@ -1,91 +1,64 @@
 """One end's words in a shared segment: what was sent, what came back, who sleeps (hot).
 
-The native lane calls native/lane.c, which describes the protocol. ``_PythonLane`` is its twin for machines without a C compiler;
-plain Python stores are ordered only on x86, so elsewhere there is no shared memory without the native one.
+The native lane is native/antiphon_lane.c, which describes the protocol. ``PythonLane`` is its twin for machines without a C
+compiler; plain Python stores are ordered only on x86, so elsewhere there is no shared memory without the native one.
 Must not know: sockets, links, what slots hold.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import mmap
 import platform
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Protocol, cast
 
 from antiphon.core.errors import Unavailable
+from antiphon.transport.base import HEADER_BYTES
 from antiphon.transport.native import build
 from antiphon.transport.segment import ENTRY_BYTES, Segment
-from antiphon.transport.slots import byte_rows
 
 NOTHING, CORRUPT = -1, -2
 _FOR_MESSAGE, _FOR_SLOT = 1, 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lane:
-    """What a link does with its words: plain callables, so that a native call costs one call."""
+class Lane(Protocol):
+    """What a link does with its words. Belongs to the link's owner, as the link does."""
 
-    address: int  # of the native lane to spin on, 0 for none
-    publish: Callable[[int, int], int]  # (slot, num_bytes): send; true when the peer sleeps and must be woken
-    next: Callable[[], int]  # the next message as (num_bytes << 16) | slot, or NOTHING, or CORRUPT
-    give: Callable[[int], int]  # (slot): give it back; true when the peer sleeps for want of one
-    back: Callable[[], int]  # a slot that came back, or NOTHING, or CORRUPT
-    starve: Callable[[bool], None]  # whether a slot that comes back counts as pending
-    pending: Callable[[], int]  # true when ``next``, or ``back`` while starved, has something to say
-    park: Callable[[], None]  # announce sleep
-    unpark: Callable[[], None]  # take it back
-    owner: object  # keeps the words' memory
+    def publish(self, slot: int, header: bytes | bytearray | memoryview, num_bytes: int) -> bool:
+        """Send a slot with its header; True when the peer sleeps and must be woken."""
+        ...
 
+    def next(self) -> int:
+        """The next message as (num_bytes << 16) | slot, or NOTHING, or CORRUPT."""
+        ...
 
-CLOSED_LANE = Lane(
-    address=0,
-    publish=lambda _slot, _num_bytes: 0,
-    next=lambda: NOTHING,
-    give=lambda _slot: 0,
-    back=lambda: NOTHING,
-    starve=lambda _starved: None,
-    pending=lambda: 0,
-    park=lambda: None,
-    unpark=lambda: None,
-    owner=None,
-)  # stands where a lane was, so that its memory can go
+    def give(self, slot: int) -> bool:
+        """Give a slot back to the peer; True when the peer sleeps for want of one."""
+        ...
 
+    def back(self) -> int:
+        """A slot that came back, or NOTHING, or CORRUPT."""
+        ...
 
-class _LaneStruct(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_uint64) for name in ("out", "in_", "given", "back", "my_sleep", "peer_sleep")),
-        *((name, ctypes.c_uint64) for name in ("num_slots", "num_out", "num_in", "num_given", "num_back", "starved")),
-    ]
+    def starve(self, starved: bool, /) -> None:
+        """Whether a slot that comes back counts as pending."""
+        ...
 
+    def pending(self) -> bool:
+        """True when ``next``, or ``back`` while starved, has something to say."""
+        ...
 
-class _Library:
-    """lane.c's functions with their types declared; each call holds the GIL, except ``spin``."""
+    def park(self) -> None:
+        """Announce sleep."""
+        ...
 
-    def __init__(self, library: ctypes.PyDLL) -> None:
-        pointer, u32, u64, i64 = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int64
-        self.publish = _declare(library.lane_publish, ctypes.c_int, pointer, u32, u64)
-        self.next = _declare(library.lane_next, i64, pointer)
-        self.give = _declare(library.lane_give, ctypes.c_int, pointer, u32)
-        self.back = _declare(library.lane_back, i64, pointer)
-        self.pending = _declare(library.lane_pending, ctypes.c_int, pointer)
-        self.park = _declare(library.lane_park, None, pointer)
-        self.unpark = _declare(library.lane_unpark, None, pointer)
-        self.spin = _declare(ctypes.CDLL(library._name).lanes_spin, ctypes.c_int, pointer, u32, u64)
+    def unpark(self) -> None:
+        """Take it back."""
+        ...
 
-
-def _declare(function: Any, result: Any, *arguments: Any) -> Callable[..., Any]:
-    function.restype, function.argtypes = result, arguments
-    return cast("Callable[..., Any]", function)
-
-
-@functools.cache
-def _library() -> _Library | None:
-    library = build.load()
-    return None if library is None else _Library(library)
+    def close(self) -> None:
+        """Let go of the memory; afterwards there is NOTHING, for ever."""
+        ...
 
 
 def open_lane(memory: mmap.mmap, segment: Segment, *, connecting: bool, native: bool = True) -> Lane:
@@ -93,122 +66,127 @@ def open_lane(memory: mmap.mmap, segment: Segment, *, connecting: bool, native: 
 
     Raises Unavailable where neither works.
     """
-    library = _library() if native else None
-    if library is not None:
-        return _native_lane(library, memory, segment, connecting=connecting)
-    if platform.machine() not in ("x86_64", "AMD64"):
-        raise Unavailable("no shared memory: no C compiler, and Python's stores are not ordered on this processor")
-    return _python_lane(memory, segment, connecting=connecting)
-
-
-def spin(addresses: tuple[int, ...], window_s: float) -> bool:
-    """Spin on native lanes, without the GIL, until one is pending (True) or ``window_s`` seconds are over (False)."""
-    library = _library()
-    assert library is not None, "only native lanes have an address"
-    return bool(library.spin(_pointers(addresses), len(addresses), int(window_s * 1e9)))
-
-
-@functools.lru_cache(maxsize=64)
-def _pointers(addresses: tuple[int, ...]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(addresses))(*addresses)
-
-
-def _native_lane(library: _Library, memory: mmap.mmap, segment: Segment, *, connecting: bool) -> Lane:
-    page = byte_rows(memory, 1)  # holds the mapping
-    base = page.data_ptr()
     mine, theirs = (0, 1) if connecting else (1, 0)
     out, in_ = segment.directions[mine], segment.directions[theirs]
-    struct = _LaneStruct(
-        out=base + out.entries,
-        in_=base + in_.entries,
-        given=base + in_.returns,
-        back=base + out.returns,
-        my_sleep=base + segment.sleep[mine],
-        peer_sleep=base + segment.sleep[theirs],
-        num_slots=segment.num_slots,
-    )
-    address = ctypes.addressof(struct)
-
-    def starve(starved: bool) -> None:
-        struct.starved = starved
-
-    return Lane(
-        address=address,
-        publish=functools.partial(library.publish, address),
-        next=functools.partial(library.next, address),
-        give=functools.partial(library.give, address),
-        back=functools.partial(library.back, address),
-        starve=starve,
-        pending=functools.partial(library.pending, address),
-        park=functools.partial(library.park, address),
-        unpark=functools.partial(library.unpark, address),
-        owner=(struct, page),
-    )
+    offsets = (out.entries, in_.entries, in_.returns, out.returns, segment.sleep[mine], segment.sleep[theirs], out.headers)
+    module = build.load() if native else None
+    if module is not None:
+        return cast("Lane", module.Lane(memory, segment.num_slots, *offsets))
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise Unavailable("no shared memory: no C compiler, and Python's stores are not ordered on this processor")
+    return PythonLane(memory, segment.num_slots, *offsets)
 
 
-class _PythonLane:
-    """lane.c in Python: the same words, by 8-byte items of a memoryview (one aligned store each)."""
+def can_spin(lane: Lane) -> bool:
+    """True for a native lane."""
+    return not isinstance(lane, PythonLane)
 
-    def __init__(self, memory: mmap.mmap, segment: Segment, *, connecting: bool) -> None:
-        mine, theirs = (0, 1) if connecting else (1, 0)
-        out, in_ = segment.directions[mine], segment.directions[theirs]
-        self.words = memoryview(memory).cast("Q")
-        self._out, self._in = out.entries // 8, in_.entries // 8
-        self._given, self._back = in_.returns // 8, out.returns // 8
-        self._my_sleep, self._peer_sleep = segment.sleep[mine] // 8, segment.sleep[theirs] // 8
-        self._num_slots = segment.num_slots
+
+def spin(lanes: tuple[Lane, ...], window_s: float) -> bool:
+    """Spin on native lanes, without the GIL, until one is pending (True) or ``window_s`` seconds are over (False)."""
+    module = build.load()
+    assert module is not None, "there are native lanes"
+    return cast("bool", module.spin(lanes, window_s))
+
+
+class PythonLane(Lane):
+    """antiphon_lane.c in Python: the same words, by 8-byte items of a memoryview (one aligned store each)."""
+
+    def __init__(
+        self,
+        memory: mmap.mmap,
+        num_slots: int,
+        out: int,
+        in_: int,
+        given: int,
+        back: int,
+        my_sleep: int,
+        peer_sleep: int,
+        headers: int,
+    ) -> None:
+        """Byte offsets into ``memory``."""
+        self._bytes = memoryview(memory)
+        self._words = self._bytes.cast("Q")
+        self._out, self._in, self._given, self._back = out // 8, in_ // 8, given // 8, back // 8
+        self._my_sleep, self._peer_sleep = my_sleep // 8, peer_sleep // 8
+        self._headers = headers
+        self._num_slots = num_slots
         self._num_out = self._num_in = self._num_given = self._num_back = 0
-        self._starved = False
+        self._starved = self._closed = False
         self._fence = threading.Lock()
 
-    def publish(self, slot: int, num_bytes: int) -> int:
+    def publish(self, slot: int, header: bytes | bytearray | memoryview, num_bytes: int) -> bool:
+        """See ``Lane``."""
+        at = self._headers + slot * HEADER_BYTES
+        self._bytes[at : at + HEADER_BYTES] = header
         at = self._out + self._num_out % self._num_slots * (ENTRY_BYTES // 8)
         self._num_out += 1
-        self.words[at + 1] = num_bytes
-        self.words[at] = self._num_out << 16 | slot
+        self._words[at + 1] = num_bytes
+        self._words[at] = self._num_out << 16 | slot
         return self._asleep(_FOR_MESSAGE)
 
     def next(self) -> int:
+        """See ``Lane``."""
+        if self._closed:
+            return NOTHING
         at = self._in + self._num_in % self._num_slots * (ENTRY_BYTES // 8)
         slot = self._look(at, self._num_in)
         if slot < 0:
             return slot
-        num_bytes = self.words[at + 1]
+        num_bytes = self._words[at + 1]
         if num_bytes >> 46:
             return CORRUPT
         self._num_in += 1
         return num_bytes << 16 | slot
 
-    def give(self, slot: int) -> int:
+    def give(self, slot: int) -> bool:
+        """See ``Lane``."""
         at = self._given + self._num_given % self._num_slots
         self._num_given += 1
-        self.words[at] = self._num_given << 16 | slot
+        self._words[at] = self._num_given << 16 | slot
         return self._asleep(_FOR_SLOT)
 
     def back(self) -> int:
+        """See ``Lane``."""
+        if self._closed:
+            return NOTHING
         slot = self._look(self._back + self._num_back % self._num_slots, self._num_back)
         if slot >= 0:
             self._num_back += 1
         return slot
 
-    def starve(self, starved: bool) -> None:
+    def starve(self, starved: bool, /) -> None:
+        """See ``Lane``."""
         self._starved = starved
 
-    def pending(self) -> int:
+    def pending(self) -> bool:
+        """See ``Lane``."""
+        if self._closed:
+            return False
         at = self._in + self._num_in % self._num_slots * (ENTRY_BYTES // 8)
         if self._look(at, self._num_in) != NOTHING:
             return True
         return self._starved and self._look(self._back + self._num_back % self._num_slots, self._num_back) != NOTHING
 
     def park(self) -> None:
-        self.words[self._my_sleep] = _FOR_MESSAGE | (_FOR_SLOT if self._starved else 0)
-        self._full_fence()
+        """See ``Lane``."""
+        if not self._closed:
+            self._words[self._my_sleep] = _FOR_MESSAGE | (_FOR_SLOT if self._starved else 0)
+            self._full_fence()
 
     def unpark(self) -> None:
-        self.words[self._my_sleep] = 0
+        """See ``Lane``."""
+        if not self._closed:
+            self._words[self._my_sleep] = 0
+
+    def close(self) -> None:
+        """See ``Lane``."""
+        self._closed = True
+        self._words.release()
+        self._bytes.release()
 
     def _look(self, at: int, taken: int) -> int:
-        value = self.words[at]
+        value = self._words[at]
         seq = value >> 16
         if seq == taken + 1:
             slot = value & 0xFFFF
@@ -216,27 +194,11 @@ class _PythonLane:
         a_lap_ago = taken + 1 - self._num_slots if taken >= self._num_slots else 0
         return NOTHING if seq == a_lap_ago and (seq or not value) else CORRUPT
 
-    def _asleep(self, flag: int) -> int:
+    def _asleep(self, flag: int) -> bool:
         self._full_fence()
-        return self.words[self._peer_sleep] & flag
+        return bool(self._words[self._peer_sleep] & flag)
 
     def _full_fence(self) -> None:
         # Taking a lock is a locked instruction, which on x86 orders this thread's earlier stores before its later loads.
         self._fence.acquire()
         self._fence.release()
-
-
-def _python_lane(memory: mmap.mmap, segment: Segment, *, connecting: bool) -> Lane:
-    lane = _PythonLane(memory, segment, connecting=connecting)
-    return Lane(
-        address=0,
-        publish=lane.publish,
-        next=lane.next,
-        give=lane.give,
-        back=lane.back,
-        starve=lane.starve,
-        pending=lane.pending,
-        park=lane.park,
-        unpark=lane.unpark,
-        owner=lane,
-    )

@@ -49,7 +49,6 @@ class LoopbackLink(Link):
     """One end; see the seam for the rules. ``on_poll`` may be set at any time by the owner of the worker loop."""
 
     spin_s = 0.0
-    spin_address = 0
 
     def __init__(self, mine: Hello, theirs: Hello, send: _Lane, recv: _Lane) -> None:
         """``send`` and ``recv`` are the peer's ``recv`` and ``send``; ``loopback_pair`` makes both ends."""

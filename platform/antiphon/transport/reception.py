@@ -21,7 +21,6 @@ class Reception(Listener):
     """Hands links, refusals and the first unexpected error from any thread to the one that accepts."""
 
     spin_s = 0.0
-    spin_address = 0
 
     def __init__(self, answer: Answer) -> None:
         """``answer`` chooses this end's hello; it is called under a lock, one peer at a time."""

@@ -14,7 +14,7 @@ from antiphon.core.errors import CorruptMessage, PeerLost
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.transport.base import HEADER_BYTES, Hello, Link, Message, Slot
 from antiphon.transport.bell import Bell
-from antiphon.transport.lane import CLOSED_LANE, CORRUPT, NOTHING, open_lane, spin
+from antiphon.transport.lane import CORRUPT, NOTHING, Lane, can_spin, open_lane, spin
 from antiphon.transport.segment import Segment
 from antiphon.transport.slots import MessageViews, byte_rows, slots_of
 from antiphon.transport.vigil import Vigil
@@ -42,14 +42,12 @@ class RingLink(Link):
         self._num_slots = segment.num_slots
         self._recv_slot_bytes = mine.layout.recv_slot_bytes
         self._lane = open_lane(memory, segment, connecting=connecting, native=native)
+        self._native = can_spin(self._lane)
         out, in_ = segment.directions if connecting else segment.directions[::-1]
         rows = [byte_rows(memory, segment.num_slots, d.slots, d.stride_bytes)[:, : d.slot_bytes] for d in (out, in_)]
-        view = memoryview(memory)
-        self._headers = [
-            view[out.headers + i * HEADER_BYTES : out.headers + (i + 1) * HEADER_BYTES] for i in range(segment.num_slots)
-        ]
+        headers = memoryview(memory)[in_.headers : in_.headers + segment.num_slots * HEADER_BYTES]
         self._slots = slots_of(rows[0])
-        self._views: MessageViews | None = MessageViews(rows[1], view[in_.headers : in_.headers + segment.num_slots * HEADER_BYTES])
+        self._views: MessageViews | None = MessageViews(rows[1], headers)
         self._free = list(range(segment.num_slots - 1, -1, -1))
         self._in_flight = [False] * segment.num_slots
         self._held = [False] * segment.num_slots
@@ -94,9 +92,8 @@ class RingLink(Link):
             self._raise_lost()
         index = slot.index
         self._in_flight[index] = True
-        self._headers[index][:] = header
         self._active = True
-        if self._lane.publish(index, num_bytes):
+        if self._lane.publish(index, header, num_bytes):
             self._peer_bell.ring()
 
     def poll(self) -> Message | None:
@@ -129,11 +126,11 @@ class RingLink(Link):
         """Spin, then sleep. Raises PeerLost."""
         if self._lost is not None:
             self._raise_lost()
-        if self._lane.address:
+        if self._native:
             deadline = time.monotonic() + timeout_s
             found = (
                 bool(self._lane.pending())
-                or (self._active and spin((self._lane.address,), min(self._spin_s, timeout_s)))
+                or (self._active and spin((self._lane,), min(self._spin_s, timeout_s)))
                 or sleep_on((self,), deadline)
             )
         else:
@@ -149,8 +146,8 @@ class RingLink(Link):
         self._vigil.close()
         self._my_bell.close()
         self._peer_bell.close()
-        self._lane = CLOSED_LANE
-        self._headers, self._slots, self._views = [], [], None
+        self._lane.close()
+        self._slots, self._views = [], None
 
     @property
     def spin_s(self) -> float:
@@ -158,9 +155,9 @@ class RingLink(Link):
         return self._spin_s if self._active else 0.0
 
     @property
-    def spin_address(self) -> int:
+    def spin_lane(self) -> Lane | None:
         """The native lane."""
-        return self._lane.address if self._lost is None else 0
+        return self._lane if self._native else None
 
     def pending(self) -> bool:
         """True when a message, a loss or the slot that was lacking is there."""

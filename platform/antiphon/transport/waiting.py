@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 
 from antiphon.transport.base import Waitable
-from antiphon.transport.lane import spin
+from antiphon.transport.lane import Lane, spin
 
 _SLICE_S = 20e-6  # of native spinning between two looks at the links that can only be asked
 
@@ -55,8 +55,15 @@ def any_pending(members: Iterable[Waitable]) -> bool:
 
 
 def _spin(members: tuple[Waitable, ...], window_s: float) -> bool:
-    lanes = tuple(m.spin_address for m in members if m.spin_s > 0 and m.spin_address)
-    asked = tuple(m for m in members if m.spin_s > 0 and not m.spin_address)
+    lanes: tuple[Lane, ...] = ()
+    asked: tuple[Waitable, ...] = ()
+    for member in members:
+        if member.spin_s > 0:
+            lane: Lane | None = getattr(member, "spin_lane", None)  # only links over shared memory have one
+            if lane is None:
+                asked = (*asked, member)
+            else:
+                lanes = (*lanes, lane)
     if not asked:
         return spin(lanes, window_s)
     end = time.monotonic() + window_s
