@@ -1,0 +1,337 @@
+// Decode's own kernels (hot): norms, rotary embedding with the KV write, paged decode attention, gated activation, and
+// the two halves of a layer composed of them around oneDNN's matrix products, so that a half costs one call from Python.
+//
+// Every row is computed by itself in a fixed order, so a row's result does not depend on the rest of its batch.
+// T rows, D hidden, N query heads, K KV heads, G = N/K, H head dim, R rotary dim, P blocks, S slots per block.
+// bfloat16 is read and written with round-to-nearest-even; all arithmetic is fp32. The torch path in models/ is the reference.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float load(float v) { return v; }
+inline float load(bf16 v) { return std::bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
+inline void store(float& to, float v) { to = v; }
+inline void store(bf16& to, float v) {
+  const uint32_t bits = std::bit_cast<uint32_t>(v);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  // NaN must stay NaN: rounding could carry its mantissa away.
+  to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
+}
+
+template <typename Body>
+void dispatch(const Tensor& t, Body body) {
+  TORCH_CHECK(t.device().is_cpu(), "antiphon kernels run on CPU tensors");
+  if (t.scalar_type() == at::kFloat) {
+    body(float{});
+  } else {
+    TORCH_CHECK(t.scalar_type() == at::kBFloat16, "antiphon kernels take float32 or bfloat16");
+    body(bf16{});
+  }
+}
+
+template <typename T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(const_cast<void*>(t.const_data_ptr()));
+}
+
+// exp for arguments <= 0, relative error below 2e-7 (Cephes' polynomial after range reduction); 0 below -87.
+inline float exp_negative(float x) {
+  const float bounded = x < -87.0f ? -87.0f : x;
+  const float n = std::nearbyint(bounded * 1.44269504088896341f);
+  const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const float scale = std::bit_cast<float>(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+  return x < -87.0f ? 0.0f : p * scale;
+}
+
+template <typename T>
+void norm_row(const T* x, const T* w, T* out, int64_t d, float eps, float shift) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < d; ++i) {
+    const float v = load(x[i]);
+    sum += v * v;
+  }
+  const float scale = 1.0f / std::sqrt(sum / static_cast<float>(d) + eps);
+#pragma omp simd
+  for (int64_t i = 0; i < d; ++i) {
+    store(out[i], load(x[i]) * scale * (load(w[i]) + shift));
+  }
+}
+
+// RMSNorm over the last dimension; shift is added to the weight (1 for families that store weight - 1).
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double shift) {
+  TORCH_CHECK(x.is_contiguous() && weight.is_contiguous());
+  Tensor out = at::empty(x.sizes(), x.options());
+  const int64_t d = x.size(-1), rows = x.numel() / d;
+  dispatch(x, [&](auto tag) {
+    using T = decltype(tag);
+    at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        norm_row(data<T>(x) + t * d, data<T>(weight), data<T>(out) + t * d, d, eps, shift);
+      }
+    });
+  });
+  return out;
+}
+
+// x_TD += added_TD, then its norm: the residual stream advances in the same pass.
+Tensor add_rms_norm(const Tensor& x, const Tensor& added, const Tensor& weight, double eps, double shift) {
+  TORCH_CHECK(x.is_contiguous() && added.is_contiguous() && x.sizes() == added.sizes() && x.scalar_type() == added.scalar_type());
+  Tensor out = at::empty(x.sizes(), x.options());
+  const int64_t d = x.size(-1), rows = x.numel() / d;
+  dispatch(x, [&](auto tag) {
+    using T = decltype(tag);
+    at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        T* row = data<T>(x) + t * d;
+        const T* more = data<T>(added) + t * d;
+#pragma omp simd
+        for (int64_t i = 0; i < d; ++i) {
+          store(row[i], load(row[i]) + load(more[i]));
+        }
+        norm_row(row, data<T>(weight), data<T>(out) + t * d, d, eps, shift);
+      }
+    });
+  });
+  return out;
+}
+
+// Rotate q and k inside qkv_T(N+2K)H in place, norming them per head first where norms are given, and write k and v to
+// slots_T of the caches [P*S, K, H]. cos and sin are tables [positions, R/2] in fp32.
+void rope_and_cache(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& positions, const Tensor& slots,
+                    const Tensor& k_cache, const Tensor& v_cache, int64_t num_heads, const std::optional<Tensor>& q_norm,
+                    const std::optional<Tensor>& k_norm, double eps, double shift) {
+  const int64_t kv_heads = k_cache.size(1), h = k_cache.size(2), half = cos.size(1);
+  const int64_t rows = positions.numel(), width = (num_heads + 2 * kv_heads) * h;
+  TORCH_CHECK(qkv.is_contiguous() && qkv.numel() == rows * width && cos.scalar_type() == at::kFloat);
+  TORCH_CHECK(k_cache.is_contiguous() && v_cache.is_contiguous() && 2 * half <= h);
+  const int64_t* position = positions.const_data_ptr<int64_t>();
+  const int64_t* slot = slots.const_data_ptr<int64_t>();
+  const float *cos_table = cos.const_data_ptr<float>(), *sin_table = sin.const_data_ptr<float>();
+  dispatch(qkv, [&](auto tag) {
+    using T = decltype(tag);
+    at::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        T* row = data<T>(qkv) + t * width;
+        const float *c = cos_table + position[t] * half, *s = sin_table + position[t] * half;
+        for (int64_t n = 0; n < num_heads + kv_heads; ++n) {
+          T* head = row + n * h;
+          const bool is_query = n < num_heads;
+          if (is_query ? q_norm.has_value() : k_norm.has_value()) {
+            norm_row(head, data<T>(is_query ? *q_norm : *k_norm), head, h, eps, shift);
+          }
+#pragma omp simd
+          for (int64_t i = 0; i < half; ++i) {
+            const float a = load(head[i]), b = load(head[i + half]);
+            store(head[i], a * c[i] - b * s[i]);
+            store(head[i + half], b * c[i] + a * s[i]);
+          }
+        }
+        const T* k = row + num_heads * h;
+        const int64_t kv_width = kv_heads * h;
+        std::copy(k, k + kv_width, data<T>(k_cache) + slot[t] * kv_width);
+        std::copy(k + kv_width, k + 2 * kv_width, data<T>(v_cache) + slot[t] * kv_width);
+      }
+    });
+  });
+}
+
+// One query row per request: q is the leading N heads of qkv_BWH (W = N+2K heads) over blocks_BM (int32, M blocks a row) with
+// lens_B tokens of context; window <= 0 sees all of it. Returns [B, N*H].
+template <typename T>
+void decode_task(const T* q, int64_t groups, int64_t h, const T* k_cache, const T* v_cache, int64_t stride, const int32_t* blocks,
+                 int64_t block_size, int64_t first, int64_t len, float scale, T* out, std::vector<float>& scratch) {
+  const int64_t span = len - first;
+  scratch.resize(groups * (span + 2 * h) + h);
+  float* scores = scratch.data();             // [G, span]
+  float* query = scores + groups * span;      // [G, H]
+  float* result = query + groups * h;         // [G, H]
+  float* key = result + groups * h;           // [H]
+  for (int64_t i = 0; i < groups * h; ++i) {
+    query[i] = load(q[i]) * scale;
+    result[i] = 0.0f;
+  }
+  for (int64_t c = first; c < len; ++c) {
+    const T* k = k_cache + (blocks[c / block_size] * block_size + c % block_size) * stride;
+#pragma omp simd
+    for (int64_t i = 0; i < h; ++i) {
+      key[i] = load(k[i]);
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+      float dot = 0.0f;
+      const float* qg = query + g * h;
+#pragma omp simd reduction(+ : dot)
+      for (int64_t i = 0; i < h; ++i) {
+        dot += qg[i] * key[i];
+      }
+      scores[g * span + c - first] = dot;
+    }
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    float* s = scores + g * span;
+    float best = s[0];
+#pragma omp simd reduction(max : best)
+    for (int64_t c = 0; c < span; ++c) {
+      best = s[c] > best ? s[c] : best;
+    }
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < span; ++c) {
+      s[c] = exp_negative(s[c] - best);
+      sum += s[c];
+    }
+    const float inverse = 1.0f / sum;
+#pragma omp simd
+    for (int64_t c = 0; c < span; ++c) {
+      s[c] *= inverse;
+    }
+  }
+  for (int64_t c = first; c < len; ++c) {
+    const T* v = v_cache + (blocks[c / block_size] * block_size + c % block_size) * stride;
+#pragma omp simd
+    for (int64_t i = 0; i < h; ++i) {
+      key[i] = load(v[i]);
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+      const float p = scores[g * span + c - first];
+      float* r = result + g * h;
+#pragma omp simd
+      for (int64_t i = 0; i < h; ++i) {
+        r[i] += p * key[i];
+      }
+    }
+  }
+  for (int64_t i = 0; i < groups * h; ++i) {
+    store(out[i], result[i]);
+  }
+}
+
+Tensor decode_attention(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache, const Tensor& blocks, const Tensor& lens,
+                        int64_t block_size, int64_t num_heads, double scale, int64_t window) {
+  const int64_t kv_heads = k_cache.size(1), h = k_cache.size(2), groups = num_heads / kv_heads;
+  const int64_t batch = lens.numel(), width = qkv.numel() / std::max<int64_t>(batch, 1);
+  TORCH_CHECK(qkv.is_contiguous() && k_cache.is_contiguous() && v_cache.is_contiguous() && blocks.is_contiguous());
+  TORCH_CHECK(width >= num_heads * h && num_heads % kv_heads == 0 && blocks.size(0) == batch);
+  Tensor out = at::empty({batch, num_heads * h}, qkv.options());
+  const int32_t* table = blocks.const_data_ptr<int32_t>();
+  const int64_t* len = lens.const_data_ptr<int64_t>();
+  dispatch(qkv, [&](auto tag) {
+    using T = decltype(tag);
+    at::parallel_for(0, batch * kv_heads, 1, [&](int64_t begin, int64_t end) {
+      thread_local std::vector<float> scratch;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / kv_heads, k = task % kv_heads;
+        const int64_t first = window > 0 ? std::max<int64_t>(0, len[b] - window) : 0;
+        decode_task(data<T>(qkv) + b * width + k * groups * h, groups, h, data<T>(k_cache) + k * h, data<T>(v_cache) + k * h,
+                    kv_heads * h, table + b * blocks.size(1), block_size, first, len[b], static_cast<float>(scale),
+                    data<T>(out) + (b * num_heads + k * groups) * h, scratch);
+      }
+    });
+  });
+  return out;
+}
+
+// silu(gate) * up from [T, 2I], both side by side.
+Tensor silu_mul(const Tensor& gate_up) {
+  TORCH_CHECK(gate_up.is_contiguous());
+  const int64_t rows = gate_up.size(0), width = gate_up.size(1) / 2;
+  Tensor out = at::empty({rows, width}, gate_up.options());
+  dispatch(gate_up, [&](auto tag) {
+    using T = decltype(tag);
+    at::parallel_for(0, rows, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const T *gate = data<T>(gate_up) + t * 2 * width, *up = gate + width;
+        T* to = data<T>(out) + t * width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) {
+          const float g = load(gate[i]);
+          const float e = exp_negative(-std::fabs(g));
+          const float sigmoid = (g >= 0.0f ? 1.0f : e) / (1.0f + e);
+          store(to[i], g * sigmoid * load(up[i]));
+        }
+      }
+    });
+  });
+  return out;
+}
+
+// x @ packed^T + bias by oneDNN, the weight packed by mkldnn::_reorder_linear_weight.
+Tensor packed_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias) {
+  using Signature = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view,
+                           c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Signature>();
+  static const c10::List<std::optional<at::Scalar>> no_scalars;
+  return op.call(x, packed, bias, "none", no_scalars, "");
+}
+
+// The attention half of a layer for rows that are all decodes: x_TD advances in place, the FFN's rows come back.
+Tensor attend_decode(const Tensor& x, const Tensor& input_norm, const Tensor& qkv_weight, const std::optional<Tensor>& qkv_bias,
+                     const Tensor& cos, const Tensor& sin, const Tensor& positions, const Tensor& slots, const Tensor& k_cache,
+                     const Tensor& v_cache, const Tensor& blocks, const Tensor& lens, int64_t block_size, int64_t num_heads,
+                     double scale, int64_t window, const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm,
+                     const Tensor& out_weight, const std::optional<Tensor>& out_bias, const Tensor& ffn_norm, double eps) {
+  const Tensor qkv = packed_linear(rms_norm(x, input_norm, eps, 0.0), qkv_weight, qkv_bias);
+  rope_and_cache(qkv, cos, sin, positions, slots, k_cache, v_cache, num_heads, q_norm, k_norm, eps, 0.0);
+  const Tensor seen = decode_attention(qkv, k_cache, v_cache, blocks, lens, block_size, num_heads, scale, window);
+  return add_rms_norm(x, packed_linear(seen, out_weight, out_bias), ffn_norm, eps, 0.0);
+}
+
+// A gated FFN shard: down(silu(gate(x)) * up(x)).
+Tensor silu_ffn(const Tensor& rows, const Tensor& gate_up_weight, const std::optional<Tensor>& gate_up_bias,
+                const Tensor& down_weight, const std::optional<Tensor>& down_bias) {
+  return packed_linear(silu_mul(packed_linear(rows, gate_up_weight, gate_up_bias)), down_weight, down_bias);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(antiphon, m) {
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, float shift) -> Tensor");
+  m.def("add_rms_norm(Tensor(a!) x, Tensor added, Tensor weight, float eps, float shift) -> Tensor");
+  m.def(
+      "rope_and_cache(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, Tensor(b!) k_cache, Tensor(c!) v_cache, "
+      "int num_heads, Tensor? q_norm, Tensor? k_norm, float eps, float shift) -> ()");
+  m.def(
+      "decode_attention(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor blocks, Tensor lens, int block_size, int num_heads, "
+      "float scale, int window) -> Tensor");
+  m.def("silu_mul(Tensor gate_up) -> Tensor");
+  m.def(
+      "attend_decode(Tensor(a!) x, Tensor input_norm, Tensor qkv_weight, Tensor? qkv_bias, Tensor cos, Tensor sin, Tensor positions, "
+      "Tensor slots, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor blocks, Tensor lens, int block_size, int num_heads, float scale, "
+      "int window, Tensor? q_norm, Tensor? k_norm, Tensor out_weight, Tensor? out_bias, Tensor ffn_norm, float eps) -> Tensor");
+  m.def("silu_ffn(Tensor rows, Tensor gate_up_weight, Tensor? gate_up_bias, Tensor down_weight, Tensor? down_bias) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(antiphon, CompositeExplicitAutograd, m) {
+  m.impl("rms_norm", &rms_norm);
+  m.impl("add_rms_norm", &add_rms_norm);
+  m.impl("rope_and_cache", &rope_and_cache);
+  m.impl("decode_attention", &decode_attention);
+  m.impl("silu_mul", &silu_mul);
+  m.impl("attend_decode", &attend_decode);
+  m.impl("silu_ffn", &silu_ffn);
+}

@@ -1,0 +1,70 @@
+"""Compiles a C or C++ source once per machine and finds the result again (control speed).
+
+A library lies under ``$ANTIPHON_CACHE/native/<digest of source, flags, compiler and processor>``, by default ``~/.cache/antiphon``.
+Builders racing each other each write their own file and rename it into place. Must not know: what libraries do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from antiphon.core.errors import Unavailable
+
+COMPILE_TIMEOUT_S = 300.0
+
+
+def cache_directory() -> Path:
+    """Where built libraries are kept."""
+    root = os.environ.get("ANTIPHON_CACHE")
+    return (Path(root) if root else Path.home() / ".cache" / "antiphon") / "native"
+
+
+def find_compiler(variable: str, names: Sequence[str]) -> str | None:
+    """The compiler that ``variable`` of the environment names, else the first of ``names`` on PATH; None where there is none."""
+    return next((found for name in (os.environ.get(variable), *names) if name and (found := shutil.which(name))), None)
+
+
+def library_path(source: Path, compiler: str, flags: Sequence[str]) -> Path:
+    """Where the library of ``source`` lies once it is built on this machine."""
+    facts = [*flags, compiler, platform.machine(), platform.libc_ver()[0], _processor_features()]
+    digest = hashlib.sha256(source.read_bytes() + "\0".join(facts).encode()).hexdigest()
+    return cache_directory() / digest[:16] / f"lib{source.stem}.so"
+
+
+def build(source: Path, compiler: str, flags: Sequence[str]) -> Path:
+    """The built library, compiled now if it is not there yet.
+
+    Raises:
+        Unavailable: it can't be compiled or stored; the message has the compiler's words.
+    """
+    library = library_path(source, compiler, flags)
+    if library.exists():
+        return library
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as private:
+            unfinished = Path(private) / library.name
+            command = [compiler, str(source), "-shared", "-fPIC", "-o", str(unfinished), *flags]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
+            unfinished.replace(library)
+    except subprocess.CalledProcessError as error:
+        raise Unavailable(f"{source.name} does not compile: {error.stderr[-2000:]}") from error
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Unavailable(f"{source.name} can't be built: {error}") from error
+    return library
+
+
+def _processor_features() -> str:
+    """What -march=native depends on; a cache may move to another processor with its home directory."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    return next((line for line in text.splitlines() if line.startswith("flags")), platform.processor())
