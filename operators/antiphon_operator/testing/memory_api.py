@@ -62,6 +62,7 @@ class MemoryApi:
         self.calls: list[Call] = []
         self.faults: list[Callable[[Call], KubeError | None]] = []
         self.listeners: list[Callable[[], None]] = []
+        self.quiet = False  # while True, calls are neither recorded nor refused: other controllers' work
         self._clock = clock
         self._history = history
         self._version = 0
@@ -201,6 +202,8 @@ class MemoryApi:
     # Inside
 
     def _ask(self, verb: str, resource: Resource, namespace: str | None, name: str, subresource: str = "") -> None:
+        if self.quiet:
+            return
         plural = f"{resource.plural}/{subresource}" if subresource else resource.plural
         call = Call(verb=verb, group=resource.group, resource=plural, namespace=namespace or "", name=name)
         self.calls.append(call)

@@ -1,0 +1,453 @@
+"""Reconciles one LLMDeployment: read, validate, plan, apply, status (control speed).
+
+Level-based: everything is read anew, one step of the rollout is taken, and the status is written last; it may be stopped after any
+write and started again. At rest it reads ten times and writes nothing. Must not know: why it was called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from pydantic import ValidationError
+
+from antiphon.core.policies import ScalingMode
+from antiphon.core.spec import LLMDeployment
+from antiphon_operator.api.status import RolloutStatus
+from antiphon_operator.autoscaler import Metrics
+from antiphon_operator.conditions import Reason, seconds, timestamp
+from antiphon_operator.kube.base import Conflict, Kube, NotFound, Object, controller_of, name_of, owner_reference
+from antiphon_operator.kube.resources import (
+    CONTROLLER_REVISION,
+    DISRUPTION_BUDGET,
+    LLM_DEPLOYMENT,
+    MODEL_ARTIFACT,
+    NETWORK_POLICY,
+    POD,
+    RAY_CLUSTER,
+    RAY_SERVICE,
+    SERVICE,
+    SERVING_POOL,
+    Resource,
+)
+from antiphon_operator.reconcile.llm_status import (
+    ModelState,
+    Refusal,
+    complete,
+    llm_status,
+    progress_marker,
+    refused_status,
+)
+from antiphon_operator.reconcile.observe import Observed, view_cluster, view_pods, view_service
+from antiphon_operator.reconcile.pools import PoolsPlan, plan_pools, serving_pool_status
+from antiphon_operator.reconcile.weights import Found, find_weights
+from antiphon_operator.reconcile.writer import NotOurs, Writer
+from antiphon_operator.render import children as render
+from antiphon_operator.render.names import (
+    LABEL_DEPLOYMENT,
+    LABEL_POOL,
+    MANAGER,
+    RAY_ORIGIN_LABEL,
+    RESERVED_PORTS,
+    SEED_MANAGER,
+    grpc_port,
+    http_port,
+)
+from antiphon_operator.render.ray_cluster import bounds
+from antiphon_operator.render.revision import Revision, from_object, render_revision, to_object
+from antiphon_operator.render.settings import Settings
+from antiphon_operator.rollout import Action, RevisionRef, Step, World, next_step, target_of
+
+BUSY_S = 5.0  # while something moves
+METRICS_S = 15.0  # while a pool follows its metrics
+REST_S = 600.0  # slow resync
+_APPLY_TARGET = (Action.CREATE, Action.APPLY_SERVE, Action.APPLY_CLUSTER, Action.REPLACE_PENDING, Action.RESUME)
+
+
+class MetricsSource(Protocol):
+    """Where measured latencies, queues and KV usage come from."""
+
+    async def read(self, namespace: str, document: LLMDeployment) -> Mapping[str, Metrics]:
+        """The latest measures per pool; pools without any are left out. Never raises for an unreachable deployment."""
+        ...
+
+
+class NoMetrics:
+    """A source that knows nothing; pools that follow metrics hold their sizes."""
+
+    async def read(self, namespace: str, document: LLMDeployment) -> Mapping[str, Metrics]:
+        """See MetricsSource."""
+        return {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _World:
+    """All that was read."""
+
+    live: Object
+    document: LLMDeployment
+    owner: Object
+    service: Object | None
+    pools: Mapping[str, Object]
+    revisions: Mapping[str, Object]
+    surroundings: Mapping[tuple[str, str], Object]
+    observed: Observed
+
+
+class LLMReconciler:
+    """Reconciles LLMDeployments through ``kube``. Holds nothing between calls; may be called for different keys at once."""
+
+    def __init__(self, kube: Kube, settings: Settings, *, clock: Callable[[], float], metrics: MetricsSource | None = None) -> None:
+        self._kube = kube
+        self._settings = settings
+        self._clock = clock
+        self._metrics = metrics if metrics is not None else NoMetrics()
+
+    async def reconcile(self, namespace: str, name: str) -> float | None:
+        """Take one step for the deployment.
+
+        Returns:
+            Seconds until it must be looked at again, or None when it is gone.
+
+        Raises:
+            KubeError: the API server failed; try again.
+        """
+        live = await self._kube.get(LLM_DEPLOYMENT, namespace, name)
+        if live is None or "deletionTimestamp" in live["metadata"]:
+            return None  # what it owns goes with it
+        writer = Writer(kube=self._kube, owner_uid=live["metadata"]["uid"], now_s=self._clock())
+        try:
+            document = parse(live)
+            world = await self._read(live, document)
+            weights = await self._weights(document)
+            return await self._act(writer, world, weights)
+        except _Refused as refused:
+            status, conditions = refused_status(live, refused.refusal, now_s=writer.now_s)
+        except NotOurs as error:
+            refusal = Refusal(reason=Reason.NAME_CONFLICT, message=str(error))
+            status, conditions = refused_status(live, refusal, now_s=writer.now_s)
+        for condition in conditions.changes():
+            await writer.event(live, condition)
+        await writer.status(live, status)
+        return REST_S / 10
+
+    async def _read(self, live: Object, document: LLMDeployment) -> _World:
+        namespace, name = live["metadata"]["namespace"], name_of(live)
+        labels = {LABEL_DEPLOYMENT: name}
+        try:
+            clusters = await self._kube.list(RAY_CLUSTER, namespace, {RAY_ORIGIN_LABEL: name})
+        except NotFound as error:
+            raise _Refused(Reason.KUBERAY_MISSING, "the API server knows no RayCluster: install KubeRay") from error
+        service = await self._kube.get(RAY_SERVICE, namespace, name)
+        if service is not None and controller_of(service) != live["metadata"]["uid"]:
+            raise NotOurs(f"RayService {name} exists and is not ours")
+        pods = await self._kube.list(POD, namespace, labels)
+        pools = await self._kube.list(SERVING_POOL, namespace, labels)
+        revisions = await self._kube.list(CONTROLLER_REVISION, namespace, labels)
+        surroundings: dict[tuple[str, str], Object] = {}
+        for resource in (SERVICE, DISRUPTION_BUDGET, NETWORK_POLICY):
+            for item in (await self._kube.list(resource, namespace, labels)).items:
+                surroundings[resource.kind, name_of(item)] = item
+        gpu_resources = frozenset(pool.resources.gpu_resource for pool in document.spec.pools)
+        uid = live["metadata"]["uid"]
+        return _World(
+            live=live,
+            document=document,
+            owner=owner_reference(live),
+            service=service,
+            pools={item["metadata"].get("labels", {}).get(LABEL_POOL, ""): item for item in pools.items},
+            revisions={r["data"].get("revision", ""): r for r in revisions.items if controller_of(r) == uid},
+            surroundings=surroundings,
+            observed=Observed(
+                service=None if service is None else view_service(service),
+                clusters=tuple(view_cluster(item) for item in clusters.items),
+                pods=view_pods(pods.items, gpu_resources),
+            ),
+        )
+
+    async def _weights(self, document: LLMDeployment) -> Found:
+        artifacts = await self._kube.list(MODEL_ARTIFACT, document.metadata.namespace)
+        return find_weights(document, artifacts.items)
+
+    async def _act(self, writer: Writer, world: _World, found: Found) -> float:
+        observed, document = world.observed, world.document
+        if not found.model.ready and observed.service is None:
+            return await self._wait_for_model(writer, world, found.model)
+        revision = self._revision(world, found)
+        await self._keep_revision(writer, world, revision)
+        metrics = await self._metrics.read(document.metadata.namespace or "default", document) if _measures(document) else {}
+        home = _home_cluster(observed)
+        plan = plan_pools(document, world.pools, observed, metrics, cluster=home, now_s=writer.now_s)
+        previous: Mapping[str, Any] = world.live.get("status", {})
+        planned = _plan_rollout(world, plan, revision, previous, writer.now_s)
+        step = next_step(planned)
+        failed = previous.get("failedRevision", "")
+        if step.action is Action.MARK_FAILED:
+            failed = planned.wanted.name
+        elif failed and failed != planned.wanted.name:
+            failed = ""  # another document is wanted now
+        await self._apply_pools(writer, world)
+        await self._apply_service(writer, world, plan, step, planned, revision)
+        await self._apply_surroundings(writer, world)
+        if step.action is Action.DELETE_PENDING:
+            await self._kube.delete(RAY_CLUSTER, document.metadata.namespace, planned.stale_pending)
+        await self._raise_bounds(writer, world)
+        await self._prune(world, keep={revision.name, step.revision.name, failed, previous.get("lastGoodRevision", "")})
+        rollout = _rollout_status(previous, observed, step, writer.now_s)
+        await self._pool_statuses(writer, world, plan, home)
+        status, conditions = llm_status(
+            world.live, document, plan, observed, step, found.model,
+            rollout=rollout, failed=failed, last_good=previous.get("lastGoodRevision", ""),
+            conflicts=tuple(writer.conflicts), now_s=writer.now_s,
+        )  # fmt: skip
+        for condition in conditions.changes():
+            await writer.event(world.live, condition)
+        await writer.status(world.live, status.model_dump(mode="json", by_alias=True, exclude_none=True))
+        settled = step.action in (Action.NOTHING, Action.STALL) and plan.asked == _without_limits(world, plan)
+        if not settled:
+            return BUSY_S
+        return METRICS_S if _measures(document) else REST_S
+
+    async def _wait_for_model(self, writer: Writer, world: _World, model: ModelState) -> float:
+        refusal = Refusal(reason=model.reason, message=model.message)
+        status, conditions = refused_status(world.live, refusal, now_s=writer.now_s)
+        for condition in conditions.changes():
+            await writer.event(world.live, condition)
+        await writer.status(world.live, status)
+        return BUSY_S
+
+    def _revision(self, world: _World, found: Found) -> Revision:
+        """The revision of the document, as it was first rendered; a newer operator's rendering is not taken for it."""
+        rendered = render_revision(world.document, self._settings, found.weights)
+        kept = world.revisions.get(rendered.name)
+        return rendered if kept is None else from_object(kept)
+
+    async def _keep_revision(self, writer: Writer, world: _World, revision: Revision) -> None:
+        if revision.name not in world.revisions:
+            number = max((int(r.get("revision", 0)) for r in world.revisions.values()), default=0) + 1
+            await writer.ensure(to_object(world.document, world.owner, revision, number))
+
+    async def _apply_pools(self, writer: Writer, world: _World) -> None:
+        wanted = {pool.name: pool for pool in world.document.spec.pools}
+        for name, pool in wanted.items():
+            child, live = render.serving_pool(world.document, world.owner, pool), world.pools.get(name)
+            static = pool.scaling.mode is ScalingMode.STATIC
+            if live is not None and not static:
+                await _hand_over(writer, child, live, pool.replicas)
+            if live is not None and static and _manages_replicas(live, SEED_MANAGER):
+                await writer.apply(_seed(child, None), manager=SEED_MANAGER)  # ours alone again
+            done = await writer.ensure(child, live)
+            if done is not None and not static and "replicas" not in done["spec"]:
+                await writer.apply(_seed(child, pool.replicas), manager=SEED_MANAGER)
+        for name, live in world.pools.items():
+            if name not in wanted and controller_of(live) == writer.owner_uid:
+                await self._kube.delete(SERVING_POOL, live["metadata"]["namespace"], name_of(live), uid=live["metadata"]["uid"])
+
+    async def _apply_service(
+        self, writer: Writer, world: _World, plan: PoolsPlan, step: Step, planned: World, wanted: Revision
+    ) -> None:
+        applied = planned.applied
+        target = step.revision if step.action in _APPLY_TARGET or applied is None else applied
+        kept = world.revisions.get(target.name)
+        if target.name != wanted.name and kept is None:
+            return  # its record is gone: what runs is left as it is until another revision is wanted
+        revision = wanted if target.name == wanted.name or kept is None else from_object(kept)
+        suspend = planned.suspended_spec
+        if step.action is Action.SUSPEND or (step.action is Action.CREATE and world.document.spec.suspend):
+            suspend = True
+        elif step.action is Action.RESUME:
+            suspend = False
+        sizes = {name: plan.asked.get(name, 0) for name in _deployments(revision)}
+        await writer.ensure(
+            render.ray_service(
+                world.document, world.owner, revision, sizes, _limits(world.document, revision),
+                suspend=suspend, new_clusters=step.action is not Action.REPLACE_PENDING and not planned.stale_pending,
+            ),
+            world.service,
+        )  # fmt: skip
+
+    async def _apply_surroundings(self, writer: Writer, world: _World) -> None:
+        document, owner = world.document, world.owner
+        active = "" if world.observed.service is None else world.observed.service.active
+        wanted = [
+            *render.services(document, owner, active),
+            *render.disruption_budgets(document, owner),
+            *render.network_policies(document, owner, self._settings),
+        ]
+        for value in wanted:
+            await writer.ensure(value, world.surroundings.get((value["kind"], name_of(value))))
+        names = {(value["kind"], name_of(value)) for value in wanted}
+        by_kind: dict[str, Resource] = {r.kind: r for r in (SERVICE, DISRUPTION_BUDGET, NETWORK_POLICY)}
+        for (kind, name), live in world.surroundings.items():
+            if (kind, name) not in names and controller_of(live) == writer.owner_uid:
+                await self._kube.delete(by_kind[kind], document.metadata.namespace, name, uid=live["metadata"]["uid"])
+
+    async def _raise_bounds(self, writer: Writer, world: _World) -> None:
+        """Bounds of groups never reach a living RayCluster by themselves."""
+        wanted = bounds(world.document)
+        for cluster in world.observed.clusters:
+            patch: list[Object] = [{"op": "test", "path": "/metadata/resourceVersion", "value": cluster.resource_version}]
+            for group, (index, most) in sorted(cluster.bounds.items()):
+                if group in wanted and wanted[group] != most:
+                    at = f"/spec/workerGroupSpecs/{index}"
+                    patch += [
+                        {"op": "test", "path": f"{at}/groupName", "value": group},
+                        {"op": "replace", "path": f"{at}/maxReplicas", "value": wanted[group]},
+                    ]
+            if len(patch) > 1:
+                try:
+                    namespace = world.document.metadata.namespace
+                    await self._kube.json_patch(RAY_CLUSTER, namespace, cluster.name, patch, manager=MANAGER)
+                except (Conflict, NotFound):
+                    continue  # it changed meanwhile: the next reconcile reads it anew
+
+    async def _prune(self, world: _World, keep: set[str]) -> None:
+        if world.observed.service is not None:
+            keep = keep | {world.observed.service.revision}
+        for name, live in world.revisions.items():
+            if name not in keep:
+                await self._kube.delete(CONTROLLER_REVISION, world.document.metadata.namespace, name_of(live))
+
+    async def _pool_statuses(self, writer: Writer, world: _World, plan: PoolsPlan, home: str) -> None:
+        for pool in world.document.spec.pools:
+            child = world.pools.get(pool.name)
+            if child is None:
+                continue  # made in this very pass
+            status = serving_pool_status(world.document, pool, child, plan, world.observed, home, writer.now_s)
+            await writer.status(child, status.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+
+class _Refused(Exception):
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.refusal = Refusal(reason=reason, message=message)
+
+
+def parse(live: Object) -> LLMDeployment:
+    """The typed document of ``live``.
+
+    Raises:
+        _Refused: it is not valid.
+    """
+    try:
+        document = LLMDeployment.model_validate({k: live[k] for k in ("apiVersion", "kind", "metadata", "spec") if k in live})
+    except ValidationError as error:
+        first = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors(include_input=False)]
+        raise _Refused(Reason.INVALID_SPEC, "; ".join(first)[:900]) from error
+    ports = (http_port(document), grpc_port(document))
+    if ports[0] == ports[1] or set(ports) & set(RESERVED_PORTS):
+        raise _Refused(
+            Reason.INVALID_SPEC, f"endpoint: ports {ports[0]} and {ports[1]} must differ and not be one of {RESERVED_PORTS}"
+        )
+    return document
+
+
+def _measures(document: LLMDeployment) -> bool:
+    return any(pool.scaling.mode is ScalingMode.SLO for pool in document.spec.pools)
+
+
+def _home_cluster(observed: Observed) -> str:
+    """The cluster that the applied revision lives in, or will: the pending one while there is one."""
+    service = observed.service
+    if service is None:
+        return ""
+    return service.pending or service.active
+
+
+def _deployments(revision: Revision) -> Sequence[str]:
+    return [deployment["name"] for deployment in revision.application["deployments"]]
+
+
+def _limits(document: LLMDeployment, revision: Revision) -> Mapping[str, int]:
+    wanted = bounds(document)
+    return {g["groupName"]: wanted.get(g["groupName"], 0) for g in revision.ray_cluster["workerGroupSpecs"]}
+
+
+def _without_limits(world: _World, plan: PoolsPlan) -> Mapping[str, int]:
+    return {**plan.asked, **{pool.name: plan.sizes.replicas[pool.name] for pool in world.document.spec.pools}}
+
+
+def _plan_rollout(world: _World, plan: PoolsPlan, revision: Revision, previous: Mapping[str, Any], now_s: float) -> World:
+    spec, observed = world.document.spec, world.observed
+    service = observed.service
+    refs = {name: _ref(from_object(value), plan.sizes.replicas) for name, value in world.revisions.items()}
+    wanted = _ref(revision, plan.sizes.replicas)
+    applied = None
+    if service is not None:
+        fallback = RevisionRef(name=service.revision, cluster=service.cluster_revision)
+        applied = refs.get(service.revision, fallback)
+    planned = World(
+        wanted=wanted,
+        applied=applied,
+        last_good=refs.get(previous.get("lastGoodRevision", "")),
+        failed=previous.get("failedRevision", ""),
+        strategy=spec.rollout.strategy,
+        paused=spec.rollout.paused,
+        auto_rollback=spec.rollout.auto_rollback,
+        suspend=spec.suspend,
+        gpu_budget=spec.gpu_budget,
+        gpus_held=observed.gpus(),
+        ready=complete(world.document, plan, observed),
+        suspended_spec=service is not None and service.suspend,
+        suspended=service is not None and service.suspended and not observed.clusters and not observed.pods,
+        num_clusters=len(observed.clusters),
+        deadline_passed=_deadline_passed(previous, observed, spec.rollout.progress_deadline_s, now_s),
+    )
+    if service is None or not service.pending:
+        return planned
+    pending = next((c for c in observed.clusters if c.name == service.pending), None)
+    aim = target_of(planned)
+    stale = pending is not None and pending.cluster_revision not in ("", aim.cluster) and len(observed.clusters) > 1
+    return replace(planned, stale_pending=service.pending if stale else "")
+
+
+def _ref(revision: Revision, sizes: Mapping[str, int]) -> RevisionRef:
+    return RevisionRef(name=revision.name, cluster=revision.cluster_revision, num_gpus=revision.num_gpus(sizes))
+
+
+def _deadline_passed(previous: Mapping[str, Any], observed: Observed, deadline_s: float, now_s: float) -> bool:
+    rollout = previous.get("rollout")
+    service = observed.service
+    if not rollout or service is None or rollout["revision"] != service.revision:
+        return False
+    if rollout.get("marker") != progress_marker(observed):
+        return False
+    since = seconds(rollout["lastProgressAt"])
+    return since is not None and now_s - since >= deadline_s
+
+
+def _rollout_status(previous: Mapping[str, Any], observed: Observed, step: Step, now_s: float) -> RolloutStatus:
+    now, marker = timestamp(now_s), progress_marker(observed)
+    before = previous.get("rollout") or {}
+    same = before.get("revision") == step.revision.name
+    moved = before.get("marker") != marker
+    at_rest = step.action is Action.NOTHING
+    strategy = step.strategy.value if step.strategy is not None else before.get("strategy", "") if same else ""
+    return RolloutStatus(
+        revision=step.revision.name,
+        strategy=strategy,
+        step=f"{step.action.value}: {step.why}",
+        started_at=before["startedAt"] if same else now,
+        last_progress_at=before["lastProgressAt"] if same and (at_rest or not moved) else now,
+        marker=marker if not (same and at_rest) else before.get("marker", marker),
+    )
+
+
+def _manages_replicas(live: Object, manager: str) -> bool:
+    return any(
+        entry["manager"] == manager and "f:replicas" in entry.get("fieldsV1", {}).get("f:spec", {})
+        for entry in live["metadata"].get("managedFields", ())
+    )
+
+
+def _seed(child: Object, replicas: int | None) -> Object:
+    metadata = {key: child["metadata"][key] for key in ("name", "namespace")}
+    spec = {} if replicas is None else {"spec": {"replicas": replicas}}
+    return {"apiVersion": child["apiVersion"], "kind": child["kind"], "metadata": metadata, **spec}
+
+
+async def _hand_over(writer: Writer, child: Object, live: Object, replicas: int) -> None:
+    """Before we stop writing replicas, a second manager of ours holds them, or leaving them out would delete them."""
+    if _manages_replicas(live, MANAGER):
+        await writer.apply(_seed(child, live["spec"].get("replicas", replicas)), manager=SEED_MANAGER)

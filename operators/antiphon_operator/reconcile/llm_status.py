@@ -1,0 +1,249 @@
+"""The status of an LLMDeployment from what was seen and decided (control speed, pure).
+
+Ready is ours: KubeRay's, and every application and deployment well, and as many workers as each pool needs. While a new cluster
+comes in, the old one's applications may read empty; that is no outage. Must not know: Kubernetes calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from antiphon.core.spec import LLMDeployment
+from antiphon_operator.api.status import LLMDeploymentStatus, RolloutStatus, StageTimes
+from antiphon_operator.conditions import ConditionSet, Reason, Type, timestamp
+from antiphon_operator.kube.base import Object
+from antiphon_operator.reconcile.observe import Observed
+from antiphon_operator.reconcile.pools import PoolsPlan, pool_statuses
+from antiphon_operator.render.canonical import fingerprint
+from antiphon_operator.render.names import GATEWAY, grpc_port, grpc_service, http_port, http_service
+from antiphon_operator.rollout import Action, Step
+
+_ROLE_SHORT = {"attention": "attn"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelState:
+    """Where the weights stand."""
+
+    ready: bool
+    reason: Reason
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why nothing is done for a document."""
+
+    reason: Reason
+    message: str
+
+
+def serving(document: LLMDeployment, plan: PoolsPlan, observed: Observed) -> bool:
+    """True when the active cluster answers requests."""
+    service = observed.service
+    if service is None or service.suspend or not service.active:
+        return False
+    applications_well = service.running or (service.upgrading and not service.unhealthy)
+    return service.ready and applications_well and enough_pods(document, plan, observed, service.active)
+
+
+def enough_pods(document: LLMDeployment, plan: PoolsPlan, observed: Observed, cluster: str) -> bool:
+    """True when every pool, and the gateway, has as many ready pods as it needs."""
+    needed = {pool.name: min(pool.floor, plan.sizes.replicas[pool.name]) for pool in document.spec.pools} | {GATEWAY: 1}
+    return all(observed.ready(pool, cluster) >= least for pool, least in needed.items())
+
+
+def complete(document: LLMDeployment, plan: PoolsPlan, observed: Observed) -> bool:
+    """True when the applied revision is what serves."""
+    service = observed.service
+    if service is None or not serving(document, plan, observed):
+        return False
+    active = next((c for c in observed.clusters if c.name == service.active), None)
+    same = active is not None and active.cluster_revision == service.cluster_revision
+    return same and service.current and service.running and not service.upgrading and not service.pending
+
+
+def llm_status(
+    live: Object,
+    document: LLMDeployment,
+    plan: PoolsPlan,
+    observed: Observed,
+    step: Step,
+    model: ModelState,
+    *,
+    rollout: RolloutStatus | None,
+    failed: str,
+    last_good: str,
+    conflicts: tuple[str, ...],
+    now_s: float,
+) -> tuple[LLMDeploymentStatus, ConditionSet]:
+    """The new status, and its conditions with what changed."""
+    previous: Mapping[str, Any] = live.get("status", {})
+    generation = live["metadata"]["generation"]
+    conditions = ConditionSet(previous.get("conditions", ()), generation=generation, now_s=now_s)
+    conditions.set(Type.ACCEPTED, True, Reason.ACCEPTED)
+    conditions.set(Type.MODEL_READY, model.ready, model.reason, model.message)
+    service = observed.service
+    active = "" if service is None else service.active
+    cluster = active or ("" if service is None else service.pending)
+    pools = pool_statuses(document, plan, observed, cluster)
+    is_serving, is_complete = serving(document, plan, observed), complete(document, plan, observed)
+    zero = all(pool.target == 0 for pool in pools)
+    _pools_condition(conditions, plan, observed, pools_ready=all(p.ready >= p.target for p in pools))
+    gateways = observed.ready(GATEWAY, active)
+    router = (Reason.READY, f"{gateways} gateway pods") if gateways else (Reason.INITIALIZING, "no gateway pod is ready")
+    conditions.set(Type.ROUTER_READY, gateways > 0, *router)
+    if plan.stale:
+        conditions.set(
+            Type.SCALING_READY, False, Reason.METRICS_STALE, f"sizes are held for want of metrics: {', '.join(plan.stale)}"
+        )
+    else:
+        conditions.set(Type.SCALING_READY, True, Reason.METRICS_FRESH)
+    _ready_condition(conditions, document, observed, step, is_serving=is_serving, zero=zero)
+    _progress_conditions(conditions, document, step, failed=failed, is_complete=is_complete)
+    unhealthy = () if service is None else service.unhealthy
+    if conflicts:
+        conditions.set(Type.DEGRADED, True, Reason.FIELD_CONFLICT, "; ".join(conflicts))
+    elif is_serving and (unhealthy or not all(pool.ready >= pool.target for pool in pools)):
+        conditions.set(Type.DEGRADED, True, Reason.DEPLOYMENT_UNHEALTHY, "; ".join(unhealthy) or "fewer workers than wanted")
+    else:
+        conditions.set(Type.DEGRADED, False, Reason.HEALTHY)
+    namespace, name = live["metadata"].get("namespace", "default"), document.metadata.name
+    status = LLMDeploymentStatus(
+        observed_generation=generation,
+        conditions=conditions.values,
+        pools=pools,
+        summary=", ".join(f"{_ROLE_SHORT.get(p.name, p.name)} {p.ready}/{p.target}" for p in pools),
+        model=document.model_name,
+        url=f"http://{http_service(name)}.{namespace}.svc:{http_port(document)}/v1",
+        grpc_url=f"{grpc_service(name)}.{namespace}.svc:{grpc_port(document)}",
+        revision="" if service is None else service.revision,
+        cluster_revision="" if service is None else service.cluster_revision,
+        serve_revision=fingerprint(sorted(plan.asked.items())) if service is None else _serve_revision(observed, plan),
+        last_good_revision=service.revision if is_complete and service is not None else last_good,
+        failed_revision=failed,
+        rollout=rollout,
+        stages=_stages(previous, observed, rollout, cluster, is_complete=is_complete, now_s=now_s),
+        active_cluster=active,
+    )
+    return status, conditions
+
+
+def refused_status(live: Object, refusal: Refusal, *, now_s: float) -> tuple[Mapping[str, Any], ConditionSet]:
+    """The previous status with the refusal in it; what runs is left alone and its figures stand."""
+    previous: Mapping[str, Any] = live.get("status", {})
+    generation = live["metadata"]["generation"]
+    conditions = ConditionSet(previous.get("conditions", ()), generation=generation, now_s=now_s)
+    conditions.set(Type.ACCEPTED, False, refusal.reason, refusal.message)
+    if not previous.get("activeCluster"):
+        conditions.set(Type.READY, False, refusal.reason, refusal.message)
+    conditions.set(Type.STALLED, True, refusal.reason, refusal.message)
+    kept = {c["type"]: c for c in previous.get("conditions", ())}
+    fresh = {c.type: c.model_dump(mode="json", by_alias=True) for c in conditions.values}
+    merged = kept | fresh
+    status = {**previous, "observedGeneration": generation, "conditions": [merged[t] for t in sorted(merged)]}
+    return status, conditions
+
+
+def progress_marker(observed: Observed) -> str:
+    """Changes whenever anything moves forward or back."""
+    service = observed.service
+    pods = sorted((p.name, p.scheduled, p.started, p.ready) for p in observed.pods)
+    seen = None if service is None else [service.revision, service.active, service.pending, service.running, service.suspended]
+    return fingerprint([seen, [c.name for c in observed.clusters], pods], 16)
+
+
+def _serve_revision(observed: Observed, plan: PoolsPlan) -> str:
+    revision = "" if observed.service is None else observed.service.revision
+    return fingerprint([revision, sorted(plan.asked.items())])
+
+
+def _pools_condition(conditions: ConditionSet, plan: PoolsPlan, observed: Observed, *, pools_ready: bool) -> None:
+    crashed = next((pod for pod in observed.pods if pod.crash), None)
+    waiting = next((pod for pod in observed.pods if pod.unschedulable), None)
+    unhealthy = () if observed.service is None else observed.service.unhealthy
+    if crashed is not None:
+        conditions.set(Type.POOLS_READY, False, Reason.CRASH_LOOP, f"{crashed.name}: {crashed.crash}")
+    elif unhealthy:
+        conditions.set(Type.POOLS_READY, False, Reason.DEPLOYMENT_UNHEALTHY, "; ".join(unhealthy))
+    elif any(wished.capped for wished in plan.wishes.values()):
+        capped = ", ".join(name for name, wished in plan.wishes.items() if wished.capped)
+        conditions.set(Type.POOLS_READY, False, Reason.INSUFFICIENT_CAPACITY, f"the cluster has no room for more of {capped}")
+    elif waiting is not None:
+        conditions.set(Type.POOLS_READY, False, Reason.PODS_PENDING, f"{waiting.name}: {waiting.unschedulable}")
+    elif pools_ready:
+        conditions.set(Type.POOLS_READY, True, Reason.ALL_READY)
+    else:
+        conditions.set(Type.POOLS_READY, False, Reason.PODS_PENDING, "workers are starting")
+
+
+def _ready_condition(
+    conditions: ConditionSet, document: LLMDeployment, observed: Observed, step: Step, *, is_serving: bool, zero: bool
+) -> None:
+    service = observed.service
+    if document.spec.suspend:
+        conditions.set(Type.READY, False, Reason.SUSPENDED, "the document asks for it")
+    elif zero and is_serving:
+        conditions.set(Type.READY, True, Reason.SCALED_TO_ZERO, "no worker runs; the next request starts one")
+    elif is_serving:
+        conditions.set(Type.READY, True, Reason.READY)
+    elif service is not None and service.unhealthy:
+        conditions.set(Type.READY, False, Reason.DEPLOYMENT_UNHEALTHY, "; ".join(service.unhealthy))
+    else:
+        problem = service.problem if service is not None else ""
+        conditions.set(Type.READY, False, Reason.INITIALIZING, problem or step.why)
+
+
+def _progress_conditions(conditions: ConditionSet, document: LLMDeployment, step: Step, *, failed: str, is_complete: bool) -> None:
+    rolled_back = bool(failed) and step.action is not Action.STALL and step.revision.name != failed
+    if step.action is Action.STALL:
+        conditions.set(Type.PROGRESSING, False, Reason.PROGRESS_DEADLINE_EXCEEDED, step.why)
+    elif is_complete and step.action is Action.NOTHING:
+        reason = Reason.ROLLED_BACK if rolled_back else Reason.PAUSED if document.spec.rollout.paused else Reason.COMPLETE
+        conditions.set(Type.PROGRESSING, False, reason, step.why)
+    elif document.spec.suspend and step.action is Action.NOTHING:
+        conditions.set(Type.PROGRESSING, False, Reason.SUSPENDED, step.why)
+    else:
+        conditions.set(Type.PROGRESSING, True, Reason.NEW_REVISION, f"{step.action.value}: {step.why}")
+    busy = conditions.holds(Type.PROGRESSING)
+    conditions.set(Type.ROLLBACK_IN_PROGRESS, rolled_back and busy, Reason.PROGRESS_DEADLINE_EXCEEDED if failed else Reason.HEALTHY)
+    conditions.set(Type.RECONCILING, busy, Reason.NEW_REVISION if busy else Reason.COMPLETE)
+    stalled = step.action is Action.STALL
+    conditions.set(
+        Type.STALLED, stalled, Reason.PROGRESS_DEADLINE_EXCEEDED if stalled else Reason.HEALTHY, step.why if stalled else ""
+    )
+
+
+def _stages(
+    previous: Mapping[str, Any],
+    observed: Observed,
+    rollout: RolloutStatus | None,
+    cluster: str,
+    *,
+    is_complete: bool,
+    now_s: float,
+) -> StageTimes:
+    """The first time each stage was seen for the revision being brought in; a new rollout starts over."""
+    started = None if rollout is None else rollout.started_at
+    before = previous.get("stages", {})
+    if before.get("started") != started:
+        before = {}
+    service = observed.service
+    newest = cluster if service is None or not service.pending else service.pending
+    pods = [pod for pod in observed.pods if pod.cluster == newest]
+    seen = {
+        "scheduled": bool(pods) and all(pod.scheduled for pod in pods),
+        "imagePulled": bool(pods) and all(pod.started for pod in pods),
+        "weightsReady": service is not None and service.running and service.active == newest,
+        "engineReady": is_complete,
+    }
+    times = {stage: before.get(stage) or (timestamp(now_s) if now else None) for stage, now in seen.items()}
+    return StageTimes(
+        started=started,
+        scheduled=times["scheduled"],
+        image_pulled=times["imagePulled"],
+        weights_ready=times["weightsReady"],
+        engine_ready=times["engineReady"],
+    )

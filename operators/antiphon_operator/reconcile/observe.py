@@ -1,0 +1,185 @@
+"""Reads RayServices, RayClusters and pods into plain values (control speed, pure).
+
+A status string of KubeRay's or Ray's that we don't know means progress, never an error. Must not know: what is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from antiphon_operator.kube.base import Object
+from antiphon_operator.render.names import (
+    ANNOTATION_CLUSTER_REVISION,
+    ANNOTATION_REVISION,
+    LABEL_POOL,
+    RAY_CLUSTER_LABEL,
+)
+
+_GOOD_DEPLOYMENT = ("HEALTHY", "UPSCALING", "DOWNSCALING")
+_BAD_APPLICATION = ("DEPLOY_FAILED", "UNHEALTHY")
+_BAD_DEPLOYMENT = ("UNHEALTHY", "DEPLOY_FAILED")
+_CRASHES = ("CrashLoopBackOff", "ImagePullBackOff", "ErrImagePull", "CreateContainerConfigError", "InvalidImageName")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayServiceView:
+    """What a RayService says."""
+
+    revision: str
+    cluster_revision: str
+    suspend: bool
+    suspended: bool
+    current: bool  # its status speaks of its present spec
+    ready: bool  # KubeRay's own word: at least one endpoint
+    upgrading: bool
+    active: str
+    pending: str
+    sizes: Mapping[str, int]  # asked of Serve
+    running: bool  # all applications and deployments are well
+    unhealthy: tuple[str, ...]  # what is not, for people
+    problem: str  # a validation failure that KubeRay does not retry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PodView:
+    """One worker, gateway or head pod."""
+
+    name: str
+    pool: str
+    cluster: str
+    ready: bool
+    scheduled: bool
+    started: bool
+    terminating: bool
+    gpus: int
+    unschedulable: str = ""
+    crash: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterView:
+    """One RayCluster."""
+
+    name: str
+    cluster_revision: str
+    resource_version: str
+    bounds: Mapping[str, tuple[int, int]]  # group -> (position, maxReplicas)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """Everything seen of one deployment."""
+
+    service: RayServiceView | None
+    clusters: tuple[ClusterView, ...] = ()
+    pods: tuple[PodView, ...] = field(default=())
+
+    def ready(self, pool: str, cluster: str) -> int:
+        """Ready pods of ``pool`` in ``cluster``."""
+        return sum(1 for pod in self.pods if pod.pool == pool and pod.cluster == cluster and pod.ready)
+
+    def count(self, pool: str, cluster: str) -> int:
+        """Pods of ``pool`` in ``cluster``, in whatever state; they may hold accelerators."""
+        return sum(1 for pod in self.pods if pod.pool == pool and pod.cluster == cluster)
+
+    def gpus(self, *, outside: str | None = None) -> int:
+        """Accelerators held by pods, of all clusters or of those other than ``outside``."""
+        return sum(pod.gpus for pod in self.pods if outside is None or pod.cluster != outside)
+
+
+def view_service(value: Object) -> RayServiceView:
+    """Read a RayService."""
+    status, spec = value.get("status", {}), value.get("spec", {})
+    annotations = value["metadata"].get("annotations", {})
+    conditions = {c["type"]: c for c in status.get("conditions", ())}
+    active, pending = status.get("activeServiceStatus", {}), status.get("pendingServiceStatus", {})
+    unhealthy, running = _applications(active.get("applicationStatuses", {}))
+    ready = conditions.get("Ready", {})
+    return RayServiceView(
+        revision=annotations.get(ANNOTATION_REVISION, ""),
+        cluster_revision=annotations.get(ANNOTATION_CLUSTER_REVISION, ""),
+        suspend=bool(spec.get("suspend", False)),
+        suspended=_true(conditions.get("Suspended")),
+        current=status.get("observedGeneration") == value["metadata"]["generation"],
+        ready=_true(ready),
+        upgrading=_true(conditions.get("UpgradeInProgress")),
+        active=active.get("rayClusterName", ""),
+        pending=pending.get("rayClusterName", ""),
+        sizes=asked_sizes(spec.get("serveConfigV2", "")),
+        running=running,
+        unhealthy=unhealthy,
+        problem=ready.get("message", "") if ready.get("reason") == "ValidationFailed" else "",
+    )
+
+
+def _true(condition: Mapping[str, Any] | None) -> bool:
+    return condition is not None and condition.get("status") == "True"
+
+
+def _applications(applications: Mapping[str, Any]) -> tuple[tuple[str, ...], bool]:
+    unhealthy: list[str] = []
+    running = bool(applications)
+    for name, application in sorted(applications.items()):
+        running = running and application.get("status") == "RUNNING"
+        if application.get("status") in _BAD_APPLICATION:
+            unhealthy.append(f"application {name} is {application['status']}: {application.get('message', '')}")
+        for deployment, state in sorted(application.get("serveDeploymentStatuses", {}).items()):
+            running = running and state.get("status") in _GOOD_DEPLOYMENT
+            if state.get("status") in _BAD_DEPLOYMENT:
+                unhealthy.append(f"deployment {deployment} is {state['status']}: {state.get('message', '')}")
+    return tuple(unhealthy), running
+
+
+def asked_sizes(config: str) -> dict[str, int]:
+    """Workers per deployment in a serveConfigV2; empty when it is none of ours."""
+    try:
+        applications = (yaml.safe_load(config) or {}).get("applications", ())
+        return {d["name"]: int(d.get("num_replicas", 0)) for a in applications for d in a.get("deployments", ())}
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def view_cluster(value: Object) -> ClusterView:
+    """Read a RayCluster."""
+    groups = value.get("spec", {}).get("workerGroupSpecs", ())
+    return ClusterView(
+        name=value["metadata"]["name"],
+        cluster_revision=value["metadata"].get("annotations", {}).get(ANNOTATION_CLUSTER_REVISION, ""),
+        resource_version=value["metadata"]["resourceVersion"],
+        bounds={group["groupName"]: (index, int(group.get("maxReplicas", 0))) for index, group in enumerate(groups)},
+    )
+
+
+def view_pods(values: Iterable[Object], gpu_resources: frozenset[str]) -> tuple[PodView, ...]:
+    """Read the pods that have not ended; ``gpu_resources`` names what counts as an accelerator."""
+    return tuple(_pod(v, gpu_resources) for v in values if v.get("status", {}).get("phase") not in ("Succeeded", "Failed"))
+
+
+def _pod(value: Object, gpu_resources: frozenset[str]) -> PodView:
+    labels, status, spec = value["metadata"].get("labels", {}), value.get("status", {}), value.get("spec", {})
+    conditions = {c["type"]: c for c in status.get("conditions", ())}
+    scheduled = conditions.get("PodScheduled", {})
+    containers = status.get("containerStatuses", ())
+    waiting = [c.get("state", {}).get("waiting", {}) for c in containers]
+    crash = next((f"{w['reason']}: {w.get('message', '')}" for w in waiting if w.get("reason") in _CRASHES), "")
+    return PodView(
+        name=value["metadata"]["name"],
+        pool=labels.get(LABEL_POOL, ""),
+        cluster=labels.get(RAY_CLUSTER_LABEL, ""),
+        ready=_true(conditions.get("Ready")) and "deletionTimestamp" not in value["metadata"],
+        scheduled=_true(scheduled) or bool(spec.get("nodeName")),
+        started=bool(containers) and all("running" in c.get("state", {}) for c in containers),
+        terminating="deletionTimestamp" in value["metadata"],
+        gpus=sum(_gpus(c, gpu_resources) for c in spec.get("containers", ())),
+        unschedulable=scheduled.get("message", "") if scheduled.get("reason") == "Unschedulable" else "",
+        crash=crash,
+    )
+
+
+def _gpus(container: Mapping[str, Any], resources: frozenset[str]) -> int:
+    limits = container.get("resources", {}).get("limits", {})
+    return sum(int(limits[name]) for name in resources & limits.keys())

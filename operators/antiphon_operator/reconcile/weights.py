@@ -1,0 +1,70 @@
+"""Finds the claim that holds a document's weights (control speed, pure).
+
+A ModelArtifact of the same uri and revision in the same namespace is used; without one, pvc:// is mounted and anything else is
+left to the workers. Must not know: how weights are downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from antiphon.core.spec import LLMDeployment
+from antiphon_operator.conditions import Reason
+from antiphon_operator.kube.base import Object, name_of
+from antiphon_operator.reconcile.llm_status import ModelState
+from antiphon_operator.render.settings import Weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """Where the weights are, and whether they are."""
+
+    weights: Weights | None
+    model: ModelState
+
+
+def uses(document: LLMDeployment, artifact: Object) -> bool:
+    """True when ``document`` is served from ``artifact``."""
+    spec, model = artifact["spec"], document.spec.model
+    return bool(spec["uri"] == model.uri and spec.get("revision") == model.revision)
+
+
+def place_of(artifact: Object) -> Weights:
+    """Where the weights of ``artifact`` are or will be; it follows from its document alone."""
+    uri = str(artifact["spec"]["uri"])
+    if uri.startswith("pvc://"):
+        return _in_place(uri)
+    claim = artifact["spec"].get("storage", {}).get("claimName") or name_of(artifact)
+    return Weights(claim=claim, path=f"artifacts/{name_of(artifact)}")
+
+
+def _in_place(uri: str) -> Weights:
+    claim, _, path = uri.removeprefix("pvc://").partition("/")
+    return Weights(claim=claim, path=path.strip("/"))
+
+
+def find_weights(document: LLMDeployment, artifacts: Iterable[Object]) -> Found:
+    """The weights of ``document`` among ``artifacts``."""
+    for artifact in artifacts:
+        if uses(document, artifact) and "deletionTimestamp" not in artifact["metadata"]:
+            return _of_artifact(artifact)
+    if document.spec.model.uri.startswith("pvc://"):
+        weights = _in_place(document.spec.model.uri)
+        cached = ModelState(ready=True, reason=Reason.CACHED, message=f"claim {weights.claim}")
+        return Found(weights=weights, model=cached)
+    direct = ModelState(ready=True, reason=Reason.DIRECT, message="workers fetch the weights themselves")
+    return Found(weights=None, model=direct)
+
+
+def _of_artifact(artifact: Object) -> Found:
+    status, name = artifact.get("status", {}), name_of(artifact)
+    weights = place_of(artifact)
+    match status.get("phase"):
+        case "Cached":
+            state = ModelState(ready=True, reason=Reason.CACHED, message=f"ModelArtifact {name}")
+        case "Failed":
+            state = ModelState(ready=False, reason=Reason.DOWNLOAD_FAILED, message=f"ModelArtifact {name} failed")
+        case _:
+            state = ModelState(ready=False, reason=Reason.DOWNLOADING, message=f"ModelArtifact {name} is not cached yet")
+    return Found(weights=weights, model=state)

@@ -1,0 +1,242 @@
+"""A scripted KubeRay with its autoscaler and pods: each ``tick`` moves every RayService one stage on (control speed).
+
+    no cluster -> pending, pods created -> scheduled -> started -> ready, DEPLOYING -> RUNNING, active -> old one deleted
+
+While a new cluster comes in the active one's applications read empty, as KubeRay's do. Must not know: the operator.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from antiphon_operator.kube.base import Object, owner_reference
+from antiphon_operator.kube.resources import POD, RAY_CLUSTER, RAY_SERVICE
+from antiphon_operator.render.canonical import fingerprint
+from antiphon_operator.testing.memory_api import MemoryApi
+
+_BOUNDS = ("replicas", "minReplicas", "maxReplicas")
+_GPU = "nvidia.com/gpu"
+
+
+@dataclass(slots=True)
+class KubeRay:
+    """Plays KubeRay, Ray's autoscaler, the scheduler and the kubelet over ``api``."""
+
+    api: MemoryApi
+    num_gpus: int = 1_000_000  # room in the cluster
+    broken_images: set[str] = field(default_factory=set)  # pods of these never start
+    unhealthy: dict[str, str] = field(default_factory=dict)  # deployment -> Serve's status for it
+    application_status: str | None = None  # says this for every application
+    max_gpus_seen: int = 0
+    max_clusters_seen: int = 0
+    _serial: int = 0
+
+    def tick(self) -> None:
+        """Move everything one stage on."""
+        self.api.quiet = True
+        try:
+            for service in self.api.list(RAY_SERVICE, None).items:
+                self._reconcile(service)
+            held = sum(_gpus(pod) for pod in self.api.list(POD, None).items)
+            self.max_gpus_seen = max(self.max_gpus_seen, held)
+            self.max_clusters_seen = max(self.max_clusters_seen, len(self.api.list(RAY_CLUSTER, None).items))
+        finally:
+            self.api.quiet = False
+
+    def _reconcile(self, service: Object) -> None:
+        namespace = service["metadata"]["namespace"]
+        status = copy.deepcopy(service.get("status", {}))
+        clusters = {
+            cluster["metadata"]["name"]: cluster
+            for cluster in self.api.list(
+                RAY_CLUSTER, namespace, {"ray.io/originated-from-cr-name": service["metadata"]["name"]}
+            ).items
+        }
+        if service["spec"].get("suspend"):
+            self._suspend(service, status, clusters)
+            return
+        active = status.get("activeServiceStatus", {}).get("rayClusterName", "")
+        pending = status.get("pendingServiceStatus", {}).get("rayClusterName", "")
+        wanted = _cluster_hash(service)
+        newest = clusters.get(pending or active)
+        if newest is None or (_stored_hash(newest) != wanted and self._may_replace(service)):
+            if not pending or newest is not None:
+                self._serial += 1
+                pending = f"{service['metadata']['name']}-{self._serial:05d}"
+            clusters[pending] = self._create_cluster(service, pending, wanted)
+        for name in clusters:
+            if name not in (active, pending):
+                self._delete_cluster(namespace, name)
+        home = pending or active
+        config = yaml.safe_load(service["spec"]["serveConfigV2"])
+        sizes = {d["name"]: d.get("num_replicas", 0) for a in config["applications"] for d in a["deployments"]}
+        healthy = self._run_cluster(clusters[home], sizes)
+        applications = self._applications(config, healthy=healthy)
+        if healthy and pending and all(a["status"] == "RUNNING" for a in applications.values()):
+            active, pending = pending, ""
+        upgrading = bool(pending) and bool(active)
+        seen = {"rayClusterName": active} if active else {}
+        waiting = {"rayClusterName": pending, "applicationStatuses": applications} if pending else {}
+        if active and not upgrading:
+            seen["applicationStatuses"] = applications
+        ready = bool(active)
+        self._write(
+            service,
+            status,
+            active=seen,
+            pending=waiting,
+            conditions={
+                "Ready": (ready, "NonZeroServeEndpoints" if ready else "Initializing"),
+                "UpgradeInProgress": (upgrading, "BothActivePendingClustersExist" if upgrading else "NoPendingCluster"),
+                "Suspended": (False, "RayServiceResumed"),
+            },
+        )
+
+    @staticmethod
+    def _may_replace(service: Object) -> bool:
+        return bool(service["spec"].get("upgradeStrategy", {}).get("type") != "None")
+
+    def _suspend(self, service: Object, status: Object, clusters: Mapping[str, Object]) -> None:
+        for name in clusters:
+            self._delete_cluster(service["metadata"]["namespace"], name)
+        gone = not clusters
+        conditions = {
+            "Ready": (False, "SuspendComplete"),
+            "UpgradeInProgress": (False, "SuspendInProgress"),
+            "Suspending": (not gone, "SuspendRequested"),
+            "Suspended": (gone, "SuspendComplete"),
+        }
+        self._write(service, status, active={}, pending={}, conditions=conditions)
+
+    def _create_cluster(self, service: Object, name: str, wanted: str) -> Object:
+        metadata = service["metadata"]
+        value = {
+            "metadata": {
+                "name": name,
+                "namespace": metadata["namespace"],
+                "labels": {**metadata.get("labels", {}), "ray.io/originated-from-cr-name": metadata["name"]},
+                "annotations": {**metadata.get("annotations", {}), "ray.io/hash": wanted},
+                "ownerReferences": [owner_reference(service)],
+            },
+            "spec": service["spec"]["rayClusterConfig"],
+        }
+        return self.api.create(RAY_CLUSTER, value, manager="kuberay")
+
+    def _delete_cluster(self, namespace: str, name: str) -> None:
+        self.api.delete(RAY_CLUSTER, namespace, name)
+
+    def _run_cluster(self, cluster: Object, sizes: Mapping[str, int]) -> bool:
+        """Make pods follow ``sizes`` and move each one stage on; True when all of them are ready."""
+        namespace, name = cluster["metadata"]["namespace"], cluster["metadata"]["name"]
+        pods = self.api.list(POD, namespace, {"ray.io/cluster": name}).items
+        well = True
+        templates = {"headgroup": (cluster["spec"]["headGroupSpec"]["template"], 1)}
+        for group in cluster["spec"]["workerGroupSpecs"]:
+            wanted = min(sizes.get(group["groupName"], 0), group["maxReplicas"])
+            templates[group["groupName"]] = (group["template"], wanted)
+        for group_name, (template, wanted) in templates.items():
+            present = [pod for pod in pods if pod["metadata"]["labels"]["ray.io/group"] == group_name]
+            for pod in present[wanted:]:
+                self.api.delete(POD, namespace, pod["metadata"]["name"])
+            for _ in range(wanted - len(present)):
+                self._create_pod(cluster, group_name, template)
+                well = False
+            for pod in present[:wanted]:
+                well = self._advance(pod) and well
+        return well
+
+    def _create_pod(self, cluster: Object, group: str, template: Object) -> None:
+        self._serial += 1
+        name = f"{cluster['metadata']['name']}-{group}-{self._serial:05d}"
+        labels = {**template["metadata"]["labels"], "ray.io/cluster": cluster["metadata"]["name"], "ray.io/group": group}
+        metadata = {
+            "name": name,
+            "namespace": cluster["metadata"]["namespace"],
+            "labels": labels,
+            "ownerReferences": [owner_reference(cluster)],
+        }
+        value = {"metadata": metadata, "spec": copy.deepcopy(template["spec"]), "status": {"phase": "Pending"}}
+        self.api.create(POD, value, manager="kuberay")
+
+    def _advance(self, pod: Object) -> bool:
+        status = pod.get("status", {})
+        conditions = {c["type"]: c for c in status.get("conditions", ())}
+        container = pod["spec"]["containers"][0]
+        if conditions.get("Ready", {}).get("status") == "True":
+            return True
+        if conditions.get("PodScheduled", {}).get("status") != "True":
+            taken = sum(_gpus(p) for p in self.api.list(POD, None).items if _scheduled(p))
+            if taken + _gpus(pod) > self.num_gpus:
+                message = f"0/3 nodes are available: 3 Insufficient {_GPU}."
+                new = [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}]
+                self._pod_status(pod, {"phase": "Pending", "conditions": new})
+                return False
+            self._pod_status(pod, {"phase": "Pending", "conditions": [{"type": "PodScheduled", "status": "True"}]})
+            return False
+        scheduled = {"type": "PodScheduled", "status": "True"}
+        if container["image"] in self.broken_images:
+            waiting = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off restarting failed container"}}
+            state = [{"name": container["name"], "state": waiting, "ready": False}]
+            self._pod_status(pod, {"phase": "Running", "conditions": [scheduled], "containerStatuses": state})
+            return False
+        running = [{"name": container["name"], "state": {"running": {}}, "ready": True}]
+        if not status.get("containerStatuses"):
+            self._pod_status(pod, {"phase": "Running", "conditions": [scheduled], "containerStatuses": running})
+            return False
+        ready = [scheduled, {"type": "Ready", "status": "True"}]
+        self._pod_status(pod, {"phase": "Running", "conditions": ready, "containerStatuses": running})
+        return True
+
+    def _pod_status(self, pod: Object, status: Object) -> None:
+        self.api.update(POD, {**pod, "status": status}, manager="kubelet", subresource="status")
+
+    def _applications(self, config: Object, *, healthy: bool) -> Object:
+        out: Object = {}
+        for application in config["applications"]:
+            deployments = {
+                d["name"]: {"status": self.unhealthy.get(d["name"], "HEALTHY" if healthy else "UPDATING")}
+                for d in application["deployments"]
+            }
+            bad = any(name in self.unhealthy for name in deployments)
+            status = "UNHEALTHY" if bad else "RUNNING" if healthy else "DEPLOYING"
+            status = self.application_status or status
+            out[application["name"]] = {"status": status, "serveDeploymentStatuses": deployments}
+        return out
+
+    def _write(self, service: Object, before: Object, *, active: Object, pending: Object, conditions: Mapping[str, Any]) -> None:
+        status: Object = {
+            "observedGeneration": service["metadata"]["generation"],
+            "activeServiceStatus": active,
+            "pendingServiceStatus": pending,
+            "conditions": [
+                {"type": type_, "status": "True" if holds else "False", "reason": reason, "message": ""}
+                for type_, (holds, reason) in sorted(conditions.items())
+            ],
+        }
+        if status != before:
+            self.api.update(RAY_SERVICE, {**service, "status": status}, manager="kuberay", subresource="status")
+
+
+def _cluster_hash(service: Object) -> str:
+    config = copy.deepcopy(service["spec"]["rayClusterConfig"])
+    for group in config["workerGroupSpecs"]:
+        for key in _BOUNDS:
+            group.pop(key, None)
+    return fingerprint(config)
+
+
+def _stored_hash(cluster: Object) -> str:
+    return str(cluster["metadata"]["annotations"]["ray.io/hash"])
+
+
+def _scheduled(pod: Object) -> bool:
+    return any(c["type"] == "PodScheduled" and c["status"] == "True" for c in pod.get("status", {}).get("conditions", ()))
+
+
+def _gpus(pod: Object) -> int:
+    return sum(int(c.get("resources", {}).get("limits", {}).get(_GPU, 0)) for c in pod["spec"]["containers"])

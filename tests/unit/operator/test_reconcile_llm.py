@@ -1,0 +1,447 @@
+"""LLMDeployments from document to Ready, through failures, over the in-memory API with KubeRay played."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from antiphon_operator.api.crds import KINDS, definition
+from antiphon_operator.kube.base import Conflict, KubeError, ServerFault, Throttled
+from antiphon_operator.kube.resources import (
+    CONTROLLER_REVISION,
+    EVENT,
+    LLM_DEPLOYMENT,
+    MODEL_ARTIFACT,
+    POD,
+    RAY_CLUSTER,
+    RAY_SERVICE,
+    SERVICE,
+    SERVING_POOL,
+)
+from antiphon_operator.reconcile.llm import LLMReconciler
+from antiphon_operator.render.settings import Runtime, Settings
+from antiphon_operator.testing.kuberay import KubeRay
+from antiphon_operator.testing.memory_api import Call, MemoryApi
+from antiphon_operator.testing.memory_kube import MemoryKube
+
+SETTINGS = Settings(runtime=Runtime(image="antiphon/worker:1", ray_version="2.60.0"))
+
+
+class Killed(BaseException):
+    """The operator's process ends here."""
+
+
+@dataclass
+class Cluster:
+    now_s: float = 1_700_000_000.0
+    api: MemoryApi = field(init=False)
+    kuberay: KubeRay = field(init=False)
+    settings: Settings = SETTINGS
+
+    def __post_init__(self) -> None:
+        self.api = MemoryApi(clock=lambda: self.now_s)
+        self.kuberay = KubeRay(api=self.api)
+
+    def reconcile(self) -> float | None:
+        reconciler = LLMReconciler(MemoryKube(self.api), self.settings, clock=lambda: self.now_s)
+        return asyncio.run(reconciler.reconcile("default", "demo"))
+
+    def create(self, spec: dict[str, Any]) -> None:
+        value = {"metadata": {"name": "demo", "namespace": "default"}, "spec": spec}
+        self.api.create(LLM_DEPLOYMENT, value, manager="kubectl")
+
+    def edit(self, change: Callable[[dict[str, Any]], None]) -> None:
+        value = self.live
+        change(value["spec"])
+        self.api.update(LLM_DEPLOYMENT, value, manager="kubectl")
+
+    @property
+    def live(self) -> dict[str, Any]:
+        found = self.api.get(LLM_DEPLOYMENT, "default", "demo")
+        assert found is not None
+        return found
+
+    @property
+    def ray_service(self) -> dict[str, Any]:
+        found = self.api.get(RAY_SERVICE, "default", "demo")
+        assert found is not None
+        return found
+
+    def condition(self, type_: str) -> tuple[str, str]:
+        found = {c["type"]: c for c in self.live["status"]["conditions"]}[type_]
+        return found["status"], found["reason"]
+
+    def message(self, type_: str) -> str:
+        return str({c["type"]: c for c in self.live["status"]["conditions"]}[type_]["message"])
+
+    def run(self, passes: int = 20, step_s: float = 5.0) -> None:
+        for _ in range(passes):
+            self.reconcile()
+            self.kuberay.tick()
+            self.now_s += step_s
+
+    def writes(self) -> list[Call]:
+        return [call for call in self.api.calls if call.writes]
+
+
+def spec(**extra: Any) -> dict[str, Any]:
+    return {
+        "model": {"uri": "/models/smol", "name": "smol"},
+        "topology": "afd",
+        "pools": [
+            {"name": "attention", "role": "attention", "replicas": 2, "resources": {"gpu": 1}},
+            {"name": "ffn", "role": "ffn", "replicas": 2, "parallelism": {"expert": 2}, "resources": {"gpu": 1}},
+        ],
+        **extra,
+    }
+
+
+@pytest.fixture
+def cluster() -> Cluster:
+    made = Cluster()
+    made.create(spec())
+    return made
+
+
+def test_a_document_becomes_ready_and_says_where_it_serves(cluster: Cluster) -> None:
+    cluster.run()
+    status = cluster.live["status"]
+    assert cluster.condition("Ready") == ("True", "Ready")
+    assert cluster.condition("Progressing") == ("False", "Complete")
+    assert status["summary"] == "attn 2/2, ffn 2/2"
+    assert status["url"] == "http://demo-http.default.svc:8000/v1"
+    assert status["model"] == "smol"
+    assert status["lastGoodRevision"] == status["revision"] != ""
+    assert list(status["stages"]) == ["started", "scheduled", "imagePulled", "weightsReady", "engineReady"]
+
+
+def test_at_rest_a_reconcile_writes_nothing_and_reads_ten_times(cluster: Cluster) -> None:
+    cluster.run()
+    cluster.api.calls.clear()
+    assert cluster.reconcile() == 600.0
+    assert cluster.writes() == []
+    assert len(cluster.api.calls) == 10
+
+
+def test_what_a_user_sees_first_is_initializing(cluster: Cluster) -> None:
+    cluster.reconcile()
+    assert cluster.condition("Ready") == ("False", "Initializing")
+
+
+def test_statuses_fit_their_schemas(cluster: Cluster) -> None:
+    cluster.run()
+    for kind, resource in (("LLMDeployment", LLM_DEPLOYMENT), ("ServingPool", SERVING_POOL)):
+        (found,) = [k for k in KINDS if k.kind == kind]
+        for item in cluster.api.list(resource, "default").items:
+            found.status.model_validate(item["status"] | {"conditions": tuple(item["status"]["conditions"])}, strict=False)
+            schema = definition(found)["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]
+            assert set(item["status"]) <= set(schema["properties"])
+
+
+def test_services_lead_to_the_cluster_that_serves(cluster: Cluster) -> None:
+    cluster.run()
+    active = cluster.ray_service["status"]["activeServiceStatus"]["rayClusterName"]
+    service = cluster.api.get(SERVICE, "default", "demo-http")
+    assert service is not None
+    assert service["spec"]["selector"]["ray.io/cluster"] == active
+
+
+def test_a_serve_change_keeps_the_cluster(cluster: Cluster) -> None:
+    cluster.run()
+    before = cluster.ray_service["status"]["activeServiceStatus"]["rayClusterName"]
+    cluster.edit(lambda s: s.update(scheduler={"maxNumSeqs": 8}))
+    cluster.run()
+    assert cluster.ray_service["status"]["activeServiceStatus"]["rayClusterName"] == before
+    assert "maxNumSeqs: 8" in cluster.ray_service["spec"]["serveConfigV2"]
+    assert cluster.condition("Progressing") == ("False", "Complete")
+
+
+def test_a_cluster_change_surges_and_stays_ready_throughout(cluster: Cluster) -> None:
+    cluster.run()
+    cluster.edit(lambda s: s["pools"][0].update(env={"A": "1"}))
+    for _ in range(12):
+        cluster.run(1)
+        assert cluster.condition("Ready")[0] == "True"
+    assert cluster.condition("Progressing") == ("False", "Complete")
+    assert len(cluster.api.list(RAY_CLUSTER, "default").items) == 1
+    assert cluster.kuberay.max_gpus_seen == 8
+
+
+def test_a_budget_turns_surge_into_recreate_and_is_never_exceeded() -> None:
+    cluster = Cluster()
+    cluster.create(spec(gpuBudget=5))
+    cluster.run()
+    cluster.edit(lambda s: s["pools"][0].update(env={"A": "1"}))
+    cluster.run()
+    assert cluster.condition("Ready") == ("True", "Ready")
+    assert cluster.live["status"]["rollout"]["strategy"] == "Recreate"
+    assert cluster.kuberay.max_gpus_seen <= 5
+
+
+def test_a_new_replica_count_changes_only_the_size(cluster: Cluster) -> None:
+    cluster.run()
+    before = cluster.ray_service
+    cluster.edit(lambda s: s["pools"][0].update(replicas=3))
+    cluster.run()
+    after = cluster.ray_service
+    assert after["spec"]["rayClusterConfig"] == before["spec"]["rayClusterConfig"]
+    assert after["metadata"]["annotations"]["serving.antiphon.dev/revision"] == cluster.live["status"]["lastGoodRevision"]
+    assert cluster.live["status"]["summary"] == "attn 3/3, ffn 2/2"
+
+
+def test_a_failed_rollout_goes_back_and_never_runs_three_clusters(cluster: Cluster) -> None:
+    cluster.edit(lambda s: s.update(rollout={"progressDeadlineS": 60}))
+    cluster.run()
+    good = cluster.live["status"]["revision"]
+    cluster.kuberay.broken_images.add("antiphon/worker:broken")
+    cluster.edit(lambda s: s.update(kubernetes={"image": "antiphon/worker:broken"}))
+    cluster.run(8)
+    assert cluster.condition("PoolsReady") == ("False", "CrashLoop")
+    assert cluster.condition("Ready")[0] == "True"
+    cluster.run(40)
+    assert cluster.condition("Progressing") == ("False", "RolledBack")
+    assert cluster.live["status"]["revision"] == good
+    assert cluster.condition("Ready") == ("True", "Ready")
+    assert cluster.kuberay.max_clusters_seen == 2
+
+
+def test_without_rollback_a_failed_rollout_stalls(cluster: Cluster) -> None:
+    cluster.edit(lambda s: s.update(rollout={"progressDeadlineS": 60, "autoRollback": False}))
+    cluster.kuberay.broken_images.add("antiphon/worker:1")
+    cluster.run(40)
+    assert cluster.condition("Progressing") == ("False", "ProgressDeadlineExceeded")
+    assert cluster.condition("Stalled") == ("True", "ProgressDeadlineExceeded")
+
+
+def test_the_first_unschedulable_pods_message_is_told(cluster: Cluster) -> None:
+    cluster.kuberay.num_gpus = 3
+    cluster.run()
+    assert cluster.condition("PoolsReady") == ("False", "PodsPending")
+    assert "Insufficient nvidia.com/gpu" in cluster.message("PoolsReady")
+
+
+def test_ready_with_an_unhealthy_deployment_is_not_ready(cluster: Cluster) -> None:
+    cluster.run()
+    cluster.kuberay.unhealthy["ffn"] = "UNHEALTHY"
+    cluster.run(3)
+    assert cluster.condition("Ready") == ("False", "DeploymentUnhealthy")
+
+
+def test_an_unknown_status_is_progress(cluster: Cluster) -> None:
+    cluster.kuberay.application_status = "REBALANCING"
+    cluster.run(8)
+    assert cluster.condition("Ready") == ("False", "Initializing")
+
+
+def test_suspending_stops_everything_and_resuming_brings_it_back(cluster: Cluster) -> None:
+    cluster.run()
+    cluster.edit(lambda s: s.update(suspend=True))
+    cluster.run()
+    assert cluster.condition("Ready") == ("False", "Suspended")
+    assert cluster.api.list(POD, "default").items == ()
+    cluster.edit(lambda s: s.update(suspend=False))
+    cluster.run()
+    assert cluster.condition("Ready") == ("True", "Ready")
+
+
+def test_a_foreign_ray_service_is_not_adopted(cluster: Cluster) -> None:
+    cluster.api.create(RAY_SERVICE, {"metadata": {"name": "demo", "namespace": "default"}, "spec": {"x": 1}})
+    cluster.reconcile()
+    assert cluster.condition("Accepted") == ("False", "NameConflict")
+    assert cluster.ray_service["spec"] == {"x": 1}
+
+
+def test_an_invalid_document_is_refused_with_the_field() -> None:
+    cluster = Cluster()
+    cluster.create({**spec(), "topology": "monolith"})
+    cluster.reconcile()
+    assert cluster.condition("Accepted") == ("False", "InvalidSpec")
+    assert "monolith" in cluster.message("Accepted")
+
+
+def external(**extra: Any) -> dict[str, Any]:
+    made = spec(**extra)
+    made["pools"][0]["scaling"] = {"mode": "External", "minReplicas": 1, "maxReplicas": 6}
+    return made
+
+
+def scale(cluster: Cluster, replicas: int) -> None:
+    cluster.api.merge_patch(SERVING_POOL, "default", "demo-attention", {"spec": {"replicas": replicas}}, manager="kubectl")
+
+
+def pool_of(cluster: Cluster, name: str = "demo-attention") -> dict[str, Any]:
+    found = cluster.api.get(SERVING_POOL, "default", name)
+    assert found is not None
+    return found
+
+
+def test_an_external_pool_is_seeded_once_and_then_left_to_others() -> None:
+    cluster = Cluster()
+    cluster.create(external())
+    cluster.run()
+    assert pool_of(cluster)["spec"]["replicas"] == 2
+    scale(cluster, 4)
+    cluster.run()
+    assert pool_of(cluster)["spec"]["replicas"] == 4
+    assert cluster.live["status"]["summary"] == "attn 4/4, ffn 2/2"
+    cluster.edit(lambda s: s.update(scheduler={"maxNumSeqs": 8}))
+    cluster.run()
+    assert pool_of(cluster)["spec"]["replicas"] == 4
+
+
+def test_going_from_static_to_external_keeps_the_size() -> None:
+    cluster = Cluster()
+    cluster.create(spec())
+    cluster.run()
+    cluster.edit(lambda s: s["pools"][0].update(scaling={"mode": "External", "minReplicas": 1, "maxReplicas": 6}))
+    cluster.run()
+    assert pool_of(cluster)["spec"]["replicas"] == 2
+    cluster.edit(lambda s: s["pools"][0].update(scaling={"mode": "Static"}, replicas=1))
+    cluster.run()
+    assert pool_of(cluster)["spec"]["replicas"] == 1
+
+
+def test_the_budget_bounds_what_scale_asks_for() -> None:
+    cluster = Cluster()
+    made = external(gpuBudget=8)
+    made["pools"][1]["scaling"] = {"mode": "External", "minReplicas": 2, "maxReplicas": 6}
+    cluster.create(made)
+    cluster.run()
+    scale(cluster, 6)
+    cluster.api.merge_patch(SERVING_POOL, "default", "demo-ffn", {"spec": {"replicas": 6}}, manager="kubectl")
+    cluster.run()
+    limited = {c["type"]: c for c in pool_of(cluster)["status"]["conditions"]}["ScalingLimited"]
+    assert (limited["status"], limited["reason"]) == ("True", "GpuBudget")
+    assert cluster.kuberay.max_gpus_seen <= 8
+
+
+def test_another_managers_field_is_not_taken(cluster: Cluster) -> None:
+    cluster.run()
+    cluster.api.apply(
+        SERVICE,
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": "demo-http", "namespace": "default"},
+            "spec": {"type": "LoadBalancer"},
+        },
+        manager="somebody",
+        force=True,
+    )
+    cluster.run(2)
+    service = cluster.api.get(SERVICE, "default", "demo-http")
+    assert service is not None
+    assert service["spec"]["type"] == "LoadBalancer"
+    assert cluster.condition("Degraded") == ("True", "FieldConflict")
+
+
+def test_a_child_deleted_by_hand_comes_back(cluster: Cluster) -> None:
+    cluster.run()
+    cluster.api.delete(SERVICE, "default", "demo-grpc")
+    cluster.reconcile()
+    assert cluster.api.get(SERVICE, "default", "demo-grpc") is not None
+
+
+def test_deleting_the_document_leaves_nothing_and_needs_no_finalizer(cluster: Cluster) -> None:
+    cluster.run()
+    assert "finalizers" not in cluster.live["metadata"]
+    cluster.api.delete(LLM_DEPLOYMENT, "default", "demo")
+    assert cluster.reconcile() is None
+    for resource in (RAY_SERVICE, RAY_CLUSTER, POD, SERVICE, SERVING_POOL, CONTROLLER_REVISION):
+        assert cluster.api.list(resource, "default").items == ()
+
+
+def test_one_event_per_change(cluster: Cluster) -> None:
+    cluster.run()
+    ready = [e for e in cluster.api.list(EVENT, "default").items if e["message"].startswith("Ready is True")]
+    assert len(ready) == 1
+    count = len(cluster.api.list(EVENT, "default").items)
+    cluster.run(3)
+    assert len(cluster.api.list(EVENT, "default").items) == count
+
+
+def test_a_newer_operator_changes_nothing_that_runs(cluster: Cluster) -> None:
+    cluster.run()
+    before = cluster.ray_service["spec"]
+    cluster.settings = Settings(runtime=Runtime(image="antiphon/worker:2", ray_version="2.61.0"))
+    cluster.run(4)
+    assert cluster.ray_service["spec"] == before
+
+
+def test_an_artifact_that_is_loading_is_waited_for(cluster: Cluster) -> None:
+    artifact = {"metadata": {"name": "smol", "namespace": "default"}, "spec": {"uri": "/models/smol"}}
+    made = cluster.api.create(MODEL_ARTIFACT, artifact)
+    cluster.run(3)
+    assert cluster.condition("Accepted") == ("False", "Downloading")
+    assert cluster.api.list(RAY_SERVICE, "default").items == ()
+    cluster.api.update(MODEL_ARTIFACT, {**made, "status": {"phase": "Cached"}}, manager="x", subresource="status")
+    cluster.run()
+    assert cluster.condition("Ready") == ("True", "Ready")
+    assert "/models/smol/artifacts/smol" in cluster.ray_service["spec"]["serveConfigV2"]
+
+
+@pytest.mark.parametrize("error", [Conflict("busy"), Throttled("slow", 3.0), ServerFault("oops")], ids=lambda e: type(e).__name__)
+def test_a_failing_api_server_is_survived(cluster: Cluster, error: KubeError) -> None:
+    count = 0
+
+    def now_and_then(call: Call) -> KubeError | None:
+        nonlocal count
+        count += 1
+        return error if count % 29 == 0 and (call.writes or not isinstance(error, Conflict)) else None
+
+    cluster.api.faults.append(now_and_then)
+    for _ in range(120):
+        with contextlib.suppress(KubeError):
+            cluster.reconcile()
+        cluster.kuberay.tick()
+        cluster.now_s += 5
+    cluster.api.faults.clear()
+    cluster.run(8)
+    assert cluster.condition("Ready") == ("True", "Ready")
+
+
+def end_state(cluster: Cluster) -> tuple[Any, ...]:
+    service = cluster.ray_service
+    pods = sorted(p["metadata"]["labels"]["ray.io/group"] for p in cluster.api.list(POD, "default").items)
+    return service["spec"], cluster.live["status"]["summary"], cluster.condition("Ready"), cluster.condition("Progressing"), pods
+
+
+def rollout(kill_after: int | None) -> tuple[Cluster, bool]:
+    cluster = Cluster()
+    cluster.create(external(gpuBudget=12))
+    cluster.run()
+    cluster.edit(lambda s: (s["pools"][0].update(env={"A": "1"}), s.update(scheduler={"maxNumSeqs": 8})))
+    writes, killed = 0, False
+
+    def kill(call: Call) -> KubeError | None:
+        nonlocal writes, killed
+        if call.writes and kill_after is not None and not killed:
+            writes += 1
+            if writes > kill_after:
+                killed = True
+                raise Killed
+        return None
+
+    cluster.api.faults.append(kill)
+    for _ in range(25):
+        with contextlib.suppress(Killed):
+            cluster.reconcile()
+        cluster.kuberay.tick()
+        cluster.now_s += 5
+    return cluster, killed
+
+
+def test_killed_after_any_write_of_a_rollout_it_converges_to_the_same_end() -> None:
+    expected = end_state(rollout(None)[0])
+    kill_after, killed = 0, True
+    while killed:
+        cluster, killed = rollout(kill_after)
+        assert end_state(cluster) == expected
+        assert cluster.kuberay.max_gpus_seen <= 12
+        kill_after += 1
+    assert kill_after > 10
