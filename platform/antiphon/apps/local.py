@@ -12,16 +12,16 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Protocol, Self
 
 from antiphon.apps.gateway_app import GatewayThread, RunGateway, gateway_config, port_facts
 from antiphon.apps.journal import Journal, JournalEntry
-from antiphon.apps.ray_runtime import RayRuntime
-from antiphon.apps.serve_plan import GATEWAY, PoolTemplate, ServePlan, ServeSettings, plan_serve
+from antiphon.apps.ray_runtime import ApplicationState, RayRuntime
+from antiphon.apps.serve_plan import GATEWAY, PoolTemplate, ServeSettings, plan_serve
 from antiphon.apps.supervisor import DEFAULT_ARGV, RestartLimits, SupervisorState, WorkerSupervisor
 from antiphon.core.errors import AntiphonError, Unavailable
 from antiphon.core.spec import LLMDeployment
@@ -30,8 +30,10 @@ from antiphon.gateway.directory import MemoryDirectory, open_directory
 from antiphon.gateway.lease import BlockingDirectory
 from antiphon.rpc.directory_service import DirectoryServer
 
-T = TypeVar("T")
 Say = Callable[[str], None]
+
+_LOOK_S = 2.0  # between two questions to Serve
+_HOSTING_DEADLINE_S = 10.0
 
 
 class LocalDeployment(Protocol):
@@ -80,22 +82,19 @@ class DirectDeployment:
         self._run_dir = run_dir
         self._settings = settings
         self._run_gateway = run_gateway
-        self._loop = _LoopThread()
-        self._server: DirectoryServer | None = None
+        self._host = DirectoryHosting(document.spec.directory.redis_url)
         self._directory: BlockingDirectory | None = None
         self._supervisors: list[WorkerSupervisor] = []
         self._gateway: GatewayThread | None = None
         self._gateway_ready = False
-        self.directory_address = ""
+
+    @property
+    def directory_address(self) -> str:
+        """See ``LocalDeployment``."""
+        return self._host.address
 
     def start(self, say: Say = lambda _text: None) -> None:
         """See ``LocalDeployment``."""
-        redis_url = self._document.spec.directory.redis_url
-        if redis_url is None:
-            self._server = self._loop.run(DirectoryServer.start(MemoryDirectory()))
-            self.directory_address = self._server.address
-        else:
-            self.directory_address = redis_url
         self._directory = BlockingDirectory(open_directory(self.directory_address))
         for pool in plan_serve(self._document).pools:
             template = PoolTemplate(
@@ -144,10 +143,7 @@ class DirectDeployment:
             stopper.join()
         if self._directory is not None:
             self._directory.close()
-        if self._server is not None:
-            self._loop.run(self._server.close(0.0))
-            self._server = None
-        self._loop.close()
+        self._host.close()
 
     def __enter__(self) -> Self:
         return self
@@ -157,22 +153,31 @@ class DirectDeployment:
 
 
 class RayDeployment:
-    """One Serve application on a private Ray; the arguments are those of ``DirectDeployment``."""
+    """One Serve application on a private Ray; the arguments are those of ``DirectDeployment``.
+
+    The directory is in this process unless the document names a Redis: it outlives every gateway and worker.
+    """
 
     def __init__(
         self, document: LLMDeployment, *, checkpoint: str, run_dir: Path, settings: ServeSettings = ServeSettings()
     ) -> None:
         self._document = document
-        self._checkpoint = checkpoint
-        self._run_dir = run_dir
-        self._settings = settings
+        self._settings = dataclasses.replace(
+            settings, checkpoint=checkpoint, run_dir=str(run_dir), host=settings.host or "127.0.0.1"
+        )
         self._journal = Journal(run_dir)
-        plan: ServePlan = plan_serve(document)
-        self._name = plan.application
+        self._plan = plan_serve(document)
         # One processor more than the replicas reserve is for Serve's own actors.
-        self._runtime = RayRuntime(run_dir, num_cpus=plan.num_cpus + 1, resources=plan.resources)
+        self._runtime = RayRuntime(run_dir, num_cpus=self._plan.num_cpus + 1, resources=self._plan.resources)
+        self._host = DirectoryHosting(document.spec.directory.redis_url)
         self._deployed = False
-        self.directory_address = ""
+        self._next_look_s = 0.0
+        self._state = ApplicationState(status="NOT_STARTED")
+
+    @property
+    def directory_address(self) -> str:
+        """See ``LocalDeployment``."""
+        return self._host.address
 
     def start(self, say: Say = lambda _text: None) -> None:
         """See ``LocalDeployment``."""
@@ -182,38 +187,66 @@ class RayDeployment:
         say("Starting Ray Serve")
         with self._journal.timed("serve"):
             self._runtime.start_serve()
-        from antiphon.apps.directory_actor import ensure_directory
         from antiphon.apps.serve_entry import application
 
-        redis_url = self._document.spec.directory.redis_url
-        host = self._settings.host or "127.0.0.1"
-        say("Starting the directory")
-        with self._journal.timed("directory"):
-            address = ensure_directory(self._name, host=host) if redis_url is None else redis_url
-        self.directory_address = address
-        settings = dataclasses.replace(
-            self._settings, checkpoint=self._checkpoint, directory=address, run_dir=str(self._run_dir), host=host
-        )
-        self._runtime.deploy(self._name, application(self._document, settings, pinned=True, sized=False))
+        settings = dataclasses.replace(self._settings, directory=self._host.address)
+        self._runtime.deploy(self._plan.application, application(self._document, settings, pinned=True, sized=False))
         self._deployed = True
 
     def poll(self) -> bool:
         """See ``LocalDeployment``."""
-        failed = [entry for entry in self._journal.read() if entry.kind == "failed"]
+        entries = self._journal.read()
+        failed = [entry for entry in entries if entry.kind == "failed"]
         if failed:
             raise Unavailable(failed[-1].message)
-        state = self._runtime.state(self._name)
-        if state.failed:
-            raise Unavailable("; ".join([state.message, *state.deployments.values()]))
-        return state.running
+        # Serve's answer costs a hundred times what the journal costs: it is asked when it may have changed, and now and then.
+        num_ready = len({entry.subject for entry in entries if entry.kind == "ready"})
+        complete = num_ready >= self._plan.num_workers + 1
+        if time.monotonic() >= self._next_look_s or (complete and not self._state.running):
+            self._state = self._runtime.state(self._plan.application)
+            self._next_look_s = time.monotonic() + _LOOK_S
+        if self._state.failed:
+            raise Unavailable("; ".join([self._state.message, *self._state.deployments.values()]))
+        return self._state.running
 
     def close(self, *, graceful: bool = True) -> None:
         """See ``LocalDeployment``."""
         if graceful and self._deployed:
             with contextlib.suppress(AntiphonError):  # what does not end by itself is ended with Ray
-                self._runtime.delete(self._name)
+                self._runtime.delete(self._plan.application)
         self._deployed = False
         self._runtime.stop()
+        self._host.close()
+
+
+class DirectoryHosting:
+    """A deployment's directory: the Redis it names, or a store of this process, served to the others.
+
+    Args:
+        redis_url: None = a store of this process.
+    """
+
+    def __init__(self, redis_url: str | None) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        if redis_url is not None:
+            self.address = redis_url
+            return
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="directory-server", daemon=True)
+        self._thread.start()
+        starting = asyncio.run_coroutine_threadsafe(DirectoryServer.start(MemoryDirectory()), self._loop)
+        self._server = starting.result(_HOSTING_DEADLINE_S)
+        self.address = self._server.address
+
+    def close(self) -> None:
+        """Stop serving; idempotent."""
+        loop, self._loop = self._loop, None
+        if loop is not None and self._thread is not None:
+            asyncio.run_coroutine_threadsafe(self._server.close(0.0), loop).result(_HOSTING_DEADLINE_S)
+            loop.call_soon_threadsafe(loop.stop)
+            self._thread.join(_HOSTING_DEADLINE_S)
+            loop.close()
 
 
 def wait_ready(deployment: LocalDeployment, timeout_s: float) -> None:
@@ -249,20 +282,3 @@ def running(run_dir: Path) -> Running:
         elif entry.kind == "exited":
             workers.pop(entry.subject, None)
     return Running(ports=ports, workers=tuple(workers[subject] for subject in sorted(workers)))
-
-
-class _LoopThread:
-    """An event loop on a thread of its own."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="directory-server", daemon=True)
-        self._thread.start()
-
-    def run(self, call: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(call, self._loop).result(30)
-
-    def close(self) -> None:
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(5)
