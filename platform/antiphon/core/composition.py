@@ -62,8 +62,8 @@ class ExternalEndpoint(Model):
 class Price(Model):
     """What an expert costs, in any one currency used throughout the document."""
 
-    input_per_mtok: float = Field(default=0.0, ge=0, le=1e6, strict=False, description="Per million prompt tokens.")
-    output_per_mtok: float = Field(default=0.0, ge=0, le=1e6, strict=False, description="Per million output tokens.")
+    input_per_mtok: float = Field(default=0.0, ge=0, le=1e6, description="Per million prompt tokens.")
+    output_per_mtok: float = Field(default=0.0, ge=0, le=1e6, description="Per million output tokens.")
 
 
 class ExpertSpec(Model):
@@ -75,7 +75,7 @@ class ExpertSpec(Model):
     )
     external: ExternalEndpoint | None = Field(default=None, description="An endpoint run by others; None = deploymentRef.")
     active_params_b: float | None = Field(
-        default=None, gt=0, le=100_000, strict=False,
+        default=None, gt=0, le=100_000,
         description="Parameters used per token, in 1e9; None = as the artifact says, else 1.",
     )  # fmt: skip
     memory: Quantity | None = Field(default=None, description="Memory of its weights when resident; None = unknown.")
@@ -127,7 +127,7 @@ class RouterSpec(Model):
         default="auto", description="Ask the sentence encoder when the fast path is unsure (auto), or never."
     )
     timeout_s: float = Field(
-        default=0.25, gt=0, le=10, strict=False, description="A decision that takes longer goes to the general expert."
+        default=0.25, gt=0, le=10, description="A decision that takes longer goes to the general expert."
     )
     record_decisions: int = Field(default=10_000, ge=0, le=10_000_000, description="Decisions kept for Explain, per replica.")
 
@@ -137,14 +137,14 @@ class PolicySpec(Model):
 
     name: Policy = Field(default="balanced", description="The default policy.")
     max_avg_active_params_b: float | None = Field(
-        default=None, gt=0, le=100_000, strict=False, description="budget: average active parameters, in 1e9; None = not limited."
+        default=None, gt=0, le=100_000, description="budget: average active parameters, in 1e9; None = not limited."
     )
     max_avg_cost: float | None = Field(
-        default=None, gt=0, le=1e6, strict=False, description="budget: average price per million tokens; None = not limited."
+        default=None, gt=0, le=1e6, description="budget: average price per million tokens; None = not limited."
     )
     max_memory: Quantity | None = Field(default=None, description="Memory for all resident experts; None = not limited.")
     wait_weight: float = Field(
-        default=0.002, ge=0, le=1, strict=False, description="Score given up per second of expected wait or expert switch."
+        default=0.002, ge=0, le=1, description="Score given up per second of expected wait or expert switch."
     )
 
     @model_validator(mode="after")
@@ -162,7 +162,7 @@ class GateSpec(Model):
 
     enabled: bool = Field(default=True, description="Whether uncertain requests go to the general expert.")
     strictness: float = Field(
-        default=1.0, ge=0, le=10, strict=False,
+        default=1.0, ge=0, le=10,
         description="1 = the thresholds chosen in training; above 1 gates more requests, below 1 fewer, 0 none.",
     )  # fmt: skip
 
@@ -171,8 +171,8 @@ class StickinessSpec(Model):
     """Keeps the requests of one session at one expert while that costs little."""
 
     enabled: bool = Field(default=True, description="Whether sessions stick.")
-    margin: float = Field(default=0.03, ge=0, le=1, strict=False, description="Score given up to stay with the session's expert.")
-    ttl_s: float = Field(default=900.0, gt=0, le=86_400, strict=False, description="A session idle this long is forgotten.")
+    margin: float = Field(default=0.03, ge=0, le=1, description="Score given up to stay with the session's expert.")
+    ttl_s: float = Field(default=900.0, gt=0, le=86_400, description="A session idle this long is forgotten.")
 
 
 class RuleMatch(Model):
@@ -208,16 +208,16 @@ class RuleSpec(Model):
 class LimitsSpec(Model):
     """Bounds that protect experts from each other."""
 
-    connect_timeout_s: float = Field(default=2.0, gt=0, le=60, strict=False, description="Connecting to an external expert.")
+    connect_timeout_s: float = Field(default=2.0, gt=0, le=60, description="Connecting to an external expert.")
     first_token_timeout_s: float = Field(
-        default=30.0, gt=0, le=3600, strict=False, description="An expert that has sent nothing by then is left for a fallback."
+        default=30.0, gt=0, le=3600, description="An expert that has sent nothing by then is left for a fallback."
     )
-    idle_timeout_s: float = Field(default=30.0, gt=0, le=3600, strict=False, description="Silence between two parts of an answer.")
+    idle_timeout_s: float = Field(default=30.0, gt=0, le=3600, description="Silence between two parts of an answer.")
     max_concurrent_per_expert: int = Field(
         default=256, ge=1, le=1_000_000, description="Requests at one external expert at once, per gateway, before 429."
     )
     breaker_failures: int = Field(default=3, ge=1, le=1000, description="Failures in a row that open an expert's circuit.")
-    breaker_open_s: float = Field(default=10.0, gt=0, le=3600, strict=False, description="An open circuit tries again after this.")
+    breaker_open_s: float = Field(default=10.0, gt=0, le=3600, description="An open circuit tries again after this.")
 
 
 class AuthSpec(Model):
@@ -234,7 +234,7 @@ class TiersSpec(Model):
     resident_memory: Quantity = Field(description="Memory for resident experts.")
     host_memory: Quantity = Field(default="0", description="Memory for experts kept in host memory, ready to load.")
     fairness_window_s: float = Field(
-        default=5.0, gt=0, le=3600, strict=False, description="Grouping by expert delays nobody longer than this."
+        default=5.0, gt=0, le=3600, description="Grouping by expert delays nobody longer than this."
     )
     prefetch: bool = Field(default=True, description="Bring a likely next expert from disk to host memory ahead of time.")
 

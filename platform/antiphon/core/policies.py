@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from antiphon.core.document_part import Model
+from antiphon.core.document_part import FieldsError, Model
 
 RESERVED_POOL_NAMES = ("gateway", "headgroup")  # the gateway's own deployment and worker group, and Ray's head group
 MAX_RATIOS = 16
@@ -57,36 +57,34 @@ class ScalingSpec(Model):
         default=300.0,
         ge=0,
         le=86_400,
-        strict=False,
         description="A lower target must have held this long before it is followed.",
     )
     metrics_max_age_s: float = Field(
-        default=60.0, gt=0, le=3600, strict=False, description="Metrics older than this are stale: the size is held."
+        default=60.0, gt=0, le=3600, description="Metrics older than this are stale: the size is held."
     )
     pending_deadline_s: float = Field(
         default=600.0,
         gt=0,
         le=86_400,
-        strict=False,
         description="Workers unschedulable for this long lower the target to what runs.",
     )
     target_queue_per_worker: float | None = Field(
         default=None,
         gt=0,
         le=1_000_000,
-        strict=False,
         description="SLO: waiting requests per worker to aim at; None = not used.",
     )
     target_kv_usage: float | None = Field(
-        default=None, gt=0, le=1, strict=False, description="SLO: share of KV blocks in use to aim at; None = not used."
+        default=None, gt=0, le=1, description="SLO: share of KV blocks in use to aim at; None = not used."
     )
 
     @model_validator(mode="after")
     def _bounds(self) -> ScalingSpec:
         if self.mode is not ScalingMode.STATIC and (self.min_replicas is None or self.max_replicas is None):
-            raise ValueError(f"mode {self.mode.value} needs minReplicas and maxReplicas")
+            missing = [("minReplicas", self.min_replicas), ("maxReplicas", self.max_replicas)]
+            raise FieldsError([(path, f"mode {self.mode.value} needs it") for path, value in missing if value is None])
         if self.min_replicas is not None and self.max_replicas is not None and self.min_replicas > self.max_replicas:
-            raise ValueError(f"minReplicas {self.min_replicas} is above maxReplicas {self.max_replicas}")
+            raise ValueError(f"minReplicas: {self.min_replicas} is above maxReplicas {self.max_replicas}")
         return self
 
 
@@ -97,14 +95,12 @@ class SloSpec(Model):
         default=None,
         gt=0,
         le=3_600_000,
-        strict=False,
         description="Time to first token, in milliseconds; None = not a goal.",
     )
     tpot_ms: float | None = Field(
         default=None,
         gt=0,
         le=3_600_000,
-        strict=False,
         description="Time per output token, in milliseconds; None = not a goal.",
     )
 
@@ -115,18 +111,18 @@ class RatioSpec(Model):
     numerator: str = Field(description="Name of the pool above the line.", min_length=1, max_length=32)
     denominator: str = Field(description="Name of the pool below the line.", min_length=1, max_length=32)
     min: float | None = Field(
-        default=None, gt=0, le=10_000, strict=False, description="Least quotient; None = unbounded."
+        default=None, gt=0, le=10_000, description="Least quotient; None = unbounded."
     )
     max: float | None = Field(
-        default=None, gt=0, le=10_000, strict=False, description="Greatest quotient; None = unbounded."
+        default=None, gt=0, le=10_000, description="Greatest quotient; None = unbounded."
     )
 
     @model_validator(mode="after")
     def _ordered(self) -> RatioSpec:
         if self.numerator == self.denominator:
-            raise ValueError("numerator and denominator must be different pools")
+            raise ValueError("denominator: must be another pool than the numerator")
         if self.min is not None and self.max is not None and self.min > self.max:
-            raise ValueError(f"min {self.min:g} is above max {self.max:g}")
+            raise ValueError(f"min: {self.min:g} is above max {self.max:g}")
         return self
 
 
@@ -144,7 +140,6 @@ class RolloutSpec(Model):
         default=1800.0,
         gt=0,
         le=86_400,
-        strict=False,
         description="A rollout without progress for this long has failed.",
     )
     auto_rollback: bool = Field(default=True, description="Return to the last good revision when a rollout fails.")
@@ -210,7 +205,7 @@ class KubernetesSpec(Model):
         description="Restrict traffic to the pods: within the deployment, from clients to the gateway, from KubeRay.",
     )
     drain_s: float = Field(
-        default=60.0, ge=0, le=3600, strict=False, description="Time that requests in flight get before a worker stops."
+        default=60.0, ge=0, le=3600, description="Time that requests in flight get before a worker stops."
     )
 
     @field_validator("image_pull_secrets", "secret_env", mode="before")

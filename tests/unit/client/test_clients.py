@@ -6,14 +6,21 @@ Every test runs with the blocking client and with the asyncio client, the latter
 from __future__ import annotations
 
 import asyncio
+import datetime
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from concurrent import futures
 from typing import Any
 
+import grpc
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
-from antiphon.client import AsyncClient, AsyncStream, Chunk, Client, Completion, FinishReason, Message, RetryPolicy, Stream
+from antiphon.client import AsyncClient, AsyncStream, Chunk, Client, Completion, FinishReason, Message, RetryPolicy, Stream, Tls
 from antiphon.core.errors import (
     AntiphonError,
     Cancelled,
@@ -28,6 +35,8 @@ from antiphon.core.errors import (
 from antiphon.rpc.inference import CallInfo, InferenceServicer
 from antiphon.rpc.services import RpcServer
 from antiphon.rpc.v1 import inference_pb2 as pb
+from antiphon.rpc.v1.inference_pb2_grpc import InferenceServicer as InferenceServicerStub
+from antiphon.rpc.v1.inference_pb2_grpc import add_InferenceServicer_to_server
 
 FAST = RetryPolicy(max_attempts=3, initial_s=0.01, max_s=0.02)
 
@@ -435,6 +444,47 @@ def test_a_closed_client_refuses(server: Server, connect: Connect) -> None:
     client.close()
     with pytest.raises(Cancelled):
         client.generate("m", prompt="x")
+
+
+def self_signed(name: str) -> tuple[bytes, bytes]:
+    """A private key and a certificate for ``name``, PEM."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    plain = serialization.NoEncryption()
+    return key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain), certificate.public_bytes(pem)
+
+
+def test_a_tls_server_is_trusted_by_its_authority_and_name(connect: Connect) -> None:
+    class Models(InferenceServicerStub):
+        def ListModels(self, request: pb.ListModelsRequest, context: grpc.ServicerContext) -> pb.ListModelsResponse:
+            return pb.ListModelsResponse(models=[pb.ModelCard(id="m")])
+
+    key, certificate = self_signed("gateway.test")
+    server = grpc.server(futures.ThreadPoolExecutor(max_workers=2))
+    add_InferenceServicer_to_server(Models(), server)
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(key, certificate)]))
+    server.start()
+    try:
+        trusted = Tls(root_certificates=certificate, server_name="gateway.test")
+        assert connect(f"127.0.0.1:{port}", tls=trusted).list_models()[0].id == "m"
+        misnamed = Tls(root_certificates=certificate, server_name="other.test")
+        with pytest.raises(Unavailable):
+            connect(f"127.0.0.1:{port}", tls=misnamed).list_models()
+    finally:
+        server.stop(None).wait()
 
 
 def test_many_threads_share_one_client(server: Server) -> None:

@@ -121,6 +121,11 @@ def test_a_missing_field_says_what_it_is_for() -> None:
     assert found["spec.model.uri"].startswith("required, but missing: Where the checkpoint is")
 
 
+def test_bounds_that_a_scaling_mode_needs_are_reported_where_they_are_missing() -> None:
+    found = problems_of(changed("replicas: 4", "replicas: 4\n      scaling: {mode: SLO, maxReplicas: 4}"))
+    assert found == {"spec.pools[2].scaling.minReplicas": "mode SLO needs it"}
+
+
 def test_a_missing_pool_is_reported_at_the_pools() -> None:
     text = GOOD.replace("    - {name: prefill, role: prefill}\n", "")
     assert problems_of(text) == {"spec.pools": "topology pd-afd needs a pool with role prefill"}
