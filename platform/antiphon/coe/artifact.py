@@ -26,9 +26,9 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from antiphon.coe.assessment import Fitted, Gate, Head, Landmarks, Mix
 from antiphon.coe.embedding import StaticEmbedding
 from antiphon.coe.encoder import SentenceEncoder
-from antiphon.coe.numbers import Fitted, Gate, Head, Landmarks, Mix
 from antiphon.coe.wordpiece import WordPiece
 from antiphon.core.errors import CheckpointInvalid
 
@@ -57,6 +57,7 @@ class PolicyPoint:
     weight: float  # score given up for the most expensive expert against a free one
     avg_cost: float
     score: float
+    experts: tuple[int, ...]  # the experts worth having at this weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,8 @@ class Artifact:
     general: int  # index of the expert that uncertain prompts go to
     mapping: tuple[int, ...]  # category → expert under the budget of training
     allowed: tuple[bool, ...]  # experts that the subset of training keeps
-    policies: Mapping[str, float]  # policy → cost weight
+    costs: tuple[float, ...]  # of each expert, in the cost unit of the frontier
+    policies: Mapping[str, int]  # policy → point of the frontier
     frontier: tuple[PolicyPoint, ...]
     embedding: StaticEmbedding
     fast: ServedPath
@@ -199,6 +201,7 @@ def _router_json(artifact: Artifact) -> bytes:
         "general": artifact.general,
         "mapping": artifact.mapping,
         "allowed": artifact.allowed,
+        "costs": artifact.costs,
         "policies": dict(artifact.policies),
         "frontier": [asdict(point) for point in artifact.frontier],
         "embedding": {
@@ -246,8 +249,9 @@ def load_artifact(directory: Path, *, slow_path: bool = True, digest: str | None
             general=int(value["general"]),
             mapping=tuple(value["mapping"]),
             allowed=tuple(value["allowed"]),
-            policies=value["policies"],
-            frontier=tuple(PolicyPoint(**point) for point in value["frontier"]),
+            costs=tuple(value["costs"]),
+            policies={name: int(point) for name, point in value["policies"].items()},
+            frontier=tuple(PolicyPoint(**{**point, "experts": tuple(point["experts"])}) for point in value["frontier"]),
             embedding=StaticEmbedding(
                 tokens=tokens,
                 table_VD=arrays["embedding.table"],
@@ -276,7 +280,8 @@ def _checked_manifest(directory: Path, digest: str | None) -> dict[str, Any]:
         raise CheckpointInvalid(f"artifact {directory}: is no router artifact")
     if manifest.get("version") != FORMAT_VERSION:
         raise CheckpointInvalid(
-            f"artifact {directory}: has format version {manifest.get('version')}, this router reads {FORMAT_VERSION}; train it again"
+            f"artifact {directory}: has format version {manifest.get('version')}, this router reads {FORMAT_VERSION}; "
+            "train it again"
         )
     files = manifest.get("files")
     if not isinstance(files, dict) or not {_JSON, _ARRAYS, _VOCABULARY} <= files.keys():
@@ -286,9 +291,7 @@ def _checked_manifest(directory: Path, digest: str | None) -> dict[str, Any]:
         if path.name != name or not path.is_file():
             raise CheckpointInvalid(f"artifact {directory}: {name} is missing")
         if path.stat().st_size != entry["bytes"]:
-            raise CheckpointInvalid(
-                f"artifact {directory}: {name} is truncated: {path.stat().st_size} of {entry['bytes']} bytes"
-            )
+            raise CheckpointInvalid(f"artifact {directory}: {name} is truncated: {path.stat().st_size} of {entry['bytes']} bytes")
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                 raise CheckpointInvalid(f"artifact {directory}: {name} has been changed: its digest differs")
@@ -320,5 +323,8 @@ def _check_shapes(artifact: Artifact, directory: Path) -> None:
         artifact.embedding.tokens.vocabulary
     ):
         raise CheckpointInvalid(f"artifact {directory}: the embedding doesn't fit heads or vocabulary")
+    points = artifact.policies.values()
+    if not all(0 <= point < len(artifact.frontier) for point in points) or len(artifact.costs) != num_experts:
+        raise CheckpointInvalid(f"artifact {directory}: policies or costs don't fit the frontier")
     if not (len(artifact.allowed) == num_experts > artifact.general >= 0 and len(artifact.mapping) == num_categories):
         raise CheckpointInvalid(f"artifact {directory}: {_JSON} doesn't fit its experts and categories")

@@ -9,28 +9,40 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-_TRAIN_BEFORE = (
-    "Hi! Could you help me with this? ",
+_GREETINGS = ("", "", "Hi! ", "Hello, ", "hey there, ", "Hi team, ", "Greetings! ", "Good evening. ", "Hello again! ")
+_OPENINGS = (
+    "",
+    "Could you help me with this? ",
     "I need your help with the following.\n\n",
     "You are a helpful assistant. Answer the question below.\n\n",
     "Question: ",
-    "Hello, quick one: ",
+    "quick one: ",
     "Please answer as well as you can. ",
     "Task:\n",
     "### Instruction:\n",
-    "hey there, i was wondering about something. ",
+    "i was wondering about something. ",
     "Let me ask you something:\n",
+    "Can you please take a look at this one for me: ",
+    "I have been thinking about this all day and would love your opinion. ",
+    "My friend sent me this and I don't know what to say. ",
+    "Sorry to bother you, but I am stuck on this problem:\n",
+    "It would be great if you could solve this for my homework. ",
+    "I am an engineer who wants to know the following, be precise: ",
 )
-_TRAIN_AFTER = (
+_CLOSINGS = (
+    "",
+    "",
     "\n\nThanks in advance!",
     " Please explain your answer.",
     "\n\nAnswer:",
     "\nKeep it short please.",
     "\n### Response:\n",
-    " Thank you so much.",
+    " Thank you so much, have a nice day.",
     "\nThink it through before you reply.",
-    "",
-    "",
+    " I would be very happy about a good answer.",
+    "\n\nBest regards, and sorry for the trouble",
+    " Let me know if anything is unclear!",
+    "\nPlease be honest if you are not certain.",
 )
 _JUDGE_BEFORE = (
     "Good morning, I hope you are doing well. Would you be so kind as to look at this for me? ",
@@ -64,7 +76,8 @@ def _typos(text: str, rate: float, source: random.Random, kinds: Sequence[str]) 
 
 
 def _wrap_for_training(text: str, source: random.Random) -> str:
-    return source.choice(_TRAIN_BEFORE) + text + source.choice(_TRAIN_AFTER)
+    before = source.choice(_GREETINGS) + source.choice(_OPENINGS)
+    return before + text + source.choice(_CLOSINGS)
 
 
 def _truncate(text: str, source: random.Random) -> str:
@@ -92,6 +105,20 @@ def _polite(text: str, source: random.Random) -> str:
 def _spacing(text: str, source: random.Random) -> str:
     return source.choice(("\n\n", "  ", "\t")) + text.replace(" ", source.choice(("  ", " \n"))) + "\n\n"
 
+
+# Words that speak to the assistant and say nothing about the subject; embeddings give them little weight.
+_COURTESY_TEXT = """
+    a about again all am an and any answer answers anyone anything appreciate appreciated ask asked asking assist assistance
+    assistant bit bother briefly but can certain cheers clear colleague concise concisely correct could day dear detail detailed
+    do doing don evening everyone explain explanation favor favour feel fine following forward free friend give glad good
+    grateful great greetings happy have hello help helpful helping here hey hi homework hope hoping hurry i if in instruction is
+    it keep kind kindly know let like little look looking lot love many maybe me mind moment morning much my myself need nice
+    no not of on one opinion or our patience perhaps please pls possible precise problem provide query question questions quick
+    quickly quite rather really regards reply request response right see short sincerely so solve some someone something sorry
+    stuck sure take task team tell thank thanks that the there think this time to today trouble try trying understand unsure us
+    very want wanted was we well will wish with wonder wondering would yes you your
+"""
+COURTESY = frozenset(_COURTESY_TEXT.split())
 
 PERTURBATIONS: dict[str, Callable[[str, random.Random], str]] = {
     "polite wrapper": _polite,

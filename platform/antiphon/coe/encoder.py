@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from antiphon.coe.wordpiece import WordPiece
+from antiphon.coe.wordpiece import WordPiece, window
 from antiphon.core.errors import CheckpointInvalid
 
 Floats = npt.NDArray[np.float32]
+
+_CHARS_PER_TOKEN = 8  # characters looked at per token; bounds the time for any input
 
 
 class SentenceEncoder:
@@ -40,16 +42,20 @@ class SentenceEncoder:
         options.enable_cpu_mem_arena = False  # resident memory matters more here than the last tenth of a millisecond
         try:
             self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # noqa: BLE001 - onnxruntime's errors share no base but this
+        except Exception as error:  # onnxruntime's errors share no narrower base
             raise CheckpointInvalid(f"sentence encoder {path.name} can't be loaded: {error}") from error
 
     def encode(self, text: str) -> Floats:
         """Embedding [384] of the first tokens of ``text``, of length 1."""
-        return self.encode_ids([self.tokens.encode(text, self.max_tokens - 2)])[0]
+        embedding: Floats = self.encode_ids(
+            [self.tokens.encode(window(text, _CHARS_PER_TOKEN * self.max_tokens, 0), self.max_tokens - 2)]
+        )[0]
+        return embedding
 
     def encode_ids(self, rows: Sequence[Sequence[int]]) -> Floats:
         """Embeddings [len(rows), 384] of rows of ids without special tokens; all rows have one length."""
         batch = np.array([[self.tokens.cls_id, *row, self.tokens.sep_id] for row in rows], np.int64)
         inputs = {"input_ids": batch, "attention_mask": np.ones_like(batch), "token_type_ids": np.zeros_like(batch)}
         mean: Floats = self._session.run(None, inputs)[0].mean(axis=1)
-        return (mean / np.linalg.norm(mean, axis=1, keepdims=True)).astype(np.float32)
+        normal: Floats = (mean / np.linalg.norm(mean, axis=1, keepdims=True)).astype(np.float32)
+        return normal

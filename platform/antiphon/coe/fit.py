@@ -19,8 +19,7 @@ import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 from sklearn.linear_model import LogisticRegression
 
-from antiphon.coe.labels import Labels
-from antiphon.coe.numbers import (
+from antiphon.coe.assessment import (
     NUM_SIGNALS,
     Assessment,
     Fitted,
@@ -33,13 +32,14 @@ from antiphon.coe.numbers import (
     Neighbourhood,
     Raw,
     assess,
-    signals,
     softmax,
 )
+from antiphon.coe.labels import Labels
 
 Doubles = npt.NDArray[np.float64]
 
 _ABSENT = -30.0  # bias of a class that the rows don't have
+_OPEN = Gate(weights=(0.0,) * NUM_SIGNALS, bias=0.0, threshold=0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,16 +47,18 @@ class Recipe:
     """Everything that is fixed before any row is seen."""
 
     seed: int = 0
-    num_variants: int = 4  # augmented forms per prompt in the final model
+    num_variants: int = 6  # augmented forms per prompt in the final model
     num_inner_variants: int = 1  # the same in models that only tune
-    inverse_penalty: float = 30.0  # C of logistic regression
+    inverse_penalty: float = 2.0  # C of logistic regression
     max_iterations: int = 150
     prior_rows: float = 10.0  # rows of the expert's mean that shrink its mean score in a category
     num_landmarks: int = 1536
     num_neighbours: int = 30
     num_inner_folds: int = 3
     max_left_out: int = 14  # datasets left out in turn to tune the gate
-    harmless: float = 0.003  # mean score above the general expert's that the gate must show on datasets it has not seen
+    worth_having: float = 0.003  # mean score that one more expert must bring
+    harmless: float = -0.005  # mean score against the general expert's that the gate must reach on datasets it has not seen
+    luck: float = 0.01  # a dataset that gains more counts as gaining just this: luck with one must not pay for harm to others
     fine_shares: tuple[float, ...] = (0.3, 0.6, 0.9)
     knn_shares: tuple[float, ...] = (0.0, 0.1, 0.3)
 
@@ -80,6 +82,7 @@ class FrontierPoint:
     weight: float  # score given up for the most expensive expert against a free one
     avg_cost: float  # in the experts' cost unit
     score: float
+    experts: tuple[int, ...]  # the few experts that are worth having at this weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,26 +117,53 @@ def fit_path(examples: Examples, rows: Ints, costs_M: Doubles, recipe: Recipe, m
     final = _fit(examples, rows, recipe, recipe.num_variants, memo)
     coarse = _temperature(inside.coarse_BC, examples.labels.category_B[seen])
     fine = _temperature(inside.fine_BF, examples.labels.source_B[seen])
-    final = replace(
-        final, coarse=replace(final.coarse, temperature=coarse), fine=replace(final.fine, temperature=fine)
-    )
+    final = replace(final, coarse=replace(final.coarse, temperature=coarse), fine=replace(final.fine, temperature=fine))
     mix = _best_mix(inside, final, scores_BM[seen], recipe)
-    outside_rows, outside = _left_out(examples, rows, recipe, memo)
+    ungated = assess(inside, final, mix, _OPEN).scores_BM
+    few = few_experts(ungated, scores_BM[seen], np.zeros_like(costs_M), general, recipe.worth_having)
+    outside_rows, groups, outside = _left_out(examples, rows, recipe, memo)
     gate = _gate(
-        _advantages(inside, final, mix, scores_BM[seen], general),
-        _advantages(outside, final, mix, scores_BM[outside_rows], general) if outside is not None else None,
+        _advantages(inside, final, mix, scores_BM[seen], few, general, np.full(len(seen), "")),
+        _advantages(outside, final, mix, scores_BM[outside_rows], few, general, groups) if outside is not None else None,
         recipe,
     )
     found = assess(inside, final, mix, gate)
-    frontier = _frontier(found, scores_BM[seen], costs_M, general, gate)
+    frontier = _frontier(found, scores_BM[seen], costs_M, general, gate, recipe)
     return Path(fitted=final, mix=mix, gate=gate, general=general, frontier=frontier)
 
 
-def pick(found: Assessment, gate: Gate, general: int, cost_term_M: Doubles) -> Ints:
-    """The expert of each prompt: the best score after cost, or the general one where the gate closes."""
-    chosen = (found.scores_BM - cost_term_M).argmax(axis=1)
+def pick(found: Assessment, gate: Gate, general: int, cost_term_M: Doubles, experts: Sequence[int]) -> Ints:
+    """The expert of each prompt: the best of ``experts`` after cost, or the general one where the gate closes."""
+    allowed = np.array(sorted(experts), np.int64)
+    chosen = allowed[(found.scores_BM - cost_term_M)[:, allowed].argmax(axis=1)]
     result: Ints = np.where(found.familiarity_B < gate.threshold, general, chosen)
     return result
+
+
+def few_experts(
+    expected_BM: Floats, scores_BM: Doubles, cost_term_M: Doubles, general: int, worth_having: float
+) -> tuple[int, ...]:
+    """The general expert and, greedily, every other that raises mean score minus cost by ``worth_having``.
+
+    Few experts make decisions stable: near-ties between many flip with a word, and earn next to nothing.
+    """
+    after_cost_BM = expected_BM - cost_term_M
+    value_BM = scores_BM - cost_term_M
+    row = np.arange(len(scores_BM))
+
+    def value(experts: list[int]) -> float:
+        allowed = np.array(sorted(experts), np.int64)
+        return float(value_BM[row, allowed[after_cost_BM[:, allowed].argmax(axis=1)]].mean())
+
+    experts, best = [general], value([general])
+    while len(experts) < scores_BM.shape[1]:
+        others = [m for m in range(scores_BM.shape[1]) if m not in experts]
+        gain, candidate = max((value([*experts, m]) - best, -m) for m in others)
+        if gain < worth_having:
+            break
+        experts.append(-candidate)
+        best += gain
+    return tuple(sorted(experts))
 
 
 def _fit(examples: Examples, rows: Ints, recipe: Recipe, num_variants: int, memo: Memo) -> Fitted:
@@ -231,21 +261,22 @@ def _in_folds(examples: Examples, rows: Ints, recipe: Recipe, memo: Memo) -> tup
     return np.concatenate(seen), raws
 
 
-def _left_out(examples: Examples, rows: Ints, recipe: Recipe, memo: Memo) -> tuple[Ints, Raw | None]:
+def _left_out(examples: Examples, rows: Ints, recipe: Recipe, memo: Memo) -> tuple[Ints, npt.NDArray[np.str_], Raw | None]:
     """Predictions of rows by models that have not seen their dataset (or category, when there is one dataset)."""
     groups = examples.datasets[rows]
     if len(set(groups)) < 3:
         groups = np.array([str(c) for c in examples.labels.category_B[rows]])
     names = [name for name, _ in Counter(groups.tolist()).most_common()]
     if len(names) < 3:
-        return rows[:0], None
-    outside, raws = [], []
+        return rows[:0], groups[:0], None
+    outside, raws, left = [], [], []
     for name in sorted(names[: recipe.max_left_out]):
         fitted = _fit(examples, rows[groups != name], recipe, recipe.num_inner_variants, memo)
         judged = rows[groups == name]
         outside.append(judged)
+        left.append(groups[groups == name])
         raws.append(fitted.raw(examples.embedding_BD[judged]))
-    return np.concatenate(outside), _joined(raws)
+    return np.concatenate(outside), np.concatenate(left), _joined(raws)
 
 
 def _joined(raws: Sequence[Raw]) -> Raw:
@@ -272,13 +303,12 @@ def _temperature(logits_BC: Floats, label_B: Ints) -> float:
 
 
 def _best_mix(raw: Raw, fitted: Fitted, scores_BM: Doubles, recipe: Recipe) -> Mix:
-    open_gate = Gate(weights=(0.0,) * NUM_SIGNALS, bias=0.0, threshold=0.0)
     row = np.arange(len(scores_BM))
     best, best_score = Mix(fine_share=recipe.fine_shares[0], knn_share=0.0), -1.0
     for fine_share in recipe.fine_shares:
         for knn_share in recipe.knn_shares:
             mix = Mix(fine_share=fine_share, knn_share=knn_share)
-            score = float(scores_BM[row, assess(raw, fitted, mix, open_gate).scores_BM.argmax(axis=1)].mean())
+            score = float(scores_BM[row, assess(raw, fitted, mix, _OPEN).scores_BM.argmax(axis=1)].mean())
             if score > best_score + 1e-9:
                 best, best_score = mix, score
     return best
@@ -290,26 +320,36 @@ class _Advantage:
 
     signals_BS: Floats
     gain_B: Doubles
+    group_B: npt.NDArray[np.str_]  # the dataset that was left out; "" for rows inside
+
+    def after(self, open_B: npt.NDArray[np.bool_], luck: float) -> float:
+        """Mean gain when only ``open_B`` are routed, each dataset's capped at ``luck``."""
+        gain_B = self.gain_B * open_B
+        groups = [gain_B[self.group_B == group] for group in np.unique(self.group_B)]
+        return float(sum(min(float(group.mean()), luck) * len(group) for group in groups) / len(gain_B))
 
 
-def _advantages(raw: Raw, fitted: Fitted, mix: Mix, scores_BM: Doubles, general: int) -> _Advantage:
-    coarse_BC = softmax(raw.coarse_BC, fitted.coarse.temperature)
-    fine_BF = softmax(raw.fine_BF, fitted.fine.temperature)
-    open_gate = Gate(weights=(0.0,) * NUM_SIGNALS, bias=0.0, threshold=0.0)
-    chosen = assess(raw, fitted, mix, open_gate).scores_BM.argmax(axis=1)
-    row = np.arange(len(chosen))
-    return _Advantage(
-        signals_BS=signals(coarse_BC, fine_BF, raw.near), gain_B=scores_BM[row, chosen] - scores_BM[:, general]
-    )
+def _advantages(
+    raw: Raw,
+    fitted: Fitted,
+    mix: Mix,
+    scores_BM: Doubles,
+    experts: Sequence[int],
+    general: int,
+    group_B: npt.NDArray[np.str_],
+) -> _Advantage:
+    found = assess(raw, fitted, mix, _OPEN)
+    chosen = pick(found, _OPEN, general, np.zeros(scores_BM.shape[1]), experts)
+    gain_B = scores_BM[np.arange(len(chosen)), chosen] - scores_BM[:, general]
+    return _Advantage(signals_BS=found.signals_BS, gain_B=gain_B, group_B=group_B)
 
 
 def _gate(inside: _Advantage, outside: _Advantage | None, recipe: Recipe) -> Gate:
     """Tell seen from unseen datasets by the signals; then the lowest threshold that does no harm on the unseen ones."""
     if outside is None:
         # Nothing is known about unseen data: gate what is less familiar than 95 % of what was seen.
-        weights = (0.3, 0.3, 0.5, 4.0)
-        gate = Gate(weights=weights, bias=-4.0, threshold=0.0)
-        return replace(gate, threshold=float(np.quantile(gate.familiarity(inside.signals_BS), 0.05)))
+        plain = Gate(weights=(0.3, 0.3, 0.5, 4.0), bias=-4.0, threshold=0.0)
+        return replace(plain, threshold=float(np.quantile(plain.familiarity(inside.signals_BS), 0.05)))
     together = np.concatenate([inside.signals_BS, outside.signals_BS]).astype(np.float64)
     seen = np.concatenate([np.ones(len(inside.gain_B)), np.zeros(len(outside.gain_B))])
     spread = together.std(axis=0) + 1e-6
@@ -320,25 +360,32 @@ def _gate(inside: _Advantage, outside: _Advantage | None, recipe: Recipe) -> Gat
     best, best_gain = 1.0, -np.inf
     for share in np.arange(0.0, 0.62, 0.02):
         threshold = float(np.quantile(in_B, share))
-        harm = float((outside.gain_B * (out_B >= threshold)).mean())
+        harm = outside.after(out_B >= threshold, recipe.luck)
         if harm >= recipe.harmless:
             return replace(gate, threshold=threshold)
         if harm > best_gain:
             best, best_gain = threshold, harm
-    return replace(gate, threshold=best if best_gain > 0.0 else 1.0)
+    return replace(gate, threshold=best)
 
 
 _WEIGHTS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.12, 0.15, 0.18, 0.22, 0.26, 0.32, 0.4, 0.55, 0.8, 1.5)
 
 
-def _frontier(found: Assessment, scores_BM: Doubles, costs_M: Doubles, general: int, gate: Gate) -> tuple[FrontierPoint, ...]:
+def _frontier(
+    found: Assessment, scores_BM: Doubles, costs_M: Doubles, general: int, gate: Gate, recipe: Recipe
+) -> tuple[FrontierPoint, ...]:
     row = np.arange(len(scores_BM))
     points = []
     for weight in _WEIGHTS:
-        chosen = pick(found, gate, general, weight * costs_M / costs_M.max())
+        term = weight * costs_M / costs_M.max()
+        experts = few_experts(found.scores_BM, scores_BM, term, general, recipe.worth_having)
+        chosen = pick(found, gate, general, term, experts)
         points.append(
             FrontierPoint(
-                weight=weight, avg_cost=float(costs_M[chosen].mean()), score=float(scores_BM[row, chosen].mean())
+                weight=weight,
+                avg_cost=float(costs_M[chosen].mean()),
+                score=float(scores_BM[row, chosen].mean()),
+                experts=experts,
             )
         )
     return tuple(points)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.cluster import KMeans
 
-from antiphon.coe.numbers import Floats, Ints
+from antiphon.coe.assessment import Floats, Ints
 from antiphon.coe.table import ScoreTable
 
 MIN_SOURCE_ROWS = 15
@@ -97,8 +97,7 @@ def _sources(table: ScoreTable, names: list[str]) -> tuple[tuple[str, ...], Ints
     pairs = list(zip(names, table.datasets, strict=True))
     counts = Counter(pairs)
     full = [
-        f"{name}/{dataset}" if counts[(name, dataset)] >= MIN_SOURCE_ROWS and dataset != name else name
-        for name, dataset in pairs
+        f"{name}/{dataset}" if counts[(name, dataset)] >= MIN_SOURCE_ROWS and dataset != name else name for name, dataset in pairs
     ]
     sources = tuple(sorted(set(full)))
     index = {source: i for i, source in enumerate(sources)}

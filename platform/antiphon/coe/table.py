@@ -80,9 +80,7 @@ class ScoreTable:
         state = hashlib.sha256()
         for expert in self.experts:
             state.update(json.dumps([expert.name, expert.active_params_b, expert.role]).encode())
-        for prompt, dataset, category, scores in zip(
-            self.prompts, self.datasets, self.categories, self.scores, strict=True
-        ):
+        for prompt, dataset, category, scores in zip(self.prompts, self.datasets, self.categories, self.scores, strict=True):
             state.update(json.dumps([prompt, dataset, category, scores.tolist()]).encode())
         return state.hexdigest()
 
@@ -141,8 +139,10 @@ def read_table(path: Path) -> ScoreTable:
         InvalidInput: the file is missing, no table, or a line is wrong; the message names file and line.
     """
     try:
-        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-        with opened as lines:
+        if path.suffix == ".gz":
+            with gzip.open(path, "rt", encoding="utf-8") as lines:
+                return _parse(lines, path.name)
+        with path.open(encoding="utf-8") as lines:
             return _parse(lines, path.name)
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise InvalidInput(f"table {path} can't be read: {error}", "table") from error
@@ -170,7 +170,8 @@ def write_table(table: ScoreTable, path: Path) -> None:
 
 
 def _parse(lines: Iterable[str], name: str) -> ScoreTable:
-    source, experts = "", []
+    source = ""
+    experts: list[TableExpert] = []
     prompts, datasets, categories, scores = [], [], [], []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -58,16 +58,21 @@ class WordPiece:
             raise CheckpointInvalid(f"vocabulary {path.name} can't be read: {error}") from error
         return cls(text.removesuffix("\n").split("\n"))
 
-    def encode(self, text: str, max_tokens: int) -> list[int]:
-        """At most ``max_tokens`` ids of ``text``, without special tokens."""
+    @staticmethod
+    def words(text: str) -> list[str]:
+        """Words, ideographs, marks and symbols of ``text``: lower case, without accents."""
         if text.isascii():
             text = text.lower()
         else:
             text = unicodedata.normalize("NFD", _CONTROL.sub("", text).lower())
             text = "".join([c for c in text if unicodedata.category(c) != "Mn"])
+        return _WORD.findall(text)
+
+    def encode(self, text: str, max_tokens: int) -> list[int]:
+        """At most ``max_tokens`` ids of ``text``, without special tokens."""
         cache = self._cache
         ids: list[int] = []
-        for word in _WORD.findall(text):
+        for word in self.words(text):
             pieces = cache.get(word)
             if pieces is None:
                 pieces = self._pieces(word)
