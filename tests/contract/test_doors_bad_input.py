@@ -131,6 +131,13 @@ TABLE: dict[str, tuple[str, bytes, int, str | None, str]] = {
         "context_length_exceeded",
     ),
     "more output than fits": (CHAT, chat(max_tokens=1000), 400, "max_tokens", "context_length_exceeded"),
+    "more output than fits, by its newer name": (
+        CHAT,
+        json.dumps({"model": "tiny", "messages": [USER], "max_completion_tokens": 1000}).encode(),
+        400,
+        "max_completion_tokens",
+        "context_length_exceeded",
+    ),
     "10,000 stop strings": (CHAT, chat(stop=["x"] * 10_000), 400, "stop", "invalid_value"),
     "an empty stop string": (CHAT, chat(stop=["a", ""]), 400, "stop[1]", "invalid_value"),
     "a long stop string": (CHAT, chat(stop="x" * 1025), 400, "stop[0]", "invalid_value"),

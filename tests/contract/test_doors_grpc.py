@@ -188,7 +188,7 @@ BAD: dict[str, tuple[pb.GenerateRequest, type[AntiphonError], str | None]] = {
         "chat.messages[0].role",
     ),
     "too long": (request(prompt="a b c " * 1000), ContextLengthExceeded, "prompt"),
-    "too much output": (request(sampling=pb.Sampling(max_tokens=1000)), ContextLengthExceeded, "max_tokens"),
+    "too much output": (request(sampling=pb.Sampling(max_tokens=1000)), ContextLengthExceeded, "sampling.max_tokens"),
     "huge output": (request(sampling=pb.Sampling(max_tokens=2**32 - 1)), InvalidInput, "sampling.max_tokens"),
     "no output": (request(sampling=pb.Sampling(max_tokens=0)), InvalidInput, "sampling.max_tokens"),
     "NaN": (request(sampling=pb.Sampling(temperature=float("nan"))), InvalidInput, "sampling.temperature"),

@@ -332,8 +332,8 @@ def _check_ids(request: GenerationRequest, prompts: Sequence[Sequence[int]], voc
     if vocab_size is None:
         return
     named: list[tuple[str, Iterable[int]]] = [
-        ("logit_bias", request.sampling.logit_bias),
-        ("stop_token_ids", request.sampling.stop_token_ids),
+        (f"{request.sampling_prefix}logit_bias", request.sampling.logit_bias),
+        (f"{request.sampling_prefix}stop_token_ids", request.sampling.stop_token_ids),
     ]
     named += [(p.field, ids) for p, ids in zip(request.prompts, prompts, strict=True) if isinstance(p, TokenPrompt)]
     named += [("resume", ids) for ids in request.resume.values()]
@@ -357,6 +357,6 @@ def _max_tokens(request: GenerationRequest, prompt: Prompt, ids: Sequence[int], 
         raise ContextLengthExceeded(
             f"the model's context is {max_model_len} tokens, prompt and output together; the prompt has {len(ids)} and "
             f"{asked} were asked for: at most {room} fit",
-            "max_tokens",
+            request.max_tokens_field,
         )
     return room if asked is None else asked

@@ -115,6 +115,9 @@ class GenerationRequest:
     cache_salt: str = ""
     traceparent: str | None = None
     resume: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # tokens the client has, by choice
+    # Paths of fields in the door's own message, for errors found later.
+    max_tokens_field: str = "max_tokens"
+    sampling_prefix: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

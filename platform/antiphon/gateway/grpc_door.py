@@ -122,6 +122,8 @@ def generation_request(request: pb.GenerateRequest, call: CallInfo) -> Generatio
         cache_salt=request.cache_salt,
         traceparent=call.metadata.get("traceparent"),
         resume=_resume(request, n),
+        max_tokens_field="sampling.max_tokens",
+        sampling_prefix="sampling.",
     )
 
 

@@ -250,6 +250,7 @@ class ChatBody(_Body):
             sampling=self.sampling(max_tokens=max_tokens, num_logprobs=num_logprobs),
             deadline_s=deadline_s,
             traceparent=traceparent,
+            max_tokens_field="max_tokens" if self.max_completion_tokens is None else "max_completion_tokens",
         )
 
 
@@ -311,6 +312,7 @@ def _request(
     sampling: Sampling,
     deadline_s: float | None,
     traceparent: str | None,
+    max_tokens_field: str = "max_tokens",
 ) -> GenerationRequest:
     return GenerationRequest(
         request_id=request_id,
@@ -327,6 +329,7 @@ def _request(
         priority=_default(body.priority, 0),
         cache_salt=_default(body.cache_salt, ""),
         traceparent=traceparent,
+        max_tokens_field=max_tokens_field,
     )
 
 
