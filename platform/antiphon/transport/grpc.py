@@ -102,6 +102,8 @@ class GrpcLink(Link):
         """Queue the message; its bytes are copied here. Raises PeerLost."""
         if self._gone or self._lost is not None:
             self._raise_lost()
+        if len(header) != HEADER_BYTES:
+            raise ValueError(f"a header has {HEADER_BYTES} bytes")
         index = slot.index
         self._in_flight[index] = True
         prefix = _PREFIX.pack(_DATA, index, self._send_seq, num_bytes)

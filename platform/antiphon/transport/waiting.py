@@ -25,6 +25,11 @@ class WaitSet:
     def __init__(self, members: Iterable[Waitable] = ()) -> None:
         self._members: tuple[Waitable, ...] = tuple(members)
 
+    @property
+    def members(self) -> tuple[Waitable, ...]:
+        """What is waited on."""
+        return self._members
+
     def add(self, member: Waitable) -> None:
         """Wait on ``member`` too."""
         self._members = (*self._members, member)
