@@ -7,10 +7,13 @@ deterministic and needs no process. Must not know: pytest.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from antiphon.apps.wiring import (
     AttentionPart,
@@ -65,12 +68,13 @@ def wiring(
     *,
     attention: int = 1,
     ffn: int = 1,
+    experts: int = 1,
     prefill: int = 1,
     ffn_replicas: int = 1,
     dtype: str = "float32",
     **sections: Mapping[str, Any],
 ) -> LLMDeploymentSpec:
-    """A spec of xAyF (and more): ``ffn`` shards by slices, ``ffn_replicas`` workers each. ``sections`` are camelCase overrides."""
+    """A spec of xAyF (and more): ``ffn`` slices x ``experts`` groups, ``ffn_replicas`` workers each. ``sections`` are camelCase overrides."""
     pools: list[dict[str, Any]] = []
     if topology == "monolith":
         pools.append({"name": "monolith", "role": "monolith", "replicas": attention})
@@ -80,7 +84,14 @@ def wiring(
         pools.append({"name": "prefill", "role": "prefill", "replicas": prefill})
     if topology in ("afd", "pd-afd"):
         pools.append({"name": "attention", "role": "attention", "replicas": attention})
-        pools.append({"name": "ffn", "role": "ffn", "replicas": ffn * ffn_replicas, "parallelism": {"tensor": ffn}})
+        pools.append(
+            {
+                "name": "ffn",
+                "role": "ffn",
+                "replicas": ffn * experts * ffn_replicas,
+                "parallelism": {"tensor": ffn, "expert": experts},
+            }
+        )
     raw: dict[str, Any] = {"model": {"uri": str(uri), "dtype": dtype}, "topology": topology, "pools": pools}
     for name, values in sections.items():
         raw[name] = {**raw.get(name, {}), **values}
@@ -235,3 +246,77 @@ class LocalCluster:
             if output.finish_reason is not None:
                 got.finish_reason = output.finish_reason
                 got.error = output.error
+
+
+def write_tiny_llama(path: Path, *, vocab_size: int = 384, seed: int = 0) -> Path:
+    """A checkpoint directory of a random two-layer Llama with a byte-level tokenizer and a chat template; about 200 kB.
+
+    Its answers mean nothing, but every byte string can be asked, so that whole systems can be tested in seconds.
+    """
+    from safetensors.torch import save_file
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    path.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    hidden, intermediate, heads, kv_heads, head_dim, layers = 48, 96, 4, 2, 12, 2
+
+    def weight(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.25
+
+    tensors = {"model.embed_tokens.weight": weight(vocab_size, hidden), "model.norm.weight": torch.ones(hidden)}
+    for i in range(layers):
+        name = f"model.layers.{i}."
+        tensors |= {
+            name + "input_layernorm.weight": torch.ones(hidden),
+            name + "post_attention_layernorm.weight": torch.ones(hidden),
+            name + "self_attn.q_proj.weight": weight(heads * head_dim, hidden),
+            name + "self_attn.k_proj.weight": weight(kv_heads * head_dim, hidden),
+            name + "self_attn.v_proj.weight": weight(kv_heads * head_dim, hidden),
+            name + "self_attn.o_proj.weight": weight(hidden, heads * head_dim),
+            name + "mlp.gate_proj.weight": weight(intermediate, hidden),
+            name + "mlp.up_proj.weight": weight(intermediate, hidden),
+            name + "mlp.down_proj.weight": weight(hidden, intermediate),
+        }
+    save_file(tensors, str(path / "model.safetensors"), metadata={"format": "pt"})
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|im_start|>", "<|im_end|>"]
+    words = {symbol: i for i, symbol in enumerate([*special, *alphabet])}
+    words |= {f"<filler_{i}>": i for i in range(len(words), vocab_size)}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer.save(str(path / "tokenizer.json"))
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    files: dict[str, Any] = {
+        "config.json": {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "hidden_act": "silu",
+            "vocab_size": vocab_size,
+            "max_position_embeddings": 1024,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "tie_word_embeddings": True,
+            "eos_token_id": 1,
+            "torch_dtype": "float32",
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "chat_template": template,
+            "eos_token": "<|im_end|>",
+        },
+        "generation_config.json": {"eos_token_id": 1},
+    }
+    for name, content in files.items():
+        (path / name).write_text(json.dumps(content))
+    return path

@@ -6,6 +6,7 @@ A verb lives in a module of this package that has ``app``, a typer application. 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from dataclasses import dataclass
@@ -45,14 +46,23 @@ class _LazyGroup(click.Group):
         verb = VERBS.get(cmd_name)
         if verb is None:
             return None
-        module = importlib.import_module(f"antiphon.cli.{verb.module}")
-        command: click.Command = typer.main.get_command(module.app)
-        command.name = cmd_name
-        return command
+        # typer brings a click of its own, whose exits and usage errors only its own ``main`` understands: arguments pass through.
+        return click.Command(
+            cmd_name,
+            callback=functools.partial(_run, cmd_name, verb),
+            params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
+            context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+            add_help_option=False,
+        )
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, verb.help) for name, verb in VERBS.items()])
+
+
+def _run(name: str, verb: Verb, arguments: tuple[str, ...]) -> None:
+    module = importlib.import_module(f"antiphon.cli.{verb.module}")
+    typer.main.get_command(module.app).main(args=list(arguments), prog_name=f"antiphon {name}", help_option_names=["-h", "--help"])
 
 
 def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:

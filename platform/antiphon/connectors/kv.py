@@ -77,6 +77,7 @@ class DecodeSide:
         self._next_transfer = 1
         self._loaded: list[RequestId] = []
         self._failed: list[tuple[RequestId, str]] = []
+        self._aborts: deque[tuple[Link, TransferId]] = deque()
         self.waiting = WaitSet()
 
     def add_link(self, link: Link) -> None:
@@ -123,17 +124,14 @@ class DecodeSide:
         transfer = self._by_request.pop(request_id, None)
         if transfer is None:
             return
-        load = self._loads.pop(transfer)
-        try:
-            slot = load.link.acquire()
-            if slot is not None:  # else the prefill side's own lease ends it
-                load.link.commit(slot, Header(kind=Kind.PREFILL_ABORT, epoch=self._epoch, step=transfer).pack(), 0)
-        except PeerLost as error:
-            self._drop(load.link, error)
+        self._aborts.append((self._loads.pop(transfer).link, transfer))
+        self._send_aborts()
 
     def poll(self) -> KVEvents:
         """Take in what has arrived; transfers that ended since the last call."""
         self._take_arrivals()
+        if self._aborts:
+            self._send_aborts()
         for link in tuple(self._links.values()):
             try:
                 while (message := link.poll()) is not None:
@@ -171,6 +169,18 @@ class DecodeSide:
                 self._drop(old, PeerLost(link.peer, "it restarted"))
             self._links[link.peer] = link
             self.waiting.add(link)
+
+    def _send_aborts(self) -> None:
+        for _ in range(len(self._aborts)):
+            link, transfer = self._aborts.popleft()
+            try:
+                slot = link.acquire()
+                if slot is None:
+                    self._aborts.append((link, transfer))
+                else:
+                    link.commit(slot, Header(kind=Kind.PREFILL_ABORT, epoch=self._epoch, step=transfer).pack(), 0)
+            except PeerLost as error:
+                self._drop(link, error)
 
     def _ask(self, link: Link, transfer: TransferId, load: KVLoad) -> bool:
         slot = link.acquire()

@@ -220,7 +220,6 @@ class Scheduler:
             if state is not None:
                 self.stats.num_kv_transfers += 1
                 self._end(state, RequestStatus.FINISHED_STOPPED, None)
-        self.abort(events.aborted)
         for request in events.arrived:
             try:
                 self.add(request, events.targets[request.request_id])
@@ -228,6 +227,7 @@ class Scheduler:
                 # The asker's lease on this hand-off ends by the runner's "forget", which tells it to compute by itself.
                 self._forgotten.append(request.request_id)
                 self._outputs.append(RequestOutput(request_id=request.request_id, error=str(error)))
+        self.abort(events.aborted)  # after the arrivals: one may have come and gone between two looks
 
     def take_outputs(self) -> list[RequestOutput]:
         """Ends that came about since the last update (aborts, deadlines)."""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from antiphon.core.kv import KVLoad
+from antiphon.core.kv import KVLoad, KVTarget, TransferId
 from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput, SamplingParams
 from antiphon.core.step import KVEvents, ModelRunnerOutput, NewRequestData, SchedulerOutput
 from antiphon.engine.core import EngineCore
@@ -332,3 +332,13 @@ def test_stop_ids_and_min_tokens() -> None:
     first = expected.index(expected[3])
     assert engine.tokens_of("stops") == expected[: first + 1]
     assert engine.end_of("stops").stop_token_id == expected[3]
+
+
+def test_a_hand_off_that_comes_and_goes_between_two_looks_holds_nothing() -> None:
+    engine = Engine()
+    request = Request(request_id=RequestId("asked"), prompt_token_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=1))
+    target = KVTarget(peer=0, transfer_id=TransferId(1), first_token=0, num_tokens=3)
+    engine.scheduler.take_kv_events(
+        KVEvents(arrived=(request,), targets={request.request_id: target}, aborted=(request.request_id,))
+    )
+    assert engine.scheduler.num_running == engine.scheduler.num_waiting == 0
