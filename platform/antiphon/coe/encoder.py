@@ -47,9 +47,8 @@ class SentenceEncoder:
 
     def encode(self, text: str) -> Floats:
         """Embedding [384] of the first tokens of ``text``, of length 1."""
-        embedding: Floats = self.encode_ids(
-            [self.tokens.encode(window(text, _CHARS_PER_TOKEN * self.max_tokens, 0), self.max_tokens - 2)]
-        )[0]
+        seen = window(text, _CHARS_PER_TOKEN * self.max_tokens, 0)
+        embedding: Floats = self.encode_ids([self.tokens.encode(seen, self.max_tokens - 2)])[0]
         return embedding
 
     def encode_ids(self, rows: Sequence[Sequence[int]]) -> Floats:

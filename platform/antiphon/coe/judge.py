@@ -1,10 +1,11 @@
-"""Judges a router recipe on a table: cross-validation by prompt and by dataset, robustness, calibration, cost (control speed, offline).
+"""Judges a router recipe on a table: by prompt and by dataset, robustness, calibration, cost (control speed, offline).
 
 No choice ever sees a judged row: every fold fits and tunes on its own rows. Must not know: documents, plots.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -304,5 +305,5 @@ def aiq(points: list[tuple[float, float]]) -> float:
         best.append((highest, best[-1][1]))
     if len(best) == 1:
         return best[0][1]
-    area = sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in zip(best, best[1:], strict=False))
+    area = sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in itertools.pairwise(best))
     return area / (best[-1][0] - best[0][0])

@@ -1,7 +1,8 @@
 """The router of one composition: judges prompts with the artifact, decides, remembers why (request speed, milliseconds at most).
 
-Holds the artifact (replaced whole by ``swap``) and the last decisions; which expert a session had is the caller's to know. Safe to call from several threads:
-judging touches nothing mutable, bookkeeping is under one lock. Must not know: HTTP, gRPC, where the view comes from.
+Holds the artifact (replaced whole by ``swap``) and the last decisions; which expert a session had is the caller's to know. Safe
+to call from several threads: judging touches nothing mutable, bookkeeping is under one lock. Must not know: HTTP, gRPC, where
+the view comes from.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from antiphon.coe.decision import (
     View,
     decide,
 )
-from antiphon.core.composition import CompositionSpec, Policy
+from antiphon.core.composition import CompositionSpec, ExpertSpec, Policy, PolicySpec
 from antiphon.core.errors import InvalidInput
 
 
@@ -101,6 +102,17 @@ def _point(artifact: Artifact, spec: CompositionSpec, policy: Policy) -> PolicyP
     if not within:
         return min(artifact.frontier, key=lambda point: point.avg_cost)
     return max(within, key=lambda point: point.score)
+
+
+def spec_of(artifact: Artifact) -> CompositionSpec:
+    """A document's part for an artifact alone, as ``coe route`` and judging use it: its experts, nothing else."""
+    # Names of a score table are anything; what a document may be called is not checked here.
+    experts = tuple(
+        ExpertSpec.model_construct(name=e.name, deployment_ref=e.name, active_params_b=e.active_params_b) for e in artifact.experts
+    )
+    return CompositionSpec.model_construct(
+        experts=experts, general=artifact.expert_names[artifact.general], policy=PolicySpec(name="quality")
+    )
 
 
 class Router:

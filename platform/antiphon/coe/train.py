@@ -268,3 +268,10 @@ def _artifact(prepared: Prepared, router: Router, mapping: Mapping, options: Opt
 def prompt_hash(prompt: str) -> str:
     """A short hash of a normalised prompt: tells a seen prompt from a new one without keeping its text."""
     return hashlib.sha256(normalised(prompt).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def recipe_of(artifact: Artifact) -> Recipe:
+    """The recipe that an artifact was trained with."""
+    raw: dict[str, Any] = artifact.training["recipe"]
+    stored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    return Recipe(**stored)

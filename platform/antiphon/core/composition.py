@@ -23,7 +23,7 @@ def _tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-_.a-z0-9]*[a-z0-9])?$", min_length=1, max_length=63)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([-_.:/A-Za-z0-9]*[A-Za-z0-9])?$", min_length=1, max_length=128)]
 
 
 class SecretKeyRef(Model):
@@ -126,9 +126,7 @@ class RouterSpec(Model):
     slow_path: Literal["auto", "never"] = Field(
         default="auto", description="Ask the sentence encoder when the fast path is unsure (auto), or never."
     )
-    timeout_s: float = Field(
-        default=0.25, gt=0, le=10, description="A decision that takes longer goes to the general expert."
-    )
+    timeout_s: float = Field(default=0.25, gt=0, le=10, description="A decision that takes longer goes to the general expert.")
     record_decisions: int = Field(default=10_000, ge=0, le=10_000_000, description="Decisions kept for Explain, per replica.")
 
 
@@ -233,9 +231,7 @@ class TiersSpec(Model):
 
     resident_memory: Quantity = Field(description="Memory for resident experts.")
     host_memory: Quantity = Field(default="0", description="Memory for experts kept in host memory, ready to load.")
-    fairness_window_s: float = Field(
-        default=5.0, gt=0, le=3600, description="Grouping by expert delays nobody longer than this."
-    )
+    fairness_window_s: float = Field(default=5.0, gt=0, le=3600, description="Grouping by expert delays nobody longer than this.")
     prefetch: bool = Field(default=True, description="Bring a likely next expert from disk to host memory ahead of time.")
 
 

@@ -1,0 +1,195 @@
+"""``antiphon coe``: train, evaluate and try a composition-of-experts router (control speed).
+
+Must not know: how any of it is done.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from antiphon.core.composition import Policy
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Composition of experts: train, evaluate, route.")
+
+
+class Embedder(StrEnum):
+    """Where the fast path's token vectors come from."""
+
+    AUTO = "auto"
+    MINILM = "minilm"
+    LSA = "lsa"
+
+
+class PolicyName(StrEnum):
+    """Policies that an artifact knows."""
+
+    QUALITY = "quality"
+    BALANCED = "balanced"
+    CHEAP = "cheap"
+
+    @property
+    def policy(self) -> Policy:
+        """The document's word for it."""
+        return self.value
+
+
+Table = Annotated[Path, typer.Option("--table", help="Score table, .jsonl or .jsonl.gz.")]
+ArtifactDir = Annotated[Path, typer.Option("--artifact", help="Directory of the router artifact.")]
+
+
+def _say(message: str) -> None:
+    click.echo(message, err=True)
+
+
+@app.command()
+def train(
+    table: Table,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the artifact; an older artifact is replaced.")],
+    seed: Annotated[int, typer.Option(help="Same table and seed: same bytes.")] = 0,
+    embedder: Annotated[Embedder, typer.Option(help="Token vectors: minilm, lsa (from the prompts), or auto.")] = Embedder.AUTO,
+    slow_path: Annotated[bool, typer.Option(help="Train a slow path with the sentence encoder, for unsure prompts.")] = True,
+    judge: Annotated[bool, typer.Option(help="Cross-validate too and write every figure into the model card.")] = False,
+    max_experts: Annotated[int | None, typer.Option(min=1, help="Keep at most so many experts.")] = None,
+    max_avg_params_b: Annotated[
+        float | None, typer.Option(help="Average active parameters of the mapping, in 1e9, at most.")
+    ] = None,
+) -> None:
+    """Train a router from a score table."""
+    from antiphon.coe.artifact import write_artifact
+    from antiphon.coe.fit import Recipe
+    from antiphon.coe.mapping import Budget
+    from antiphon.coe.model_card import model_card
+    from antiphon.coe.report import judge_table, plots
+    from antiphon.coe.table import read_table
+    from antiphon.coe.train import Options
+    from antiphon.coe.train import train as train_router
+
+    options = Options(
+        recipe=Recipe(seed=seed),
+        embedder=embedder.value,
+        slow_path=slow_path,
+        budget=Budget(max_avg_cost=max_avg_params_b, max_experts=max_experts),
+    )
+    artifact, prepared = train_router(read_table(table), options, _say)
+    report, extra = None, {}
+    if judge:
+        report, judged = judge_table(prepared, options.recipe, _say)
+        extra = plots(report, judged, artifact.categories)
+        extra["figures.json"] = _json(report.to_json()).encode()
+    extra["model_card.md"] = model_card(artifact, report).encode()
+    digest = write_artifact(artifact, out, extra)
+    click.echo(f"{out}: {digest}")
+
+
+@app.command()
+def evaluate(
+    artifact: ArtifactDir,
+    table: Table,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    policy: Annotated[PolicyName, typer.Option(help="Policy of the artifact on unseen rows.")] = PolicyName.QUALITY,
+    gate: Annotated[Path | None, typer.Option(help="JSON file of promises; exit 1 when one is broken.")] = None,
+    plot_dir: Annotated[Path | None, typer.Option("--plots", help="Write plots into this directory.")] = None,
+    cross_validation: Annotated[
+        bool | None, typer.Option(help="Judge the recipe too; default: when the artifact knows most of the table.")
+    ] = None,
+) -> None:
+    """Judge a router: the artifact on rows it has not seen, and its recipe by cross-validation on the table."""
+    from antiphon.coe.artifact import load_artifact
+    from antiphon.coe.held_out import judge_artifact, unseen_rows
+    from antiphon.coe.report import broken_promises, judge_table, plots, rows_for_people
+    from antiphon.coe.table import drop_duplicates, read_table
+    from antiphon.coe.train import Options, prepare, recipe_of
+
+    loaded = load_artifact(artifact)
+    rows, _ = drop_duplicates(read_table(table))
+    recipe = recipe_of(loaded)
+    result: dict[str, Any] = {"digest": loaded.digest, "cross_validation": None, "artifact": None}
+    if cross_validation is None:
+        cross_validation = len(unseen_rows(loaded, rows)) <= len(rows) / 2
+    if cross_validation:
+        training = loaded.training
+        options = Options(recipe=recipe, embedder=training["embedder"], slow_path=loaded.slow is not None)
+        prepared = prepare(rows, options, _say)
+        report, judged = judge_table(prepared, recipe, _say)
+        result["cross_validation"] = report.to_json()
+        if plot_dir is not None:
+            plot_dir.mkdir(parents=True, exist_ok=True)
+            for name, data in plots(report, judged, prepared.labels.categories).items():
+                (plot_dir / name).write_bytes(data)
+    if (held_out := judge_artifact(loaded, rows, policy.policy, recipe.seed)) is not None:
+        result["artifact"] = asdict(held_out)
+    if as_json:
+        click.echo(_json(result))
+    else:
+        if cross_validation:
+            _print_table("recipe, cross-validated", rows_for_people(report))
+        if held_out is not None:
+            _print_table("artifact, rows it has not seen", [(k, str(v)) for k, v in asdict(held_out).items()])
+    broken = [] if gate is None else broken_promises(result, gate)
+    for promise in broken:
+        click.echo(f"broken: {promise}", err=True)
+    if broken:
+        raise typer.Exit(1)
+
+
+@app.command()
+def route(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],
+    artifact: ArtifactDir,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    policy: Annotated[PolicyName, typer.Option(help="What to weigh against quality.")] = PolicyName.QUALITY,
+) -> None:
+    """Show which expert would serve a prompt, and why."""
+    from antiphon.coe.artifact import load_artifact
+    from antiphon.coe.decision import Question
+    from antiphon.coe.record_json import record_json
+    from antiphon.coe.router import Router, spec_of
+
+    if prompt == "-":
+        prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
+    loaded = load_artifact(artifact)
+    record = Router(spec_of(loaded), loaded).route(Question(prompt=prompt, policy=policy.policy))
+    value = record_json(record)
+    if as_json:
+        click.echo(_json(value))
+    else:
+        names = ("expert", "category", "confidence", "familiarity", "reason", "detail", "runner_up")
+        _print_table(None, [(name, str(value[name])) for name in names])
+
+
+@app.command("add-expert")
+def add_expert(
+    artifact: ArtifactDir,
+    probes: Annotated[Path, typer.Option(help="Score table of the new expert alone: 20 to 50 prompts per category.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the new artifact.")],
+) -> None:
+    """Let a new expert join from a few scored probes, without training again."""
+    from antiphon.coe.artifact import load_artifact, write_artifact
+    from antiphon.coe.join import join_expert
+    from antiphon.coe.model_card import model_card
+    from antiphon.coe.table import read_table
+
+    joined = join_expert(load_artifact(artifact), read_table(probes))
+    click.echo(f"{out}: {write_artifact(joined, out, {'model_card.md': model_card(joined, None).encode()})}")
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+
+
+def _print_table(title: str | None, rows: list[tuple[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    shown = RichTable(title=title, title_justify="left", show_header=False, box=None)
+    for row in rows:
+        shown.add_row(*row)
+    Console().print(shown)
