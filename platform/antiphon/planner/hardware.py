@@ -121,6 +121,10 @@ class Catalogue:
             accelerators[key] = _parse(key, entry, accelerators.get(key))
         return Catalogue(accelerators)
 
+    def including(self, card: Accelerator) -> Catalogue:
+        """With one more accelerator."""
+        return Catalogue({**self.accelerators, card.key: card})
+
     def with_file(self, path: Path) -> Catalogue:
         """With the entries of a JSON or YAML file.
 

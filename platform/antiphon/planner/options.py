@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from antiphon.planner.decode import Contexts, DecodeModel, GroupPoint, Layout, largest
@@ -112,6 +112,10 @@ class Planner:
     cards: Cards
     assumptions: Assumptions
     demand: Demand
+
+    def with_tpot(self, tpot_s: float) -> Planner:
+        """The same question at another TPOT target."""
+        return replace(self, demand=replace(self.demand, tpot_s=tpot_s))
 
     def decode_model(self, wiring: Wiring) -> DecodeModel:
         """The decode side of a wiring."""

@@ -1,0 +1,186 @@
+"""From a document and options to a question that can be planned: model, cards, demand, assumptions (control speed).
+
+Options win over the document. Must not know: terminals.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from antiphon.core.errors import InvalidInput
+from antiphon.core.planning import PlanningSpec
+from antiphon.core.spec import LLMDeployment
+from antiphon.planner.fleet import assign
+from antiphon.planner.formats import Formats
+from antiphon.planner.hardware import Accelerator, Catalogue
+from antiphon.planner.library import Model, find_model, model_names, read_model
+from antiphon.planner.local_machine import measure_local
+from antiphon.planner.options import Assumptions, Demand, Planner
+from antiphon.planner.traffic import RequestShape, Traffic
+
+DEFAULT_CONTEXT = 8192.0
+LOCAL = "local"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What was said beside the document; None and empty = nothing."""
+
+    model: str | None = None  # name in the library, or a path
+    fleet: tuple[str, ...] = ()
+    roles: Mapping[str, str] = field(default_factory=dict)
+    tpot_ms: float | None = None
+    ttft_ms: float | None = None
+    gpu_budget: int | None = None
+    rate: float | None = None
+    context: float | None = None
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    trace: Path | None = None
+    weights: str | None = None
+    kv: str | None = None
+    compute: str | None = None
+    expert_skew: float | None = None
+    price: float | None = None  # of the local machine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """Ready to plan."""
+
+    model: Model
+    planner: Planner
+    fleet: tuple[Accelerator, ...]
+
+
+def resolve_model(name: str, base: Path | None = None) -> Model:
+    """The model of a library name, or of a path (relative to ``base``) to a checkpoint or config.json.
+
+    Raises:
+        UnknownModel, CheckpointInvalid, UnsupportedModel, InvalidInput: there is none, or it can't be read.
+    """
+    if name in model_names():
+        return find_model(name)
+    path = Path(name) if base is None else base / name
+    return read_model(path) if path.exists() else find_model(name)
+
+
+def question(wishes: Wishes, catalogue: Catalogue, document: LLMDeployment | None, folder: Path) -> Question:
+    """What to plan.
+
+    Raises:
+        InvalidInput: something needed is missing or unknown; ``field`` names it.
+    """
+    planning = PlanningSpec() if document is None or document.spec.planning is None else document.spec.planning
+    model = _model(wishes, planning, document, folder)
+    traffic = _traffic(wishes, planning, folder)
+    formats = _formats(wishes, planning, model.formats)
+    measured: dict[str, Accelerator] = {}
+
+    def card(key: str) -> Accelerator:
+        if key != LOCAL or LOCAL in catalogue.accelerators:
+            return catalogue.get(key)
+        if LOCAL not in measured:
+            measured[LOCAL] = measure_local(wishes.price)
+        return measured[LOCAL]
+
+    hardware = planning.hardware
+    named = {role: getattr(hardware, role) for role in ("colocated", "prefill", "decode", "attention", "ffn")}
+    named.update(wishes.roles)
+    fixed = {role: card(key) for role, key in named.items() if key is not None}
+    fleet: Sequence[Accelerator] = [card(key) for key in wishes.fleet or hardware.fleet]
+    if not fleet and not fixed:
+        fleet = catalogue.priced
+    cards = assign(model, formats, traffic.mean_context, fleet, fixed)
+    slo = None if document is None else document.spec.slo
+    budget = wishes.gpu_budget
+    if budget is None and document is not None:
+        budget = document.spec.gpu_budget
+    rate = planning.requests_per_second if wishes.rate is None else wishes.rate
+    planner = Planner(
+        shape=model.shape,
+        formats=formats,
+        cards=cards,
+        assumptions=Assumptions(expert_skew=planning.expert_skew if wishes.expert_skew is None else wishes.expert_skew),
+        demand=Demand(
+            traffic=traffic,
+            tpot_s=_seconds(wishes.tpot_ms, None if slo is None else slo.tpot_ms),
+            ttft_s=_seconds(wishes.ttft_ms, None if slo is None else slo.ttft_ms),
+            budget_cards=budget,
+            rate=rate,
+        ),
+    )
+    return Question(model=model, planner=planner, fleet=tuple(dict.fromkeys([*fleet, *fixed.values()])))
+
+
+def _seconds(wish_ms: float | None, document_ms: float | None) -> float:
+    chosen = document_ms if wish_ms is None else wish_ms
+    return math.inf if chosen is None else chosen / 1e3
+
+
+def _model(wishes: Wishes, planning: PlanningSpec, document: LLMDeployment | None, folder: Path) -> Model:
+    if wishes.model is not None:
+        return resolve_model(wishes.model)
+    if planning.config is not None:
+        return resolve_model(planning.config, folder)
+    if document is None:
+        raise InvalidInput("give a document or a model", "model")
+    uri = document.spec.model.uri
+    path = uri.removeprefix("file://")
+    if "://" not in path and (folder / path).exists():
+        return read_model(folder / path)
+    names = {uri.rstrip("/").split("/")[-1].lower(), document.model_name.lower()}
+    for name in model_names():
+        if name in names:
+            return find_model(name)
+    raise InvalidInput(
+        f"the dimensions of {uri} are not known; set spec.planning.config to a config.json or one of {', '.join(model_names())}",
+        "spec.planning.config",
+    )
+
+
+def _traffic(wishes: Wishes, planning: PlanningSpec, folder: Path) -> Traffic:
+    if wishes.trace is not None:
+        return Traffic.from_trace(wishes.trace)
+    if wishes.prompt_tokens is not None:
+        output = 512 if wishes.output_tokens is None else wishes.output_tokens
+        return Traffic.of([RequestShape(prompt_tokens=wishes.prompt_tokens, output_tokens=output)])
+    if wishes.context is None and planning.trace is not None:
+        return Traffic.from_trace(folder / planning.trace)
+    if wishes.context is None and planning.traffic:
+        return Traffic.of(
+            [RequestShape(prompt_tokens=t.prompt_tokens, output_tokens=t.output_tokens, weight=t.weight) for t in planning.traffic]
+        )
+    context = DEFAULT_CONTEXT if wishes.context is None else wishes.context
+    if wishes.output_tokens is None:
+        return Traffic.at_context(context)
+    return Traffic.at_context(context, wishes.output_tokens)
+
+
+def _formats(wishes: Wishes, planning: PlanningSpec, usual: Formats) -> Formats:
+    said = planning.formats
+    return chosen_formats(
+        usual,
+        weights=wishes.weights or said.weights,
+        compute=wishes.compute or said.compute,
+        kv=wishes.kv or said.kv,
+    )
+
+
+def chosen_formats(usual: Formats, *, weights: str | None, compute: str | None, kv: str | None) -> Formats:
+    """The usual formats with those that were named.
+
+    Raises:
+        InvalidInput: there is no such format.
+    """
+    return dataclasses.replace(
+        usual,
+        weights=usual.weights if weights is None else weights,
+        compute=usual.compute if compute is None else compute,
+        kv=usual.kv if kv is None else kv,
+        local_kv=usual.local_kv if kv is None else kv,
+    )
