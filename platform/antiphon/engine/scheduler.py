@@ -5,7 +5,7 @@ Queues, each request in exactly one:
     waiting ──admit──► running ──finish──► gone
        │ ▲                │
        │ └───preempt──────┘          (blocks go, tokens stay; recomputed, mostly from the prefix cache)
-       └──► remote ──KV arrived or failed──► front of waiting, blocks kept
+       └──► remote ──KV arrived or failed──► ready, blocks kept ──admit──► running
 
     running and handed over (prefill role): sending ──KV sent──► gone
 
@@ -72,6 +72,7 @@ class Scheduler:
         self._clock = clock
         self._states: dict[RequestId, RequestState] = {}
         self._waiting: list[RequestState] = []
+        self._ready: list[RequestState] = []
         self._running: list[RequestState] = []
         self._remote: dict[RequestId, RequestState] = {}
         self._sending: dict[RequestId, RequestState] = {}
@@ -86,7 +87,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Requests that hold no place in the batch: waiting ones and those whose KV is on its way."""
-        return len(self._waiting) + len(self._remote)
+        return len(self._waiting) + len(self._ready) + len(self._remote)
 
     @property
     def num_running(self) -> int:
@@ -106,7 +107,7 @@ class Scheduler:
     @property
     def can_compute(self) -> bool:
         """True when a step now could compute tokens."""
-        return bool(self._running or self._waiting)
+        return bool(self._running or self._ready or self._waiting)
 
     # ---- requests come and go ------------------------------------------------------------------------------------
 
@@ -283,43 +284,45 @@ class Scheduler:
     def _schedule_waiting(
         self, budget: int, num_scheduled: dict[RequestId, int], new: list[NewRequestData], loads: list[KVLoad]
     ) -> None:
-        while self._waiting and budget > 0:
-            state = self._waiting[0]
-            if not state.block_ids:
-                prefix = self._find_prefix(state)
-                num_local = len(prefix) * self.config.block_size_tokens
-                # All of what is known must fit at once: admitting on a chunk's worth of blocks would only preempt soon.
-                if self.blocks.num_free_after(prefix) < self.blocks.num_blocks_for(len(state.token_ids)) - len(prefix):
+        while budget > 0 and (self._ready or self._waiting):
+            full = len(self._running) >= self.config.max_num_seqs
+            if self._ready:  # they hold blocks that others wait for, so they go first
+                if full:
                     break
-                if self._worth_remote(state, num_local):
-                    self._start_load(state, prefix, loads)
-                    continue
-                if len(self._running) >= self.config.max_num_seqs:
-                    break
-                self._take_prefix(state, prefix)
-            elif len(self._running) >= self.config.max_num_seqs:
-                break
-            num_tokens = min(state.num_tokens_to_compute, budget)
-            if num_tokens > 0:
-                fresh = self.blocks.allocate(
-                    max(0, self.blocks.num_blocks_for(state.num_computed_tokens + num_tokens) - len(state.block_ids))
-                )
-                if fresh is None:
-                    break
-                state.block_ids += fresh
-            self._waiting.pop(0)
-            state.status = RequestStatus.RUNNING
-            if state.scheduled_s is None:
-                state.scheduled_s = self._clock()
-            if num_tokens == 0:  # a hand-off of what is all cached here
-                self._announce(state, new)
-                num_scheduled[state.request_id] = 0
-                self._running.append(state)
+                budget -= self._admit(self._ready.pop(0), budget, num_scheduled, new)
                 continue
-            self._announce(state, new)
-            num_scheduled[state.request_id] = num_tokens
-            budget -= num_tokens
-            self._running.append(state)
+            state = self._waiting[0]
+            prefix = self._find_prefix(state)
+            # All of what is known must fit at once: admitting on a chunk's worth of blocks would only preempt soon.
+            if self.blocks.num_free_after(prefix) < self.blocks.num_blocks_for(len(state.token_ids)) - len(prefix):
+                break
+            if self._worth_remote(state, len(prefix) * self.config.block_size_tokens):
+                self._waiting.pop(0)
+                self._start_load(state, prefix, loads)
+                continue
+            if full:
+                break
+            self._waiting.pop(0)
+            self._take_prefix(state, prefix)
+            budget -= self._admit(state, budget, num_scheduled, new)
+
+    def _admit(
+        self, state: RequestState, budget: int, num_scheduled: dict[RequestId, int], new: list[NewRequestData]
+    ) -> int:
+        """Run a request whose blocks fit; the tokens it takes of the budget (0 for a hand-off that is all cached here)."""
+        num_tokens = min(state.num_tokens_to_compute, budget)
+        fresh = self.blocks.allocate(
+            max(0, self.blocks.num_blocks_for(state.num_computed_tokens + num_tokens) - len(state.block_ids))
+        )
+        assert fresh is not None  # the caller saw that all of it fits, or it holds its blocks already
+        state.block_ids += fresh
+        state.status = RequestStatus.RUNNING
+        if state.scheduled_s is None:
+            state.scheduled_s = self._clock()
+        self._announce(state, new)
+        num_scheduled[state.request_id] = num_tokens
+        self._running.append(state)
+        return num_tokens
 
     def _announce(self, state: RequestState, new: list[NewRequestData]) -> None:
         new.append(
@@ -362,10 +365,9 @@ class Scheduler:
 
     def _start_load(self, state: RequestState, prefix: list[int], loads: list[KVLoad]) -> None:
         assert state.prefill_worker is not None
-        self._waiting.pop(0)
         self._take_prefix(state, prefix)
         num_tokens = len(state.token_ids) - 1
-        fresh = self.blocks.allocate(self.blocks.num_blocks_for(num_tokens) - len(prefix))
+        fresh = self.blocks.allocate(self.blocks.num_blocks_for(len(state.token_ids)) - len(prefix))
         assert fresh is not None  # the caller saw that the whole request fits
         state.block_ids += fresh
         state.status = RequestStatus.WAITING_FOR_REMOTE_KV
@@ -399,9 +401,9 @@ class Scheduler:
         self._enqueue(state)
 
     def _rejoin(self, state: RequestState) -> None:
-        """Back from remote KV: first in line, with its blocks."""
+        """Back from remote KV: ahead of those who hold nothing, with blocks for all its tokens."""
         state.status = RequestStatus.WAITING
-        self._waiting.insert(0, state)
+        self._ready.append(state)
 
     def _enqueue(self, state: RequestState) -> None:
         bisect.insort(self._waiting, state, key=lambda s: (s.request.priority, s.request.arrival_s))
@@ -491,7 +493,7 @@ class Scheduler:
             del self._remote[state.request_id]
             self._load_aborts.append(state.request_id)
         else:
-            self._waiting.remove(state)
+            (self._ready if state in self._ready else self._waiting).remove(state)
         self.blocks.release(state.block_ids)
         state.block_ids = []
         state.status = status

@@ -142,7 +142,7 @@ class Engine:
         return end
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_every_request_gets_its_own_tokens_and_all_blocks_come_back(seed: int) -> None:
     chance = random.Random(seed)
