@@ -16,6 +16,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from antiphon.core.errors import (
@@ -49,7 +50,7 @@ from antiphon.gateway.placement import Placement
 from antiphon.gateway.request_span import RequestSpan
 from antiphon.gateway.tokenizer import TextModel, in_thread
 from antiphon.gateway.workers import WorkerView
-from antiphon.telemetry import Tracer
+from antiphon.telemetry import Tracer, log_context
 
 _log = logging.getLogger(__name__)
 
@@ -131,16 +132,20 @@ class Generator:
             finally:
                 span.routed(job.runs)
         except AntiphonError as error:
-            self._metrics.request_failed(self._known(request.model), error.code)
-            span.failed(error)
+            self._failed(request, error, span)
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            self._metrics.request_failed(self._known(request.model), Cancelled.code)
-            span.failed(Cancelled("the client left"))
+            self._failed(request, Cancelled("the client left"), span)
             raise
         finally:
             self.num_active -= 1
             span.end()
+
+    def _failed(self, request: GenerationRequest, error: AntiphonError, span: RequestSpan) -> None:
+        self._metrics.request_failed(self._known(request.model), error.code)
+        span.failed(error)
+        level = logging.ERROR if isinstance(error, InternalError) else logging.INFO
+        _log.log(level, "request failed: %s", error, extra={"request_id": request.request_id, "code": error.code})
 
     def _known(self, model: str) -> str:
         """Names that clients make up don't become labels."""
@@ -233,7 +238,7 @@ class Generator:
         loop = asyncio.get_running_loop()
         late = DeadlineExceeded("the request's deadline has passed")
         timer = loop.call_later(max(0.0, job.deadline_s - self._clock()), items.put_nowait, late)
-        tasks = [asyncio.create_task(_feed(run, items)) for run in job.runs]
+        tasks = [asyncio.create_task(_feed(run, items, request.request_id)) for run in job.runs]
         num_open = len(tasks)
         try:
             while num_open:
@@ -299,14 +304,27 @@ class Generator:
             finished_s=finished_s,
         )
         self._metrics.request_finished(job.request.model, finished_s, usage.num_prompt_tokens, usage.num_cached_tokens)
+        _log.info(
+            "request finished",
+            extra={
+                "request_id": job.request.request_id,
+                "model": job.request.model,
+                "num_prompt_tokens": usage.num_prompt_tokens,
+                "num_completion_tokens": usage.num_completion_tokens,
+                "first_token_s": round(usage.first_token_s, 4),
+                "finished_s": round(usage.finished_s, 4),
+            },
+        )
         return usage
 
 
-async def _feed(run: ChoiceRun, items: asyncio.Queue[_Item]) -> None:
+async def _feed(run: ChoiceRun, items: asyncio.Queue[_Item], request_id: str) -> None:
     """A choice's task: everything it has to say, also how it failed, goes into the queue."""
     try:
-        async for delta in run.deltas():
-            items.put_nowait(delta)
+        with log_context(request_id=request_id):
+            async with aclosing(run.deltas()) as deltas:
+                async for delta in deltas:
+                    items.put_nowait(delta)
     except AntiphonError as error:
         items.put_nowait(error)
     except Exception as error:  # noqa: BLE001 - a background task: its owner raises what it stores

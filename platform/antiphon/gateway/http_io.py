@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from antiphon.core.errors import AntiphonError, Cancelled, InternalError, InvalidInput, Overloaded, Unauthenticated, Unavailable
 from antiphon.gateway.generation_request import MAX_REQUEST_ID_CHARS
 from antiphon.gateway.openai_shapes import error_body
+from antiphon.telemetry import log_context
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +87,8 @@ class RequestIds:
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        with log_context(request_id=request_id):
+            await self._app(scope, receive, send_with_id)
 
 
 def error_response(error: Exception) -> Response:

@@ -36,7 +36,7 @@ class HttpServer:
         self._reuse_port = reuse_port
         self._config = uvicorn.Config(
             app,
-            http="httptools",
+            http="auto",
             ws="none",
             lifespan="off",
             log_config=None,

@@ -24,6 +24,7 @@ class ChannelLimits:
     max_message_bytes: int = 64 * 2**20
     keepalive_s: float = 10.0  # silence before a ping
     keepalive_timeout_s: float = 5.0  # silence after a ping before the connection is given up
+    connect_attempt_s: float = 5.0  # how long one attempt to connect may take
     max_backoff_s: float = 2.0  # longest pause between attempts to connect
 
 
@@ -40,7 +41,8 @@ def channel_options(limits: ChannelLimits = DEFAULT_LIMITS) -> ChannelOptions:
         ("grpc.keepalive_permit_without_calls", 0),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
+        # By its name a pause, by its effect the time one attempt to connect may take.
+        ("grpc.min_reconnect_backoff_ms", int(limits.connect_attempt_s * 1000)),
         ("grpc.max_reconnect_backoff_ms", int(limits.max_backoff_s * 1000)),
         ("grpc.enable_http_proxy", 0),
         ("grpc.use_local_subchannel_pool", 1),  # channels to one address fail and recover apart from each other

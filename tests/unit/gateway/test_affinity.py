@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from antiphon.core.ids import WorkerId
@@ -11,6 +11,7 @@ from antiphon.gateway.affinity import BLOCK_TOKENS, MAX_BLOCKS, PrefixAffinity, 
 A, B = WorkerId("a"), WorkerId("b")
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 300), st.integers(0, 300), st.integers(0, 300))
 def test_the_match_is_the_shared_beginning_in_whole_blocks(num_shared: int, num_first: int, num_second: int) -> None:
     shared = list(range(num_shared))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from antiphon.core.errors import Overloaded, Unavailable
@@ -201,6 +201,7 @@ SNAPSHOTS = st.lists(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(SNAPSHOTS, st.integers(0, 1000), st.dictionaries(st.integers(0, 7), st.integers(0, 500)))
 def test_the_choice_is_always_able_and_nearly_the_cheapest(
     snapshots: list[WorkerSnapshot], turn: int, cached: dict[int, int]
@@ -223,6 +224,7 @@ def test_the_choice_is_always_able_and_nearly_the_cheapest(
     assert plan.num_prefix_tokens <= 500
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(SNAPSHOTS)
 def test_the_estimate_is_never_below_our_own_requests(snapshots: list[WorkerSnapshot]) -> None:
     for s in snapshots:
@@ -231,6 +233,7 @@ def test_the_estimate_is_never_below_our_own_requests(snapshots: list[WorkerSnap
         assert 0 <= s.kv_usage <= 1
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(SNAPSHOTS, st.integers(0, 7))
 def test_the_choice_never_gets_worse_when_another_worker_gets_busier(snapshots: list[WorkerSnapshot], which: int) -> None:
     """More load on a worker that was not taken leaves the choice as it was."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from antiphon.gateway.stops import StopMatcher
@@ -26,6 +26,7 @@ def pieces_of(text: str, cuts: list[int]) -> list[str]:
     return [text[start:end] for start, end in zip([0, *places], [*places, len(text)], strict=True)]
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(LETTERS, STOPS, st.lists(st.integers(0, 1000), max_size=10))
 def test_the_text_is_cut_where_brute_force_cuts_it_however_it_comes(text: str, stops: list[str], cuts: list[int]) -> None:
     matcher = StopMatcher(stops)
@@ -39,6 +40,7 @@ def test_the_text_is_cut_where_brute_force_cuts_it_however_it_comes(text: str, s
     assert (given_out, matcher.matched) == brute_force(text, stops)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(LETTERS, STOPS)
 def test_what_is_given_out_is_never_a_part_of_a_later_match(text: str, stops: list[str]) -> None:
     cut, _ = brute_force(text, stops)
@@ -51,6 +53,7 @@ def test_what_is_given_out_is_never_a_part_of_a_later_match(text: str, stops: li
             return
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(LETTERS, STOPS)
 def test_no_more_is_held_back_than_could_begin_a_stop(text: str, stops: list[str]) -> None:
     matcher = StopMatcher(stops)
