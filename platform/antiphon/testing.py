@@ -74,7 +74,7 @@ def wiring(
     dtype: str = "float32",
     **sections: Mapping[str, Any],
 ) -> LLMDeploymentSpec:
-    """A spec of xAyF (and more): ``ffn`` slices x ``experts`` groups, ``ffn_replicas`` workers each. ``sections`` are camelCase overrides."""
+    """A spec of xAyF: ``ffn`` slices x ``experts`` groups, ``ffn_replicas`` workers each. ``sections`` are camelCase overrides."""
     pools: list[dict[str, Any]] = []
     if topology == "monolith":
         pools.append({"name": "monolith", "role": "monolith", "replicas": attention})

@@ -13,7 +13,9 @@ from hashlib import blake2b
 import torch
 
 from antiphon.connectors import afd, kv
-from antiphon.connectors.afd import AttentionSide, FFNSide
+from antiphon.connectors.afd import AttentionSide
+from antiphon.connectors.expert_map import ExpertMap
+from antiphon.connectors.ffn_side import FFNSide
 from antiphon.connectors.kv import DecodeSide, PrefillSide
 from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
@@ -22,10 +24,11 @@ from antiphon.core.spec import LLMDeploymentSpec, parse_quantity
 from antiphon.engine.core import EngineCore, Outbox
 from antiphon.engine.scheduler import Scheduler, SchedulerConfig
 from antiphon.models.checkpoint import Checkpoint
-from antiphon.models.config import DecoderConfig
+from antiphon.models.config import DecoderConfig, MoEConfig
 from antiphon.models.decoder import AttentionHalves, FFNHalves, kv_layout
 from antiphon.models.families import describe
 from antiphon.models.kv_cache import TORCH_DTYPES, KVCache
+from antiphon.models.placement import ExpertPlacement
 from antiphon.transport.base import Hello, LinkLayout
 from antiphon.transport.loopback import loopback_pair
 from antiphon.worker.ffn_worker import FFNWorker
@@ -109,11 +112,12 @@ def ffn_parallelism(spec: LLMDeploymentSpec) -> tuple[int, int]:
 def afd_layout(facts: ModelFacts, spec: LLMDeploymentSpec, shard: FFNShard, *, attention_end: bool, ubatches: int) -> LinkLayout:
     """Layout of a link between an attention worker and the FFN worker of ``shard``, seen from one end."""
     max_rows = spec.scheduler.max_num_batched_tokens
-    rows_out = max_rows * facts.config.hidden_size * facts.activation_dtype.itemsize
+    num_ids = max(count or 0 for count in experts_per_row(facts.config))
+    rows_out = afd.rows_out_bytes(max_rows, facts.config.hidden_size, facts.activation_dtype, num_ids)
     rows_back = max_rows * facts.config.hidden_size * facts.return_dtype.itemsize
     return LinkLayout(
         channel=afd.CHANNEL,
-        num_slots=ubatches + 1,
+        num_slots=ubatches * facts.config.num_lanes + 1,
         send_slot_bytes=rows_out if attention_end else rows_back,
         recv_slot_bytes=rows_back if attention_end else rows_out,
         fields=tuple(
@@ -142,6 +146,11 @@ def kv_link_layout(facts: ModelFacts, *, decode_end: bool) -> LinkLayout:
     )
 
 
+def experts_per_row(config: DecoderConfig) -> list[int | None]:
+    """Expert ids that travel with a row, by the layer number on the wire; 0 for a dense FFN, None where there is none."""
+    return [None if ffn is None else ffn.experts_per_row if isinstance(ffn, MoEConfig) else 0 for ffn in config.ffns]
+
+
 def build_ffn(facts: ModelFacts, shard: FFNShard, epoch: Epoch) -> FFNWorker:
     """An FFN worker without peers."""
     halves = FFNHalves(facts.config, facts.checkpoint, facts.dtype, facts.device, shard)
@@ -150,7 +159,7 @@ def build_ffn(facts: ModelFacts, shard: FFNShard, epoch: Epoch) -> FFNWorker:
         hidden_size=facts.config.hidden_size,
         dtype=facts.activation_dtype,
         return_dtype=facts.return_dtype,
-        num_layers=facts.config.num_layers,
+        experts_per_row=experts_per_row(facts.config),
     )
     return FFNWorker(halves, side)
 
@@ -197,13 +206,14 @@ def build_attention(
     side = AttentionSide(
         epoch=epoch,
         num_shards=tensor * expert,
-        num_ubatches=ubatches,
+        num_ubatches=ubatches * facts.config.num_lanes,
         hidden_size=facts.config.hidden_size,
         dtype=facts.activation_dtype,
         return_dtype=facts.return_dtype,
         answer_timeout_s=spec.transport.peer_timeout_s,
         hold_s=spec.transport.peer_timeout_s if hold_s is None else hold_s,
         preferred_replica=index,
+        experts=ExpertMap(facts.config, ExpertPlacement.spread(facts.config, expert)),
     )
     ffn = None
     if role.holds_ffn:

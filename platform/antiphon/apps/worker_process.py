@@ -196,9 +196,12 @@ class WorkerProcess:
 
         def answer(hello: Hello) -> Hello:
             # The peer chooses how many ubatches it keeps in flight; everything else must be equal.
-            ubatches = hello.layout.num_slots - 1
+            lanes = facts.config.num_lanes
+            ubatches = (hello.layout.num_slots - 1) // lanes
             if not 1 <= ubatches <= 8:
-                raise LayoutMismatch(hello.worker_id, [f"num_slots {hello.layout.num_slots}, expected 2 to 9"])
+                raise LayoutMismatch(
+                    hello.worker_id, [f"num_slots {hello.layout.num_slots}, expected {lanes + 1} to {8 * lanes + 1}"]
+                )
             layout = afd_layout(facts, config.spec, config.shard, attention_end=False, ubatches=ubatches)
             return Hello(worker_id=config.worker_id, epoch=config.epoch, layout=layout)
 

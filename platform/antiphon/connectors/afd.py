@@ -1,4 +1,4 @@
-"""A2F and F2A: rows out to the FFN shards, partial sums back (hot). Two classes, one for each holder.
+"""A2F and F2A, the attention side: rows out to the FFN shards, partial sums back (hot). ``ffn_side`` is the other end.
 
 One exchange, attention side, for a layer and ubatch:
 
@@ -7,8 +7,14 @@ One exchange, attention side, for a layer and ubatch:
             PeerLost   ▼  │ another replica of the shard, or the same one back: the rows go out again
                      HOLDING ──nobody within hold_s──► PeerLost to the caller
 
-The rows stay with the attention side until their answer is in, so a lost FFN worker costs no recompute. Links come and go through
-``add_link``, which other threads may call. Legend: T rows, D hidden, U ubatches.
+A dense FFN's rows go to every shard. Rows of a mixture of experts go only to shards that hold one of their experts, with ids and
+weights, and come back as one partial sum per row and shard. The rows stay with the attention side until their answer is in, so a
+lost FFN worker costs no recompute. Links come and go through ``add_link``, which other threads may call.
+
+    A2F payload:  ids int32 [R, K] · weights fp32 [R, K] · rows [R, D]      (K = 0 for a dense FFN)
+    F2A payload:  rows [R, D]
+
+Legend: T rows, R rows that go to one shard, D hidden, K ids per row.
 Must not know: what is computed on either side.
 """
 
@@ -21,13 +27,16 @@ from dataclasses import dataclass, field
 
 import torch
 
+from antiphon.connectors.expert_map import ExpertMap, Share
 from antiphon.connectors.headers import TORCH_OF_WIRE, WIRE_DTYPES, Header, Kind, unpack
-from antiphon.core.errors import AntiphonError, CorruptMessage, PeerLost
+from antiphon.core.errors import CorruptMessage, PeerLost
 from antiphon.core.ids import Epoch, WorkerId
-from antiphon.transport.base import Link, Listener, Message
+from antiphon.models.routing import Routing
+from antiphon.transport.base import Link, Message
 from antiphon.transport.waiting import WaitSet
 
 CHANNEL = "afd"
+BYTES_PER_ID = 8  # an expert id (int32) and its weight (fp32)
 _WAIT_SLICE_S = 0.05
 
 
@@ -41,19 +50,21 @@ class StageTimes:
     ffn_compute_s: float = 0.0  # the slowest shard's, as reported
     ffn_wait_s: float = 0.0  # the slowest shard's queueing, as reported
     num_resent: int = 0
+    num_rows_sent: int = 0  # over all shards
 
 
 @dataclass(slots=True, kw_only=True)
 class _Exchange:
-    """Rows in flight for one ubatch."""
+    """Rows in flight for one ubatch and lane."""
 
     step: int
     layer: int
     rows_TD: torch.Tensor
     sent_s: float
+    shares: Sequence[Share | None]  # by shard; None: the shard gets no row
     waiting_for: set[int]  # shard indices whose partial sum is not in
     out_TD: torch.Tensor
-    parts: list[torch.Tensor | None]  # partial sums by shard, where there are several shards
+    parts: list[torch.Tensor | None]  # partial sums by shard, where they have to be summed
     compute_us: int = 0
     wait_us: int = 0
 
@@ -80,10 +91,14 @@ class AttentionSide:
         answer_timeout_s: float,
         hold_s: float,
         preferred_replica: int = 0,
+        experts: ExpertMap | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """``answer_timeout_s``: a peer silent this long while it owes is lost; ``hold_s``: wait this long for a replacement."""
+        """``num_ubatches``: exchanges in flight at most (lanes included); ``answer_timeout_s``: a peer silent this long while it
+        owes is lost; ``hold_s``: wait this long for a replacement; ``experts``: needed for mixtures of experts.
+        """
         self.times = StageTimes()
+        self.experts = experts  # may be set to another map of as many groups by the worker's loop, between exchanges
         self._epoch = epoch
         self._hidden_size = hidden_size
         self._dtype = dtype
@@ -116,26 +131,44 @@ class AttentionSide:
 
     # ---- the exchange ------------------------------------------------------------------------------------------
 
-    def send(self, step: int, layer: int, ubatch: int, rows_TD: torch.Tensor) -> None:
+    def send(self, step: int, layer: int, ubatch: int, rows_TD: torch.Tensor, routing: Routing | None = None) -> None:
         """Start the exchange of rows_TD; they must not change until ``receive`` of the same ubatch returns.
+
+        Args:
+            step: The step's number; answers to another are dropped.
+            layer: The layer's number on the wire (DecoderConfig.ffns).
+            ubatch: The exchange's place among those in flight.
+            rows_TD: The rows, in any float type.
+            routing: Experts of each row; None for a dense FFN.
 
         Raises:
             PeerLost: a shard has no worker and none came back in time.
         """
         if self._arrivals:
             self._take_arrivals()
+        shares = self._shares(layer, rows_TD.shape[0], routing)
         exchange = _Exchange(
             step=step,
             layer=layer,
             rows_TD=rows_TD,
             sent_s=self._clock(),
-            waiting_for=set(range(len(self._shards))),
+            shares=shares,
+            waiting_for={index for index, share in enumerate(shares) if share is not None},
             out_TD=torch.empty(rows_TD.shape, dtype=self._return_dtype),
             parts=[None] * len(self._shards),
         )
         self._flight[ubatch] = exchange
-        for index in range(len(self._shards)):
-            self._post(index, ubatch, exchange)
+        for index, share in enumerate(shares):
+            if share is not None:
+                self._post(index, ubatch, exchange, share)
+
+    def _shares(self, layer: int, num_rows: int, routing: Routing | None) -> Sequence[Share | None]:
+        if routing is None:
+            return [Share(rows_R=None, num_rows=num_rows)] * len(self._shards)
+        assert self.experts is not None  # the composition root gives a map where the model has experts
+        by_group = self.experts.split(layer, routing)
+        num_tensor = len(self._shards) // self.experts.num_groups
+        return by_group if num_tensor == 1 else [share for share in by_group for _ in range(num_tensor)]
 
     def receive(self, ubatch: int) -> torch.Tensor:
         """The FFN's result for the ubatch's rows, summed over shards, [T, D] in the return format.
@@ -152,11 +185,8 @@ class AttentionSide:
                 self._drain(index)
             if exchange.waiting_for:
                 self._wait(exchange)
-        if len(self._shards) > 1:
-            # Summed in the order of shards, not of arrival: the result must not depend on timing.
-            torch.add(_present(exchange.parts[0]), _present(exchange.parts[1]), out=exchange.out_TD)
-            for part in exchange.parts[2:]:
-                exchange.out_TD.add_(_present(part))
+        if len(self._shards) > 1 or exchange.shares[0] is None or exchange.shares[0].rows_R is not None:
+            self._sum(exchange)
         now_s = self._clock()
         self._flight[ubatch] = None
         times = self.times
@@ -180,6 +210,27 @@ class AttentionSide:
             shard.links.clear()
 
     # ---- inside ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _sum(exchange: _Exchange) -> None:
+        """Sum in the order of shards, not of arrival: the result must not depend on timing."""
+        out_TD = exchange.out_TD
+        fresh = True
+        for share, part in zip(exchange.shares, exchange.parts, strict=True):
+            if share is None or part is None:
+                continue  # a part is None here only where its share is: receive() waits for the others
+            if share.rows_R is None:
+                if fresh:
+                    out_TD.copy_(part)
+                else:
+                    out_TD.add_(part)
+            else:
+                if fresh:
+                    out_TD.zero_()
+                out_TD.index_add_(0, share.rows_R, part)
+            fresh = False
+        if fresh:
+            out_TD.zero_()
 
     def _take_arrivals(self) -> None:
         while self._arrivals:
@@ -210,9 +261,11 @@ class AttentionSide:
                 time.sleep(0.002)
         return links[0]
 
-    def _post(self, index: int, ubatch: int, exchange: _Exchange) -> None:
-        rows_TD = exchange.rows_TD
-        num_bytes = rows_TD.numel() * self._dtype.itemsize
+    def _post(self, index: int, ubatch: int, exchange: _Exchange, share: Share) -> None:
+        width = exchange.rows_TD.shape[1]
+        experts_per_row = 0 if share.ids_RK is None else share.ids_RK.shape[1]
+        num_head_bytes = share.num_rows * experts_per_row * BYTES_PER_ID
+        num_bytes = num_head_bytes + share.num_rows * width * self._dtype.itemsize
         header = Header(
             kind=Kind.A2F,
             epoch=self._epoch,
@@ -220,7 +273,8 @@ class AttentionSide:
             layer=exchange.layer,
             ubatch=ubatch,
             dtype=WIRE_DTYPES[self._dtype],
-            rows=rows_TD.shape[0],
+            experts_per_row=experts_per_row,
+            rows=share.num_rows,
             num_bytes=num_bytes,
         ).pack()
         while True:
@@ -238,7 +292,18 @@ class AttentionSide:
                     slot = link.acquire()
                 if slot is None:
                     continue
-                slot.data[:num_bytes].view(self._dtype).view(rows_TD.shape).copy_(rows_TD)
+                if share.ids_RK is not None and share.weights_RK is not None:
+                    head = slot.data[:num_head_bytes].view(torch.int32).view(2, share.num_rows, experts_per_row)
+                    head[0].copy_(share.ids_RK)
+                    head[1].view(torch.float32).copy_(share.weights_RK)
+                target = slot.data[num_head_bytes:num_bytes].view(self._dtype).view(share.num_rows, width)
+                if share.rows_R is None:
+                    target.copy_(exchange.rows_TD)
+                elif exchange.rows_TD.dtype is self._dtype:
+                    torch.index_select(exchange.rows_TD, 0, share.rows_R, out=target)
+                else:
+                    target.copy_(exchange.rows_TD.index_select(0, share.rows_R))
+                self.times.num_rows_sent += share.num_rows
                 link.commit(slot, header, num_bytes)
             except PeerLost:
                 self._drop(index, link)
@@ -271,16 +336,19 @@ class AttentionSide:
         exchange = self._flight[header.ubatch]
         if exchange is None or (header.step, header.layer) != (exchange.step, exchange.layer) or index not in exchange.waiting_for:
             return  # an answer to rows that were given up or answered by another replica
+        share = exchange.shares[index]
+        assert share is not None  # it is waited for
         dtype = TORCH_OF_WIRE.get(header.dtype)
-        if dtype is not self._return_dtype or header.rows != exchange.rows_TD.shape[0]:
+        if dtype is not self._return_dtype or header.rows != share.num_rows:
             raise CorruptMessage(link.peer, f"{header.rows} rows of dtype code {header.dtype}")
-        if header.num_bytes != message.data.numel() or header.num_bytes != exchange.out_TD.numel() * dtype.itemsize:
+        width = exchange.out_TD.shape[1]
+        if header.num_bytes != message.data.numel() or header.num_bytes != share.num_rows * width * dtype.itemsize:
             raise CorruptMessage(link.peer, f"{message.data.numel()} bytes where its header says {header.num_bytes}")
-        part_TD = message.data.view(dtype).view(exchange.out_TD.shape)
-        if len(self._shards) == 1:
-            exchange.out_TD.copy_(part_TD)
+        part_RD = message.data.view(dtype).view(share.num_rows, width)
+        if len(self._shards) == 1 and share.rows_R is None:
+            exchange.out_TD.copy_(part_RD)
         else:
-            exchange.parts[index] = part_TD.clone()
+            exchange.parts[index] = part_RD.clone()
         exchange.waiting_for.remove(index)
         exchange.compute_us = max(exchange.compute_us, header.compute_us)
         exchange.wait_us = max(exchange.wait_us, header.wait_us)
@@ -313,146 +381,15 @@ class AttentionSide:
 
     def _resend(self, index: int) -> None:
         for ubatch, exchange in enumerate(self._flight):
-            if exchange is not None and index in exchange.waiting_for:
+            share = None if exchange is None else exchange.shares[index]
+            if exchange is not None and share is not None and index in exchange.waiting_for:
                 self.times.num_resent += 1
-                self._post(index, ubatch, exchange)
+                self._post(index, ubatch, exchange, share)
 
 
-def _present(part: torch.Tensor | None) -> torch.Tensor:
-    assert part is not None  # receive() loops until every shard has answered
-    return part
-
-
-@dataclass(slots=True, kw_only=True)
-class FFNWork:
-    """Rows that arrived for one layer from one peer; the view is valid until ``FFNSide.reply``."""
-
-    link: Link
-    message: Message
-    header: Header
-    rows_TD: torch.Tensor
-    arrived_s: float
-
-
-class FFNSide:
-    """The FFN worker's end: many attention peers, no state between messages."""
-
-    def __init__(
-        self,
-        *,
-        epoch: Epoch,
-        hidden_size: int,
-        dtype: torch.dtype,
-        return_dtype: torch.dtype,
-        num_layers: int,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self._epoch = epoch
-        self._hidden_size = hidden_size
-        self._dtype = dtype
-        self._return_dtype = return_dtype
-        self._num_layers = num_layers
-        self._clock = clock
-        self._links: list[Link] = []
-        self._listeners: list[Listener] = []
-        self._waiting = WaitSet()
-        self.refusals: deque[AntiphonError] = deque(maxlen=64)  # peers dropped, and why
-
-    def add_listener(self, listener: Listener) -> None:
-        """Accept peers from ``listener`` from now on."""
-        self._listeners.append(listener)
-        self._waiting.add(listener)
-
-    def add_link(self, link: Link) -> None:
-        """Serve an open link."""
-        self._links.append(link)
-        self._waiting.add(link)
-
-    @property
-    def num_peers(self) -> int:
-        """Attention peers linked now."""
-        return len(self._links)
-
-    def poll(self) -> list[FFNWork]:
-        """Everything that has arrived, from all peers; lost and faulty peers are dropped. Never blocks."""
-        for listener in self._listeners:
-            while (link := listener.accept()) is not None:
-                self.add_link(link)
-        works: list[FFNWork] = []
-        for link in tuple(self._links):
-            try:
-                while (message := link.poll()) is not None:
-                    works.append(self._parse(link, message))
-            except (PeerLost, CorruptMessage) as error:
-                self._drop(link, error)
-                works = [work for work in works if work.link is not link]
-        return works
-
-    def reply(self, work: FFNWork, out_TD: torch.Tensor, *, compute_us: int, wait_us: int, batch_rows: int) -> bool:
-        """Send the result of ``work`` and give its rows back; False when the peer is gone (its loss, not ours)."""
-        num_bytes = out_TD.numel() * self._return_dtype.itemsize
-        header = Header(
-            kind=Kind.F2A,
-            epoch=self._epoch,
-            step=work.header.step,
-            layer=work.header.layer,
-            ubatch=work.header.ubatch,
-            dtype=WIRE_DTYPES[self._return_dtype],
-            rows=out_TD.shape[0],
-            num_bytes=num_bytes,
-            wait_us=min(wait_us, 0xFFFFFFFF),
-            compute_us=min(compute_us, 0xFFFFFFFF),
-            batch_rows=batch_rows,
-        ).pack()
-        try:
-            # The peer has at most num_slots exchanges in flight and frees an answer's slot before it sends more rows,
-            # so a slot is free unless the peer broke the rules.
-            slot = work.link.acquire()
-            if slot is None:
-                raise PeerLost(work.link.peer, "left no slot free for its own answer")
-            slot.data[:num_bytes].view(self._return_dtype).view(out_TD.shape).copy_(out_TD)
-            work.link.release(work.message)
-            work.link.commit(slot, header, num_bytes)
-        except PeerLost as error:
-            self._drop(work.link, error)
-            return False
-        return True
-
-    def wait(self, timeout_s: float) -> bool:
-        """Sleep until something may have arrived (True) or the time is up."""
-        return self._waiting.wait(timeout_s)
-
-    def close(self) -> None:
-        """Close listeners and links; idempotent."""
-        for listener in self._listeners:
-            listener.close()
-        for link in self._links:
-            link.close()
-        self._listeners.clear()
-        self._links.clear()
-
-    def _parse(self, link: Link, message: Message) -> FFNWork:
-        header = unpack(message.header, link.peer)
-        if header.kind is not Kind.A2F:
-            raise CorruptMessage(link.peer, f"unexpected {header.kind.name}")
-        if header.epoch != link.peer_epoch:
-            raise CorruptMessage(link.peer, f"epoch {header.epoch}, its hello said {link.peer_epoch}")
-        if header.layer >= self._num_layers:
-            raise CorruptMessage(link.peer, f"layer {header.layer} of {self._num_layers}")
-        if TORCH_OF_WIRE.get(header.dtype) is not self._dtype:
-            raise CorruptMessage(link.peer, f"dtype code {header.dtype}")
-        expected = header.rows * self._hidden_size * self._dtype.itemsize
-        if header.rows == 0 or header.num_bytes != expected or message.data.numel() != expected:
-            raise CorruptMessage(link.peer, f"{message.data.numel()} bytes for {header.rows} rows")
-        rows_TD = message.data.view(self._dtype).view(header.rows, self._hidden_size)
-        return FFNWork(link=link, message=message, header=header, rows_TD=rows_TD, arrived_s=self._clock())
-
-    def _drop(self, link: Link, error: AntiphonError) -> None:
-        if link in self._links:
-            self._links.remove(link)
-            self._waiting.remove(link)
-            self.refusals.append(error)
-        link.close()
+def rows_out_bytes(num_rows: int, hidden_size: int, dtype: torch.dtype, experts_per_row: int) -> int:
+    """Bytes of the largest A2F payload."""
+    return num_rows * (hidden_size * dtype.itemsize + experts_per_row * BYTES_PER_ID)
 
 
 def afd_fields(

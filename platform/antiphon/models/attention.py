@@ -2,7 +2,8 @@
 
 Rows are ordered decodes first (one row a request), then prefill chunks. Query heads that share a KV head are grouped as extra
 queries: torch's own grouped attention is several times slower on CPUs in bf16.
-Legend: T rows, N query heads, K KV heads, G = N/K, H head dim, B decoding requests, C context.
+K and V may differ in head dim, and V may be a view of K's cache (latent attention).
+Legend: T rows, N query heads, K KV heads, G = N/K, H head dim, V of values, B decoding requests, C context.
 """
 
 from __future__ import annotations
@@ -91,16 +92,24 @@ def _prefill(
     q_TNH: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, chunk: Chunk, scale: float, sliding_window: int | None
 ) -> torch.Tensor:
     num_groups = q_TNH.shape[1] // k_cache.shape[1]
-    k_NCH = k_cache[chunk.context_slots].transpose(0, 1).repeat_interleave(num_groups, dim=0)
-    v_NCH = v_cache[chunk.context_slots].transpose(0, 1).repeat_interleave(num_groups, dim=0)
+    k_CNH = k_cache[chunk.context_slots].repeat_interleave(num_groups, dim=1)
+    v_CNH = v_cache[chunk.context_slots].repeat_interleave(num_groups, dim=1)
+    return chunk_attention(q_TNH, k_CNH, v_CNH, chunk, scale, sliding_window)
+
+
+def chunk_attention(
+    q_TNH: torch.Tensor, k_CNH: torch.Tensor, v_CNV: torch.Tensor, chunk: Chunk, scale: float, sliding_window: int | None
+) -> torch.Tensor:
+    """Causal attention of a chunk's rows over its context, K and V given per query head. [T, N, V]."""
+    q, k, v = q_TNH.transpose(0, 1)[None], k_CNH.transpose(0, 1)[None], v_CNV.transpose(0, 1)[None]
     num_context = chunk.context_slots.numel()
-    if chunk.num_past == 0 and sliding_window is None:
-        out = F.scaled_dot_product_attention(q_TNH.transpose(0, 1)[None], k_NCH[None], v_NCH[None], is_causal=True, scale=scale)
+    if chunk.num_past == 0 and (sliding_window is None or sliding_window >= num_context):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     else:
         rows_T = torch.arange(chunk.num_past, num_context, device=q_TNH.device)[:, None]
         columns_C = torch.arange(num_context, device=q_TNH.device)
         seen_TC = columns_C <= rows_T
         if sliding_window is not None:
             seen_TC &= columns_C > rows_T - sliding_window
-        out = F.scaled_dot_product_attention(q_TNH.transpose(0, 1)[None], k_NCH[None], v_NCH[None], attn_mask=seen_TC, scale=scale)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_TC, scale=scale)
     return out[0].transpose(0, 1)

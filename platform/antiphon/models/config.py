@@ -1,40 +1,34 @@
 """What a decoder is, in our own words: one description per model, made by its family from a Hugging Face config (pure values).
 
 Every field that changes results is here; a family refuses configs that it can't express. The attention worker and the FFN worker
-build their halves from the same description. Must not know: tensors, where weights are.
+build their halves from the same description.
+
+    layer i:  x += out_norm(attention(input_norm(x)))          norms that a layer has not are the identity
+              x += ffn_out_norm(ffn(ffn_norm(x)))
+    a shortcut of layer i reads ffn_norm(x) with the FFN and joins x at the end of layer i + 1 (LongCat-Flash)
+
+Must not know: tensors, where weights are.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import Literal
 
-from antiphon.core.errors import UnsupportedModel
 from antiphon.core.kv import KVPlane
+from antiphon.models.rope_config import RopeConfig
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeConfig:
-    """Rotary embedding: ``inv_freq`` per pair of dimensions (after scaling) and the factor on cos and sin."""
-
-    inv_freq: tuple[float, ...]
-    attention_factor: float = 1.0
-
-    @property
-    def rotary_dim(self) -> int:
-        """Leading dimensions of a head that are rotated."""
-        return 2 * len(self.inv_freq)
+NormKind = Literal["rms", "rms_plus_one", "layer"]  # weight; 1 + weight (Gemma); mean and variance, weight and bias
+NormPlace = Literal["input", "attention_out", "ffn", "ffn_out"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionConfig:
-    """Grouped-query attention of one layer."""
+    """Grouped-query attention of one layer; with ``q_rank``, multi-matrix factorization attention (Step-3, arXiv 2412.19255)."""
 
     num_heads: int
     num_kv_heads: int
@@ -43,7 +37,9 @@ class AttentionConfig:
     scale: float  # on q·k
     qkv_bias: bool = False
     output_bias: bool = False
-    qk_norm: bool = False  # RMSNorm per head on q and k, before the rotation (Qwen3)
+    qk_norm: Literal["none", "head", "whole"] = "none"  # norm on q and k before the rotation: per head, or over all heads at once
+    qkv_clip: float | None = None  # bound on the magnitude of q, k and v before the rotation
+    q_rank: int | None = None  # q = expand(norm(project(x))) over this many dimensions; None = one projection
     sliding_window: int | None = None  # tokens seen, the current one included; None = all
 
     @property
@@ -56,6 +52,30 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LatentAttentionConfig:
+    """Multi-head latent attention (MLA, arXiv 2405.04434): one latent and one rotated key per token are cached for all heads."""
+
+    num_heads: int
+    q_rank: int | None  # None = q in one projection
+    kv_rank: int
+    nope_dim: int  # of a q or k head: not rotated
+    rope_dim: int  # rotated; k's is shared by all heads
+    v_dim: int
+    rope: RopeConfig
+    scale: float  # on q·k
+    interleaved: bool  # the checkpoint rotates neighbouring dimensions against each other, not halves
+    norm_eps: float  # of the norms on the latents
+    bias: bool = False  # on the projections from and to the hidden size
+    q_factor: float = 1.0  # on q
+    kv_factor: float = 1.0  # on the normed latent
+
+    @property
+    def planes(self) -> tuple[KVPlane, ...]:
+        """What the layer caches per token: the normed latent and, behind it, the rotated key."""
+        return (KVPlane(name="latent", num_heads=1, head_dim=self.kv_rank + self.rope_dim),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FFNConfig:
     """A dense gated FFN: down(act(gate(x)) * up(x))."""
 
@@ -65,35 +85,105 @@ class FFNConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerConfig:
-    """One decoder layer: its two halves."""
+class GateConfig:
+    """How a row chooses experts and weights them; ``models.gates`` computes it.
 
-    attention: AttentionConfig
-    ffn: FFNConfig
+    Scores are over routed experts first, then null experts (which do nothing), then identity experts (which return the row).
+    """
+
+    num_experts: int  # with weights
+    top_k: int
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    choice: Literal["top_k", "group_limited", "one_per_group_slot", "sparse_mixer"] = "top_k"
+    num_groups: int = 1
+    num_kept_groups: int = 1  # group_limited: experts outside the best groups can't be chosen
+    group_score: Literal["max", "top2_sum"] = "max"
+    has_correction_bias: bool = False  # added to scores for the choice only (arXiv 2408.15664)
+    has_expert_scale: bool = False  # a learned factor per expert on its weight
+    renormalise: bool = False  # weights of the chosen experts with weights of their own sum to 1
+    scale: float = 1.0  # on all weights
+    mixer_jitter: float = 0.0  # sparse_mixer's threshold
+    num_null: int = 0
+    num_identity: int = 0
+
+    @property
+    def num_choices(self) -> int:
+        """Logits per row."""
+        return self.num_experts + self.num_null + self.num_identity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoEConfig:
+    """A mixture of gated experts, and the shared expert that every row takes (0 wide: none)."""
+
+    gate: GateConfig
+    intermediate_size: int  # of one expert
+    activation: Activation = "silu"
+    shared_intermediate_size: int = 0
+    has_shared_gate: bool = False  # sigmoid(x·w) on the shared expert
+
+    @property
+    def num_ids(self) -> int:
+        """Expert ids on the wire: the routed experts and, last, the shared one."""
+        return self.gate.num_experts + (self.shared_intermediate_size > 0)
+
+    @property
+    def experts_per_row(self) -> int:
+        """Ids that travel with a row."""
+        return self.gate.top_k + (self.shared_intermediate_size > 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerNames:
+    """Checkpoint names within a layer, after its prefix; ``{e}`` is the expert. The defaults are those most families share."""
+
+    input_norm: str = "input_layernorm"
+    attention_out_norm: str = "post_attention_layernorm"
+    ffn_norm: str = "post_attention_layernorm"
+    ffn_out_norm: str = "post_feedforward_layernorm"
+    attention: str = "self_attn."
+    q_norm: str = "q_norm"
+    k_norm: str = "k_norm"
+    q_expand: str = "q_b_proj"
+    q_rank_norm: str = "q_a_layernorm"
+    ffn: str = "mlp."  # of a dense FFN
+    router: str = "mlp.gate.weight"
+    correction_bias: str = "mlp.gate.e_score_correction_bias"
+    expert_scale: str = "mlp.router_scale"
+    expert: str = "mlp.experts.{e}."
+    stacked_experts: str | None = None  # prefix of [E, ...] tensors that hold all experts; None = each expert has its own
+    shared: str = "mlp.shared_expert."
+    shared_gate: str = "mlp.shared_expert_gate.weight"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    expert_gate: str = "gate_proj"
+    expert_up: str = "up_proj"
+    expert_down: str = "down_proj"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerConfig:
+    """One decoder layer: its two halves, and where its tensors are."""
+
+    attention: AttentionConfig | LatentAttentionConfig
+    ffn: FFNConfig | MoEConfig
+    shortcut: MoEConfig | None = None
+    norms: frozenset[NormPlace] = frozenset(("input", "ffn"))
+    prefix: str = ""
+    names: LayerNames = field(default_factory=LayerNames)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorNames:
-    """Checkpoint names; ``{i}`` is the layer. The defaults are those of Llama, which most families share."""
+    """Checkpoint names outside the layers."""
 
     embed: str = "model.embed_tokens.weight"
-    final_norm: str = "model.norm.weight"
-    lm_head: str = "lm_head.weight"
-    layer: str = "model.layers.{i}."
-    input_norm: str = "input_layernorm.weight"
-    ffn_norm: str = "post_attention_layernorm.weight"
-    q: str = "self_attn.q_proj"
-    k: str = "self_attn.k_proj"
-    v: str = "self_attn.v_proj"
-    o: str = "self_attn.o_proj"
-    q_norm: str = "self_attn.q_norm.weight"
-    k_norm: str = "self_attn.k_norm.weight"
-    gate: str = "mlp.gate_proj"
-    up: str = "mlp.up_proj"
-    down: str = "mlp.down_proj"
+    final_norm: str = "model.norm"
+    lm_head: str = "lm_head"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """A whole decoder."""
 
@@ -104,6 +194,10 @@ class DecoderConfig:
     norm_eps: float
     tie_embeddings: bool
     layers: tuple[LayerConfig, ...]
+    norm: NormKind = "rms"
+    embed_scale: float | None = None  # on embeddings, rounded to the compute format; None = 1
+    logit_softcap: float | None = None  # c·tanh(logits / c)
+    lm_head_bias: bool = False
     names: TensorNames = field(default_factory=TensorNames)
     eos_token_ids: tuple[int, ...] = ()
 
@@ -112,73 +206,18 @@ class DecoderConfig:
         """Decoder layers."""
         return len(self.layers)
 
+    @cached_property
+    def ffns(self) -> tuple[FFNConfig | MoEConfig | None, ...]:
+        """What an FFN worker computes, by the layer number on the wire: the layers' FFNs, then their shortcuts (None: has none)."""
+        shortcuts = tuple(layer.shortcut for layer in self.layers)
+        return tuple(layer.ffn for layer in self.layers) + (shortcuts if any(shortcuts) else ())
+
     @property
+    def num_lanes(self) -> int:
+        """Exchanges of one ubatch that may be in flight at once."""
+        return 1 if len(self.ffns) == self.num_layers else 2
+
+    @cached_property
     def fingerprint(self) -> str:
         """Short digest over every field; equal for peers that compute the same function."""
-        return blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def rope_config(raw: Mapping[str, Any], head_dim: int, max_position: int, *, theta_key: str = "rope_theta") -> RopeConfig:
-    """Rotary frequencies from a Hugging Face config.
-
-    Types ``default``, ``linear``, ``llama3`` (Llama 3.1 model card's frequency smoothing) and ``yarn`` (arXiv 2309.00071).
-
-    Raises:
-        UnsupportedModel: another rope type.
-    """
-    scaling: Mapping[str, Any] = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(scaling.get("rope_theta") or raw.get(theta_key) or 10_000.0)
-    rotary_dim = int(head_dim * float(scaling.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0))
-    kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
-    inv_freq = [theta ** (-2.0 * i / rotary_dim) for i in range(rotary_dim // 2)]
-    if kind == "default":
-        return RopeConfig(inv_freq=tuple(inv_freq))
-    if kind == "linear":
-        return RopeConfig(inv_freq=tuple(f / float(scaling["factor"]) for f in inv_freq))
-    if kind == "llama3":
-        return RopeConfig(inv_freq=tuple(_llama3_frequency(f, scaling) for f in inv_freq))
-    if kind == "yarn":
-        return _yarn(inv_freq, theta, rotary_dim, scaling, max_position)
-    raise UnsupportedModel(f"rope type {kind!r} is not supported", "rope_scaling.rope_type")
-
-
-def _llama3_frequency(frequency: float, scaling: Mapping[str, Any]) -> float:
-    factor = float(scaling["factor"])
-    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-    original = float(scaling["original_max_position_embeddings"])
-    wavelength = 2.0 * math.pi / frequency
-    if wavelength < original / high:
-        return frequency
-    if wavelength > original / low:
-        return frequency / factor
-    smooth = (original / wavelength - low) / (high - low)
-    return (1.0 - smooth) * frequency / factor + smooth * frequency
-
-
-def _yarn(inv_freq: list[float], theta: float, rotary_dim: int, scaling: Mapping[str, Any], max_position: int) -> RopeConfig:
-    original = float(scaling.get("original_max_position_embeddings") or max_position)
-    factor = float(scaling.get("factor") or max_position / original)
-    mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-
-    def magnitude(weight: float) -> float:
-        return 1.0 if factor <= 1.0 else 0.1 * weight * math.log(factor) + 1.0
-
-    attention_factor = scaling.get("attention_factor")
-    if attention_factor is None:
-        attention_factor = magnitude(float(mscale)) / magnitude(float(mscale_all)) if mscale and mscale_all else magnitude(1.0)
-
-    def dimension_of(num_rotations: float) -> float:
-        return rotary_dim * math.log(original / (num_rotations * 2.0 * math.pi)) / (2.0 * math.log(theta))
-
-    low = dimension_of(float(scaling.get("beta_fast") or 32.0))
-    high = dimension_of(float(scaling.get("beta_slow") or 1.0))
-    if scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0.0), min(high, rotary_dim - 1.0)
-    if low == high:
-        high += 0.001
-    mixed = []
-    for i, frequency in enumerate(inv_freq):
-        ramp = min(1.0, max(0.0, (i - low) / (high - low)))  # 0 = keep the frequency, 1 = interpolate it
-        mixed.append(frequency * (1.0 - ramp) + frequency / factor * ramp)
-    return RopeConfig(inv_freq=tuple(mixed), attention_factor=float(attention_factor))
+        return blake2b(json.dumps(asdict(self), sort_keys=True, default=sorted).encode(), digest_size=8).hexdigest()

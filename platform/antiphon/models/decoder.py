@@ -1,42 +1,45 @@
 """The two halves of a decoder (hot), each built from only its own tensors of a checkpoint.
 
-    attention half of layer i:  rows = ffn_norm(x += attention(input_norm(x)))        -> A2F
-    FFN half of layer i:        f = down(act(gate(rows)) * up(rows))                   -> F2A (a partial sum per slice)
-    next attention half:        x += f
+    attention half of layer i:  rows = ffn_norm(x += out_norm(attention(input_norm(x))))      -> A2F, with the gate's choices
+    FFN half of layer i:        f = down(act(gate(rows)) * up(rows)), or the chosen experts'   -> F2A (partial sums)
+    next attention half:        x += ffn_out_norm(f)
 
-Legend: T rows, D hidden, N query heads, K KV heads, H head dim, V vocabulary, I intermediate size (of this shard).
+Rows of a shortcut leave on a lane of their own and join one layer later.
+Legend: T rows, D hidden, V vocabulary, K ids per row. Must not know: links, shards other than its own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from antiphon.core.ids import FFNShard, slice_bounds
+from antiphon.core.ids import FFNShard
 from antiphon.core.kv import KVLayout
-from antiphon.models.attention import AttentionBatch, paged_attention
+from antiphon.models.attention import AttentionBatch
 from antiphon.models.checkpoint import Checkpoint
-from antiphon.models.config import AttentionConfig, DecoderConfig, FFNConfig, TensorNames
+from antiphon.models.config import AttentionConfig, DecoderConfig, LayerConfig, MoEConfig, NormPlace
+from antiphon.models.experts import DenseFFN, ExpertBank
+from antiphon.models.grouped_attention import GroupedAttention
 from antiphon.models.kv_cache import KVCache
-from antiphon.models.layers import RMSNorm, Rope, gated
+from antiphon.models.latent_attention import LatentAttention
+from antiphon.models.layers import Norm, Rope, read_norm
 from antiphon.models.linear import Linear
+from antiphon.models.placement import ExpertPlacement
+from antiphon.models.rope_config import RopeConfig
+from antiphon.models.routing import Router, Routing
+from antiphon.models.weights import Weights
 
 
-class Weights:
-    """Reads named tensors of one worker and remembers which: what is resident is what was read here."""
+@dataclass(slots=True, kw_only=True)
+class Outgoing:
+    """Rows that leave for the FFN side. They must not change until their result is combined."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
-        self._checkpoint = checkpoint
-        self._dtype = dtype
-        self._device = device
-        self.resident_bytes: dict[str, int] = {}  # tensor name -> bytes held here
-
-    def read(self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None) -> torch.Tensor:
-        """A tensor, or a slice of its rows and columns, in the worker's dtype. Raises CheckpointInvalid."""
-        tensor = self._checkpoint.tensor(name, rows=rows, cols=cols, dtype=self._dtype).to(self._device)
-        self.resident_bytes[name] = tensor.numel() * tensor.element_size()
-        return tensor
+    ffn: int  # the layer number on the wire: DecoderConfig.ffns
+    lane: int
+    rows_TD: torch.Tensor
+    routing: Routing | None  # None: a dense FFN
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,43 +48,25 @@ class StepState:
 
     x_TD: torch.Tensor
     batch: AttentionBatch
-    rope_tables: tuple[torch.Tensor, torch.Tensor]
+    rope_tables: Sequence[tuple[torch.Tensor, torch.Tensor]]  # by distinct rotation
+    away: list[Outgoing | None] = field(default_factory=lambda: [None, None])  # by lane
+    bad_rows: dict[int, str] = field(default_factory=dict)  # row -> the first gate that found it not to be numbers
 
 
-class _GroupedQueryAttention:
-    """Grouped-query attention of one layer (arXiv 2305.13245)."""
+@dataclass(slots=True, kw_only=True)
+class _AttentionLayer:
+    """The attention half of one layer; norms that the layer has not are None."""
 
-    def __init__(self, config: AttentionConfig, weights: Weights, names: TensorNames, prefix: str, rope: Rope, eps: float) -> None:
-        self._config = config
-        self._rope = rope
-        parts = [prefix + names.q, prefix + names.k, prefix + names.v]
-        weight = torch.cat([weights.read(part + ".weight") for part in parts])
-        bias = torch.cat([weights.read(part + ".bias") for part in parts]) if config.qkv_bias else None
-        self._qkv = Linear(weight, bias)
-        self._out = Linear(
-            weights.read(prefix + names.o + ".weight"),
-            weights.read(prefix + names.o + ".bias") if config.output_bias else None,
-        )
-        self._q_norm = RMSNorm(weights.read(prefix + names.q_norm), eps) if config.qk_norm else None
-        self._k_norm = RMSNorm(weights.read(prefix + names.k_norm), eps) if config.qk_norm else None
-
-    def __call__(self, x_TD: torch.Tensor, state: StepState, layer: int, cache: KVCache) -> torch.Tensor:
-        c = self._config
-        num_rows = x_TD.shape[0]
-        qkv = self._qkv(x_TD).view(num_rows, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
-        q_TNH, k_TKH, v_TKH = qkv.split([c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
-        if self._q_norm is not None and self._k_norm is not None:
-            q_TNH, k_TKH = self._q_norm(q_TNH), self._k_norm(k_TKH)
-        q_TNH = self._rope.rotate(q_TNH, state.rope_tables)
-        k_TKH = self._rope.rotate(k_TKH, state.rope_tables)
-        cache.write(layer, state.batch.slots_T, (k_TKH, v_TKH))
-        k_cache, v_cache = cache.planes[layer]
-        out_TNH = paged_attention(q_TNH, k_cache, v_cache, state.batch, c.scale, c.sliding_window)
-        return self._out(out_TNH.reshape(num_rows, c.num_heads * c.head_dim))
+    attention: GroupedAttention | LatentAttention
+    rope: int  # index of its rotation
+    norms: Mapping[NormPlace, Norm]
+    router: Router | None
+    shortcut: Router | None
+    joins_shortcut: bool
 
 
 class AttentionHalves:
-    """Embedding, the attention half of every layer, norms and the LM head. Holds no FFN weight."""
+    """Embedding, the attention half of every layer, norms, gates and the LM head. Holds no FFN weight."""
 
     def __init__(
         self, config: DecoderConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, max_model_len: int
@@ -92,89 +77,150 @@ class AttentionHalves:
         weights = Weights(checkpoint, dtype, device)
         names = config.names
         self._embed_VD = weights.read(names.embed)
-        ropes: dict[object, Rope] = {}
-        self._input_norms: list[RMSNorm] = []
-        self._attention: list[_GroupedQueryAttention] = []
-        self._ffn_norms: list[RMSNorm] = []
-        for i, layer in enumerate(config.layers):
-            prefix = names.layer.format(i=i)
-            rope_config = layer.attention.rope
-            if rope_config not in ropes:
-                ropes[rope_config] = Rope(rope_config, max_model_len, dtype, device)
-            rope = ropes[rope_config]
-            self._input_norms.append(RMSNorm(weights.read(prefix + names.input_norm), config.norm_eps))
-            self._attention.append(_GroupedQueryAttention(layer.attention, weights, names, prefix, rope, config.norm_eps))
-            self._ffn_norms.append(RMSNorm(weights.read(prefix + names.ffn_norm), config.norm_eps))
-        self._rope = next(iter(ropes.values()))
-        self._final_norm = RMSNorm(weights.read(names.final_norm), config.norm_eps)
-        self._lm_head = Linear(self._embed_VD if config.tie_embeddings else weights.read(names.lm_head))
+        # Rounded to the compute format first, as the models that scale their embeddings were trained.
+        self._embed_scale = None if config.embed_scale is None else torch.tensor(config.embed_scale, dtype=dtype, device=device)
+        kinds = list(dict.fromkeys(layer.attention.rope for layer in config.layers))
+        self._ropes = [Rope(kind, max_model_len, dtype, device) for kind in kinds]
+        self._layers = [self._layer(i, layer, weights, kinds) for i, layer in enumerate(config.layers)]
+        self._final_norm = read_norm(config.norm, weights, names.final_norm, config.norm_eps)
+        self._lm_head = Linear(
+            self._embed_VD if config.tie_embeddings else weights.read(names.lm_head + ".weight"),
+            weights.read(names.lm_head + ".bias") if config.lm_head_bias else None,
+        )
         self.resident_bytes = weights.resident_bytes
+
+    def _layer(self, index: int, layer: LayerConfig, weights: Weights, kinds: Sequence[RopeConfig]) -> _AttentionLayer:
+        config, names = self.config, layer.names
+        rope = kinds.index(layer.attention.rope)
+        norm_names: dict[NormPlace, str] = {
+            "input": names.input_norm,
+            "attention_out": names.attention_out_norm,
+            "ffn": names.ffn_norm,
+            "ffn_out": names.ffn_out_norm,
+        }
+        attention: GroupedAttention | LatentAttention
+        if isinstance(layer.attention, AttentionConfig):
+            attention = GroupedAttention(layer.attention, weights, layer, self._ropes[rope], config.norm, config.norm_eps)
+        else:
+            attention = LatentAttention(layer.attention, weights, layer, self._ropes[rope])
+        return _AttentionLayer(
+            attention=attention,
+            rope=rope,
+            norms={
+                place: read_norm(config.norm, weights, layer.prefix + name, config.norm_eps)
+                for place, name in norm_names.items()
+                if place in layer.norms
+            },
+            router=Router(layer.ffn, weights, layer) if isinstance(layer.ffn, MoEConfig) else None,
+            shortcut=None if layer.shortcut is None else Router(layer.shortcut, weights, layer),
+            joins_shortcut=index > 0 and config.layers[index - 1].shortcut is not None,
+        )
 
     def begin(self, token_ids_T: torch.Tensor, batch: AttentionBatch) -> StepState:
         """Embed the rows of one ubatch."""
         x_TD = self._embed_VD[token_ids_T]
-        return StepState(x_TD=x_TD, batch=batch, rope_tables=self._rope.tables(batch.positions_T))
+        if self._embed_scale is not None:
+            x_TD.mul_(self._embed_scale)
+        return StepState(x_TD=x_TD, batch=batch, rope_tables=[rope.tables(batch.positions_T) for rope in self._ropes])
 
-    def attend(self, layer: int, state: StepState, cache: KVCache) -> torch.Tensor:
-        """The attention half; advances the residual stream and returns the normed rows for the FFN, [T, D]."""
-        normed = self._input_norms[layer](state.x_TD)
-        state.x_TD.add_(self._attention[layer](normed, state, layer, cache))
-        return self._ffn_norms[layer](state.x_TD)
+    def attend(self, layer: int, state: StepState, cache: KVCache) -> Sequence[Outgoing]:
+        """The attention half; advances the residual stream and returns the rows for the FFN side."""
+        half = self._layers[layer]
+        normed = _normed(half.norms.get("input"), state.x_TD)
+        attended = half.attention(normed, state.batch, state.rope_tables[half.rope], layer, cache)
+        state.x_TD.add_(_normed(half.norms.get("attention_out"), attended))
+        norm = half.norms.get("ffn")
+        rows_TD = state.x_TD if norm is None else norm(state.x_TD)
+        if half.shortcut is not None and norm is None:
+            rows_TD = rows_TD.clone()  # x itself changes while a shortcut's rows are away
+        leaving = [self._leave(layer, layer, 0, rows_TD, half.router, state)]
+        if half.shortcut is not None:
+            leaving.append(self._leave(layer, self.config.num_layers + layer, 1, rows_TD, half.shortcut, state))
+        return leaving
 
-    def combine(self, layer: int, state: StepState, ffn_TD: torch.Tensor) -> None:
-        """Add the FFN's result of ``layer`` to the residual stream."""
-        state.x_TD.add_(ffn_TD)
+    def _leave(self, layer: int, ffn: int, lane: int, rows_TD: torch.Tensor, router: Router | None, state: StepState) -> Outgoing:
+        routing = None if router is None else router(rows_TD)
+        if routing is not None:
+            for row in routing.bad_rows:
+                state.bad_rows.setdefault(row, f"the gate of {self.config.layers[layer].prefix.rstrip('.')}")
+        leaving = state.away[lane] = Outgoing(ffn=ffn, lane=lane, rows_TD=rows_TD, routing=routing)
+        return leaving
+
+    def lanes_due(self, layer: int) -> tuple[int, ...]:
+        """Lanes whose results ``combine`` of this layer takes, in order."""
+        return (0, 1) if self._layers[layer].joins_shortcut else (0,)
+
+    def combine(self, layer: int, state: StepState, results: Sequence[torch.Tensor]) -> None:
+        """Add the FFN side's results (one [T, D] per lane due) to the residual stream."""
+        norm = self._layers[layer].norms.get("ffn_out")
+        for lane, result_TD in zip(self.lanes_due(layer), results, strict=True):
+            left = state.away[lane]
+            assert left is not None  # attend() filled the lane before its rows could be sent
+            state.away[lane] = None
+            if left.routing is not None and left.routing.identity_T is not None:
+                result_TD = result_TD + left.rows_TD * left.routing.identity_T[:, None].to(left.rows_TD.dtype)
+            state.x_TD.add_(result_TD if norm is None else norm(result_TD.to(state.x_TD.dtype)))
 
     def logits(self, x_RD: torch.Tensor) -> torch.Tensor:
         """fp32 [R, V] from rows of the residual stream."""
-        return self._lm_head(self._final_norm(x_RD)).float()
+        logits_RV = self._lm_head(self._final_norm(x_RD)).float()
+        cap = self.config.logit_softcap
+        return logits_RV if cap is None else torch.tanh(logits_RV / cap) * cap
 
 
-class _DenseFFN:
-    """One shard of a gated FFN: a slice of the intermediate dimension; the shards' results sum up."""
-
-    def __init__(self, config: FFNConfig, weights: Weights, names: TensorNames, prefix: str, shard: FFNShard) -> None:
-        low, high = slice_bounds(config.intermediate_size, shard.tensor_index, shard.num_tensor)
-        self._activation = config.activation
-        gate_up = torch.cat(
-            [
-                weights.read(prefix + names.gate + ".weight", rows=(low, high)),
-                weights.read(prefix + names.up + ".weight", rows=(low, high)),
-            ]
-        )
-        gate_up_bias = down_bias = None
-        if config.bias:
-            gate_up_bias = torch.cat(
-                [weights.read(prefix + names.gate + ".bias")[low:high], weights.read(prefix + names.up + ".bias")[low:high]]
-            )
-            # Added once: by the first slice.
-            down_bias = weights.read(prefix + names.down + ".bias") if shard.tensor_index == 0 else None
-        self._gate_up = Linear(gate_up, gate_up_bias)
-        self._down = Linear(weights.read(prefix + names.down + ".weight", cols=(low, high)), down_bias)
-
-    def __call__(self, rows_TD: torch.Tensor) -> torch.Tensor:
-        return self._down(gated(self._gate_up(rows_TD), self._activation))
+def _normed(norm: Norm | None, x_TD: torch.Tensor) -> torch.Tensor:
+    return x_TD if norm is None else norm(x_TD)
 
 
 class FFNHalves:
     """The FFN half of every layer, one shard of it. Holds no attention weight; stateless between calls."""
 
     def __init__(
-        self, config: DecoderConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, shard: FFNShard
+        self,
+        config: DecoderConfig,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        shard: FFNShard,
+        placement: ExpertPlacement | None = None,
     ) -> None:
+        """``placement``: which expert groups hold which experts; None = contiguous runs of near-equal size."""
         self.config = config
         self.dtype = dtype
         self.shard = shard
         weights = Weights(checkpoint, dtype, device)
-        self._ffns = [
-            _DenseFFN(layer.ffn, weights, config.names, config.names.layer.format(i=i), shard)
-            for i, layer in enumerate(config.layers)
-        ]
-        self.resident_bytes = weights.resident_bytes
+        self._weights = weights
+        if placement is None:
+            placement = ExpertPlacement.spread(config, shard.num_expert)
+        self.ffns: list[DenseFFN | ExpertBank | None] = []
+        for number, ffn in enumerate(config.ffns):
+            layer = config.layers[number % config.num_layers]
+            if isinstance(ffn, MoEConfig):
+                self.ffns.append(ExpertBank(ffn, weights, layer, shard, placement.held(ffn, number, shard.expert_index)))
+            else:
+                self.ffns.append(None if ffn is None else DenseFFN(ffn, weights, layer, shard))
 
-    def compute(self, layer: int, rows_TD: torch.Tensor) -> torch.Tensor:
-        """This shard's partial sum for every row, [T, D]."""
-        return self._ffns[layer](rows_TD)
+    @property
+    def resident_bytes(self) -> Mapping[str, int]:
+        """Checkpoint tensors held here, with their bytes."""
+        return self._weights.resident_bytes
+
+    @property
+    def banks(self) -> Mapping[int, ExpertBank]:
+        """Expert banks by the layer number on the wire."""
+        return {number: ffn for number, ffn in enumerate(self.ffns) if isinstance(ffn, ExpertBank)}
+
+    def compute(
+        self, number: int, rows_TD: torch.Tensor, ids_TK: torch.Tensor | None = None, weights_TK: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """This shard's partial sum for every row, [T, D]; ids and weights where ``number`` is a mixture of experts."""
+        ffn = self.ffns[number]
+        if isinstance(ffn, ExpertBank):
+            assert ids_TK is not None  # the connector refuses rows without ids for a mixture of experts
+            assert weights_TK is not None
+            return ffn.compute(rows_TD, ids_TK, weights_TK)
+        assert ffn is not None  # and rows for a layer number that has no FFN
+        return ffn.compute(rows_TD)
 
 
 def kv_layout(config: DecoderConfig, dtype: torch.dtype, block_size_tokens: int) -> KVLayout:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from antiphon.models.config import Activation, RopeConfig
+from antiphon.models.config import Activation, NormKind
+from antiphon.models.rope_config import RopeConfig
+from antiphon.models.weights import Weights
 
 
 class RMSNorm:
@@ -21,7 +23,35 @@ class RMSNorm:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Same shape and dtype as x."""
+        if self._weight.dtype is not x.dtype:  # a weight of more precision than the rows: round once, at the end
+            return F.rms_norm(x.to(self._weight.dtype), self._shape, self._weight, self._eps).to(x.dtype)
         return F.rms_norm(x, self._shape, self._weight, self._eps)
+
+
+class LayerNorm:
+    """Mean and variance norm with weight and bias (arXiv 1607.06450) over the last dimension; statistics in fp32."""
+
+    def __init__(self, weight_D: torch.Tensor, bias_D: torch.Tensor, eps: float) -> None:
+        self._weight = weight_D
+        self._bias = bias_D
+        self._shape = (weight_D.shape[0],)
+        self._eps = eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Same shape and dtype as x."""
+        return F.layer_norm(x, self._shape, self._weight, self._bias, self._eps)
+
+
+Norm = RMSNorm | LayerNorm
+
+
+def read_norm(kind: NormKind, weights: Weights, name: str, eps: float) -> Norm:
+    """The norm whose tensors begin with ``name``. Raises CheckpointInvalid."""
+    if kind == "layer":
+        return LayerNorm(weights.read(name + ".weight"), weights.read(name + ".bias"), eps)
+    if kind == "rms_plus_one":
+        return RMSNorm(weights.read(name + ".weight", dtype=torch.float32) + 1.0, eps)
+    return RMSNorm(weights.read(name + ".weight"), eps)
 
 
 class Rope:

@@ -1,7 +1,7 @@
 """The FFN worker: computes what has arrived for a layer, from all attention peers together, and forgets it (hot).
 
-Stateless between messages: a worker that dies costs its peers nothing but sending the rows again. Legend: T rows, D hidden.
-Must not know: requests, tokens, KV.
+Stateless between messages: a worker that dies costs its peers nothing but sending the rows again.
+Legend: R rows, D hidden, K expert ids per row. Must not know: requests, tokens, KV.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from antiphon.connectors.afd import FFNSide, FFNWork
+from antiphon.connectors.ffn_side import FFNSide, FFNWork
+from antiphon.core.errors import InvalidInput
 from antiphon.models.decoder import FFNHalves
 
 
@@ -42,17 +43,22 @@ class FFNWorker:
         for work in works:
             by_layer.setdefault(work.header.layer, []).append(work)
         for layer, batch in by_layer.items():
-            self._compute(layer, batch)
+            self._answer(layer, batch)
         return True
 
-    def _compute(self, layer: int, batch: list[FFNWork]) -> None:
+    def _answer(self, layer: int, batch: list[FFNWork]) -> None:
         start_s = time.perf_counter()
-        rows_TD = batch[0].rows_TD if len(batch) == 1 else torch.cat([work.rows_TD for work in batch])
-        if rows_TD.dtype is not self.halves.dtype:
-            rows_TD = rows_TD.to(self.halves.dtype)
-        out_TD = self.halves.compute(layer, rows_TD)
+        try:
+            out_RD = self._compute(layer, batch)
+        except InvalidInput as error:
+            if len(batch) == 1:
+                self.side.refuse(batch[0], str(error))
+                return
+            for work in batch:  # find the peer whose rows are wrong; the others get their answer
+                self._answer(layer, [work])
+            return
         compute_s = time.perf_counter() - start_s
-        num_rows = rows_TD.shape[0]
+        num_rows = out_RD.shape[0]
         self.stats.num_rows += num_rows
         self.stats.num_batches += 1
         self.stats.compute_s += compute_s
@@ -61,5 +67,16 @@ class FFNWorker:
             end = at + work.header.rows
             wait_s = start_s - work.arrived_s
             self.stats.wait_s += wait_s
-            self.side.reply(work, out_TD[at:end], compute_us=int(compute_s * 1e6), wait_us=int(wait_s * 1e6), batch_rows=num_rows)
+            self.side.reply(work, out_RD[at:end], compute_us=int(compute_s * 1e6), wait_us=int(wait_s * 1e6), batch_rows=num_rows)
             at = end
+
+    def _compute(self, layer: int, batch: list[FFNWork]) -> torch.Tensor:
+        first = batch[0]
+        rows_RD = first.rows_RD if len(batch) == 1 else torch.cat([work.rows_RD for work in batch])
+        if rows_RD.dtype is not self.halves.dtype:
+            rows_RD = rows_RD.to(self.halves.dtype)
+        if first.ids_RK is None:
+            return self.halves.compute(layer, rows_RD)
+        ids_RK = torch.cat([work.ids_RK for work in batch if work.ids_RK is not None])
+        weights_RK = torch.cat([work.weights_RK for work in batch if work.weights_RK is not None])
+        return self.halves.compute(layer, rows_RD, ids_RK, weights_RK)

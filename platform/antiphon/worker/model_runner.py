@@ -209,13 +209,16 @@ class AttentionWorker:
             state = states[op.ubatch]
             if op.half is Half.ATTEND:
                 attend_s = time.perf_counter()
-                rows_TD = self.halves.attend(op.layer, state, self.cache)
+                leaving = self.halves.attend(op.layer, state, self.cache)
                 self.stats.attention_s += time.perf_counter() - attend_s
-                self.afd.send(step_id, op.layer, op.ubatch, rows_TD)
+                for out in leaving:
+                    self.afd.send(step_id, out.ffn, out.lane * self._num_ubatches + op.ubatch, out.rows_TD, out.routing)
                 if hands_over:
                     self._offer(op.layer, batch, runs[op.ubatch], state)
             else:
-                self.halves.combine(op.layer, state, self.afd.receive(op.ubatch))
+                lanes = self.halves.lanes_due(op.layer)
+                results = [self.afd.receive(lane * self._num_ubatches + op.ubatch) for lane in lanes]
+                self.halves.combine(op.layer, state, results)
 
     def _offer(self, layer: int, batch: list[tuple[_Row, int]], run: list[Segment], state: StepState) -> None:
         assert isinstance(self.kv, PrefillSide)

@@ -1,19 +1,57 @@
 """Families: from a Hugging Face ``config.json`` to a DecoderConfig, one small module each (control speed).
 
 A module here has ``ARCHITECTURES``, the names it answers to in ``config.json``'s ``architectures``, and
-``describe(raw) -> DecoderConfig``, which refuses by name what it can't express. Must not know: tensors.
+``describe(raw) -> DecoderConfig``, which refuses by name what it can't express. Reading a field is declaring it known: any other
+that could matter is refused after it. Must not know: tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from antiphon.core.errors import UnsupportedModel
 from antiphon.models.config import DecoderConfig
-from antiphon.models.families import llama, qwen2, qwen3
+from antiphon.models.families import (
+    adamoe,
+    deepseek,
+    dots1,
+    gemma3,
+    llama,
+    longcat_flash,
+    mixtral,
+    olmo2,
+    olmoe,
+    pangu_pro_moe,
+    phimoe,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    step3,
+)
+from antiphon.models.families.fields import Fields
 
-_FAMILIES = {name: module.describe for module in (llama, qwen2, qwen3) for name in module.ARCHITECTURES}
+_MODULES = (
+    adamoe,
+    deepseek,
+    dots1,
+    gemma3,
+    llama,
+    longcat_flash,
+    mixtral,
+    olmo2,
+    olmoe,
+    pangu_pro_moe,
+    phimoe,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    step3,
+)
+_Describe = Callable[[Mapping[str, Any]], DecoderConfig]
+_FAMILIES: dict[str, _Describe] = {name: module.describe for module in _MODULES for name in module.ARCHITECTURES}
 
 
 def describe(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -25,9 +63,12 @@ def describe(raw: Mapping[str, Any]) -> DecoderConfig:
     architectures = raw.get("architectures") or []
     for name in architectures:
         if name in _FAMILIES:
+            fields = Fields({**raw, "architectures": [name]})
             try:
-                return _FAMILIES[name](raw)
-            except (KeyError, TypeError, ValueError) as error:
+                config = _FAMILIES[name](fields)
+                fields.refuse_unread()
+            except (KeyError, TypeError, ValueError, IndexError) as error:
                 raise UnsupportedModel(f"config.json of {name}: {error!r}", str(error).strip("'")) from error
+            return config
     known = ", ".join(sorted(_FAMILIES))
     raise UnsupportedModel(f"architectures {architectures} are unknown; known: {known}", "architectures")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from antiphon.models.config import DecoderConfig
-from antiphon.models.families.dense import describe_dense
+from antiphon.models.families.dense import decoder, dense_ffn, dense_layers, grouped_attention
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 
@@ -14,4 +14,5 @@ ARCHITECTURES = ("LlamaForCausalLM",)
 def describe(raw: Mapping[str, Any]) -> DecoderConfig:
     """See families.describe."""
     bias = bool(raw.get("attention_bias", False))
-    return describe_dense(raw, "llama", qkv_bias=bias, output_bias=bias)
+    attention = grouped_attention(raw, qkv_bias=bias, output_bias=bias)
+    return decoder(raw, "llama", dense_layers(raw, attention, dense_ffn(raw, bias=bool(raw.get("mlp_bias", False)))))

@@ -1,0 +1,162 @@
+"""The FFNs of one layer that one shard holds: a slice of a dense FFN, or a bank of experts (hot).
+
+A bank sorts the (row, expert) pairs that arrived by expert, runs each expert once over its rows, and sums each row's results by
+weight, so that one row goes back per row that came. It may be asked for an expert it does not hold (placements change while rows
+are in flight): it reads the expert and goes on, which costs a moment and never a wrong result.
+
+Legend: T rows, D hidden, I intermediate size (of this shard), K ids per row, M = T·K pairs. Must not know: peers, messages.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+import torch
+
+from antiphon.core.errors import InvalidInput
+from antiphon.core.ids import FFNShard, slice_bounds
+from antiphon.models.config import Activation, FFNConfig, LayerConfig, MoEConfig
+from antiphon.models.layers import gated
+from antiphon.models.linear import Linear
+from antiphon.models.weights import Weights
+
+
+class DenseFFN:
+    """One shard of a gated FFN: a slice of the intermediate dimension; the shards' results sum up."""
+
+    def __init__(self, config: FFNConfig, weights: Weights, layer: LayerConfig, shard: FFNShard) -> None:
+        names, prefix = layer.names, layer.prefix + layer.names.ffn
+        low, high = slice_bounds(config.intermediate_size, shard.index, shard.num_shards)
+        self._activation = config.activation
+        parts = (prefix + names.gate, prefix + names.up)
+        gate_up_bias = down_bias = None
+        if config.bias:
+            gate_up_bias = torch.cat([weights.read(part + ".bias")[low:high] for part in parts])
+            # Added once: by the first slice.
+            down_bias = weights.read(prefix + names.down + ".bias") if shard.index == 0 else None
+        self._gate_up = Linear(torch.cat([weights.read(part + ".weight", rows=(low, high)) for part in parts]), gate_up_bias)
+        self._down = Linear(weights.read(prefix + names.down + ".weight", cols=(low, high)), down_bias)
+
+    def compute(self, rows_TD: torch.Tensor) -> torch.Tensor:
+        """This slice's partial sum, [T, D]."""
+        return self._down(gated(self._gate_up(rows_TD), self._activation))
+
+
+class _Expert:
+    """One gated expert, or this shard's slice of it."""
+
+    __slots__ = ("_activation", "_down", "_gate_up", "num_bytes")
+
+    def __init__(self, gate_up: Linear, down: Linear, activation: Activation) -> None:
+        self._gate_up = gate_up
+        self._down = down
+        self._activation = activation
+        self.num_bytes = gate_up.num_bytes + down.num_bytes
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._down(gated(self._gate_up(rows), self._activation))
+
+
+class ExpertBank:
+    """The experts of one layer that this shard holds.
+
+    ``compute`` belongs to the worker's loop; ``hold`` and ``release`` may run on another thread beside it.
+    """
+
+    def __init__(self, config: MoEConfig, weights: Weights, layer: LayerConfig, shard: FFNShard, held: Iterable[int]) -> None:
+        self.config = config
+        self.rows_by_expert = torch.zeros(config.num_ids, dtype=torch.int64)  # since start
+        self.num_late_loads = 0  # experts read because rows for them arrived
+        self._weights = weights
+        self._layer = layer
+        self._shard = shard
+        self._experts: dict[int, _Expert] = {}
+        self._reading = threading.Lock()
+        for expert in held:
+            self.hold(expert)
+
+    @property
+    def held(self) -> frozenset[int]:
+        """Ids of the experts held now."""
+        return frozenset(self._experts)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the experts held now."""
+        return sum(expert.num_bytes for expert in tuple(self._experts.values()))
+
+    def hold(self, expert: int) -> None:
+        """Read an expert unless it is held. Raises CheckpointInvalid."""
+        with self._reading:
+            if expert not in self._experts:
+                self._experts[expert] = self._read(expert)
+
+    def release(self, expert: int) -> None:
+        """Let an expert go; rows that still come for it make it come back."""
+        with self._reading:
+            if self._experts.pop(expert, None) is not None:
+                for name in self._names(expert):
+                    self._weights.resident_bytes.pop(name, None)
+
+    def compute(self, rows_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        """The weighted sum of each row's experts, [T, D]; ids of -1 add nothing.
+
+        Raises:
+            InvalidInput: an id is no expert's.
+        """
+        num_rows, num_ids = ids_TK.shape
+        flat_M = ids_TK.reshape(-1)
+        low, high = torch.aminmax(flat_M)
+        if int(low) < -1 or int(high) >= self.config.num_ids:
+            raise InvalidInput(f"expert ids {int(low)} to {int(high)}, there are {self.config.num_ids}")
+        counts = torch.bincount(flat_M + 1, minlength=self.config.num_ids + 1)
+        self.rows_by_expert += counts[1:]
+        order_M = torch.argsort(flat_M, stable=True)
+        num_absent, *num_by_expert = counts.tolist()
+        order_M = order_M[num_absent:]
+        sorted_MD = rows_TD.index_select(0, order_M // num_ids)
+        at = 0
+        results = []
+        for expert, num_pairs in enumerate(num_by_expert):
+            if num_pairs:
+                results.append(self._expert(expert)(sorted_MD[at : at + num_pairs]))
+                at += num_pairs
+        if not results:
+            return torch.zeros_like(rows_TD)
+        # Zeros where a row has fewer experts than ids: their weights are multiplied by something that is a number.
+        by_pair = rows_TD.new_zeros(num_rows * num_ids, rows_TD.shape[1])
+        by_pair.index_copy_(0, order_M, torch.cat(results))
+        weights = weights_TK.masked_fill(ids_TK < 0, 0.0).to(rows_TD.dtype)
+        return torch.bmm(weights[:, None], by_pair.view(num_rows, num_ids, -1)).squeeze(1)
+
+    def _expert(self, expert: int) -> _Expert:
+        found = self._experts.get(expert)
+        if found is None:
+            self.num_late_loads += 1
+            self.hold(expert)
+            found = self._experts[expert]
+        return found
+
+    def _names(self, expert: int) -> tuple[str, ...]:
+        names, prefix = self._layer.names, self._layer.prefix
+        if expert == self.config.gate.num_experts:
+            return tuple(prefix + names.shared + part + ".weight" for part in (names.gate, names.up, names.down))
+        parts = (names.expert_gate, names.expert_up, names.expert_down)
+        if names.stacked_experts is not None:
+            return tuple(prefix + names.stacked_experts + part + ".weight" for part in parts)
+        return tuple(prefix + names.expert.format(e=expert) + part + ".weight" for part in parts)
+
+    def _read(self, expert: int) -> _Expert:
+        is_shared = expert == self.config.gate.num_experts
+        width = self.config.shared_intermediate_size if is_shared else self.config.intermediate_size
+        low, high = slice_bounds(width, self._shard.tensor_index, self._shard.num_tensor)
+        gate_name, up_name, down_name = self._names(expert)
+        if self._layer.names.stacked_experts is not None and not is_shared:
+            which = (expert, expert + 1)
+            halves = [self._weights.read(name, rows=which, cols=(low, high))[0] for name in (gate_name, up_name)]
+            down = self._weights.read(down_name, rows=which)[0][:, low:high].contiguous()
+        else:
+            halves = [self._weights.read(name, rows=(low, high)) for name in (gate_name, up_name)]
+            down = self._weights.read(down_name, cols=(low, high))
+        return _Expert(Linear(torch.cat(halves)), Linear(down), self.config.activation)

@@ -1,0 +1,59 @@
+"""Gemma 3, text (arXiv 2503.19786): four norms a layer, scaled embeddings, windows on most layers, a rope base for each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from antiphon.models.config import DecoderConfig, FFNConfig, LayerConfig, LayerNames
+from antiphon.models.families.dense import decoder, grouped_attention, layer_windows
+from antiphon.models.families.fields import activation, refuse
+from antiphon.models.rope_config import RopeConfig, rope_config
+
+ARCHITECTURES = ("Gemma3ForCausalLM",)
+
+_NAMES = LayerNames(ffn_norm="pre_feedforward_layernorm")
+
+
+def describe(raw: Mapping[str, Any]) -> DecoderConfig:
+    """See families.describe."""
+    refuse(raw, {"attention_bias": False, "attn_logit_softcapping": None, "use_bidirectional_attention": False})
+    pattern, older_pattern = raw.get("sliding_window_pattern"), raw.get("_sliding_window_pattern")
+    period = int(pattern or older_pattern or 6)
+    windows = layer_windows(raw, [(i + 1) % period != 0 for i in range(int(raw["num_hidden_layers"]))])
+    near, far = _ropes(raw)
+    attention = replace(grouped_attention(raw, qk_norm="head", rope=far), scale=float(raw["query_pre_attn_scalar"]) ** -0.5)
+    ffn = FFNConfig(intermediate_size=int(raw["intermediate_size"]), activation=activation(raw, "hidden_activation"))
+    layers = [
+        LayerConfig(
+            attention=attention if window is None else replace(attention, rope=near, sliding_window=window),
+            ffn=ffn,
+            norms=frozenset(("input", "attention_out", "ffn", "ffn_out")),
+            names=_NAMES,
+        )
+        for window in windows
+    ]
+    cap = raw.get("final_logit_softcapping")
+    return decoder(
+        raw,
+        "gemma3",
+        layers,
+        norm="rms_plus_one",
+        embed_scale=float(raw["hidden_size"]) ** 0.5,
+        logit_softcap=None if cap is None else float(cap),
+        tie_embeddings=bool(raw.get("tie_word_embeddings", True)),
+    )
+
+
+def _ropes(raw: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig]:
+    """Of sliding layers and of full ones; older configs have flat fields for them, newer ones a section for each kind."""
+    head_dim, max_position = int(raw["head_dim"]), int(raw["max_position_embeddings"])
+    sections = raw.get("rope_parameters") or {}
+    flat_local, flat_full, flat_scaling = raw.get("rope_local_base_freq"), raw.get("rope_theta"), raw.get("rope_scaling")
+    local = sections.get("sliding_attention") or {"rope_theta": flat_local or 10_000.0}
+    full = sections.get("full_attention") or {"rope_theta": flat_full or 1_000_000.0, **(flat_scaling or {})}
+    return (
+        rope_config({}, head_dim, max_position, default_theta=10_000.0, scaling=local),
+        rope_config({}, head_dim, max_position, default_theta=1_000_000.0, scaling=full),
+    )

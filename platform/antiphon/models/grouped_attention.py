@@ -1,0 +1,69 @@
+"""Grouped-query attention of one layer (arXiv 2305.13245) and its low-rank relative MFA (arXiv 2412.19255) (hot).
+
+Legend: T rows, D hidden, N query heads, K KV heads, H head dim. Must not know: families, the residual stream.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from antiphon.models.attention import AttentionBatch, paged_attention
+from antiphon.models.config import AttentionConfig, LayerConfig, NormKind
+from antiphon.models.kv_cache import KVCache
+from antiphon.models.layers import Norm, Rope, read_norm
+from antiphon.models.linear import Linear
+from antiphon.models.weights import Weights
+
+
+class GroupedAttention:
+    """q, k and v in one projection, rotation, paged attention, output projection."""
+
+    def __init__(
+        self, config: AttentionConfig, weights: Weights, layer: LayerConfig, rope: Rope, norm: NormKind, eps: float
+    ) -> None:
+        self._config = config
+        self._rope = rope
+        names, prefix = layer.names, layer.prefix + layer.names.attention
+        parts = [prefix + "q_proj", prefix + "k_proj", prefix + "v_proj"]
+        weight = torch.cat([weights.read(part + ".weight") for part in parts])
+        bias = torch.cat([weights.read(part + ".bias") for part in parts]) if config.qkv_bias else None
+        self._qkv = Linear(weight, bias)
+        out_bias = weights.read(prefix + "o_proj.bias") if config.output_bias else None
+        self._out = Linear(weights.read(prefix + "o_proj.weight"), out_bias)
+        q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self._widths = [q_width if config.q_rank is None else config.q_rank, kv_width, kv_width]
+        self._q_norm: Norm | None = None
+        self._k_norm: Norm | None = None
+        if config.qk_norm != "none":
+            self._q_norm = read_norm(norm, weights, prefix + names.q_norm, eps)
+            self._k_norm = read_norm(norm, weights, prefix + names.k_norm, eps)
+        self._rank_norm: Norm | None = None
+        self._expand: Linear | None = None
+        if config.q_rank is not None:
+            self._rank_norm = read_norm(norm, weights, prefix + names.q_rank_norm, eps)
+            self._expand = Linear(weights.read(prefix + names.q_expand + ".weight"))
+
+    def __call__(
+        self, x_TD: torch.Tensor, batch: AttentionBatch, tables: tuple[torch.Tensor, torch.Tensor], layer: int, cache: KVCache
+    ) -> torch.Tensor:
+        """[T, D], newly allocated; the rows' K and V are in the cache afterwards."""
+        c = self._config
+        num_rows = x_TD.shape[0]
+        q, k, v = torch.split_with_sizes(self._qkv(x_TD), self._widths, dim=1)
+        if self._rank_norm is not None and self._expand is not None:
+            q = self._expand(self._rank_norm(q))
+        if c.qk_norm == "whole" and self._q_norm is not None and self._k_norm is not None:
+            q, k = self._q_norm(q), self._k_norm(k)
+        if c.qkv_clip is not None:
+            q, k, v = (each.clamp(-c.qkv_clip, c.qkv_clip) for each in (q, k, v))
+        q_TNH = q.view(num_rows, c.num_heads, c.head_dim)
+        k_TKH = k.view(num_rows, c.num_kv_heads, c.head_dim)
+        v_TKH = v.view(num_rows, c.num_kv_heads, c.head_dim)
+        if c.qk_norm == "head" and self._q_norm is not None and self._k_norm is not None:
+            q_TNH, k_TKH = self._q_norm(q_TNH), self._k_norm(k_TKH)
+        q_TNH = self._rope.rotate(q_TNH, tables)
+        k_TKH = self._rope.rotate(k_TKH, tables)
+        cache.write(layer, batch.slots_T, (k_TKH, v_TKH))
+        k_cache, v_cache = cache.planes[layer]
+        out_TNH = paged_attention(q_TNH, k_cache, v_cache, batch, c.scale, c.sliding_window)
+        return self._out(out_TNH.reshape(num_rows, c.num_heads * c.head_dim))

@@ -1,0 +1,77 @@
+"""Where the rows of one layer go: the gate with its weights, and what it says (hot; attention side).
+
+    rows ──gate──► ids and weights of experts that compute        travel with the rows
+                   weights of identity experts                     stay: the row itself is added here
+                   null experts                                     nothing
+
+Legend: T rows, D hidden, E choices, K ids per row. Must not know: shards, links, weights of experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from antiphon.models.config import LayerConfig, MoEConfig
+from antiphon.models.gates import choose, is_identity
+from antiphon.models.linear import Linear
+from antiphon.models.weights import Weights
+
+NO_EXPERT = -1
+
+
+@dataclass(slots=True, kw_only=True)
+class Routing:
+    """Experts of each row; ids run over the layer's routed experts and, last, its shared one."""
+
+    ids_TK: torch.Tensor  # int64, NO_EXPERT where a row takes fewer
+    weights_TK: torch.Tensor  # fp32
+    is_full: bool  # no NO_EXPERT among the ids
+    identity_T: torch.Tensor | None = None  # fp32: weight of the row itself
+    bad_rows: tuple[int, ...] = ()  # rows whose logits are not numbers; they take no expert
+
+
+class Router:
+    """The gate of one layer. Scores in fp32 whatever the rows are in."""
+
+    def __init__(self, config: MoEConfig, weights: Weights, layer: LayerConfig) -> None:
+        gate, names = config.gate, layer.names
+        fp32 = torch.float32
+        self.config = config
+        self._linear = Linear(weights.read(layer.prefix + names.router, dtype=fp32))
+        self._bias = weights.read(layer.prefix + names.correction_bias, dtype=fp32) if gate.has_correction_bias else None
+        self._scale = weights.read(layer.prefix + names.expert_scale, dtype=fp32).flatten() if gate.has_expert_scale else None
+        self._shared_gate = weights.read(layer.prefix + names.shared_gate, dtype=fp32) if config.has_shared_gate else None
+
+    def __call__(self, rows_TD: torch.Tensor) -> Routing:
+        """Choose the experts of every row."""
+        gate = self.config.gate
+        rows_TD = rows_TD.float()
+        ids_TK, weights_TK = choose(gate, self._linear(rows_TD), self._bias, self._scale)
+        identity_T = None
+        is_full = True
+        if gate.num_identity:
+            identity_T = weights_TK.masked_fill(~is_identity(gate, ids_TK), 0.0).sum(dim=-1)
+        if gate.num_identity or gate.num_null:
+            ids_TK = ids_TK.masked_fill(ids_TK >= gate.num_experts, NO_EXPERT)
+            is_full = False
+        if self.config.shared_intermediate_size:
+            ids_TK, weights_TK = self._with_shared(rows_TD, ids_TK, weights_TK)
+        bad_rows: tuple[int, ...] = ()
+        if not bool(torch.isfinite(weights_TK.sum())):
+            bad_T = ~torch.isfinite(weights_TK.sum(dim=-1))
+            bad_rows = tuple(bad_T.nonzero().flatten().tolist())
+            ids_TK, weights_TK = ids_TK.masked_fill(bad_T[:, None], NO_EXPERT), weights_TK.masked_fill(bad_T[:, None], 0.0)
+            is_full = False
+        return Routing(ids_TK=ids_TK, weights_TK=weights_TK, is_full=is_full, identity_T=identity_T, bad_rows=bad_rows)
+
+    def _with_shared(
+        self, rows_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        shared = ids_TK.new_full((ids_TK.shape[0], 1), self.config.gate.num_experts)
+        if self._shared_gate is None:
+            weight = weights_TK.new_ones(ids_TK.shape[0], 1)
+        else:
+            weight = torch.sigmoid(rows_TD @ self._shared_gate.T)
+        return torch.cat((ids_TK, shared), dim=1), torch.cat((weights_TK, weight), dim=1)
