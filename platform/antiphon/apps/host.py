@@ -21,13 +21,13 @@ import psutil
 
 _PREFIX = "antiphon"
 _PR_SET_CHILD_SUBREAPER = 36
-_MAX_SOCKET_DIRECTORY = 40  # characters; Ray's sockets below it must stay within the 107 of a unix socket's path
+_MAX_BASE_LENGTH = 17  # characters; 90 more make the path of Ray's longest socket, and unix allows 107
 
 
 def make_run_dir() -> Path:
     """A private directory for logs, sockets and configurations; its short name tells whose it is."""
     base = tempfile.gettempdir()
-    if len(base) > _MAX_SOCKET_DIRECTORY:
+    if len(base) > _MAX_BASE_LENGTH:
         base = "/tmp"  # noqa: S108  # mkdtemp makes it private
     return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}-{os.getpid()}-", dir=base))
 

@@ -67,7 +67,7 @@ class RayRuntime:
     """
 
     def __init__(self, run_dir: Path, *, num_cpus: float, resources: Mapping[str, float]) -> None:
-        self._temp_dir = run_dir / "ray"
+        self._temp_dir = run_dir
         self._num_cpus = math.ceil(num_cpus)
         self._resources = dict(resources)
         self._ray: ModuleType | None = None

@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 
     from antiphon.apps.journal import JournalEntry
     from antiphon.apps.serve_session import Ready, ServeSession
+    from antiphon.client import Client
     from antiphon.core.spec import LLMDeployment
 
 app = typer.Typer(add_completion=False)
 
 
 _PLAIN_WIDTH = 160  # where the output is no terminal
+_VIEW_DEADLINE_S = 10.0
 
 
 class LogLevel(StrEnum):
@@ -152,6 +154,7 @@ def _ask(console: Console, document: LLMDeployment, ready: Ready, question: str)
     ports = ready.ports
     console.print(f"[bold]>[/] {escape(question)}")
     with Client(f"{ports.host}:{ports.grpc_port}", api_key=_api_key(document)) as client:
+        _await_view(client, len(ready.workers))
         messages = [{"role": "user", "content": question}]
         with client.stream(document.model_name, messages=messages, max_tokens=64, temperature=0.0) as stream:
             for chunk in stream:
@@ -172,6 +175,13 @@ def _ask(console: Console, document: LLMDeployment, ready: Ready, question: str)
     rate = f", then {(generated - 1) / decode_s:.1f} tokens/s" if generated > 1 and decode_s > 0 else ""
     console.print("; ".join(parts), style="dim")
     console.print(f"first token after {usage.first_token_s:.2f} s{rate}", style="dim")
+
+
+def _await_view(client: Client, num_workers: int) -> None:
+    """Wait until the gateway has seen every worker ready: it looks into the directory twice a second."""
+    deadline = time.monotonic() + _VIEW_DEADLINE_S
+    while sum(worker.ready for worker in client.status().workers) < num_workers and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def _api_key(document: LLMDeployment) -> str | None:

@@ -1,0 +1,352 @@
+"""``antiphon serve`` as a person runs it: a real process, real workers, a real model, and nothing left behind."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+import yaml
+
+from antiphon.client import Client
+from antiphon.core.errors import CheckpointInvalid, DeadlineExceeded
+from antiphon.models.source import default_cache, resolve
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "deploy" / "examples"
+QUESTION = "What is the capital of France?"
+START_S = 240.0
+STOP_S = 60.0
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs parent-death signals")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _model() -> None:
+    uri = yaml.safe_load((EXAMPLES / "smollm2-pd-afd.yaml").read_text())["spec"]["model"]["uri"]
+    try:
+        resolve(uri)
+    except (CheckpointInvalid, DeadlineExceeded) as error:
+        pytest.skip(f"the demo model can't be fetched: {error}")
+
+
+class Serve:
+    """A running command in surroundings of its own: home, temporary directory, and a mark that all its processes inherit."""
+
+    def __init__(self, *arguments: str, document: Path = EXAMPLES / "smollm2-pd-afd.yaml") -> None:
+        self.mark = uuid.uuid4().hex
+        self.home = Path(tempfile.mkdtemp(prefix="at-"))
+        self.temp = Path(tempfile.mkdtemp(prefix="at-"))
+        self._shm = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+        environment = {
+            **os.environ,
+            "HOME": str(self.home),
+            "TMPDIR": str(self.temp),
+            "ANTIPHON_CACHE": str(default_cache()),
+            "ANTIPHON_TEST_MARK": self.mark,
+        }
+        command = [sys.executable, "-m", "antiphon", "serve", "-f", str(document), "--http-port", "0", "--grpc-port", "0"]
+        self.process = subprocess.Popen(
+            [*command, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        )
+        self.lines: list[str] = []
+        self._changed = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def output(self) -> str:
+        return "".join(self.lines)
+
+    def wait_for(self, pattern: str, within_s: float = START_S) -> re.Match[str]:
+        """The first match in the output."""
+        found: re.Match[str] | None = None
+
+        def seen() -> bool:
+            nonlocal found
+            found = re.search(pattern, self.output)
+            return found is not None or not self._reader.is_alive()
+
+        with self._changed:
+            self._changed.wait_for(seen, within_s)
+        assert found is not None, f"{pattern!r} did not appear in:\n{self.output}"
+        return found
+
+    def wait(self, within_s: float = STOP_S) -> int:
+        """The exit status."""
+        status = self.process.wait(within_s)
+        self._reader.join(10)
+        return status
+
+    def processes(self) -> list[psutil.Process]:
+        """Every living process that carries the mark, whoever its parent is now."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("ANTIPHON_TEST_MARK") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def leftovers(self) -> list[str]:
+        """What is still there: processes, files, shared memory."""
+        left = [f"process {p.pid} {p.name()}" for p in self.processes()]
+        left += [str(path) for base in (self.home, self.temp) for path in base.iterdir()]
+        if os.path.isdir("/dev/shm"):
+            left += [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - self._shm]
+        return left
+
+    def close(self) -> None:
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self.process.wait(30)
+        shutil.rmtree(self.home, ignore_errors=True)
+        shutil.rmtree(self.temp, ignore_errors=True)
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._changed:
+                self.lines.append(line)
+                self._changed.notify_all()
+        with self._changed:
+            self._changed.notify_all()
+
+
+@contextlib.contextmanager
+def serve(*arguments: str, document: Path = EXAMPLES / "smollm2-pd-afd.yaml") -> Iterator[Serve]:
+    running = Serve(*arguments, document=document)
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Doors:
+    serve: Serve
+    http: str
+    grpc: str
+
+    @classmethod
+    def of(cls, running: Serve) -> "Doors":
+        http = running.wait_for(r"HTTP +(http://\S+)/v1")[1]
+        grpc = running.wait_for(r"gRPC +(\S+:\d+)")[1]
+        running.wait_for("Ctrl-C stops it")
+        return cls(running, http, grpc)
+
+
+@pytest.fixture(scope="module")
+def doors() -> Iterator[Doors]:
+    """Three pools on Ray Serve, shared by the tests that only look or ask."""
+    with serve() as running:
+        yield Doors.of(running)
+
+
+def make_document(tmp_path: Path, example: str = "smollm2-monolith", **pool: object) -> Path:
+    document = yaml.safe_load((EXAMPLES / f"{example}.yaml").read_text())
+    document["spec"]["pools"][0] |= pool
+    path = tmp_path / "document.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def without_model(directory: Path) -> Path:
+    document = yaml.safe_load((EXAMPLES / "smollm2-monolith.yaml").read_text())
+    document["spec"]["model"]["uri"] = "/nowhere"
+    path = directory / "broken.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def assert_nothing_left(running: Serve) -> None:
+    deadline = time.monotonic() + 10
+    while running.leftovers() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert running.leftovers() == []
+
+
+# ---- while it serves
+
+
+def test_the_table_names_every_worker_with_its_role_and_weights(doors: Doors) -> None:
+    rows = {m[1]: (m[2], int(m[3])) for m in re.finditer(r"(?m)^(\S+/\d+) +(\w+) .*?(\d+) MB", doors.serve.output)}
+    assert {worker: role for worker, (role, _) in rows.items()} == {
+        "prefill/0": "prefill",
+        "attention/0": "attention",
+        "ffn/0": "ffn",
+    }
+    # Attention and FFN each hold their part only; prefill holds whole layers.
+    assert rows["attention/0"][1] + rows["ffn/0"][1] <= rows["prefill/0"][1] * 1.02
+    assert rows["ffn/0"][1] < rows["prefill/0"][1]
+
+
+def test_the_start_is_timed_by_stages(doors: Doors) -> None:
+    assert re.search(
+        r"Ready \d+\.\d s after .*: checkpoint [\d.]+, Ray [\d.]+, Ray Serve [\d.]+, workers [\d.]+ \(", doors.serve.output
+    )
+
+
+def test_nothing_of_ray_reaches_the_terminal(doors: Doors) -> None:
+    assert not re.search(r"(?i)raylet|INFO|WARN|traceback|gcs_server|\x1b\[", doors.serve.output)
+
+
+def test_the_openai_client_streams_an_answer(doors: Doors) -> None:
+    client = openai.OpenAI(base_url=f"{doors.http}/v1", api_key="unused")
+    stream = client.chat.completions.create(
+        model="smollm2", messages=[{"role": "user", "content": QUESTION}], temperature=0, max_tokens=24, stream=True
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+    assert "Paris" in text
+
+
+def test_the_sdk_gets_the_same_answer_and_the_prompt_comes_from_the_prefill_pool(doors: Doors) -> None:
+    with Client(doors.grpc) as client:
+        options = {
+            "messages": [{"role": "user", "content": f"{QUESTION} Answer in one word."}],
+            "temperature": 0.0,
+            "max_tokens": 24,
+        }
+        answer = client.generate("smollm2", **options)
+    assert "Paris" in answer.choices[0].text
+    assert answer.usage is not None
+    assert answer.usage.num_remote_tokens > 0
+
+
+def test_a_killed_ffn_worker_comes_back_under_its_id_with_a_higher_epoch(doors: Doors) -> None:
+    with Client(doors.grpc) as client:
+        (before,) = [w for w in client.status().workers if w.role == "ffn"]
+        os.kill(before.pid, signal.SIGKILL)
+        doors.serve.wait_for(rf"ffn/0 \(pid {before.pid}\) is gone: it was ended by SIGKILL")
+        match = doors.serve.wait_for(r"ffn/0 \(pid (\d+)\) is ready, epoch (\d+)")
+        assert int(match[2]) > before.epoch
+        answer = client.generate("smollm2", prompt="The capital of France is", temperature=0.0, max_tokens=4)
+        assert "Paris" in answer.choices[0].text
+
+
+def test_ctrl_c_stops_it_and_leaves_nothing_behind(doors: Doors) -> None:
+    assert len(doors.serve.processes()) > 4
+    doors.serve.process.send_signal(signal.SIGINT)
+    assert doors.serve.wait() == 0
+    assert_nothing_left(doors.serve)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{doors.http}/health")
+
+
+# ---- other ways to start and to stop
+
+
+@pytest.mark.parametrize("moment", ["Starting Ray Serve", "Starting 3 workers", "attention/0 is ready|ffn/0 is ready"])
+def test_an_interrupted_start_leaves_nothing_behind(moment: str) -> None:
+    with serve() as running:
+        running.wait_for(moment)
+        running.process.send_signal(signal.SIGINT)
+        assert running.wait() == 130
+        assert "Interrupted" in running.output
+        assert "Traceback" not in running.output
+        assert_nothing_left(running)
+
+
+def test_a_question_on_the_command_line_is_answered_with_the_pools_named() -> None:
+    with serve("--no-ray", "--ask", QUESTION) as running:
+        assert running.wait(START_S) == 0
+        assert "Paris" in running.output
+        assert re.search(r"prefilled by pool prefill; \d+ tokens generated by pools attention \+ ffn", running.output)
+        assert_nothing_left(running)
+
+
+def test_sigterm_lets_a_running_request_end(tmp_path: Path) -> None:
+    with serve("--no-ray", "--drain", "60", document=make_document(tmp_path)) as running:
+        doors = Doors.of(running)
+        body = {"model": "smollm2", "prompt": "Once upon a time", "max_tokens": 64, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{doors.http}/v1/completions", json=body, timeout=120) as response:
+            events = (json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {"))
+            next(events)
+            running.process.send_signal(signal.SIGTERM)
+            assert [c["finish_reason"] for e in events for c in e["choices"]][-1] == "length"
+        assert running.wait() == 0
+        assert_nothing_left(running)
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
+    with serve("--no-ray", "--drain", "600", document=make_document(tmp_path)) as running:
+        doors = Doors.of(running)
+        body = {"model": "smollm2", "prompt": "Once", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{doors.http}/v1/completions", json=body, timeout=120) as response:
+            next(response.iter_lines())
+            running.process.send_signal(signal.SIGINT)
+            running.wait_for("Stopping", STOP_S)
+            running.process.send_signal(signal.SIGINT)
+            assert running.wait(30) == 130
+        assert_nothing_left(running)
+
+
+@LINUX
+def test_no_process_outlives_a_command_that_is_killed_and_the_next_one_tidies_up(tmp_path: Path) -> None:
+    with serve() as running:
+        Doors.of(running)
+        running.process.kill()
+        running.process.wait(30)
+        deadline = time.monotonic() + 30
+        while running.processes() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert [p.name() for p in running.processes()] == []
+        left = [path for path in running.temp.iterdir() if path.name.startswith("antiphon-")]
+        assert len(left) == 1
+        command = [sys.executable, "-m", "antiphon", "serve", "-f", str(without_model(tmp_path)), "--no-ray"]
+        subprocess.run(command, env={**os.environ, "TMPDIR": str(running.temp)}, capture_output=True, timeout=60, check=False)
+        assert not left[0].exists()
+
+
+def test_a_model_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
+    with serve(document=without_model(tmp_path)) as running:
+        assert running.wait(60) == 1
+        assert re.search(r"error: /nowhere: no such directory", running.output)
+        assert "Traceback" not in running.output
+        assert_nothing_left(running)
+
+
+def test_a_worker_that_can_not_start_is_named_with_the_end_of_its_log(tmp_path: Path) -> None:
+    with serve(document=make_document(tmp_path, cores=[4000])) as running:
+        assert running.wait(START_S) == 1
+        assert re.search(r"error: worker smollm2/monolith/0 did not start: .*4000", running.output)
+        assert_nothing_left(running)
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with serve("--no-ray", "--http-port", str(port), document=make_document(tmp_path)) as running:
+            assert running.wait(START_S) == 1
+            assert re.search(rf"error: .*{port}", running.output)
+            assert_nothing_left(running)
+
+
+def test_a_wrong_document_starts_nothing(tmp_path: Path) -> None:
+    with serve(document=make_document(tmp_path, role="attention")) as running:
+        assert running.wait(60) == 1
+        assert "topology monolith needs a pool with role monolith" in running.output
+
+
+def test_logs_are_kept_where_asked(tmp_path: Path) -> None:
+    with serve("--no-ray", "--log-dir", str(tmp_path / "logs"), "--ask", "Hi", document=make_document(tmp_path)) as running:
+        assert running.wait(START_S) == 0
+    assert {path.name for path in (tmp_path / "logs").iterdir()} >= {"monolith-0.log", "host.log", "journal.jsonl"}
