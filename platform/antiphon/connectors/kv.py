@@ -52,12 +52,38 @@ def kv_fields(*, revision: str, model_fingerprint: str, layout: KVLayout) -> Seq
     return (("revision", revision), ("model", model_fingerprint), ("kv", layout.fingerprint))
 
 
+class _Sender:
+    """Takes slots of one link. After ``take`` found none, the link counts as pending until a slot is taken; ``settle`` takes and
+    keeps one when there is nothing left to send, so that the loop may sleep.
+    """
+
+    __slots__ = ("_kept", "_lacked", "link")
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self._kept: Slot | None = None
+        self._lacked = False
+
+    def take(self) -> Slot | None:
+        """A free slot, or None. Raises PeerLost."""
+        slot, self._kept = self._kept, None
+        if slot is None:
+            slot = self.link.acquire()
+        self._lacked = slot is None
+        return slot
+
+    def settle(self) -> None:
+        """Nothing is left to send. Raises PeerLost."""
+        if self._lacked:
+            self._kept = self.take()
+
+
 @dataclass(slots=True, kw_only=True)
 class _Load:
     """A transfer that the decode side waits for."""
 
     load: KVLoad
-    link: Link
+    sender: _Sender
     num_missing: int  # tokens x layers
     progress_s: float
     slots: torch.Tensor  # int64, of tokens from load.first_token on
@@ -70,14 +96,14 @@ class DecodeSide:
         self._epoch = epoch
         self._cache = cache
         self._clock = clock
-        self._links: dict[WorkerId, Link] = {}
+        self._senders: dict[WorkerId, _Sender] = {}
         self._arrivals: deque[Link] = deque()
         self._loads: dict[TransferId, _Load] = {}
         self._by_request: dict[RequestId, TransferId] = {}
         self._next_transfer = 1
         self._loaded: list[RequestId] = []
         self._failed: list[tuple[RequestId, str]] = []
-        self._aborts: deque[tuple[Link, TransferId]] = deque()
+        self._aborts: deque[tuple[_Sender, TransferId]] = deque()
         self.waiting = WaitSet()
 
     def add_link(self, link: Link) -> None:
@@ -86,7 +112,10 @@ class DecodeSide:
 
     def peers(self) -> set[tuple[WorkerId, Epoch]]:
         """Prefill workers linked now, links still to be taken up included; safe from any thread."""
-        return {(link.peer, link.peer_epoch) for link in [*tuple(self._links.values()), *tuple(self._arrivals)]}
+        return {
+            (link.peer, link.peer_epoch)
+            for link in [*(sender.link for sender in tuple(self._senders.values())), *tuple(self._arrivals)]
+        }
 
     @property
     def num_transfers(self) -> int:
@@ -96,23 +125,23 @@ class DecodeSide:
     def start(self, load: KVLoad) -> None:
         """Ask for KV; the outcome comes with ``poll``."""
         self._take_arrivals()
-        link = self._links.get(load.prefill_worker)
-        if link is None:
+        sender = self._senders.get(load.prefill_worker)
+        if sender is None:
             self._failed.append((load.request_id, f"{load.prefill_worker} is not connected"))
             return
         transfer = TransferId(self._next_transfer)
         self._next_transfer += 1
         try:
-            sent = self._ask(link, transfer, load)
+            sent = self._ask(sender, transfer, load)
         except PeerLost as error:
-            self._drop(link, error)
+            self._drop(sender.link, error)
             sent = False
         if not sent:
             self._failed.append((load.request_id, f"{load.prefill_worker} takes no requests"))
             return
         self._loads[transfer] = _Load(
             load=load,
-            link=link,
+            sender=sender,
             num_missing=load.num_tokens * self._cache.layout.num_layers,
             progress_s=self._clock(),
             slots=self._cache.slots(load.block_ids, load.first_token, load.num_tokens),
@@ -124,7 +153,7 @@ class DecodeSide:
         transfer = self._by_request.pop(request_id, None)
         if transfer is None:
             return
-        self._aborts.append((self._loads.pop(transfer).link, transfer))
+        self._aborts.append((self._loads.pop(transfer).sender, transfer))
         self._send_aborts()
 
     def poll(self) -> KVEvents:
@@ -132,8 +161,11 @@ class DecodeSide:
         self._take_arrivals()
         if self._aborts:
             self._send_aborts()
-        for link in tuple(self._links.values()):
+        for sender in tuple(self._senders.values()):
+            link = sender.link
             try:
+                if not self._aborts:
+                    sender.settle()
                 while (message := link.poll()) is not None:
                     try:
                         self._accept(link, message)
@@ -157,33 +189,33 @@ class DecodeSide:
     def close(self) -> None:
         """Close all links; idempotent."""
         self._take_arrivals()
-        for link in self._links.values():
-            link.close()
-        self._links.clear()
+        for sender in self._senders.values():
+            sender.link.close()
+        self._senders.clear()
 
     def _take_arrivals(self) -> None:
         while self._arrivals:
             link = self._arrivals.popleft()
-            old = self._links.get(link.peer)
+            old = self._senders.get(link.peer)
             if old is not None:
-                self._drop(old, PeerLost(link.peer, "it restarted"))
-            self._links[link.peer] = link
+                self._drop(old.link, PeerLost(link.peer, "it restarted"))
+            self._senders[link.peer] = _Sender(link)
             self.waiting.add(link)
 
     def _send_aborts(self) -> None:
         for _ in range(len(self._aborts)):
-            link, transfer = self._aborts.popleft()
+            sender, transfer = self._aborts.popleft()
             try:
-                slot = link.acquire()
+                slot = sender.take()
                 if slot is None:
-                    self._aborts.append((link, transfer))
+                    self._aborts.append((sender, transfer))
                 else:
-                    link.commit(slot, Header(kind=Kind.PREFILL_ABORT, epoch=self._epoch, step=transfer).pack(), 0)
+                    sender.link.commit(slot, Header(kind=Kind.PREFILL_ABORT, epoch=self._epoch, step=transfer).pack(), 0)
             except PeerLost as error:
-                self._drop(link, error)
+                self._drop(sender.link, error)
 
-    def _ask(self, link: Link, transfer: TransferId, load: KVLoad) -> bool:
-        slot = link.acquire()
+    def _ask(self, sender: _Sender, transfer: TransferId, load: KVLoad) -> bool:
+        slot = sender.take()
         if slot is None:
             return False
         tokens = torch.tensor(load.token_ids, dtype=torch.int32).view(torch.uint8)
@@ -200,7 +232,7 @@ class DecodeSide:
             first=load.first_token,
             spare=int(load.deadline_s * 1000),
         )
-        link.commit(slot, header.pack(), num_bytes)
+        sender.link.commit(slot, header.pack(), num_bytes)
         return True
 
     def _accept(self, link: Link, message: Message) -> None:
@@ -208,7 +240,7 @@ class DecodeSide:
         if header.epoch != link.peer_epoch:
             return  # a zombie's late message
         load = self._loads.get(TransferId(header.step))
-        if load is None or load.link is not link:
+        if load is None or load.sender.link is not link:
             return  # aborted meanwhile
         load.progress_s = self._clock()
         match header.kind:
@@ -239,12 +271,13 @@ class DecodeSide:
         self._by_request.pop(load.load.request_id, None)
 
     def _drop(self, link: Link, error: AntiphonError) -> None:
-        if self._links.get(link.peer) is link:
-            del self._links[link.peer]
+        linked = self._senders.get(link.peer)
+        if linked is not None and linked.link is link:
+            del self._senders[link.peer]
         self.waiting.remove(link)
         link.close()
         for transfer, load in tuple(self._loads.items()):
-            if load.link is link:
+            if load.sender.link is link:
                 self._end(transfer)
                 self._failed.append((load.load.request_id, str(error)))
 
@@ -273,6 +306,7 @@ class _Peer:
     """A decode worker that is linked."""
 
     link: Link
+    sender: _Sender
     transfers: dict[TransferId, _Transfer] = field(default_factory=dict)
     failures: deque[tuple[TransferId, str]] = field(default_factory=deque)
 
@@ -302,7 +336,7 @@ class PrefillSide:
 
     def add_link(self, link: Link) -> None:
         """Serve an open link."""
-        self._peers[self._next_peer] = _Peer(link=link)
+        self._peers[self._next_peer] = _Peer(link=link, sender=_Sender(link))
         self._next_peer += 1
         self.waiting.add(link)
 
@@ -387,9 +421,9 @@ class PrefillSide:
         return self._peers[key[0]].transfers.get(key[1])
 
     def _pump_peer(self, peer: _Peer) -> None:
-        link = peer.link
+        link, sender = peer.link, peer.sender
         while peer.failures:
-            slot = link.acquire()
+            slot = sender.take()
             if slot is None:
                 return
             transfer_id, why = peer.failures.popleft()
@@ -399,18 +433,19 @@ class PrefillSide:
             link.commit(slot, header.pack(), text.numel())
         for transfer in tuple(peer.transfers.values()):
             while transfer.pieces:
-                slot = link.acquire()
+                slot = sender.take()
                 if slot is None:
                     return
                 self._send(link, slot, transfer.transfer_id, transfer.pieces.popleft())
             if transfer.computed:
-                slot = link.acquire()
+                slot = sender.take()
                 if slot is None:
                     return
                 link.commit(slot, Header(kind=Kind.KV_DONE, epoch=self._epoch, step=transfer.transfer_id).pack(), 0)
                 del peer.transfers[transfer.transfer_id]
                 del self._of_request[transfer.request_id]
                 self._sent.append(transfer.request_id)
+        sender.settle()
 
     def _send(self, link: Link, slot: Slot, transfer_id: TransferId, piece: _Piece) -> None:
         num_bytes = self._cache.export(piece.layer, piece.slots, slot.data)
