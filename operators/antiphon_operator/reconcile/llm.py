@@ -7,16 +7,15 @@ write and started again. At rest it reads ten times and writes nothing. Must not
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pydantic import ValidationError
 
 from antiphon.core.policies import ScalingMode
 from antiphon.core.spec import LLMDeployment
-from antiphon_operator.api.status import RolloutStatus
 from antiphon_operator.autoscaler import Metrics
-from antiphon_operator.conditions import Reason, seconds, timestamp
+from antiphon_operator.conditions import Reason
 from antiphon_operator.kube.base import Conflict, Kube, NotFound, Object, controller_of, name_of, owner_reference
 from antiphon_operator.kube.resources import (
     CONTROLLER_REVISION,
@@ -31,12 +30,11 @@ from antiphon_operator.kube.resources import (
     SERVING_POOL,
     Resource,
 )
+from antiphon_operator.reconcile.llm_rollout import plan_rollout, rollout_status
 from antiphon_operator.reconcile.llm_status import (
     ModelState,
     Refusal,
-    complete,
     llm_status,
-    progress_marker,
     refused_status,
 )
 from antiphon_operator.reconcile.observe import Observed, view_cluster, view_pods, view_service
@@ -57,7 +55,7 @@ from antiphon_operator.render.names import (
 from antiphon_operator.render.ray_cluster import bounds
 from antiphon_operator.render.revision import Revision, from_object, render_revision, to_object
 from antiphon_operator.render.settings import Settings
-from antiphon_operator.rollout import Action, RevisionRef, Step, World, next_step, target_of
+from antiphon_operator.rollout import Action, Step, World, next_step
 
 BUSY_S = 5.0  # while something moves
 METRICS_S = 15.0  # while a pool follows its metrics
@@ -180,7 +178,7 @@ class LLMReconciler:
         home = _home_cluster(observed)
         plan = plan_pools(document, world.pools, observed, metrics, cluster=home, now_s=writer.now_s)
         previous: Mapping[str, Any] = world.live.get("status", {})
-        planned = _plan_rollout(world, plan, revision, previous, writer.now_s)
+        planned = plan_rollout(document, observed, world.revisions, plan, revision, previous, writer.now_s)
         step = next_step(planned)
         failed = previous.get("failedRevision", "")
         if step.action is Action.MARK_FAILED:
@@ -194,7 +192,7 @@ class LLMReconciler:
             await self._kube.delete(RAY_CLUSTER, document.metadata.namespace, planned.stale_pending)
         await self._raise_bounds(writer, world)
         await self._prune(world, keep={revision.name, step.revision.name, failed, previous.get("lastGoodRevision", "")})
-        rollout = _rollout_status(previous, observed, step, writer.now_s)
+        rollout = rollout_status(previous, observed, step, writer.now_s)
         await self._pool_statuses(writer, world, plan, home)
         status, conditions = llm_status(
             world.live, document, plan, observed, step, found.model,
@@ -366,72 +364,6 @@ def _limits(document: LLMDeployment, revision: Revision) -> Mapping[str, int]:
 
 def _without_limits(world: _World, plan: PoolsPlan) -> Mapping[str, int]:
     return {**plan.asked, **{pool.name: plan.sizes.replicas[pool.name] for pool in world.document.spec.pools}}
-
-
-def _plan_rollout(world: _World, plan: PoolsPlan, revision: Revision, previous: Mapping[str, Any], now_s: float) -> World:
-    spec, observed = world.document.spec, world.observed
-    service = observed.service
-    refs = {name: _ref(from_object(value), plan.sizes.replicas) for name, value in world.revisions.items()}
-    wanted = _ref(revision, plan.sizes.replicas)
-    applied = None
-    if service is not None:
-        fallback = RevisionRef(name=service.revision, cluster=service.cluster_revision)
-        applied = refs.get(service.revision, fallback)
-    planned = World(
-        wanted=wanted,
-        applied=applied,
-        last_good=refs.get(previous.get("lastGoodRevision", "")),
-        failed=previous.get("failedRevision", ""),
-        strategy=spec.rollout.strategy,
-        paused=spec.rollout.paused,
-        auto_rollback=spec.rollout.auto_rollback,
-        suspend=spec.suspend,
-        gpu_budget=spec.gpu_budget,
-        gpus_held=observed.gpus(),
-        ready=complete(world.document, plan, observed),
-        suspended_spec=service is not None and service.suspend,
-        suspended=service is not None and service.suspended and not observed.clusters and not observed.pods,
-        num_clusters=len(observed.clusters),
-        deadline_passed=_deadline_passed(previous, observed, spec.rollout.progress_deadline_s, now_s),
-    )
-    if service is None or not service.pending:
-        return planned
-    pending = next((c for c in observed.clusters if c.name == service.pending), None)
-    aim = target_of(planned)
-    stale = pending is not None and pending.cluster_revision not in ("", aim.cluster) and len(observed.clusters) > 1
-    return replace(planned, stale_pending=service.pending if stale else "")
-
-
-def _ref(revision: Revision, sizes: Mapping[str, int]) -> RevisionRef:
-    return RevisionRef(name=revision.name, cluster=revision.cluster_revision, num_gpus=revision.num_gpus(sizes))
-
-
-def _deadline_passed(previous: Mapping[str, Any], observed: Observed, deadline_s: float, now_s: float) -> bool:
-    rollout = previous.get("rollout")
-    service = observed.service
-    if not rollout or service is None or rollout["revision"] != service.revision:
-        return False
-    if rollout.get("marker") != progress_marker(observed):
-        return False
-    since = seconds(rollout["lastProgressAt"])
-    return since is not None and now_s - since >= deadline_s
-
-
-def _rollout_status(previous: Mapping[str, Any], observed: Observed, step: Step, now_s: float) -> RolloutStatus:
-    now, marker = timestamp(now_s), progress_marker(observed)
-    before = previous.get("rollout") or {}
-    same = before.get("revision") == step.revision.name
-    moved = before.get("marker") != marker
-    at_rest = step.action is Action.NOTHING
-    strategy = step.strategy.value if step.strategy is not None else before.get("strategy", "") if same else ""
-    return RolloutStatus(
-        revision=step.revision.name,
-        strategy=strategy,
-        step=f"{step.action.value}: {step.why}",
-        started_at=before["startedAt"] if same else now,
-        last_progress_at=before["lastProgressAt"] if same and (at_rest or not moved) else now,
-        marker=marker if not (same and at_rest) else before.get("marker", marker),
-    )
 
 
 def _manages_replicas(live: Object, manager: str) -> bool:

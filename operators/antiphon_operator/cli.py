@@ -1,0 +1,149 @@
+"""The antiphon-operator command: run, crds, plan, fetch (control speed).
+
+Must not know: how any of them works.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from pydantic import ValidationError
+
+from antiphon.core.errors import AntiphonError, InvalidInput, Problem, SpecInvalid
+from antiphon.core.spec import LLMDeployment
+from antiphon_operator.render.settings import Runtime, Settings
+
+app = typer.Typer(help="The Kubernetes operator of Antiphon.", no_args_is_help=True, add_completion=False)
+DEFAULT_IMAGE = "antiphon/worker:0.1.0"
+DEFAULT_RAY_VERSION = "2.60.0"
+
+Image = Annotated[str, typer.Option(envvar="ANTIPHON_WORKER_IMAGE", help="Default image of head and workers.")]
+RayVersion = Annotated[str, typer.Option(envvar="ANTIPHON_RAY_VERSION", help="Ray's version inside the default image.")]
+
+
+@app.command("run")
+def run_command(
+    image: Image = DEFAULT_IMAGE,
+    ray_version: RayVersion = DEFAULT_RAY_VERSION,
+    kubeconfig: Annotated[str | None, typer.Option(help="A kubeconfig; without it the pod's own credentials.")] = None,
+    namespaces: Annotated[
+        str, typer.Option(envvar="ANTIPHON_NAMESPACES", help="Watched namespaces, comma-separated; empty = all.")
+    ] = "",
+    own_namespace: Annotated[str, typer.Option(envvar="POD_NAMESPACE", help="Namespace of the lease.")] = "default",
+    leader_election: Annotated[bool, typer.Option(help="Act only while holding the lease.")] = True,
+    port: Annotated[int, typer.Option(help="Health and metrics.")] = 8080,
+    log_level: Annotated[str, typer.Option(envvar="ANTIPHON_LOG_LEVEL", help="Level of the logs.")] = "INFO",
+    metrics_namespace_labels: Annotated[
+        str, typer.Option(envvar="ANTIPHON_METRICS_NAMESPACE_LABELS", help="k=v,k=v of namespaces that may scrape.")
+    ] = "",
+) -> None:
+    """Watch and reconcile until stopped; exits non-zero when the lease is lost."""
+    from antiphon_operator.observability import configure_logs
+    from antiphon_operator.run import Options, run
+
+    configure_logs(log_level.upper())
+    labels = dict(pair.split("=", 1) for pair in metrics_namespace_labels.split(",") if pair)
+    settings = Settings(runtime=Runtime(image=image, ray_version=ray_version), metrics_namespace_labels=labels)
+    options = Options(
+        settings=settings,
+        kubeconfig=kubeconfig,
+        namespaces=tuple(name for name in namespaces.split(",") if name),
+        own_namespace=own_namespace,
+        elect=leader_election,
+        port=port,
+    )
+    try:
+        asyncio.run(run(options))
+    except AntiphonError as error:
+        logging.getLogger(__name__).error("stopped: %s", error)  # noqa: TRY400 - it is told, not a bug
+        sys.exit(1)
+
+
+@app.command()
+def crds() -> None:
+    """Print the CustomResourceDefinitions."""
+    from antiphon_operator.api.crds import definitions
+
+    typer.echo(render_crds(definitions()), nl=False)
+
+
+def render_crds(values: tuple[dict[str, Any], ...]) -> str:
+    """The definitions as one YAML stream, as the chart has them."""
+    return yaml.safe_dump_all(values, sort_keys=False, width=120, allow_unicode=True)
+
+
+@app.command()
+def plan(
+    to: Annotated[Path, typer.Option("--to", help="The document as it shall be.")],
+    from_: Annotated[Path | None, typer.Option("--from", help="The document as it is; without it, nothing runs.")] = None,
+    image: Image = DEFAULT_IMAGE,
+    ray_version: RayVersion = DEFAULT_RAY_VERSION,
+    output: Annotated[str, typer.Option(help="text or json.")] = "text",
+) -> None:
+    """Print the steps of a rollout before it happens."""
+    from antiphon_operator.preview import preview_documents
+
+    settings = Settings(runtime=Runtime(image=image, ray_version=ray_version))
+    lines = preview_documents(None if from_ is None else load(from_), load(to), settings)
+    if output == "json":
+        typer.echo(json.dumps([{"step": i, **line.as_json()} for i, line in enumerate(lines, 1)], indent=2))
+        return
+    for number, line in enumerate(lines, 1):
+        typer.echo(f"{number}. {line.text}")
+
+
+@app.command()
+def fetch(
+    uri: Annotated[str, typer.Option(help="hf://, s3:// or file://.")],
+    into: Annotated[Path, typer.Option(help="Directory to make.")],
+    revision: Annotated[str | None, typer.Option(help="Revision of the source.")] = None,
+    digest: Annotated[str | None, typer.Option(help="sha256:… that it must have.")] = None,
+    endpoint_url: Annotated[str | None, typer.Option(help="Address of an S3-compatible store.")] = None,
+    result: Annotated[Path, typer.Option(help="Where to write digest and size.")] = Path("/tmp/result"),  # noqa: S108
+) -> None:
+    """Download weights; used by the Job of a ModelArtifact."""
+    from antiphon_operator.fetch import fetch as fetch_weights
+
+    fetched = fetch_weights(uri, into, revision=revision, digest=digest, endpoint_url=endpoint_url)
+    result.write_text(json.dumps({"digest": fetched.digest, "sizeBytes": fetched.size_bytes}), encoding="utf-8")
+    typer.echo(f"{fetched.digest} {fetched.size_bytes} bytes")
+
+
+def load(path: Path) -> LLMDeployment:
+    """The first LLMDeployment of a YAML file.
+
+    Raises:
+        SpecInvalid: it has wrong fields.
+        InvalidInput: the file can't be read or holds none.
+    """
+    try:
+        values = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError) as error:
+        raise InvalidInput(f"{path}: {error}") from error
+    for value in values:
+        if isinstance(value, dict) and value.get("kind") == "LLMDeployment":
+            try:
+                return LLMDeployment.model_validate(value)
+            except ValidationError as error:
+                problems = [
+                    Problem(path=".".join(str(part) for part in e["loc"]), message=e["msg"])
+                    for e in error.errors(include_input=False)
+                ]
+                raise SpecInvalid(problems) from error
+    raise InvalidInput(f"{path} holds no LLMDeployment")
+
+
+def main() -> None:
+    """Entry point of the ``antiphon-operator`` script."""
+    try:
+        app()
+    except AntiphonError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)

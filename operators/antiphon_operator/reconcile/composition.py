@@ -1,0 +1,143 @@
+"""Reconciles one CompositionOfExperts: references, router, how many experts are ready (control speed).
+
+A reference that is missing or not ready degrades the composition and leaves the router's document as it is: the router has its own
+circuit breakers and fallbacks. Must not know: how requests are routed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from antiphon.core.composition import CompositionOfExperts
+from antiphon_operator.api.status import CompositionStatus, ExpertStatus
+from antiphon_operator.conditions import ConditionSet, Reason, Type
+from antiphon_operator.kube.base import Kube, Object, name_of, owner_reference
+from antiphon_operator.kube.resources import COMPOSITION, DEPLOYMENT, LLM_DEPLOYMENT
+from antiphon_operator.reconcile.llm_status import Refusal, refused_status
+from antiphon_operator.reconcile.writer import NotOurs, Writer
+from antiphon_operator.render.composition import Address, children, router_name
+from antiphon_operator.render.names import DEFAULT_HTTP_PORT, http_service
+from antiphon_operator.render.settings import Settings
+
+BUSY_S = 10.0
+REST_S = 600.0
+
+
+class CompositionReconciler:
+    """Reconciles CompositionsOfExperts through ``kube``. Holds nothing between calls."""
+
+    def __init__(self, kube: Kube, settings: Settings, *, clock: Callable[[], float]) -> None:
+        self._kube = kube
+        self._settings = settings
+        self._clock = clock
+
+    async def reconcile(self, namespace: str, name: str) -> float | None:
+        """Take one step for the composition; seconds until the next, or None when it is gone.
+
+        Raises:
+            KubeError: the API server failed; try again.
+        """
+        live = await self._kube.get(COMPOSITION, namespace, name)
+        if live is None or "deletionTimestamp" in live["metadata"]:
+            return None
+        writer = Writer(kube=self._kube, owner_uid=live["metadata"]["uid"], now_s=self._clock())
+        try:
+            document = CompositionOfExperts.model_validate({k: live[k] for k in ("apiVersion", "kind", "metadata", "spec")})
+            references = await self._references(document)
+            for child in children(document, owner_reference(live), _addresses(document, references), self._settings):
+                await writer.ensure(child)
+            ready_routers = await self._ready_routers(document)
+            status, conditions = _status(live, document, references, ready_routers, writer)
+            value: Mapping[str, Any] = status.model_dump(mode="json", by_alias=True, exclude_none=True)
+            at_rest = conditions.holds(Type.READY) and not conditions.holds(Type.DEGRADED)
+        except ValidationError as error:
+            text = "; ".join(e["msg"] for e in error.errors(include_input=False))
+            value, conditions = refused_status(live, Refusal(reason=Reason.INVALID_SPEC, message=text), now_s=writer.now_s)
+            at_rest = True
+        except NotOurs as error:
+            refusal = Refusal(reason=Reason.NAME_CONFLICT, message=str(error))
+            value, conditions = refused_status(live, refusal, now_s=writer.now_s)
+            at_rest = False
+        for condition in conditions.changes():
+            await writer.event(live, condition)
+        await writer.status(live, value)
+        return REST_S if at_rest else BUSY_S
+
+    async def _references(self, document: CompositionOfExperts) -> Mapping[str, Object | None]:
+        names = sorted({e.deployment_ref for e in document.spec.experts if e.deployment_ref is not None})
+        return {name: await self._kube.get(LLM_DEPLOYMENT, document.metadata.namespace, name) for name in names}
+
+    async def _ready_routers(self, document: CompositionOfExperts) -> int:
+        router = await self._kube.get(DEPLOYMENT, document.metadata.namespace, router_name(document.metadata.name))
+        return int((router or {}).get("status", {}).get("readyReplicas", 0))
+
+
+def _addresses(document: CompositionOfExperts, references: Mapping[str, Object | None]) -> dict[str, Address]:
+    """Where each referenced deployment is, or will be: a missing one keeps the address it would have."""
+    namespace = document.metadata.namespace or "default"
+    out = {}
+    for name, live in references.items():
+        spec: Mapping[str, Any] = {} if live is None else live["spec"]
+        port = spec.get("endpoint", {}).get("httpPort") or DEFAULT_HTTP_PORT
+        model = spec.get("model", {}).get("name") or name
+        out[name] = Address(url=f"http://{http_service(name)}.{namespace}.svc:{port}/v1", model=model)
+    return out
+
+
+def _expert(reference: str, live: Object | None, address: Address, name: str) -> ExpertStatus:
+    if live is None:
+        return ExpertStatus(name=name, ready=False, url=address.url, message=f"there is no LLMDeployment {reference}")
+    ready = {c["type"]: c for c in live.get("status", {}).get("conditions", ())}.get("Ready")
+    holds = ready is not None and ready["status"] == "True"
+    message = "" if holds else "not reconciled yet" if ready is None else f"{ready['reason']}: {ready.get('message', '')}"
+    return ExpertStatus(name=name, ready=holds, url=address.url, message=message[:1000])
+
+
+def _status(
+    live: Object, document: CompositionOfExperts, references: Mapping[str, Object | None], ready_routers: int, writer: Writer
+) -> tuple[CompositionStatus, ConditionSet]:
+    addresses = _addresses(document, references)
+    experts = []
+    for expert in document.spec.experts:
+        if expert.deployment_ref is not None:
+            reference = expert.deployment_ref
+            experts.append(_expert(reference, references[reference], addresses[reference], expert.name))
+        elif expert.external is not None:
+            experts.append(ExpertStatus(name=expert.name, ready=True, url=expert.external.url))
+    num_ready = sum(1 for expert in experts if expert.ready)
+    generation = live["metadata"]["generation"]
+    conditions = ConditionSet(live.get("status", {}).get("conditions", ()), generation=generation, now_s=writer.now_s)
+    missing = [name for name, value in references.items() if value is None]
+    if missing:
+        message = f"no LLMDeployment of the name {', '.join(missing)}"
+        conditions.set(Type.ACCEPTED, False, Reason.REFERENCE_NOT_FOUND, message)
+    else:
+        conditions.set(Type.ACCEPTED, True, Reason.ACCEPTED)
+    down = "; ".join(f"{expert.name}: {expert.message}" for expert in experts if not expert.ready)
+    all_ready = num_ready == len(experts)
+    conditions.set(Type.EXPERTS_READY, all_ready, Reason.ALL_EXPERTS_READY if all_ready else Reason.EXPERT_UNAVAILABLE, down)
+    router = Reason.READY if ready_routers else Reason.INITIALIZING
+    conditions.set(Type.ROUTER_READY, ready_routers > 0, router, f"{ready_routers} of {document.spec.router.replicas}")
+    if num_ready == 0:
+        conditions.set(Type.READY, False, Reason.NO_EXPERT_READY, down)
+    elif not ready_routers:
+        conditions.set(Type.READY, False, Reason.INITIALIZING, "no router is ready")
+    else:
+        conditions.set(Type.READY, True, Reason.READY)
+    if writer.conflicts:
+        conditions.set(Type.DEGRADED, True, Reason.FIELD_CONFLICT, "; ".join(writer.conflicts))
+    else:
+        degraded = not all_ready
+        conditions.set(Type.DEGRADED, degraded, Reason.EXPERT_UNAVAILABLE if degraded else Reason.HEALTHY, down)
+    namespace = live["metadata"]["namespace"]
+    status = CompositionStatus(
+        observed_generation=generation,
+        conditions=conditions.values,
+        experts=tuple(experts),
+        experts_ready=f"{num_ready}/{len(experts)}",
+        url=f"http://{name_of(live)}-coe.{namespace}.svc:{DEFAULT_HTTP_PORT}/v1",
+    )
+    return status, conditions

@@ -1,0 +1,108 @@
+"""Measures of deployments, scraped from their gateways' /metrics (control speed).
+
+Latencies are 95th percentiles over the time between two scrapes, from histograms; queues and KV usage are gauges per worker with
+a ``pool`` label. Must not know: what follows from them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+import httpx2
+from prometheus_client.parser import text_string_to_metric_families
+
+from antiphon.core.spec import LLMDeployment
+from antiphon_operator.autoscaler import Metrics
+from antiphon_operator.render.names import http_port, http_service
+
+TTFT = "gen_ai_server_time_to_first_token_seconds"
+TPOT = "gen_ai_server_time_per_output_token_seconds"
+WAITING = "vllm:num_requests_waiting"
+KV_USAGE = "vllm:kv_cache_usage_perc"
+_DEADLINE_S = 5.0
+_ALL = ""  # samples without a pool label speak of the whole deployment
+
+Buckets = Mapping[float, float]  # upper bound in seconds -> cumulative count
+
+
+class ScrapedMetrics:
+    """Scrapes gateways. Remembers the last histograms of each deployment; one event loop owns it."""
+
+    def __init__(self, *, clock: Callable[[], float], url_of: Callable[[str, LLMDeployment], str] | None = None) -> None:
+        self._clock = clock
+        self._url_of = url_of if url_of is not None else _service_url
+        self._client = httpx2.AsyncClient(timeout=_DEADLINE_S)
+        self._histograms: dict[tuple[str, str], dict[str, Buckets]] = {}
+        self._latest: dict[tuple[str, str], Mapping[str, Metrics]] = {}
+
+    async def __aenter__(self) -> ScrapedMetrics:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.aclose()
+
+    async def read(self, namespace: str, document: LLMDeployment) -> Mapping[str, Metrics]:
+        """See MetricsSource. An unreachable gateway leaves the older measures, which age until they are stale."""
+        key = (namespace, document.metadata.name)
+        try:
+            async with asyncio.timeout(_DEADLINE_S):
+                response = await self._client.get(self._url_of(namespace, document))
+            response.raise_for_status()
+        except (httpx2.HTTPError, TimeoutError):
+            return self._latest.get(key, {})
+        found = self._parse(key, response.text, document)
+        self._latest[key] = found
+        return found
+
+    def _parse(self, key: tuple[str, str], text: str, document: LLMDeployment) -> Mapping[str, Metrics]:
+        histograms: dict[str, dict[float, float]] = {TTFT: {}, TPOT: {}}
+        gauges: dict[tuple[str, str], list[float]] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                name = sample.name.removesuffix("_bucket")
+                if name in histograms and sample.name.endswith("_bucket"):
+                    bound = float(sample.labels["le"])
+                    histograms[name][bound] = histograms[name].get(bound, 0.0) + sample.value
+                elif sample.name in (WAITING, KV_USAGE):
+                    gauges.setdefault((sample.name, sample.labels.get("pool", _ALL)), []).append(sample.value)
+        before = self._histograms.get(key, {})
+        self._histograms[key] = dict(histograms)
+        ttft = percentile_ms(histograms[TTFT], before.get(TTFT, {}))
+        tpot = percentile_ms(histograms[TPOT], before.get(TPOT, {}))
+        now_s = self._clock()
+        out = {}
+        for pool in document.spec.pools:
+            waiting = gauges.get((WAITING, pool.name)) or gauges.get((WAITING, _ALL))
+            usage = gauges.get((KV_USAGE, pool.name)) or gauges.get((KV_USAGE, _ALL))
+            out[pool.name] = Metrics(
+                measured_at_s=now_s,
+                ttft_p95_ms=ttft,
+                tpot_p95_ms=tpot,
+                num_waiting=None if waiting is None else sum(waiting),
+                kv_usage=None if usage is None else sum(usage) / len(usage),
+            )
+        return out
+
+
+def percentile_ms(now: Buckets, before: Buckets, share: float = 0.95) -> float | None:
+    """The percentile of what was recorded between two scrapes, interpolated within its bucket; None when nothing was."""
+    counts = {bound: now[bound] - before.get(bound, 0.0) for bound in sorted(now)}
+    if any(count < 0 for count in counts.values()):
+        counts = {bound: now[bound] for bound in sorted(now)}  # the gateway has restarted
+    total = max(counts.values(), default=0.0)
+    if total <= 0:
+        return None
+    rank, lower, below = share * total, 0.0, 0.0
+    for bound, count in counts.items():
+        if count >= rank:
+            if bound == float("inf"):
+                return lower * 1000
+            inside = (rank - below) / (count - below) if count > below else 1.0
+            return (lower + (bound - lower) * inside) * 1000
+        lower, below = bound, count
+    return lower * 1000
+
+
+def _service_url(namespace: str, document: LLMDeployment) -> str:
+    return f"http://{http_service(document.metadata.name)}.{namespace}.svc:{http_port(document)}/metrics"

@@ -1,0 +1,162 @@
+"""The router of a composition: its document with every expert at an address, its Deployment and Services (control speed, pure).
+
+The router runs the same ``antiphon serve`` as a laptop, on a document in which references to deployments have become addresses and
+references to Secrets have become environment variables. Must not know: which experts are ready.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import yaml
+
+from antiphon.core.composition import CompositionOfExperts
+from antiphon_operator.render.canonical import Json, fingerprint
+from antiphon_operator.render.names import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT, HEALTH_PATH, LABEL_COMPOSITION, MANAGER
+from antiphon_operator.render.pods import CONTAINER_SECURITY, POD_SECURITY, resource_requirements
+from antiphon_operator.render.settings import Settings
+
+_DIRECTORY = "/etc/antiphon"
+_FILE = "composition.yaml"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """Where a deployment answers and under which model name."""
+
+    url: str
+    model: str
+
+
+def router_name(composition: str) -> str:
+    """Name of the router's Deployment and ConfigMap."""
+    return f"{composition}-router"
+
+
+def router_document(document: CompositionOfExperts, addresses: Mapping[str, Address]) -> Json:
+    """The document that the router reads; ``addresses`` has every referenced deployment."""
+    value: Json = document.model_dump(mode="json", by_alias=True, exclude_none=True)
+    value["metadata"] = {"name": document.metadata.name}
+    for index, expert in enumerate(value["spec"]["experts"]):
+        reference = expert.pop("deploymentRef", None)
+        if reference is not None:
+            address = addresses[reference]
+            expert["external"] = {"url": address.url, "model": address.model}
+        elif "apiKeySecret" in expert["external"]:
+            del expert["external"]["apiKeySecret"]
+            expert["external"]["apiKeyEnv"] = key_variable(index)
+    artifact = document.spec.router.artifact
+    if artifact is not None and artifact.uri.startswith("pvc://"):
+        _, path = _claim_of(artifact.uri)
+        value["spec"]["router"]["artifact"]["uri"] = f"/artifact/{path}".rstrip("/")
+    return value
+
+
+def key_variable(index: int) -> str:
+    """Environment variable with the API key of the expert at ``index``."""
+    return f"ANTIPHON_EXPERT_{index}_KEY"
+
+
+def children(document: CompositionOfExperts, owner: Json, addresses: Mapping[str, Address], settings: Settings) -> tuple[Json, ...]:
+    """ConfigMap, Deployment and Service of the router."""
+    name = router_name(document.metadata.name)
+    text = yaml.safe_dump(router_document(document, addresses), sort_keys=True, allow_unicode=True, width=4096)
+    labels = {
+        "app.kubernetes.io/name": "antiphon-router",
+        "app.kubernetes.io/managed-by": MANAGER,
+        LABEL_COMPOSITION: document.metadata.name,
+    }
+    selector = {LABEL_COMPOSITION: document.metadata.name}
+
+    def metadata(child: str) -> Json:
+        return {
+            "name": child,
+            "namespace": document.metadata.namespace,
+            "labels": labels,
+            "ownerReferences": [owner],
+        }
+
+    template: Json = {
+        "metadata": {"labels": labels, "annotations": {"serving.antiphon.dev/configuration": fingerprint(text, 16)}},
+        "spec": _pod(document, settings),
+    }
+    ports = [
+        {"name": "http", "port": DEFAULT_HTTP_PORT, "targetPort": "http", "protocol": "TCP", "appProtocol": "http"},
+        {
+            "name": "grpc",
+            "port": DEFAULT_GRPC_PORT,
+            "targetPort": "grpc",
+            "protocol": "TCP",
+            "appProtocol": "kubernetes.io/h2c",
+        },
+    ]
+    return (
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata(name), "data": {_FILE: text}},
+        {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": metadata(name),
+            "spec": {
+                "replicas": document.spec.router.replicas,
+                "selector": {"matchLabels": selector},
+                "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
+                "template": template,
+            },
+        },
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": metadata(document.metadata.name + "-coe"),
+            "spec": {"type": "ClusterIP", "selector": selector, "ports": ports},
+        },
+    )
+
+
+def _claim_of(uri: str) -> tuple[str, str]:
+    claim, _, path = uri.removeprefix("pvc://").partition("/")
+    return claim, path.strip("/")
+
+
+def _pod(document: CompositionOfExperts, settings: Settings) -> Json:
+    environment: list[Json] = [{"name": "HOME", "value": "/tmp"}]  # noqa: S108 - an emptyDir of the pod's own
+    for index, expert in enumerate(document.spec.experts):
+        if expert.external is not None and expert.external.api_key_secret is not None:
+            secret = expert.external.api_key_secret
+            reference = {"secretKeyRef": {"name": secret.name, "key": secret.key}}
+            environment.append({"name": key_variable(index), "valueFrom": reference})
+    volumes: list[Json] = [
+        {"name": "configuration", "configMap": {"name": router_name(document.metadata.name)}},
+        {"name": "tmp", "emptyDir": {}},
+    ]
+    mounts: list[Json] = [
+        {"name": "configuration", "mountPath": _DIRECTORY, "readOnly": True},
+        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108
+    ]
+    artifact = document.spec.router.artifact
+    if artifact is not None and artifact.uri.startswith("pvc://"):
+        claim, _ = _claim_of(artifact.uri)
+        volumes.append({"name": "artifact", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}})
+        mounts.append({"name": "artifact", "mountPath": "/artifact", "readOnly": True})
+    container: Json = {
+        "name": "router",
+        "image": settings.runtime.image,
+        "command": ["antiphon"],
+        "args": ["serve", "-f", f"{_DIRECTORY}/{_FILE}", "--host", "0.0.0.0"],  # noqa: S104 - pods listen on their own address
+        "env": environment,
+        "ports": [
+            {"name": "http", "containerPort": DEFAULT_HTTP_PORT, "protocol": "TCP"},
+            {"name": "grpc", "containerPort": DEFAULT_GRPC_PORT, "protocol": "TCP"},
+        ],
+        "resources": resource_requirements(document.spec.router.resources),
+        "securityContext": CONTAINER_SECURITY,
+        "readinessProbe": {"httpGet": {"path": HEALTH_PATH, "port": "http"}, "periodSeconds": 5},
+        "livenessProbe": {"httpGet": {"path": HEALTH_PATH, "port": "http"}, "periodSeconds": 10, "failureThreshold": 12},
+        "volumeMounts": mounts,
+    }
+    return {
+        "automountServiceAccountToken": False,
+        "securityContext": {**POD_SECURITY, "runAsUser": 1000},
+        "containers": [container],
+        "volumes": volumes,
+    }
