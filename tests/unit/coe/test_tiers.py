@@ -1,0 +1,86 @@
+import statistics
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from antiphon.coe.tier_simulation import Service, first_come, play, random_trace
+from antiphon.coe.tiers import Load, Prefetch, Serve, Tier, TierExpert, TierLimits, TierState, Waiting, after, plan
+
+EXPERTS = {name: TierExpert(name=name, memory_bytes=1, fetch_s=1.5, load_s=0.5) for name in "abcdef"}
+LIMITS = TierLimits(resident_bytes=2, host_bytes=3, fairness_window_s=10.0, max_group=16, prefetch=False)
+SERVICE = Service(base_s=0.1, per_request_s=0.02)
+EMPTY = TierState(resident=(), host=())
+
+
+def _wait(request_id: int, expert: str, arrival_s: float = 0.0) -> Waiting:
+    return Waiting(request_id=request_id, expert=expert, arrival_s=arrival_s)
+
+
+def test_requests_at_a_resident_expert_are_served_together() -> None:
+    waiting = [_wait(0, "a"), _wait(1, "b", 0.1), _wait(2, "a", 0.2)]
+    action = plan(EXPERTS, TierState(resident=("a",), host=()), waiting, {}, 1.0, LIMITS)
+    assert action == Serve(expert="a", request_ids=(0, 2))
+
+
+def test_a_request_older_than_the_window_comes_first() -> None:
+    waiting = [_wait(0, "c"), _wait(1, "a", 9.0), _wait(2, "a", 9.0)]
+    action = plan(EXPERTS, TierState(resident=("b", "a"), host=("c",)), waiting, {"b": 0.1}, 10.0, LIMITS)
+    assert action == Load(expert="c", evict=("b",), from_tier=Tier.HOST)
+
+
+def test_the_resident_that_is_least_expected_goes() -> None:
+    state = TierState(resident=("a", "b"), host=())
+    action = plan(EXPERTS, state, [_wait(0, "c")], {"a": 2.0, "b": 0.5}, 0.0, LIMITS)
+    assert action == Load(expert="c", evict=("b",), from_tier=Tier.DISK)
+
+
+def test_idle_time_brings_the_likeliest_absent_expert_nearer() -> None:
+    limits = TierLimits(resident_bytes=2, host_bytes=1, fairness_window_s=10.0, max_group=16)
+    state = TierState(resident=("a",), host=("b",))
+    assert plan(EXPERTS, state, [], {"b": 0.1, "c": 0.9}, 0.0, limits) == Prefetch(expert="c", drop=("b",))
+    assert plan(EXPERTS, state, [], {"b": 0.9, "c": 0.1}, 0.0, limits) is None
+
+
+@pytest.mark.parametrize("rate", [8.0, 16.0])
+def test_busy_traces_are_served_twice_as_fast_with_half_the_switches(rate: float) -> None:
+    faster, fewer = [], []
+    for seed in range(9):
+        trace = random_trace("abcdef", 300, rate, 1.0, 0.3, seed)
+        mine = play(trace, EXPERTS, LIMITS, SERVICE)
+        theirs = play(trace, EXPERTS, LIMITS, SERVICE, first_come)
+        faster.append(mine.throughput / theirs.throughput)
+        fewer.append(mine.num_switches / theirs.num_switches)
+    assert statistics.median(faster) >= 2.0
+    assert statistics.median(fewer) <= 0.5
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.5, 8.0), st.floats(0.0, 2.0), st.floats(0.0, 0.9))
+def test_nobody_waits_beyond_the_window_and_the_service_of_those_before(seed: int, rate: float, skew: float, stay: float) -> None:
+    trace = random_trace("abcdef", 120, rate, skew, stay, seed)
+    outcome = play(trace, EXPERTS, LIMITS, SERVICE)
+    assert outcome.num_served == len(trace)
+    # Once overdue, a request waits for at most one turn of every expert: a load and a full group each, and the action under way.
+    turn_s = 2.0 + SERVICE.group_s(LIMITS.max_group)
+    num_groups = len(EXPERTS) + len(trace) // LIMITS.max_group
+    assert max(outcome.waits_s) <= LIMITS.fairness_window_s + (num_groups + 1) * turn_s
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.floats(0, 30)), min_size=1, max_size=30))
+def test_memory_is_never_exceeded(requests: list[tuple[str, float]]) -> None:
+    state = EMPTY
+    waiting = [_wait(i, expert, at) for i, (expert, at) in enumerate(requests)]
+    for step in range(200):
+        action = plan(EXPERTS, state, waiting, {}, float(step), LIMITS)
+        if action is None:
+            break
+        if isinstance(action, Serve):
+            assert action.expert in state.resident
+            waiting = [w for w in waiting if w.request_id not in action.request_ids]
+        state = after(action, EXPERTS, state, LIMITS)
+        assert len(state.resident) <= 2
+        assert len(state.host) <= 3
+        assert not set(state.resident) & set(state.host)
+    assert waiting == []
