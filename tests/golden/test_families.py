@@ -1,0 +1,190 @@
+"""Every family that transformers has, computed in halves, against transformers: logits within 1e-4 and 64 equal greedy tokens in fp32."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+from antiphon.testing import LocalCluster, wiring
+
+WIRINGS: dict[str, tuple[str, dict[str, int]]] = {
+    "monolith": ("monolith", {}),
+    "2A3F, experts spread": ("afd", {"attention": 2, "experts": 3}),
+    "2A3F, slices": ("afd", {"attention": 2, "ffn": 3}),
+    "1A4F, both": ("afd", {"ffn": 2, "experts": 2}),
+    "P/D + AFD": ("pd-afd", {"attention": 2, "experts": 2}),
+}
+NUM_TOKENS = 64
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 92,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 199,
+    "max_position_embeddings": 256,
+}
+LATENT = {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
+DEEPSEEK = {**SHAPE, **LATENT, "num_key_value_heads": 4, "n_routed_experts": 8, "moe_intermediate_size": 36}
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "gemma3": lambda: hf.Gemma3ForCausalLM(
+        hf.Gemma3TextConfig(
+            **{**SHAPE, "num_hidden_layers": 7},
+            head_dim=24,
+            sliding_window=20,
+            query_pre_attn_scalar=40,
+            final_logit_softcapping=3.0,
+        )
+    ),
+    "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**SHAPE)),
+    "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**SHAPE, num_local_experts=8, sliding_window=37)),
+    "qwen2_moe": lambda: hf.Qwen2MoeForCausalLM(
+        hf.Qwen2MoeConfig(
+            **SHAPE,
+            num_experts=8,
+            num_experts_per_tok=3,
+            moe_intermediate_size=36,
+            shared_expert_intermediate_size=50,
+            mlp_only_layers=[1],
+        )
+    ),
+    "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(
+        hf.Qwen3MoeConfig(
+            **SHAPE, head_dim=24, num_experts=10, num_experts_per_tok=4, moe_intermediate_size=36, norm_topk_prob=True
+        )
+    ),
+    "olmoe": lambda: hf.OlmoeForCausalLM(hf.OlmoeConfig(**SHAPE, num_experts=8, num_experts_per_tok=3, clip_qkv=0.4)),
+    "phimoe": lambda: hf.PhimoeForCausalLM(
+        hf.PhimoeConfig(**SHAPE, num_local_experts=6, attention_bias=True, lm_head_bias=True, router_jitter_noise=0.2)
+    ),
+    "dots1": lambda: hf.Dots1ForCausalLM(
+        hf.Dots1Config(
+            **SHAPE,
+            n_routed_experts=8,
+            num_experts_per_tok=3,
+            moe_intermediate_size=36,
+            n_shared_experts=2,
+            first_k_dense_replace=1,
+            n_group=4,
+            topk_group=2,
+            norm_topk_prob=True,
+            routed_scaling_factor=1.7,
+            sliding_window=40,
+            max_window_layers=2,
+        )
+    ),
+    "deepseek_v2": lambda: hf.DeepseekV2ForCausalLM(
+        hf.DeepseekV2Config(
+            **DEEPSEEK,
+            num_experts_per_tok=3,
+            n_shared_experts=2,
+            first_k_dense_replace=1,
+            topk_method="group_limited_greedy",
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=2.0,
+        )
+    ),
+    "deepseek_v2-lite": lambda: hf.DeepseekV2ForCausalLM(
+        hf.DeepseekV2Config(**{**DEEPSEEK, "q_lora_rank": None}, num_experts_per_tok=3, rope_parameters=YARN)
+    ),
+    "deepseek_v3": lambda: hf.DeepseekV3ForCausalLM(
+        hf.DeepseekV3Config(
+            **DEEPSEEK, num_experts_per_tok=3, first_k_dense_replace=1, n_group=4, topk_group=2, rope_parameters=YARN
+        )
+    ),
+    "longcat_flash": lambda: hf.LongcatFlashForCausalLM(
+        hf.LongcatFlashConfig(
+            **LATENT,
+            hidden_size=64,
+            ffn_hidden_size=92,
+            num_layers=2,
+            num_attention_heads=4,
+            vocab_size=199,
+            max_position_embeddings=256,
+            n_routed_experts=8,
+            zero_expert_num=4,
+            moe_topk=4,
+            expert_ffn_hidden_size=36,
+            head_dim=8,
+            routed_scaling_factor=1.5,
+        )
+    ),
+}
+
+
+def unsettle(model: torch.nn.Module) -> None:
+    """Fresh models have zero biases, unit norms and weights so small that experts hardly matter: a mistake would hide."""
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("bias") or "norm" in name:
+                tensor.add_(torch.randn_like(tensor) * 0.2)
+            elif tensor.dim() > 1 and "embed" not in name:
+                tensor.mul_(4.0)
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    torch.manual_seed(3)
+    model = FAMILIES[request.param]().eval()
+    unsettle(model)
+    path = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(path)
+    return path, model
+
+
+@pytest.mark.parametrize("name", WIRINGS)
+def test_tokens_and_logits_equal_transformers(tiny: tuple[Path, Any], name: str) -> None:
+    path, model = tiny
+    chance = random.Random(4)
+    prompts = [[chance.randrange(SHAPE["vocab_size"]) for _ in range(n)] for n in (1, 19, 90)]
+    topology, counts = WIRINGS[name]
+    spec = wiring(
+        path,
+        topology,
+        cache={"numBlocks": 64},
+        scheduler={"maxNumBatchedTokens": 48, "remotePrefillMinTokens": 8},
+        transport={"numUbatches": 2},
+        **counts,
+    )
+    with LocalCluster(spec, path) as cluster:
+        seen: list[torch.Tensor] = []
+        for part in cluster.generating:
+            compute = part.worker.halves.logits
+
+            def logits(x_RD: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor] = compute) -> torch.Tensor:
+                seen.append(compute(x_RD))
+                return seen[-1]
+
+            part.worker.halves.logits = logits  # type: ignore[method-assign]
+        ids = [
+            cluster.submit(prompt, max_tokens=NUM_TOKENS, on=i % len(cluster.generating), prefill=0 if "pd" in topology else None)
+            for i, prompt in enumerate(prompts)
+        ]
+        cluster.run()
+        answers = [cluster.outputs[request_id].token_ids for request_id in ids]
+        ours = torch.cat(seen)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        with torch.inference_mode():
+            theirs = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float()
+        assert theirs.argmax(dim=-1).tolist() == answer
+        # Rows of a batch come in the scheduler's order: each expected row must be among those computed.
+        assert torch.cdist(theirs, ours, p=torch.inf).amin(dim=1).max() < 1e-4
