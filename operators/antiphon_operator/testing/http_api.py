@@ -18,6 +18,8 @@ from antiphon_operator.kube.base import Gone, KubeError, NotFound, Object, Throt
 from antiphon_operator.kube.resources import RESOURCES, Resource
 from antiphon_operator.testing.memory_api import MemoryApi
 
+# kopf asks whether the server knows namespaces before it watches any.
+_NAMESPACE = Resource(group="", version="v1", kind="Namespace", plural="namespaces", namespaced=False)
 _VERBS = ["create", "delete", "get", "list", "patch", "update", "watch"]
 
 
@@ -27,7 +29,7 @@ class HttpApi:
     def __init__(self, api: MemoryApi, resources: Sequence[Resource] = RESOURCES) -> None:
         self.api = api
         self.url = ""
-        self._resources = {(r.group, r.version, r.plural): r for r in resources}
+        self._resources = {(r.group, r.version, r.plural): r for r in (*resources, _NAMESPACE)}
         self._runner: web.AppRunner | None = None
         self._cut = asyncio.Event()
 
