@@ -85,6 +85,7 @@ class _Group:
         "step",
         "step_s",
         "version",
+        "wake_step",
     )
 
     def __init__(self, num_workers: int) -> None:
@@ -97,6 +98,7 @@ class _Group:
         self.step = 0
         self.step_s = 0.0
         self.version = 0
+        self.wake_step = 0  # the step that the pending wake brings it to
         self.busiest = 0
         self.factor = 1.0
         self.load = 0
@@ -167,8 +169,10 @@ class EventLoop:
         return self._batch_area / (self._until_s * workers)
 
     def _wake(self, now: float, index: int, version: int) -> None:
-        if self._groups[index].version == version:
-            self._advance(index, now)
+        group = self._groups[index]
+        if group.version == version:
+            self._batch_area += (now - group.clock_s) * group.load
+            group.step, group.clock_s = group.wake_step, now
             self._settle(index, now)
 
     def _prefill_done(self, now: float, index: int, version: int) -> None:
@@ -274,6 +278,7 @@ class EventLoop:
                 request.first_s = group.clock_s + group.step_s
         steps = min(BURST_STEPS, max(1, group.finishing[0][0] - group.step)) if group.finishing else BURST_STEPS
         group.version += 1
+        group.wake_step = group.step + steps
         self._push(group.clock_s + steps * group.step_s, self._wake, index, group.version)
 
     def _let_in(self, group: _Group, index: int, now: float, joining: Request | None) -> list[Request]:
@@ -373,6 +378,8 @@ class EventLoop:
             emitted = group.step - request.joined_step
             self._leave(group, request)
             request.group = -1
+            if request.emitted == 0 and emitted <= 0:
+                request.first_s = -1.0  # it died in its first step
             request.emitted += max(0, min(emitted, request.output - request.emitted - 1))
             self.num_reprefilled += 1
             self._prefill_queue.append(request)

@@ -98,21 +98,28 @@ def _cost_picture(plan: Plan, model: Model, priced: Sequence[Accelerator]) -> st
 
 def _pareto_picture(plan: Plan) -> str:
     chosen = plan.chosen
+    priced = all(option.usd_per_hour is not None for option in plan.options.values())
     return plots.pareto(
         {wiring.value: frontier(plan.planner, wiring) for wiring in Wiring},
         finite(plan.planner.demand.tpot_s),
-        None if chosen is None else (chosen.tpot_s, chosen.tokens_per_s_per_card),
+        None if chosen is None else (chosen.tpot_s, _worth(chosen)),
+        "million output tokens per USD" if priced else "output tokens/s per card",
     )
 
 
+def _worth(option: Option) -> float:
+    usd = option.usd_per_mtok
+    return option.tokens_per_s_per_card if usd is None else 1 / usd
+
+
 def frontier(planner: Planner, wiring: Wiring) -> list[tuple[float, float]]:
-    """TPOT and tokens per second and card of the wiring's best option at several TPOT targets."""
+    """TPOT of the wiring's best option at several targets, with million tokens per USD (or tokens/s per card, unpriced)."""
     target = finite(planner.demand.tpot_s) or 0.05
     points = {}
     for factor in TARGET_FACTORS:
         option = planner.with_tpot(target * factor).best(wiring)
         if option is not None:
-            points[round(option.tpot_s, 5)] = option.tokens_per_s_per_card
+            points[round(option.tpot_s, 5)] = _worth(option)
     return sorted(points.items())
 
 

@@ -54,10 +54,13 @@ def _svg(figure: Any, name: str, title: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
 
 
 def _legend(axes: Any, **options: Any) -> None:
+    if not axes.get_legend_handles_labels()[0]:
+        return
     axes.legend(frameon=False, labelcolor=INK, fontsize=9, **options)
 
 
@@ -79,9 +82,12 @@ def cost_against_context(contexts: Sequence[int], usd: Mapping[str, Sequence[flo
 
 
 def pareto(
-    frontiers: Mapping[str, Sequence[tuple[float, float]]], target_s: float | None, chosen: tuple[float, float] | None
+    frontiers: Mapping[str, Sequence[tuple[float, float]]],
+    target_s: float | None,
+    chosen: tuple[float, float] | None,
+    measure: str,
 ) -> str:
-    """Tokens per second and card against TPOT, one line a wiring."""
+    """Throughput, in ``measure``, against TPOT; one line a wiring."""
     figure, axes = _figure(7.2, 3.8, "pareto")
     for (label, points), colour in zip(frontiers.items(), COLOURS, strict=False):
         if points:
@@ -111,9 +117,9 @@ def pareto(
         )  # fmt: skip
     axes.set_ylim(bottom=0)
     axes.set_xlabel("TPOT (ms)", color=INK)
-    axes.set_ylabel("output tokens/s per card", color=INK)
+    axes.set_ylabel(measure, color=INK)
     _legend(axes, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return _svg(figure, "pareto", "Tokens per second and card against TPOT")
+    return _svg(figure, "pareto", f"TPOT against {measure}")
 
 
 def gantt(run: PipelineRun, num_layers: int, num_ubatches: int) -> str:

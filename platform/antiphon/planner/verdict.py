@@ -195,16 +195,30 @@ def _tpot(planner: Planner, wiring: Wiring) -> list[Violation]:
 
 def _ttft(planner: Planner, wiring: Wiring) -> list[Violation]:
     model, prompt = planner.prefill_model(), planner.demand.traffic.prompt_quantile(1 - TAIL)
-    floor = model.prompt_s(prompt, max(1, planner.demand.max_cards)) + step_floor(planner, wiring)
-    if floor <= planner.demand.ttft_s:
+    target, cards = planner.demand.ttft_s, max(1, planner.demand.max_cards)
+    floor = model.prompt_s(prompt, cards) + step_floor(planner, wiring)
+    if floor > target:
+        return [
+            Violation(
+                constraint=Constraint.TTFT,
+                needed=floor,
+                available=target,
+                unit="s",
+                what=f"a prompt of {prompt} tokens and one step take longer than TTFT with every card of the budget on it",
+            )
+        ]
+    if wiring is Wiring.COLOCATED:
+        return []
+    transfer_s = model.transfer_s(cards, planner.decode_model(wiring).stages.attention.nic_bandwidth)
+    if transfer_s <= target:
         return []
     return [
         Violation(
-            constraint=Constraint.TTFT,
-            needed=floor,
-            available=planner.demand.ttft_s,
+            constraint=Constraint.NETWORK,
+            needed=transfer_s,
+            available=target,
             unit="s",
-            what=f"a prompt of {prompt} tokens and one step take longer than TTFT with every card of the budget on it",
+            what=f"moving the KV of a prompt of {prompt} tokens to its decode worker takes longer than TTFT",
         )
     ]
 
