@@ -19,12 +19,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from antiphon.apps.host import end_descendants
 from antiphon.core.errors import Unavailable
 
 if TYPE_CHECKING:
     from ray.serve import Application
 
 _OBJECT_STORE_BYTES = 80_000_000  # the smallest that Ray takes; nothing of ours goes through it
+
+_START_ATTEMPTS = 2
+_LEFTOVER_GRACE_S = 1.0  # for processes of a failed start
 
 # Read by Ray when it is imported, and by the processes it starts.
 _ENVIRONMENT = {
@@ -73,7 +77,7 @@ class RayRuntime:
         self._ray: ModuleType | None = None
 
     def start(self) -> None:
-        """Start Ray. Raises Unavailable."""
+        """Start Ray, as the only thing that this process has started so far. Raises Unavailable."""
         if "ray" not in sys.modules:  # it has read its environment
             os.environ.update(_ENVIRONMENT)
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of this run only, and in no file
@@ -81,21 +85,28 @@ class RayRuntime:
         import ray
 
         self._ray = ray
-        try:
-            ray.init(
-                num_cpus=self._num_cpus,
-                num_gpus=0,
-                resources=self._resources,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                namespace="antiphon",
-                _temp_dir=str(self._temp_dir),
-                _node_ip_address="127.0.0.1",
-            )
-        except Exception as error:
-            raise Unavailable(f"Ray did not start: {error}") from error
+        for attempt in range(_START_ATTEMPTS):
+            try:
+                ray.init(
+                    num_cpus=self._num_cpus,
+                    num_gpus=0,
+                    resources=self._resources,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    namespace="antiphon",
+                    _temp_dir=str(self._temp_dir),
+                    _node_ip_address="127.0.0.1",
+                )
+            except Exception as error:
+                # On a machine that is busy beyond measure Ray's processes may miss each other's deadlines.
+                if attempt + 1 == _START_ATTEMPTS:
+                    raise Unavailable(f"Ray did not start: {error}") from error
+                ray.shutdown()
+                end_descendants(_LEFTOVER_GRACE_S)
+            else:
+                return
 
     def start_serve(self) -> None:
         """Start Ray Serve without its proxies. Raises Unavailable."""
