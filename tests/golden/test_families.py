@@ -1,4 +1,4 @@
-"""Every family that transformers has, computed in halves, against transformers: logits within 1e-4 and 64 equal greedy tokens in fp32."""
+"""Every family that transformers has, in halves, against transformers: logits within 1e-4 and 64 equal greedy tokens in fp32."""
 
 from __future__ import annotations
 
