@@ -24,8 +24,8 @@ import torch
 from antiphon.core.errors import LayoutMismatch, PeerLost, Unavailable
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.transport.base import HEADER_BYTES, Answer, Hello, Link, LinkLayout, Listener, Message, Transport
+from antiphon.transport.choose import open_transport
 from antiphon.transport.loopback import LoopbackTransport
-from antiphon.transport.select import open_transport
 from antiphon.transport.shm import ShmTransport
 from antiphon.transport.waiting import WaitSet
 

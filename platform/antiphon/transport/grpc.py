@@ -1,22 +1,19 @@
 """Links over gRPC bidirectional streams: the portable fallback, anywhere two processes reach each other (hot).
 
-    data     ┌ kind ┬ slot ┬ seq ┬ num_bytes ┐ header ┬ payload
-             └──u16─┴─u16──┴─u32─┴────u64────┘ 64 B   ┴ num_bytes
-    credit   the same 16 bytes alone: the receiver gives ``slot`` back
-
-A slot stays taken until its credit arrives, so at most num_slots messages are under way in each direction. A received payload is
-the very bytes object gRPC made, seen as a tensor: never write into it. Two threads an end per link, both blocked when idle.
+A frame is ledger.py's, with the payload behind it. A slot stays taken until its credit arrives, so at most num_slots messages
+are under way in each direction. A received payload is the very bytes object gRPC made, seen as a tensor: never write into it.
+Two threads an end per link, both blocked when idle.
 Must not know: gRPC itself, which lives behind ``antiphon.rpc.raw_stream``.
 """
 
 from __future__ import annotations
 
 import functools
-import struct
 import time
 import warnings
 from collections import deque
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 
@@ -27,17 +24,15 @@ from antiphon.transport.address import join_host, split_host
 from antiphon.transport.base import HEADER_BYTES, Answer, Hello, Link, Listener, Message, Slot, Transport
 from antiphon.transport.bell import Bell
 from antiphon.transport.hello import Greeting, check_layouts, decode_greeting, encode_greeting, encode_refusal
+from antiphon.transport.ledger import FRAME_BYTES, PREFIX, DamageError, Ledger, is_credit
 from antiphon.transport.reception import Reception
 from antiphon.transport.slots import byte_rows, slots_of
 from antiphon.transport.waiting import wait_on
 
 SCHEME = "grpc://"
-_PREFIX = struct.Struct("<HHIQ")  # kind, slot, sequence number, payload bytes
-_DATA, _CREDIT = 1, 2
-_PAYLOAD_AT = _PREFIX.size + HEADER_BYTES  # 80: payloads stay 16-byte aligned behind a bytes object's own header
 _MAX_FRAME_BYTES = 1 << 30  # what a listener takes before it knows the peer's layout
+_EMPTY = torch.empty(0, dtype=torch.uint8)
 _GREETING_S = 5.0  # a peer that connects and says nothing is dropped after this
-_SEQ_MASK = 0xFFFFFFFF
 
 with warnings.catch_warnings():
     # torch warns once per process about tensors over read-only bytes; ours are read-only by contract.
@@ -56,18 +51,12 @@ class GrpcLink(Link):
         self._stream = stream
         self._theirs = theirs
         self._num_slots = layout.num_slots
-        self._recv_slot_bytes = layout.recv_slot_bytes
+        self._ledger = Ledger(layout.num_slots, layout.recv_slot_bytes)
         memory = bytearray(layout.num_slots * layout.send_slot_bytes)
         whole = memoryview(memory)
         self._rows = [whole[i * layout.send_slot_bytes : (i + 1) * layout.send_slot_bytes] for i in range(layout.num_slots)]
         self._slots = slots_of(byte_rows(memory, layout.num_slots))
-        self._free = list(range(layout.num_slots - 1, -1, -1))
-        self._in_flight = [False] * layout.num_slots
-        self._held = [False] * layout.num_slots
-        self._messages = [
-            Message(slot=i, header=memoryview(b""), data=torch.empty(0, dtype=torch.uint8)) for i in range(layout.num_slots)
-        ]
-        self._send_seq = self._recv_seq = 0
+        self._messages = [Message(slot=i, header=memoryview(b""), data=_EMPTY) for i in range(layout.num_slots)]
         self._arrived: deque[bytes] = deque()  # appended to by the reader thread, as are the credits
         self._credits: deque[bytes] = deque()
         self._gone = False  # set by the reader thread; what arrived before is still handed out
@@ -90,11 +79,15 @@ class GrpcLink(Link):
         """A free slot, or None. Raises PeerLost, CorruptMessage."""
         if self._gone or self._lost is not None:
             self._raise_lost()
+        free = self._ledger.free
         while self._credits:
-            self._take_credit(self._credits.popleft())
-        if self._free:
+            try:
+                free.append(self._ledger.take_credit(self._credits.popleft()))
+            except DamageError as error:
+                self._corrupt(error)
+        if free:
             self._starved = False
-            return self._slots[self._free.pop()]
+            return self._slots[free.pop()]
         self._starved = True
         return None
 
@@ -105,9 +98,7 @@ class GrpcLink(Link):
         if len(header) != HEADER_BYTES:
             raise ValueError(f"a header has {HEADER_BYTES} bytes")
         index = slot.index
-        self._in_flight[index] = True
-        prefix = _PREFIX.pack(_DATA, index, self._send_seq, num_bytes)
-        self._send_seq = (self._send_seq + 1) & _SEQ_MASK
+        prefix = self._ledger.send(index, num_bytes)
         self._stream.send(b"".join((prefix, header, self._rows[index][:num_bytes])))
 
     def poll(self) -> Message | None:
@@ -122,10 +113,9 @@ class GrpcLink(Link):
 
     def release(self, message: Message) -> None:
         """Send the slot's credit."""
-        slot = message.slot
-        self._held[slot] = False
+        credit = self._ledger.release(message.slot)
         if self._lost is None:
-            self._stream.send(_PREFIX.pack(_CREDIT, slot, 0, 0))
+            self._stream.send(credit)
 
     def wait(self, timeout_s: float) -> bool:
         """Sleep until a message may be there. Raises PeerLost."""
@@ -162,7 +152,7 @@ class GrpcLink(Link):
     def _take(self, frame: bytes | None) -> None:
         if frame is None:
             self._gone = True
-        elif len(frame) >= 2 and frame[0] == _CREDIT and len(self._credits) < self._num_slots:
+        elif is_credit(frame) and len(self._credits) < self._num_slots:
             self._credits.append(frame)
         elif len(self._arrived) <= self._num_slots:  # one more than allowed is kept, to be found and told
             self._arrived.append(frame)
@@ -170,38 +160,23 @@ class GrpcLink(Link):
             self._bell.ring()
 
     def _open(self, frame: bytes) -> Message:
-        slot: int
-        if len(frame) < _PAYLOAD_AT:
-            self._corrupt(f"a frame of {len(frame)} bytes")
-        kind, slot, seq, num_bytes = _PREFIX.unpack_from(frame)
-        if kind != _DATA or slot >= self._num_slots or seq != self._recv_seq:
-            self._corrupt(f"kind {kind}, slot {slot}, sequence number {seq} instead of {self._recv_seq}")
-        if num_bytes != len(frame) - _PAYLOAD_AT or num_bytes > self._recv_slot_bytes:
-            self._corrupt(f"{len(frame) - _PAYLOAD_AT} bytes, {num_bytes} announced, {self._recv_slot_bytes} allowed")
-        if self._held[slot]:
-            self._corrupt(f"slot {slot} sent again before its release")
-        self._held[slot] = True
-        self._recv_seq = (seq + 1) & _SEQ_MASK
+        try:
+            slot, num_bytes = self._ledger.receive(frame)
+            if num_bytes != len(frame) - FRAME_BYTES:
+                raise DamageError(f"{len(frame) - FRAME_BYTES} bytes came, {num_bytes} were announced")
+        except DamageError as error:
+            self._corrupt(error)
         message = self._messages[slot]
-        message.header = memoryview(frame)[_PREFIX.size : _PAYLOAD_AT]
-        message.data = (
-            torch.frombuffer(frame, dtype=torch.uint8, offset=_PAYLOAD_AT) if num_bytes else torch.empty(0, dtype=torch.uint8)
-        )
+        message.header = memoryview(frame)[PREFIX.size : FRAME_BYTES]
+        message.data = torch.frombuffer(frame, dtype=torch.uint8, offset=FRAME_BYTES) if num_bytes else _EMPTY
         return message
 
-    def _take_credit(self, frame: bytes) -> None:
-        slot = _PREFIX.unpack(frame)[1] if len(frame) == _PREFIX.size else self._num_slots
-        if slot >= self._num_slots or not self._in_flight[slot]:
-            self._corrupt(f"credit for slot {slot}, which is not in flight")
-        self._in_flight[slot] = False
-        self._free.append(slot)
-
-    def _corrupt(self, why: str) -> None:
-        self._lost = f"corrupt message: {why}"
+    def _corrupt(self, error: DamageError) -> NoReturn:
+        self._lost = f"corrupt message: {error}"
         self._stream.end()
-        raise CorruptMessage(self.peer, why)
+        raise CorruptMessage(self.peer, str(error)) from None
 
-    def _raise_lost(self) -> None:
+    def _raise_lost(self) -> NoReturn:
         if self._lost is None:
             self._lost = self._stream.lost or "the stream ended"
         raise PeerLost(self.peer, self._lost)
@@ -233,7 +208,7 @@ class GrpcTransport(Transport):
             raise Unavailable(f"{address} is no {SCHEME} address")
         deadline = time.monotonic() + timeout_s
         stream = open_stream(
-            address.removeprefix(SCHEME), max_receive_bytes=max(1 << 20, hello.layout.recv_slot_bytes + _PAYLOAD_AT)
+            address.removeprefix(SCHEME), max_receive_bytes=max(1 << 20, hello.layout.recv_slot_bytes + FRAME_BYTES)
         )
         try:
             stream.send(encode_greeting(Greeting(hello=hello)))

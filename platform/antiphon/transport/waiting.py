@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from antiphon.transport.base import Waitable
 from antiphon.transport.lane import Lane, spin
 
+_MIN_POLL_S = 1e-3  # poll(2) counts in milliseconds
 _SLICE_S = 20e-6  # of native spinning between two looks at the links that can only be asked
 
 
@@ -90,13 +91,21 @@ def sleep_on(members: tuple[Waitable, ...], deadline: float) -> bool:
             parked.append(member)
             for fd in member.park():
                 poller.register(fd, select.POLLIN)
-        if any_pending(members):
-            woken = True
-        else:
-            # Rounded up: a sleep that ends a fraction of a millisecond early would be followed by a spin.
-            left_ms = max(0, int((deadline - time.monotonic()) * 1e3 + 0.999))
-            woken = bool(poller.poll(left_ms))
+        woken = any_pending(members) or _doze(members, poller, deadline)
     finally:
         for member in parked:
             member.unpark(woken=woken)
     return woken and any_pending(members)
+
+
+def _doze(members: tuple[Waitable, ...], poller: select.poll, deadline: float) -> bool:
+    """poll(2) in one go, or in naps where a member has to be asked now and then."""
+    while (left := deadline - time.monotonic()) > 0:
+        nap = min((n for m in members if (n := getattr(m, "nap_s", None)) is not None), default=left)
+        if nap < min(left, _MIN_POLL_S):
+            time.sleep(nap)
+        elif poller.poll(int(min(nap, left) * 1e3 + 0.999)):  # rounded up: waking early would mean spinning again
+            return True
+        if nap < left and any_pending(members):
+            return True
+    return False

@@ -14,12 +14,14 @@ from antiphon.core.errors import AntiphonError, InvalidInput, Unavailable
 from antiphon.transport.base import Answer, Hello, Link, Listener, Transport
 from antiphon.transport.grpc import GrpcTransport
 from antiphon.transport.loopback import LoopbackTransport
+from antiphon.transport.nixl import NixlTransport
 from antiphon.transport.shm import ShmTransport
 
 PREFERENCE = ("shm", "nixl", "grpc")
 _MAKERS: dict[str, Callable[[], Transport]] = {
     "loopback": LoopbackTransport,
     "shm": ShmTransport,
+    "nixl": NixlTransport,
     "grpc": GrpcTransport,
 }
 
