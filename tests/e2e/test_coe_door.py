@@ -102,6 +102,7 @@ async def door(
         document,
         Router(document.spec, artifact),
         models={f"model-{i}": f"served-{i}" for i in range(3)},
+        endpoints={},
         workers=lambda: workers.values(),
         clock=time.monotonic,
     )

@@ -181,6 +181,70 @@ def add_expert(
     click.echo(f"{out}: {write_artifact(joined, out, {'model_card.md': model_card(joined, None).encode()})}")
 
 
+@app.command()
+def serve(
+    file: Annotated[Path, typer.Option("-f", "--file", help="YAML file with CompositionOfExperts documents.")],
+    endpoint: Annotated[
+        list[str] | None,
+        typer.Option(help="Where a deploymentRef is reached: <deployment>=<base URL>,<model>; once per deployment."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(help="HTTP; 0 = any free port.")] = 8100,
+    grpc_port: Annotated[int, typer.Option(help="gRPC; 0 = any free port.")] = 9100,
+    api_keys_env: Annotated[str | None, typer.Option(help="Environment variable with the accepted API keys.")] = None,
+) -> None:
+    """Serve compositions whose experts answer at other addresses: the router's HTTP and gRPC doors."""
+    import asyncio
+    import os
+    import signal
+
+    from antiphon.core.composition import CompositionOfExperts, ExternalEndpoint
+    from antiphon.core.documents import read_documents
+    from antiphon.core.errors import InvalidInput, Unavailable
+    from antiphon.gateway.auth import keys_from
+    from antiphon.gateway.coe_app import CoeConfig, run_coe
+    from antiphon.gateway.config import BoundPorts
+
+    documents = tuple(d for d in read_documents(file) if isinstance(d, CompositionOfExperts))
+    if not documents:
+        raise InvalidInput(f"{file} has no CompositionOfExperts", "kind")
+    endpoints = {}
+    for text in endpoint or []:
+        name, _, where = text.partition("=")
+        url, _, model = where.rpartition(",")
+        if not name or not url.startswith(("http://", "https://")) or not model:
+            raise InvalidInput(f"{text!r} is not <deployment>=<base URL>,<model>", "endpoint")
+        endpoints[name] = ExternalEndpoint(url=url, model=model)
+    keys = frozenset() if api_keys_env is None else keys_from(os.environ.get(api_keys_env))
+    if api_keys_env is not None and not keys:
+        raise Unavailable(f"no API keys in the environment variable {api_keys_env}")
+    config = CoeConfig(documents=documents, endpoints=endpoints, host=host, http_port=http_port, grpc_port=grpc_port, api_keys=keys)
+
+    def opened(ports: BoundPorts) -> None:
+        click.echo(f"HTTP http://{ports.host}:{ports.http_port}/v1  gRPC {ports.host}:{ports.grpc_port}")
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await run_coe(config, stop, on_bound=opened)
+
+    asyncio.run(run())
+
+
+@app.command("example-table")
+def example(
+    out: Annotated[Path, typer.Option("-o", "--out", help="File to write, .jsonl or .jsonl.gz.")],
+    seed: Annotated[int, typer.Option(help="Another seed, other rows.")] = 0,
+) -> None:
+    """Write a made-up score table to try the other commands with."""
+    from antiphon.coe.example_table import example_table
+    from antiphon.coe.table import write_table
+
+    write_table(example_table(seed=seed), out)
+    click.echo(str(out))
+
+
 def _json(value: dict[str, Any]) -> str:
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
 

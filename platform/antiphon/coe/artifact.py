@@ -186,8 +186,13 @@ def write_artifact(artifact: Artifact, directory: Path, extra: Mapping[str, byte
             (staging / name).write_bytes(data)
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         if directory.exists():
-            shutil.rmtree(directory)
-        staging.rename(directory)
+            old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            directory.rename(old)
+            staging.rename(directory)
+            shutil.rmtree(old)
+        else:
+            staging.rename(directory)
     except OSError as error:
         raise CheckpointInvalid(f"artifact {directory} can't be written: {error}") from error
     return str(manifest["digest"])

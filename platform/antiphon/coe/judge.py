@@ -25,7 +25,7 @@ Say = Callable[[str], None]
 NUM_FOLDS = 5
 NUM_BOOTSTRAPS = 2000
 NUM_BINS = 15
-_COST_WEIGHTS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.26, 0.4, 0.6, 1.0, 2.0)
+_COST_WEIGHTS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.08, 0.1, 0.12, 0.15, 0.18, 0.2, 0.22, 0.24, 0.26, 0.4, 0.6, 1.0, 2.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

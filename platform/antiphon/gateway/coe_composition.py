@@ -10,9 +10,10 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 
-from antiphon.coe.decision import ExpertState, Question, View
+from antiphon.coe.decision import DecisionId, ExpertState, Question, View
 from antiphon.coe.router import Record, Router
-from antiphon.core.composition import CompositionOfExperts, ExternalEndpoint
+from antiphon.core.composition import POLICIES, CompositionOfExperts, ExternalEndpoint, Policy
+from antiphon.core.errors import InvalidInput
 from antiphon.core.worker_info import WorkerInfo
 from antiphon.gateway.coe_breaker import Breaker
 
@@ -27,6 +28,7 @@ class Composition:
         document: the composition.
         router: its router.
         models: served model name of each expert that is ours, by expert.
+        endpoints: experts that are ours but reached at another gateway, by expert.
         workers: what the directory lists now.
         clock: monotonic seconds.
     """
@@ -37,12 +39,14 @@ class Composition:
         router: Router,
         *,
         models: Mapping[str, str],
+        endpoints: Mapping[str, ExternalEndpoint],
         workers: Callable[[], Iterable[WorkerInfo]],
         clock: Callable[[], float],
     ) -> None:
         self.document = document
         self.router = router
         self._models = models
+        self._endpoints = endpoints
         self._workers = workers
         self._clock = clock
         limits = document.spec.limits
@@ -62,15 +66,15 @@ class Composition:
         return self._models[expert]
 
     def external(self, expert: str) -> ExternalEndpoint | None:
-        """The endpoint of an expert run by others, or None when it is ours."""
-        return self.document.spec.expert(expert).external
+        """The endpoint of an expert that another process answers for, or None when this gateway does."""
+        return self._endpoints.get(expert, self.document.spec.expert(expert).external)
 
     def view(self) -> View:
         """State of every expert now."""
         workers = list(self._workers())
         states = {}
         for expert in self.document.spec.experts:
-            state = ExpertState() if expert.external is not None else _state(self._models[expert.name], workers)
+            state = ExpertState() if self.external(expert.name) is not None else _state(self._models[expert.name], workers)
             closed = not self.breakers[expert.name].is_open
             states[expert.name] = state if closed else ExpertState(healthy=False)
         return View(experts=states)
@@ -104,6 +108,33 @@ class Composition:
         if not session or not expert or self._clock() - seen_s > self.document.spec.stickiness.ttl_s:
             return None
         return expert
+
+
+def policy_named(text: str) -> Policy:
+    """A policy by its name.
+
+    Raises:
+        InvalidInput: there is no such policy.
+    """
+    for policy in POLICIES:
+        if text == policy:
+            return policy
+    raise InvalidInput(f"policy must be one of {', '.join(POLICIES)}", "policy")
+
+
+def holder_of(compositions: Iterable[Composition], decision_id: DecisionId) -> Composition:
+    """The composition that made a decision.
+
+    Raises:
+        InvalidInput: none has a record of it.
+    """
+    for composition in compositions:
+        try:
+            composition.router.explain(decision_id)
+        except InvalidInput:
+            continue
+        return composition
+    raise InvalidInput(f"there is no record of decision {decision_id!r}", "decision_id")
 
 
 def _state(model: str, workers: list[WorkerInfo]) -> ExpertState:

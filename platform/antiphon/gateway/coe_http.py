@@ -27,10 +27,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from antiphon.coe.decision import DecisionId, Question
 from antiphon.coe.record_json import record_json
 from antiphon.coe.router import Record
-from antiphon.core.composition import POLICIES, ExternalEndpoint, Policy, split_model_name
+from antiphon.core.composition import ExternalEndpoint, Policy, split_model_name
 from antiphon.core.errors import InvalidInput, Unavailable, UnknownModel
 from antiphon.gateway.auth import ApiKeys
-from antiphon.gateway.coe_composition import Composition
+from antiphon.gateway.coe_composition import Composition, holder_of, policy_named
 from antiphon.gateway.coe_question import question_of
 from antiphon.gateway.http_io import RequestTooLarge, error_response
 
@@ -253,11 +253,11 @@ class CoeDoor:
 
     async def _explain(self, request: Request) -> dict[str, Any]:
         decision_id = DecisionId(request.url.path.removeprefix("/v1/decisions/"))
-        composition = self._holder(decision_id)
+        composition = holder_of(self._compositions.values(), decision_id)
         record = composition.router.explain(decision_id)
         result = {"composition": composition.name, "decided_s": record.decided_s, **record_json(record)}
         if (wanted := request.query_params.get("policy")) is not None:
-            replayed = composition.router.replay(decision_id, _policy(wanted))
+            replayed = composition.router.replay(decision_id, policy_named(wanted))
             result["replay"] = {"policy": wanted, "expert": replayed.expert, "reason": replayed.reason.value}
         return result
 
@@ -269,22 +269,13 @@ class CoeDoor:
         if isinstance(score, bool) or not isinstance(score, int | float):
             raise InvalidInput("score must be a number between 0 and 1", "score")
         decision_id = DecisionId(body["decision_id"])
-        self._holder(decision_id).router.feedback(decision_id, float(score))
+        holder_of(self._compositions.values(), decision_id).router.feedback(decision_id, float(score))
         return {"decision_id": decision_id, "score": float(score)}
 
     def _composition(self, name: str, policy: Policy | None) -> tuple[Composition, Policy | None]:
         if name not in self._compositions:
             raise UnknownModel(f"the model 'coe/{name}' does not exist", "model")
         return self._compositions[name], policy
-
-    def _holder(self, decision_id: DecisionId) -> Composition:
-        for composition in self._compositions.values():
-            try:
-                composition.router.explain(decision_id)
-            except InvalidInput:
-                continue
-            return composition
-        raise InvalidInput(f"there is no record of decision {decision_id!r}", "decision_id")
 
 
 class _Attempt:
@@ -349,13 +340,6 @@ def _headers(record: Record, expert: str, failures: list[str]) -> dict[str, str]
     if failures:
         headers["x-antiphon-fallback"] = quote("; ".join(failures), safe=_HEADER_SAFE)
     return headers
-
-
-def _policy(text: str) -> Policy:
-    for policy in POLICIES:
-        if text == policy:
-            return policy
-    raise InvalidInput(f"policy must be one of {', '.join(POLICIES)}", "policy")
 
 
 def _sized(scope: Scope, num_bytes: int) -> Scope:
