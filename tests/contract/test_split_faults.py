@@ -125,12 +125,8 @@ def test_ffn_workers_join_while_serving(checkpoint: Path, undisturbed: list[list
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
-def test_a_prefill_worker_lost_at_any_moment_is_made_up_for(
-    checkpoint: Path, undisturbed: list[list[int]], steps: int
-) -> None:
-    spec = wiring(
-        checkpoint, "pd", cache={"numBlocks": 64}, scheduler={"maxNumBatchedTokens": 16, "remotePrefillMinTokens": 4}
-    )
+def test_a_prefill_worker_lost_at_any_moment_is_made_up_for(checkpoint: Path, undisturbed: list[list[int]], steps: int) -> None:
+    spec = wiring(checkpoint, "pd", cache={"numBlocks": 64}, scheduler={"maxNumBatchedTokens": 16, "remotePrefillMinTokens": 4})
     with LocalCluster(spec, checkpoint) as cluster:
         ids = [cluster.submit(p, max_tokens=20, prefill=0) for p in prompts(4)]
         for _ in range(steps):
@@ -149,9 +145,7 @@ def test_a_prefill_worker_lost_at_any_moment_is_made_up_for(
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 4])
 def test_an_abort_during_the_hand_off_frees_both_sides(checkpoint: Path, steps: int) -> None:
-    spec = wiring(
-        checkpoint, "pd", cache={"numBlocks": 64}, scheduler={"maxNumBatchedTokens": 16, "remotePrefillMinTokens": 4}
-    )
+    spec = wiring(checkpoint, "pd", cache={"numBlocks": 64}, scheduler={"maxNumBatchedTokens": 16, "remotePrefillMinTokens": 4})
     with LocalCluster(spec, checkpoint) as cluster:
         request_id = cluster.submit(prompts(1, 200)[0], max_tokens=20, prefill=0)
         for _ in range(steps):

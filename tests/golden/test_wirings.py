@@ -86,9 +86,7 @@ def randomise_biases(model: torch.nn.Module) -> None:
 
 def greedy(model: Any, prompt: list[int], length: int) -> list[int]:
     with torch.inference_mode():
-        out = model.generate(
-            torch.tensor([prompt]), max_new_tokens=length, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=length, do_sample=False, eos_token_id=None, pad_token_id=0)
     return out[0, len(prompt) :].tolist()
 
 
@@ -158,9 +156,7 @@ def test_a_seed_gives_the_same_tokens_in_any_batch_and_wiring(tiny: tuple[Path, 
     topology, counts = WIRINGS[name]
     with LocalCluster(wiring(path, topology, cache={"numBlocks": 96}, **counts), path) as cluster:
         for other in range(6):
-            cluster.submit(
-                [chance.randrange(199) for _ in range(5 + 9 * other)], temperature=1.0, seed=other, max_tokens=30
-            )
+            cluster.submit([chance.randrange(199) for _ in range(5 + 9 * other)], temperature=1.0, seed=other, max_tokens=30)
         request_id = cluster.submit(prompt, **sampled)
         cluster.run()
         assert cluster.outputs[request_id].token_ids == expected

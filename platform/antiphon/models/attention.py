@@ -29,15 +29,26 @@ class Chunk:
         return self.context_slots.numel() - self.num_rows
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class AttentionBatch:
-    """Where the rows of one step (or one ubatch of it) stand in the cache."""
+    """Where the rows of one step (or one ubatch of it) stand in the cache. Nobody changes it once it is laid out."""
 
     positions_T: torch.Tensor  # int64
     slots_T: torch.Tensor  # int64: where each row's own K and V go
-    decode_slots_BC: torch.Tensor | None  # int64, padded with slot 0; None = no decodes
+    block_size_tokens: int
+    decode_blocks_BM: torch.Tensor | None  # int32 block ids, padded with 0; None = no decodes
     decode_lens_B: torch.Tensor | None  # int64: context lengths, the row itself included
     chunks: Sequence[Chunk]
+    _decode_slots_BC: torch.Tensor | None = None
+
+    @property
+    def decode_slots_BC(self) -> torch.Tensor | None:
+        """Context slots of the decodes, int64, padded with those of block 0; worked out when first asked for."""
+        if self._decode_slots_BC is None and self.decode_blocks_BM is not None and self.decode_lens_B is not None:
+            size = self.block_size_tokens
+            slots = self.decode_blocks_BM.long()[:, :, None] * size + torch.arange(size, device=self.slots_T.device)
+            self._decode_slots_BC = slots.flatten(1)[:, : int(self.decode_lens_B.max())]
+        return self._decode_slots_BC
 
     @property
     def num_decodes(self) -> int:
@@ -58,9 +69,7 @@ def paged_attention(
     if batch.decode_slots_BC is not None and batch.decode_lens_B is not None:
         q_BNH = q_TNH[: batch.num_decodes]
         parts.append(_decode(q_BNH, k_cache, v_cache, batch.decode_slots_BC, batch.decode_lens_B, scale, sliding_window))
-    for chunk in batch.chunks:
-        q_CNH = q_TNH[chunk.first_row : chunk.first_row + chunk.num_rows]
-        parts.append(_prefill(q_CNH, k_cache, v_cache, chunk, scale, sliding_window))
+    parts += [prefill_attention(q_TNH, k_cache, v_cache, chunk, scale, sliding_window) for chunk in batch.chunks]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -88,9 +97,11 @@ def _decode(
     return out.reshape(num_requests, num_heads, -1)
 
 
-def _prefill(
+def prefill_attention(
     q_TNH: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, chunk: Chunk, scale: float, sliding_window: int | None
 ) -> torch.Tensor:
+    """Causal attention of one chunk among the rows of q_TNH over its paged context. [chunk's rows, N, H]."""
+    q_TNH = q_TNH[chunk.first_row : chunk.first_row + chunk.num_rows]
     num_groups = q_TNH.shape[1] // k_cache.shape[1]
     k_CNH = k_cache[chunk.context_slots].repeat_interleave(num_groups, dim=1)
     v_CNH = v_cache[chunk.context_slots].repeat_interleave(num_groups, dim=1)

@@ -210,6 +210,26 @@ class FFNHalves:
         """Expert banks by the layer number on the wire."""
         return {number: ffn for number, ffn in enumerate(self.ffns) if isinstance(ffn, ExpertBank)}
 
+    def hold(self, placement: ExpertPlacement) -> None:
+        """Read what ``placement`` wants here beyond what is held; may run on another thread while the loop computes.
+
+        Raises:
+            CheckpointInvalid: a tensor can't be read.
+        """
+        for number, bank in self.banks.items():
+            for expert in placement.held(bank.config, number, self.shard.expert_index):
+                bank.hold(expert)
+
+    def release(self, placement: ExpertPlacement) -> None:
+        """Let go of experts that ``placement`` does not want here; a row that still comes for one brings it back."""
+        for number, bank in self.banks.items():
+            for expert in bank.held - set(placement.held(bank.config, number, self.shard.expert_index)):
+                bank.release(expert)
+
+    def rows_by_expert(self) -> dict[int, list[int]]:
+        """Rows each expert has had here since start, by the layer number on the wire; the shared expert's come last."""
+        return {number: bank.rows_by_expert.tolist() for number, bank in self.banks.items()}
+
     def compute(
         self, number: int, rows_TD: torch.Tensor, ids_TK: torch.Tensor | None = None, weights_TK: torch.Tensor | None = None
     ) -> torch.Tensor:

@@ -134,8 +134,10 @@ class ExpertBank:
         found = self._experts.get(expert)
         if found is None:
             self.num_late_loads += 1
-            self.hold(expert)
-            found = self._experts[expert]
+            with self._reading:
+                found = self._experts.get(expert)
+                if found is None:
+                    found = self._experts[expert] = self._read(expert)
         return found
 
     def _names(self, expert: int) -> tuple[str, ...]:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import torch
 
-from antiphon.models.attention import AttentionBatch, paged_attention
+from antiphon.models.attention import AttentionBatch, paged_attention, prefill_attention
 from antiphon.models.config import AttentionConfig, LayerConfig, NormKind
 from antiphon.models.kv_cache import KVCache
-from antiphon.models.layers import Norm, Rope, read_norm
+from antiphon.models.layers import Norm, RMSNorm, Rope, read_norm
 from antiphon.models.linear import Linear
+from antiphon.models.native.library import available
 from antiphon.models.weights import Weights
 
 
@@ -42,11 +43,26 @@ class GroupedAttention:
         if config.q_rank is not None:
             self._rank_norm = read_norm(norm, weights, prefix + names.q_rank_norm, eps)
             self._expand = Linear(weights.read(prefix + names.q_expand + ".weight"))
+        self._eps = eps
+        self._head_norms = (None, None)
+        if isinstance(self._q_norm, RMSNorm) and isinstance(self._k_norm, RMSNorm):
+            self._head_norms = (self._q_norm.weight_D, self._k_norm.weight_D)
+        self._native = (
+            available()
+            and weight.device.type == "cpu"
+            and config.q_rank is None
+            and config.qkv_clip is None
+            and config.qk_norm in ("none", "head")
+            and all(w is None or w.dtype is weight.dtype for w in self._head_norms)
+            and (config.qk_norm == "none") == (self._head_norms[0] is None)
+        )
 
     def __call__(
         self, x_TD: torch.Tensor, batch: AttentionBatch, tables: tuple[torch.Tensor, torch.Tensor], layer: int, cache: KVCache
     ) -> torch.Tensor:
         """[T, D], newly allocated; the rows' K and V are in the cache afterwards."""
+        if self._native:
+            return self._attend_natively(x_TD, batch, layer, cache)
         c = self._config
         num_rows = x_TD.shape[0]
         q, k, v = torch.split_with_sizes(self._qkv(x_TD), self._widths, dim=1)
@@ -67,3 +83,29 @@ class GroupedAttention:
         k_cache, v_cache = cache.planes[layer]
         out_TNH = paged_attention(q_TNH, k_cache, v_cache, batch, c.scale, c.sliding_window)
         return self._out(out_TNH.reshape(num_rows, c.num_heads * c.head_dim))
+
+    def _attend_natively(self, x_TD: torch.Tensor, batch: AttentionBatch, layer: int, cache: KVCache) -> torch.Tensor:
+        """The same by the compiled kernels; prefill chunks still go through torch's own attention."""
+        c = self._config
+        kernels = torch.ops.antiphon
+        k_cache, v_cache = cache.planes[layer]
+        qkv = self._qkv(x_TD)
+        kernels.rope_and_cache(
+            *(qkv, self._rope.cos, self._rope.sin, batch.positions_T, batch.slots_T, k_cache, v_cache),
+            *(c.num_heads, *self._head_norms, self._eps, 0.0),
+        )
+        num_decodes = batch.num_decodes
+        parts = []
+        if num_decodes:
+            parts.append(
+                kernels.decode_attention(
+                    *(qkv[:num_decodes], k_cache, v_cache, batch.decode_blocks_BM, batch.decode_lens_B),
+                    *(batch.block_size_tokens, c.num_heads, c.scale, c.sliding_window or 0),
+                )
+            )
+        if batch.chunks:
+            q_TNH = qkv[:, : c.num_heads * c.head_dim].reshape(-1, c.num_heads, c.head_dim)
+            parts += [
+                prefill_attention(q_TNH, k_cache, v_cache, chunk, c.scale, c.sliding_window).flatten(1) for chunk in batch.chunks
+            ]
+        return self._out(parts[0] if len(parts) == 1 else torch.cat(parts))

@@ -39,6 +39,13 @@ class KVCache:
         tokens = torch.arange(first_token, first_token + num_tokens)
         return torch.tensor(block_ids, dtype=torch.int64)[tokens // size] * size + tokens % size
 
+    def scrub(self, block_ids: Sequence[int]) -> None:
+        """Zero blocks that may hold NaN, before others get them: masked slots are multiplied by zero, not skipped."""
+        slots = self.slots(block_ids, 0, len(block_ids) * self.layout.block_size_tokens)
+        for planes in self.planes:
+            for plane in planes:
+                plane.index_fill_(0, slots, 0)
+
     def export(self, layer: int, slots_T: torch.Tensor, out: torch.Tensor) -> int:
         """Copy the planes of ``slots_T`` one after another into ``out`` (uint8); returns the bytes written."""
         at = 0

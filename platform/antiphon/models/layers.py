@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from antiphon.models.config import Activation, NormKind
+from antiphon.models.native.library import available
 from antiphon.models.rope_config import RopeConfig
 from antiphon.models.weights import Weights
 
@@ -17,15 +18,19 @@ class RMSNorm:
     """Root mean square norm (arXiv 1910.07467) over the last dimension; statistics in fp32."""
 
     def __init__(self, weight_D: torch.Tensor, eps: float) -> None:
-        self._weight = weight_D
+        self.weight_D = weight_D
         self._shape = (weight_D.shape[0],)
         self._eps = eps
+        self._native = weight_D.device.type == "cpu" and weight_D.is_contiguous() and available()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Same shape and dtype as x."""
-        if self._weight.dtype is not x.dtype:  # a weight of more precision than the rows: round once, at the end
-            return F.rms_norm(x.to(self._weight.dtype), self._shape, self._weight, self._eps).to(x.dtype)
-        return F.rms_norm(x, self._shape, self._weight, self._eps)
+        if self._native and self.weight_D.dtype is x.dtype and x.is_contiguous():
+            out: torch.Tensor = torch.ops.antiphon.rms_norm(x, self.weight_D, self._eps, 0.0)
+            return out
+        if self.weight_D.dtype is not x.dtype:  # a weight of more precision than the rows: round once, at the end
+            return F.rms_norm(x.to(self.weight_D.dtype), self._shape, self.weight_D, self._eps).to(x.dtype)
+        return F.rms_norm(x, self._shape, self.weight_D, self._eps)
 
 
 class LayerNorm:
@@ -60,8 +65,9 @@ class Rope:
     def __init__(self, config: RopeConfig, max_position: int, dtype: torch.dtype, device: torch.device) -> None:
         inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32, device=device)
         angles = torch.outer(torch.arange(max_position, dtype=torch.float32, device=device), inv_freq)
-        self._cos = (angles.cos() * config.attention_factor).to(dtype)  # [max_position, R/2]
-        self._sin = (angles.sin() * config.attention_factor).to(dtype)
+        self.cos = angles.cos() * config.attention_factor  # fp32 [max_position, R/2]
+        self.sin = angles.sin() * config.attention_factor
+        self._cos, self._sin = self.cos.to(dtype), self.sin.to(dtype)
         self._half = len(config.inv_freq)
 
     def tables(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,6 +86,9 @@ class Rope:
 
 def gated(gate_up_TI: torch.Tensor, activation: Activation) -> torch.Tensor:
     """act(gate) * up, from both side by side: [T, 2I] -> [T, I]."""
+    if activation == "silu" and gate_up_TI.is_contiguous() and gate_up_TI.device.type == "cpu" and available():
+        out: torch.Tensor = torch.ops.antiphon.silu_mul(gate_up_TI)
+        return out
     gate, up = gate_up_TI.chunk(2, dim=-1)
     if activation == "silu":
         return F.silu(gate).mul_(up)

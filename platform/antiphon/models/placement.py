@@ -6,12 +6,18 @@ expert is held by every group: it is computed where the row goes anyway. Must no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import slice_bounds
+from antiphon.models.balance import Owners, balance
 from antiphon.models.config import DecoderConfig, MoEConfig
+
+_FORMAT = "antiphon-expert-placement-1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +39,66 @@ class ExpertPlacement:
                     owners += [(group,)] * (high - low)
             layers.append(tuple(owners))
         return cls(num_groups=num_groups, groups=tuple(layers))
+
+    @classmethod
+    def balanced(
+        cls,
+        config: DecoderConfig,
+        rows: Mapping[int, Sequence[float]],
+        num_groups: int,
+        num_redundant: int = 0,
+        num_nodes: int = 1,
+    ) -> ExpertPlacement:
+        """Every layer balanced by the rows its experts had.
+
+        Args:
+            config: The model.
+            rows: By layer number on the wire, rows of each routed expert (further entries are left out); layers that are not
+                there count as even.
+            num_groups: Groups of shards.
+            num_redundant: Copies beyond the first, per layer.
+            num_nodes: Machines that the groups are spread over; more than one asks for the hierarchical policy.
+
+        Raises:
+            InvalidInput: the groups don't divide over the nodes.
+        """
+        layers: list[Owners] = []
+        for number, ffn in enumerate(config.ffns):
+            if isinstance(ffn, MoEConfig):
+                gate = ffn.gate
+                counts = list(rows.get(number, ()))[: gate.num_experts] or [1.0] * gate.num_experts
+                layers.append(balance(counts, num_groups, num_redundant, num_expert_groups=gate.num_groups, num_nodes=num_nodes))
+            else:
+                layers.append(())
+        return cls(num_groups=num_groups, groups=tuple(layers))
+
+    @classmethod
+    def load(cls, path: Path, config: DecoderConfig) -> ExpertPlacement:
+        """Read a placement file.
+
+        Raises:
+            InvalidInput: it is none, or is for another model.
+        """
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            if raw["format"] != _FORMAT:
+                raise InvalidInput(f"{path}: format {raw['format']!r}, expected {_FORMAT!r}", "placement")
+            groups = tuple(tuple(tuple(int(g) for g in held) for held in layer) for layer in raw["groups"])
+            placement = cls(num_groups=int(raw["numGroups"]), groups=groups)
+            made_for = raw["model"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InvalidInput(f"{path}: not a placement file: {error!r}", "placement") from error
+        if made_for != config.fingerprint:
+            raise InvalidInput(f"{path}: made for model {made_for}, this one is {config.fingerprint}", "placement")
+        placement.check(config)
+        return placement
+
+    def save(self, path: Path, config: DecoderConfig) -> None:
+        """Write a placement file; readers see the old one or the new one, never half of it."""
+        raw = {"format": _FORMAT, "model": config.fingerprint, "numGroups": self.num_groups, "groups": self.groups}
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        beside.write_text(json.dumps(raw, separators=(",", ":")) + "\n", encoding="utf-8")
+        beside.replace(path)
 
     def check(self, config: DecoderConfig) -> None:
         """Check that this places every expert of ``config``.

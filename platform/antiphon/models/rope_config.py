@@ -68,11 +68,14 @@ def rope_config(
         UnsupportedModel: another rope type, or a parameter that is not known.
     """
     if scaling is None:
-        scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        # Both spellings are read, since configs often carry the newer and, for older readers, the classic one.
+        newer, classic = raw.get("rope_parameters"), raw.get("rope_scaling")
+        scaling = newer or classic or {}
     unknown = sorted(scaling.keys() - _KNOWN)
     if unknown:
         raise UnsupportedModel(f"rope parameter {unknown[0]!r} is not supported", f"rope_scaling.{unknown[0]}")
-    theta = float(scaling.get("rope_theta") or raw.get("rope_theta") or default_theta)
+    classic_theta = raw.get("rope_theta")
+    theta = float(scaling.get("rope_theta") or classic_theta or default_theta)
     rotary_dim = int(head_dim * float(scaling.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0))
     kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
     inv_freq = [theta ** (-2.0 * i / rotary_dim) for i in range(rotary_dim // 2)]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from antiphon.connectors.afd import AttentionSide
+from antiphon.connectors.expert_map import ExpertMap
 from antiphon.connectors.kv import DecodeSide, PrefillSide
 from antiphon.core.errors import PeerLost
 from antiphon.core.kv import KVTarget
@@ -30,10 +31,20 @@ _NO_KV = KVEvents()
 class _Row:
     """One request as the runner knows it."""
 
-    __slots__ = ("block_ids", "kv_target", "num_computed_tokens", "num_prompt_tokens", "request_id", "sampling", "token_ids")
+    __slots__ = (
+        "bad_gate",
+        "block_ids",
+        "kv_target",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "request_id",
+        "sampling",
+        "token_ids",
+    )
 
     def __init__(self, new: NewRequestData, vocab_size: int) -> None:
         self.request_id = new.request_id
+        self.bad_gate: str | None = None  # the first gate that found this request's rows not to be numbers
         self.token_ids = list(new.token_ids)
         self.num_prompt_tokens = new.num_prompt_tokens
         self.block_ids = list(new.block_ids)
@@ -81,6 +92,11 @@ class AttentionWorker:
         self._min_ubatch_rows = min_ubatch_rows
         self._plans = {m: plan_ops(halves.config.num_layers, m) for m in range(1, num_ubatches + 1)}
         self._rows: dict[RequestId, _Row] = {}
+        self._next_experts: ExpertMap | None = None
+
+    def rebalance(self, experts: ExpertMap) -> None:
+        """Send rows by another map from the next step on; safe from any thread."""
+        self._next_experts = experts
 
     # ---- engine.core.Executor ----------------------------------------------------------------------------------
 
@@ -91,6 +107,8 @@ class AttentionWorker:
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Compute one step. A lost FFN that nobody replaces ends the step's requests with errors, not the worker."""
         start_s = time.perf_counter()
+        if self._next_experts is not None:  # between two steps no exchange is in flight
+            self.afd.experts, self._next_experts = self._next_experts, None
         self._take_changes(step)
         if not step.num_scheduled_tokens:
             return ModelRunnerOutput()
@@ -151,6 +169,8 @@ class AttentionWorker:
                     at += segment.num_tokens
                     row = batch[segment.request][0]
                     is_last = segment.first_token + segment.num_tokens == len(row.token_ids)
+                    if state.bad_rows:
+                        self._note_bad(row, state, at - segment.num_tokens, at)
                     if is_last and row.kv_target is None:
                         finals.append(state.x_TD[at - 1 : at])
                         sampled.append(row)
@@ -161,6 +181,11 @@ class AttentionWorker:
                     self.kv.finish(row.request_id)
                 self.kv.pump()
         return self._sample(finals, sampled)
+
+    @staticmethod
+    def _note_bad(row: _Row, state: StepState, start: int, end: int) -> None:
+        if row.bad_gate is None:
+            row.bad_gate = next((gate for at, gate in state.bad_rows.items() if start <= at < end), None)
 
     def _lay_out(self, batch: list[tuple[_Row, int]], run: list[Segment]) -> StepState:
         size = self.cache.layout.block_size_tokens
@@ -185,19 +210,19 @@ class AttentionWorker:
             token_ids += row.token_ids[segment.first_token : end]
             positions += range(segment.first_token, end)
             slots += [row.block_ids[t // size] * size + t % size for t in range(segment.first_token, end)]
-        decode_slots = decode_lens = None
+        decode_blocks = decode_lens = None
         if decodes:
             decode_lens = torch.tensor([segment.first_token + 1 for segment in decodes])
             num_blocks = -(-int(decode_lens.max()) // size)
             padded = [batch[s.request][0].block_ids[:num_blocks] for s in decodes]
-            blocks = torch.tensor([ids + [0] * (num_blocks - len(ids)) for ids in padded])
-            decode_slots = (blocks[:, :, None] * size + torch.arange(size)).flatten(1)[:, : int(decode_lens.max())]
+            decode_blocks = torch.tensor([ids + [0] * (num_blocks - len(ids)) for ids in padded], dtype=torch.int32)
         return self.halves.begin(
             torch.tensor(token_ids),
             AttentionBatch(
                 positions_T=torch.tensor(positions),
                 slots_T=torch.tensor(slots),
-                decode_slots_BC=decode_slots,
+                block_size_tokens=size,
+                decode_blocks_BM=decode_blocks,
                 decode_lens_B=decode_lens,
                 chunks=chunks,
             ),
@@ -243,7 +268,9 @@ class AttentionWorker:
         errors: dict[RequestId, str] = {}
         for index, (row, token_id) in enumerate(zip(rows, tokens, strict=True)):
             if token_id is None:
-                errors[row.request_id] = "internal_error: the model's logits are not numbers"
+                where = "" if row.bad_gate is None else f", first seen at {row.bad_gate}"
+                errors[row.request_id] = f"internal_error: the model's logits are not numbers{where}"
+                self.cache.scrub(row.block_ids)
                 continue
             chosen[row.request_id] = token_id
             row.token_ids.append(token_id)

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from antiphon.core.errors import Unavailable
 from antiphon.models.attention import AttentionBatch, paged_attention
-from antiphon.models.config import RopeConfig
 from antiphon.models.layers import Rope
 from antiphon.models.native.library import available, build_kernels
+from antiphon.models.rope_config import RopeConfig
 
 BLOCK = 4
 
@@ -91,8 +91,14 @@ def test_rope_cache_and_decode_attention_equal_the_reference(
     torch.testing.assert_close(k_cache, expected_k, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(v_cache, expected_v)
     got = torch.ops.antiphon.decode_attention(qkv, k_cache, v_cache, tables, lens, BLOCK, heads, head_dim**-0.5, window or 0)
-    padded = (tables.long()[:, :, None] * BLOCK + torch.arange(BLOCK)).flatten(1)[:, : int(lens.max())]
-    batch = AttentionBatch(positions_T=positions, slots_T=slots, decode_slots_BC=padded, decode_lens_B=lens, chunks=())
+    batch = AttentionBatch(
+        positions_T=positions,
+        slots_T=slots,
+        block_size_tokens=BLOCK,
+        decode_blocks_BM=tables,
+        decode_lens_B=lens,
+        chunks=(),
+    )
     expected = paged_attention(q.float(), k_cache.float(), v_cache.float(), batch, head_dim**-0.5, window)
     torch.testing.assert_close(got.float(), expected.reshape(4, -1), atol=4 * tolerance, rtol=4 * tolerance)
 

@@ -1,0 +1,313 @@
+"""A whole deployment of real processes, prefill + 2A2F, under what users and machines do to it."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import psutil
+import pytest
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+
+from antiphon.apps.local import DirectDeployment
+from antiphon.core.spec import LLMDeployment
+from antiphon.testing import write_tiny_llama
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+
+class Collector(trace_service_pb2_grpc.TraceServiceServicer):
+    """An OTLP collector that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[str, str, str]] = []  # (service, span name, trace id)
+
+    def Export(self, request: Any, context: Any) -> Any:
+        for resource in request.resource_spans:
+            attributes = {a.key: a.value.string_value for a in resource.resource.attributes}
+            for scope in resource.scope_spans:
+                for span in scope.spans:
+                    self.spans.append((attributes["service.name"], span.name, span.trace_id.hex()))
+        return trace_service_pb2.ExportTraceServiceResponse()
+
+
+class System:
+    def __init__(self, base: Path, collector: Collector) -> None:
+        self.collector = collector
+        self.checkpoint = write_tiny_llama(base / "model")
+        self.run_dir = base / "run"
+        self.run_dir.mkdir()
+        document = LLMDeployment.model_validate(
+            {
+                "apiVersion": "serving.antiphon.dev/v1alpha1",
+                "kind": "LLMDeployment",
+                "metadata": {"name": "tiny"},
+                "spec": {
+                    "model": {"uri": str(self.checkpoint)},
+                    "topology": "pd-afd",
+                    "pools": [
+                        {"name": "prefill", "role": "prefill"},
+                        {"name": "attention", "role": "attention", "replicas": 2},
+                        {"name": "ffn", "role": "ffn", "replicas": 2},
+                    ],
+                    "cache": {"numBlocks": 256},
+                    "scheduler": {
+                        "maxNumSeqs": 16,
+                        "maxQueuedRequests": 24,
+                        "maxNumBatchedTokens": 128,
+                        "remotePrefillMinTokens": 16,
+                    },
+                    "endpoint": {"httpPort": 0, "grpcPort": 0},
+                    "directory": {"leaseS": 1.5},
+                },
+            }
+        )
+        self.deployment = DirectDeployment(document, checkpoint=str(self.checkpoint), run_dir=self.run_dir)
+        self.deployment.start()
+        deadline = time.monotonic() + 90
+        while not self.deployment.poll():
+            assert time.monotonic() < deadline, "the deployment did not get ready"
+            time.sleep(0.05)
+        entries = [json.loads(line) for line in (self.run_dir / "journal.jsonl").read_text().splitlines()]
+        (gateway,) = [e["facts"] for e in entries if e["kind"] == "ready" and e["subject"] == "gateway"]
+        self.url = f"http://127.0.0.1:{gateway['http_port']}"
+        self.grpc = f"127.0.0.1:{gateway['grpc_port']}"
+
+    def workers(self) -> list[dict[str, Any]]:
+        status = httpx.get(f"{self.url}/status", timeout=10).json()
+        return [worker for deployment in [status] for worker in _workers_in(deployment)]
+
+    def pid_of(self, pool: str, index: int = 0) -> int:
+        entries = [json.loads(line) for line in (self.run_dir / "journal.jsonl").read_text().splitlines()]
+        return [e["pid"] for e in entries if e["kind"] == "started" and e["subject"] == f"{pool}/{index}"][-1]
+
+    def complete(self, prompt: str, **options: Any) -> dict[str, Any]:
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": 24, "temperature": 0, "ignore_eos": True, **options}
+        response = httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
+        response.raise_for_status()
+        return response.json()
+
+    def metric(self, name: str, **labels: str) -> list[float]:
+        text = httpx.get(f"{self.url}/metrics", timeout=10).text
+        return [
+            float(line.rsplit(" ", 1)[1])
+            for line in text.splitlines()
+            if line.split("{")[0].split(" ")[0] == name and all(f'{k}="{v}"' in line for k, v in labels.items())
+        ]
+
+
+def _workers_in(value: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(value, dict):
+        if "worker_id" in value or "workerId" in value:
+            yield value
+        else:
+            for child in value.values():
+                yield from _workers_in(child)
+    elif isinstance(value, list):
+        for child in value:
+            yield from _workers_in(child)
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    collector = Collector()
+    server = grpc.server(concurrent.futures.ThreadPoolExecutor(2))
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    before = dict(os.environ)
+    os.environ |= {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}",
+        "OTEL_EXPORTER_OTLP_INSECURE": "true",
+        "OTEL_BSP_SCHEDULE_DELAY": "200",
+        "OTEL_METRICS_EXPORTER": "none",
+    }
+    try:
+        running = System(tmp_path_factory.mktemp("system"), collector)
+        try:
+            yield running
+        finally:
+            running.deployment.close()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        server.stop(0)
+
+
+def eventually(check: Any, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            check()
+        except (AssertionError, httpx.HTTPError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            return
+
+
+def test_one_request_is_one_trace_over_gateway_prefill_and_attention(system: System) -> None:
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
+    body = {"model": "tiny", "prompt": "a long enough prompt to be prefilled elsewhere " * 3, "max_tokens": 4}
+    headers = {"traceparent": f"00-{trace_id}-b7ad6b7169203331-01"}
+    assert httpx.post(f"{system.url}/v1/completions", json=body, headers=headers, timeout=30).status_code == 200
+
+    def seen() -> None:
+        services = {service for service, _, trace in system.collector.spans if trace == trace_id}
+        assert {"antiphon-gateway", "antiphon-prefill", "antiphon-attention"} <= services, services
+        names = {name for _, name, trace in system.collector.spans if trace == trace_id}
+        assert {"queue", "prefill", "decode"} <= names, names
+
+    eventually(seen)
+
+
+def test_metrics_show_every_role_and_vllm_s_names(system: System) -> None:
+    system.complete("count me")
+
+    def seen() -> None:
+        for role in ("prefill", "attention"):
+            assert system.metric("vllm:kv_cache_usage_perc", role=role) or system.metric("vllm:kv_cache_usage_perc")
+        assert system.metric("vllm:num_requests_running")
+        assert system.metric("vllm:time_to_first_token_seconds_count")[0] > 0
+
+    eventually(seen)
+
+
+def test_a_soak_with_cancels_disconnects_and_missed_deadlines_leaves_nothing_behind(system: System) -> None:
+    system.complete("warm up " * 10)
+    processes = [psutil.Process(system.pid_of(pool, i)) for pool, i in (("prefill", 0), ("attention", 0), ("attention", 1))]
+    before = [process.memory_info().rss for process in processes]
+    chance = random.Random(11)
+
+    async def one(client: httpx.AsyncClient, number: int) -> str:
+        body = {
+            "model": "tiny",
+            "prompt": "x" * chance.randint(1, 400),
+            "max_tokens": chance.randint(1, 120),
+            "stream": chance.random() < 0.7,
+            "temperature": chance.choice([0, 1]),
+            "n": chance.choice([1, 1, 1, 2]),
+            "ignore_eos": True,
+        }
+        fate = chance.random()
+        headers = {"x-request-timeout-s": "0.05"} if fate < 0.15 else {}
+        patience = chance.uniform(0.02, 0.4) if 0.15 <= fate < 0.5 else 60.0
+        try:
+            async with asyncio.timeout(patience):
+                async with client.stream("POST", "/v1/completions", json=body, headers=headers) as response:
+                    async for _ in response.aiter_bytes():
+                        pass
+                    return str(response.status_code)
+        except TimeoutError:
+            return "gone"
+
+    async def soak() -> list[str]:
+        limits = httpx.Limits(max_connections=40)
+        async with httpx.AsyncClient(base_url=system.url, limits=limits, timeout=60) as client:
+            gate = asyncio.Semaphore(30)
+
+            async def gated(number: int) -> str:
+                async with gate:
+                    return await one(client, number)
+
+            return await asyncio.gather(*(gated(number) for number in range(500)))
+
+    outcomes = asyncio.run(soak())
+    assert outcomes.count("200") > 100, {o: outcomes.count(o) for o in set(outcomes)}
+    assert outcomes.count("gone") > 20
+    assert set(outcomes) <= {"200", "429", "504", "gone"}, {o: outcomes.count(o) for o in set(outcomes)}
+
+    def at_rest() -> None:
+        for worker in system.workers():
+            load = worker["load"]
+            assert load.get("num_running", 0) == load.get("num_waiting", 0) == 0
+            assert load.get("num_free_blocks", 0) == load.get("num_total_blocks", 0)
+
+    eventually(at_rest, 30.0)
+    for process, start in zip(processes, before, strict=True):
+        assert process.memory_info().rss < start + 64 * 2**20
+    assert system.complete("still here")["usage"]["completion_tokens"] == 24
+
+
+def test_overload_is_refused_early_and_what_was_accepted_completes(system: System) -> None:
+    async def flood() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=system.url, timeout=120, limits=httpx.Limits(max_connections=900)) as client:
+            body = {"model": "tiny", "prompt": "flood", "max_tokens": 16, "ignore_eos": True, "temperature": 0}
+            return await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(800)))
+
+    responses = asyncio.run(flood())
+    codes = {response.status_code for response in responses}
+    assert codes == {200, 429}, codes
+    accepted = [r.json() for r in responses if r.status_code == 200]
+    assert len(accepted) >= 80
+    assert {r["choices"][0]["text"] for r in accepted} == {accepted[0]["choices"][0]["text"]}
+    assert all(r["usage"]["completion_tokens"] == 16 for r in accepted)
+    for refused in (r for r in responses if r.status_code == 429):
+        assert float(refused.headers["retry-after"]) > 0
+        assert refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("pool", "index"), [("ffn", 0), ("attention", 0), ("prefill", 0), ("ffn", 1), ("attention", 1)])
+def test_a_worker_killed_under_load_costs_no_stream_a_token(system: System, pool: str, index: int) -> None:
+    prompts = [f"stream number {n} " * (1 + n % 5) for n in range(16)]
+    expected = [system.complete(prompt, max_tokens=200)["choices"][0]["text"] for prompt in prompts]
+    pid = system.pid_of(pool, index)
+
+    async def stream(client: httpx.AsyncClient, prompt: str) -> str:
+        body = {
+            "model": "tiny",
+            "prompt": prompt,
+            "max_tokens": 200,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        text = ""
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            assert response.status_code == 200
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    event = json.loads(line[6:])
+                    assert "error" not in event, event
+                    text += event["choices"][0]["text"] if event["choices"] else ""
+        return text
+
+    async def run() -> list[str]:
+        async with httpx.AsyncClient(base_url=system.url, timeout=90) as client:
+            tasks = [asyncio.create_task(stream(client, prompt)) for prompt in prompts]
+            await asyncio.sleep(0.3)  # into the streams, before the fault
+            os.kill(pid, signal.SIGKILL)
+            return await asyncio.gather(*tasks)
+
+    assert asyncio.run(run()) == expected
+
+    def back() -> None:
+        assert system.pid_of(pool, index) != pid
+        ready = {w.get("worker_id", w.get("workerId")): w.get("ready") for w in system.workers()}
+        assert ready.get(f"tiny/{pool}/{index}") is True, ready
+
+    eventually(back, 40.0)
+
+
+def test_an_idle_system_sleeps(system: System) -> None:
+    processes = [
+        psutil.Process(system.pid_of(pool, i))
+        for pool, i in (("prefill", 0), ("attention", 0), ("attention", 1), ("ffn", 0), ("ffn", 1))
+    ]
+    time.sleep(1.0)  # whatever the last test left behind settles
+    start = [sum(p.cpu_times()[:2]) for p in processes]
+    window = 4.0
+    time.sleep(window)
+    for process, used in zip(processes, start, strict=True):
+        assert (sum(process.cpu_times()[:2]) - used) / window < 0.03, process
