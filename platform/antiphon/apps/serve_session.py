@@ -111,7 +111,7 @@ class ServeSession:
         deployment = kind(self._document, checkpoint=checkpoint, run_dir=self.run_dir, settings=self._settings)
         self._deployment = deployment
         deployment.start(step)
-        step(f"Starting {self.num_workers} workers")
+        step(f"Starting {self.num_workers} worker{'s' if self.num_workers > 1 else ''}")
         while not deployment.poll():
             show(self._journal.read())
             if time.monotonic() > deadline:

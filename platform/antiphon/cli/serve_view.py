@@ -114,7 +114,7 @@ class Progress:
     def _show(self, entry: JournalEntry, num_workers: int) -> None:
         if entry.kind == "ready" and entry.subject != GATEWAY:
             self._ready.add(entry.subject)
-            self.say(f"{entry.subject} is ready ({len(self._ready)} of {num_workers} workers)")
+            self.say(f"{entry.subject} is ready ({len(self._ready)} of {num_workers})")
         elif entry.kind == "started" and self._status is not None:
             self.say(f"{entry.subject} is starting ({len(self._ready)} of {num_workers} workers ready)")
 
