@@ -13,6 +13,7 @@ one batch out at a time. Must not know: what runs the models.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -27,7 +28,6 @@ from antiphon.planner.pipeline import FloatArray, StageTimes, step_s
 
 MIN_BATCHES = 3
 KNEES = (2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0)
-NNLS_PASSES = 4000
 
 Bend = Literal["none", "knee", "saturation"]
 
@@ -143,21 +143,21 @@ def _features(rows: FloatArray, contexts: FloatArray, bend: Bend, knee: float) -
 
 
 def _nonnegative(matrix: FloatArray, values: FloatArray) -> FloatArray:
-    """Least squares with coefficients >= 0, by coordinate descent on scaled columns."""
-    scale = np.sqrt((matrix**2).sum(axis=0))
-    scale[scale == 0] = 1.0
-    scaled = matrix / scale
-    gram, moment = scaled.T @ scaled, scaled.T @ values
-    solution = np.zeros(matrix.shape[1])
-    for _ in range(NNLS_PASSES):
-        before = solution.copy()
-        for column in range(len(solution)):
-            if gram[column, column] > 0:
-                rest = moment[column] - gram[column] @ solution + gram[column, column] * solution[column]
-                solution[column] = max(0.0, rest / gram[column, column])
-        if np.abs(solution - before).max() <= 1e-12 * max(1.0, np.abs(solution).max()):
-            break
-    return np.asarray(solution / scale)
+    """Least squares with coefficients >= 0: the best of all sets of columns whose plain solution is not negative."""
+    columns = [column for column in range(matrix.shape[1]) if matrix[:, column].any()]
+    best, least = np.zeros(matrix.shape[1]), float(values @ values)
+    for size in range(1, len(columns) + 1):
+        for chosen in itertools.combinations(columns, size):
+            part = matrix[:, chosen]
+            solution = np.linalg.lstsq(part, values, rcond=None)[0]
+            if (solution < 0).any():
+                continue
+            rest = values - part @ solution
+            if float(rest @ rest) < least * (1 - 1e-12):
+                least = float(rest @ rest)
+                best = np.zeros(matrix.shape[1])
+                best[list(chosen)] = solution
+    return best
 
 
 def _solve(points: FloatArray, bend: Bend, knee: float) -> Curve:

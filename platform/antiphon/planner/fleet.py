@@ -25,7 +25,7 @@ def assign(model: Model, formats: Formats, context: float, fleet: Sequence[Accel
         model: What to serve.
         formats: Number formats to serve it in.
         context: Decode context, in tokens.
-        fleet: Accelerators to choose from; those without a price count as costing the same.
+        fleet: Accelerators to choose from, those of ``fixed`` when empty; without a price they count as costing the same.
         fixed: Accelerators that the user gave to roles.
 
     Raises:
@@ -34,7 +34,7 @@ def assign(model: Model, formats: Formats, context: float, fleet: Sequence[Accel
     for role in fixed:
         if role not in ROLES:
             raise InvalidInput(f"no role {role!r}; roles are {', '.join(ROLES)}", "hardware")
-    choices = list(dict.fromkeys([*fleet, *fixed.values()]))
+    choices = list(dict.fromkeys(fleet or fixed.values()))
     if not choices:
         raise InvalidInput("name at least one accelerator", "hardware")
     priced = [card.priced(card.usd_per_hour or 1.0) for card in choices]
@@ -49,4 +49,4 @@ def assign(model: Model, formats: Formats, context: float, fleet: Sequence[Accel
         "ffn": cost.best_ffn,
     }
     by_key = {card.key: card for card in choices}
-    return Cards(**{role: fixed.get(role, by_key[chosen[role]]) for role in ROLES})
+    return Cards(**{role: fixed[role] if role in fixed else by_key[chosen[role]] for role in ROLES})
