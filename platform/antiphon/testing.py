@@ -26,11 +26,14 @@ from antiphon.apps.wiring import (
     num_ubatches,
     resolve_model,
 )
-from antiphon.connectors.kv import DecodeSide, PrefillSide
+from antiphon.connectors.expert_map import ExpertMap
+from antiphon.connectors.kv_decode import DecodeSide
+from antiphon.connectors.kv_prefill import PrefillSide
 from antiphon.core.errors import DeadlineExceeded
 from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
 from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput, SamplingParams, TokenLogprob
 from antiphon.core.spec import LLMDeploymentSpec
+from antiphon.models.placement import ExpertPlacement
 from antiphon.transport.base import Hello
 from antiphon.transport.loopback import loopback_pair
 from antiphon.worker.ffn_worker import FFNWorker
@@ -169,6 +172,18 @@ class LocalCluster:
         near.on_poll = pump
         part.worker.afd.add_link(worker.halves.shard.index, near)
         worker.side.add_link(far)
+
+    def rebalance(self, placement: ExpertPlacement) -> None:
+        """Bring a new placement in while requests run: hold, switch, and with ``settle`` let go of the rest."""
+        for worker in self.ffns:
+            worker.halves.hold(placement)
+        for part in self.generating:
+            part.worker.rebalance(ExpertMap(self.facts.config, placement))
+
+    def settle(self, placement: ExpertPlacement) -> None:
+        """Let FFN workers release what the placement in use does not want of them."""
+        for worker in self.ffns:
+            worker.halves.release(placement)
 
     # ---- use ---------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from antiphon.connectors.headers import Header, Kind
-from antiphon.connectors.kv import PrefillSide
+from antiphon.connectors.kv_prefill import PrefillSide
 from antiphon.core.errors import CorruptMessage, LayoutMismatch, PeerLost
 from antiphon.core.ids import Epoch, FFNShard, WorkerId
 from antiphon.core.request import FinishReason, RequestId

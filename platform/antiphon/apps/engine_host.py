@@ -11,7 +11,8 @@ import time
 from collections.abc import Sequence
 
 from antiphon.apps.wiring import AttentionPart
-from antiphon.connectors.kv import DecodeSide, PrefillSide
+from antiphon.connectors.kv_decode import DecodeSide
+from antiphon.connectors.kv_prefill import PrefillSide
 from antiphon.core.errors import Unavailable
 from antiphon.core.request import RequestOutput
 from antiphon.core.worker_info import WorkerLoad

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
+from pathlib import Path
 
 import torch
 
@@ -16,13 +17,15 @@ from antiphon.connectors import afd, kv
 from antiphon.connectors.afd import AttentionSide
 from antiphon.connectors.expert_map import ExpertMap
 from antiphon.connectors.ffn_side import FFNSide
-from antiphon.connectors.kv import DecodeSide, PrefillSide
+from antiphon.connectors.kv_decode import DecodeSide
+from antiphon.connectors.kv_prefill import PrefillSide
 from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
 from antiphon.core.kv import KVLayout
 from antiphon.core.spec import LLMDeploymentSpec, parse_quantity
 from antiphon.engine.core import EngineCore, Outbox
-from antiphon.engine.scheduler import Scheduler, SchedulerConfig
+from antiphon.engine.limits import SchedulerConfig
+from antiphon.engine.scheduler import Scheduler
 from antiphon.models.checkpoint import Checkpoint
 from antiphon.models.config import DecoderConfig, MoEConfig
 from antiphon.models.decoder import AttentionHalves, FFNHalves, kv_layout
@@ -61,7 +64,7 @@ def resolve_model(spec: LLMDeploymentSpec, checkpoint_dir: str, revision: str) -
         CheckpointInvalid, UnsupportedModel: the checkpoint can't be served.
         InvalidInput: the document asks for more than the model or the cache memory has.
     """
-    checkpoint = Checkpoint.open(checkpoint_dir)
+    checkpoint = Checkpoint.open(Path(checkpoint_dir))
     config = describe(checkpoint.config)
     dtype = TORCH_DTYPES[_dtype_name(spec, checkpoint)]
     max_model_len = spec.model.max_model_len if spec.model.max_model_len is not None else config.max_position

@@ -32,7 +32,8 @@ from antiphon.apps.wiring import (
 )
 from antiphon.apps.worker_config import WorkerConfig
 from antiphon.apps.worker_events import EventWriter
-from antiphon.connectors.kv import DecodeSide, PrefillSide
+from antiphon.connectors.kv_decode import DecodeSide
+from antiphon.connectors.kv_prefill import PrefillSide
 from antiphon.core.errors import InternalError, LayoutMismatch, Unavailable
 from antiphon.core.ids import Endpoint, Role
 from antiphon.core.request import RequestOutput

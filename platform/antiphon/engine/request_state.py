@@ -26,7 +26,6 @@ class RequestState:
         "request",
         "scheduled_s",
         "status",
-        "stop_token_id",
         "token_ids",
     )
 
@@ -47,7 +46,6 @@ class RequestState:
         self.num_preemptions = 0
         self.scheduled_s: float | None = None
         self.first_token_s: float | None = None
-        self.stop_token_id: int | None = None
 
     @property
     def request_id(self) -> RequestId:

@@ -17,43 +17,16 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from antiphon.core.errors import InvalidInput, Overloaded
 from antiphon.core.ids import WorkerId
 from antiphon.core.kv import KVLoad, KVTarget
-from antiphon.core.request import FINISH_REASON, Request, RequestId, RequestOutput, RequestStatus
+from antiphon.core.request import Request, RequestId, RequestOutput, RequestStatus
 from antiphon.core.step import CachedRequestData, KVEvents, ModelRunnerOutput, NewRequestData, SchedulerOutput
 from antiphon.engine.block_manager import KVBlockManager
+from antiphon.engine.limits import SchedulerConfig, SchedulerStats
+from antiphon.engine.outcome import end_output, stop_status, token_output
 from antiphon.engine.request_state import RequestState
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerConfig:
-    """Limits of one engine; the document's scheduler and cache sections, resolved."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_queued_requests: int
-    max_model_len: int
-    block_size_tokens: int
-    num_blocks: int
-    prefix_caching: bool = True
-    remote_prefill_min_tokens: int = 64
-    kv_lease_s: float = 30.0
-
-
-@dataclass(slots=True, kw_only=True)
-class SchedulerStats:
-    """Counters since start, and the queues now; read by metrics and leases."""
-
-    num_prompt_tokens: int = 0
-    num_generation_tokens: int = 0
-    num_preemptions: int = 0
-    num_prefix_query_tokens: int = 0
-    num_prefix_hit_tokens: int = 0
-    num_kv_transfers: int = 0
-    num_kv_failures: int = 0
 
 
 class Scheduler:
@@ -306,9 +279,7 @@ class Scheduler:
             self._take_prefix(state, prefix)
             budget -= self._admit(state, budget, num_scheduled, new)
 
-    def _admit(
-        self, state: RequestState, budget: int, num_scheduled: dict[RequestId, int], new: list[NewRequestData]
-    ) -> int:
+    def _admit(self, state: RequestState, budget: int, num_scheduled: dict[RequestId, int], new: list[NewRequestData]) -> int:
         """Run a request whose blocks fit; the tokens it takes of the budget (0 for a hand-off that is all cached here)."""
         num_tokens = min(state.num_tokens_to_compute, budget)
         fresh = self.blocks.allocate(
@@ -417,33 +388,10 @@ class Scheduler:
             self.stats.num_prompt_tokens += state.num_prompt_tokens
         self.stats.num_generation_tokens += 1
         state.token_ids.append(token_id)
-        status = self._stop_status(state, token_id)
+        status = stop_status(state, token_id, self.config.max_model_len)
         if status is not None:
             self._close(state, status)
-        logprob = result.logprobs.get(state.request_id)
-        return RequestOutput(
-            request_id=state.request_id,
-            new_token_ids=(token_id,),
-            logprobs=() if logprob is None else (logprob,),
-            finish_reason=None if status is None else FINISH_REASON[status],
-            stop_token_id=state.stop_token_id,
-            num_cached_tokens=state.num_cached_tokens,
-            num_remote_tokens=state.num_remote_tokens,
-            num_preemptions=state.num_preemptions,
-            times=None if status is None else state.times(now_s),
-            traceparent=None if status is None else state.request.traceparent,
-        )
-
-    def _stop_status(self, state: RequestState, token_id: int) -> RequestStatus | None:
-        sampling = state.request.sampling
-        if state.num_output_tokens > sampling.min_tokens:
-            is_eos = token_id in state.request.eos_token_ids and not sampling.ignore_eos
-            if is_eos or token_id in sampling.stop_token_ids:
-                state.stop_token_id = token_id
-                return RequestStatus.FINISHED_STOPPED
-        if state.num_output_tokens >= sampling.max_tokens or len(state.token_ids) >= self.config.max_model_len:
-            return RequestStatus.FINISHED_LENGTH
-        return None
+        return token_output(state, token_id, result.logprobs.get(state.request_id), status, now_s)
 
     def _cache_full_blocks(self, state: RequestState) -> None:
         num_full = state.num_computed_tokens // self.config.block_size_tokens
@@ -469,18 +417,7 @@ class Scheduler:
     def _end(self, state: RequestState, status: RequestStatus, reason: str | None) -> None:
         """End a request outside the normal course, and report it."""
         self._close(state, status)
-        self._outputs.append(
-            RequestOutput(
-                request_id=state.request_id,
-                finish_reason=FINISH_REASON[status],
-                error=reason,
-                num_cached_tokens=state.num_cached_tokens,
-                num_remote_tokens=state.num_remote_tokens,
-                num_preemptions=state.num_preemptions,
-                times=state.times(self._clock()),
-                traceparent=state.request.traceparent,
-            )
-        )
+        self._outputs.append(end_output(state, status, reason, self._clock()))
 
     def _close(self, state: RequestState, status: RequestStatus) -> None:
         del self._states[state.request_id]

@@ -44,7 +44,7 @@ class GroupedAttention:
             self._rank_norm = read_norm(norm, weights, prefix + names.q_rank_norm, eps)
             self._expand = Linear(weights.read(prefix + names.q_expand + ".weight"))
         self._eps = eps
-        self._head_norms = (None, None)
+        self._head_norms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if isinstance(self._q_norm, RMSNorm) and isinstance(self._k_norm, RMSNorm):
             self._head_norms = (self._q_norm.weight_D, self._k_norm.weight_D)
         self._native = (

@@ -14,7 +14,8 @@ import torch
 
 from antiphon.connectors.afd import AttentionSide
 from antiphon.connectors.expert_map import ExpertMap
-from antiphon.connectors.kv import DecodeSide, PrefillSide
+from antiphon.connectors.kv_decode import DecodeSide
+from antiphon.connectors.kv_prefill import PrefillSide
 from antiphon.core.errors import PeerLost
 from antiphon.core.kv import KVTarget
 from antiphon.core.request import RequestId, TokenLogprob

@@ -12,7 +12,8 @@ from antiphon.core.kv import KVLoad, KVTarget, TransferId
 from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput, SamplingParams
 from antiphon.core.step import KVEvents, ModelRunnerOutput, NewRequestData, SchedulerOutput
 from antiphon.engine.core import EngineCore
-from antiphon.engine.scheduler import Scheduler, SchedulerConfig
+from antiphon.engine.limits import SchedulerConfig
+from antiphon.engine.scheduler import Scheduler
 from antiphon.testing import FakeClock
 
 BLOCK = 4
@@ -99,7 +100,16 @@ class CheckingExecutor:
 
 
 class Engine:
-    def __init__(self, seed: int = 0, *, num_blocks: int = 24, max_seqs: int = 4, budget: int = 16, queue: int = 1000, loads_fail: bool = True) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        num_blocks: int = 24,
+        max_seqs: int = 4,
+        budget: int = 16,
+        queue: int = 1000,
+        loads_fail: bool = True,
+    ) -> None:
         self.clock = FakeClock()
         config = SchedulerConfig(
             max_num_seqs=max_seqs,

@@ -1,4 +1,4 @@
-"""Loads the compiled kernels as ``torch.ops.antiphon``; everything has a plain torch twin for machines without them (control speed).
+"""Loads the compiled kernels as ``torch.ops.antiphon``; all have plain torch twins (control speed).
 
 ``python -m antiphon.models.native.library`` builds them ahead of time, as installing does: it takes about twenty seconds, so a
 worker that starts only loads what was built. ANTIPHON_NATIVE=0 turns them off. Must not know: who calls the kernels.
@@ -59,7 +59,7 @@ def available() -> bool:
         logger.info("kernels are not built, the torch path serves: python -m antiphon.models.native.library builds them")
         return False
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError as error:
         logger.warning("kernels can't be loaded, the torch path serves: %s", error)
         return False

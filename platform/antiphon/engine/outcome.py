@@ -1,0 +1,53 @@
+"""What a token or an end means for a request: whether it stops, and what its caller is told (step speed, pure).
+
+Must not know: queues, blocks.
+"""
+
+from __future__ import annotations
+
+from antiphon.core.request import FINISH_REASON, RequestOutput, RequestStatus, TokenLogprob
+from antiphon.engine.request_state import RequestState
+
+
+def stop_status(state: RequestState, token_id: int, max_model_len: int) -> RequestStatus | None:
+    """The status that ``token_id``, appended last, ends the request with; None = it goes on."""
+    sampling = state.request.sampling
+    if state.num_output_tokens > sampling.min_tokens:
+        is_eos = token_id in state.request.eos_token_ids and not sampling.ignore_eos
+        if is_eos or token_id in sampling.stop_token_ids:
+            return RequestStatus.FINISHED_STOPPED
+    if state.num_output_tokens >= sampling.max_tokens or len(state.token_ids) >= max_model_len:
+        return RequestStatus.FINISHED_LENGTH
+    return None
+
+
+def token_output(
+    state: RequestState, token_id: int, logprob: TokenLogprob | None, status: RequestStatus | None, now_s: float
+) -> RequestOutput:
+    """One more token, and the end when ``status`` is one."""
+    return RequestOutput(
+        request_id=state.request_id,
+        new_token_ids=(token_id,),
+        logprobs=() if logprob is None else (logprob,),
+        finish_reason=None if status is None else FINISH_REASON[status],
+        stop_token_id=token_id if status is RequestStatus.FINISHED_STOPPED else None,
+        num_cached_tokens=state.num_cached_tokens,
+        num_remote_tokens=state.num_remote_tokens,
+        num_preemptions=state.num_preemptions,
+        times=None if status is None else state.times(now_s),
+        traceparent=None if status is None else state.request.traceparent,
+    )
+
+
+def end_output(state: RequestState, status: RequestStatus, reason: str | None, now_s: float) -> RequestOutput:
+    """An end outside the normal course: abort, deadline, error, hand-over."""
+    return RequestOutput(
+        request_id=state.request_id,
+        finish_reason=FINISH_REASON[status],
+        error=reason,
+        num_cached_tokens=state.num_cached_tokens,
+        num_remote_tokens=state.num_remote_tokens,
+        num_preemptions=state.num_preemptions,
+        times=state.times(now_s),
+        traceparent=state.request.traceparent,
+    )

@@ -1,0 +1,47 @@
+"""The rules of the house that a tool can check."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_imports_point_one_way() -> None:
+    lint = shutil.which("lint-imports", path=str(Path(sys.executable).parent))
+    assert lint is not None
+    result = subprocess.run([lint], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stdout[-4000:]
+
+
+def test_the_source_root_does_not_shadow_the_standard_library() -> None:
+    assert not (ROOT / "platform" / "__init__.py").exists()
+    code = "import platform; print(platform.python_implementation())"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip() == "CPython", result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["validate", "--help"], ["status", "--help"], ["chat", "--help"]])
+def test_help_needs_neither_torch_nor_ray(arguments: list[str]) -> None:
+    code = (
+        f"import sys; from antiphon.cli import main; sys.argv = ['antiphon', *{arguments!r}]\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip().endswith("[]"), result.stdout + result.stderr
+
+
+def test_no_source_file_outgrows_its_room() -> None:
+    files = [*ROOT.glob("platform/**/*.py"), *ROOT.glob("operators/**/*.py")]
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in files
+        if "_pb2" not in path.name and (lines := len(path.read_text().splitlines())) > 480
+    }
+    assert not long, long
