@@ -96,10 +96,19 @@ class _World:
 class LLMReconciler:
     """Reconciles LLMDeployments through ``kube``. Holds nothing between calls; may be called for different keys at once."""
 
-    def __init__(self, kube: Kube, settings: Settings, *, clock: Callable[[], float], metrics: MetricsSource | None = None) -> None:
+    def __init__(
+        self,
+        kube: Kube,
+        settings: Settings,
+        *,
+        clock: Callable[[], float],
+        metrics: MetricsSource | None = None,
+        busy_s: float = BUSY_S,
+    ) -> None:
         self._kube = kube
         self._settings = settings
         self._clock = clock
+        self._busy_s = busy_s
         self._metrics = metrics if metrics is not None else NoMetrics()
 
     async def reconcile(self, namespace: str, name: str) -> float | None:
@@ -204,7 +213,7 @@ class LLMReconciler:
         await writer.status(world.live, status.model_dump(mode="json", by_alias=True, exclude_none=True))
         settled = step.action in (Action.NOTHING, Action.STALL) and plan.asked == _without_limits(world, plan)
         if not settled:
-            return BUSY_S
+            return self._busy_s
         return METRICS_S if _measures(document) else REST_S
 
     async def _wait_for_model(self, writer: Writer, world: _World, model: ModelState) -> float:
@@ -213,7 +222,7 @@ class LLMReconciler:
         for condition in conditions.changes():
             await writer.event(world.live, condition)
         await writer.status(world.live, status)
-        return BUSY_S
+        return self._busy_s
 
     def _revision(self, world: _World, found: Found) -> Revision:
         """The revision of the document, as it was first rendered; a newer operator's rendering is not taken for it."""
