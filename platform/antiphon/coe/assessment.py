@@ -122,6 +122,7 @@ class Mix:
 
     fine_share: float  # of the heads' part; the rest is the coarse head's
     knn_share: float  # of the whole
+    sharpness: float  # power of probabilities before they weigh scores: above 1, a few words change fewer decisions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,8 +147,10 @@ def assess(raw: Raw, fitted: Fitted, mix: Mix, gate: Gate) -> Assessment:
     """Calibrate, mix and gate; pure arithmetic on ``raw``."""
     coarse_BC = softmax(raw.coarse_BC, fitted.coarse.temperature)
     fine_BF = softmax(raw.fine_BF, fitted.fine.temperature)
-    heads_BM = (1.0 - mix.fine_share) * (coarse_BC @ fitted.coarse_scores_CM)
-    heads_BM += mix.fine_share * (fine_BF @ fitted.fine_scores_FM)
+    weight_BC = softmax(raw.coarse_BC, fitted.coarse.temperature / mix.sharpness)
+    weight_BF = softmax(raw.fine_BF, fitted.fine.temperature / mix.sharpness)
+    heads_BM = (1.0 - mix.fine_share) * (weight_BC @ fitted.coarse_scores_CM)
+    heads_BM += mix.fine_share * (weight_BF @ fitted.fine_scores_FM)
     signals_BS = signals(coarse_BC, fine_BF, raw.near)
     return Assessment(
         categories_BC=coarse_BC,

@@ -59,8 +59,9 @@ class Recipe:
     worth_having: float = 0.003  # mean score that one more expert must bring
     harmless: float = -0.005  # mean score against the general expert's that the gate must reach on datasets it has not seen
     luck: float = 0.01  # a dataset that gains more counts as gaining just this: luck with one must not pay for harm to others
-    fine_shares: tuple[float, ...] = (0.3, 0.6, 0.9)
-    knn_shares: tuple[float, ...] = (0.0, 0.1, 0.3)
+    sharpness: float = 4.0  # of the mix
+    fine_shares: tuple[float, ...] = (0.3, 0.6)
+    knn_shares: tuple[float, ...] = (0.0, 0.1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,10 +305,10 @@ def _temperature(logits_BC: Floats, label_B: Ints) -> float:
 
 def _best_mix(raw: Raw, fitted: Fitted, scores_BM: Doubles, recipe: Recipe) -> Mix:
     row = np.arange(len(scores_BM))
-    best, best_score = Mix(fine_share=recipe.fine_shares[0], knn_share=0.0), -1.0
+    best, best_score = Mix(fine_share=recipe.fine_shares[0], knn_share=0.0, sharpness=recipe.sharpness), -1.0
     for fine_share in recipe.fine_shares:
         for knn_share in recipe.knn_shares:
-            mix = Mix(fine_share=fine_share, knn_share=knn_share)
+            mix = Mix(fine_share=fine_share, knn_share=knn_share, sharpness=recipe.sharpness)
             score = float(scores_BM[row, assess(raw, fitted, mix, _OPEN).scores_BM.argmax(axis=1)].mean())
             if score > best_score + 1e-9:
                 best, best_score = mix, score
