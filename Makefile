@@ -23,6 +23,7 @@ $(READY): pyproject.toml deploy/constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install --constraint deploy/constraints.txt torch
 	@$(PIP) install --constraint deploy/constraints.txt --editable '.[$(EXTRAS)]'
+	@$(BIN)/python -m antiphon.models.native.library >/dev/null || echo "No kernels: the slower torch path will serve." >&2
 	@touch $@
 
 demo: $(READY)  ## Serve the demo model on three pools, ask it a question, stop.
