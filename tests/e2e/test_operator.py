@@ -1,0 +1,221 @@
+"""The operator's process parts run for real: kopf watches an API server over HTTP, the lease decides who acts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from antiphon_operator.handlers import Controller
+from antiphon_operator.kube.base import KubeError, ServerFault
+from antiphon_operator.kube.resources import (
+    COMPOSITION,
+    LLM_DEPLOYMENT,
+    MODEL_ARTIFACT,
+    POD,
+    RAY_CLUSTER,
+    RAY_SERVICE,
+    SERVICE,
+    SERVING_POOL,
+)
+from antiphon_operator.kube.rest import RestKube, load_config
+from antiphon_operator.leader import LeaderElection, LeadershipLost
+from antiphon_operator.observability import HealthServer, OperatorMetrics
+from antiphon_operator.reconcile.artifact import ArtifactReconciler
+from antiphon_operator.reconcile.composition import CompositionReconciler
+from antiphon_operator.reconcile.llm import LLMReconciler
+from antiphon_operator.render.settings import Runtime, Settings
+from antiphon_operator.run import connection_of
+from antiphon_operator.testing.http_api import HttpApi
+from antiphon_operator.testing.kuberay import KubeRay
+from antiphon_operator.testing.memory_api import Call, MemoryApi
+from antiphon_operator.testing.memory_kube import MemoryKube
+
+DEADLINE_S = 20.0
+SETTINGS = Settings(runtime=Runtime(image="antiphon/worker:1", ray_version="2.60.0"))
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not holds():
+            await asyncio.sleep(0.05)
+
+
+@dataclass
+class World:
+    api: MemoryApi
+    server: HttpApi
+    kuberay: KubeRay
+    metrics: OperatorMetrics
+
+    def condition(self, type_: str, name: str = "demo") -> tuple[str, str] | None:
+        live = self.api.get(LLM_DEPLOYMENT, "default", name) or {}
+        found = {c["type"]: c for c in live.get("status", {}).get("conditions", ())}.get(type_)
+        return None if found is None else (found["status"], found["reason"])
+
+
+def document(name: str = "demo") -> dict[str, Any]:
+    return {
+        "metadata": {"name": name, "namespace": "default"},
+        "spec": {"model": {"uri": "/m"}, "pools": [{"name": "all", "role": "monolith"}]},
+    }
+
+
+@contextlib.asynccontextmanager
+async def running_world(tmp_path: Path) -> AsyncIterator[World]:
+    """An API server on loopback, KubeRay played, and the controller running against it.
+
+    Not a fixture: kopf, when it ends, cancels tasks that began after it, and a fixture's end is one.
+    """
+    api = MemoryApi(clock=time.time)
+    kuberay = KubeRay(api=api)
+    metrics = OperatorMetrics()
+    async with HttpApi(api) as server:
+        path = tmp_path / "kubeconfig"
+        path.write_text(server.kubeconfig())
+        config = load_config(str(path))
+        async with RestKube(config) as kube:
+            controller = Controller(
+                {
+                    LLM_DEPLOYMENT.kind: LLMReconciler(kube, SETTINGS, clock=time.time, busy_s=0.2).reconcile,
+                    COMPOSITION.kind: CompositionReconciler(kube, SETTINGS, clock=time.time).reconcile,
+                    MODEL_ARTIFACT.kind: ArtifactReconciler(kube, SETTINGS, clock=time.time).reconcile,
+                },
+                metrics=metrics,
+                login=lambda: connection_of(config),
+                namespaces=("default",),
+            )
+            running = asyncio.create_task(controller.run())
+
+            async def play() -> None:
+                while True:
+                    kuberay.tick()
+                    await asyncio.sleep(0.05)
+
+            playing = asyncio.create_task(play())
+            try:
+                yield World(api, server, kuberay, metrics)
+            finally:
+                playing.cancel()
+                running.cancel()
+                await asyncio.wait((playing, running), timeout=DEADLINE_S)
+
+
+async def test_a_document_that_is_applied_becomes_ready(tmp_path: Path) -> None:
+    async with running_world(tmp_path) as world:
+        world.api.create(LLM_DEPLOYMENT, document(), manager="kubectl")
+        await until(lambda: world.condition("Ready") == ("True", "Ready"))
+
+
+async def test_a_cut_watch_with_a_delete_inside_is_repaired(tmp_path: Path) -> None:
+    async with running_world(tmp_path) as world:
+        world.api.create(LLM_DEPLOYMENT, document(), manager="kubectl")
+        await until(lambda: world.condition("Progressing") == ("False", "Complete"))
+        refused: list[Call] = []
+
+        def no_watches(call: Call) -> KubeError | None:
+            if call.verb in ("watch", "list") and call.resource in ("llmdeployments", "rayservices"):
+                refused.append(call)
+                return ServerFault("the API server restarts")
+            return None
+
+        world.api.faults.append(no_watches)
+        world.server.cut_watches()
+        await until(lambda: len(refused) > 0)
+        world.api.delete(RAY_SERVICE, "default", "demo")
+        world.api.create(LLM_DEPLOYMENT, document("other"), manager="kubectl")
+        world.api.forget_history()
+        world.api.faults.clear()
+        await until(lambda: world.condition("Ready", "other") == ("True", "Ready"))
+        await until(lambda: world.api.get(RAY_SERVICE, "default", "demo") is not None)
+
+
+async def test_deleting_a_document_removes_everything(tmp_path: Path) -> None:
+    async with running_world(tmp_path) as world:
+        world.api.create(LLM_DEPLOYMENT, document(), manager="kubectl")
+        await until(lambda: world.condition("Ready") == ("True", "Ready"))
+        world.api.delete(LLM_DEPLOYMENT, "default", "demo")
+        await until(lambda: all(not world.api.list(r, None).items for r in (RAY_SERVICE, RAY_CLUSTER, POD, SERVICE, SERVING_POOL)))
+
+
+def election(api: MemoryApi, identity: str, clock: Callable[[], float]) -> LeaderElection:
+    return LeaderElection(MemoryKube(api), namespace="system", name="operator", identity=identity, clock=clock)
+
+
+async def test_only_one_replica_leads_and_the_other_takes_over_after_the_lease() -> None:
+    now = [100.0]
+    api = MemoryApi(clock=lambda: now[0])
+    first, second = election(api, "first", lambda: now[0]), election(api, "second", lambda: now[0])
+    assert await first.try_acquire()
+    assert not await second.try_acquire()
+    now[0] += 14
+    assert not await second.try_acquire()
+    now[0] += 2
+    assert await second.try_acquire()
+    with pytest.raises(LeadershipLost):
+        await first.renew()
+    assert not first.leading
+
+
+async def test_a_renewed_lease_is_not_taken() -> None:
+    now = [100.0]
+    api = MemoryApi(clock=lambda: now[0])
+    first, second = election(api, "first", lambda: now[0]), election(api, "second", lambda: now[0])
+    await first.try_acquire()
+    for _ in range(5):
+        now[0] += 9
+        await first.renew()
+        assert not await second.try_acquire()
+
+
+async def test_a_leader_that_cannot_renew_stops_before_another_may_start() -> None:
+    now = [100.0]
+    api = MemoryApi(clock=lambda: now[0])
+    first, second = election(api, "first", lambda: now[0]), election(api, "second", lambda: now[0])
+    await first.try_acquire()
+    assert not await second.try_acquire()
+    api.faults.append(lambda call: ServerFault("unreachable"))
+    now[0] += 9.9
+    await first.renew()  # forgiven
+    now[0] += 0.2
+    with pytest.raises(LeadershipLost):
+        await first.renew()
+    api.faults.clear()
+    assert not await second.try_acquire()  # the lease itself still stands
+
+
+async def test_a_released_lease_is_free_at_once() -> None:
+    now = [100.0]
+    api = MemoryApi(clock=lambda: now[0])
+    first, second = election(api, "first", lambda: now[0]), election(api, "second", lambda: now[0])
+    await first.try_acquire()
+    await first.release()
+    assert await second.try_acquire()
+
+
+async def test_of_two_that_start_at_once_one_leads() -> None:
+    api = MemoryApi(clock=lambda: 100.0)
+    both = [election(api, name, lambda: 100.0) for name in ("first", "second")]
+    assert sorted(await asyncio.gather(*(one.try_acquire() for one in both))) == [False, True]
+
+
+async def test_health_and_metrics_answer() -> None:
+    metrics = OperatorMetrics()
+    metrics.passes.labels(kind="LLMDeployment", result="ok").inc()
+    ready = [False]
+    async with HealthServer(metrics, host="127.0.0.1", port=0, ready=lambda: ready[0]) as server, httpx.AsyncClient() as client:
+        base = f"http://127.0.0.1:{server.port}"
+        assert (await client.get(f"{base}/healthz")).status_code == 200
+        assert (await client.get(f"{base}/readyz")).status_code == 503
+        ready[0] = True
+        assert (await client.get(f"{base}/readyz")).status_code == 200
+        assert (
+            'antiphon_operator_reconciles_total{kind="LLMDeployment",result="ok"} 1.0' in (await client.get(f"{base}/metrics")).text
+        )
