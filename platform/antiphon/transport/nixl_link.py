@@ -24,12 +24,13 @@ from antiphon.transport.ledger import FRAME_BYTES, PREFIX, DamageError, Ledger, 
 from antiphon.transport.nixl_door import Agent
 from antiphon.transport.slots import slots_of
 from antiphon.transport.vigil import Vigil
-from antiphon.transport.waiting import wait_on
+from antiphon.transport.waiting import let_others_run, sleep_on
 
 _MIN_CLASS_BYTES = 4096
 _CLASSES_PER_OCTAVE = 8
 _MIN_NAP_S, _MAX_NAP_S = 50e-6, 5e-3
 _SPIN_S = 300e-6
+_TURNS_PER_YIELD = 8  # of spinning between two looks at everything else
 _WARM_UP = b"antiphon" * (FRAME_BYTES // 8)  # as long as a frame: UCX carries shorter ones by another way
 _NUM_WARM_UPS = 16  # UCX changes lanes after the first few
 
@@ -204,7 +205,8 @@ class NixlLink(Link):
         """Spin, then nap. Raises PeerLost."""
         if self._lost is not None:
             self._raise_lost()
-        found = wait_on((self,), timeout_s)
+        deadline = time.monotonic() + timeout_s
+        found = self._spin(min(self.spin_s, timeout_s)) or sleep_on((self,), deadline)
         if (self._lost is not None or self._vigil.lost is not None) and not self._arrived:
             self._raise_lost()
         return found
@@ -255,6 +257,19 @@ class NixlLink(Link):
             for slot, transfer in enumerate(self._posted):
                 if transfer is not None:
                     self._settle(slot)
+
+    def _spin(self, window_s: float) -> bool:
+        end = time.monotonic() + window_s
+        while True:
+            for _ in range(_TURNS_PER_YIELD):
+                if self._arrived:
+                    return True
+                self._progress()
+            if self.pending():
+                return True
+            if time.monotonic() >= end:
+                return False
+            let_others_run(0)
 
     def _settle(self, slot: int) -> bool:
         if not self._agent.finished(self._posted[slot], self.peer):
