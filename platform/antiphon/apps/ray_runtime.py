@@ -113,6 +113,7 @@ class RayRuntime:
         from ray import serve
         from ray.serve.config import HTTPOptions, ProxyLocation
 
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         try:
             serve.start(http_options=HTTPOptions(location=ProxyLocation.Disabled))
         except Exception as error:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
@@ -21,13 +23,13 @@ _HOST_STAGES = {"checkpoint": "checkpoint", "ray": "Ray", "serve": "Ray Serve", 
 
 
 def worker_table(document: LLMDeployment, records: Sequence[WorkerRecord]) -> Table:
-    """One line per worker: who it is, what it holds, on which processors, where."""
+    """One line per worker: who it is, what it holds, on how many threads and which processors, where."""
     pools = {pool.name: pool for pool in document.spec.pools}
     sharded = any(record.info.shard.num_shards > 1 for record in records)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("WORKER", "ROLE", *(["SHARD"] if sharded else []), "THREADS"):
+    for name in ("WORKER", "ROLE", *(["SHARD"] if sharded else []), "CPU"):
         table.add_column(name, no_wrap=True)
-    for name in ("KV BLOCKS", "WEIGHTS", "PID"):
+    for name in ("BLOCKS", "WEIGHTS", "PID"):
         table.add_column(name, no_wrap=True, justify="right")
     table.add_column("ADDRESS", no_wrap=True)
     for record in records:
@@ -86,11 +88,15 @@ class Progress:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._status = console.status("starting") if console.is_terminal else None
+        self._spinner = Spinner("dots", style="green")
+        # Without redirection: rich would show on the terminal what libraries write to the standard streams.
+        self._live = Live(
+            self._spinner, console=console, transient=True, redirect_stdout=False, redirect_stderr=False, refresh_per_second=10
+        )
         self._num_seen = 0
         self._ready: set[str] = set()
-        if self._status is not None:
-            self._status.start()
+        if console.is_terminal:
+            self._live.start()
 
     def update(self, entries: Sequence[JournalEntry], num_workers: int) -> None:
         """Show the entries that are new."""
@@ -100,23 +106,21 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Show what is being done now."""
-        if self._status is not None:
-            self._status.update(text)
+        if self._live.is_started:
+            self._spinner.update(text=text)
         else:
             self._console.print(text, style="dim", highlight=False)
 
     def close(self) -> None:
         """Leave the terminal clean; idempotent."""
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
+        self._live.stop()
 
     def _show(self, entry: JournalEntry, num_workers: int) -> None:
         if entry.kind == "ready" and entry.subject != GATEWAY:
             self._ready.add(entry.subject)
             self.say(f"{entry.subject} is ready ({len(self._ready)} of {num_workers})")
-        elif entry.kind == "started" and self._status is not None:
-            self.say(f"{entry.subject} is starting ({len(self._ready)} of {num_workers} workers ready)")
+        elif entry.kind == "started" and self._live.is_started:
+            self.say(f"{entry.subject} is starting ({len(self._ready)} of {num_workers} ready)")
 
 
 def later_line(entry: JournalEntry) -> str | None:
