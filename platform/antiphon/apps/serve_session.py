@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import httpx
+
 from antiphon.apps.host import adopt_orphans, end_descendants, make_run_dir, remove_tree, sweep_run_dirs
 from antiphon.apps.journal import Journal, JournalEntry
 from antiphon.apps.local import DirectDeployment, RayDeployment, running
@@ -123,6 +125,7 @@ class ServeSession:
         ports = running(self.run_dir).ports
         if ports is None:
             raise Unavailable("the gateway did not say where it listens")
+        self._await_gateway(ports)
         self._ready = True
         self._signals.serving()
         return Ready(ports=ports, workers=workers, entries=tuple(entries))
@@ -164,6 +167,23 @@ class ServeSession:
                     return records
                 if time.monotonic() > deadline:
                     raise Unavailable(f"{len(records)} of {self.num_workers} workers are ready in the directory")
+                time.sleep(_POLL_S)
+
+    def _await_gateway(self, ports: BoundPorts) -> None:
+        """Wait until the gateway has seen the workers, too: it looks into the directory now and then."""
+        url = f"http://{ports.host}:{ports.http_port}/ready"
+        deadline = time.monotonic() + _RECORDS_DEADLINE_S
+        with httpx.Client(timeout=_POLL_S * 10, trust_env=False) as client:
+            while True:
+                try:
+                    answer = client.get(url)
+                    if answer.is_success:
+                        return
+                    why = answer.text
+                except httpx.HTTPError as error:
+                    why = str(error)
+                if time.monotonic() > deadline:
+                    raise Unavailable(f"the gateway is not ready: {why}")
                 time.sleep(_POLL_S)
 
     def _what_is_missing(self) -> str:

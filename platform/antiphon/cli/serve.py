@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -30,7 +31,7 @@ app = typer.Typer(add_completion=False)
 
 
 _PLAIN_WIDTH = 160  # where the output is no terminal
-_VIEW_DEADLINE_S = 10.0
+_VIEW_DEADLINE_S = 2.5
 
 
 class LogLevel(StrEnum):
@@ -154,7 +155,7 @@ def _ask(console: Console, document: LLMDeployment, ready: Ready, question: str)
     ports = ready.ports
     console.print(f"[bold]>[/] {escape(question)}")
     with Client(f"{ports.host}:{ports.grpc_port}", api_key=_api_key(document)) as client:
-        _await_view(client, len(ready.workers))
+        _await_view(client, document)
         messages = [{"role": "user", "content": question}]
         with client.stream(document.model_name, messages=messages, max_tokens=64, temperature=0.0) as stream:
             for chunk in stream:
@@ -177,10 +178,16 @@ def _ask(console: Console, document: LLMDeployment, ready: Ready, question: str)
     console.print(f"first token after {usage.first_token_s:.2f} s{rate}", style="dim")
 
 
-def _await_view(client: Client, num_workers: int) -> None:
-    """Wait until the gateway has seen every worker ready: it looks into the directory twice a second."""
+def _await_view(client: Client, document: LLMDeployment) -> None:
+    """Give the gateway and the workers a moment to have seen each other, so that the question takes the whole path."""
+    num_by_role = Counter({pool.role: pool.replicas for pool in document.spec.pools})
+    num_workers, num_peers = num_by_role.total(), num_by_role["prefill"] + num_by_role["ffn"]
     deadline = time.monotonic() + _VIEW_DEADLINE_S
-    while sum(worker.ready for worker in client.status().workers) < num_workers and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        workers = client.status().workers
+        generating = [worker for worker in workers if worker.role in ("monolith", "decode", "attention")]
+        if sum(worker.ready for worker in workers) >= num_workers and all(w.load.num_peers >= num_peers for w in generating):
+            return
         time.sleep(0.1)
 
 
