@@ -206,11 +206,12 @@ class ServeSession:
         remove_tree(self.run_dir)
 
     def _force(self) -> None:
-        """In the handler of a second signal: end everything now."""
-        end_descendants(0.0)
-        self._remove_files()
-        self.streams.close()
-        os._exit(130)
+        """In the handler of a second signal: end everything now, without touching streams that may be in use."""
+        try:
+            end_descendants(0.0)
+            self._remove_files()
+        finally:
+            os._exit(130)
 
 
 def tail(log: Path, num_lines: int = 20) -> str:

@@ -9,9 +9,10 @@ Must not know: what is stopped.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import signal
-import threading
-import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -31,13 +32,16 @@ class StopSignals:
 
     def __init__(self, force: Callable[[], None]) -> None:
         self._force = force
-        self._requested = threading.Event()
+        self._requested = False
         self._raises = True
+        # Handlers run in the main thread, wherever it is: they may take no lock, so the wake-up is a byte in a pipe.
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
 
     @property
     def requested(self) -> bool:
         """Whether a signal has come."""
-        return self._requested.is_set()
+        return self._requested
 
     def install(self) -> None:
         """Handle SIGINT, SIGTERM and SIGHUP; again after a library has put handlers of its own."""
@@ -53,20 +57,20 @@ class StopSignals:
     def stopping(self) -> None:
         """From now on every signal insists."""
         self._raises = False
-        self._requested.set()
+        self._requested = True
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for the first signal; True when it has come."""
-        # Short waits in a loop: a handler runs only between two steps of the main thread.
-        deadline = time.monotonic() + timeout_s
-        while not self.requested and (left := deadline - time.monotonic()) > 0:
-            self._requested.wait(min(left, 0.2))
+        if not self.requested:
+            select.select([self._wake_read], [], [], timeout_s)
         return self.requested
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         if self.requested:
             self._force()
             return
-        self._requested.set()
+        self._requested = True
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake_write, b"x")
         if self._raises:
             raise StopRequested
