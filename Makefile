@@ -53,7 +53,9 @@ types: $(READY)  ## Check types alone.
 	@$(BIN)/mypy
 
 bench: $(READY)  ## Measure transports, prefill, decode and mixed load.
-	@$(BIN)/antiphon bench
+	@$(BIN)/antiphon bench links
+	@$(BIN)/antiphon bench decode
+	@$(BIN)/antiphon bench prefill
 
 protos: $(READY)  ## Generate the code of protos/ again.
 	@$(BIN)/python -m grpc_tools.protoc -I protos --python_out=platform --pyi_out=platform --grpc_python_out=platform \

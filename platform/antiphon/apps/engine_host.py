@@ -181,6 +181,15 @@ class EngineHost:
                 "t_ffn_us": 1e6 * times.ffn_compute_s / per_layer,
                 "bubble_share": times.blocked_s / runner.stats.step_s if runner.stats.step_s else 0.0,
                 "num_resent": float(times.num_resent),
+                # Sums since start: whoever wants a window takes two and subtracts.
+                "sum_step_s": runner.stats.step_s,
+                "sum_attention_s": runner.stats.attention_s,
+                "sum_sample_s": runner.stats.sample_s,
+                "sum_blocked_s": times.blocked_s,
+                "sum_round_trip_s": times.round_trip_s,
+                "sum_ffn_compute_s": times.ffn_compute_s,
+                "sum_ffn_wait_s": times.ffn_wait_s,
+                "num_exchanges": float(times.num_exchanges),
             },
         )
 

@@ -1,0 +1,1 @@
+"""What ``antiphon bench`` measures: links, and whole deployments of real processes (control speed)."""

@@ -1,0 +1,340 @@
+"""Decode, prefill and mixed load of a deployment of real worker processes, asked over the engines' own sessions (control speed).
+
+The gateway is left out: what is measured is the data plane. Rates are taken from the window in which every request of the batch
+decodes. Must not know: terminals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from antiphon.apps.local import DirectDeployment
+from antiphon.core.errors import DeadlineExceeded, InvalidInput, Unavailable
+from antiphon.core.request import Request, RequestId, SamplingParams
+from antiphon.core.spec import LLMDeployment
+from antiphon.core.worker_info import WorkerInfo
+from antiphon.gateway.directory import open_directory
+from antiphon.models.checkpoint import Checkpoint
+from antiphon.models.families import describe
+from antiphon.models.source import resolve
+from antiphon.rpc.engine_session import EngineSession
+
+START_TIMEOUT_S = 180.0
+RUN_TIMEOUT_S = 600.0
+_LEASE_S = 1.0  # records, and the figures in them, are renewed three times as often
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchSetup:
+    """What is measured: a model, a wiring such as monolith, P/D, 1A1F or 2A3F, and the machine's share it gets."""
+
+    uri: str
+    wiring: str = "monolith"
+    dtype: str = "bfloat16"
+    cores: tuple[int, ...] = ()  # dealt out to the workers in equal runs; empty = all of this process
+    num_ubatches: int | str = "auto"
+    transport: str = "auto"
+    max_model_len: int = 2048
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int = 1024
+
+    def document(self) -> LLMDeployment:
+        """The deployment document of this set-up."""
+        cores = list(self.cores) or sorted(os.sched_getaffinity(0))
+        pools = _pools(self.wiring)
+        num_workers = sum(pool["replicas"] for pool in pools)
+        share = max(1, len(cores) // num_workers)
+        at = 0
+        for pool in pools:
+            pool["cores"] = [cores[(at + i) % len(cores)] for i in range(share * pool["replicas"])]
+            pool["threads"] = share
+            at += share * pool["replicas"]
+        topology = {1: "monolith", 2: "pd" if pools[0]["role"] == "prefill" else "afd", 3: "pd-afd"}[len(pools)]
+        return LLMDeployment.model_validate(
+            {
+                "apiVersion": "serving.antiphon.dev/v1alpha1",
+                "kind": "LLMDeployment",
+                "metadata": {"name": "bench"},
+                "spec": {
+                    "model": {"uri": self.uri, "dtype": self.dtype, "maxModelLen": self.max_model_len},
+                    "topology": topology,
+                    "pools": pools,
+                    "transport": {"activations": self.transport, "kv": self.transport, "numUbatches": self.num_ubatches},
+                    "scheduler": {
+                        "maxNumSeqs": self.max_num_seqs,
+                        "maxNumBatchedTokens": self.max_num_batched_tokens,
+                        "maxQueuedRequests": 4096,
+                    },
+                    "cache": {"memory": "1Gi", "prefixCaching": False},
+                    "endpoint": {"httpPort": 0, "grpcPort": 0},
+                    "directory": {"leaseS": _LEASE_S},
+                },
+            }
+        )
+
+
+def _pools(wiring: str) -> list[dict[str, Any]]:
+    if wiring == "monolith":
+        return [{"name": "monolith", "role": "monolith", "replicas": 1}]
+    if wiring == "P/D":
+        return [{"name": "prefill", "role": "prefill", "replicas": 1}, {"name": "decode", "role": "decode", "replicas": 1}]
+    match = re.fullmatch(r"(P/D\+)?(\d+)A(\d+)F", wiring)
+    if match is None:
+        raise InvalidInput(f"no wiring {wiring!r}; expected monolith, P/D, xAyF (1A1F, 2A3F, ...) or P/D+xAyF", "wiring")
+    attention, ffn = int(match[2]), int(match[3])
+    pools: list[dict[str, Any]] = [{"name": "prefill", "role": "prefill", "replicas": 1}] if match[1] else []
+    pools.append({"name": "attention", "role": "attention", "replicas": attention})
+    pools.append({"name": "ffn", "role": "ffn", "replicas": ffn, "parallelism": {"tensor": ffn}})
+    return pools
+
+
+@dataclass(slots=True)
+class _Progress:
+    """Arrival times of one request's tokens."""
+
+    submitted_s: float
+    token_s: list[float] = field(default_factory=list)
+    ended_s: float | None = None
+    error: str | None = None
+
+
+class BenchDeployment:
+    """The deployment under measurement; a context manager."""
+
+    def __init__(self, setup: BenchSetup) -> None:
+        self.setup = setup
+        self._document = setup.document()
+        self._run_dir = tempfile.TemporaryDirectory(prefix="antiphon-bench-")
+        checkpoint = resolve(setup.uri)
+        self._num_layers = describe(Checkpoint.open(checkpoint).config).num_layers
+        self._deployment = DirectDeployment(self._document, checkpoint=str(checkpoint), run_dir=Path(self._run_dir.name))
+        self._random = random.Random(0)
+        self._number = 0
+
+    def __enter__(self) -> Self:
+        self._deployment.start()
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not self._deployment.poll():
+            if time.monotonic() > deadline:
+                self._deployment.close()
+                raise DeadlineExceeded(f"the deployment was not ready within {START_TIMEOUT_S:g} s")
+            time.sleep(0.1)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._deployment.close()
+        self._run_dir.cleanup()
+
+    def decode(self, batch: int, *, num_prompt: int = 128, num_generated: int = 128) -> dict[str, Any]:
+        """Steady decode of ``batch`` requests at once; one line of figures."""
+        return asyncio.run(self._decode(batch, num_prompt, num_generated))
+
+    def prefill(self, num_prompt: int, *, repeats: int = 5) -> dict[str, Any]:
+        """Time to the first token of one prompt at a time; one line of figures."""
+        return asyncio.run(self._prefill(num_prompt, repeats))
+
+    def mixed(self, rate_per_s: float, duration_s: float, *, num_prompt: int = 256, num_generated: int = 64) -> dict[str, Any]:
+        """Poisson arrivals for ``duration_s`` seconds; one line of figures."""
+        return asyncio.run(self._mixed(rate_per_s, duration_s, num_prompt, num_generated))
+
+    # ---- inside ------------------------------------------------------------------------------------------------
+
+    async def _decode(self, batch: int, num_prompt: int, num_generated: int) -> dict[str, Any]:
+        async with _Sessions(self) as sessions:
+            run = [sessions.submit(self._request(num_prompt, num_generated), i) for i in range(batch)]
+            while any(len(p.token_s) < 2 for p in run):
+                await sessions.turn(run)
+            first = await sessions.figures()
+            while not any(p.ended_s for p in run):
+                last = await sessions.figures()
+                await asyncio.sleep(_LEASE_S / 4)
+                await sessions.turn(run, wait=False)
+            while not all(p.ended_s for p in run):
+                await sessions.turn(run)
+            start = max(p.token_s[0] for p in run)
+            end = min(p.token_s[-1] for p in run)
+            num_tokens = sum(sum(start < t <= end for t in p.token_s) for p in run)
+            rate = num_tokens / (end - start) if end > start else 0.0
+        line = {
+            "bench": "decode",
+            **self._facts(),
+            "batch": batch,
+            "context": num_prompt + num_generated / 2,
+            "tokens_per_s": rate,
+            "decode_step_s": batch / rate if rate else None,
+        }
+        stages = _stages(first, last)
+        if stages:
+            num_ubatches = round(stages["exchanges_per_step"] / self._num_layers)
+            line |= {"num_layers": self._num_layers, "num_ubatches": num_ubatches, "rows": batch / max(1, num_ubatches)}
+        return line | stages
+
+    async def _prefill(self, num_prompt: int, repeats: int) -> dict[str, Any]:
+        times = []
+        async with _Sessions(self) as sessions:
+            for turn in range(repeats + 1):
+                progress = sessions.submit(self._request(num_prompt, 1), 0)
+                while progress.ended_s is None:
+                    await sessions.turn([progress])
+                if turn > 0:  # the first warms up
+                    times.append(progress.token_s[0] - progress.submitted_s)
+        median = statistics.median(times)
+        return {
+            "bench": "prefill",
+            **self._facts(),
+            "num_prompt": num_prompt,
+            "ttft_s": median,
+            "tokens_per_s": num_prompt / median,
+        }
+
+    async def _mixed(self, rate_per_s: float, duration_s: float, num_prompt: int, num_generated: int) -> dict[str, Any]:
+        run: list[_Progress] = []
+        async with _Sessions(self) as sessions:
+            start = time.perf_counter()
+            due = start
+            while due < start + duration_s or not all(p.ended_s for p in run):
+                now = time.perf_counter()
+                while due <= now and due < start + duration_s:
+                    run.append(sessions.submit(self._request(num_prompt, num_generated), len(run)))
+                    due += self._random.expovariate(rate_per_s)
+                await sessions.turn(run, wait=False)
+                await asyncio.sleep(0.002)
+            took = time.perf_counter() - start
+        served = [p for p in run if p.token_s]
+        ttft = sorted(p.token_s[0] - p.submitted_s for p in served)
+        itl = sorted(b - a for p in served for a, b in zip(p.token_s, p.token_s[1:], strict=False))
+        return {
+            "bench": "mixed",
+            **self._facts(),
+            "rate_per_s": rate_per_s,
+            "num_requests": len(run),
+            "num_failed": sum(p.error is not None for p in run),
+            "tokens_per_s": sum(len(p.token_s) for p in run) / took,
+            **{f"ttft_p{q}_s": _percentile(ttft, q) for q in (50, 90, 99)},
+            **{f"itl_p{q}_s": _percentile(itl, q) for q in (50, 90, 99)},
+        }
+
+    def _facts(self) -> dict[str, Any]:
+        pools = self._document.spec.pools
+        return {
+            "model": self.setup.uri.rsplit("/", 1)[-1],
+            "wiring": self.setup.wiring,
+            "dtype": self.setup.dtype,
+            "threads": sum(pool.replicas * pool.num_threads for pool in pools),
+        }
+
+    def _request(self, num_prompt: int, num_generated: int) -> Request:
+        self._number += 1
+        prefill = next((f"bench/{pool.name}/0" for pool in self._document.spec.pools if pool.role == "prefill"), None)
+        return Request(
+            request_id=RequestId(f"bench-{self._number}"),
+            prompt_token_ids=tuple(self._random.randrange(10, 200) for _ in range(num_prompt)),
+            sampling=SamplingParams(max_tokens=num_generated, temperature=0.0, ignore_eos=True),
+            prefill_worker=prefill,
+        )
+
+
+class _Sessions:
+    """Sessions with every generating worker; requests are dealt out in turn."""
+
+    def __init__(self, bench: BenchDeployment) -> None:
+        self._bench = bench
+        self._directory = open_directory(bench._deployment.directory_address)
+        self._sessions: list[EngineSession] = []
+        self._readers: list[asyncio.Task[None]] = []
+        self._requests: dict[RequestId, _Progress] = {}
+        self._news = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        for info in await self._generating():
+            session = EngineSession(info.endpoint.rpc)
+            await session.open(START_TIMEOUT_S)
+            self._sessions.append(session)
+            self._readers.append(asyncio.create_task(self._read(session)))
+        self._deadline = time.monotonic() + RUN_TIMEOUT_S
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for session in self._sessions:
+            await session.close()
+        for reader in self._readers:
+            reader.cancel()
+        await asyncio.gather(*self._readers, return_exceptions=True)
+        await self._directory.close()
+
+    def submit(self, request: Request, turn: int) -> _Progress:
+        progress = self._requests[request.request_id] = _Progress(submitted_s=time.perf_counter())
+        self._sessions[turn % len(self._sessions)].submit(request, deadline_left_s=RUN_TIMEOUT_S)
+        return progress
+
+    async def turn(self, run: Sequence[_Progress], *, wait: bool = True) -> None:
+        """Let tokens arrive. Raises what a request or a session failed with."""
+        if wait:
+            self._news.clear()
+            await asyncio.wait_for(self._news.wait(), RUN_TIMEOUT_S)
+        else:
+            await asyncio.sleep(0)
+        for reader in self._readers:
+            if reader.done():
+                reader.result()
+        failed = [p.error for p in run if p.error is not None]
+        if failed:
+            raise Unavailable(f"a request failed: {failed[0]}")
+        if time.monotonic() > self._deadline:
+            raise DeadlineExceeded(f"the run did not end within {RUN_TIMEOUT_S:g} s")
+
+    async def figures(self) -> Mapping[str, float]:
+        """Sums since start over the generating workers, as their leases have them now."""
+        total: dict[str, float] = {}
+        for info in await self._generating():
+            for name, value in {**info.load.gauges, "num_steps": float(info.load.num_steps)}.items():
+                total[name] = total.get(name, 0.0) + value
+        return total
+
+    async def _generating(self) -> list[WorkerInfo]:
+        return [record.info for record in await self._directory.workers("bench") if record.info.role.generates]
+
+    async def _read(self, session: EngineSession) -> None:
+        async for answers in session.updates():
+            now = time.perf_counter()
+            for answer in answers:
+                progress = self._requests.get(answer.output.request_id)
+                if progress is None:
+                    continue
+                progress.token_s += [now] * len(answer.output.new_token_ids)
+                if answer.output.finish_reason is not None:
+                    progress.ended_s = now
+                    progress.error = None if answer.error is None else str(answer.error)
+            self._news.set()
+
+
+def _stages(first: Mapping[str, float], last: Mapping[str, float]) -> dict[str, float]:
+    """Stage times per layer and ubatch between two looks at the sums; nothing when no step lies between them."""
+    delta = {name: last[name] - first.get(name, 0.0) for name in last}
+    exchanges, steps = delta.get("num_exchanges", 0.0), delta.get("num_steps", 0.0)
+    if exchanges <= 0 or steps <= 0:
+        return {}
+    ffn, wait, away = (delta[f"sum_{name}_s"] / exchanges for name in ("ffn_compute", "ffn_wait", "round_trip"))
+    return {
+        "t_attention_s": delta["sum_attention_s"] / exchanges,
+        "t_ffn_s": ffn,
+        "t_transfer_s": max(0.0, away - ffn - wait) / 2,
+        "bubble_share": delta["sum_blocked_s"] / delta["sum_step_s"],
+        "sample_share": delta["sum_sample_s"] / delta["sum_step_s"],
+        "exchanges_per_step": exchanges / steps,
+    }
+
+
+def _percentile(values: Sequence[float], percent: int) -> float | None:
+    return values[min(len(values) - 1, len(values) * percent // 100)] if values else None
