@@ -17,7 +17,7 @@ import jsonpatch
 
 from antiphon_operator.kube.base import Conflict, Gone, KubeError, Listing, NotFound, Object, Refused, WatchEvent
 from antiphon_operator.kube.resources import Resource
-from antiphon_operator.testing.field_sets import Path, exists, leaves, read, remove, to_fields_v1, write
+from antiphon_operator.testing.field_sets import ITEM, Path, exists, leaves, read, remove, to_fields_v1, write
 
 Key = tuple[str, str, str]  # plural.group, namespace or "", name
 _UNOWNED = (("f:apiVersion",), ("f:kind",), ("f:metadata", "f:name"), ("f:metadata", "f:namespace"))
@@ -256,8 +256,10 @@ class MemoryApi:
                 if other is not owner:
                     other.fields -= {p for p in wanted if read(stored.value, p) != wanted[p]}
         elsewhere = frozenset().union(*(other.fields for other in stored.owners if other is not owner))
-        for path in sorted(owner.fields - wanted.keys(), reverse=True):
-            if path not in elsewhere:
+        # Whole list items first: without its key an item is found no more.
+        for path in sorted(owner.fields - wanted.keys(), key=lambda p: (p[-1] != ITEM, p)):
+            shared = path[-1] == ITEM and any(other[: len(path) - 1] == path[:-1] for other in elsewhere)
+            if path not in elsewhere and not shared:
                 remove(stored.value, path)
         for path, new in wanted.items():
             write(stored.value, path, new)
