@@ -46,7 +46,7 @@ def _document(artifact: Path) -> CompositionOfExperts:
                 "experts": [{"name": f"model-{i}", "deploymentRef": f"d{i}"} for i in range(3)],
                 "general": "model-2",
                 "policy": {"name": "quality"},
-                "router": {"artifact": {"uri": str(artifact)}},
+                "router": {"timeoutS": 10, "artifact": {"uri": str(artifact)}},
             },
         }
     )

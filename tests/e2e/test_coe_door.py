@@ -94,7 +94,7 @@ async def door(
             "apiVersion": "serving.antiphon.dev/v1alpha1",
             "kind": "CompositionOfExperts",
             "metadata": {"name": "team"},
-            "spec": {"experts": listed, "general": "model-2", "policy": {"name": "quality"}, **spec},
+            "spec": {"experts": listed, "general": "model-2", "policy": {"name": "quality"}, "router": {"timeoutS": 10}, **spec},
         }
     )
     workers = {f"served-{i}": _worker(f"served-{i}") for i in range(3)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ class CoeConfig:
     host: str = "127.0.0.1"
     http_port: int = 8100  # 0 = any free port
     grpc_port: int = 9100  # 0 = any free port
+    reuse_port: bool = False  # several routers of one machine share the ports
     api_keys: frozenset[str] = field(default_factory=frozenset)  # empty = open
     max_request_bytes: int = 4 * 2**20
     refresh_s: float = 5.0  # between looks for a changed artifact
@@ -62,11 +64,12 @@ async def run_coe(config: CoeConfig, stop: asyncio.Event, *, on_bound: Callable[
     }
     keys = ApiKeys(config.api_keys)
     door = CoeDoor(_alone(), compositions, keys=keys, max_request_bytes=config.max_request_bytes)
-    http = HttpServer(RequestIds(door), host=config.host, port=config.http_port)
+    http = HttpServer(RequestIds(door), host=config.host, port=config.http_port, reuse_port=config.reuse_port)
     grpc = RpcServer(
         [RouterServicer(CoeGrpcDoor(compositions, keys))],
         host=config.host,
         port=config.grpc_port,
+        reuse_port=config.reuse_port,
         limits=ChannelLimits(max_message_bytes=config.max_request_bytes),
     )
     tasks: list[asyncio.Task[None]] = []
@@ -106,7 +109,7 @@ def composition_of(document: CompositionOfExperts, config: CoeConfig) -> Composi
                 f"expert {expert.name}: no endpoint is known for deployment {expert.deployment_ref!r}", "spec.experts"
             )
         endpoints[expert.name] = config.endpoints[expert.deployment_ref]
-    router = Router(document.spec, _load(document), replica=f"{config.host}:{config.http_port}")
+    router = Router(document.spec, _load(document), replica=f"{config.host}:{os.getpid()}")
     return Composition(document, router, models={}, endpoints=endpoints, workers=lambda: (), clock=time.monotonic)
 
 

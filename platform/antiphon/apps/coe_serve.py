@@ -1,0 +1,159 @@
+"""The router of compositions as a Ray Serve application, and as a thread of any process (control speed).
+
+    import_path: antiphon.apps.coe_serve:build
+    args: {documents: [{kind: CompositionOfExperts, ...}], endpoints: {<deployment>: {url, model}}, httpPort: 8100}
+
+Each replica opens the doors itself, past Serve's proxies; replicas of one machine share the ports, so that a lost one's new
+connections go to the others. Must not know: how a decision is made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Mapping
+
+from pydantic import Field, ValidationError, field_validator
+from ray import serve
+from ray.serve import Application
+
+from antiphon.core.composition import CompositionOfExperts, ExternalEndpoint
+from antiphon.core.document_part import Model
+from antiphon.core.errors import DeadlineExceeded, InvalidInput
+from antiphon.gateway.coe_app import CoeConfig, run_coe
+from antiphon.gateway.config import BoundPorts
+
+ROUTER = "router"  # Serve name of the deployment
+ROUTER_CPU = 0.1  # what Ray reserves for a replica; a decision takes well under a millisecond
+_STOP_TIMEOUT_S = 10.0
+
+
+class CoeArgs(Model):
+    """Arguments of ``build``."""
+
+    documents: tuple[CompositionOfExperts, ...] = Field(description="The compositions.", min_length=1, max_length=256)
+    endpoints: dict[str, ExternalEndpoint] = Field(default_factory=dict, description="Where each deploymentRef is reached.")
+    host: str = Field(default="127.0.0.1", description="Address to bind.")
+    http_port: int = Field(default=8100, ge=0, le=65_535, description="HTTP; 0 = any free port.")
+    grpc_port: int = Field(default=9100, ge=0, le=65_535, description="gRPC; 0 = any free port.")
+    start_timeout_s: float = Field(default=120.0, gt=0, le=3600, strict=False, description="Deadline of a replica's start.")
+
+    @field_validator("documents", mode="before")
+    @classmethod
+    def _documents_are_a_list(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @property
+    def num_replicas(self) -> int:
+        """The most that any document asks for."""
+        return max(document.spec.router.replicas for document in self.documents)
+
+    def config(self) -> CoeConfig:
+        """What one replica is told."""
+        return CoeConfig(
+            documents=self.documents,
+            endpoints=self.endpoints,
+            host=self.host,
+            http_port=self.http_port,
+            grpc_port=self.grpc_port,
+            reuse_port=self.num_replicas > 1,
+        )
+
+
+class CoeThread:
+    """Composition doors on a thread and event loop of their own, until closed. ``close`` is idempotent."""
+
+    def __init__(self, config: CoeConfig) -> None:
+        self._config = config
+        self._bound: BoundPorts | None = None
+        self._error: BaseException | None = None
+        self._opened = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="coe", daemon=True)
+        self._thread.start()
+
+    def wait_open(self, timeout_s: float) -> BoundPorts:
+        """Where it listens, once it does.
+
+        Raises:
+            CheckpointInvalid: an artifact can't be loaded.
+            InvalidInput: a document doesn't fit its artifact or endpoints.
+            Unavailable: a port is taken.
+            DeadlineExceeded: it has not opened its doors in time.
+        """
+        if not self._opened.wait(timeout_s):
+            raise DeadlineExceeded(f"the router has not opened its doors after {timeout_s:g} s")
+        self.check()
+        assert self._bound is not None  # opened without an error
+        return self._bound
+
+    def check(self) -> None:
+        """Raise what ended the doors, if anything did."""
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Close the doors."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(_STOP_TIMEOUT_S)
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_until_complete(run_coe(self._config, self._stop, on_bound=self._set_bound))
+        except BaseException as error:  # noqa: BLE001 - stored; wait_open() and check() raise it
+            self._error = error
+        finally:
+            self._opened.set()
+            self._loop.close()
+
+    def _set_bound(self, bound: BoundPorts) -> None:
+        self._bound = bound
+        self._opened.set()
+
+
+class CoeReplica:
+    """The Serve deployment's class. Its constructor returns when the doors are open."""
+
+    def __init__(self, args_json: str) -> None:
+        args = CoeArgs.model_validate_json(args_json)
+        self._doors = CoeThread(args.config())
+        try:
+            self._bound = self._doors.wait_open(args.start_timeout_s)
+        except BaseException:
+            self._doors.close()
+            raise
+
+    async def check_health(self) -> None:
+        """Serve's probe: raises when the doors have closed by themselves."""
+        self._doors.check()
+
+    async def ports(self) -> tuple[str, int, int]:
+        """Host, HTTP port and gRPC port of this replica."""
+        return self._bound.host, self._bound.http_port, self._bound.grpc_port
+
+    async def __del__(self) -> None:
+        await asyncio.to_thread(self._doors.close)
+
+
+def build(args: Mapping[str, object]) -> Application:
+    """The application of ``args``, see CoeArgs.
+
+    Raises:
+        InvalidInput: an argument is wrong.
+    """
+    try:
+        checked = CoeArgs.model_validate(args)
+    except ValidationError as error:
+        raise InvalidInput(str(error), "args") from error
+    deployment = serve.deployment(
+        name=ROUTER,
+        num_replicas=checked.num_replicas,
+        ray_actor_options={"num_cpus": ROUTER_CPU},
+        health_check_period_s=2.0,
+        health_check_timeout_s=15.0,
+        graceful_shutdown_wait_loop_s=0.05,  # requests do not pass through Serve: there is nothing to wait for
+    )
+    application: Application = deployment(CoeReplica).bind(checked.model_dump_json(by_alias=True))
+    return application
