@@ -1,0 +1,23 @@
+# The operator: docker build -f deploy/images/operator.Dockerfile .
+# Pin the base to a digest at release: --build-arg BASE=python:3.11.14-slim-bookworm@sha256:…
+ARG BASE=python:3.11.14-slim-bookworm
+
+FROM ${BASE} AS build
+RUN python -m venv /opt/antiphon
+ENV PATH=/opt/antiphon/bin:$PATH
+COPY deploy/constraints.txt /src/constraints.txt
+# What the operator imports, and nothing of the data plane: no torch, no Ray.
+RUN pip install --no-cache-dir -c /src/constraints.txt \
+    kopf lightkube prometheus_client pydantic pyyaml typer jsonpatch huggingface_hub minio hatchling
+COPY pyproject.toml README.md LICENSE /src/
+COPY platform /src/platform
+COPY operators /src/operators
+RUN pip install --no-cache-dir --no-deps --no-build-isolation /src
+
+FROM ${BASE}
+COPY --from=build /opt/antiphon /opt/antiphon
+ENV PATH=/opt/antiphon/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp
+USER 65532:65532
+WORKDIR /tmp
+ENTRYPOINT ["antiphon-operator"]
+CMD ["run"]
