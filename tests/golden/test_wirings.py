@@ -162,6 +162,21 @@ def test_a_seed_gives_the_same_tokens_in_any_batch_and_wiring(tiny: tuple[Path, 
         assert cluster.outputs[request_id].token_ids == expected
 
 
+def test_bf16_logprobs_are_equal_bit_for_bit_where_sums_have_one_order(tiny: tuple[Path, Any]) -> None:
+    path, _ = tiny
+    chance = random.Random(3)
+    prompts = [[chance.randrange(199) for _ in range(n)] for n in (3, 30, 70)]
+    seen = []
+    for name in ("monolith", "1A1F", "2A1F"):
+        topology, counts = WIRINGS[name]
+        spec = wiring(path, topology, dtype="bfloat16", cache={"numBlocks": 64}, transport={"numUbatches": 1}, **counts)
+        with LocalCluster(spec, path) as cluster:
+            ids = [cluster.submit(p, max_tokens=16, num_logprobs=0, on=0) for p in prompts]
+            cluster.run()
+            seen.append([[(e.token_id, e.logprob) for e in cluster.outputs[i].logprobs] for i in ids])
+    assert seen[0] == seen[1] == seen[2]
+
+
 def test_each_worker_holds_only_the_tensors_of_its_role_and_shard(tiny: tuple[Path, Any]) -> None:
     path, model = tiny
     with LocalCluster(wiring(path, "pd-afd", ffn=3, cache={"numBlocks": 64}), path) as cluster:
