@@ -25,6 +25,7 @@ from antiphon.core.errors import LayoutMismatch, PeerLost, Unavailable
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.transport.base import HEADER_BYTES, Answer, Hello, Link, LinkLayout, Listener, Message, Transport
 from antiphon.transport.choose import open_transport
+from antiphon.transport.faults import Faults, FaultyLink
 from antiphon.transport.loopback import LoopbackTransport
 from antiphon.transport.shm import ShmTransport
 from antiphon.transport.waiting import WaitSet
@@ -297,6 +298,26 @@ def test_both_directions_interleaved_at_random_lose_and_mix_nothing(transport: T
                 message, number, num_bytes = held[me].pop(rng.randrange(len(held[me])))
                 assert torch.equal(message.data, noise(num_bytes, number)), "a held message changed before its release"
                 ends[me].release(message)
+
+
+def test_late_messages_in_both_directions_arrive_whole_and_in_order(transport: Transport) -> None:
+    with pair(transport, layout(num_slots=3)) as ends:
+        near, far = (FaultyLink(link, Faults(seed=seed, max_delay_s=0.002)) for seed, link in enumerate(ends))
+        expected = {near: 0, far: 0}
+        sent = {near: 0, far: 0}
+        deadline = time.monotonic() + 60
+        while min(expected.values()) < 40:
+            assert time.monotonic() < deadline
+            for link in (near, far):
+                if sent[link] < 40 and (slot := link.acquire()) is not None:
+                    slot.data[:100].copy_(noise(100, sent[link]))
+                    link.commit(slot, header(sent[link]), 100)
+                    sent[link] += 1
+                if (message := link.poll()) is not None:
+                    assert bytes(message.header) == header(expected[link])
+                    assert torch.equal(message.data, noise(100, expected[link]))
+                    expected[link] += 1
+                    link.release(message)
 
 
 # --- waiting -------------------------------------------------------------------------------------------------------------

@@ -228,8 +228,9 @@ def _greet(reception: Reception, stream: RawStream) -> None:
         theirs = decode_greeting(stream.receive(_GREETING_S), stream.peer).hello
         mine = reception.answer(theirs)
         stream.send(encode_greeting(Greeting(hello=mine)))
-        reception.check(mine, theirs)
+        check_layouts(mine, theirs)
     except AntiphonError as error:
+        reception.refuse(error)
         stream.send(encode_refusal(error))
         stream.end()
     else:

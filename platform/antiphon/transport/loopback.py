@@ -9,7 +9,6 @@ Must not know: what runs in ``on_poll``.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import deque
@@ -17,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from antiphon.core.errors import InvalidInput, LayoutMismatch, PeerLost, Unavailable
+from antiphon.core.errors import AntiphonError, InvalidInput, LayoutMismatch, PeerLost, Unavailable
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.transport.base import HEADER_BYTES, Answer, Hello, Link, Listener, Message, Slot, Transport
 from antiphon.transport.bell import Bell
@@ -221,9 +220,15 @@ class LoopbackTransport(Transport):
             reception = self._receptions.get(address.removeprefix(SCHEME))
         if reception is None or not address.startswith(SCHEME):
             raise Unavailable(f"nobody listens on {address}")
-        theirs = reception.answer(hello)
-        with contextlib.suppress(LayoutMismatch):  # this end raises its own, just below
-            reception.check(theirs, hello)
+        try:
+            theirs = reception.answer(hello)
+        except AntiphonError as error:
+            reception.refuse(error)
+            raise
+        try:
+            check_layouts(theirs, hello)
+        except LayoutMismatch as error:
+            reception.refuse(error)  # this end raises its own, just below
         near, far = loopback_pair(hello, theirs)
         reception.arrive(far)
         return near

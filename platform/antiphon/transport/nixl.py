@@ -167,8 +167,9 @@ class NixlTransport(Transport):
                 first = _Terms.decode(greeting.attachment, peer)
                 mine = reception.answer(theirs)
                 try:
-                    reception.check(mine, theirs)
-                except LayoutMismatch:
+                    check_layouts(mine, theirs)
+                except LayoutMismatch as error:
+                    reception.refuse(error)
                     send_frame(sock, _greeting(mine, _Terms(boot_id=_boot_id())), peer, deadline)
                     return None
                 end = _End(mine, self._device, survives_peer_errors=self._survives(first))

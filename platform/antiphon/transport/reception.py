@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from antiphon.core.errors import AntiphonError, Unavailable
 from antiphon.transport.base import Answer, Hello, Link, Listener
 from antiphon.transport.bell import Bell
-from antiphon.transport.hello import check_layouts
 
 _MAX_REFUSALS = 64  # of the latest peers turned away; older ones are forgotten
 
@@ -51,23 +50,14 @@ class Reception(Listener):
                 raise Unavailable("the listener is closed")
             try:
                 return self._answer(theirs)
-            except AntiphonError as error:
-                self._refused.append(error)
+            except AntiphonError:
                 raise
             except Exception as error:
                 self.fail(error)
                 raise Unavailable(f"the listener failed to answer: {type(error).__name__}") from error
 
-    def check(self, mine: Hello, theirs: Hello) -> None:
-        """Compare the layouts. Raises LayoutMismatch, which ``refused`` then tells too."""
-        try:
-            check_layouts(mine, theirs)
-        except AntiphonError as error:
-            self._refused.append(error)
-            raise
-
     def refuse(self, error: AntiphonError) -> None:
-        """Note a peer that was turned away before ``answer``."""
+        """Note a peer that was turned away, for ``refused`` to tell."""
         self._refused.append(error)
 
     def arrive(self, link: Link) -> None:

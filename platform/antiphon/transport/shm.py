@@ -161,8 +161,9 @@ class ShmTransport(Transport):
                 peer = theirs.worker_id
                 mine = reception.answer(theirs)
                 send_frame(sock, encode_greeting(Greeting(hello=mine)), peer, deadline)
-                reception.check(mine, theirs)
+                check_layouts(mine, theirs)
             except AntiphonError as error:
+                reception.refuse(error)
                 if not isinstance(error, LayoutMismatch):
                     with contextlib.suppress(PeerLost):
                         send_frame(sock, encode_refusal(error), peer, deadline)
