@@ -71,13 +71,13 @@ def wiring(
     *,
     attention: int = 1,
     ffn: int = 1,
-    experts: int = 1,
+    expert_groups: int = 1,
     prefill: int = 1,
     ffn_replicas: int = 1,
     dtype: str = "float32",
     **sections: Mapping[str, Any],
 ) -> LLMDeploymentSpec:
-    """A spec of xAyF: ``ffn`` slices x ``experts`` groups, ``ffn_replicas`` workers each. ``sections`` are camelCase overrides."""
+    """A spec of xAyF: ``ffn`` slices x ``expert_groups``, ``ffn_replicas`` workers each. ``sections`` are camelCase overrides."""
     pools: list[dict[str, Any]] = []
     if topology == "monolith":
         pools.append({"name": "monolith", "role": "monolith", "replicas": attention})
@@ -91,8 +91,8 @@ def wiring(
             {
                 "name": "ffn",
                 "role": "ffn",
-                "replicas": ffn * experts * ffn_replicas,
-                "parallelism": {"tensor": ffn, "expert": experts},
+                "replicas": ffn * expert_groups * ffn_replicas,
+                "parallelism": {"tensor": ffn, "expert": expert_groups},
             }
         )
     raw: dict[str, Any] = {"model": {"uri": str(uri), "dtype": dtype}, "topology": topology, "pools": pools}

@@ -73,7 +73,7 @@ def placements(cluster: LocalCluster, num_groups: int) -> list[ExpertPlacement]:
 
 @pytest.mark.parametrize("slices", [1, 2])
 def test_rebalancing_while_serving_changes_no_token(checkpoint: Path, undisturbed: list[list[int]], slices: int) -> None:
-    with LocalCluster(spec_of(checkpoint, attention=2, ffn=slices, experts=2), checkpoint) as cluster:
+    with LocalCluster(spec_of(checkpoint, attention=2, ffn=slices, expert_groups=2), checkpoint) as cluster:
         ids = [cluster.submit(p, max_tokens=24, on=i % 2) for i, p in enumerate(prompts())]
         for placement in placements(cluster, 2):
             for _ in range(4):
@@ -92,7 +92,7 @@ def test_rebalancing_while_serving_changes_no_token(checkpoint: Path, undisturbe
 def test_attention_workers_may_switch_before_ffn_workers_hold_what_they_ask_for(
     checkpoint: Path, undisturbed: list[list[int]]
 ) -> None:
-    with LocalCluster(spec_of(checkpoint, experts=3), checkpoint) as cluster:
+    with LocalCluster(spec_of(checkpoint, expert_groups=3), checkpoint) as cluster:
         ids = [cluster.submit(p, max_tokens=24) for p in prompts()]
         for placement in placements(cluster, 3):
             cluster.rebalance(placement)
@@ -104,7 +104,7 @@ def test_attention_workers_may_switch_before_ffn_workers_hold_what_they_ask_for(
 
 
 def test_a_replica_killed_during_a_rebalance_loses_no_token(checkpoint: Path, undisturbed: list[list[int]]) -> None:
-    with LocalCluster(spec_of(checkpoint, experts=2, ffn_replicas=2), checkpoint) as cluster:
+    with LocalCluster(spec_of(checkpoint, expert_groups=2, ffn_replicas=2), checkpoint) as cluster:
         ids = [cluster.submit(p, max_tokens=24) for p in prompts()]
         for _ in range(3):
             cluster.step()
@@ -127,7 +127,7 @@ def test_a_replica_killed_during_a_rebalance_loses_no_token(checkpoint: Path, un
 
 
 def test_rows_go_only_to_shards_that_hold_one_of_their_experts(checkpoint: Path) -> None:
-    with LocalCluster(spec_of(checkpoint, experts=4), checkpoint) as cluster:
+    with LocalCluster(spec_of(checkpoint, expert_groups=4), checkpoint) as cluster:
         seen: list[int] = []
         for worker in cluster.ffns:
             compute = worker.halves.compute
@@ -148,7 +148,7 @@ def test_rows_go_only_to_shards_that_hold_one_of_their_experts(checkpoint: Path)
 
 
 def test_a_poisoned_request_ends_with_the_gate_s_name_and_harms_no_other(checkpoint: Path, undisturbed: list[list[int]]) -> None:
-    with LocalCluster(spec_of(checkpoint, experts=2), checkpoint) as cluster:
+    with LocalCluster(spec_of(checkpoint, expert_groups=2), checkpoint) as cluster:
         embed = cluster.generating[0].worker.halves._embed_VD
         poisoned = next(t for t in range(101) if not any(t in p + out for p, out in zip(prompts(), undisturbed, strict=True)))
         kept = embed[poisoned].clone()

@@ -15,10 +15,10 @@ from antiphon.testing import LocalCluster, wiring
 
 WIRINGS: dict[str, tuple[str, dict[str, int]]] = {
     "monolith": ("monolith", {}),
-    "2A3F, experts spread": ("afd", {"attention": 2, "experts": 3}),
+    "2A3F, experts spread": ("afd", {"attention": 2, "expert_groups": 3}),
     "2A3F, slices": ("afd", {"attention": 2, "ffn": 3}),
-    "1A4F, both": ("afd", {"ffn": 2, "experts": 2}),
-    "P/D + AFD": ("pd-afd", {"attention": 2, "experts": 2}),
+    "1A4F, both": ("afd", {"ffn": 2, "expert_groups": 2}),
+    "P/D + AFD": ("pd-afd", {"attention": 2, "expert_groups": 2}),
 }
 NUM_TOKENS = 64
 

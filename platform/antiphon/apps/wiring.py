@@ -32,6 +32,8 @@ from antiphon.models.decoder import AttentionHalves, FFNHalves, kv_layout
 from antiphon.models.families import describe
 from antiphon.models.kv_cache import TORCH_DTYPES, KVCache
 from antiphon.models.placement import ExpertPlacement
+from antiphon.models.quantized import Int8Choice
+from antiphon.models.skipping import ExpertSkipping
 from antiphon.transport.base import Hello, LinkLayout
 from antiphon.transport.loopback import loopback_pair
 from antiphon.worker.ffn_worker import FFNWorker
@@ -55,6 +57,19 @@ class ModelFacts:
     num_blocks: int
     fingerprint: str
     revision: str
+    int8: Int8Choice | None = None  # which FFN weights are held in int8
+    placement_file: Path | None = None
+
+    def placement(self, num_groups: int) -> ExpertPlacement:
+        """Where experts are when serving starts. Raises InvalidInput when the placement file does not fit."""
+        if self.placement_file is None or num_groups == 1:
+            return ExpertPlacement.spread(self.config, num_groups)
+        placement = ExpertPlacement.load(self.placement_file, self.config)
+        if placement.num_groups != num_groups:
+            raise InvalidInput(
+                f"{self.placement_file} has {placement.num_groups} groups of experts, the pools have {num_groups}", "placement"
+            )
+        return placement
 
 
 def resolve_model(spec: LLMDeploymentSpec, checkpoint_dir: str, revision: str) -> ModelFacts:
@@ -81,7 +96,9 @@ def resolve_model(spec: LLMDeploymentSpec, checkpoint_dir: str, revision: str) -
                 "spec.cache",
             )
         max_model_len = num_blocks * layout.block_size_tokens
-    digest = blake2b(f"{checkpoint.digest}/{config.fingerprint}/{dtype}".encode(), digest_size=8).hexdigest()
+    int8 = Int8Choice(shared="shared" not in spec.experts.keep, down="down" not in spec.experts.keep)
+    quantized = int8 if spec.model.quantization == "int8" else None
+    digest = blake2b(f"{checkpoint.digest}/{config.fingerprint}/{dtype}/{quantized}".encode(), digest_size=8).hexdigest()
     return ModelFacts(
         checkpoint=checkpoint,
         config=config,
@@ -94,6 +111,8 @@ def resolve_model(spec: LLMDeploymentSpec, checkpoint_dir: str, revision: str) -
         num_blocks=num_blocks,
         fingerprint=digest,
         revision=revision,
+        int8=quantized,
+        placement_file=None if spec.experts.placement_file is None else Path(spec.experts.placement_file),
     )
 
 
@@ -156,7 +175,9 @@ def experts_per_row(config: DecoderConfig) -> list[int | None]:
 
 def build_ffn(facts: ModelFacts, shard: FFNShard, epoch: Epoch) -> FFNWorker:
     """An FFN worker without peers."""
-    halves = FFNHalves(facts.config, facts.checkpoint, facts.dtype, facts.device, shard)
+    halves = FFNHalves(
+        facts.config, facts.checkpoint, facts.dtype, facts.device, shard, facts.placement(shard.num_expert), facts.int8
+    )
     side = FFNSide(
         epoch=epoch,
         hidden_size=facts.config.hidden_size,
@@ -216,7 +237,7 @@ def build_attention(
         answer_timeout_s=spec.transport.peer_timeout_s,
         hold_s=spec.transport.peer_timeout_s if hold_s is None else hold_s,
         preferred_replica=index,
-        experts=ExpertMap(facts.config, ExpertPlacement.spread(facts.config, expert)),
+        experts=ExpertMap(facts.config, facts.placement(expert)),
     )
     ffn = None
     if role.holds_ffn:
@@ -238,6 +259,8 @@ def build_attention(
     elif any(pool.role == "prefill" for pool in spec.pools):
         connector = DecodeSide(epoch=epoch, cache=cache)
     halves = AttentionHalves(facts.config, facts.checkpoint, facts.dtype, facts.device, facts.max_model_len)
+    if spec.experts.skip_file is not None:
+        halves.skip(ExpertSkipping.load(Path(spec.experts.skip_file), facts.config))
     worker = AttentionWorker(halves, cache, side, num_ubatches=ubatches, kv=connector)
     scheduler = Scheduler(
         SchedulerConfig(

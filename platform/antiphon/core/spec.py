@@ -287,6 +287,33 @@ class CacheSpec(Model):
     prefix_caching: bool = Field(default=True, description="Keep blocks of finished requests for equal prefixes.")
 
 
+class ExpertsSpec(Model):
+    """How the experts of a mixture are held and chosen."""
+
+    placement_file: str | None = Field(
+        default=None,
+        description="File with the groups that hold each expert, as written after balancing; None = spread in equal runs.",
+        min_length=1,
+        max_length=1024,
+    )
+    keep: tuple[Literal["shared", "down"], ...] = Field(
+        default=(),
+        description="Weights that stay in the compute format where quantization is int8: shared experts, down projections.",
+        max_length=2,
+    )
+    skip_file: str | None = Field(
+        default=None,
+        description="File with thresholds below which experts are skipped, as written by the search; None = none are.",
+        min_length=1,
+        max_length=1024,
+    )
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _keep_is_a_list(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+
 class EndpointSpec(Model):
     """Where clients connect."""
 
@@ -321,6 +348,7 @@ class LLMDeploymentSpec(Model):
     transport: TransportSpec = Field(default_factory=TransportSpec, description="How pools exchange bytes.")
     scheduler: SchedulerSpec = Field(default_factory=SchedulerSpec, description="Limits of the engine's step.")
     cache: CacheSpec = Field(default_factory=CacheSpec, description="The paged KV cache of one worker.")
+    experts: ExpertsSpec = Field(default_factory=ExpertsSpec, description="How the experts of a mixture are held and chosen.")
     endpoint: EndpointSpec = Field(default_factory=EndpointSpec, description="Where clients connect.")
     directory: DirectorySpec = Field(default_factory=DirectorySpec, description="Where workers register.")
     slo: SloSpec = Field(default_factory=SloSpec, description="Latencies to keep (Kubernetes).")

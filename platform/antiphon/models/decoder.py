@@ -27,8 +27,10 @@ from antiphon.models.latent_attention import LatentAttention
 from antiphon.models.layers import Norm, Rope, read_norm
 from antiphon.models.linear import Linear
 from antiphon.models.placement import ExpertPlacement
+from antiphon.models.quantized import Int8Choice
 from antiphon.models.rope_config import RopeConfig
 from antiphon.models.routing import Router, Routing
+from antiphon.models.skipping import ExpertSkipping
 from antiphon.models.weights import Weights
 
 
@@ -116,6 +118,25 @@ class AttentionHalves:
             joins_shortcut=index > 0 and config.layers[index - 1].shortcut is not None,
         )
 
+    def skip(self, skipping: ExpertSkipping | None) -> None:
+        """Skip experts from now on, or (None) no longer; the loop's owner calls it between two steps."""
+        for number, router in self.routers.items():
+            router.skip_below = 0.0 if skipping is None else skipping.bound(number)
+
+    @property
+    def routers(self) -> Mapping[int, Router]:
+        """Gates by the layer number on the wire."""
+        num_layers = self.config.num_layers
+        found = {i: half.router for i, half in enumerate(self._layers)}
+        found |= {num_layers + i: half.shortcut for i, half in enumerate(self._layers)}
+        return {number: router for number, router in found.items() if router is not None}
+
+    @property
+    def skipped_share(self) -> float:
+        """Share of the experts chosen by rows that was skipped, since start; 0 while nothing is."""
+        num_chosen = sum(router.num_chosen for router in self.routers.values())
+        return sum(router.num_skipped for router in self.routers.values()) / num_chosen if num_chosen else 0.0
+
     def begin(self, token_ids_T: torch.Tensor, batch: AttentionBatch) -> StepState:
         """Embed the rows of one ubatch."""
         x_TD = self._embed_VD[token_ids_T]
@@ -183,8 +204,11 @@ class FFNHalves:
         device: torch.device,
         shard: FFNShard,
         placement: ExpertPlacement | None = None,
+        int8: Int8Choice | None = None,
     ) -> None:
-        """``placement``: which expert groups hold which experts; None = contiguous runs of near-equal size."""
+        """``placement``: which expert groups hold which experts, None = contiguous runs of near-equal size; ``int8``: which weights
+        are held in int8, None = none.
+        """
         self.config = config
         self.dtype = dtype
         self.shard = shard
@@ -196,9 +220,10 @@ class FFNHalves:
         for number, ffn in enumerate(config.ffns):
             layer = config.layers[number % config.num_layers]
             if isinstance(ffn, MoEConfig):
-                self.ffns.append(ExpertBank(ffn, weights, layer, shard, placement.held(ffn, number, shard.expert_index)))
+                held = placement.held(ffn, number, shard.expert_index)
+                self.ffns.append(ExpertBank(ffn, weights, layer, shard, held, int8))
             else:
-                self.ffns.append(None if ffn is None else DenseFFN(ffn, weights, layer, shard))
+                self.ffns.append(None if ffn is None else DenseFFN(ffn, weights, layer, shard, int8))
 
     @property
     def resident_bytes(self) -> Mapping[str, int]:

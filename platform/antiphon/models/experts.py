@@ -18,14 +18,16 @@ from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import FFNShard, slice_bounds
 from antiphon.models.config import Activation, FFNConfig, LayerConfig, MoEConfig
 from antiphon.models.layers import gated
-from antiphon.models.linear import Linear
+from antiphon.models.quantized import AnyLinear, Int8Choice, make_linear
 from antiphon.models.weights import Weights
 
 
 class DenseFFN:
     """One shard of a gated FFN: a slice of the intermediate dimension; the shards' results sum up."""
 
-    def __init__(self, config: FFNConfig, weights: Weights, layer: LayerConfig, shard: FFNShard) -> None:
+    def __init__(
+        self, config: FFNConfig, weights: Weights, layer: LayerConfig, shard: FFNShard, int8: Int8Choice | None = None
+    ) -> None:
         names, prefix = layer.names, layer.prefix + layer.names.ffn
         low, high = slice_bounds(config.intermediate_size, shard.index, shard.num_shards)
         self._activation = config.activation
@@ -35,8 +37,13 @@ class DenseFFN:
             gate_up_bias = torch.cat([weights.read(part + ".bias")[low:high] for part in parts])
             # Added once: by the first slice.
             down_bias = weights.read(prefix + names.down + ".bias") if shard.index == 0 else None
-        self._gate_up = Linear(torch.cat([weights.read(part + ".weight", rows=(low, high)) for part in parts]), gate_up_bias)
-        self._down = Linear(weights.read(prefix + names.down + ".weight", cols=(low, high)), down_bias)
+        gate_up = torch.cat([weights.read(part + ".weight", rows=(low, high)) for part in parts])
+        self._gate_up = make_linear(gate_up, gate_up_bias, int8=int8 is not None)
+        down = weights.read(prefix + names.down + ".weight", cols=(low, high))
+        self._down = make_linear(down, down_bias, int8=int8 is not None and int8.down)
+        for name in (*parts, prefix + names.down):
+            held = self._down if name == prefix + names.down else self._gate_up
+            weights.hold(name + ".weight", held.num_bytes // (1 if held is self._down else 2))
 
     def compute(self, rows_TD: torch.Tensor) -> torch.Tensor:
         """This slice's partial sum, [T, D]."""
@@ -48,7 +55,7 @@ class _Expert:
 
     __slots__ = ("_activation", "_down", "_gate_up", "num_bytes")
 
-    def __init__(self, gate_up: Linear, down: Linear, activation: Activation) -> None:
+    def __init__(self, gate_up: AnyLinear, down: AnyLinear, activation: Activation) -> None:
         self._gate_up = gate_up
         self._down = down
         self._activation = activation
@@ -64,13 +71,22 @@ class ExpertBank:
     ``compute`` belongs to the worker's loop; ``hold`` and ``release`` may run on another thread beside it.
     """
 
-    def __init__(self, config: MoEConfig, weights: Weights, layer: LayerConfig, shard: FFNShard, held: Iterable[int]) -> None:
+    def __init__(
+        self,
+        config: MoEConfig,
+        weights: Weights,
+        layer: LayerConfig,
+        shard: FFNShard,
+        held: Iterable[int],
+        int8: Int8Choice | None = None,
+    ) -> None:
         self.config = config
         self.rows_by_expert = torch.zeros(config.num_ids, dtype=torch.int64)  # since start
         self.num_late_loads = 0  # experts read because rows for them arrived
         self._weights = weights
         self._layer = layer
         self._shard = shard
+        self._int8 = int8
         self._experts: dict[int, _Expert] = {}
         self._reading = threading.Lock()
         for expert in held:
@@ -97,7 +113,7 @@ class ExpertBank:
         with self._reading:
             if self._experts.pop(expert, None) is not None:
                 for name in self._names(expert):
-                    self._weights.resident_bytes.pop(name, None)
+                    self._weights.resident_bytes.pop(self._key(expert, name), None)
 
     def compute(self, rows_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """The weighted sum of each row's experts, [T, D]; ids of -1 add nothing.
@@ -149,6 +165,14 @@ class ExpertBank:
             return tuple(prefix + names.stacked_experts + part + ".weight" for part in parts)
         return tuple(prefix + names.expert.format(e=expert) + part + ".weight" for part in parts)
 
+    def _key(self, expert: int, name: str) -> str:
+        """The name under which this expert's bytes are noted: one tensor may hold all experts."""
+        return f"{name}[{expert}]" if self._layer.names.stacked_experts is not None else name
+
+    def _note(self, expert: int, name: str, num_bytes: int) -> None:
+        self._weights.resident_bytes.pop(name, None)  # what was read on the way
+        self._weights.hold(self._key(expert, name), num_bytes)
+
     def _read(self, expert: int) -> _Expert:
         is_shared = expert == self.config.gate.num_experts
         width = self.config.shared_intermediate_size if is_shared else self.config.intermediate_size
@@ -161,4 +185,10 @@ class ExpertBank:
         else:
             halves = [self._weights.read(name, rows=(low, high)) for name in (gate_name, up_name)]
             down = self._weights.read(down_name, cols=(low, high))
-        return _Expert(Linear(torch.cat(halves)), Linear(down), self.config.activation)
+        int8 = self._int8 is not None and (self._int8.shared or not is_shared)
+        gate_up = make_linear(torch.cat(halves), int8=int8)
+        down_linear = make_linear(down, int8=int8 and self._int8 is not None and self._int8.down)
+        for name in (gate_name, up_name):
+            self._note(expert, name, gate_up.num_bytes // 2)
+        self._note(expert, down_name, down_linear.num_bytes)
+        return _Expert(gate_up, down_linear, self.config.activation)

@@ -39,6 +39,9 @@ class Router:
         gate, names = config.gate, layer.names
         fp32 = torch.float32
         self.config = config
+        self.skip_below = 0.0  # share of a row's weight below which an expert is skipped; the row's best never is
+        self.num_chosen = 0  # experts that rows chose since start, while skipping is on
+        self.num_skipped = 0
         self._linear = Linear(weights.read(layer.prefix + names.router, dtype=fp32))
         self._bias = weights.read(layer.prefix + names.correction_bias, dtype=fp32) if gate.has_correction_bias else None
         self._scale = weights.read(layer.prefix + names.expert_scale, dtype=fp32).flatten() if gate.has_expert_scale else None
@@ -56,6 +59,9 @@ class Router:
         if gate.num_identity or gate.num_null:
             ids_TK = ids_TK.masked_fill(ids_TK >= gate.num_experts, NO_EXPERT)
             is_full = False
+        if self.skip_below > 0.0:
+            ids_TK = self._skip(ids_TK, weights_TK)
+            is_full = False
         if self.config.shared_intermediate_size:
             ids_TK, weights_TK = self._with_shared(rows_TD, ids_TK, weights_TK)
         bad_rows: tuple[int, ...] = ()
@@ -65,6 +71,16 @@ class Router:
             ids_TK, weights_TK = ids_TK.masked_fill(bad_T[:, None], NO_EXPERT), weights_TK.masked_fill(bad_T[:, None], 0.0)
             is_full = False
         return Routing(ids_TK=ids_TK, weights_TK=weights_TK, is_full=is_full, identity_T=identity_T, bad_rows=bad_rows)
+
+    def _skip(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        computing_TK = ids_TK >= 0
+        weights_TK = weights_TK.masked_fill(~computing_TK, 0.0)
+        best_T1 = weights_TK.amax(dim=1, keepdim=True)
+        small_TK = weights_TK < self.skip_below * weights_TK.sum(dim=1, keepdim=True)
+        skipped_TK = computing_TK & small_TK & (weights_TK < best_T1)
+        self.num_chosen += int(computing_TK.sum())
+        self.num_skipped += int(skipped_TK.sum())
+        return ids_TK.masked_fill(skipped_TK, NO_EXPERT)
 
     def _with_shared(
         self, rows_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor

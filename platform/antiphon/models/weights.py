@@ -31,3 +31,7 @@ class Weights:
         tensor = tensor.to(self.device)
         self.resident_bytes[name] = tensor.numel() * tensor.element_size()
         return tensor
+
+    def hold(self, name: str, num_bytes: int) -> None:
+        """Note how many bytes of a tensor stay, where that is not what was read."""
+        self.resident_bytes[name] = num_bytes

@@ -138,3 +138,16 @@ def test_a_row_that_is_not_numbers_takes_no_expert_and_leaves_others_alone(weigh
     assert routing.bad_rows == (1,)
     assert routing.ids_TK[1].tolist() == [-1, -1]
     assert routing.ids_TK[[0, 2]].tolist() == clean.ids_TK[[0, 2]].tolist()
+
+
+def test_skipping_drops_small_experts_and_never_the_best(weights: Weights) -> None:
+    router = Router(moe(top_k=4), weights, layer())
+    rows = torch.randn(50, HIDDEN)
+    whole = router(rows)
+    router.skip_below = 0.2
+    routing = router(rows)
+    for ids, kept, by in zip(whole.ids_TK.tolist(), routing.ids_TK.tolist(), whole.weights_TK, strict=True):
+        share = (by / by.sum()).tolist()
+        assert kept == [e if s >= 0.2 or s == max(share) else -1 for e, s in zip(ids, share, strict=True)]
+    assert router.num_chosen == 200
+    assert router.num_skipped == sum(e < 0 for row in routing.ids_TK.tolist() for e in row) > 0
