@@ -35,11 +35,13 @@ class DirectoryHost:
     Args:
         host: bound; None = the address of the node.
         port: bound, at the first start and at every later one.
+        lease_s: of the workers; a restarted directory waits so long for their renewals before it lists them.
     """
 
-    def __init__(self, host: str | None, port: int) -> None:
+    def __init__(self, host: str | None, port: int, lease_s: float) -> None:
         self._host = host if host is not None else node_address()
         self._port = port
+        self._lease_s = lease_s
         self._server: DirectoryServer | None = None
         self._starting = asyncio.Lock()
 
@@ -56,7 +58,9 @@ class DirectoryHost:
 
     async def _listen(self) -> DirectoryServer:
         again = ray.get_runtime_context().was_current_actor_reconstructed
-        store: Directory = MemoryDirectory(epoch_base=int(time.time()) if again else 0)
+        store: Directory = MemoryDirectory()
+        if again:
+            store = MemoryDirectory(epoch_base=int(time.time()), settle_s=self._lease_s)
         deadline = time.monotonic() + (_BIND_DEADLINE_S if again else 0.0)
         while True:
             try:
@@ -72,7 +76,7 @@ def node_address() -> str:
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
-def ensure_directory(deployment: str, *, host: str | None = None, timeout_s: float = 60.0) -> str:
+def ensure_directory(deployment: str, *, lease_s: float, host: str | None = None, timeout_s: float = 60.0) -> str:
     """The address of the deployment's directory actor, which is started if there is none. Blocks.
 
     Raises:
@@ -91,7 +95,7 @@ def ensure_directory(deployment: str, *, host: str | None = None, timeout_s: flo
                 num_cpus=0,
                 resources={"node:__internal_head__": 0.001},  # its address stays when worker nodes come and go
             )
-            .remote(host, random.choice(_PORTS))
+            .remote(host, random.choice(_PORTS), lease_s)
         )
         try:
             return str(ray.get(actor.address.remote(), timeout=max(0.1, deadline - time.monotonic())))
@@ -108,5 +112,7 @@ def directory_address(document: LLMDeployment, settings: ServeSettings) -> str:
     """Where the deployment's workers register: given, or Redis, or the actor (started if there is none). Raises Unavailable."""
     if settings.directory is not None:
         return settings.directory
-    redis_url = document.spec.directory.redis_url
-    return redis_url if redis_url is not None else ensure_directory(document.metadata.name, host=settings.host)
+    spec = document.spec.directory
+    if spec.redis_url is not None:
+        return spec.redis_url
+    return ensure_directory(document.metadata.name, lease_s=spec.lease_s, host=settings.host)

@@ -32,7 +32,7 @@ from antiphon.rpc.directory_service import DirectoryServer
 
 Say = Callable[[str], None]
 
-_LOOK_S = 2.0  # between two questions to Serve
+_LOOK_S = 5.0  # between two questions to Serve
 _HOSTING_DEADLINE_S = 10.0
 
 

@@ -104,6 +104,7 @@ class ServeSession:
 
         def step(text: str) -> None:
             self._signals.install()  # Ray has handlers of its own
+            self._signals.check()
             say(text)
 
         step(f"Looking for {model.uri}")
@@ -115,6 +116,7 @@ class ServeSession:
         deployment.start(step)
         step(f"Starting {self.num_workers} worker{'s' if self.num_workers > 1 else ''}")
         while not deployment.poll():
+            self._signals.check()
             show(self._journal.read())
             if time.monotonic() > deadline:
                 raise Unavailable(self._what_is_missing())

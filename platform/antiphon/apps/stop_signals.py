@@ -48,11 +48,15 @@ class StopSignals:
         for number in _SIGNALS:
             signal.signal(number, self._handle)
 
+    def check(self) -> None:
+        """Raise StopRequested if a signal has come: one that came inside a destructor or callback was swallowed there."""
+        if self.requested:
+            raise StopRequested
+
     def serving(self) -> None:
         """From now on the first signal raises nothing; ``wait`` sees it. Raises StopRequested if one has come already."""
         self._raises = False
-        if self.requested:
-            raise StopRequested
+        self.check()
 
     def stopping(self) -> None:
         """From now on every signal insists."""

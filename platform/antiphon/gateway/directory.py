@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from antiphon.core.directory import Directory, WorkerRecord
-from antiphon.core.errors import InvalidInput
+from antiphon.core.errors import InvalidInput, Unavailable
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.core.worker_info import WorkerInfo
 
@@ -37,10 +37,13 @@ class MemoryDirectory:
     Args:
         clock: monotonic seconds.
         epoch_base: epochs start above it; a store that lost its memory is given a base above all it handed out before.
+        settle_s: a store that lost its memory is given a lease's time, in which everybody who is alive renews. Until then it
+            lists nobody and gives no index to newcomers (Unavailable): those who ask keep what they know.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic, epoch_base: int = 0) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic, epoch_base: int = 0, settle_s: float = 0.0) -> None:
         self._clock = clock
+        self._settled_s = clock() + settle_s
         self._epoch_base = epoch_base
         self._leases: dict[WorkerId, _Lease] = {}
         self._claims: dict[tuple[str, str], dict[int, _Claim]] = {}
@@ -66,6 +69,7 @@ class MemoryDirectory:
 
     async def workers(self, deployment: str | None = None) -> tuple[WorkerRecord, ...]:
         """See ``Directory``."""
+        self._check_settled()
         self._expire()
         now = self._clock()
         return tuple(
@@ -78,6 +82,8 @@ class MemoryDirectory:
         """See ``Directory``."""
         self._expire()
         claims = self._claims.setdefault((deployment, pool), {})
+        if preferred is None and all(claim.owner != owner for claim in claims.values()):
+            self._check_settled()
         index = next((index for index, claim in claims.items() if claim.owner == owner), preferred)
         if index is None or (index in claims and claims[index].owner != owner):
             index = next(index for index in range(len(claims) + 1) if index not in claims)
@@ -92,12 +98,17 @@ class MemoryDirectory:
 
     async def next_epoch(self, worker_id: WorkerId, after: Epoch = Epoch(0)) -> Epoch:
         """See ``Directory``."""
-        epoch = max(self._epochs.get(worker_id, self._epoch_base), after) + 1
+        epoch = max(self._epochs.get(worker_id, 0), self._epoch_base, after) + 1
         self._epochs[worker_id] = epoch
         return Epoch(epoch)
 
     async def close(self) -> None:
         """See ``Directory``."""
+
+    def _check_settled(self) -> None:
+        left = self._settled_s - self._clock()
+        if left > 0:
+            raise Unavailable("the directory has restarted and waits for renewals", retry_after_s=left)
 
     def _expire(self) -> None:
         now = self._clock()

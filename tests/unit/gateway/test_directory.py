@@ -2,7 +2,7 @@
 
 import pytest
 
-from antiphon.core.errors import InvalidInput
+from antiphon.core.errors import InvalidInput, Unavailable
 from antiphon.core.ids import Endpoint, Epoch, Role, WorkerId
 from antiphon.core.worker_info import WorkerInfo
 from antiphon.gateway.directory import MemoryDirectory, open_directory
@@ -55,6 +55,29 @@ async def test_a_claim_lives_exactly_as_long_as_its_lease() -> None:
 
 async def test_epochs_start_above_the_base() -> None:
     assert await MemoryDirectory(epoch_base=500).next_epoch(WorkerId("d/p/0")) == 501
+
+
+async def test_a_store_that_lost_its_memory_lists_nobody_until_everybody_had_time_to_renew() -> None:
+    clock = Clock()
+    directory = MemoryDirectory(clock=clock, settle_s=5.0)
+    assert await directory.register(info(0), 5.0)
+    with pytest.raises(Unavailable):
+        await directory.workers()
+    clock.now += 4.9
+    assert await directory.register(info(0), 5.0)
+    clock.now += 0.1
+    assert [r.info.worker_id for r in await directory.workers()] == ["d/p/0"]
+
+
+async def test_a_store_that_lost_its_memory_gives_former_owners_their_index_and_newcomers_none_yet() -> None:
+    clock = Clock()
+    directory = MemoryDirectory(clock=clock, settle_s=5.0)
+    with pytest.raises(Unavailable):
+        await directory.claim_index("d", "p", "new", 30.0)
+    assert await directory.claim_index("d", "p", "old", 30.0, preferred=0) == 0
+    assert await directory.claim_index("d", "p", "old", 30.0) == 0
+    clock.now += 5.0
+    assert await directory.claim_index("d", "p", "new", 30.0) == 1
 
 
 @pytest.mark.parametrize("address", ["", "localhost:6379", "http://localhost:1", "redis:/localhost"])
