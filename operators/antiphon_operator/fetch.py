@@ -95,7 +95,7 @@ def _from_hugging_face(repository: str, into: Path, revision: str | None) -> Non
 
 def _from_s3(rest: str, into: Path, endpoint_url: str | None) -> None:
     from minio import Minio
-    from minio.credentials import EnvAWSProvider
+    from minio.credentials.providers import EnvAWSProvider
     from minio.error import MinioException
     from urllib3.exceptions import HTTPError
 

@@ -36,6 +36,7 @@ from antiphon_operator.reconcile.llm_status import (
     Refusal,
     llm_status,
     refused_status,
+    waiting_status,
 )
 from antiphon_operator.reconcile.observe import Observed, view_cluster, view_pods, view_service
 from antiphon_operator.reconcile.pools import PoolsPlan, plan_pools, serving_pool_status
@@ -217,8 +218,7 @@ class LLMReconciler:
         return METRICS_S if _measures(document) else REST_S
 
     async def _wait_for_model(self, writer: Writer, world: _World, model: ModelState) -> float:
-        refusal = Refusal(reason=model.reason, message=model.message)
-        status, conditions = refused_status(world.live, refusal, now_s=writer.now_s)
+        status, conditions = waiting_status(world.live, model, now_s=writer.now_s)
         for condition in conditions.changes():
             await writer.event(world.live, condition)
         await writer.status(world.live, status)

@@ -147,6 +147,21 @@ def refused_status(live: Object, refusal: Refusal, *, now_s: float) -> tuple[Map
     return status, conditions
 
 
+def waiting_status(live: Object, model: ModelState, *, now_s: float) -> tuple[Mapping[str, Any], ConditionSet]:
+    """The status while the weights are not there and nothing has been started yet."""
+    previous: Mapping[str, Any] = live.get("status", {})
+    generation = live["metadata"]["generation"]
+    conditions = ConditionSet(previous.get("conditions", ()), generation=generation, now_s=now_s)
+    failed = model.reason is Reason.DOWNLOAD_FAILED
+    conditions.set(Type.ACCEPTED, True, Reason.ACCEPTED)
+    conditions.set(Type.MODEL_READY, False, model.reason, model.message)
+    conditions.set(Type.READY, False, model.reason if failed else Reason.INITIALIZING, model.message)
+    conditions.set(Type.RECONCILING, not failed, model.reason, model.message)
+    conditions.set(Type.STALLED, failed, model.reason if failed else Reason.HEALTHY)
+    values = [c.model_dump(mode="json", by_alias=True) for c in conditions.values]
+    return {**previous, "observedGeneration": generation, "conditions": values}, conditions
+
+
 def progress_marker(observed: Observed) -> str:
     """Changes whenever anything moves forward or back."""
     service = observed.service

@@ -1,7 +1,7 @@
 """The router of a composition: its document with every expert at an address, its Deployment and Services (control speed, pure).
 
-The router runs the same ``antiphon serve`` as a laptop, on a document in which references to deployments have become addresses and
-references to Secrets have become environment variables. Must not know: which experts are ready.
+The router runs the same ``antiphon coe serve`` as a laptop, on a document in which references to deployments have become addresses
+and references to Secrets have become environment variables. Must not know: which experts are ready.
 """
 
 from __future__ import annotations
@@ -142,7 +142,10 @@ def _pod(document: CompositionOfExperts, settings: Settings) -> Json:
         "name": "router",
         "image": settings.runtime.image,
         "command": ["antiphon"],
-        "args": ["serve", "-f", f"{_DIRECTORY}/{_FILE}", "--host", "0.0.0.0"],  # noqa: S104 - pods listen on their own address
+        "args": [
+            *("coe", "serve", "-f", f"{_DIRECTORY}/{_FILE}", "--host", "0.0.0.0"),  # noqa: S104 - pods listen on their own address
+            *("--http-port", str(DEFAULT_HTTP_PORT), "--grpc-port", str(DEFAULT_GRPC_PORT)),
+        ],
         "env": environment,
         "ports": [
             {"name": "http", "containerPort": DEFAULT_HTTP_PORT, "protocol": "TCP"},

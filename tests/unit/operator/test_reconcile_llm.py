@@ -377,7 +377,9 @@ def test_an_artifact_that_is_loading_is_waited_for(cluster: Cluster) -> None:
     artifact = {"metadata": {"name": "smol", "namespace": "default"}, "spec": {"uri": "/models/smol"}}
     made = cluster.api.create(MODEL_ARTIFACT, artifact)
     cluster.run(3)
-    assert cluster.condition("Accepted") == ("False", "Downloading")
+    assert cluster.condition("ModelReady") == ("False", "Downloading")
+    assert cluster.condition("Ready") == ("False", "Initializing")
+    assert cluster.condition("Stalled")[0] == "False"
     assert cluster.api.list(RAY_SERVICE, "default").items == ()
     cluster.api.update(MODEL_ARTIFACT, {**made, "status": {"phase": "Cached"}}, manager="x", subresource="status")
     cluster.run()
@@ -436,6 +438,8 @@ def rollout(kill_after: int | None) -> tuple[Cluster, bool]:
     return cluster, killed
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_killed_after_any_write_of_a_rollout_it_converges_to_the_same_end() -> None:
     expected = end_state(rollout(None)[0])
     kill_after, killed = 0, True

@@ -1,0 +1,208 @@
+"""Compositions and artifacts, from document to status, and what downloads weights."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from antiphon.core.composition import CompositionOfExperts
+from antiphon.core.errors import CheckpointInvalid, Unavailable
+from antiphon_operator.fetch import digest_of, fetch
+from antiphon_operator.kube.resources import (
+    CLAIM,
+    COMPOSITION,
+    CONFIG_MAP,
+    DEPLOYMENT,
+    JOB,
+    LLM_DEPLOYMENT,
+    MODEL_ARTIFACT,
+    POD,
+    Resource,
+)
+from antiphon_operator.reconcile.artifact import ArtifactReconciler
+from antiphon_operator.reconcile.composition import CompositionReconciler
+from antiphon_operator.reconcile.scrape import percentile_ms
+from antiphon_operator.render.settings import Runtime, Settings
+from antiphon_operator.testing.memory_api import MemoryApi
+from antiphon_operator.testing.memory_kube import MemoryKube
+
+SETTINGS = Settings(runtime=Runtime(image="w:1", ray_version="2.60.0"))
+
+
+class Cluster:
+    def __init__(self) -> None:
+        self.api = MemoryApi(clock=lambda: 1_700_000_000.0)
+        kube = MemoryKube(self.api)
+        self.composition = CompositionReconciler(kube, SETTINGS, clock=lambda: 1_700_000_000.0)
+        self.artifact = ArtifactReconciler(kube, SETTINGS, clock=lambda: 1_700_000_000.0)
+
+    def create(self, resource: Resource, name: str, spec: dict[str, Any]) -> None:
+        self.api.create(resource, {"metadata": {"name": name, "namespace": "default"}, "spec": spec})
+
+    def set_status(self, resource: Resource, name: str, status: dict[str, Any]) -> None:
+        live = self.get(resource, name)
+        self.api.update(resource, {**live, "status": status}, manager="x", subresource="status")
+
+    def get(self, resource: Resource, name: str) -> dict[str, Any]:
+        found = self.api.get(resource, "default", name)
+        assert found is not None
+        return found
+
+    def ready(self, name: str, ready: bool = True) -> None:
+        condition = {"type": "Ready", "status": "True" if ready else "False", "reason": "Ready" if ready else "CrashLoop"}
+        self.set_status(LLM_DEPLOYMENT, name, {"conditions": [condition]})
+
+    def conditions(self, resource: Resource, name: str) -> dict[str, tuple[str, str]]:
+        return {c["type"]: (c["status"], c["reason"]) for c in self.get(resource, name)["status"]["conditions"]}
+
+
+@pytest.fixture
+def cluster() -> Cluster:
+    made = Cluster()
+    for name in ("chat", "code", "maths"):
+        made.create(
+            LLM_DEPLOYMENT,
+            name,
+            {"model": {"uri": "hf://a/b", "name": f"{name}-model"}, "pools": [{"name": "a", "role": "monolith"}]},
+        )
+        made.ready(name)
+    experts: list[dict[str, Any]] = [{"name": n, "deploymentRef": n} for n in ("chat", "code", "maths")]
+    experts.append(
+        {"name": "law", "external": {"url": "https://law/v1", "model": "m", "apiKeySecret": {"name": "keys", "key": "law"}}}
+    )
+    made.create(COMPOSITION, "team", {"experts": experts, "general": "chat"})
+    return made
+
+
+def route(cluster: Cluster) -> None:
+    asyncio.run(cluster.composition.reconcile("default", "team"))
+
+
+def test_the_router_gets_a_valid_document_with_every_expert_at_an_address(cluster: Cluster) -> None:
+    route(cluster)
+    value = yaml.safe_load(cluster.get(CONFIG_MAP, "team-router")["data"]["composition.yaml"])
+    document = CompositionOfExperts.model_validate(value)
+    code = document.spec.expert("code").external
+    assert code is not None
+    assert (code.url, code.model) == ("http://code-http.default.svc:8000/v1", "code-model")
+    law = document.spec.expert("law").external
+    assert law is not None
+    assert law.api_key_env == "ANTIPHON_EXPERT_3_KEY"
+    (container,) = cluster.get(DEPLOYMENT, "team-router")["spec"]["template"]["spec"]["containers"]
+    key = next(e for e in container["env"] if e["name"] == "ANTIPHON_EXPERT_3_KEY")
+    assert key["valueFrom"] == {"secretKeyRef": {"name": "keys", "key": "law"}}
+
+
+def test_a_composition_is_ready_with_its_experts_and_router(cluster: Cluster) -> None:
+    route(cluster)
+    cluster.set_status(DEPLOYMENT, "team-router", {"readyReplicas": 1})
+    route(cluster)
+    assert cluster.conditions(COMPOSITION, "team")["Ready"] == ("True", "Ready")
+    assert cluster.get(COMPOSITION, "team")["status"]["expertsReady"] == "4/4"
+    cluster.api.calls.clear()
+    route(cluster)
+    assert not [call for call in cluster.api.calls if call.writes]
+
+
+def test_a_composition_degrades_when_an_expert_is_down_and_keeps_its_router(cluster: Cluster) -> None:
+    route(cluster)
+    cluster.set_status(DEPLOYMENT, "team-router", {"readyReplicas": 1})
+    before = cluster.get(CONFIG_MAP, "team-router")
+    cluster.ready("code", ready=False)
+    route(cluster)
+    found = cluster.conditions(COMPOSITION, "team")
+    assert found["Degraded"] == ("True", "ExpertUnavailable")
+    assert found["Ready"] == ("True", "Ready")
+    assert cluster.get(COMPOSITION, "team")["status"]["expertsReady"] == "3/4"
+    assert cluster.get(CONFIG_MAP, "team-router") == before
+
+
+def test_a_missing_reference_is_named(cluster: Cluster) -> None:
+    cluster.api.delete(LLM_DEPLOYMENT, "default", "maths")
+    route(cluster)
+    assert cluster.conditions(COMPOSITION, "team")["Accepted"] == ("False", "ReferenceNotFound")
+
+
+def keep(cluster: Cluster) -> float | None:
+    return asyncio.run(cluster.artifact.reconcile("default", "weights"))
+
+
+def finish(cluster: Cluster, digest: str) -> None:
+    cluster.set_status(JOB, "weights-download", {"conditions": [{"type": "Complete", "status": "True"}]})
+    pod = {"metadata": {"name": "p", "namespace": "default", "labels": {"serving.antiphon.dev/artifact": "weights"}}}
+    message = json.dumps({"digest": digest, "sizeBytes": 7})
+    status = {"containerStatuses": [{"name": "download", "state": {"terminated": {"exitCode": 0, "message": message}}}]}
+    cluster.api.create(POD, {**pod, "status": status})
+
+
+GOOD = "sha256:" + "a" * 64
+
+
+def test_an_artifact_is_downloaded_into_a_claim_of_its_own(cluster: Cluster) -> None:
+    cluster.create(MODEL_ARTIFACT, "weights", {"uri": "hf://a/b", "digest": GOOD})
+    keep(cluster)
+    assert cluster.get(CLAIM, "weights")["spec"]["resources"]["requests"]["storage"] == "100Gi"
+    assert cluster.conditions(MODEL_ARTIFACT, "weights")["Ready"] == ("False", "Downloading")
+    finish(cluster, GOOD)
+    keep(cluster)
+    status = cluster.get(MODEL_ARTIFACT, "weights")["status"]
+    assert (status["phase"], status["digest"], status["sizeBytes"], status["path"]) == ("Cached", GOOD, 7, "artifacts/weights")
+    assert status["usedBy"] == ["chat", "code", "maths"]
+
+
+def test_a_wrong_digest_is_never_cached(cluster: Cluster) -> None:
+    cluster.create(MODEL_ARTIFACT, "weights", {"uri": "hf://a/b", "digest": GOOD})
+    keep(cluster)
+    finish(cluster, "sha256:" + "b" * 64)
+    keep(cluster)
+    assert cluster.conditions(MODEL_ARTIFACT, "weights")["Ready"] == ("False", "DigestMismatch")
+
+
+def test_an_artifact_in_use_is_kept_until_nobody_uses_it(cluster: Cluster) -> None:
+    cluster.create(MODEL_ARTIFACT, "weights", {"uri": "hf://a/b"})
+    keep(cluster)
+    cluster.api.delete(MODEL_ARTIFACT, "default", "weights")
+    keep(cluster)
+    assert cluster.conditions(MODEL_ARTIFACT, "weights")["InUse"] == ("True", "DeletionBlocked")
+    for name in ("chat", "code", "maths"):
+        cluster.api.delete(LLM_DEPLOYMENT, "default", name)
+    keep(cluster)
+    assert cluster.api.get(MODEL_ARTIFACT, "default", "weights") is None
+    assert cluster.api.get(CLAIM, "default", "weights") is None
+
+
+def test_a_claim_is_used_in_place(cluster: Cluster) -> None:
+    cluster.create(MODEL_ARTIFACT, "weights", {"uri": "pvc://disk/models/x"})
+    keep(cluster)
+    status = cluster.get(MODEL_ARTIFACT, "weights")["status"]
+    assert (status["phase"], status["claimName"], status["path"]) == ("Cached", "disk", "models/x")
+    assert cluster.api.list(JOB, "default").items == ()
+
+
+def test_a_directory_is_fetched_whole_and_its_digest_checked(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "sub").mkdir(parents=True)
+    (source / "a.bin").write_bytes(b"one")
+    (source / "sub/b.bin").write_bytes(b"three")
+    digest = digest_of(source)
+    into = tmp_path / "claim/weights"
+    assert fetch(f"file://{source}", into, digest=digest.digest) == digest
+    assert (into / "sub/b.bin").read_bytes() == b"three"
+    assert digest.size_bytes == 8
+    with pytest.raises(CheckpointInvalid, match="was asked for"):
+        fetch(f"file://{source}", tmp_path / "other", digest=GOOD)
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(Unavailable):
+        fetch("file:///nowhere", tmp_path / "third")
+
+
+def test_a_percentile_is_of_what_came_since_the_last_scrape() -> None:
+    before = {0.1: 100.0, 0.2: 100.0, float("inf"): 100.0}
+    now = {0.1: 100.0, 0.2: 120.0, float("inf"): 120.0}
+    assert percentile_ms(now, before) == pytest.approx(195.0)
+    assert percentile_ms(now, now) is None
