@@ -362,16 +362,16 @@ def test_a_wait_set_wakes_for_any_link_and_for_a_new_one(transport: Transport) -
     with listening(transport, lambda _: hello("ffn/0", of)) as listener:
         waiting = WaitSet([listener])
         assert waiting.wait(0.02) is False
-        near = []
+        near, far = [], list[Link]()
         for i in range(3):
             near.append(transport.connect(listener.address, hello(f"attention/{i}", of), PATIENCE_S))
             assert eventually(lambda: waiting.wait(1.0))
-            waiting.add(eventually(listener.accept))
+            far.append(eventually(listener.accept))
+            waiting.add(far[-1])
         assert waiting.wait(0.02) is False
         sender = threading.Thread(target=send, args=(near[1], noise(10, 1)))
         sender.start()
         assert eventually(lambda: waiting.wait(PATIENCE_S))
-        far = [m for m in waiting.members if m is not listener]
         message = eventually(lambda: next((m for link in far if (m := link.poll()) is not None), None))
         assert torch.equal(message.data, noise(10, 1))
         sender.join()

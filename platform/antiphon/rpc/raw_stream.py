@@ -85,7 +85,7 @@ class RawStream:
                 self._take(frame)
         except grpc.RpcError as error:
             code = error.code() if isinstance(error, grpc.Call) else None
-            why = "the connection broke" if code is None else f"{code.name}: {error.details()}"  # type: ignore[attr-defined]
+            why = "the connection broke" if code is None else f"{code.name}: {error.details()}"
         except Exception as error:  # noqa: BLE001 - grpc's server raises bare exceptions when a peer breaks off
             why = f"the stream broke: {error}" if str(error) else "the stream broke"
         finally:
@@ -114,7 +114,7 @@ def open_stream(target: str, *, max_receive_bytes: int) -> RawStream:
         ("grpc.enable_http_proxy", 0),
         ("grpc.enable_retries", 0),
     ]
-    channel = grpc.insecure_channel(target, options=options)
+    channel: Any = grpc.insecure_channel(target, options=options)  # its stubs want serialisers; raw bytes need none
     stream = RawStream(target)
     call = channel.stream_stream(f"/{_SERVICE}/{_METHOD}")(stream._outgoing())
     reader = stream._start_reader(call)

@@ -34,7 +34,7 @@ def arrivals(seed: int) -> list[tuple[float, int]]:
     late = FaultyLink(far, Faults(seed=seed, min_delay_s=0.5, max_delay_s=2.0), clock)
     for value in range(5):
         send(near, value)
-    seen = []
+    seen: list[tuple[float, int]] = []
     while len(seen) < 5:
         message = late.poll()
         if message is None:

@@ -57,7 +57,7 @@ def test_polling_runs_the_peer_inline_before_it_looks() -> None:
 
 def test_waiting_runs_the_peer_inline_until_it_answers() -> None:
     a, b = pair()
-    turns = []
+    turns: list[int] = []
 
     def answer_at_third_turn() -> None:
         turns.append(len(turns))
