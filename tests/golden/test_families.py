@@ -22,7 +22,7 @@ WIRINGS: dict[str, tuple[str, dict[str, int]]] = {
 }
 NUM_TOKENS = 64
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 92,
     "num_hidden_layers": 3,
@@ -31,8 +31,8 @@ SHAPE = {
     "vocab_size": 199,
     "max_position_embeddings": 256,
 }
-LATENT = {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
-YARN = {
+LATENT: dict[str, Any] = {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
+YARN: dict[str, Any] = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
     "factor": 4.0,
@@ -42,7 +42,7 @@ YARN = {
     "beta_fast": 32,
     "beta_slow": 1,
 }
-DEEPSEEK = {**SHAPE, **LATENT, "num_key_value_heads": 4, "n_routed_experts": 8, "moe_intermediate_size": 36}
+DEEPSEEK: dict[str, Any] = {**SHAPE, **LATENT, "num_key_value_heads": 4, "n_routed_experts": 8, "moe_intermediate_size": 36}
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     "gemma3": lambda: hf.Gemma3ForCausalLM(

@@ -181,9 +181,9 @@ def adamoe_layer(i: int) -> Shapes:
     return shapes
 
 
-COMMON = {"hidden_size": HIDDEN, "vocab_size": VOCAB, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+COMMON: dict[str, Any] = {"hidden_size": HIDDEN, "vocab_size": VOCAB, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
 COMMON |= {"head_dim": HEAD_DIM, "rms_norm_eps": 1e-5, "hidden_act": "silu", "torch_dtype": "float32"}
-STEP3 = {
+STEP3: dict[str, Any] = {
     "architectures": ["Step3TextForCausalLM"],
     "num_attention_groups": 1,
     "max_seq_len": 512,
@@ -198,7 +198,7 @@ STEP3 = {
     "share_expert_dim": 30,
     "moe_layers_enum": "1,2",
 }
-PANGU = {
+PANGU: dict[str, Any] = {
     "architectures": ["PanguProMoEForCausalLM"],
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
@@ -207,7 +207,7 @@ PANGU = {
     "moe_intermediate_size": WIDTH,
     "shared_expert_intermediate_size": 44,
 }
-ADAMOE = {
+ADAMOE: dict[str, Any] = {
     "architectures": ["AdaMoEMixtralForCausalLM"],
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,

@@ -19,6 +19,7 @@ from antiphon.core.errors import InvalidInput
 
 app = typer.Typer(add_completion=False)
 
+_FORMATS = ("bfloat16", "float32")
 _SHADES = " ░▒▓█"
 
 
@@ -34,8 +35,6 @@ def inspect(
     png: Annotated[Path | None, typer.Option(help="Also write the heat map here.")] = None,
 ) -> None:
     """Show a model's parameters by role, its KV bytes, and what each pool would hold."""
-    import torch
-
     from antiphon.core.ids import FFNShard
     from antiphon.models.checkpoint import Checkpoint
     from antiphon.models.families import describe
@@ -43,17 +42,16 @@ def inspect(
     from antiphon.models.placement import ExpertPlacement
     from antiphon.models.source import resolve
 
-    formats = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    if dtype not in formats:
-        raise InvalidInput(f"dtype {dtype!r}, expected one of {', '.join(formats)}", "dtype")
+    if dtype not in _FORMATS:
+        raise InvalidInput(f"dtype {dtype!r}, expected one of {', '.join(_FORMATS)}", "dtype")
     if png is not None and load is None:
         raise InvalidInput("--png draws what --load holds; give both", "load")
     directory = Path(model) if Path(model).is_dir() else resolve(model, None)
     console = Console()
     with Checkpoint.open(directory) as checkpoint:
         config = describe(checkpoint.config)
-        found = take_inventory(config, checkpoint, formats[dtype])
-    itemsize = found.dtype.itemsize
+        found = take_inventory(config, checkpoint, dtype)
+    itemsize = found.itemsize_bytes
     table = Table(title=str(directory), title_justify="left", show_header=False, box=None)
     table.add_row("family", found.family)
     sparse = f", {found.num_sparse_layers} with {found.experts_per_row} of {found.num_experts} experts" if found.num_experts else ""

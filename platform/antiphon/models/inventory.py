@@ -8,12 +8,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
 from antiphon.core.ids import FFNShard, slice_bounds
 from antiphon.models.checkpoint import Checkpoint
 from antiphon.models.config import DecoderConfig, FFNConfig, LayerConfig, MoEConfig
 from antiphon.models.decoder import kv_layout
+from antiphon.models.kv_cache import TORCH_DTYPES
 from antiphon.models.placement import ExpertPlacement
 
 
@@ -32,7 +31,7 @@ class Inventory:
     shared_parameters: int
     active_parameters: int  # that one token computes with (embedding looked up, not computed)
     kv_token_bytes: int  # all layers
-    dtype: torch.dtype
+    itemsize_bytes: int  # of a weight in the format that was asked about
 
     @property
     def parameters(self) -> int:
@@ -40,8 +39,8 @@ class Inventory:
         return self.attention_parameters + self.dense_ffn_parameters + self.expert_parameters + self.shared_parameters
 
 
-def take_inventory(config: DecoderConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> Inventory:
-    """Count the tensors that workers of this model would hold.
+def take_inventory(config: DecoderConfig, checkpoint: Checkpoint, dtype: str) -> Inventory:
+    """Count the tensors that workers of this model would hold in format ``dtype`` (bfloat16, float32).
 
     Raises:
         CheckpointInvalid: a tensor that the config asks for is not there.
@@ -74,8 +73,8 @@ def take_inventory(config: DecoderConfig, checkpoint: Checkpoint, dtype: torch.d
         expert_parameters=experts,
         shared_parameters=shared,
         active_parameters=active + attention - (0 if config.tie_embeddings else embedding),
-        kv_token_bytes=kv_layout(config, dtype, 1).token_bytes,
-        dtype=dtype,
+        kv_token_bytes=kv_layout(config, TORCH_DTYPES[dtype], 1).token_bytes,
+        itemsize_bytes=TORCH_DTYPES[dtype].itemsize,
     )
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers as hf
 from typer.testing import CliRunner
 
@@ -19,7 +18,13 @@ from antiphon.models.families import describe
 from antiphon.models.inventory import ffn_shard_bytes, take_inventory
 from antiphon.models.placement import ExpertPlacement
 
-SHAPE = {"hidden_size": 64, "intermediate_size": 92, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 199}
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 92,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 199,
+}
 MODELS: dict[str, Any] = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SHAPE, tie_word_embeddings=True)),
     "qwen2_moe": lambda: hf.Qwen2MoeForCausalLM(
@@ -63,7 +68,7 @@ def test_parameters_by_role_are_those_of_the_model(model: tuple[Path, Any]) -> N
     path, made = model
     checkpoint = Checkpoint.open(path)
     config = describe(checkpoint.config)
-    found = take_inventory(config, checkpoint, torch.float32)
+    found = take_inventory(config, checkpoint, "float32")
     tensors = dict(made.state_dict())
     if config.tie_embeddings:
         tensors.pop("lm_head.weight", None)
