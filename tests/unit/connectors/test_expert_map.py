@@ -74,3 +74,38 @@ def test_copies_share_the_rows_of_a_hot_expert() -> None:
     ids = torch.zeros(40, 1, dtype=torch.int64)
     shares = split(0, Routing(ids_TK=ids, weights_TK=torch.ones(40, 1), is_full=True))
     assert [share.num_rows for share in shares if share is not None] == [20, 20]
+
+
+def test_a_zipf_load_is_evened_out_by_the_rows_that_were_counted() -> None:
+    torch.manual_seed(3)
+    num_experts, num_groups = 32, 2
+    raw = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "moe_intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_experts": num_experts,
+        "num_experts_per_tok": 4,
+        "vocab_size": 10,
+        "max_position_embeddings": 16,
+    }
+    config = describe(raw)
+    popularity = 1.0 / torch.arange(1, num_experts + 1) ** 1.2
+    ids = torch.stack([torch.multinomial(popularity, 4) for _ in range(2000)])
+    routing = Routing(ids_TK=ids, weights_TK=torch.ones(ids.shape), is_full=True)
+
+    def unevenness(placement: ExpertPlacement) -> tuple[float, float]:
+        """Largest over mean, of rows and of computed (row, expert) pairs per group."""
+        shares = [share for share in ExpertMap(config, placement).split(0, routing) if share is not None]
+        rows = [share.num_rows for share in shares]
+        pairs = [int((share.ids_RK >= 0).sum()) for share in shares if share.ids_RK is not None]
+        return max(rows) * num_groups / sum(rows), max(pairs) * num_groups / sum(pairs)
+
+    counted = torch.bincount(ids.flatten(), minlength=num_experts).tolist()
+    before = unevenness(ExpertPlacement.spread(config, num_groups))
+    after = unevenness(ExpertPlacement.balanced(config, {0: counted}, num_groups, num_redundant=2))
+    assert before[0] > 1.15
+    assert before[1] > 1.4
+    assert max(after) < 1.15
