@@ -40,6 +40,7 @@ from antiphon.worker.ffn_worker import FFNWorker
 from antiphon.worker.model_runner import AttentionWorker
 
 DEFAULT_UBATCHES = 2  # what "auto" means until stage times are measured; 1 where no FFN worker is remote
+MIN_UBATCH_ROWS = 16  # "auto" makes none smaller: below, the FFN side reads its weights once more for nearly the same time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,7 +262,8 @@ def build_attention(
     halves = AttentionHalves(facts.config, facts.checkpoint, facts.dtype, facts.device, facts.max_model_len)
     if spec.experts.skip_file is not None:
         halves.skip(ExpertSkipping.load(Path(spec.experts.skip_file), facts.config))
-    worker = AttentionWorker(halves, cache, side, num_ubatches=ubatches, kv=connector)
+    min_rows = MIN_UBATCH_ROWS if spec.transport.num_ubatches == "auto" else 1
+    worker = AttentionWorker(halves, cache, side, num_ubatches=ubatches, min_ubatch_rows=min_rows, kv=connector)
     scheduler = Scheduler(
         SchedulerConfig(
             max_num_seqs=spec.scheduler.max_num_seqs,

@@ -23,9 +23,7 @@ class ArtifactStorage(Model):
         default=None, description="An existing claim to use; None = one of our own, named as the artifact."
     )
     size: Quantity = Field(default="100Gi", description="Size of our own claim.")
-    storage_class_name: SecretName | None = Field(
-        default=None, description="Storage class of our own claim; None = the default."
-    )
+    storage_class_name: SecretName | None = Field(default=None, description="Storage class of our own claim; None = the default.")
     access_mode: Literal["ReadWriteOnce", "ReadWriteMany", "ReadOnlyMany"] = Field(
         default="ReadWriteMany", description="Access mode of our own claim; more than one node reads weights."
     )
@@ -40,9 +38,7 @@ class ModelArtifactSpec(Model):
         pattern=r"^(hf|s3|file|pvc)://.+",
         max_length=1024,
     )
-    revision: str | None = Field(
-        default=None, description="Revision of the source; None = its default.", max_length=128
-    )
+    revision: str | None = Field(default=None, description="Revision of the source; None = its default.", max_length=128)
     digest: str | None = Field(
         default=None,
         description="sha256:… over the sorted list of files and their hashes; None = recorded, not checked.",
@@ -59,9 +55,7 @@ class ModelArtifactSpec(Model):
         default=None,
         description="Secret whose keys become environment variables of the download (HF_TOKEN, AWS_ACCESS_KEY_ID, …).",
     )
-    endpoint_url: str | None = Field(
-        default=None, description="Address of an S3-compatible store; None = AWS.", max_length=1024
-    )
+    endpoint_url: str | None = Field(default=None, description="Address of an S3-compatible store; None = AWS.", max_length=1024)
     retries: int = Field(default=3, ge=0, le=20, description="How often a failed download is tried again.")
     deadline_s: int = Field(default=21_600, ge=60, le=604_800, description="A download that takes longer has failed.")
 

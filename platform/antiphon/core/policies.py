@@ -50,9 +50,7 @@ class ScalingSpec(Model):
         le=10_000,
         description="Fewest workers; needed unless mode is Static. 0 lets the pool sleep.",
     )
-    max_replicas: int | None = Field(
-        default=None, ge=1, le=10_000, description="Most workers; needed unless mode is Static."
-    )
+    max_replicas: int | None = Field(default=None, ge=1, le=10_000, description="Most workers; needed unless mode is Static.")
     scale_down_window_s: float = Field(
         default=300.0,
         ge=0,
@@ -110,12 +108,8 @@ class RatioSpec(Model):
 
     numerator: str = Field(description="Name of the pool above the line.", min_length=1, max_length=32)
     denominator: str = Field(description="Name of the pool below the line.", min_length=1, max_length=32)
-    min: float | None = Field(
-        default=None, gt=0, le=10_000, description="Least quotient; None = unbounded."
-    )
-    max: float | None = Field(
-        default=None, gt=0, le=10_000, description="Greatest quotient; None = unbounded."
-    )
+    min: float | None = Field(default=None, gt=0, le=10_000, description="Least quotient; None = unbounded.")
+    max: float | None = Field(default=None, gt=0, le=10_000, description="Greatest quotient; None = unbounded.")
 
     @model_validator(mode="after")
     def _ordered(self) -> RatioSpec:
@@ -148,9 +142,7 @@ class RolloutSpec(Model):
 class SecretEnvSpec(Model):
     """One environment variable of every worker, read from a Secret; the value never enters a document or status."""
 
-    name: str = Field(
-        description="Name of the environment variable.", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128
-    )
+    name: str = Field(description="Name of the environment variable.", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)
     secret: SecretName = Field(description="Name of the Secret, in the deployment's namespace.")
     key: str = Field(description="Key within the Secret.", min_length=1, max_length=253)
 
@@ -158,12 +150,8 @@ class SecretEnvSpec(Model):
 class TolerationSpec(Model):
     """A taint that pods of the pool tolerate."""
 
-    key: str | None = Field(
-        default=None, description="Key of the taint; None with operator Exists = every taint.", max_length=316
-    )
-    operator: Literal["Exists", "Equal"] = Field(
-        default="Exists", description="Exists = any value, Equal = the value given."
-    )
+    key: str | None = Field(default=None, description="Key of the taint; None with operator Exists = every taint.", max_length=316)
+    operator: Literal["Exists", "Equal"] = Field(default="Exists", description="Exists = any value, Equal = the value given.")
     value: str | None = Field(default=None, description="Value of the taint, for operator Equal.", max_length=63)
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
         default=None, description="Effect of the taint; None = every effect."
@@ -194,9 +182,7 @@ class KubernetesSpec(Model):
     service_account_name: SecretName | None = Field(
         default=None, description="Service account of the pods; None = the namespace's default, without a token."
     )
-    priority_class_name: SecretName | None = Field(
-        default=None, description="Priority class of the pods; None = the default."
-    )
+    priority_class_name: SecretName | None = Field(default=None, description="Priority class of the pods; None = the default.")
     secret_env: tuple[SecretEnvSpec, ...] = Field(
         default=(), description="Environment variables from Secrets, for head and workers.", max_length=64
     )
@@ -204,9 +190,7 @@ class KubernetesSpec(Model):
         default=True,
         description="Restrict traffic to the pods: within the deployment, from clients to the gateway, from KubeRay.",
     )
-    drain_s: float = Field(
-        default=60.0, ge=0, le=3600, description="Time that requests in flight get before a worker stops."
-    )
+    drain_s: float = Field(default=60.0, ge=0, le=3600, description="Time that requests in flight get before a worker stops.")
 
     @field_validator("image_pull_secrets", "secret_env", mode="before")
     @classmethod

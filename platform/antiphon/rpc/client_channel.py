@@ -71,7 +71,7 @@ class AsyncResponseStream:
                 raise Cancelled("the call was cancelled") from None
             self._call.cancel()
             raise
-        return None if response is grpc.aio.EOF else response
+        return None if response is grpc.aio.EOF else response  # type: ignore[attr-defined]
 
     def cancel(self) -> None:
         """End the call; the server sees it. Idempotent."""
@@ -88,7 +88,7 @@ class InferenceCalls:
             self._channel = grpc.insecure_channel(address, options=options)
         else:
             self._channel = grpc.secure_channel(address, _credentials(tls), options=options)
-        self._stub: Any = InferenceStub(self._channel)
+        self._stub: Any = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
 
     def generate(self, request: pb.GenerateRequest, *, timeout_s: float, metadata: Metadata) -> ResponseStream:
         """Start a call; its errors come with its responses."""
@@ -151,7 +151,7 @@ class AsyncInferenceCalls:
     async def close(self) -> None:
         """Close the connection; running calls end as Cancelled. Idempotent."""
         if self._channel is not None:
-            await self._channel.close()
+            await self._channel.close()  # type: ignore[call-arg]
 
     def _stub(self) -> Any:
         if self._made_stub is None:
@@ -160,7 +160,7 @@ class AsyncInferenceCalls:
                 self._channel = grpc.aio.insecure_channel(self._address, options=options)
             else:
                 self._channel = grpc.aio.secure_channel(self._address, _credentials(self._tls), options=options)
-            self._made_stub = InferenceStub(self._channel)
+            self._made_stub = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         return self._made_stub
 
     async def _unary(self, method: Any, request: Any, timeout_s: float, metadata: Metadata) -> Any:

@@ -161,9 +161,7 @@ class Telemetry:
     def __enter__(self) -> Telemetry:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
 
@@ -198,9 +196,7 @@ def setup(service_name: str, *, attributes: Mapping[str, str | int] | None = Non
     processors = _span_processors(exporters)
     if not processors:
         no_tracers = NoOpTracerProvider()
-        return Telemetry(
-            tracers=no_tracers, meters=meters, tracing=False, prometheus=text, providers=[meters], exporters=exporters
-        )
+        return Telemetry(tracers=no_tracers, meters=meters, tracing=False, prometheus=text, providers=[meters], exporters=exporters)
     tracers = SdkTracerProvider(resource=resource)
     for processor in processors:
         tracers.add_span_processor(processor)
@@ -229,9 +225,7 @@ def _chosen(signal: str) -> list[str]:
     for name in names:
         if name not in known:
             log.warning("%s: unknown exporter %r is ignored; known: %s", variable, name, ", ".join(sorted(known)))
-    protocol = os.environ.get(
-        f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL", os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
-    )
+    protocol = os.environ.get(f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL", os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"))
     if "otlp" in names and protocol.strip() not in ("", "grpc"):
         log.warning("OTLP protocol %r is not available; grpc is used", protocol)
     return [name for name in names if name in ("otlp", "console")]

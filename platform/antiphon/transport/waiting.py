@@ -86,6 +86,13 @@ def _spin(members: tuple[Waitable, ...], window_s: float) -> bool:
 
 def sleep_on(members: tuple[Waitable, ...], deadline: float) -> bool:
     """Sleep until a member is pending (True) or ``deadline`` (time.monotonic) has come (False)."""
+    while not _sleep_once(members, deadline):  # a bell also rings for what is no news, such as a slot nobody lacked
+        if time.monotonic() >= deadline:
+            return False
+    return True
+
+
+def _sleep_once(members: tuple[Waitable, ...], deadline: float) -> bool:
     woken = False
     parked: list[Waitable] = []
     poller = select.poll()

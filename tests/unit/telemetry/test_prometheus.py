@@ -89,8 +89,7 @@ def test_scrapes_at_the_same_time_each_see_every_sample_once(meters: telemetry.T
     meters.meter(__name__).create_counter("n").add(1)
     texts: list[str] = []
     threads = [
-        threading.Thread(target=lambda: texts.extend(meters.prometheus_text().decode() for _ in range(20)))
-        for _ in range(4)
+        threading.Thread(target=lambda: texts.extend(meters.prometheus_text().decode() for _ in range(20))) for _ in range(4)
     ]
     for thread in threads:
         thread.start()

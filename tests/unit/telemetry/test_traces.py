@@ -152,9 +152,7 @@ def test_the_standard_sampler_variable_is_honoured(collector: Collector, monkeyp
     assert collector.requests == []
 
 
-def test_the_environment_names_the_service_over_our_default(
-    collector: Collector, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_environment_names_the_service_over_our_default(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_SERVICE_NAME", "from-outside")
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=lab")
     with telemetry.setup("gateway", attributes={"service.instance.id": "a/b/0"}) as gateway:
@@ -186,9 +184,7 @@ def test_exporter_none_wins_over_an_endpoint(monkeypatch: pytest.MonkeyPatch) ->
         assert not gateway.tracing
 
 
-def test_an_unknown_exporter_is_warned_about_and_ignored(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_unknown_exporter_is_warned_about_and_ignored(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "zipkin")
     with telemetry.setup("gateway") as gateway:
         assert not gateway.tracing
