@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -53,14 +54,21 @@ def make(name: str, directory: Path) -> Transport:
     return open_transport(name)
 
 
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory whose sockets stay within the 107 characters that a unix socket's path may have."""
+    with tempfile.TemporaryDirectory(prefix="links-") as path:
+        yield Path(path)
+
+
 @pytest.fixture(params=["loopback", *BETWEEN_PROCESSES])
-def transport(request: pytest.FixtureRequest, tmp_path: Path) -> Transport:
-    return make(request.param, tmp_path)
+def transport(request: pytest.FixtureRequest, short_path: Path) -> Transport:
+    return make(request.param, short_path)
 
 
 @pytest.fixture(params=BETWEEN_PROCESSES)
-def remote(request: pytest.FixtureRequest, tmp_path: Path) -> Transport:
-    return make(request.param, tmp_path)
+def remote(request: pytest.FixtureRequest, short_path: Path) -> Transport:
+    return make(request.param, short_path)
 
 
 def layout(num_slots: int = 3, send: int = 4096, recv: int = 4096, **fields: str) -> LinkLayout:

@@ -64,7 +64,7 @@ class WorkerProcess:
         self._ready = False
         self._message = "starting"
         self._closers: list[Callable[[], None]] = []
-        configure_logging(config.log.level, json=config.log.format == "json")
+        configure_logging(config.log.level, json=config.log.format == "json", worker=config.worker_id, generation=config.epoch)
         self._telemetry = setup(
             f"antiphon-{config.role.value}",
             attributes={"service.instance.id": config.worker_id, "antiphon.deployment": config.deployment},
