@@ -2,8 +2,9 @@
 
     python tests/bench/wiring_logits.py [CHECKPOINT]
 
-In fp32 tokens are equal everywhere (tests/golden). In bf16 the order of sums differs between one FFN and several slices of it; this
-states by how much. A JSON line per wiring: the largest absolute difference of any logit, the mean, and how many greedy tokens differ.
+In fp32 tokens are equal everywhere (tests/golden). In bf16 the order of sums differs between one FFN and several slices of it;
+this states by how much. A JSON line per wiring: the largest absolute difference of any logit, the mean, and how many greedy
+tokens differ.
 """
 
 from __future__ import annotations
