@@ -130,7 +130,8 @@ def _timestamp(record: logging.LogRecord) -> str:
 
 
 def _extra(record: logging.LogRecord) -> dict[str, object]:
-    return {key: value for key, value in record.__dict__.items() if key not in _STANDARD}
+    # Libraries that hook into record making (Ray does) add private fields of their own.
+    return {key: value for key, value in record.__dict__.items() if key not in _STANDARD and not key.startswith("_")}
 
 
 def _printable(text: str) -> str:

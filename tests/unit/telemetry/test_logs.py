@@ -112,3 +112,11 @@ def test_the_level_is_for_our_own_loggers(out: io.StringIO) -> None:
 def test_an_unknown_level_is_refused() -> None:
     with pytest.raises(ValueError, match="not a log level"):
         configure_logging("loud")
+
+
+def test_private_fields_that_libraries_add_are_left_out(out: io.StringIO) -> None:
+    configure_logging("info", stream=out)
+    log.info("hello", extra={"_ray_timestamp_ns": 1, "rows": 2})
+    (line,) = lines(out)
+    assert line["rows"] == 2
+    assert "_ray_timestamp_ns" not in line
