@@ -46,6 +46,7 @@ from antiphon.worker.ffn_worker import FFNWorker
 
 _IDLE_WAIT_S = 0.5
 _PEERS_TIMEOUT_S = 90.0
+_PREFILL_PATIENCE_S = 10.0
 _READY_POLL_S = 0.02
 
 
@@ -246,17 +247,23 @@ class WorkerProcess:
         return wishes
 
     def _await_peers(self, peers: PeerKeeper) -> None:
-        if self._config.role is not Role.ATTENTION:
+        """Wait for FFN workers, without whom nothing can be computed; and a little for a prefill worker, who is only better."""
+        if self._part is None:
             return
-        assert self._part is not None
+        side, kv = self._part.worker.afd, self._part.worker.kv
         self._message = "waiting for FFN workers"
         deadline = time.monotonic() + _PEERS_TIMEOUT_S
-        while not self._part.worker.afd.complete and not self._stop.is_set():
+        while not side.complete and not self._stop.is_set():
             peers.check()
             if isinstance(peers.last_refusal, LayoutMismatch):
                 raise peers.last_refusal
             if time.monotonic() > deadline:
                 raise Unavailable(f"FFN workers for all shards did not come within {_PEERS_TIMEOUT_S:g} s")
+            time.sleep(_READY_POLL_S)
+        self._message = "waiting for a prefill worker"
+        deadline = time.monotonic() + _PREFILL_PATIENCE_S
+        while isinstance(kv, DecodeSide) and not kv.peers() and not self._stop.is_set() and time.monotonic() < deadline:
+            peers.check()
             time.sleep(_READY_POLL_S)
 
     # ---- what others see ---------------------------------------------------------------------------------------
