@@ -119,6 +119,7 @@ class BenchDeployment:
         checkpoint = resolve(setup.uri)
         self._num_layers = describe(Checkpoint.open(checkpoint).config).num_layers
         self._deployment = DirectDeployment(self._document, checkpoint=str(checkpoint), run_dir=Path(self._run_dir.name))
+        self._runner = asyncio.Runner()  # one loop for all runs: grpc's channels keep to the loop they met first
         self._random = random.Random(0)
         self._number = 0
 
@@ -133,20 +134,21 @@ class BenchDeployment:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._runner.close()
         self._deployment.close()
         self._run_dir.cleanup()
 
     def decode(self, batch: int, *, num_prompt: int = 128, num_generated: int = 128) -> dict[str, Any]:
         """Steady decode of ``batch`` requests at once; one line of figures."""
-        return asyncio.run(self._decode(batch, num_prompt, num_generated))
+        return self._runner.run(self._decode(batch, num_prompt, num_generated))
 
     def prefill(self, num_prompt: int, *, repeats: int = 5) -> dict[str, Any]:
         """Time to the first token of one prompt at a time; one line of figures."""
-        return asyncio.run(self._prefill(num_prompt, repeats))
+        return self._runner.run(self._prefill(num_prompt, repeats))
 
     def mixed(self, rate_per_s: float, duration_s: float, *, num_prompt: int = 256, num_generated: int = 64) -> dict[str, Any]:
         """Poisson arrivals for ``duration_s`` seconds; one line of figures."""
-        return asyncio.run(self._mixed(rate_per_s, duration_s, num_prompt, num_generated))
+        return self._runner.run(self._mixed(rate_per_s, duration_s, num_prompt, num_generated))
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
