@@ -228,6 +228,27 @@ async def test_epochs_exceed_those_that_workers_brought_along(directory: Directo
     assert await directory.next_epoch(info().worker_id) > highest
 
 
+async def test_a_note_is_read_by_key_and_listed_by_topic(directory: Directory) -> None:
+    await directory.put_note("coe/team", "b", "naïve\n{1}", LONG_S)
+    await directory.put_note("coe/team", "a", "old", LONG_S)
+    await directory.put_note("coe/team", "a", "new", LONG_S)
+    await directory.put_note("coe/other", "c", "else", LONG_S)
+    assert await directory.note("coe/team", "b") == "naïve\n{1}"
+    assert await directory.note("coe/team", "c") is None
+    assert list((await directory.notes("coe/team")).items()) == [("a", "new"), ("b", "naïve\n{1}")]
+
+
+async def test_a_note_is_gone_with_its_lease(directory: Directory) -> None:
+    await directory.put_note("coe/team", "short", "x", SHORT_S)
+    await directory.put_note("coe/team", "long", "y", LONG_S)
+
+    async def gone() -> bool:
+        return await directory.note("coe/team", "short") is None
+
+    await eventually(gone)
+    assert dict(await directory.notes("coe/team")) == {"long": "y"}
+
+
 async def test_a_restarted_embedded_directory_is_found_again_and_filled_by_renewals() -> None:
     server = await DirectoryServer.start(MemoryDirectory())
     port = int(server.address.rpartition(":")[2])

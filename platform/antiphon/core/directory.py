@@ -11,7 +11,7 @@ Must not know: Redis, gRPC, or where the store runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,7 +33,23 @@ class WorkerRecord:
         return max(0.0, self.lease_s - self.age_s)
 
 
-class Directory(Protocol):
+class Notes(Protocol):
+    """Small texts under leases, by topic and key: what replicas of one role tell each other. Raises like ``Directory``."""
+
+    async def put_note(self, topic: str, key: str, text: str, lease_s: float) -> None:
+        """Write, or write over; gone after ``lease_s`` seconds unless written again."""
+        ...
+
+    async def note(self, topic: str, key: str) -> str | None:
+        """The text; None = there is none."""
+        ...
+
+    async def notes(self, topic: str) -> Mapping[str, str]:
+        """All texts of the topic by key, ordered by key."""
+        ...
+
+
+class Directory(Notes, Protocol):
     """Where workers register. Every method raises Unavailable while the store can't be reached."""
 
     async def register(self, info: WorkerInfo, lease_s: float) -> bool:

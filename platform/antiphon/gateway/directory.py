@@ -7,7 +7,7 @@ has the contract. Must not know: who routes on the records.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from antiphon.core.directory import Directory, WorkerRecord
@@ -16,6 +16,8 @@ from antiphon.core.ids import Epoch, WorkerId
 from antiphon.core.worker_info import WorkerInfo
 
 __all__ = ["Directory", "MemoryDirectory", "WorkerRecord", "open_directory"]
+
+_NOTES_SWEPT_AT = 1024
 
 
 @dataclass(slots=True)
@@ -28,6 +30,12 @@ class _Lease:
 @dataclass(slots=True)
 class _Claim:
     owner: str
+    until_s: float
+
+
+@dataclass(slots=True)
+class _Note:
+    text: str
     until_s: float
 
 
@@ -48,6 +56,8 @@ class MemoryDirectory:
         self._leases: dict[WorkerId, _Lease] = {}
         self._claims: dict[tuple[str, str], dict[int, _Claim]] = {}
         self._epochs: dict[WorkerId, int] = {}
+        self._notes: dict[str, dict[str, _Note]] = {}
+        self._num_notes_kept = _NOTES_SWEPT_AT
 
     async def register(self, info: WorkerInfo, lease_s: float) -> bool:
         """See ``Directory``."""
@@ -102,8 +112,34 @@ class MemoryDirectory:
         self._epochs[worker_id] = epoch
         return Epoch(epoch)
 
+    async def put_note(self, topic: str, key: str, text: str, lease_s: float) -> None:
+        """See ``Notes``."""
+        notes = self._notes.setdefault(topic, {})
+        notes[key] = _Note(text=text, until_s=self._clock() + lease_s)
+        if len(notes) > self._num_notes_kept:  # swept each time their number has doubled: O(1) per note
+            self._sweep_notes(topic)
+            self._num_notes_kept = max(_NOTES_SWEPT_AT, 2 * max((len(held) for held in self._notes.values()), default=0))
+
+    async def note(self, topic: str, key: str) -> str | None:
+        """See ``Notes``."""
+        held = self._notes.get(topic, {}).get(key)
+        return None if held is None or self._clock() >= held.until_s else held.text
+
+    async def notes(self, topic: str) -> Mapping[str, str]:
+        """See ``Notes``."""
+        self._sweep_notes(topic)
+        return {key: held.text for key, held in sorted(self._notes.get(topic, {}).items())}
+
     async def close(self) -> None:
         """See ``Directory``."""
+
+    def _sweep_notes(self, topic: str) -> None:
+        now = self._clock()
+        kept = {key: held for key, held in self._notes.get(topic, {}).items() if now < held.until_s}
+        if kept:
+            self._notes[topic] = kept
+        else:
+            self._notes.pop(topic, None)
 
     def _check_settled(self) -> None:
         left = self._settled_s - self._clock()

@@ -6,13 +6,15 @@
     antiphon:{directory}:index:<deployment>/<pool>:<i> owner; expires with the claim
     antiphon:{directory}:owner:<deployment>/<pool>:<o> index; expires with the claim
     antiphon:{directory}:epoch:<id>                    highest epoch handed out or seen
+    antiphon:{directory}:note:<topic>:<key>            text; expires with its lease
+    antiphon:{directory}:notes:<topic>                 sorted set of keys by the end of their lease, pruned when written
 
 The braces keep all keys in one slot of a Redis Cluster. Time is Redis' own, so clocks of hosts do not matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from typing import Any, TypeVar, cast
 
 import redis.asyncio as redis
@@ -88,6 +90,26 @@ if index and redis.call('GET', ARGV[1] .. index) == ARGV[2] then redis.call('DEL
 return redis.call('DEL', KEYS[1])
 """
 
+# KEYS the note, its topic; ARGV text, lease_ms, key
+_PUT_NOTE = """
+local time = redis.call('TIME')
+local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
+redis.call('ZADD', KEYS[2], now + tonumber(ARGV[2]), ARGV[3])
+redis.call('PEXPIREAT', KEYS[2], redis.call('ZREVRANGE', KEYS[2], 0, 0, 'WITHSCORES')[2])
+"""
+
+# KEYS the topic; ARGV prefix of its notes. Answers key, text for each.
+_NOTES = """
+local found = {}
+for _, key in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
+  local text = redis.call('GET', ARGV[1] .. key)
+  if text then found[#found + 1] = {key, text} end
+end
+return found
+"""
+
 # KEYS epoch; ARGV after. An unknown worker starts at Redis' time in seconds: a store that was emptied must not go back.
 _EPOCH = """
 local epoch = tonumber(redis.call('GET', KEYS[1]) or redis.call('TIME')[1])
@@ -115,6 +137,8 @@ class RedisDirectory:
         self._claim = self._redis.register_script(_CLAIM)
         self._release = self._redis.register_script(_RELEASE)
         self._epoch = self._redis.register_script(_EPOCH)
+        self._put_note = self._redis.register_script(_PUT_NOTE)
+        self._notes = self._redis.register_script(_NOTES)
 
     async def register(self, info: WorkerInfo, lease_s: float) -> bool:
         """See ``Directory``."""
@@ -156,6 +180,21 @@ class RedisDirectory:
     async def next_epoch(self, worker_id: WorkerId, after: Epoch = Epoch(0)) -> Epoch:
         """See ``Directory``."""
         return Epoch(int(await _translated(self._epoch(keys=[f"{_PREFIX}epoch:{worker_id}"], args=[after]))))
+
+    async def put_note(self, topic: str, key: str, text: str, lease_s: float) -> None:
+        """See ``Notes``."""
+        keys = [f"{_PREFIX}note:{topic}:{key}", f"{_PREFIX}notes:{topic}"]
+        await _translated(self._put_note(keys=keys, args=[text, _milliseconds(lease_s), key]))
+
+    async def note(self, topic: str, key: str) -> str | None:
+        """See ``Notes``."""
+        text = await _translated(self._redis.get(f"{_PREFIX}note:{topic}:{key}"))
+        return None if text is None else text.decode()
+
+    async def notes(self, topic: str) -> Mapping[str, str]:
+        """See ``Notes``."""
+        rows = await _translated(self._notes(keys=[f"{_PREFIX}notes:{topic}"], args=[f"{_PREFIX}note:{topic}:"]))
+        return {key.decode(): text.decode() for key, text in sorted(rows)}
 
     async def close(self) -> None:
         """See ``Directory``."""

@@ -5,6 +5,7 @@ Must not know: which store answers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 import grpc
@@ -73,6 +74,21 @@ class RemoteDirectory:
         """See ``Directory``."""
         request = pb.NextEpochRequest(worker_id=worker_id, after=after)
         return Epoch((await self._call("NextEpoch", request, pb.NextEpochResponse)).epoch)
+
+    async def put_note(self, topic: str, key: str, text: str, lease_s: float) -> None:
+        """See ``Notes``."""
+        request = pb.PutNoteRequest(topic=topic, key=key, text=text, lease_s=lease_s)
+        await self._call("PutNote", request, pb.PutNoteResponse)
+
+    async def note(self, topic: str, key: str) -> str | None:
+        """See ``Notes``."""
+        answer = await self._call("GetNote", pb.GetNoteRequest(topic=topic, key=key), pb.GetNoteResponse)
+        return answer.text if answer.HasField("text") else None
+
+    async def notes(self, topic: str) -> Mapping[str, str]:
+        """See ``Notes``."""
+        answer = await self._call("ListNotes", pb.ListNotesRequest(topic=topic), pb.ListNotesResponse)
+        return dict(sorted(answer.texts.items()))
 
     async def close(self) -> None:
         """See ``Directory``."""

@@ -74,6 +74,19 @@ class DirectoryService(pb_grpc.DirectoryServicer):
         epoch = await _or_abort(self._store.next_epoch(WorkerId(request.worker_id), Epoch(request.after)), context)
         return pb.NextEpochResponse(epoch=epoch)
 
+    async def PutNote(self, request: pb.PutNoteRequest, context: Context) -> pb.PutNoteResponse:  # noqa: N802
+        """Write a note."""
+        await _or_abort(self._store.put_note(request.topic, request.key, request.text, request.lease_s), context)
+        return pb.PutNoteResponse()
+
+    async def GetNote(self, request: pb.GetNoteRequest, context: Context) -> pb.GetNoteResponse:  # noqa: N802
+        """One note."""
+        return pb.GetNoteResponse(text=await _or_abort(self._store.note(request.topic, request.key), context))
+
+    async def ListNotes(self, request: pb.ListNotesRequest, context: Context) -> pb.ListNotesResponse:  # noqa: N802
+        """All notes of a topic."""
+        return pb.ListNotesResponse(texts=await _or_abort(self._store.notes(request.topic), context))
+
 
 class DirectoryServer:
     """A listening DirectoryService; ``address`` is what ``open_directory`` takes."""

@@ -54,7 +54,9 @@ class WorkerLease(_message.Message):
     worker_info_json: str
     age_s: float
     lease_s: float
-    def __init__(self, worker_info_json: _Optional[str] = ..., age_s: _Optional[float] = ..., lease_s: _Optional[float] = ...) -> None: ...
+    def __init__(
+        self, worker_info_json: _Optional[str] = ..., age_s: _Optional[float] = ..., lease_s: _Optional[float] = ...
+    ) -> None: ...
 
 class ClaimIndexRequest(_message.Message):
     __slots__ = ("deployment", "pool", "owner", "lease_s", "preferred")
@@ -68,7 +70,14 @@ class ClaimIndexRequest(_message.Message):
     owner: str
     lease_s: float
     preferred: int
-    def __init__(self, deployment: _Optional[str] = ..., pool: _Optional[str] = ..., owner: _Optional[str] = ..., lease_s: _Optional[float] = ..., preferred: _Optional[int] = ...) -> None: ...
+    def __init__(
+        self,
+        deployment: _Optional[str] = ...,
+        pool: _Optional[str] = ...,
+        owner: _Optional[str] = ...,
+        lease_s: _Optional[float] = ...,
+        preferred: _Optional[int] = ...,
+    ) -> None: ...
 
 class ClaimIndexResponse(_message.Message):
     __slots__ = ("index",)
@@ -103,3 +112,55 @@ class NextEpochResponse(_message.Message):
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+
+class PutNoteRequest(_message.Message):
+    __slots__ = ("topic", "key", "text", "lease_s")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    key: str
+    text: str
+    lease_s: float
+    def __init__(
+        self, topic: _Optional[str] = ..., key: _Optional[str] = ..., text: _Optional[str] = ..., lease_s: _Optional[float] = ...
+    ) -> None: ...
+
+class PutNoteResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetNoteRequest(_message.Message):
+    __slots__ = ("topic", "key")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    key: str
+    def __init__(self, topic: _Optional[str] = ..., key: _Optional[str] = ...) -> None: ...
+
+class GetNoteResponse(_message.Message):
+    __slots__ = ("text",)
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    def __init__(self, text: _Optional[str] = ...) -> None: ...
+
+class ListNotesRequest(_message.Message):
+    __slots__ = ("topic",)
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    def __init__(self, topic: _Optional[str] = ...) -> None: ...
+
+class ListNotesResponse(_message.Message):
+    __slots__ = ("texts",)
+    class TextsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    texts: _containers.ScalarMap[str, str]
+    def __init__(self, texts: _Optional[_Mapping[str, str]] = ...) -> None: ...
