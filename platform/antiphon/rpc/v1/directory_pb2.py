@@ -4,70 +4,75 @@
 # source: antiphon/rpc/v1/directory.proto
 # Protobuf Python Version: 7.35.1
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
-_runtime_version.ValidateProtobufRuntimeVersion(_runtime_version.Domain.PUBLIC, 7, 35, 1, "", "antiphon/rpc/v1/directory.proto")
+_runtime_version.ValidateProtobufRuntimeVersion(
+    _runtime_version.Domain.PUBLIC,
+    7,
+    35,
+    1,
+    '',
+    'antiphon/rpc/v1/directory.proto'
+)
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x1f\x61ntiphon/rpc/v1/directory.proto\x12\x0f\x61ntiphon.rpc.v1"<\n\x0fRegisterRequest\x12\x18\n\x10worker_info_json\x18\x01 \x01(\t\x12\x0f\n\x07lease_s\x18\x02 \x01(\x01"$\n\x10RegisterResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08"1\n\rRemoveRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04"!\n\x0eRemoveResponse\x12\x0f\n\x07removed\x18\x01 \x01(\x08"<\n\x12ListWorkersRequest\x12\x17\n\ndeployment\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\r\n\x0b_deployment"D\n\x13ListWorkersResponse\x12-\n\x07workers\x18\x01 \x03(\x0b\x32\x1c.antiphon.rpc.v1.WorkerLease"G\n\x0bWorkerLease\x12\x18\n\x10worker_info_json\x18\x01 \x01(\t\x12\r\n\x05\x61ge_s\x18\x02 \x01(\x01\x12\x0f\n\x07lease_s\x18\x03 \x01(\x01"{\n\x11\x43laimIndexRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x0c\n\x04pool\x18\x02 \x01(\t\x12\r\n\x05owner\x18\x03 \x01(\t\x12\x0f\n\x07lease_s\x18\x04 \x01(\x01\x12\x16\n\tpreferred\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\x0c\n\n_preferred"#\n\x12\x43laimIndexResponse\x12\r\n\x05index\x18\x01 \x01(\r"F\n\x13ReleaseIndexRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x0c\n\x04pool\x18\x02 \x01(\t\x12\r\n\x05owner\x18\x03 \x01(\t"\x16\n\x14ReleaseIndexResponse"4\n\x10NextEpochRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04""\n\x11NextEpochResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04"K\n\x0ePutNoteRequest\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0f\n\x07lease_s\x18\x04 \x01(\x01"\x11\n\x0fPutNoteResponse",\n\x0eGetNoteRequest\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t"-\n\x0fGetNoteResponse\x12\x11\n\x04text\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_text"!\n\x10ListNotesRequest\x12\r\n\x05topic\x18\x01 \x01(\t"\x7f\n\x11ListNotesResponse\x12<\n\x05texts\x18\x01 \x03(\x0b\x32-.antiphon.rpc.v1.ListNotesResponse.TextsEntry\x1a,\n\nTextsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xf9\x05\n\tDirectory\x12O\n\x08Register\x12 .antiphon.rpc.v1.RegisterRequest\x1a!.antiphon.rpc.v1.RegisterResponse\x12I\n\x06Remove\x12\x1e.antiphon.rpc.v1.RemoveRequest\x1a\x1f.antiphon.rpc.v1.RemoveResponse\x12X\n\x0bListWorkers\x12#.antiphon.rpc.v1.ListWorkersRequest\x1a$.antiphon.rpc.v1.ListWorkersResponse\x12U\n\nClaimIndex\x12".antiphon.rpc.v1.ClaimIndexRequest\x1a#.antiphon.rpc.v1.ClaimIndexResponse\x12[\n\x0cReleaseIndex\x12$.antiphon.rpc.v1.ReleaseIndexRequest\x1a%.antiphon.rpc.v1.ReleaseIndexResponse\x12R\n\tNextEpoch\x12!.antiphon.rpc.v1.NextEpochRequest\x1a".antiphon.rpc.v1.NextEpochResponse\x12L\n\x07PutNote\x12\x1f.antiphon.rpc.v1.PutNoteRequest\x1a .antiphon.rpc.v1.PutNoteResponse\x12L\n\x07GetNote\x12\x1f.antiphon.rpc.v1.GetNoteRequest\x1a .antiphon.rpc.v1.GetNoteResponse\x12R\n\tListNotes\x12!.antiphon.rpc.v1.ListNotesRequest\x1a".antiphon.rpc.v1.ListNotesResponseb\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x61ntiphon/rpc/v1/directory.proto\x12\x0f\x61ntiphon.rpc.v1\"<\n\x0fRegisterRequest\x12\x18\n\x10worker_info_json\x18\x01 \x01(\t\x12\x0f\n\x07lease_s\x18\x02 \x01(\x01\"$\n\x10RegisterResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\"1\n\rRemoveRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"!\n\x0eRemoveResponse\x12\x0f\n\x07removed\x18\x01 \x01(\x08\"<\n\x12ListWorkersRequest\x12\x17\n\ndeployment\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\r\n\x0b_deployment\"D\n\x13ListWorkersResponse\x12-\n\x07workers\x18\x01 \x03(\x0b\x32\x1c.antiphon.rpc.v1.WorkerLease\"G\n\x0bWorkerLease\x12\x18\n\x10worker_info_json\x18\x01 \x01(\t\x12\r\n\x05\x61ge_s\x18\x02 \x01(\x01\x12\x0f\n\x07lease_s\x18\x03 \x01(\x01\"{\n\x11\x43laimIndexRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x0c\n\x04pool\x18\x02 \x01(\t\x12\r\n\x05owner\x18\x03 \x01(\t\x12\x0f\n\x07lease_s\x18\x04 \x01(\x01\x12\x16\n\tpreferred\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\x0c\n\n_preferred\"#\n\x12\x43laimIndexResponse\x12\r\n\x05index\x18\x01 \x01(\r\"F\n\x13ReleaseIndexRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x0c\n\x04pool\x18\x02 \x01(\t\x12\r\n\x05owner\x18\x03 \x01(\t\"\x16\n\x14ReleaseIndexResponse\"4\n\x10NextEpochRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\"\"\n\x11NextEpochResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"K\n\x0ePutNoteRequest\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0f\n\x07lease_s\x18\x04 \x01(\x01\"\x11\n\x0fPutNoteResponse\",\n\x0eGetNoteRequest\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\"-\n\x0fGetNoteResponse\x12\x11\n\x04text\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_text\"!\n\x10ListNotesRequest\x12\r\n\x05topic\x18\x01 \x01(\t\"\x7f\n\x11ListNotesResponse\x12<\n\x05texts\x18\x01 \x03(\x0b\x32-.antiphon.rpc.v1.ListNotesResponse.TextsEntry\x1a,\n\nTextsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xf9\x05\n\tDirectory\x12O\n\x08Register\x12 .antiphon.rpc.v1.RegisterRequest\x1a!.antiphon.rpc.v1.RegisterResponse\x12I\n\x06Remove\x12\x1e.antiphon.rpc.v1.RemoveRequest\x1a\x1f.antiphon.rpc.v1.RemoveResponse\x12X\n\x0bListWorkers\x12#.antiphon.rpc.v1.ListWorkersRequest\x1a$.antiphon.rpc.v1.ListWorkersResponse\x12U\n\nClaimIndex\x12\".antiphon.rpc.v1.ClaimIndexRequest\x1a#.antiphon.rpc.v1.ClaimIndexResponse\x12[\n\x0cReleaseIndex\x12$.antiphon.rpc.v1.ReleaseIndexRequest\x1a%.antiphon.rpc.v1.ReleaseIndexResponse\x12R\n\tNextEpoch\x12!.antiphon.rpc.v1.NextEpochRequest\x1a\".antiphon.rpc.v1.NextEpochResponse\x12L\n\x07PutNote\x12\x1f.antiphon.rpc.v1.PutNoteRequest\x1a .antiphon.rpc.v1.PutNoteResponse\x12L\n\x07GetNote\x12\x1f.antiphon.rpc.v1.GetNoteRequest\x1a .antiphon.rpc.v1.GetNoteResponse\x12R\n\tListNotes\x12!.antiphon.rpc.v1.ListNotesRequest\x1a\".antiphon.rpc.v1.ListNotesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "antiphon.rpc.v1.directory_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'antiphon.rpc.v1.directory_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_LISTNOTESRESPONSE_TEXTSENTRY"]._loaded_options = None
-    _globals["_LISTNOTESRESPONSE_TEXTSENTRY"]._serialized_options = b"8\001"
-    _globals["_REGISTERREQUEST"]._serialized_start = 52
-    _globals["_REGISTERREQUEST"]._serialized_end = 112
-    _globals["_REGISTERRESPONSE"]._serialized_start = 114
-    _globals["_REGISTERRESPONSE"]._serialized_end = 150
-    _globals["_REMOVEREQUEST"]._serialized_start = 152
-    _globals["_REMOVEREQUEST"]._serialized_end = 201
-    _globals["_REMOVERESPONSE"]._serialized_start = 203
-    _globals["_REMOVERESPONSE"]._serialized_end = 236
-    _globals["_LISTWORKERSREQUEST"]._serialized_start = 238
-    _globals["_LISTWORKERSREQUEST"]._serialized_end = 298
-    _globals["_LISTWORKERSRESPONSE"]._serialized_start = 300
-    _globals["_LISTWORKERSRESPONSE"]._serialized_end = 368
-    _globals["_WORKERLEASE"]._serialized_start = 370
-    _globals["_WORKERLEASE"]._serialized_end = 441
-    _globals["_CLAIMINDEXREQUEST"]._serialized_start = 443
-    _globals["_CLAIMINDEXREQUEST"]._serialized_end = 566
-    _globals["_CLAIMINDEXRESPONSE"]._serialized_start = 568
-    _globals["_CLAIMINDEXRESPONSE"]._serialized_end = 603
-    _globals["_RELEASEINDEXREQUEST"]._serialized_start = 605
-    _globals["_RELEASEINDEXREQUEST"]._serialized_end = 675
-    _globals["_RELEASEINDEXRESPONSE"]._serialized_start = 677
-    _globals["_RELEASEINDEXRESPONSE"]._serialized_end = 699
-    _globals["_NEXTEPOCHREQUEST"]._serialized_start = 701
-    _globals["_NEXTEPOCHREQUEST"]._serialized_end = 753
-    _globals["_NEXTEPOCHRESPONSE"]._serialized_start = 755
-    _globals["_NEXTEPOCHRESPONSE"]._serialized_end = 789
-    _globals["_PUTNOTEREQUEST"]._serialized_start = 791
-    _globals["_PUTNOTEREQUEST"]._serialized_end = 866
-    _globals["_PUTNOTERESPONSE"]._serialized_start = 868
-    _globals["_PUTNOTERESPONSE"]._serialized_end = 885
-    _globals["_GETNOTEREQUEST"]._serialized_start = 887
-    _globals["_GETNOTEREQUEST"]._serialized_end = 931
-    _globals["_GETNOTERESPONSE"]._serialized_start = 933
-    _globals["_GETNOTERESPONSE"]._serialized_end = 978
-    _globals["_LISTNOTESREQUEST"]._serialized_start = 980
-    _globals["_LISTNOTESREQUEST"]._serialized_end = 1013
-    _globals["_LISTNOTESRESPONSE"]._serialized_start = 1015
-    _globals["_LISTNOTESRESPONSE"]._serialized_end = 1142
-    _globals["_LISTNOTESRESPONSE_TEXTSENTRY"]._serialized_start = 1098
-    _globals["_LISTNOTESRESPONSE_TEXTSENTRY"]._serialized_end = 1142
-    _globals["_DIRECTORY"]._serialized_start = 1145
-    _globals["_DIRECTORY"]._serialized_end = 1906
+  DESCRIPTOR._loaded_options = None
+  _globals['_LISTNOTESRESPONSE_TEXTSENTRY']._loaded_options = None
+  _globals['_LISTNOTESRESPONSE_TEXTSENTRY']._serialized_options = b'8\001'
+  _globals['_REGISTERREQUEST']._serialized_start=52
+  _globals['_REGISTERREQUEST']._serialized_end=112
+  _globals['_REGISTERRESPONSE']._serialized_start=114
+  _globals['_REGISTERRESPONSE']._serialized_end=150
+  _globals['_REMOVEREQUEST']._serialized_start=152
+  _globals['_REMOVEREQUEST']._serialized_end=201
+  _globals['_REMOVERESPONSE']._serialized_start=203
+  _globals['_REMOVERESPONSE']._serialized_end=236
+  _globals['_LISTWORKERSREQUEST']._serialized_start=238
+  _globals['_LISTWORKERSREQUEST']._serialized_end=298
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=300
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=368
+  _globals['_WORKERLEASE']._serialized_start=370
+  _globals['_WORKERLEASE']._serialized_end=441
+  _globals['_CLAIMINDEXREQUEST']._serialized_start=443
+  _globals['_CLAIMINDEXREQUEST']._serialized_end=566
+  _globals['_CLAIMINDEXRESPONSE']._serialized_start=568
+  _globals['_CLAIMINDEXRESPONSE']._serialized_end=603
+  _globals['_RELEASEINDEXREQUEST']._serialized_start=605
+  _globals['_RELEASEINDEXREQUEST']._serialized_end=675
+  _globals['_RELEASEINDEXRESPONSE']._serialized_start=677
+  _globals['_RELEASEINDEXRESPONSE']._serialized_end=699
+  _globals['_NEXTEPOCHREQUEST']._serialized_start=701
+  _globals['_NEXTEPOCHREQUEST']._serialized_end=753
+  _globals['_NEXTEPOCHRESPONSE']._serialized_start=755
+  _globals['_NEXTEPOCHRESPONSE']._serialized_end=789
+  _globals['_PUTNOTEREQUEST']._serialized_start=791
+  _globals['_PUTNOTEREQUEST']._serialized_end=866
+  _globals['_PUTNOTERESPONSE']._serialized_start=868
+  _globals['_PUTNOTERESPONSE']._serialized_end=885
+  _globals['_GETNOTEREQUEST']._serialized_start=887
+  _globals['_GETNOTEREQUEST']._serialized_end=931
+  _globals['_GETNOTERESPONSE']._serialized_start=933
+  _globals['_GETNOTERESPONSE']._serialized_end=978
+  _globals['_LISTNOTESREQUEST']._serialized_start=980
+  _globals['_LISTNOTESREQUEST']._serialized_end=1013
+  _globals['_LISTNOTESRESPONSE']._serialized_start=1015
+  _globals['_LISTNOTESRESPONSE']._serialized_end=1142
+  _globals['_LISTNOTESRESPONSE_TEXTSENTRY']._serialized_start=1098
+  _globals['_LISTNOTESRESPONSE_TEXTSENTRY']._serialized_end=1142
+  _globals['_DIRECTORY']._serialized_start=1145
+  _globals['_DIRECTORY']._serialized_end=1906
 # @@protoc_insertion_point(module_scope)

@@ -54,9 +54,7 @@ class WorkerLease(_message.Message):
     worker_info_json: str
     age_s: float
     lease_s: float
-    def __init__(
-        self, worker_info_json: _Optional[str] = ..., age_s: _Optional[float] = ..., lease_s: _Optional[float] = ...
-    ) -> None: ...
+    def __init__(self, worker_info_json: _Optional[str] = ..., age_s: _Optional[float] = ..., lease_s: _Optional[float] = ...) -> None: ...
 
 class ClaimIndexRequest(_message.Message):
     __slots__ = ("deployment", "pool", "owner", "lease_s", "preferred")
@@ -70,14 +68,7 @@ class ClaimIndexRequest(_message.Message):
     owner: str
     lease_s: float
     preferred: int
-    def __init__(
-        self,
-        deployment: _Optional[str] = ...,
-        pool: _Optional[str] = ...,
-        owner: _Optional[str] = ...,
-        lease_s: _Optional[float] = ...,
-        preferred: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, deployment: _Optional[str] = ..., pool: _Optional[str] = ..., owner: _Optional[str] = ..., lease_s: _Optional[float] = ..., preferred: _Optional[int] = ...) -> None: ...
 
 class ClaimIndexResponse(_message.Message):
     __slots__ = ("index",)
@@ -123,9 +114,7 @@ class PutNoteRequest(_message.Message):
     key: str
     text: str
     lease_s: float
-    def __init__(
-        self, topic: _Optional[str] = ..., key: _Optional[str] = ..., text: _Optional[str] = ..., lease_s: _Optional[float] = ...
-    ) -> None: ...
+    def __init__(self, topic: _Optional[str] = ..., key: _Optional[str] = ..., text: _Optional[str] = ..., lease_s: _Optional[float] = ...) -> None: ...
 
 class PutNoteResponse(_message.Message):
     __slots__ = ()
@@ -160,7 +149,6 @@ class ListNotesResponse(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
-
     TEXTS_FIELD_NUMBER: _ClassVar[int]
     texts: _containers.ScalarMap[str, str]
     def __init__(self, texts: _Optional[_Mapping[str, str]] = ...) -> None: ...
