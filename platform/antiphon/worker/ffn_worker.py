@@ -7,6 +7,7 @@ Legend: R rows, D hidden, K expert ids per row. Must not know: requests, tokens,
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ import torch
 from antiphon.connectors.ffn_side import FFNSide, FFNWork
 from antiphon.core.errors import InvalidInput
 from antiphon.models.decoder import FFNHalves
+
+_IDLE_WAIT_S = 0.5
 
 
 @dataclass(slots=True, kw_only=True)
@@ -24,6 +27,8 @@ class FFNStats:
     num_batches: int = 0
     compute_s: float = 0.0
     wait_s: float = 0.0  # sum over messages, from arrival to the start of their batch
+    busy_s: float = 0.0  # computing, and taking and answering messages; the rest is waiting for peers
+    num_stale_messages: int = 0  # routed by a placement whose experts had been let go already; computed all the same
 
 
 class FFNWorker:
@@ -33,17 +38,29 @@ class FFNWorker:
         self.halves = halves
         self.side = side
         self.stats = FFNStats()
+        self.placement = 0  # number of the placement that was settled last: experts of older ones may be gone
+
+    def serve(self, stopped: Callable[[], bool]) -> None:
+        """Answer peers until ``stopped`` says so, which is asked at least twice a second."""
+        with torch.inference_mode():
+            while not stopped():
+                if not self.pump():
+                    self.side.wait(_IDLE_WAIT_S)
 
     def pump(self) -> bool:
         """Answer everything that has arrived, one batch per layer; False when nothing had."""
+        start_s = time.perf_counter()
         works = self.side.poll()
         if not works:
             return False
         by_layer: dict[int, list[FFNWork]] = {}
         for work in works:
+            if work.header.spare < self.placement:
+                self.stats.num_stale_messages += 1
             by_layer.setdefault(work.header.layer, []).append(work)
         for layer, batch in by_layer.items():
             self._answer(layer, batch)
+        self.stats.busy_s += time.perf_counter() - start_s
         return True
 
     def _answer(self, layer: int, batch: list[FFNWork]) -> None:
