@@ -268,6 +268,15 @@ def write_tiny_llama(path: Path, *, vocab_size: int = 384, seed: int = 0) -> Pat
 
     Its answers mean nothing, but every byte string can be asked, so that whole systems can be tested in seconds.
     """
+    return _write_tiny(path, vocab_size, seed, num_experts=0)
+
+
+def write_tiny_moe(path: Path, *, num_experts: int = 8, vocab_size: int = 384, seed: int = 0) -> Path:
+    """The same with a mixture of experts in each layer (Qwen3-MoE, two of ``num_experts`` per row)."""
+    return _write_tiny(path, vocab_size, seed, num_experts=num_experts)
+
+
+def _write_tiny(path: Path, vocab_size: int, seed: int, num_experts: int) -> Path:
     from safetensors.torch import save_file
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -277,6 +286,13 @@ def write_tiny_llama(path: Path, *, vocab_size: int = 384, seed: int = 0) -> Pat
 
     def weight(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator) * 0.25
+
+    def ffn(prefix: str) -> dict[str, torch.Tensor]:
+        return {
+            prefix + "gate_proj.weight": weight(intermediate, hidden),
+            prefix + "up_proj.weight": weight(intermediate, hidden),
+            prefix + "down_proj.weight": weight(hidden, intermediate),
+        }
 
     tensors = {"model.embed_tokens.weight": weight(vocab_size, hidden), "model.norm.weight": torch.ones(hidden)}
     for i in range(layers):
@@ -288,10 +304,17 @@ def write_tiny_llama(path: Path, *, vocab_size: int = 384, seed: int = 0) -> Pat
             name + "self_attn.k_proj.weight": weight(kv_heads * head_dim, hidden),
             name + "self_attn.v_proj.weight": weight(kv_heads * head_dim, hidden),
             name + "self_attn.o_proj.weight": weight(hidden, heads * head_dim),
-            name + "mlp.gate_proj.weight": weight(intermediate, hidden),
-            name + "mlp.up_proj.weight": weight(intermediate, hidden),
-            name + "mlp.down_proj.weight": weight(hidden, intermediate),
         }
+        if num_experts == 0:
+            tensors |= ffn(name + "mlp.")
+            continue
+        tensors |= {
+            name + "self_attn.q_norm.weight": torch.ones(head_dim),
+            name + "self_attn.k_norm.weight": torch.ones(head_dim),
+            name + "mlp.gate.weight": weight(num_experts, hidden),
+        }
+        for expert in range(num_experts):
+            tensors |= ffn(f"{name}mlp.experts.{expert}.")
     save_file(tensors, str(path / "model.safetensors"), metadata={"format": "pt"})
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<|im_start|>", "<|im_end|>"]
@@ -306,10 +329,19 @@ def write_tiny_llama(path: Path, *, vocab_size: int = 384, seed: int = 0) -> Pat
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
+    kind: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    if num_experts:
+        kind = {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "num_experts": num_experts,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": intermediate,
+            "norm_topk_prob": True,
+        }
     files: dict[str, Any] = {
         "config.json": {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            **kind,
             "hidden_size": hidden,
             "intermediate_size": intermediate,
             "num_hidden_layers": layers,

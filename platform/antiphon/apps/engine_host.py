@@ -17,6 +17,7 @@ from antiphon.core.errors import Unavailable
 from antiphon.core.request import RequestOutput
 from antiphon.core.worker_info import WorkerLoad
 from antiphon.rpc.engine_server import EngineServicer
+from antiphon.rpc.experts import ExpertsPort, ExpertsServicer
 from antiphon.rpc.services import RpcServer, Service
 from antiphon.telemetry import Telemetry
 from antiphon.transport.bell import Bell
@@ -58,8 +59,11 @@ class InboxBell:
 class RpcThread:
     """A grpc server on an event loop of its own thread. ``engine`` is its Engine service, where there is one."""
 
-    def __init__(self, host: str, port: AttentionPart | None, *, accepts_requests: bool) -> None:
+    def __init__(
+        self, host: str, port: AttentionPart | None, *, accepts_requests: bool, experts: ExpertsPort | None = None
+    ) -> None:
         self._host = host
+        self._experts = experts
         self._part = port
         self._accepts = accepts_requests
         self._loop = asyncio.new_event_loop()
@@ -99,6 +103,8 @@ class RpcThread:
             if self._part is not None and self._accepts:
                 self.engine = EngineServicer(self._part.engine, loop=self._loop)
                 services.append(self.engine)
+            if self._experts is not None:
+                services.append(ExpertsServicer(self._experts))
             self._server = RpcServer(services, host=self._host)
             self._loop.run_until_complete(self._server.start())
         except BaseException as error:  # noqa: BLE001  # the constructor raises it
@@ -157,7 +163,7 @@ class EngineHost:
         scheduler, runner = self._part.engine.scheduler, self._part.worker
         stats, blocks, times = scheduler.stats, scheduler.blocks, runner.afd.times
         per_layer = max(1, times.num_exchanges)
-        kv = runner.kv
+        kv, routers = runner.kv, runner.halves.routers.values()
         return WorkerLoad(
             num_waiting=scheduler.num_waiting,
             num_running=scheduler.num_running,
@@ -173,6 +179,8 @@ class EngineHost:
             num_peers=kv.num_peers if isinstance(kv, PrefillSide) else len(runner.afd.peers()) + _num_prefill(kv),
             num_kv_transfers=stats.num_kv_transfers,
             num_kv_failures=stats.num_kv_failures,
+            num_expert_choices=sum(router.num_chosen for router in routers),
+            num_experts_skipped=sum(router.num_skipped for router in routers),
             resident_weight_bytes=sum(self._part.resident_bytes.values()),
             gauges={
                 "t_attention_us": 1e6 * runner.stats.attention_s / per_layer,

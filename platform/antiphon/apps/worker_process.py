@@ -18,14 +18,17 @@ import torch
 
 from antiphon.apps import data_links
 from antiphon.apps.engine_host import EngineHost, RpcThread
+from antiphon.apps.expert_host import ExpertHost
 from antiphon.apps.peers import PeerKeeper, PeerWish
 from antiphon.apps.pinning import pin, unpinned
+from antiphon.apps.rebalancer import ModelShape, Rebalancer, adopt_newest
 from antiphon.apps.wiring import (
     AttentionPart,
     ModelFacts,
     afd_layout,
     build_attention,
     build_ffn,
+    ffn_parallelism,
     kv_link_layout,
     num_ubatches,
     resolve_model,
@@ -91,8 +94,10 @@ class WorkerProcess:
                     index=config.index,
                 )
                 self._host = EngineHost(self._part, self._telemetry, config.role.value)
+        self._lease: LeaseKeeper | None = None
+        self._experts = self._expert_host()
         with events.timed("listeners"), unpinned():
-            self._rpc = RpcThread(config.host, self._part, accepts_requests=config.role.generates)
+            self._rpc = RpcThread(config.host, self._part, accepts_requests=config.role.generates, experts=self._experts)
             self._closers.append(self._rpc.close)
             if self._host is not None:
                 self._host.servicer = self._rpc.engine
@@ -108,7 +113,9 @@ class WorkerProcess:
         """
         config = self._config
         with unpinned():
-            lease = LeaseKeeper(self._directory, self._describe, config.spec.directory.lease_s)
+            if self._experts is not None and config.role in (Role.FFN, Role.ATTENTION):
+                adopt_newest(self._experts, config.role, self._directory, config.deployment, config.revision)
+            lease = self._lease = LeaseKeeper(self._directory, self._describe, config.spec.directory.lease_s)
             peers = PeerKeeper(self._directory, config.deployment, config.revision, self._wishes(), data_links.connect)
         self._closers += [lease.close, peers.close]
         with lease:
@@ -118,6 +125,7 @@ class WorkerProcess:
                 return
             self._ready, self._message = True, ""
             lease.renew_soon()
+            self._balance()
             self._events.stage("total", time.monotonic() - started_s)
             self._events.ready(**self._ready_facts())
             threading.Thread(target=self._watch, args=(lease, peers), name="watch", daemon=True).start()
@@ -144,6 +152,7 @@ class WorkerProcess:
     # ---- the loop ----------------------------------------------------------------------------------------------
 
     _failure: BaseException | None = None
+    _rebalancer: Rebalancer | None = None
 
     def _loop(self) -> None:
         if self._host is not None:
@@ -163,6 +172,8 @@ class WorkerProcess:
             try:
                 lease.check()
                 peers.check()
+                if self._rebalancer is not None:
+                    self._rebalancer.check()
                 if lease.superseded:
                     raise Unavailable(f"{self._config.worker_id} was replaced by a newer epoch")
             except BaseException as error:  # noqa: BLE001  # raised by run()
@@ -173,6 +184,48 @@ class WorkerProcess:
     def _take(self, outputs: Sequence[RequestOutput]) -> None:
         assert self._host is not None
         self._host.take(outputs)
+
+    # ---- experts -----------------------------------------------------------------------------------------------
+
+    def _expert_host(self) -> ExpertHost | None:
+        config, facts, part = self._config, self._facts, self._part
+        if not facts.config.num_experts:
+            return None
+        _, groups = ffn_parallelism(config.spec) if config.role in (Role.FFN, Role.ATTENTION) else (1, 1)
+
+        def changed() -> None:
+            if self._lease is not None:
+                self._lease.renew_soon()
+
+        return ExpertHost(
+            config=facts.config,
+            role=config.role,
+            worker_id=config.worker_id,
+            deployment=config.deployment,
+            placement=facts.placement(groups),
+            ffn=self._ffn if part is None else part.ffn,
+            attention=None if part is None else part.worker,
+            changed=changed,
+        )
+
+    def _balance(self) -> None:
+        config, facts = self._config, self._facts
+        tensor, groups = ffn_parallelism(config.spec)
+        if self._experts is None or config.role is not Role.ATTENTION or groups == 1:
+            return
+        with unpinned():
+            self._rebalancer = Rebalancer(
+                self._experts,
+                self._directory,
+                deployment=config.deployment,
+                revision=config.revision,
+                worker_id=config.worker_id,
+                shape=ModelShape(
+                    config=facts.config, itemsize_bytes=1 if facts.int8 is not None else facts.dtype.itemsize, num_tensor=tensor
+                ),
+                spec=config.spec.experts.rebalance,
+            )
+        self._closers.append(self._rebalancer.close)
 
     # ---- peers -------------------------------------------------------------------------------------------------
 
@@ -288,14 +341,16 @@ class WorkerProcess:
             block_size_tokens=facts.kv.block_size_tokens,
             max_num_seqs=config.spec.scheduler.max_num_seqs,
             max_queued_requests=config.spec.scheduler.max_queued_requests,
+            num_experts=facts.config.num_experts,
             load=self._load(),
         )
 
     def _load(self) -> WorkerLoad:
         resident = psutil.Process().memory_info().rss
+        placement = 0 if self._experts is None else self._experts.number
         if self._host is not None:
             load = self._host.load()
-            return replace(load, resident_memory_bytes=resident)
+            return replace(load, resident_memory_bytes=resident, placement=placement)
         assert self._ffn is not None
         stats = self._ffn.stats
         batches = max(1, stats.num_batches)
@@ -305,7 +360,10 @@ class WorkerProcess:
             num_ffn_batches=stats.num_batches,
             resident_weight_bytes=sum(self._ffn.halves.resident_bytes.values()),
             resident_memory_bytes=resident,
+            placement=placement,
             gauges={
+                "num_stale_messages": float(stats.num_stale_messages),
+                "num_late_experts": float(sum(bank.num_late_loads for bank in self._ffn.halves.banks.values())),
                 "t_ffn_us": 1e6 * stats.compute_s / batches,
                 "t_wait_us": 1e6 * stats.wait_s / batches,
                 "rows_per_batch": stats.num_rows / batches,

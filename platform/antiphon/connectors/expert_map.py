@@ -39,9 +39,11 @@ class _Table:
 class ExpertMap:
     """Splits the rows of one exchange by expert group."""
 
-    def __init__(self, config: DecoderConfig, placement: ExpertPlacement) -> None:
+    def __init__(self, config: DecoderConfig, placement: ExpertPlacement, number: int = 0) -> None:
+        """``number`` counts the placements of a deployment; it travels with the rows. 0 is the one that serving starts with."""
         placement.check(config)
         self.placement = placement
+        self.number = number
         self.num_groups = placement.num_groups
         self._tables = [
             _table(placement.groups[number], ffn) if isinstance(ffn, MoEConfig) else None for number, ffn in enumerate(config.ffns)

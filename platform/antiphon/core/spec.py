@@ -22,6 +22,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from antiphon.core.document_part import FieldsError, Model
+from antiphon.core.expert_policies import ExpertsSpec
 from antiphon.core.ids import Role
 from antiphon.core.planning import PlanningSpec
 from antiphon.core.policies import (
@@ -248,6 +249,12 @@ class TransportSpec(Model):
         default="auto", description="Format of F2A rows; auto = the compute format."
     )
     num_ubatches: int | Literal["auto"] = Field(default="auto", description="Micro-batches in flight per attention worker, 1 to 8.")
+    batch_wait_us: float = Field(
+        default=500.0,
+        ge=0,
+        le=100_000,
+        description="An FFN worker holds rows at most this long for those of other attention workers in the same layer; 0 = never.",
+    )
     peer_timeout_s: float = Field(
         default=10.0,
         gt=0,
@@ -285,33 +292,6 @@ class CacheSpec(Model):
     num_blocks: int | None = Field(default=None, ge=8, le=100_000_000, description="KV blocks; None = from memory.")
     memory: Quantity = Field(default="1Gi", description="Memory for KV blocks where numBlocks is not given.")
     prefix_caching: bool = Field(default=True, description="Keep blocks of finished requests for equal prefixes.")
-
-
-class ExpertsSpec(Model):
-    """How the experts of a mixture are held and chosen."""
-
-    placement_file: str | None = Field(
-        default=None,
-        description="File with the groups that hold each expert, as written after balancing; None = spread in equal runs.",
-        min_length=1,
-        max_length=1024,
-    )
-    keep: tuple[Literal["shared", "down"], ...] = Field(
-        default=(),
-        description="Weights that stay in the compute format where quantization is int8: shared experts, down projections.",
-        max_length=2,
-    )
-    skip_file: str | None = Field(
-        default=None,
-        description="File with thresholds below which experts are skipped, as written by the search; None = none are.",
-        min_length=1,
-        max_length=1024,
-    )
-
-    @field_validator("keep", mode="before")
-    @classmethod
-    def _keep_is_a_list(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
 
 
 class EndpointSpec(Model):

@@ -32,6 +32,9 @@ class WorkerLoad:
     num_peers: int = 0
     num_ffn_rows: int = 0  # FFN role: rows computed since start
     num_ffn_batches: int = 0  # FFN role: batches computed since start
+    num_expert_choices: int = 0  # experts that rows chose since start, while skipping is on
+    num_experts_skipped: int = 0  # of them, not computed
+    placement: int = 0  # number of the expert placement it works by; 0 = the one that serving starts with
     num_kv_transfers: int = 0  # KV hand-offs sent or received since start
     num_kv_failures: int = 0
     resident_weight_bytes: int = 0
@@ -63,6 +66,7 @@ class WorkerInfo:
     block_size_tokens: int = 0
     max_num_seqs: int = 0
     max_queued_requests: int = 0
+    num_experts: int = 0  # routed, of a sparse layer; 0 = the model has none
     load: WorkerLoad = field(default_factory=WorkerLoad)
 
     def to_json(self) -> str:

@@ -143,6 +143,11 @@ _WORKER_GAUGES: dict[str, tuple[str, _Read]] = {
     "antiphon.worker.peers": ("Open links of the worker.", lambda info: info.load.num_peers),
     "antiphon.worker.resident_weight_bytes": ("Weights the worker holds.", lambda info: info.load.resident_weight_bytes),
     "antiphon.worker.resident_memory_bytes": ("Memory of the worker's process.", lambda info: info.load.resident_memory_bytes),
+    "antiphon.worker.expert_placement": ("Number of the expert placement in use.", lambda info: info.load.placement),
+    "antiphon.worker.experts_skipped_share": (
+        "Share of the experts that rows chose which was skipped, since start.",
+        lambda info: info.load.num_experts_skipped / max(1, info.load.num_expert_choices),
+    ),
 }
 _WORKER_COUNTERS: dict[str, tuple[str, _Read]] = {
     "antiphon.worker.steps": ("Engine steps.", lambda info: info.load.num_steps),
@@ -156,6 +161,11 @@ _WORKER_COUNTERS: dict[str, tuple[str, _Read]] = {
     "antiphon.worker.prefix_hits": ("Prompt tokens found in a cache.", lambda info: info.load.num_prefix_hit_tokens),
     "antiphon.worker.ffn_rows": ("Rows an FFN worker computed.", lambda info: info.load.num_ffn_rows),
     "antiphon.worker.ffn_batches": ("Batches an FFN worker computed.", lambda info: info.load.num_ffn_batches),
+    "antiphon.worker.expert_choices": (
+        "Experts that rows chose, while skipping is on.",
+        lambda info: info.load.num_expert_choices,
+    ),
+    "antiphon.worker.experts_skipped": ("Of them, not computed.", lambda info: info.load.num_experts_skipped),
     "antiphon.worker.kv_transfers": ("KV hand-offs.", lambda info: info.load.num_kv_transfers),
     "antiphon.worker.kv_failures": ("KV hand-offs that failed.", lambda info: info.load.num_kv_failures),
 }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ class _Entry:
 
 
 class Checkpoint:
-    """One checkpoint directory, open for reading; used by one thread at a time.
+    """One checkpoint directory, open for reading; any thread may read a tensor, one at a time does.
 
     Make it with ``Checkpoint.open``. ``close()`` unmaps the last file read (reading again maps it again); tensors
     already handed out stay valid because they own their memory.
@@ -77,6 +78,7 @@ class Checkpoint:
         self._entries: Final = entries
         self._bytes_read = 0
         self._open_file: tuple[str, Any] | None = None
+        self._reading: Final = threading.Lock()
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -169,15 +171,16 @@ class Checkpoint:
         for dimension, span in enumerate((rows, cols)):
             if span is not None:
                 index[dimension : dimension + 1] = [self._checked(name, dimension, span)]
-        try:
-            handle = self._file(entry.file)
-            view = handle.get_slice(name)[tuple(index)] if index else handle.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointInvalid(f"{self.path / entry.file}: can't read tensor {name!r}: {error}") from error
-        self._bytes_read += view.numel() * stored.itemsize
-        # The view may lie in the mapped file: an owned copy lets the file go.
-        result = torch.empty(view.shape, dtype=stored if dtype is None else dtype)
-        return result.copy_(view)
+        with self._reading:
+            try:
+                handle = self._file(entry.file)
+                view = handle.get_slice(name)[tuple(index)] if index else handle.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointInvalid(f"{self.path / entry.file}: can't read tensor {name!r}: {error}") from error
+            self._bytes_read += view.numel() * stored.itemsize
+            # The view may lie in the mapped file: an owned copy lets the file go.
+            result = torch.empty(view.shape, dtype=stored if dtype is None else dtype)
+            return result.copy_(view)
 
     def close(self) -> None:
         """Unmap the file that was read last; may be called any number of times."""

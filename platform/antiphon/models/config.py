@@ -213,6 +213,11 @@ class DecoderConfig:
         return tuple(layer.ffn for layer in self.layers) + (shortcuts if any(shortcuts) else ())
 
     @property
+    def num_experts(self) -> int:
+        """Routed experts of a sparse layer, of the one with most; 0 where every FFN is dense."""
+        return max((ffn.gate.num_experts for ffn in self.ffns if isinstance(ffn, MoEConfig)), default=0)
+
+    @property
     def num_lanes(self) -> int:
         """Exchanges of one ubatch that may be in flight at once."""
         return 1 if len(self.ffns) == self.num_layers else 2

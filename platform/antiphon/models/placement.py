@@ -80,24 +80,41 @@ class ExpertPlacement:
             InvalidInput: it is none, or is for another model.
         """
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InvalidInput(f"{path}: not a placement file: {error!r}", "placement") from error
+        return cls.from_json(text, config, str(path))
+
+    @classmethod
+    def from_json(cls, text: str, config: DecoderConfig, source: str = "placement") -> ExpertPlacement:
+        """Parse what ``to_json`` gives; ``source`` names it in errors.
+
+        Raises:
+            InvalidInput: it is none, or is for another model.
+        """
+        try:
+            raw = json.loads(text)
             if raw["format"] != _FORMAT:
-                raise InvalidInput(f"{path}: format {raw['format']!r}, expected {_FORMAT!r}", "placement")
+                raise InvalidInput(f"{source}: format {raw['format']!r}, expected {_FORMAT!r}", "placement")
             groups = tuple(tuple(tuple(int(g) for g in held) for held in layer) for layer in raw["groups"])
             placement = cls(num_groups=int(raw["numGroups"]), groups=groups)
             made_for = raw["model"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InvalidInput(f"{path}: not a placement file: {error!r}", "placement") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidInput(f"{source}: not a placement file: {error!r}", "placement") from error
         if made_for != config.fingerprint:
-            raise InvalidInput(f"{path}: made for model {made_for}, this one is {config.fingerprint}", "placement")
+            raise InvalidInput(f"{source}: made for model {made_for}, this one is {config.fingerprint}", "placement")
         placement.check(config)
         return placement
 
+    def to_json(self, config: DecoderConfig) -> str:
+        """The file's content, one line; it names the model it is for."""
+        raw = {"format": _FORMAT, "model": config.fingerprint, "numGroups": self.num_groups, "groups": self.groups}
+        return json.dumps(raw, separators=(",", ":"))
+
     def save(self, path: Path, config: DecoderConfig) -> None:
         """Write a placement file; readers see the old one or the new one, never half of it."""
-        raw = {"format": _FORMAT, "model": config.fingerprint, "numGroups": self.num_groups, "groups": self.groups}
         beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(json.dumps(raw, separators=(",", ":")) + "\n", encoding="utf-8")
+        beside.write_text(self.to_json(config) + "\n", encoding="utf-8")
         beside.replace(path)
 
     def check(self, config: DecoderConfig) -> None:

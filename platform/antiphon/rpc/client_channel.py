@@ -83,11 +83,7 @@ class InferenceCalls:
     """A blocking connection to one server; connects lazily and again after a loss. Any thread may call."""
 
     def __init__(self, address: str, tls: Tls | None) -> None:
-        options = _options(tls)
-        if tls is None:
-            self._channel = grpc.insecure_channel(address, options=options)
-        else:
-            self._channel = grpc.secure_channel(address, _credentials(tls), options=options)
+        self._channel = open_client_channel(address, tls)
         self._stub: Any = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
 
     def generate(self, request: pb.GenerateRequest, *, timeout_s: float, metadata: Metadata) -> ResponseStream:
@@ -170,6 +166,14 @@ class AsyncInferenceCalls:
             raise _translated(error) from error
         except grpc.aio.UsageError as error:
             raise Cancelled("the connection is closed") from error
+
+
+def open_client_channel(address: str, tls: Tls | None) -> grpc.Channel:
+    """A blocking channel to a gateway, by TLS where it is given; connects lazily and again after a loss."""
+    options = _options(tls)
+    if tls is None:
+        return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, _credentials(tls), options=options)
 
 
 def _options(tls: Tls | None) -> list[tuple[str, int | str]]:

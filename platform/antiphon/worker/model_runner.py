@@ -93,11 +93,25 @@ class AttentionWorker:
         self._min_ubatch_rows = min_ubatch_rows
         self._plans = {m: plan_ops(halves.config.num_layers, m) for m in range(1, num_ubatches + 1)}
         self._rows: dict[RequestId, _Row] = {}
-        self._next_experts: ExpertMap | None = None
+        self._experts = afd.experts  # as wanted; the connector takes it between two steps
+        self._is_stepping = False
 
     def rebalance(self, experts: ExpertMap) -> None:
         """Send rows by another map from the next step on; safe from any thread."""
-        self._next_experts = experts
+        self._experts = experts
+
+    @property
+    def has_switched(self) -> bool:
+        """True when no row will leave by an older map than the last one given to ``rebalance``; safe from any thread.
+
+        A step takes the next map before its first row leaves, so a worker that is between two steps has as good as switched.
+        """
+        return self._experts is self.afd.experts or not self._is_stepping
+
+    @property
+    def experts(self) -> ExpertMap | None:
+        """The map that the next step uses; safe from any thread."""
+        return self._experts
 
     # ---- engine.core.Executor ----------------------------------------------------------------------------------
 
@@ -107,9 +121,15 @@ class AttentionWorker:
 
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Compute one step. A lost FFN that nobody replaces ends the step's requests with errors, not the worker."""
+        self._is_stepping = True  # before the next map is looked for: whoever sees False knows that it will be taken
+        try:
+            return self._execute(step)
+        finally:
+            self._is_stepping = False
+
+    def _execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         start_s = time.perf_counter()
-        if self._next_experts is not None:  # between two steps no exchange is in flight
-            self.afd.experts, self._next_experts = self._next_experts, None
+        self.afd.experts = self._experts  # between two steps no exchange is in flight
         self._take_changes(step)
         if not step.num_scheduled_tokens:
             return ModelRunnerOutput()
