@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from antiphon_operator.api.crds import definitions
 from antiphon_operator.kube.base import (
     Conflict,
     Gone,
@@ -29,6 +30,7 @@ from antiphon_operator.kube.rest import RestKube, load_config
 from antiphon_operator.testing.http_api import HttpApi
 from antiphon_operator.testing.memory_api import Call, MemoryApi
 from antiphon_operator.testing.memory_kube import MemoryKube
+from antiphon_operator.testing.real_api import ApiServer, find_assets
 
 DEADLINE_S = 10.0
 
@@ -41,30 +43,47 @@ class Door:
     cut_watches: Callable[[], None] | None
 
 
-REAL = os.environ.get("ANTIPHON_TEST_KUBECONFIG")
+KUBECONFIG = os.environ.get("ANTIPHON_TEST_KUBECONFIG")
+NAMESPACE = os.environ.get("ANTIPHON_TEST_NAMESPACE", "default")
+ASSETS = find_assets()
+
+
+@pytest.fixture(scope="module")
+def api_server() -> Iterator[ApiServer]:
+    assert ASSETS is not None
+    with ApiServer(ASSETS) as server:
+        server.install(definitions())
+        yield server
+
+
+def only_with(present: bool, name: str, why: str) -> Any:
+    return pytest.param(name, marks=pytest.mark.skipif(not present, reason=why))
 
 
 @pytest.fixture(
     params=[
         "memory",
         "http",
-        pytest.param("real", marks=pytest.mark.skipif(REAL is None, reason="ANTIPHON_TEST_KUBECONFIG names no throw-away cluster")),
+        only_with(ASSETS is not None, "envtest", "KUBEBUILDER_ASSETS names no directory with etcd and kube-apiserver"),
+        only_with(KUBECONFIG is not None, "cluster", "ANTIPHON_TEST_KUBECONFIG names no throw-away cluster"),
     ]
 )
 async def door(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Door]:
     api = MemoryApi(clock=lambda: 1_700_000_000.0)
+    path = tmp_path / "kubeconfig"
     if request.param == "memory":
         kube = MemoryKube(api)
         yield Door(kube, "default", api, kube.cut_watches)
     elif request.param == "http":
         async with HttpApi(api) as server:
-            path = tmp_path / "kubeconfig"
             path.write_text(server.kubeconfig())
             async with RestKube(load_config(str(path))) as rest:
                 yield Door(rest, "default", api, server.cut_watches)
     else:
-        async with RestKube(load_config(REAL)) as rest:
-            yield Door(rest, os.environ.get("ANTIPHON_TEST_NAMESPACE", "default"), None, None)
+        if request.param == "envtest":
+            path.write_text(request.getfixturevalue("api_server").kubeconfig())
+        async with RestKube(load_config(str(path) if request.param == "envtest" else KUBECONFIG)) as rest:
+            yield Door(rest, "default" if request.param == "envtest" else NAMESPACE, None, None)
 
 
 def config(door: Door, name: str, **data: str) -> dict[str, Any]:
@@ -216,8 +235,9 @@ async def test_delete_of_another_uid_is_refused(door: Door) -> None:
         await door.kube.delete(CONFIG_MAP, door.namespace, name, uid="another")
 
 
-@pytest.mark.skipif(REAL is not None, reason="envtest and bare API servers run no garbage collector")
 async def test_what_an_object_owns_goes_with_it(door: Door) -> None:
+    if door.api is None:
+        pytest.skip("a bare API server runs no garbage collector")
     parent, child = fresh(), fresh()
     owner = await door.kube.apply(config(door, parent, a="1"), manager="one")
     owned = config(door, child, a="1")
