@@ -15,6 +15,7 @@ import torch
 from antiphon.connectors.ffn_side import FFNSide, FFNWork
 from antiphon.core.errors import InvalidInput
 from antiphon.models.decoder import FFNHalves
+from antiphon.telemetry.step_trace import Mark, StepTrace
 
 _IDLE_WAIT_S = 0.5
 
@@ -38,6 +39,7 @@ class FFNWorker:
         self.halves = halves
         self.side = side
         self.stats = FFNStats()
+        self.trace: StepTrace | None = None  # set before the loop by who wants one
         self.placement = 0  # number of the placement that was settled last: experts of older ones may be gone
 
     def serve(self, stopped: Callable[[], bool]) -> None:
@@ -86,6 +88,24 @@ class FFNWorker:
             self.stats.wait_s += wait_s
             self.side.reply(work, out_RD[at:end], compute_us=int(compute_s * 1e6), wait_us=int(wait_s * 1e6), batch_rows=num_rows)
             at = end
+        if self.trace is not None:
+            self._trace(layer, batch, start_s, compute_s, num_rows)
+
+    def _trace(self, layer: int, batch: list[FFNWork], start_s: float, compute_s: float, num_rows: int) -> None:
+        assert self.trace is not None
+        for work in batch:
+            header = work.header
+            self.trace.add(
+                Mark.ROWS,
+                work.arrived_s,
+                start_s + compute_s,
+                header.step,
+                layer,
+                header.ubatch,
+                header.rows,
+                work.link.peer,
+            )
+        self.trace.add(Mark.COMPUTE, start_s, time.perf_counter(), 0, layer, 0, num_rows)
 
     def _compute(self, layer: int, batch: list[FFNWork]) -> torch.Tensor:
         first = batch[0]

@@ -23,6 +23,7 @@ from antiphon.core.step import KVEvents, ModelRunnerOutput, NewRequestData, Sche
 from antiphon.models.attention import AttentionBatch, Chunk
 from antiphon.models.decoder import AttentionHalves, StepState
 from antiphon.models.kv_cache import KVCache
+from antiphon.telemetry.step_trace import Mark, StepTrace
 from antiphon.worker.sampler import SamplingState, logprobs_of, sample
 from antiphon.worker.ubatch import Half, Segment, plan_ops, split_segments
 
@@ -67,8 +68,10 @@ class RunnerStats:
     num_steps: int = 0
     num_rows: int = 0
     step_s: float = 0.0
-    attention_s: float = 0.0
-    sample_s: float = 0.0
+    attention_s: float = 0.0  # attention halves, and adding what comes back to their rows
+    send_s: float = 0.0  # handing rows over
+    head_s: float = 0.0
+    sample_s: float = 0.0  # sampler alone
 
 
 class AttentionWorker:
@@ -89,6 +92,8 @@ class AttentionWorker:
         self.afd = afd
         self.kv = kv
         self.stats = RunnerStats()
+        self.trace: StepTrace | None = None  # set before the first step by who wants one
+        self._away: dict[int, int] = {}  # place in flight → FFN layer, while tracing
         self._num_ubatches = num_ubatches
         self._min_ubatch_rows = min_ubatch_rows
         self._plans = {m: plan_ops(halves.config.num_layers, m) for m in range(1, num_ubatches + 1)}
@@ -143,7 +148,10 @@ class AttentionWorker:
             return ModelRunnerOutput(errors={row.request_id: f"{error.code}: {error}" for row, _ in batch})
         self.stats.num_steps += 1
         self.stats.num_rows += step.num_tokens
-        self.stats.step_s += time.perf_counter() - start_s
+        end_s = time.perf_counter()
+        self.stats.step_s += end_s - start_s
+        if self.trace is not None:
+            self.trace.add(Mark.STEP, start_s, end_s, step.step_id, rows=step.num_tokens)
         return output
 
     # ---- inside ------------------------------------------------------------------------------------------------
@@ -253,18 +261,38 @@ class AttentionWorker:
         hands_over = isinstance(self.kv, PrefillSide) and any(row.kv_target is not None for row, _ in batch)
         for op in self._plans[len(runs)]:
             state = states[op.ubatch]
+            start_s = time.perf_counter()
             if op.half is Half.ATTEND:
-                attend_s = time.perf_counter()
                 leaving = self.halves.attend(op.layer, state, self.cache)
-                self.stats.attention_s += time.perf_counter() - attend_s
+                attended_s = time.perf_counter()
+                self.stats.attention_s += attended_s - start_s
                 for out in leaving:
                     self.afd.send(step_id, out.ffn, out.lane * self._num_ubatches + op.ubatch, out.rows_TD, out.routing)
+                    if self.trace is not None:
+                        self._trace_send(step_id, out.ffn, out.lane * self._num_ubatches + op.ubatch, attended_s)
+                self.stats.send_s += time.perf_counter() - attended_s
+                if self.trace is not None:
+                    rows = state.x_TD.shape[0]
+                    self.trace.add(Mark.ATTEND, start_s, attended_s, step_id, op.layer, op.ubatch, rows)
                 if hands_over:
                     self._offer(op.layer, batch, runs[op.ubatch], state)
             else:
                 lanes = self.halves.lanes_due(op.layer)
                 results = [self.afd.receive(lane * self._num_ubatches + op.ubatch) for lane in lanes]
+                received_s = time.perf_counter()
                 self.halves.combine(op.layer, state, results)
+                combined_s = time.perf_counter()
+                self.stats.attention_s += combined_s - received_s
+                if self.trace is not None:
+                    for lane in lanes:
+                        place = lane * self._num_ubatches + op.ubatch
+                        self.trace.add(Mark.RECEIVE, start_s, received_s, step_id, self._away[place], place)
+                    self.trace.add(Mark.COMBINE, received_s, combined_s, step_id, op.layer, op.ubatch)
+
+    def _trace_send(self, step_id: int, ffn: int, place: int, start_s: float) -> None:
+        assert self.trace is not None
+        self._away[place] = ffn
+        self.trace.add(Mark.SEND, start_s, time.perf_counter(), step_id, ffn, place)
 
     def _offer(self, layer: int, batch: list[tuple[_Row, int]], run: list[Segment], state: StepState) -> None:
         assert isinstance(self.kv, PrefillSide)
@@ -283,6 +311,8 @@ class AttentionWorker:
             return ModelRunnerOutput()
         start_s = time.perf_counter()
         logits_RV = self.halves.logits(torch.cat(finals))
+        sample_s = time.perf_counter()
+        self.stats.head_s += sample_s - start_s
         tokens = sample(logits_RV, [row.sampling for row in rows], [len(r.token_ids) - r.num_prompt_tokens for r in rows])
         chosen: dict[RequestId, int] = {}
         logprobs: dict[RequestId, TokenLogprob] = {}
@@ -299,7 +329,10 @@ class AttentionWorker:
             num_top = row.sampling.params.num_logprobs
             if num_top is not None:
                 logprobs[row.request_id] = logprobs_of(logits_RV[index], token_id, num_top)
-        self.stats.sample_s += time.perf_counter() - start_s
+        end_s = time.perf_counter()
+        self.stats.sample_s += end_s - sample_s
+        if self.trace is not None:
+            self.trace.add(Mark.SAMPLE, start_s, end_s, rows=len(rows))
         return ModelRunnerOutput(sampled_token_ids=chosen, logprobs=logprobs, errors=errors)
 
     def close(self) -> None:
