@@ -21,8 +21,11 @@ from antiphon.core.composition import CompositionOfExperts
 from antiphon.core.ids import Endpoint, Epoch, Role, WorkerId
 from antiphon.core.worker_info import WorkerInfo
 from antiphon.gateway.auth import ApiKeys
+from antiphon.gateway.coe_board import ExpertBoard
 from antiphon.gateway.coe_composition import Composition
 from antiphon.gateway.coe_http import CoeDoor
+from antiphon.gateway.coe_routes import LocalRoutes
+from antiphon.gateway.directory import MemoryDirectory
 
 SUMS = {"messages": [{"role": "user", "content": "add the numbers 31 and 12 (case 1-7)"}]}  # model-1 is good at these
 
@@ -98,14 +101,17 @@ async def door(
         }
     )
     workers = {f"served-{i}": _worker(f"served-{i}") for i in range(3)}
-    composition = Composition(
+    notes = MemoryDirectory()
+    board = ExpertBoard(
         document,
-        Router(document.spec, artifact),
         models={f"model-{i}": f"served-{i}" for i in range(3)},
         endpoints={},
         workers=lambda: workers.values(),
+        notes=notes,
+        owner="door",
         clock=time.monotonic,
     )
+    composition = Composition(document, LocalRoutes(Router(document.spec, artifact)), board, notes)
     coe = CoeDoor(experts.app, {"team": composition}, keys=ApiKeys(keys), max_request_bytes=100_000)
     try:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(coe), base_url="http://door") as client:

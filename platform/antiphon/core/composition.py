@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from antiphon.core.document_part import Model
+from antiphon.core.errors import InvalidInput
 from antiphon.core.spec import Metadata, Quantity, Resources, parse_quantity
 
 Policy = Literal["quality", "balanced", "cheap", "budget"]
@@ -313,3 +314,15 @@ def split_model_name(model: str) -> tuple[str, Policy | None] | None:
         if suffix == policy:
             return name, policy
     return (f"{name}:{suffix}" if suffix else name), None
+
+
+def policy_named(text: str) -> Policy:
+    """A policy by its name.
+
+    Raises:
+        InvalidInput: there is no such policy.
+    """
+    for policy in POLICIES:
+        if text == policy:
+            return policy
+    raise InvalidInput(f"policy must be one of {', '.join(POLICIES)}", "policy")

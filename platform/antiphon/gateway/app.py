@@ -12,8 +12,11 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from antiphon.core.directory import Notes
 from antiphon.core.errors import AntiphonError
+from antiphon.gateway.coe_gateway import GatewayCompositions
 from antiphon.gateway.config import BoundPorts, GatewayConfig
+from antiphon.gateway.directory import MemoryDirectory
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.grpc_door import GrpcDoor
 from antiphon.gateway.http_server import HttpServer
@@ -35,6 +38,7 @@ async def run_gateway(
     *,
     on_bound: Callable[[BoundPorts], None] | None = None,
     telemetry: Telemetry | None = None,
+    notes: Notes | None = None,
 ) -> None:
     """Serve until ``stop`` is set, then drain.
 
@@ -44,17 +48,20 @@ async def run_gateway(
         stop: set to end.
         on_bound: called once with the ports, when both doors are open.
         telemetry: traces and metrics; None = made here from the environment, and closed here.
+        notes: where gateways and routers tell each other about experts and sessions; None = this gateway is alone.
 
     Raises:
-        CheckpointInvalid: a model's tokenizer can't be read.
+        CheckpointInvalid: a model's tokenizer or a composition's artifact can't be read.
+        InvalidInput: a composition does not fit its artifact or the models.
         Unavailable: an address can't be bound.
     """
+    notes = MemoryDirectory() if notes is None else notes
     if telemetry is not None:
-        await _run(config, workers, stop, on_bound, telemetry)
+        await _run(config, workers, stop, on_bound, telemetry, notes)
         return
     owned = setup("antiphon-gateway")
     try:
-        await _run(config, workers, stop, on_bound, owned)
+        await _run(config, workers, stop, on_bound, owned, notes)
     finally:
         await asyncio.to_thread(owned.close)
 
@@ -65,12 +72,14 @@ async def _run(
     stop: asyncio.Event,
     on_bound: Callable[[BoundPorts], None] | None,
     telemetry: Telemetry,
+    notes: Notes,
 ) -> None:
     models = {name: await asyncio.to_thread(TextModel.load, path) for name, path in config.models.items()}
     gateway = Gateway(config, models=models, source=workers, telemetry=telemetry)
-    http = HttpServer(make_app(gateway), host=config.host, port=config.http_port, reuse_port=config.reuse_port)
+    compositions = await GatewayCompositions.open(gateway, notes)
+    http = HttpServer(compositions.before(make_app(gateway)), host=config.host, port=config.http_port, reuse_port=config.reuse_port)
     grpc = RpcServer(
-        [InferenceServicer(GrpcDoor(gateway))],
+        [InferenceServicer(GrpcDoor(gateway, compositions.generator)), *compositions.services()],
         host=config.host,
         port=config.grpc_port,
         reuse_port=config.reuse_port,
@@ -82,11 +91,13 @@ async def _run(
             await gateway.view.refresh()
         except AntiphonError as error:
             _log.warning("the directory can't be reached yet: %s", error)
+        await compositions.refresh()
         await http.start()
         await grpc.start()
         if on_bound is not None:
             on_bound(BoundPorts(host=config.host, http_port=http.port, grpc_port=grpc.port))
-        tasks = [asyncio.create_task(gateway.view.run()), asyncio.create_task(http.failed()), asyncio.create_task(_wait(stop))]
+        loops = (gateway.view.run(), compositions.run(), http.failed(), _wait(stop))
+        tasks = [asyncio.create_task(loop) for loop in loops]
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()  # a loop that failed raises here
@@ -99,6 +110,7 @@ async def _run(
         await asyncio.gather(*tasks, return_exceptions=True)
         await grpc.close()
         await http.close()
+        await compositions.close()
         await gateway.close()
 
 

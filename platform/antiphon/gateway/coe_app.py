@@ -1,6 +1,7 @@
-"""Runs one composition door process: HTTP and gRPC over routers whose experts are other processes (control speed).
+"""Runs one router process: the Router service, and the composition doors when its experts are elsewhere (control speed).
 
-    start: load artifacts ─► bind ─► serve, looking for changed artifacts        stop: close the doors
+    start: load artifacts ─► look into the directory ─► bind ─► note the address ─► serve, looking around now and then
+    stop:  take the address back ─► close the doors
 
 Must not know: Ray, files of documents.
 """
@@ -13,42 +14,51 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
-from antiphon.coe.artifact import Artifact, load_artifact
-from antiphon.coe.router import Router
 from antiphon.core.composition import CompositionOfExperts, ExternalEndpoint
+from antiphon.core.directory import Directory
 from antiphon.core.errors import AntiphonError, InvalidInput
 from antiphon.gateway.auth import ApiKeys
+from antiphon.gateway.coe_artifacts import WatchedRoutes
+from antiphon.gateway.coe_board import ExpertBoard
 from antiphon.gateway.coe_composition import Composition
 from antiphon.gateway.coe_grpc import CoeGrpcDoor
 from antiphon.gateway.coe_http import CoeDoor
+from antiphon.gateway.coe_remote import routers_topic
 from antiphon.gateway.config import BoundPorts
+from antiphon.gateway.directory import MemoryDirectory, open_directory
 from antiphon.gateway.http_io import NotFound, RequestIds, error_response
 from antiphon.gateway.http_server import HttpServer
+from antiphon.gateway.workers import WorkerView
 from antiphon.rpc.channels import ChannelLimits
 from antiphon.rpc.router_service import RouterServicer
 from antiphon.rpc.services import RpcServer
 
 _log = logging.getLogger(__name__)
 
+_LEASE_S = 3.0  # of a router's address in the directory
+_TAKEN_BACK_S = 0.001  # the lease that ends one
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoeConfig:
-    """Addresses, experts and limits of one composition door process."""
+    """Addresses, experts and limits of one router process."""
 
     documents: tuple[CompositionOfExperts, ...]
     endpoints: Mapping[str, ExternalEndpoint] = field(default_factory=dict)  # deploymentRef → where it is reached
+    models: Mapping[str, str] = field(default_factory=dict)  # deploymentRef → model name of its workers in the directory
+    directory: str | None = None  # None = this process is alone
+    registers: bool = False  # gateways find it in the directory
     host: str = "127.0.0.1"
-    http_port: int = 8100  # 0 = any free port
+    http_port: int | None = 8100  # 0 = any free port; None = no HTTP
     grpc_port: int = 9100  # 0 = any free port
     reuse_port: bool = False  # several routers of one machine share the ports
     api_keys: frozenset[str] = field(default_factory=frozenset)  # empty = open
     max_request_bytes: int = 4 * 2**20
-    refresh_s: float = 5.0  # between looks for a changed artifact
+    refresh_s: float = 0.5  # between looks for changed artifacts and experts
 
 
 async def run_coe(config: CoeConfig, stop: asyncio.Event, *, on_bound: Callable[[BoundPorts], None] | None = None) -> None:
@@ -56,15 +66,28 @@ async def run_coe(config: CoeConfig, stop: asyncio.Event, *, on_bound: Callable[
 
     Raises:
         CheckpointInvalid: an artifact can't be loaded; the message names it.
-        InvalidInput: a document and its artifact don't fit, or an expert has no endpoint.
+        InvalidInput: a document and its artifact don't fit, or an expert is not known.
         Unavailable: an address can't be bound.
     """
+    directory: Directory = MemoryDirectory() if config.directory is None else open_directory(config.directory)
+    try:
+        await _run(config, directory, stop, on_bound)
+    finally:
+        await directory.close()
+
+
+async def _run(config: CoeConfig, directory: Directory, stop: asyncio.Event, on_bound: Callable[[BoundPorts], None] | None) -> None:
+    view = WorkerView(directory, refresh_s=config.refresh_s)
+    owner = f"{config.host}:{os.getpid()}"
     compositions = {
-        document.metadata.name: await asyncio.to_thread(composition_of, document, config) for document in config.documents
+        document.metadata.name: await asyncio.to_thread(_composition_of, document, config, view, directory, owner)
+        for document in config.documents
     }
     keys = ApiKeys(config.api_keys)
     door = CoeDoor(_alone(), compositions, keys=keys, max_request_bytes=config.max_request_bytes)
-    http = HttpServer(RequestIds(door), host=config.host, port=config.http_port, reuse_port=config.reuse_port)
+    http = None
+    if config.http_port is not None:
+        http = HttpServer(RequestIds(door), host=config.host, port=config.http_port, reuse_port=config.reuse_port)
     grpc = RpcServer(
         [RouterServicer(CoeGrpcDoor(compositions, keys))],
         host=config.host,
@@ -73,101 +96,120 @@ async def run_coe(config: CoeConfig, stop: asyncio.Event, *, on_bound: Callable[
         limits=ChannelLimits(max_message_bytes=config.max_request_bytes),
     )
     tasks: list[asyncio.Task[None]] = []
+    looking = _Looking(config, directory, view, list(compositions.values()), owner)
     try:
-        await http.start()
+        await looking.look(None)
+        if http is not None:
+            await http.start()
         await grpc.start()
+        address = grpc.address if config.registers else None
+        await looking.register(address)
         if on_bound is not None:
-            on_bound(BoundPorts(host=config.host, http_port=http.port, grpc_port=grpc.port))
-        watch = _watch(list(compositions.values()), config.refresh_s)
-        tasks = [asyncio.create_task(_wait(stop)), asyncio.create_task(http.failed()), asyncio.create_task(watch)]
+            on_bound(BoundPorts(host=config.host, http_port=0 if http is None else http.port, grpc_port=grpc.port))
+        tasks = [asyncio.create_task(_wait(stop)), asyncio.create_task(looking.run(address))]
+        if http is not None:
+            tasks.append(asyncio.create_task(http.failed()))
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()  # a loop that failed raises here
+        await looking.register(address, _TAKEN_BACK_S)
         await grpc.drain()
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await grpc.close()
-        await http.close()
+        if http is not None:
+            await http.close()
         await door.close()
+        for composition in compositions.values():
+            await composition.close()
 
 
-def composition_of(document: CompositionOfExperts, config: CoeConfig) -> Composition:
-    """One composition, its artifact loaded.
+class _Looking:
+    """Looks into the directory and at the artifacts now and then, and keeps this router's own note there."""
+
+    def __init__(
+        self, config: CoeConfig, directory: Directory, view: WorkerView, compositions: Sequence[Composition], owner: str
+    ) -> None:
+        self._config = config
+        self._directory = directory
+        self._view = view
+        self._compositions = compositions
+        self._owner = owner
+        self._reachable = True
+
+    async def run(self, address: str | None) -> None:
+        """Look until cancelled."""
+        while True:
+            await asyncio.sleep(self._config.refresh_s)
+            await self.look(address)
+
+    async def look(self, address: str | None) -> None:
+        """Look once; while the directory is silent what was seen last stands."""
+        for composition in self._compositions:
+            await composition.refresh()
+        try:
+            if self._config.models:
+                await self._view.refresh()
+            await self.register(address)
+            self._reachable = True
+        except AntiphonError as error:
+            if self._reachable:
+                _log.warning("the directory can't be reached, going on with what was seen last: %s", error)
+            self._reachable = False
+
+    async def register(self, address: str | None, lease_s: float = _LEASE_S) -> None:
+        """Note where this router is, for ``lease_s`` seconds."""
+        if address is None:
+            return
+        for composition in self._compositions:
+            await self._directory.put_note(routers_topic(composition.document.metadata.name), self._owner, address, lease_s)
+
+
+def _composition_of(
+    document: CompositionOfExperts, config: CoeConfig, view: WorkerView, directory: Directory, owner: str
+) -> Composition:
+    """One composition, its artifact loaded. Raises like ``run_coe``."""
+    board = ExpertBoard(
+        document,
+        models=models_of(document, config.models, config.endpoints),
+        endpoints=endpoints_of(document, config.endpoints),
+        workers=lambda: view.workers,
+        notes=directory,
+        owner="" if config.registers else owner,  # a router behind gateways asks no expert itself
+        clock=time.monotonic,
+    )
+    return Composition(document, WatchedRoutes(document, owner), board, directory)
+
+
+def models_of(
+    document: CompositionOfExperts, models: Mapping[str, str], endpoints: Mapping[str, ExternalEndpoint]
+) -> dict[str, str]:
+    """The served model behind each expert that is ours, by expert.
 
     Raises:
-        CheckpointInvalid: the artifact can't be loaded.
-        InvalidInput: document and artifact don't fit, or an expert has no endpoint.
+        InvalidInput: a deploymentRef is neither among ``models`` nor among ``endpoints``.
     """
-    endpoints = {}
-    for expert in document.spec.experts:
-        if expert.deployment_ref is None:
+    found = {}
+    for index, expert in enumerate(document.spec.experts):
+        reference = expert.deployment_ref
+        if reference is None or reference in endpoints:
             continue
-        if expert.deployment_ref not in config.endpoints:
+        if reference not in models:
+            known = ", ".join(sorted({*models, *endpoints})) or "none"
             raise InvalidInput(
-                f"expert {expert.name}: no endpoint is known for deployment {expert.deployment_ref!r}", "spec.experts"
+                f"expert {expert.name}: no endpoint is known for deployment {reference!r}; known: {known}",
+                f"spec.experts[{index}].deploymentRef",
             )
-        endpoints[expert.name] = config.endpoints[expert.deployment_ref]
-    router = Router(document.spec, _load(document), replica=f"{config.host}:{os.getpid()}")
-    return Composition(document, router, models={}, endpoints=endpoints, workers=lambda: (), clock=time.monotonic)
+        found[expert.name] = models[reference]
+    return found
 
 
-def artifact_directory(document: CompositionOfExperts) -> Path | None:
-    """Where the document's artifact is; None when it has none.
-
-    Raises:
-        InvalidInput: the uri is not a path of this machine.
-    """
-    reference = document.spec.router.artifact
-    if reference is None:
-        return None
-    scheme, separator, rest = reference.uri.partition("://")
-    if not separator:
-        return Path(reference.uri)
-    if scheme != "file":
-        raise InvalidInput(
-            f"artifact {reference.uri}: only paths and file:// are read here; mount others", "spec.router.artifact.uri"
-        )
-    return Path(rest)
-
-
-def _load(document: CompositionOfExperts) -> Artifact | None:
-    directory = artifact_directory(document)
-    if directory is None:
-        return None
-    router = document.spec.router
-    digest = None if router.artifact is None else router.artifact.digest
-    return load_artifact(directory, slow_path=router.slow_path == "auto", digest=digest)
-
-
-async def _watch(compositions: Sequence[Composition], refresh_s: float) -> None:
-    """Swap in artifacts whose manifest changed; one that can't be loaded is named in the log and the old one goes on."""
-    seen = {c.name: _stamp(c) for c in compositions}
-    while True:
-        await asyncio.sleep(refresh_s)
-        for composition in compositions:
-            stamp = _stamp(composition)
-            if stamp is None or stamp == seen[composition.name]:
-                continue
-            seen[composition.name] = stamp
-            try:
-                artifact = await asyncio.to_thread(_load, composition.document)
-                if artifact is not None:
-                    composition.router.swap(artifact)
-            except AntiphonError as error:
-                _log.error("%s: the new artifact is refused, the old one goes on: %s", composition.name, error)
-
-
-def _stamp(composition: Composition) -> tuple[int, int] | None:
-    directory = artifact_directory(composition.document)
-    if directory is None:
-        return None
-    try:
-        found = (directory / "manifest.json").stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_ino
+def endpoints_of(document: CompositionOfExperts, endpoints: Mapping[str, ExternalEndpoint]) -> dict[str, ExternalEndpoint]:
+    """Where experts that are ours are reached elsewhere, by expert."""
+    referred = ((expert.name, expert.deployment_ref) for expert in document.spec.experts)
+    return {name: endpoints[reference] for name, reference in referred if reference is not None and reference in endpoints}
 
 
 async def _wait(stop: asyncio.Event) -> None:

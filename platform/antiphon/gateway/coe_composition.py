@@ -1,24 +1,53 @@
-"""One composition at the gateway: router, sessions, circuits, and the view the router decides on (request speed).
+"""One composition at the gateway: who decides, the experts' state, sessions, and how it stands (request speed).
 
-Health and queues of our own experts come from the directory, so that all gateways decide alike; external ones have no record
-there and are known by their circuit. Must not know: HTTP. Belongs to one event loop.
+Nothing that a decision depends on is kept here: experts and sessions are in the directory, so that every replica decides alike.
+Must not know: HTTP, gRPC, how the router decides. Belongs to one event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
 
-from antiphon.coe.decision import DecisionId, ExpertState, Question, View
-from antiphon.coe.router import Record, Router
-from antiphon.core.composition import POLICIES, CompositionOfExperts, ExternalEndpoint, Policy
-from antiphon.core.errors import InvalidInput
-from antiphon.core.worker_info import WorkerInfo
+from antiphon.coe.decision import Decision, DecisionId, ExpertState, Question, View
+from antiphon.coe.router import Record
+from antiphon.core.composition import CompositionOfExperts, ExternalEndpoint, Policy
+from antiphon.core.directory import Notes
+from antiphon.core.errors import AntiphonError, InvalidInput
+from antiphon.gateway.coe_board import ExpertBoard
 from antiphon.gateway.coe_breaker import Breaker
+from antiphon.gateway.coe_routes import Routes
 
-TURN_S = 1.0  # nominal time in which a running request makes room for a waiting one
-MAX_SESSIONS = 100_000
+_log = logging.getLogger(__name__)
+
+_NOTE_TIMEOUT_S = 0.2  # what looking up or noting a session may cost a request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertStanding:
+    """An expert of a composition now."""
+
+    name: str
+    external: bool
+    general: bool
+    state: ExpertState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompositionStatus:
+    """How a composition stands: degraded = an expert is down, and others answer for it."""
+
+    name: str
+    state: Literal["ready", "degraded", "unavailable"]
+    message: str
+    experts: tuple[ExpertStanding, ...]
+    num_fallbacks: int  # answers that another than the chosen expert gave, at this gateway
+    last_fallback: str  # why, and when; "" = none so far
 
 
 class Composition:
@@ -26,121 +55,157 @@ class Composition:
 
     Args:
         document: the composition.
-        router: its router.
-        models: served model name of each expert that is ours, by expert.
-        endpoints: experts that are ours but reached at another gateway, by expert.
-        workers: what the directory lists now.
-        clock: monotonic seconds.
+        routes: who decides.
+        board: the experts' state.
+        notes: where sessions are kept.
+        wall_clock: unix seconds.
     """
 
     def __init__(
         self,
         document: CompositionOfExperts,
-        router: Router,
+        routes: Routes,
+        board: ExpertBoard,
+        notes: Notes,
         *,
-        models: Mapping[str, str],
-        endpoints: Mapping[str, ExternalEndpoint],
-        workers: Callable[[], Iterable[WorkerInfo]],
-        clock: Callable[[], float],
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.document = document
-        self.router = router
-        self._models = models
-        self._endpoints = endpoints
-        self._workers = workers
-        self._clock = clock
-        limits = document.spec.limits
-        self.breakers = {
-            expert.name: Breaker(limits.breaker_failures, limits.breaker_open_s, clock) for expert in document.spec.experts
-        }
-        self.num_running = dict.fromkeys(self.breakers, 0)
-        self._sessions: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        self.routes = routes
+        self._board = board
+        self._notes = notes
+        self._wall_clock = wall_clock
+        self._num_fallbacks = 0
+        self._last_fallback = ""
+        self.num_running = board.num_running
 
     @property
     def name(self) -> str:
         """The name that clients send, without a policy."""
         return self.document.model_name
 
+    @property
+    def breakers(self) -> dict[str, Breaker]:
+        """The circuit of each expert."""
+        return self._board.breakers
+
     def model_of(self, expert: str) -> str:
         """The served model behind an expert of ours."""
-        return self._models[expert]
+        return self._board.model_of(expert)
 
     def external(self, expert: str) -> ExternalEndpoint | None:
         """The endpoint of an expert that another process answers for, or None when this gateway does."""
-        return self._endpoints.get(expert, self.document.spec.expert(expert).external)
+        return self._board.external(expert)
 
-    def view(self) -> View:
-        """State of every expert now."""
-        workers = list(self._workers())
-        states = {}
-        for expert in self.document.spec.experts:
-            state = ExpertState() if self.external(expert.name) is not None else _state(self._models[expert.name], workers)
-            closed = not self.breakers[expert.name].is_open
-            states[expert.name] = state if closed else ExpertState(healthy=False)
-        return View(experts=states)
+    def view(self, avoided: Iterable[str] = ()) -> View:
+        """State of every expert now; ``avoided`` ones count as down."""
+        return self._board.view(avoided)
 
-    async def route(self, question: Question) -> Record:
+    async def route(self, question: Question, avoided: Iterable[str] = ()) -> Record:
         """Decide within the document's time; a decision that takes longer is made without looking at the prompt.
 
         Raises:
             InvalidInput: no expert can be asked for this.
             Unavailable: none that could serve it is healthy.
         """
-        view, sticky = self.view(), self._sticky(question.session)
-        try:
-            async with asyncio.timeout(self.document.spec.router.timeout_s):
-                record = await asyncio.to_thread(self.router.route, question, view, sticky)
-        except TimeoutError:
-            record = self.router.without_judgement(question, view, sticky)
-        return record
+        sticky_expert = await self._sticky(question.session)
+        return await self.routes.route(question, self.view(avoided), sticky_expert)
 
-    def served(self, question: Question, expert: str) -> None:
-        """``expert`` answered: the session goes on there."""
+    async def explain(self, decision_id: DecisionId, policy: Policy | None) -> tuple[Record, Decision | None]:
+        """The record of a decision, and what another policy would have decided when one is named.
+
+        Raises:
+            InvalidInput: there is no record of it.
+        """
+        return await self.routes.explain(decision_id, policy)
+
+    async def feedback(self, decision_id: DecisionId, score: float) -> None:
+        """Note how good an answer was. Raises like ``explain``."""
+        await self.routes.feedback(decision_id, score)
+
+    async def served(self, question: Question, expert: str, failures: Iterable[str] = ()) -> None:
+        """``expert`` answered, after those who failed: the session goes on there."""
+        if failed := list(failures):
+            self._num_fallbacks += 1
+            when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._wall_clock()))
+            self._last_fallback = f"{when} {expert} for {'; '.join(failed)}"
         if not question.session or not self.document.spec.stickiness.enabled:
             return
-        self._sessions[question.session] = (expert, self._clock())
-        self._sessions.move_to_end(question.session)
-        while len(self._sessions) > MAX_SESSIONS:
-            self._sessions.popitem(last=False)
+        try:
+            async with asyncio.timeout(_NOTE_TIMEOUT_S):
+                await self._notes.put_note(
+                    self._session_topic, _session_key(question.session), expert, self.document.spec.stickiness.ttl_s
+                )
+        except (AntiphonError, TimeoutError) as error:
+            _log.warning("%s: the session's expert could not be noted: %s", self.name, error)
 
-    def _sticky(self, session: str) -> str | None:
-        expert, seen_s = self._sessions.get(session, ("", 0.0))
-        if not session or not expert or self._clock() - seen_s > self.document.spec.stickiness.ttl_s:
+    def status(self) -> CompositionStatus:
+        """How it stands now."""
+        spec, view = self.document.spec, self.view()
+        experts = tuple(
+            ExpertStanding(
+                name=expert.name,
+                external=expert.external is not None,
+                general=expert.name == spec.general,
+                state=view.of(expert.name),
+            )
+            for expert in spec.experts
+        )
+        down = [expert.name for expert in experts if not expert.state.healthy]
+        state: Literal["ready", "degraded", "unavailable"] = "ready" if not down else "degraded"
+        if len(down) == len(experts):
+            state = "unavailable"
+        return CompositionStatus(
+            name=self.name,
+            state=state,
+            message=f"down: {', '.join(down)}" if down else "",
+            experts=experts,
+            num_fallbacks=self._num_fallbacks,
+            last_fallback=self._last_fallback,
+        )
+
+    async def refresh(self) -> None:
+        """Exchange what is known with the other gateways and routers; called now and then."""
+        await self._board.refresh()
+        await self.routes.refresh()
+
+    async def close(self) -> None:
+        """Give back connections; idempotent."""
+        await self.routes.close()
+
+    @property
+    def _session_topic(self) -> str:
+        return f"coe/{self.document.metadata.name}/sessions"
+
+    async def _sticky(self, session: str) -> str | None:
+        if not session or not self.document.spec.stickiness.enabled:
             return None
-        return expert
+        try:
+            async with asyncio.timeout(_NOTE_TIMEOUT_S):
+                expert = await self._notes.note(self._session_topic, _session_key(session))
+        except (AntiphonError, TimeoutError) as error:
+            _log.warning("%s: the session's expert can't be looked up: %s", self.name, error)
+            return None
+        return expert if expert in self.breakers else None
 
 
-def policy_named(text: str) -> Policy:
-    """A policy by its name.
-
-    Raises:
-        InvalidInput: there is no such policy.
-    """
-    for policy in POLICIES:
-        if text == policy:
-            return policy
-    raise InvalidInput(f"policy must be one of {', '.join(POLICIES)}", "policy")
+def _session_key(session: str) -> str:
+    """Of equal length whatever clients send."""
+    return hashlib.sha256(session.encode(errors="replace")).hexdigest()[:32]
 
 
-def holder_of(compositions: Iterable[Composition], decision_id: DecisionId) -> Composition:
-    """The composition that made a decision.
+async def explained(
+    compositions: Iterable[Composition], decision_id: DecisionId, policy: Policy | None
+) -> tuple[Composition, Record, Decision | None]:
+    """The composition that made a decision, with the decision.
 
     Raises:
         InvalidInput: none has a record of it.
     """
     for composition in compositions:
         try:
-            composition.router.explain(decision_id)
+            record, replayed = await composition.explain(decision_id, policy)
         except InvalidInput:
             continue
-        return composition
+        return composition, record, replayed
     raise InvalidInput(f"there is no record of decision {decision_id!r}", "decision_id")
-
-
-def _state(model: str, workers: list[WorkerInfo]) -> ExpertState:
-    able = [w for w in workers if w.model == model and w.role.generates and w.ready and not w.draining]
-    if not able:
-        return ExpertState(healthy=False)
-    num_waiting = sum(worker.load.num_waiting for worker in able)
-    num_slots = sum(max(1, worker.max_num_seqs) for worker in able)
-    return ExpertState(num_waiting=num_waiting, expected_wait_s=TURN_S * num_waiting / num_slots)

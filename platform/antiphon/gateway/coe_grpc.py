@@ -1,14 +1,15 @@
-"""The router's gRPC door over the compositions of a gateway (request speed). Must not know: how the router decides."""
+"""The router's gRPC door over the compositions of a process (request speed). Must not know: how the router decides."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from antiphon.coe.decision import Decision, DecisionId, Question
-from antiphon.core.composition import split_model_name
+from antiphon.coe.decision import DecisionId
+from antiphon.core.composition import policy_named, split_model_name
 from antiphon.core.errors import InvalidInput, UnknownModel
 from antiphon.gateway.auth import ApiKeys
-from antiphon.gateway.coe_composition import Composition, holder_of, policy_named
+from antiphon.gateway.coe_composition import Composition, explained
+from antiphon.gateway.coe_wire import message_of, question_of
 from antiphon.rpc.v1 import router_pb2 as pb
 
 
@@ -35,24 +36,7 @@ class CoeGrpcDoor:
         name, policy = named
         if name not in self._compositions:
             raise UnknownModel(f"the model 'coe/{name}' does not exist", "model")
-        restricted = request.restricted or bool(request.allowed_experts)
-        question = Question(
-            prompt=request.prompt,
-            session=request.session[:256],
-            expert=request.expert or None,
-            category=request.category or None,
-            language=request.language or None,
-            policy=policy,
-            headers={key.lower(): value for key, value in request.headers.items()},
-            context_tokens=request.context_tokens,
-            modalities=tuple(request.modalities) or ("text",),
-            tools=request.tools,
-            allowed=frozenset(request.allowed_experts) if restricted else None,
-        )
-        composition = self._compositions[name]
-        record = await composition.route(question)
-        composition.served(question, record.decision.expert)
-        return _decision(record.decision, record.decision_id, record.artifact_digest)
+        return message_of(await self._compositions[name].route(question_of(request, policy), request.avoided_experts))
 
     async def explain(self, request: pb.ExplainRequest, authorization: str | None) -> pb.ExplainResponse:
         """The record of a decision, replayed when a policy is named.
@@ -62,19 +46,17 @@ class CoeGrpcDoor:
             InvalidInput: there is no such record or policy.
         """
         self._keys.check(authorization)
-        decision_id = DecisionId(request.decision_id)
-        composition = holder_of(self._compositions.values(), decision_id)
-        record = composition.router.explain(decision_id)
+        policy = policy_named(request.policy) if request.policy else None
+        composition, record, replayed = await explained(self._compositions.values(), DecisionId(request.decision_id), policy)
         response = pb.ExplainResponse(
-            decision=_decision(record.decision, decision_id, record.artifact_digest),
+            decision=message_of(record),
             composition=composition.name,
             decided_s=record.decided_s,
             took_s=record.took_s,
             probabilities={} if record.judgement is None else dict(record.judgement.probabilities),
         )
-        if request.policy:
-            replayed = composition.router.replay(decision_id, policy_named(request.policy))
-            response.replay.CopyFrom(_decision(replayed, decision_id, record.artifact_digest))
+        if replayed is not None:
+            response.replay.CopyFrom(message_of(record, replayed))
         return response
 
     async def feedback(self, request: pb.FeedbackRequest, authorization: str | None) -> pb.FeedbackResponse:
@@ -86,7 +68,8 @@ class CoeGrpcDoor:
         """
         self._keys.check(authorization)
         decision_id = DecisionId(request.decision_id)
-        holder_of(self._compositions.values(), decision_id).router.feedback(decision_id, request.score)
+        composition, _, _ = await explained(self._compositions.values(), decision_id, None)
+        await composition.feedback(decision_id, request.score)
         return pb.FeedbackResponse()
 
     async def list_experts(self, request: pb.ListExpertsRequest, authorization: str | None) -> pb.ListExpertsResponse:
@@ -116,31 +99,3 @@ class CoeGrpcDoor:
                     tools=expert.tools,
                 )
         return response
-
-
-def _decision(decision: Decision, decision_id: str, artifact: str) -> pb.RouteDecision:
-    return pb.RouteDecision(
-        decision_id=decision_id,
-        expert=decision.expert,
-        reason=decision.reason.value,
-        detail=decision.detail,
-        policy=decision.policy,
-        runner_up=decision.runner_up if decision.runner_up is not None else "",
-        alternatives=decision.alternatives,
-        category=decision.category,
-        confidence=decision.confidence,
-        familiarity=decision.familiarity,
-        slow_path=decision.slow,
-        artifact=artifact,
-        candidates=[
-            pb.RouteCandidate(
-                expert=c.expert,
-                score=c.score,
-                cost=c.cost,
-                wait=c.wait,
-                total=c.total,
-                blocked_by="" if c.block is None else c.block.value,
-            )
-            for c in decision.candidates
-        ],
-    )

@@ -1,9 +1,9 @@
 """The composition-of-experts door in front of the OpenAI door (request speed).
 
     POST /v1/chat/completions, /v1/completions  with "model": "coe/<name>" or "coe/<name>:<policy>": route, let the expert answer
-    GET  /v1/models             compositions are listed too
-    POST /v1/route              decide only             GET  /v1/experts               experts and their state
-    GET  /v1/decisions/{id}     explain, ?policy= replays        POST /v1/feedback     how good an answer was
+    GET  /v1/models             compositions are listed too     GET  /v1/models/coe/<name>     one of them
+    POST /v1/route              decide only                     GET  /v1/experts               experts and their state
+    GET  /v1/decisions/{id}     explain, ?policy= replays       POST /v1/feedback              how good an answer was
 
 Everything else passes through. An expert that refuses, fails or stays silent before its first byte is left for the next one; what a
 client has seen is never taken back. Must not know: how the router decides.
@@ -13,30 +13,39 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
+import time
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import quote
 
 import httpx
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
-from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from antiphon.coe.decision import DecisionId, Question
 from antiphon.coe.record_json import record_json
 from antiphon.coe.router import Record
-from antiphon.core.composition import ExternalEndpoint, Policy, split_model_name
-from antiphon.core.errors import InvalidInput, Unavailable, UnknownModel
+from antiphon.core.composition import Policy, policy_named, split_model_name
+from antiphon.core.errors import DeadlineExceeded, InvalidInput, Unavailable, UnknownModel
 from antiphon.gateway.auth import ApiKeys
-from antiphon.gateway.coe_composition import Composition, holder_of, policy_named
+from antiphon.gateway.coe_attempt import (
+    Attempt,
+    Client,
+    answer_headers,
+    body_scope,
+    forward,
+    json_object,
+    replayed,
+    until_started,
+    while_connected,
+)
+from antiphon.gateway.coe_composition import Composition, explained
 from antiphon.gateway.coe_question import question_of
-from antiphon.gateway.http_io import RequestTooLarge, error_response
+from antiphon.gateway.http_io import RequestTooLarge, deadline_of, error_response
 
 _COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
-_TRY_NEXT = frozenset({404, 429, 500, 502, 503, 504})
-_HEADER_SAFE = " !#$&'()*+,-./:;<=>?@[]^_`{|}~"
+_MODEL = "/v1/models/"
+PLACEMENT_PATIENCE_S = 1.0  # how long a lost worker of an expert is waited for while other experts can answer
 
 
 class CoeDoor:
@@ -48,6 +57,7 @@ class CoeDoor:
         self._compositions = compositions
         self._keys = keys
         self._max_bytes = max_request_bytes
+        self._created = int(time.time())
         self._client = httpx.AsyncClient(follow_redirects=False, limits=httpx.Limits(max_connections=None))
 
     async def close(self) -> None:
@@ -76,6 +86,8 @@ class CoeDoor:
             handler = self._feedback
         elif method == "GET" and path.startswith("/v1/decisions/"):
             handler = self._explain
+        elif method == "GET" and path.startswith(f"{_MODEL}coe/"):
+            handler = self._model
         if handler is None:
             await self._inner(scope, receive, send)
             return
@@ -93,20 +105,21 @@ class CoeDoor:
         except Exception as error:  # noqa: BLE001 - the door, as above
             await error_response(error)(scope, receive, send)
             return
-        body = _object(raw)
+        body = json_object(raw)
         named = split_model_name(body["model"]) if body is not None and isinstance(body.get("model"), str) else None
         if body is None or named is None:
-            await self._inner(scope, _replayed(raw, receive), send)
+            await self._inner(scope, replayed(raw, receive), send)
             return
         try:
             self._keys.check(request.headers.get("authorization"))
             composition, policy = self._composition(*named)
+            deadline_s = deadline_of(request)
             question = question_of(body, dict(request.headers), composition.document.spec, policy)
             record = await composition.route(question)
         except Exception as error:  # noqa: BLE001 - the door, as above
             await error_response(error)(scope, receive, send)
             return
-        await self._answer(composition, question, record, body, scope, receive, send)
+        await self._answer(composition, question, record, body, deadline_s, scope, receive, send)
 
     async def _answer(
         self,
@@ -114,6 +127,7 @@ class CoeDoor:
         question: Question,
         record: Record,
         body: dict[str, Any],
+        deadline_s: float | None,
         scope: Scope,
         receive: Receive,
         send: Send,
@@ -122,17 +136,31 @@ class CoeDoor:
         explicit = question.expert is not None
         experts = (record.decision.expert, *(() if explicit else record.decision.alternatives))
         failures: list[str] = []
-        for index, expert in enumerate(experts):
-            if index and composition.breakers[expert].is_open:
-                continue
-            last = index == len(experts) - 1
-            attempt = _Attempt(send, _headers(record, expert, failures), take_any=last)
-            await self._try(composition, expert, body, attempt, scope, receive)
-            if attempt.started:
-                if not attempt.failed:
-                    composition.served(question, expert)
-                return
-            failures.append(f"{expert}: {attempt.why}")
+        started = False
+        client = Client(receive)
+        try:
+            async with asyncio.timeout(deadline_s):
+                for index, expert in enumerate(experts):
+                    if index and composition.breakers[expert].is_open:
+                        continue
+                    last = index == len(experts) - 1
+                    attempt = Attempt(send, answer_headers(record, expert, failures), take_any=last)
+                    try:
+                        await self._try(composition, expert, body, attempt, scope, client.receive, last=last)
+                    finally:
+                        started = attempt.started
+                    if attempt.started:
+                        if not attempt.failed:
+                            await composition.served(question, expert, failures)
+                        return
+                    if client.gone:
+                        return
+                    failures.append(f"{expert}: {attempt.why}")
+        except TimeoutError:
+            if started:
+                raise  # the connection is broken off: the client has seen a part
+            await error_response(DeadlineExceeded("the request's deadline has passed"))(scope, receive, send)
+            return
         error = Unavailable("no expert could answer (" + "; ".join(failures) + ")")
         await error_response(error)(scope, receive, send)
 
@@ -141,9 +169,11 @@ class CoeDoor:
         composition: Composition,
         expert: str,
         body: dict[str, Any],
-        attempt: _Attempt,
+        attempt: Attempt,
         scope: Scope,
         receive: Receive,
+        *,
+        last: bool,
     ) -> None:
         breaker, limits = composition.breakers[expert], composition.document.spec.limits
         endpoint = composition.external(expert)
@@ -156,10 +186,20 @@ class CoeDoor:
         try:
             if endpoint is None:
                 raw = json.dumps({**body, "model": composition.model_of(expert)}).encode()
-                work = self._inner(_sized(scope, len(raw)), _replayed(raw, receive), attempt.send)
+                state = {} if last else {"placement_timeout_s": PLACEMENT_PATIENCE_S}
+                work = self._inner(body_scope(scope, len(raw), state), replayed(raw, receive), attempt.send)
             else:
-                work = self._forward(endpoint, body, attempt, scope["path"], limits.connect_timeout_s, limits.idle_timeout_s)
-            await _until_started(work, attempt, patience_s)
+                forwarding = forward(
+                    self._client,
+                    endpoint,
+                    body,
+                    attempt,
+                    scope["path"],
+                    connect_s=limits.connect_timeout_s,
+                    idle_s=limits.idle_timeout_s,
+                )
+                work = while_connected(forwarding, receive)
+            await until_started(work, attempt, patience_s)
         except TimeoutError:
             attempt.fail("sent nothing in time")
         except httpx.HTTPError as error:
@@ -173,33 +213,6 @@ class CoeDoor:
             elif attempt.started:
                 breaker.succeeded()
 
-    async def _forward(
-        self,
-        endpoint: ExternalEndpoint,
-        body: dict[str, Any],
-        attempt: _Attempt,
-        path: str,
-        connect_s: float,
-        idle_s: float,
-    ) -> None:
-        """Stream an external endpoint's answer through."""
-        headers = {}
-        if endpoint.api_key_env is not None and (key := os.environ.get(endpoint.api_key_env)):
-            headers["authorization"] = f"Bearer {key}"
-        timeout = httpx.Timeout(idle_s, connect=connect_s)
-        url = endpoint.url + path.removeprefix("/v1")
-        sent = {**body, "model": endpoint.model}
-        async with self._client.stream("POST", url, json=sent, headers=headers, timeout=timeout) as answer:
-            content_type = answer.headers.get("content-type", "application/json").encode("latin-1")
-            await attempt.send(
-                {"type": "http.response.start", "status": answer.status_code, "headers": [(b"content-type", content_type)]}
-            )
-            if not attempt.started:
-                return
-            async for chunk in answer.aiter_bytes():
-                await attempt.send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await attempt.send({"type": "http.response.body", "body": b"", "more_body": False})
-
     async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
         messages: list[Message] = []
 
@@ -208,16 +221,32 @@ class CoeDoor:
 
         await self._inner(scope, receive, keep)
         start = messages[0]
-        listed = _object(b"".join(m.get("body", b"") for m in messages[1:]))
+        listed = json_object(b"".join(m.get("body", b"") for m in messages[1:]))
         if start["status"] != 200 or listed is None:
             for message in messages:
                 await send(message)
             return
-        cards = [{"id": c.name, "object": "model", "created": 0, "owned_by": "antiphon"} for c in self._compositions.values()]
+        cards = [self._card(composition) for composition in self._compositions.values()]
         await JSONResponse({**listed, "data": [*listed["data"], *cards]})(scope, receive, send)
 
+    async def _model(self, request: Request) -> dict[str, Any]:
+        named = split_model_name(request.url.path.removeprefix(_MODEL))
+        assert named is not None  # the path begins with coe/
+        return self._card(self._composition(*named)[0])
+
+    def _card(self, composition: Composition) -> dict[str, Any]:
+        lengths = [expert.context_tokens for expert in composition.document.spec.experts if expert.context_tokens is not None]
+        return {
+            "id": composition.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "antiphon",
+            "max_model_len": max(lengths, default=None),
+            "experts": [expert.name for expert in composition.document.spec.experts],
+        }
+
     async def _route(self, request: Request) -> dict[str, Any]:
-        body = _object(await _read(request, self._max_bytes))
+        body = json_object(await _read(request, self._max_bytes))
         if body is None:
             raise InvalidInput("the body must be a JSON object")
         named = split_model_name(body["model"]) if isinstance(body.get("model"), str) else None
@@ -253,98 +282,30 @@ class CoeDoor:
 
     async def _explain(self, request: Request) -> dict[str, Any]:
         decision_id = DecisionId(request.url.path.removeprefix("/v1/decisions/"))
-        composition = holder_of(self._compositions.values(), decision_id)
-        record = composition.router.explain(decision_id)
+        wanted = request.query_params.get("policy")
+        policy = None if wanted is None else policy_named(wanted)
+        composition, record, replay = await explained(self._compositions.values(), decision_id, policy)
         result = {"composition": composition.name, "decided_s": record.decided_s, **record_json(record)}
-        if (wanted := request.query_params.get("policy")) is not None:
-            replayed = composition.router.replay(decision_id, policy_named(wanted))
-            result["replay"] = {"policy": wanted, "expert": replayed.expert, "reason": replayed.reason.value}
+        if replay is not None:
+            result["replay"] = {"policy": wanted, "expert": replay.expert, "reason": replay.reason.value}
         return result
 
     async def _feedback(self, request: Request) -> dict[str, Any]:
-        body = _object(await _read(request, self._max_bytes))
+        body = json_object(await _read(request, self._max_bytes))
         if body is None or not isinstance(body.get("decision_id"), str):
             raise InvalidInput("decision_id must be the id of a decision", "decision_id")
         score = body.get("score")
         if isinstance(score, bool) or not isinstance(score, int | float):
             raise InvalidInput("score must be a number between 0 and 1", "score")
         decision_id = DecisionId(body["decision_id"])
-        holder_of(self._compositions.values(), decision_id).router.feedback(decision_id, float(score))
+        composition, _, _ = await explained(self._compositions.values(), decision_id, None)
+        await composition.feedback(decision_id, float(score))
         return {"decision_id": decision_id, "score": float(score)}
 
     def _composition(self, name: str, policy: Policy | None) -> tuple[Composition, Policy | None]:
         if name not in self._compositions:
             raise UnknownModel(f"the model 'coe/{name}' does not exist", "model")
         return self._compositions[name], policy
-
-
-class _Attempt:
-    """One expert's try at a request: passes its answer on, or holds it back while another expert may do better."""
-
-    def __init__(self, send: Send, headers: dict[str, str], *, take_any: bool) -> None:
-        self._send = send
-        self._headers = headers
-        self._take_any = take_any
-        self.started = False  # the client has seen the beginning
-        self.failed = False
-        self.why = ""
-        self.begun = asyncio.Event()  # started, or known not to be
-
-    async def send(self, message: Message) -> None:
-        """The expert's side of ASGI."""
-        if message["type"] == "http.response.start":
-            status = message["status"]
-            self.failed = status >= 500
-            if status in _TRY_NEXT and not self._take_any:
-                self.why = self.why or f"status {status}"
-                self.begun.set()
-                return
-            MutableHeaders(scope=message).update(self._headers)
-            self.started = True
-            self.begun.set()
-        if self.started:
-            await self._send(message)
-
-    def fail(self, why: str) -> None:
-        """It could not be reached or was silent."""
-        self.failed, self.why = True, why
-        self.begun.set()
-
-
-async def _until_started(work: Any, attempt: _Attempt, patience_s: float | None) -> None:
-    """Run an attempt; give up when nothing was begun within ``patience_s``."""
-    task = asyncio.ensure_future(work)
-    begun = asyncio.ensure_future(attempt.begun.wait())
-    try:
-        await asyncio.wait({task, begun}, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
-        if not attempt.begun.is_set() and not task.done():
-            raise TimeoutError
-        if attempt.started or not attempt.begun.is_set():
-            await task
-    finally:
-        for pending in (task, begun):
-            pending.cancel()
-        await asyncio.gather(task, begun, return_exceptions=True)
-
-
-def _headers(record: Record, expert: str, failures: list[str]) -> dict[str, str]:
-    decision = record.decision
-    reason = "fallback" if failures else decision.reason.value
-    headers = {
-        "x-antiphon-expert": expert,
-        "x-antiphon-category": quote(decision.category, safe=_HEADER_SAFE),
-        "x-antiphon-confidence": f"{decision.confidence:.4f}",
-        "x-antiphon-reason": reason,
-        "x-antiphon-decision-id": record.decision_id,
-    }
-    if failures:
-        headers["x-antiphon-fallback"] = quote("; ".join(failures), safe=_HEADER_SAFE)
-    return headers
-
-
-def _sized(scope: Scope, num_bytes: int) -> Scope:
-    headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
-    return {**scope, "headers": [*headers, (b"content-length", str(num_bytes).encode())]}
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
@@ -355,25 +316,3 @@ async def _read(request: Request, max_bytes: int) -> bytes:
             raise RequestTooLarge(f"the body is larger than {max_bytes} bytes")
         chunks.append(chunk)
     return b"".join(chunks)
-
-
-def _object(raw: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _replayed(raw: bytes, receive: Receive) -> Receive:
-    """A receive that gives the body again, then whatever the client does next."""
-    given = False
-
-    async def again() -> Message:
-        nonlocal given
-        if not given:
-            given = True
-            return {"type": "http.request", "body": raw, "more_body": False}
-        return await receive()
-
-    return again

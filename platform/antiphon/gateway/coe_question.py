@@ -7,13 +7,18 @@ from typing import Any
 
 from antiphon.coe.decision import Question
 from antiphon.core.composition import CompositionSpec, Policy
+from antiphon.core.errors import InvalidInput
 
 _CHARS_PER_TOKEN = 4  # of dense text; an underestimate lets an expert itself refuse what is too long
 _PARTS = {"image_url": "image", "input_audio": "audio", "video_url": "video"}
 
 
 def question_of(body: Mapping[str, Any], headers: Mapping[str, str], spec: CompositionSpec, policy: Policy | None) -> Question:
-    """The question behind a chat or completion body; whatever is malformed is the expert's door's to refuse."""
+    """The question behind a chat or completion body; whatever else is malformed is the expert's door's to refuse.
+
+    Raises:
+        InvalidInput: the prompt is token ids, which mean another text to every expert.
+    """
     texts, modalities = _contents(body)
     max_tokens = body.get("max_completion_tokens", body.get("max_tokens"))
     num_output = max_tokens if isinstance(max_tokens, int) and not isinstance(max_tokens, bool) else 0
@@ -44,6 +49,8 @@ def _contents(body: Mapping[str, Any]) -> tuple[list[str], tuple[str, ...]]:
     if isinstance(prompt, str):
         return [prompt], ("text",)
     if isinstance(prompt, list):
+        if any(not isinstance(text, str) for text in prompt):
+            raise InvalidInput("a composition takes text: token ids mean another text to every expert", "prompt")
         return [text for text in prompt if isinstance(text, str)], ("text",)
     texts: list[str] = []
     asked = ""

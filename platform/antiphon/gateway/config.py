@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+from antiphon.core.composition import CompositionOfExperts, ExternalEndpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,9 +25,14 @@ class GatewayConfig:
     max_deadline_s: float = 86_400.0
     max_concurrent_requests: int = 4096  # beyond it 429, whatever the workers' queues say
     remote_prefill_min_tokens: int = 64
+    remote_prefill_min_tokens_by_model: Mapping[str, int] = field(default_factory=dict)  # where a model differs
     placement_timeout_s: float = 30.0  # how long a request whose worker was lost before its first token looks for another
     refresh_s: float = 0.5  # between looks into the directory
     drain_timeout_s: float = 30.0  # at the stop, how long open streams may go on
+    compositions: tuple[CompositionOfExperts, ...] = ()
+    deployment_models: Mapping[str, str] = field(default_factory=dict)  # deploymentRef → name of a model served here
+    endpoints: Mapping[str, ExternalEndpoint] = field(default_factory=dict)  # deploymentRef → where it is reached elsewhere
+    routing: Literal["here", "replicas"] = "here"  # who decides: this process, or the router replicas of the directory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

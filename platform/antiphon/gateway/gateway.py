@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from antiphon import __version__
 from antiphon.core.errors import Unavailable, UnknownModel
 from antiphon.gateway.auth import ApiKeys
+from antiphon.gateway.coe_composition import Composition
 from antiphon.gateway.config import GatewayConfig
 from antiphon.gateway.engine_client import EngineClient
 from antiphon.gateway.generation import Generator
@@ -47,6 +48,7 @@ class Gateway:
         self.config = config
         self.keys = ApiKeys(config.api_keys)
         self.models = models
+        self.compositions: Mapping[str, Composition] = {}  # by metadata.name; set once, before the doors open
         self.created = int(time.time())
         self.draining = False
         self.telemetry = telemetry
@@ -55,7 +57,12 @@ class Gateway:
         self._started_s = clock()
         self._client = EngineClient(clock=clock)
         # Placement notes what is in flight before new connections are made or old ones dropped.
-        placement = Placement(self.view, self._client, remote_prefill_min_tokens=config.remote_prefill_min_tokens)
+        placement = Placement(
+            self.view,
+            self._client,
+            remote_prefill_min_tokens=config.remote_prefill_min_tokens,
+            by_model=config.remote_prefill_min_tokens_by_model,
+        )
         self.view.on_refresh(self._client.sync)
         self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
         self._generator = Generator(
@@ -111,6 +118,8 @@ class Gateway:
             return "shutting down"
         if self.view.age_s is None:
             return "the directory has not answered yet"
+        if any(composition.status().state != "unavailable" for composition in self.compositions.values()):
+            return None  # external experts need no worker of ours
         if not any(self.is_ready(model) for model in self.models):
             return "no model has a ready worker"
         return None
@@ -130,6 +139,7 @@ class Gateway:
                 is_connected=self._client.is_connected,
                 inflight_on=self._client.inflight_on,
             ),
+            compositions=tuple(composition.status() for composition in self.compositions.values()),
         )
 
     async def close(self) -> None:

@@ -200,7 +200,9 @@ class Generator:
                     view=self._view,
                     committed=lambda: job.committed,
                     clock=self._clock,
-                    placement_timeout_s=self._config.placement_timeout_s,
+                    placement_timeout_s=(
+                        self._config.placement_timeout_s if request.placement_timeout_s is None else request.placement_timeout_s
+                    ),
                 )
             )
         return job

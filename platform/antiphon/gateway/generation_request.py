@@ -114,6 +114,7 @@ class GenerationRequest:
     priority: int = 0
     cache_salt: str = ""
     traceparent: str | None = None
+    placement_timeout_s: float | None = None  # patience while no worker can take it; None = the gateway's
     resume: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # tokens the client has, by choice
     # Paths of fields in the door's own message, for errors found later.
     max_tokens_field: str = "max_tokens"

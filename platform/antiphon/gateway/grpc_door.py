@@ -10,9 +10,12 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from antiphon.core.composition import split_model_name
 from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import FFNShard, Role
 from antiphon.core.request import MAX_LOGPROBS, FinishReason
+from antiphon.gateway.coe_composition import Composition, CompositionStatus
+from antiphon.gateway.coe_generate import CoeGenerator
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.generation_request import (
     MAX_CHOICES,
@@ -44,14 +47,19 @@ _FINISH = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FIN
 class GrpcDoor:
     """antiphon.rpc.inference.InferencePort over a gateway."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, compositions: CoeGenerator) -> None:
         self._gateway = gateway
+        self._compositions = compositions
 
     async def generate(self, request: pb.GenerateRequest, call: CallInfo) -> AsyncGenerator[pb.GenerateResponse, None]:
         """See the proto."""
         self._gateway.keys.check(call.metadata.get("authorization"))
         generation = generation_request(request, call)
-        async with aclosing(self._gateway.generate(generation)) as events:
+        if split_model_name(generation.model) is None:
+            answering = self._gateway.generate(generation)
+        else:
+            answering = self._compositions.generate(generation, call.metadata, call.announce)
+        async with aclosing(answering) as events:
             async for event in events:
                 yield response_of(event)
 
@@ -70,6 +78,7 @@ class GrpcDoor:
                 )
                 for name in gateway.models
             ]
+            + [_composition_card(composition, gateway.created) for composition in gateway.compositions.values()]
         )
 
     async def get_status(self, request: pb.GetStatusRequest, call: CallInfo) -> pb.GetStatusResponse:
@@ -82,6 +91,7 @@ class GrpcDoor:
             ),
             pools=[_pool(pool) for pool in status.pools],
             workers=[_worker(worker) for worker in status.workers],
+            compositions=[_composition(composition) for composition in status.compositions],
         )
 
 
@@ -241,6 +251,38 @@ def _logprob(logprob: Logprob) -> pb.Logprob:
 def _probability(probability: TokenProbability) -> pb.TokenProbability:
     return pb.TokenProbability(
         token_id=probability.token_id, token=probability.text, token_bytes=probability.raw, logprob=probability.logprob
+    )
+
+
+def _composition_card(composition: Composition, created: int) -> pb.ModelCard:
+    lengths = [expert.context_tokens for expert in composition.document.spec.experts if expert.context_tokens is not None]
+    return pb.ModelCard(
+        id=composition.name,
+        max_model_len=max(lengths, default=0),
+        created=created,
+        ready=composition.status().state != "unavailable",
+    )
+
+
+def _composition(status: CompositionStatus) -> pb.CompositionStatus:
+    return pb.CompositionStatus(
+        name=status.name,
+        state=status.state,
+        message=status.message,
+        experts=[
+            pb.ExpertStanding(
+                name=expert.name,
+                external=expert.external,
+                general=expert.general,
+                healthy=expert.state.healthy,
+                resident=expert.state.resident,
+                num_waiting=expert.state.num_waiting,
+                expected_wait_s=expert.state.expected_wait_s,
+            )
+            for expert in status.experts
+        ],
+        num_fallbacks=status.num_fallbacks,
+        last_fallback=status.last_fallback,
     )
 
 

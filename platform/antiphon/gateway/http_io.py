@@ -78,9 +78,12 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if "request_id" in scope.setdefault("state", {}):  # a door in front of this one has seen to it
+            await self._app(scope, receive, send)
+            return
         given = next((value.decode("latin-1") for key, value in scope["headers"] if key == REQUEST_ID_HEADER.encode()), None)
         request_id = given if given is not None and valid_request_id(given) else new_request_id()
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope["state"]["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -128,6 +128,7 @@ async def _complete(gateway: Gateway, request: Request, kind: type[ChatBody] | t
         generation = body.request(
             request_id=request.state.request_id, deadline_s=deadline_of(request), traceparent=request.headers.get("traceparent")
         )
+        generation = dataclasses.replace(generation, placement_timeout_s=getattr(request.state, "placement_timeout_s", None))
     except Exception as error:  # noqa: BLE001 - the door, as above
         return error_response(error)
     include_usage = bool(body.stream_options is not None and body.stream_options.include_usage)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 from antiphon.core.directory import WorkerRecord
@@ -26,12 +26,21 @@ class Placement:
         view: the registered workers.
         client: knows what is in flight where.
         remote_prefill_min_tokens: see ``picker.pick``.
+        by_model: the same, where a model differs.
     """
 
-    def __init__(self, view: WorkerView, client: EngineClient, *, remote_prefill_min_tokens: int) -> None:
+    def __init__(
+        self,
+        view: WorkerView,
+        client: EngineClient,
+        *,
+        remote_prefill_min_tokens: int,
+        by_model: Mapping[str, int] | None = None,
+    ) -> None:
         self._view = view
         self._client = client
         self._remote_prefill_min_tokens = remote_prefill_min_tokens
+        self._by_model = {} if by_model is None else dict(by_model)
         self._affinity = PrefixAffinity()
         self._prefilling: Counter[WorkerId] = Counter()
         self._inflight_then: dict[WorkerId, int] = {}
@@ -60,7 +69,7 @@ class Placement:
             prefix=self._affinity.match(keys),
             excluded=excluded,
             revision=revision,
-            remote_prefill_min_tokens=self._remote_prefill_min_tokens,
+            remote_prefill_min_tokens=self._by_model.get(model, self._remote_prefill_min_tokens),
             turn=next(self._turns),
         )
         self._affinity.record(keys, plan.worker)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from antiphon.core.directory import WorkerRecord
 from antiphon.core.ids import Role, WorkerId
 from antiphon.core.worker_info import WorkerInfo
+from antiphon.gateway.coe_composition import CompositionStatus
 from antiphon.gateway.metrics import kv_usage
 
 
@@ -45,6 +46,7 @@ class Status:
     draining: bool
     pools: tuple[PoolStatus, ...]
     workers: tuple[WorkerStatus, ...]
+    compositions: tuple[CompositionStatus, ...] = ()
 
 
 def pools_of(infos: Sequence[WorkerInfo]) -> tuple[PoolStatus, ...]:

@@ -7,7 +7,7 @@ Must not know: how a request is answered.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -22,6 +22,7 @@ from antiphon.rpc.v1 import inference_pb2 as pb
 
 _log = logging.getLogger(__name__)
 _M = TypeVar("_M", bound=Message)
+Announce = Callable[[Mapping[str, str]], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,7 @@ class CallInfo:
     metadata: Mapping[str, str]  # keys in lower case; binary values are left out
     deadline_left_s: float | None
     peer: str
+    announce: Announce  # sends initial metadata; before the first response, once
 
 
 class InferencePort(Protocol):
@@ -104,7 +106,11 @@ def _parse(kind: type[_M], raw: bytes) -> _M:
 def _call_info(context: grpc.aio.ServicerContext[Any, Any]) -> CallInfo:
     metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
     left_s = context.time_remaining()
-    return CallInfo(metadata=metadata, deadline_left_s=left_s, peer=context.peer())
+
+    async def announce(told: Mapping[str, str]) -> None:
+        await context.send_initial_metadata(tuple(told.items()))
+
+    return CallInfo(metadata=metadata, deadline_left_s=left_s, peer=context.peer(), announce=announce)
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:

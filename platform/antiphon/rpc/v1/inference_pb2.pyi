@@ -232,14 +232,50 @@ class GetStatusRequest(_message.Message):
     def __init__(self, deployment: _Optional[str] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("gateway", "pools", "workers")
+    __slots__ = ("gateway", "pools", "workers", "compositions")
     GATEWAY_FIELD_NUMBER: _ClassVar[int]
     POOLS_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
+    COMPOSITIONS_FIELD_NUMBER: _ClassVar[int]
     gateway: GatewayStatus
     pools: _containers.RepeatedCompositeFieldContainer[PoolStatus]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
-    def __init__(self, gateway: _Optional[_Union[GatewayStatus, _Mapping]] = ..., pools: _Optional[_Iterable[_Union[PoolStatus, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ...) -> None: ...
+    compositions: _containers.RepeatedCompositeFieldContainer[CompositionStatus]
+    def __init__(self, gateway: _Optional[_Union[GatewayStatus, _Mapping]] = ..., pools: _Optional[_Iterable[_Union[PoolStatus, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., compositions: _Optional[_Iterable[_Union[CompositionStatus, _Mapping]]] = ...) -> None: ...
+
+class CompositionStatus(_message.Message):
+    __slots__ = ("name", "state", "message", "experts", "num_fallbacks", "last_fallback")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FALLBACKS_FIELD_NUMBER: _ClassVar[int]
+    LAST_FALLBACK_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    state: str
+    message: str
+    experts: _containers.RepeatedCompositeFieldContainer[ExpertStanding]
+    num_fallbacks: int
+    last_fallback: str
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., message: _Optional[str] = ..., experts: _Optional[_Iterable[_Union[ExpertStanding, _Mapping]]] = ..., num_fallbacks: _Optional[int] = ..., last_fallback: _Optional[str] = ...) -> None: ...
+
+class ExpertStanding(_message.Message):
+    __slots__ = ("name", "external", "general", "healthy", "resident", "num_waiting", "expected_wait_s")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    EXTERNAL_FIELD_NUMBER: _ClassVar[int]
+    GENERAL_FIELD_NUMBER: _ClassVar[int]
+    HEALTHY_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    external: bool
+    general: bool
+    healthy: bool
+    resident: bool
+    num_waiting: int
+    expected_wait_s: float
+    def __init__(self, name: _Optional[str] = ..., external: _Optional[bool] = ..., general: _Optional[bool] = ..., healthy: _Optional[bool] = ..., resident: _Optional[bool] = ..., num_waiting: _Optional[int] = ..., expected_wait_s: _Optional[float] = ...) -> None: ...
 
 class GatewayStatus(_message.Message):
     __slots__ = ("version", "uptime_s", "num_requests", "draining")

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61ntiphon/rpc/v1/router.proto\x12\x0f\x61ntiphon.rpc.v1\"\xc7\x02\n\x0cRouteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x0f\n\x07session\x18\x03 \x01(\t\x12\x0e\n\x06\x65xpert\x18\x04 \x01(\t\x12\x10\n\x08\x63\x61tegory\x18\x05 \x01(\t\x12\x10\n\x08language\x18\x06 \x01(\t\x12;\n\x07headers\x18\x07 \x03(\x0b\x32*.antiphon.rpc.v1.RouteRequest.HeadersEntry\x12\x16\n\x0e\x63ontext_tokens\x18\x08 \x01(\r\x12\x12\n\nmodalities\x18\t \x03(\t\x12\r\n\x05tools\x18\n \x01(\x08\x12\x17\n\x0f\x61llowed_experts\x18\x0b \x03(\t\x12\x12\n\nrestricted\x18\x0c \x01(\x08\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa2\x02\n\rRouteDecision\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x01 \x01(\t\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x0e\n\x06policy\x18\x05 \x01(\t\x12\x11\n\trunner_up\x18\x06 \x01(\t\x12\x14\n\x0c\x61lternatives\x18\x07 \x03(\t\x12\x10\n\x08\x63\x61tegory\x18\x08 \x01(\t\x12\x12\n\nconfidence\x18\t \x01(\x02\x12\x13\n\x0b\x66\x61miliarity\x18\n \x01(\x02\x12\x11\n\tslow_path\x18\x0b \x01(\x08\x12\x10\n\x08\x61rtifact\x18\x0c \x01(\t\x12\x33\n\ncandidates\x18\r \x03(\x0b\x32\x1f.antiphon.rpc.v1.RouteCandidate\"}\n\x0eRouteCandidate\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x0c\n\x04\x63ost\x18\x03 \x01(\x02\x12\x0c\n\x04wait\x18\x04 \x01(\x02\x12\x12\n\x05total\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\nblocked_by\x18\x06 \x01(\tB\x08\n\x06_total\"5\n\x0e\x45xplainRequest\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\"\xad\x02\n\x0f\x45xplainResponse\x12\x30\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x1e.antiphon.rpc.v1.RouteDecision\x12\x13\n\x0b\x63omposition\x18\x02 \x01(\t\x12\x11\n\tdecided_s\x18\x03 \x01(\x01\x12\x0e\n\x06took_s\x18\x04 \x01(\x01\x12J\n\rprobabilities\x18\x05 \x03(\x0b\x32\x33.antiphon.rpc.v1.ExplainResponse.ProbabilitiesEntry\x12.\n\x06replay\x18\x06 \x01(\x0b\x32\x1e.antiphon.rpc.v1.RouteDecision\x1a\x34\n\x12ProbabilitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\"5\n\x0f\x46\x65\x65\x64\x62\x61\x63kRequest\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\"\x12\n\x10\x46\x65\x65\x64\x62\x61\x63kResponse\"\x14\n\x12ListExpertsRequest\"C\n\x13ListExpertsResponse\x12,\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x1b.antiphon.rpc.v1.ExpertInfo\"\xa8\x02\n\nExpertInfo\x12\x13\n\x0b\x63omposition\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08\x65xternal\x18\x03 \x01(\x08\x12\x0f\n\x07general\x18\x04 \x01(\x08\x12\x0f\n\x07healthy\x18\x05 \x01(\x08\x12\x10\n\x08resident\x18\x06 \x01(\x08\x12\x13\n\x0bnum_waiting\x18\x07 \x01(\r\x12\x17\n\x0f\x65xpected_wait_s\x18\x08 \x01(\x01\x12\x1c\n\x0f\x61\x63tive_params_b\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x0e\x63ontext_tokens\x18\n \x01(\rH\x01\x88\x01\x01\x12\x12\n\nmodalities\x18\x0b \x03(\t\x12\r\n\x05tools\x18\x0c \x01(\x08\x42\x12\n\x10_active_params_bB\x11\n\x0f_context_tokens2\xc9\x02\n\x06Router\x12\x46\n\x05Route\x12\x1d.antiphon.rpc.v1.RouteRequest\x1a\x1e.antiphon.rpc.v1.RouteDecision\x12L\n\x07\x45xplain\x12\x1f.antiphon.rpc.v1.ExplainRequest\x1a .antiphon.rpc.v1.ExplainResponse\x12O\n\x08\x46\x65\x65\x64\x62\x61\x63k\x12 .antiphon.rpc.v1.FeedbackRequest\x1a!.antiphon.rpc.v1.FeedbackResponse\x12X\n\x0bListExperts\x12#.antiphon.rpc.v1.ListExpertsRequest\x1a$.antiphon.rpc.v1.ListExpertsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61ntiphon/rpc/v1/router.proto\x12\x0f\x61ntiphon.rpc.v1\"\xe0\x02\n\x0cRouteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x0f\n\x07session\x18\x03 \x01(\t\x12\x0e\n\x06\x65xpert\x18\x04 \x01(\t\x12\x10\n\x08\x63\x61tegory\x18\x05 \x01(\t\x12\x10\n\x08language\x18\x06 \x01(\t\x12;\n\x07headers\x18\x07 \x03(\x0b\x32*.antiphon.rpc.v1.RouteRequest.HeadersEntry\x12\x16\n\x0e\x63ontext_tokens\x18\x08 \x01(\r\x12\x12\n\nmodalities\x18\t \x03(\t\x12\r\n\x05tools\x18\n \x01(\x08\x12\x17\n\x0f\x61llowed_experts\x18\x0b \x03(\t\x12\x12\n\nrestricted\x18\x0c \x01(\x08\x12\x17\n\x0f\x61voided_experts\x18\r \x03(\t\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xb8\x03\n\rRouteDecision\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x01 \x01(\t\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x0e\n\x06policy\x18\x05 \x01(\t\x12\x11\n\trunner_up\x18\x06 \x01(\t\x12\x14\n\x0c\x61lternatives\x18\x07 \x03(\t\x12\x10\n\x08\x63\x61tegory\x18\x08 \x01(\t\x12\x12\n\nconfidence\x18\t \x01(\x02\x12\x13\n\x0b\x66\x61miliarity\x18\n \x01(\x02\x12\x11\n\tslow_path\x18\x0b \x01(\x08\x12\x10\n\x08\x61rtifact\x18\x0c \x01(\t\x12\x33\n\ncandidates\x18\r \x03(\x0b\x32\x1f.antiphon.rpc.v1.RouteCandidate\x12\x14\n\x0cview_version\x18\x0e \x01(\x04\x12H\n\rprobabilities\x18\x0f \x03(\x0b\x32\x31.antiphon.rpc.v1.RouteDecision.ProbabilitiesEntry\x1a\x34\n\x12ProbabilitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"}\n\x0eRouteCandidate\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x0c\n\x04\x63ost\x18\x03 \x01(\x02\x12\x0c\n\x04wait\x18\x04 \x01(\x02\x12\x12\n\x05total\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\nblocked_by\x18\x06 \x01(\tB\x08\n\x06_total\"5\n\x0e\x45xplainRequest\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\"\xad\x02\n\x0f\x45xplainResponse\x12\x30\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x1e.antiphon.rpc.v1.RouteDecision\x12\x13\n\x0b\x63omposition\x18\x02 \x01(\t\x12\x11\n\tdecided_s\x18\x03 \x01(\x01\x12\x0e\n\x06took_s\x18\x04 \x01(\x01\x12J\n\rprobabilities\x18\x05 \x03(\x0b\x32\x33.antiphon.rpc.v1.ExplainResponse.ProbabilitiesEntry\x12.\n\x06replay\x18\x06 \x01(\x0b\x32\x1e.antiphon.rpc.v1.RouteDecision\x1a\x34\n\x12ProbabilitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\"5\n\x0f\x46\x65\x65\x64\x62\x61\x63kRequest\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\"\x12\n\x10\x46\x65\x65\x64\x62\x61\x63kResponse\"\x14\n\x12ListExpertsRequest\"C\n\x13ListExpertsResponse\x12,\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x1b.antiphon.rpc.v1.ExpertInfo\"\xa8\x02\n\nExpertInfo\x12\x13\n\x0b\x63omposition\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08\x65xternal\x18\x03 \x01(\x08\x12\x0f\n\x07general\x18\x04 \x01(\x08\x12\x0f\n\x07healthy\x18\x05 \x01(\x08\x12\x10\n\x08resident\x18\x06 \x01(\x08\x12\x13\n\x0bnum_waiting\x18\x07 \x01(\r\x12\x17\n\x0f\x65xpected_wait_s\x18\x08 \x01(\x01\x12\x1c\n\x0f\x61\x63tive_params_b\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x0e\x63ontext_tokens\x18\n \x01(\rH\x01\x88\x01\x01\x12\x12\n\nmodalities\x18\x0b \x03(\t\x12\r\n\x05tools\x18\x0c \x01(\x08\x42\x12\n\x10_active_params_bB\x11\n\x0f_context_tokens2\xc9\x02\n\x06Router\x12\x46\n\x05Route\x12\x1d.antiphon.rpc.v1.RouteRequest\x1a\x1e.antiphon.rpc.v1.RouteDecision\x12L\n\x07\x45xplain\x12\x1f.antiphon.rpc.v1.ExplainRequest\x1a .antiphon.rpc.v1.ExplainResponse\x12O\n\x08\x46\x65\x65\x64\x62\x61\x63k\x12 .antiphon.rpc.v1.FeedbackRequest\x1a!.antiphon.rpc.v1.FeedbackResponse\x12X\n\x0bListExperts\x12#.antiphon.rpc.v1.ListExpertsRequest\x1a$.antiphon.rpc.v1.ListExpertsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,32 +33,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ROUTEREQUEST_HEADERSENTRY']._loaded_options = None
   _globals['_ROUTEREQUEST_HEADERSENTRY']._serialized_options = b'8\001'
+  _globals['_ROUTEDECISION_PROBABILITIESENTRY']._loaded_options = None
+  _globals['_ROUTEDECISION_PROBABILITIESENTRY']._serialized_options = b'8\001'
   _globals['_EXPLAINRESPONSE_PROBABILITIESENTRY']._loaded_options = None
   _globals['_EXPLAINRESPONSE_PROBABILITIESENTRY']._serialized_options = b'8\001'
   _globals['_ROUTEREQUEST']._serialized_start=50
-  _globals['_ROUTEREQUEST']._serialized_end=377
-  _globals['_ROUTEREQUEST_HEADERSENTRY']._serialized_start=331
-  _globals['_ROUTEREQUEST_HEADERSENTRY']._serialized_end=377
-  _globals['_ROUTEDECISION']._serialized_start=380
-  _globals['_ROUTEDECISION']._serialized_end=670
-  _globals['_ROUTECANDIDATE']._serialized_start=672
-  _globals['_ROUTECANDIDATE']._serialized_end=797
-  _globals['_EXPLAINREQUEST']._serialized_start=799
-  _globals['_EXPLAINREQUEST']._serialized_end=852
-  _globals['_EXPLAINRESPONSE']._serialized_start=855
-  _globals['_EXPLAINRESPONSE']._serialized_end=1156
-  _globals['_EXPLAINRESPONSE_PROBABILITIESENTRY']._serialized_start=1104
-  _globals['_EXPLAINRESPONSE_PROBABILITIESENTRY']._serialized_end=1156
-  _globals['_FEEDBACKREQUEST']._serialized_start=1158
-  _globals['_FEEDBACKREQUEST']._serialized_end=1211
-  _globals['_FEEDBACKRESPONSE']._serialized_start=1213
-  _globals['_FEEDBACKRESPONSE']._serialized_end=1231
-  _globals['_LISTEXPERTSREQUEST']._serialized_start=1233
-  _globals['_LISTEXPERTSREQUEST']._serialized_end=1253
-  _globals['_LISTEXPERTSRESPONSE']._serialized_start=1255
-  _globals['_LISTEXPERTSRESPONSE']._serialized_end=1322
-  _globals['_EXPERTINFO']._serialized_start=1325
-  _globals['_EXPERTINFO']._serialized_end=1621
-  _globals['_ROUTER']._serialized_start=1624
-  _globals['_ROUTER']._serialized_end=1953
+  _globals['_ROUTEREQUEST']._serialized_end=402
+  _globals['_ROUTEREQUEST_HEADERSENTRY']._serialized_start=356
+  _globals['_ROUTEREQUEST_HEADERSENTRY']._serialized_end=402
+  _globals['_ROUTEDECISION']._serialized_start=405
+  _globals['_ROUTEDECISION']._serialized_end=845
+  _globals['_ROUTEDECISION_PROBABILITIESENTRY']._serialized_start=793
+  _globals['_ROUTEDECISION_PROBABILITIESENTRY']._serialized_end=845
+  _globals['_ROUTECANDIDATE']._serialized_start=847
+  _globals['_ROUTECANDIDATE']._serialized_end=972
+  _globals['_EXPLAINREQUEST']._serialized_start=974
+  _globals['_EXPLAINREQUEST']._serialized_end=1027
+  _globals['_EXPLAINRESPONSE']._serialized_start=1030
+  _globals['_EXPLAINRESPONSE']._serialized_end=1331
+  _globals['_EXPLAINRESPONSE_PROBABILITIESENTRY']._serialized_start=1279
+  _globals['_EXPLAINRESPONSE_PROBABILITIESENTRY']._serialized_end=1331
+  _globals['_FEEDBACKREQUEST']._serialized_start=1333
+  _globals['_FEEDBACKREQUEST']._serialized_end=1386
+  _globals['_FEEDBACKRESPONSE']._serialized_start=1388
+  _globals['_FEEDBACKRESPONSE']._serialized_end=1406
+  _globals['_LISTEXPERTSREQUEST']._serialized_start=1408
+  _globals['_LISTEXPERTSREQUEST']._serialized_end=1428
+  _globals['_LISTEXPERTSRESPONSE']._serialized_start=1430
+  _globals['_LISTEXPERTSRESPONSE']._serialized_end=1497
+  _globals['_EXPERTINFO']._serialized_start=1500
+  _globals['_EXPERTINFO']._serialized_end=1796
+  _globals['_ROUTER']._serialized_start=1799
+  _globals['_ROUTER']._serialized_end=2128
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RouteRequest(_message.Message):
-    __slots__ = ("model", "prompt", "session", "expert", "category", "language", "headers", "context_tokens", "modalities", "tools", "allowed_experts", "restricted")
+    __slots__ = ("model", "prompt", "session", "expert", "category", "language", "headers", "context_tokens", "modalities", "tools", "allowed_experts", "restricted", "avoided_experts")
     class HeadersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,7 @@ class RouteRequest(_message.Message):
     TOOLS_FIELD_NUMBER: _ClassVar[int]
     ALLOWED_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     RESTRICTED_FIELD_NUMBER: _ClassVar[int]
+    AVOIDED_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompt: str
     session: str
@@ -39,10 +40,18 @@ class RouteRequest(_message.Message):
     tools: bool
     allowed_experts: _containers.RepeatedScalarFieldContainer[str]
     restricted: bool
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., session: _Optional[str] = ..., expert: _Optional[str] = ..., category: _Optional[str] = ..., language: _Optional[str] = ..., headers: _Optional[_Mapping[str, str]] = ..., context_tokens: _Optional[int] = ..., modalities: _Optional[_Iterable[str]] = ..., tools: _Optional[bool] = ..., allowed_experts: _Optional[_Iterable[str]] = ..., restricted: _Optional[bool] = ...) -> None: ...
+    avoided_experts: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., session: _Optional[str] = ..., expert: _Optional[str] = ..., category: _Optional[str] = ..., language: _Optional[str] = ..., headers: _Optional[_Mapping[str, str]] = ..., context_tokens: _Optional[int] = ..., modalities: _Optional[_Iterable[str]] = ..., tools: _Optional[bool] = ..., allowed_experts: _Optional[_Iterable[str]] = ..., restricted: _Optional[bool] = ..., avoided_experts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RouteDecision(_message.Message):
-    __slots__ = ("decision_id", "expert", "reason", "detail", "policy", "runner_up", "alternatives", "category", "confidence", "familiarity", "slow_path", "artifact", "candidates")
+    __slots__ = ("decision_id", "expert", "reason", "detail", "policy", "runner_up", "alternatives", "category", "confidence", "familiarity", "slow_path", "artifact", "candidates", "view_version", "probabilities")
+    class ProbabilitiesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     DECISION_ID_FIELD_NUMBER: _ClassVar[int]
     EXPERT_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +65,8 @@ class RouteDecision(_message.Message):
     SLOW_PATH_FIELD_NUMBER: _ClassVar[int]
     ARTIFACT_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    VIEW_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PROBABILITIES_FIELD_NUMBER: _ClassVar[int]
     decision_id: str
     expert: str
     reason: str
@@ -69,7 +80,9 @@ class RouteDecision(_message.Message):
     slow_path: bool
     artifact: str
     candidates: _containers.RepeatedCompositeFieldContainer[RouteCandidate]
-    def __init__(self, decision_id: _Optional[str] = ..., expert: _Optional[str] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., policy: _Optional[str] = ..., runner_up: _Optional[str] = ..., alternatives: _Optional[_Iterable[str]] = ..., category: _Optional[str] = ..., confidence: _Optional[float] = ..., familiarity: _Optional[float] = ..., slow_path: _Optional[bool] = ..., artifact: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[RouteCandidate, _Mapping]]] = ...) -> None: ...
+    view_version: int
+    probabilities: _containers.ScalarMap[str, float]
+    def __init__(self, decision_id: _Optional[str] = ..., expert: _Optional[str] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., policy: _Optional[str] = ..., runner_up: _Optional[str] = ..., alternatives: _Optional[_Iterable[str]] = ..., category: _Optional[str] = ..., confidence: _Optional[float] = ..., familiarity: _Optional[float] = ..., slow_path: _Optional[bool] = ..., artifact: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[RouteCandidate, _Mapping]]] = ..., view_version: _Optional[int] = ..., probabilities: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class RouteCandidate(_message.Message):
     __slots__ = ("expert", "score", "cost", "wait", "total", "blocked_by")

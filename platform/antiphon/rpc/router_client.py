@@ -1,0 +1,49 @@
+"""Calls of the Router service of one replica (request speed). Must not know: what is asked, or which replica is next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from antiphon.core.errors import Cancelled
+from antiphon.rpc.channels import channel_options
+from antiphon.rpc.errors import error_from_call
+from antiphon.rpc.v1 import router_pb2 as pb
+from antiphon.rpc.v1.router_pb2_grpc import RouterStub
+
+
+class RouterCalls:
+    """A connection to one router at ``address`` (host:port); belongs to one event loop. Raises errors of the tree."""
+
+    def __init__(self, address: str, api_key: str | None = None) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=channel_options())
+        self._stub: Any = RouterStub(self._channel)  # type: ignore[no-untyped-call]
+        self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+
+    async def route(self, request: pb.RouteRequest, timeout_s: float) -> pb.RouteDecision:
+        """Decide."""
+        answer: pb.RouteDecision = await self._call(self._stub.Route, request, timeout_s)
+        return answer
+
+    async def explain(self, request: pb.ExplainRequest, timeout_s: float) -> pb.ExplainResponse:
+        """The record of a decision."""
+        answer: pb.ExplainResponse = await self._call(self._stub.Explain, request, timeout_s)
+        return answer
+
+    async def feedback(self, request: pb.FeedbackRequest, timeout_s: float) -> None:
+        """Note how good an answer was."""
+        await self._call(self._stub.Feedback, request, timeout_s)
+
+    async def close(self) -> None:
+        """Close the connection. Idempotent."""
+        await self._channel.close(None)
+
+    async def _call(self, method: Any, request: Any, timeout_s: float) -> Any:
+        try:
+            return await method(request, timeout=timeout_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise error_from_call(error) from error
+        except grpc.aio.UsageError as error:  # grpc's word for a closed channel
+            raise Cancelled("the connection is closed") from error
