@@ -20,6 +20,7 @@ from antiphon.rpc.engine_server import EngineServicer
 from antiphon.rpc.experts import ExpertsPort, ExpertsServicer
 from antiphon.rpc.services import RpcServer, Service
 from antiphon.telemetry import Telemetry
+from antiphon.telemetry.stages import StageWindow, attention_figures
 from antiphon.transport.bell import Bell
 from antiphon.transport.waiting import WaitSet
 
@@ -123,6 +124,8 @@ class EngineHost:
         self._telemetry = telemetry
         self._role = role
         self._stop = threading.Event()
+        self._engine_s = 0.0  # in steps of the engine that computed something, scheduling and hand-over included
+        self._window = StageWindow(attention_figures)
         self.draining = False
         self.bell = InboxBell(part)
         kv = part.worker.kv
@@ -150,7 +153,10 @@ class EngineHost:
         """Step until stopped; then finish what is in flight, for at most ``drain_s`` seconds."""
         engine = self._part.engine
         while not self._stop.is_set():
-            if not engine.step() and not engine.has_inbox:
+            start_s = time.perf_counter()
+            if engine.step():
+                self._engine_s += time.perf_counter() - start_s
+            elif not engine.has_inbox:
                 self._sleep()
         self.draining = True
         deadline = time.monotonic() + drain_s
@@ -162,8 +168,8 @@ class EngineHost:
         """The worker's load now; read without locks, so figures may be a step apart."""
         scheduler, runner = self._part.engine.scheduler, self._part.worker
         stats, blocks, times = scheduler.stats, scheduler.blocks, runner.afd.times
-        per_layer = max(1, times.num_exchanges)
         kv, routers = runner.kv, runner.halves.routers.values()
+        sums = self._sums()
         return WorkerLoad(
             num_waiting=scheduler.num_waiting,
             num_running=scheduler.num_running,
@@ -183,23 +189,29 @@ class EngineHost:
             num_experts_skipped=sum(router.num_skipped for router in routers),
             resident_weight_bytes=sum(self._part.resident_bytes.values()),
             gauges={
-                "t_attention_us": 1e6 * runner.stats.attention_s / per_layer,
-                "t_round_trip_us": 1e6 * times.round_trip_s / per_layer,
-                "t_blocked_us": 1e6 * times.blocked_s / per_layer,
-                "t_ffn_us": 1e6 * times.ffn_compute_s / per_layer,
-                "bubble_share": times.blocked_s / runner.stats.step_s if runner.stats.step_s else 0.0,
                 "num_resent": float(times.num_resent),
-                # Sums since start: whoever wants a window takes two and subtracts.
-                "sum_step_s": runner.stats.step_s,
-                "sum_attention_s": runner.stats.attention_s,
-                "sum_sample_s": runner.stats.sample_s,
-                "sum_blocked_s": times.blocked_s,
-                "sum_round_trip_s": times.round_trip_s,
-                "sum_ffn_compute_s": times.ffn_compute_s,
-                "sum_ffn_wait_s": times.ffn_wait_s,
-                "num_exchanges": float(times.num_exchanges),
+                **sums,
+                **self._window.look({**sums, "num_steps": float(runner.stats.num_steps)}),
             },
         )
+
+    def _sums(self) -> dict[str, float]:
+        """Since start: whoever wants a window takes two and subtracts."""
+        runner = self._part.worker
+        stats, times = runner.stats, runner.afd.times
+        return {
+            "sum_engine_s": self._engine_s,
+            "sum_step_s": stats.step_s,
+            "sum_attention_s": stats.attention_s,
+            "sum_send_s": stats.send_s,
+            "sum_head_s": stats.head_s,
+            "sum_sample_s": stats.sample_s,
+            "sum_blocked_s": times.blocked_s,
+            "sum_round_trip_s": times.round_trip_s,
+            "sum_ffn_compute_s": times.ffn_compute_s,
+            "sum_ffn_wait_s": times.ffn_wait_s,
+            "num_exchanges": float(times.num_exchanges),
+        }
 
     def _sleep(self) -> None:
         if self._part.engine.scheduler.has_requests:

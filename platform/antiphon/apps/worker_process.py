@@ -43,7 +43,8 @@ from antiphon.core.request import RequestOutput
 from antiphon.core.worker_info import WorkerInfo, WorkerLoad
 from antiphon.gateway.directory import open_directory
 from antiphon.gateway.lease import BlockingDirectory, LeaseKeeper
-from antiphon.telemetry import configure_logging, setup
+from antiphon.telemetry import configure_logging, setup, step_trace
+from antiphon.telemetry.stages import StageWindow, ffn_figures
 from antiphon.transport.base import Answer, Hello, Link, Listener
 from antiphon.worker.ffn_worker import FFNWorker
 
@@ -64,6 +65,7 @@ class WorkerProcess:
         self._config = config
         self._events = events
         self._stop = threading.Event()
+        self._started_s = time.monotonic()
         self._ready = False
         self._message = "starting"
         self._closers: list[Callable[[], None]] = []
@@ -94,6 +96,8 @@ class WorkerProcess:
                     index=config.index,
                 )
                 self._host = EngineHost(self._part, self._telemetry, config.role.value)
+        self._window = StageWindow(ffn_figures)
+        self._trace_steps()
         self._lease: LeaseKeeper | None = None
         self._experts = self._expert_host()
         with events.timed("listeners"), unpinned():
@@ -148,6 +152,19 @@ class WorkerProcess:
             self._ffn.side.close()
         while self._closers:
             self._closers.pop()()
+
+    def _trace_steps(self) -> None:
+        """Let the worker keep what its steps do, where its environment asks for that; it is written when the worker ends."""
+        config, directory = self._config, step_trace.asked_for()
+        worker = self._ffn if self._part is None else self._part.worker
+        if directory is None or worker is None:
+            return
+        trace = worker.trace = step_trace.StepTrace()
+
+        def leave() -> None:
+            step_trace.save(trace.taken(worker=config.worker_id, role=config.role.value), directory, config.epoch)
+
+        self._closers.append(leave)
 
     # ---- the loop ----------------------------------------------------------------------------------------------
 
@@ -353,7 +370,15 @@ class WorkerProcess:
             return replace(load, resident_memory_bytes=resident, placement=placement)
         assert self._ffn is not None
         stats = self._ffn.stats
-        batches = max(1, stats.num_batches)
+        sums = {
+            "sum_compute_s": stats.compute_s,
+            "sum_wait_s": stats.wait_s,
+            "sum_busy_s": stats.busy_s,
+            "sum_uptime_s": time.monotonic() - self._started_s,
+            "num_rows": float(stats.num_rows),
+            "num_batches": float(stats.num_batches),
+            "num_messages": float(stats.num_messages),
+        }
         return WorkerLoad(
             num_peers=self._ffn.side.num_peers,
             num_ffn_rows=stats.num_rows,
@@ -364,9 +389,8 @@ class WorkerProcess:
             gauges={
                 "num_stale_messages": float(stats.num_stale_messages),
                 "num_late_experts": float(sum(bank.num_late_loads for bank in self._ffn.halves.banks.values())),
-                "t_ffn_us": 1e6 * stats.compute_s / batches,
-                "t_wait_us": 1e6 * stats.wait_s / batches,
-                "rows_per_batch": stats.num_rows / batches,
+                **sums,
+                **self._window.look(sums),
             },
         )
 

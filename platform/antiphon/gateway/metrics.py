@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from antiphon.core.worker_info import WorkerInfo
+from antiphon.gateway.stage_metrics import observe_stages
 from antiphon.telemetry import CallbackOptions, Meter, Observation, Telemetry, semconv
 
 _Read = Callable[[WorkerInfo], float]
@@ -70,6 +71,7 @@ class GatewayMetrics:
             description="Requests this gateway is answering.",
         )
         self._observe_workers(meter)
+        observe_stages(meter, workers, _attributes)
         _add_aliases(telemetry)
 
     def first_token(self, model: str, seconds: float) -> None:

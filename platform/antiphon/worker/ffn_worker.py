@@ -26,6 +26,7 @@ class FFNStats:
 
     num_rows: int = 0
     num_batches: int = 0
+    num_messages: int = 0  # rows of one peer each
     compute_s: float = 0.0
     wait_s: float = 0.0  # sum over messages, from arrival to the start of their batch
     busy_s: float = 0.0  # computing, and taking and answering messages; the rest is waiting for peers
@@ -86,6 +87,7 @@ class FFNWorker:
             end = at + work.header.rows
             wait_s = start_s - work.arrived_s
             self.stats.wait_s += wait_s
+            self.stats.num_messages += 1
             self.side.reply(work, out_RD[at:end], compute_us=int(compute_s * 1e6), wait_us=int(wait_s * 1e6), batch_rows=num_rows)
             at = end
         if self.trace is not None:
