@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from antiphon.core.directory import Notes
 from antiphon.core.errors import AntiphonError
-from antiphon.gateway.coe_gateway import GatewayCompositions
 from antiphon.gateway.config import BoundPorts, GatewayConfig
 from antiphon.gateway.directory import MemoryDirectory
 from antiphon.gateway.gateway import Gateway
@@ -27,6 +27,9 @@ from antiphon.rpc.channels import ChannelLimits
 from antiphon.rpc.inference import InferenceServicer
 from antiphon.rpc.services import RpcServer
 from antiphon.telemetry import Telemetry, setup
+
+if TYPE_CHECKING:  # without compositions a gateway needs no router and its numpy
+    from antiphon.gateway.coe_gateway import GatewayCompositions
 
 _log = logging.getLogger(__name__)
 
@@ -76,10 +79,19 @@ async def _run(
 ) -> None:
     models = {name: await asyncio.to_thread(TextModel.load, path) for name, path in config.models.items()}
     gateway = Gateway(config, models=models, source=workers, telemetry=telemetry)
-    compositions = await GatewayCompositions.open(gateway, notes)
-    http = HttpServer(compositions.before(make_app(gateway)), host=config.host, port=config.http_port, reuse_port=config.reuse_port)
+    compositions = await _compositions(gateway, notes)
+    application = make_app(gateway)
+    http = HttpServer(
+        application if compositions is None else compositions.before(application),
+        host=config.host,
+        port=config.http_port,
+        reuse_port=config.reuse_port,
+    )
     grpc = RpcServer(
-        [InferenceServicer(GrpcDoor(gateway, compositions.generator)), *compositions.services()],
+        [
+            InferenceServicer(GrpcDoor(gateway, None if compositions is None else compositions.generator)),
+            *([] if compositions is None else compositions.services()),
+        ],
         host=config.host,
         port=config.grpc_port,
         reuse_port=config.reuse_port,
@@ -91,13 +103,16 @@ async def _run(
             await gateway.view.refresh()
         except AntiphonError as error:
             _log.warning("the directory can't be reached yet: %s", error)
-        await compositions.refresh()
+        if compositions is not None:
+            await compositions.refresh()
         await http.start()
         await grpc.start()
         if on_bound is not None:
             on_bound(BoundPorts(host=config.host, http_port=http.port, grpc_port=grpc.port))
-        loops = (gateway.view.run(), compositions.run(), http.failed(), _wait(stop))
+        loops = (gateway.view.run(), http.failed(), _wait(stop))
         tasks = [asyncio.create_task(loop) for loop in loops]
+        if compositions is not None:
+            tasks.append(asyncio.create_task(compositions.run()))
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()  # a loop that failed raises here
@@ -110,8 +125,17 @@ async def _run(
         await asyncio.gather(*tasks, return_exceptions=True)
         await grpc.close()
         await http.close()
-        await compositions.close()
+        if compositions is not None:
+            await compositions.close()
         await gateway.close()
+
+
+async def _compositions(gateway: Gateway, notes: Notes) -> GatewayCompositions | None:
+    if not gateway.config.compositions:
+        return None
+    from antiphon.gateway.coe_gateway import GatewayCompositions
+
+    return await GatewayCompositions.open(gateway, notes)
 
 
 async def _wait(stop: asyncio.Event) -> None:

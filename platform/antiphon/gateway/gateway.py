@@ -8,11 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from antiphon import __version__
 from antiphon.core.errors import Unavailable, UnknownModel
 from antiphon.gateway.auth import ApiKeys
-from antiphon.gateway.coe_composition import Composition
 from antiphon.gateway.config import GatewayConfig
 from antiphon.gateway.engine_client import EngineClient
 from antiphon.gateway.generation import Generator
@@ -23,6 +23,9 @@ from antiphon.gateway.status import Status, pools_of, workers_of
 from antiphon.gateway.tokenizer import TextModel
 from antiphon.gateway.workers import WorkerSource, WorkerView
 from antiphon.telemetry import Telemetry
+
+if TYPE_CHECKING:  # without compositions a gateway needs no router and its numpy
+    from antiphon.gateway.coe_composition import Composition
 
 
 class Gateway:

@@ -8,14 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from antiphon.core.composition import split_model_name
 from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import FFNShard, Role
 from antiphon.core.request import MAX_LOGPROBS, FinishReason
-from antiphon.gateway.coe_composition import Composition, CompositionStatus
-from antiphon.gateway.coe_generate import CoeGenerator
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.generation_request import (
     MAX_CHOICES,
@@ -40,6 +38,10 @@ from antiphon.gateway.status import PoolStatus, WorkerStatus
 from antiphon.rpc.inference import CallInfo
 from antiphon.rpc.v1 import inference_pb2 as pb
 
+if TYPE_CHECKING:  # without compositions a gateway needs no router and its numpy
+    from antiphon.gateway.coe_composition import Composition, CompositionStatus
+    from antiphon.gateway.coe_generate import CoeGenerator
+
 _ROLES = ("system", "developer", "user", "assistant")
 _FINISH = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
 
@@ -47,7 +49,7 @@ _FINISH = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FIN
 class GrpcDoor:
     """antiphon.rpc.inference.InferencePort over a gateway."""
 
-    def __init__(self, gateway: Gateway, compositions: CoeGenerator) -> None:
+    def __init__(self, gateway: Gateway, compositions: CoeGenerator | None = None) -> None:
         self._gateway = gateway
         self._compositions = compositions
 
@@ -55,7 +57,7 @@ class GrpcDoor:
         """See the proto."""
         self._gateway.keys.check(call.metadata.get("authorization"))
         generation = generation_request(request, call)
-        if split_model_name(generation.model) is None:
+        if self._compositions is None or split_model_name(generation.model) is None:
             answering = self._gateway.generate(generation)
         else:
             answering = self._compositions.generate(generation, call.metadata, call.announce)

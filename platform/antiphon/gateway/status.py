@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from antiphon.core.directory import WorkerRecord
 from antiphon.core.ids import Role, WorkerId
 from antiphon.core.worker_info import WorkerInfo
-from antiphon.gateway.coe_composition import CompositionStatus
 from antiphon.gateway.metrics import kv_usage
+
+if TYPE_CHECKING:  # without compositions a gateway needs no router and its numpy
+    from antiphon.gateway.coe_composition import CompositionStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
