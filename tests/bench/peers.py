@@ -155,6 +155,8 @@ def _command(name: str, setup: Setup) -> tuple[list[str], dict[str, str]]:
         return [python, str(HERE / "peer_transformers.py"), str(setup.checkpoint), threads], {"OMP_NUM_THREADS": threads}
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_AOT_COMPILE": "0",  # what 0.32 saves ahead of time it fails to load, and compiles for minutes at every start
+        "TORCHINDUCTOR_CACHE_DIR": str(setup.cache / name / "inductor"),
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_CPU_OMP_THREADS_BIND": cores,
         "VLLM_NO_USAGE_STATS": "1",
