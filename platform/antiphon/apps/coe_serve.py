@@ -10,6 +10,7 @@ connections go to the others. Must not know: how a decision is made.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Mapping
 
@@ -19,7 +20,8 @@ from ray.serve import Application
 
 from antiphon.core.composition import CompositionOfExperts, ExternalEndpoint
 from antiphon.core.document_part import Model
-from antiphon.core.errors import DeadlineExceeded, InvalidInput
+from antiphon.core.errors import DeadlineExceeded, InvalidInput, Unavailable
+from antiphon.gateway.auth import keys_from
 from antiphon.gateway.coe_app import CoeConfig, run_coe
 from antiphon.gateway.config import BoundPorts
 
@@ -33,9 +35,13 @@ class CoeArgs(Model):
 
     documents: tuple[CompositionOfExperts, ...] = Field(description="The compositions.", min_length=1, max_length=256)
     endpoints: dict[str, ExternalEndpoint] = Field(default_factory=dict, description="Where each deploymentRef is reached.")
+    models: dict[str, str] = Field(default_factory=dict, description="Model name that each deploymentRef's workers register with.")
+    directory: str | None = Field(default=None, description="Address of the directory of workers; None = none.")
+    registers: bool = Field(default=False, description="Gateways find the router in the directory, and ask it.")
     host: str = Field(default="127.0.0.1", description="Address to bind.")
-    http_port: int = Field(default=8100, ge=0, le=65_535, description="HTTP; 0 = any free port.")
+    http_port: int | None = Field(default=8100, ge=0, le=65_535, description="HTTP; 0 = any free port, None = no HTTP.")
     grpc_port: int = Field(default=9100, ge=0, le=65_535, description="gRPC; 0 = any free port.")
+    api_keys_env: str | None = Field(default=None, description="Environment variable with the accepted API keys; None = open.")
     start_timeout_s: float = Field(default=120.0, gt=0, le=3600, strict=False, description="Deadline of a replica's start.")
 
     @field_validator("documents", mode="before")
@@ -48,15 +54,32 @@ class CoeArgs(Model):
         """The most that any document asks for."""
         return max(document.spec.router.replicas for document in self.documents)
 
+    def api_keys(self) -> frozenset[str]:
+        """The accepted keys.
+
+        Raises:
+            Unavailable: the environment variable that should hold them is missing or empty.
+        """
+        if self.api_keys_env is None:
+            return frozenset()
+        keys = keys_from(os.environ.get(self.api_keys_env))
+        if not keys:
+            raise Unavailable(f"no API keys in the environment variable {self.api_keys_env}")
+        return keys
+
     def config(self) -> CoeConfig:
         """What one replica is told."""
         return CoeConfig(
             documents=self.documents,
             endpoints=self.endpoints,
+            models=self.models,
+            directory=self.directory,
+            registers=self.registers,
             host=self.host,
             http_port=self.http_port,
             grpc_port=self.grpc_port,
-            reuse_port=self.num_replicas > 1,
+            api_keys=self.api_keys(),
+            reuse_port=self.num_replicas > 1 and not self.registers,  # a registered one is asked by its own address
         )
 
 
@@ -147,6 +170,11 @@ def build(args: Mapping[str, object]) -> Application:
         checked = CoeArgs.model_validate(args)
     except ValidationError as error:
         raise InvalidInput(str(error), "args") from error
+    return router_deployment(checked)
+
+
+def router_deployment(checked: CoeArgs) -> Application:
+    """The routers as an application, or as a part of one."""
     deployment = serve.deployment(
         name=ROUTER,
         num_replicas=checked.num_replicas,

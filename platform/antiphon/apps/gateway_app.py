@@ -12,10 +12,12 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from antiphon.apps.journal import Fact, Journal
 from antiphon.apps.serve_plan import GATEWAY, ServeSettings
+from antiphon.apps.serve_set import Serving
+from antiphon.core.composition import ExternalEndpoint
 from antiphon.core.errors import DeadlineExceeded, Unavailable
 from antiphon.core.spec import LLMDeployment
 from antiphon.gateway.config import BoundPorts, GatewayConfig
@@ -36,6 +38,8 @@ class RunGateway(Protocol):
 
 _STOP_MARGIN_S = 5.0
 
+Routing = Literal["here", "replicas"]
+
 
 def gateway_config(document: LLMDeployment, checkpoint: str, *, drain_s: float) -> GatewayConfig:
     """The gateway's part of a document.
@@ -43,14 +47,27 @@ def gateway_config(document: LLMDeployment, checkpoint: str, *, drain_s: float) 
     Raises:
         Unavailable: the environment variable that should hold the API keys is missing or empty.
     """
-    spec, endpoint = document.spec, document.spec.endpoint
+    return serving_config(Serving.alone(document, checkpoint), drain_s=drain_s)
+
+
+def serving_config(serving: Serving, *, drain_s: float, routing: Routing = "here") -> GatewayConfig:
+    """The gateway's part of documents that are served together.
+
+    Raises:
+        Unavailable: an environment variable that should hold API keys is missing or empty.
+    """
+    endpoint = serving.endpoint
     keys: frozenset[str] = frozenset()
     if endpoint.api_keys_env is not None:
         keys = frozenset(key.strip() for key in os.environ.get(endpoint.api_keys_env, "").split(",") if key.strip())
         if not keys:
             raise Unavailable(f"spec.endpoint.apiKeysEnv: no API keys in the environment variable {endpoint.api_keys_env}")
+    for composition in serving.compositions:
+        for index, expert in enumerate(composition.spec.experts):
+            _check_key(expert.external, f"{composition.model_name}: spec.experts[{index}].external")
+    thresholds = {d.model_name: d.spec.scheduler.remote_prefill_min_tokens for d in serving.deployments}
     return GatewayConfig(
-        models={document.model_name: Path(checkpoint)},
+        models={d.model_name: Path(serving.checkpoints[d.metadata.name]) for d in serving.deployments},
         host=endpoint.host,
         http_port=endpoint.http_port,
         grpc_port=endpoint.grpc_port,
@@ -58,9 +75,21 @@ def gateway_config(document: LLMDeployment, checkpoint: str, *, drain_s: float) 
         api_keys=keys,
         max_request_bytes=endpoint.max_request_bytes,
         default_deadline_s=endpoint.default_deadline_s,
-        remote_prefill_min_tokens=spec.scheduler.remote_prefill_min_tokens,
+        remote_prefill_min_tokens_by_model=thresholds,
         drain_timeout_s=drain_s,
+        compositions=serving.compositions,
+        deployment_models=serving.models,
+        routing=routing,
     )
+
+
+def _check_key(external: ExternalEndpoint | None, where: str) -> None:
+    if external is None:
+        return
+    if external.api_key_secret is not None:
+        raise Unavailable(f"{where}.apiKeySecret: secrets are the cluster's; use apiKeyEnv here")
+    if external.api_key_env is not None and not os.environ.get(external.api_key_env):
+        raise Unavailable(f"{where}.apiKeyEnv: no API key in the environment variable {external.api_key_env}")
 
 
 def port_facts(bound: BoundPorts) -> dict[str, Fact]:
@@ -128,14 +157,14 @@ class GatewayThread:
             self._loop.close()
 
     async def _serve(self) -> None:
-        run: RunGateway | None = self._run_gateway
-        if run is None:
-            from antiphon.gateway.app import run_gateway
-
-            run = run_gateway
         directory = open_directory(self._directory)
         try:
-            await run(self._config, directory, self._stop, on_bound=self._set_bound)
+            if self._run_gateway is not None:
+                await self._run_gateway(self._config, directory, self._stop, on_bound=self._set_bound)
+            else:
+                from antiphon.gateway.app import run_gateway
+
+                await run_gateway(self._config, directory, self._stop, on_bound=self._set_bound, notes=directory)
         finally:
             await directory.close()
 
@@ -154,8 +183,11 @@ class GatewayReplica:
         model = document.spec.model
         checkpoint = settings.checkpoint or str(resolve(model.uri, model.revision))
         config = gateway_config(document, checkpoint, drain_s=settings.drain_s)
+        self._open(config, directory_address(document, settings), settings)
+
+    def _open(self, config: GatewayConfig, directory: str, settings: ServeSettings) -> None:
         journal = None if settings.run_dir is None else Journal(Path(settings.run_dir))
-        self._gateway = GatewayThread(config, directory_address(document, settings))
+        self._gateway = GatewayThread(config, directory)
         try:
             bound = self._gateway.wait_open(settings.start_timeout_s)
         except BaseException as error:
@@ -172,3 +204,12 @@ class GatewayReplica:
 
     async def __del__(self) -> None:
         await asyncio.to_thread(self._gateway.close)
+
+
+class SetGatewayReplica(GatewayReplica):
+    """The same for documents that are served together; ``settings.directory`` is given."""
+
+    def __init__(self, serving_json: str, settings: ServeSettings, routing: Routing, *_others: object) -> None:
+        assert settings.directory is not None
+        config = serving_config(Serving.from_json(serving_json), drain_s=settings.drain_s, routing=routing)
+        self._open(config, settings.directory, settings)

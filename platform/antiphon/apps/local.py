@@ -12,18 +12,19 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from antiphon.apps.gateway_app import GatewayThread, RunGateway, gateway_config, port_facts
+from antiphon.apps.gateway_app import GatewayThread, RunGateway, port_facts, serving_config
 from antiphon.apps.journal import Journal, JournalEntry
 from antiphon.apps.ray_runtime import ApplicationState, RayRuntime
-from antiphon.apps.serve_plan import GATEWAY, PoolTemplate, ServeSettings, plan_serve
+from antiphon.apps.serve_plan import GATEWAY, GATEWAY_CPU, PoolTemplate, ServeSettings, plan_serve
+from antiphon.apps.serve_set import Serving
 from antiphon.apps.supervisor import DEFAULT_ARGV, RestartLimits, SupervisorState, WorkerSupervisor
-from antiphon.core.errors import AntiphonError, Unavailable
+from antiphon.core.errors import AntiphonError, InvalidInput, Unavailable
 from antiphon.core.spec import LLMDeployment
 from antiphon.gateway.config import BoundPorts
 from antiphon.gateway.directory import MemoryDirectory, open_directory
@@ -32,6 +33,7 @@ from antiphon.rpc.directory_service import DirectoryServer
 
 Say = Callable[[str], None]
 
+_APPLICATION = "antiphon"
 _LOOK_S = 5.0  # between two questions to Serve
 _HOSTING_DEADLINE_S = 10.0
 
@@ -61,8 +63,8 @@ class DirectDeployment:
     """Supervisors, directory and gateway in this process; workers are its children.
 
     Args:
-        document: what to serve.
-        checkpoint: directory of its model.
+        document: what to serve: one deployment, or several documents together.
+        checkpoint: directory of its model; None where ``document`` has them.
         run_dir: takes logs, configurations and the journal.
         settings: how processes are run.
         run_gateway: what runs as the gateway; None = the real one.
@@ -70,19 +72,18 @@ class DirectDeployment:
 
     def __init__(
         self,
-        document: LLMDeployment,
+        document: LLMDeployment | Serving,
         *,
-        checkpoint: str,
+        checkpoint: str | None = None,
         run_dir: Path,
         settings: ServeSettings = ServeSettings(),
         run_gateway: RunGateway | None = None,
     ) -> None:
-        self._document = document
-        self._checkpoint = checkpoint
+        self._serving = _as_serving(document, checkpoint)
         self._run_dir = run_dir
         self._settings = settings
         self._run_gateway = run_gateway
-        self._host = DirectoryHosting(document.spec.directory.redis_url)
+        self._host = DirectoryHosting(self._serving.redis_url)
         self._directory: BlockingDirectory | None = None
         self._supervisors: list[WorkerSupervisor] = []
         self._gateway: GatewayThread | None = None
@@ -96,11 +97,20 @@ class DirectDeployment:
     def start(self, say: Say = lambda _text: None) -> None:
         """See ``LocalDeployment``."""
         self._directory = BlockingDirectory(open_directory(self.directory_address))
-        for pool in plan_serve(self._document).pools:
+        for document in self._serving.deployments:
+            self._supervise(document, self._directory)
+        config = serving_config(self._serving, drain_s=self._settings.drain_s)
+        self._gateway = GatewayThread(config, self.directory_address, self._run_gateway)
+
+    def _supervise(self, document: LLMDeployment, directory: BlockingDirectory) -> None:
+        name = document.metadata.name
+        run_dir = self._serving.run_dir_of(name, self._run_dir)
+        run_dir.mkdir(exist_ok=True)
+        for pool in plan_serve(document).pools:
             template = PoolTemplate(
-                document=self._document,
+                document=document,
                 pool=pool.name,
-                checkpoint=self._checkpoint,
+                checkpoint=self._serving.checkpoints[name],
                 directory=self.directory_address,
                 host=self._settings.host or "127.0.0.1",
                 drain_s=self._settings.drain_s,
@@ -110,15 +120,13 @@ class DirectDeployment:
                 self._supervisors.append(
                     WorkerSupervisor(
                         template,
-                        directory=self._directory,
+                        directory=directory,
                         owner=f"direct-{id(self)}-{replica}",
-                        run_dir=self._run_dir,
+                        run_dir=run_dir,
                         argv=self._settings.worker_argv or DEFAULT_ARGV,
                         limits=RestartLimits(start_timeout_s=self._settings.start_timeout_s),
                     )
                 )
-        config = gateway_config(self._document, self._checkpoint, drain_s=self._settings.drain_s)
-        self._gateway = GatewayThread(config, self.directory_address, self._run_gateway)
 
     def poll(self) -> bool:
         """See ``LocalDeployment``."""
@@ -153,23 +161,29 @@ class DirectDeployment:
 
 
 class RayDeployment:
-    """One Serve application on a private Ray; the arguments are those of ``DirectDeployment``.
+    """One Serve application on a private Ray, whatever the number of documents; the arguments are those of ``DirectDeployment``.
 
     The directory is in this process unless the document names a Redis: it outlives every gateway and worker.
     """
 
     def __init__(
-        self, document: LLMDeployment, *, checkpoint: str, run_dir: Path, settings: ServeSettings = ServeSettings()
+        self,
+        document: LLMDeployment | Serving,
+        *,
+        checkpoint: str | None = None,
+        run_dir: Path,
+        settings: ServeSettings = ServeSettings(),
     ) -> None:
-        self._document = document
-        self._settings = dataclasses.replace(
-            settings, checkpoint=checkpoint, run_dir=str(run_dir), host=settings.host or "127.0.0.1"
-        )
+        self._serving = _as_serving(document, checkpoint)
+        self._settings = dataclasses.replace(settings, run_dir=str(run_dir), host=settings.host or "127.0.0.1")
+        self._run_dir = run_dir
         self._journal = Journal(run_dir)
-        self._plan = plan_serve(document)
+        plans = [plan_serve(one) for one in self._serving.deployments]
+        num_routers = max((c.spec.router.replicas for c in self._serving.compositions), default=0)
+        num_cpus = sum(plan.num_cpus for plan in plans) + (num_routers + self._serving.endpoint.replicas) * GATEWAY_CPU
         # One processor more than the replicas reserve is for Serve's own actors.
-        self._runtime = RayRuntime(run_dir, num_cpus=self._plan.num_cpus + 1, resources=self._plan.resources)
-        self._host = DirectoryHosting(document.spec.directory.redis_url)
+        self._runtime = RayRuntime(run_dir, num_cpus=num_cpus + 1, resources={})
+        self._host = DirectoryHosting(self._serving.redis_url)
         self._deployed = False
         self._next_look_s = 0.0
         self._state = ApplicationState(status="NOT_STARTED")
@@ -187,23 +201,28 @@ class RayDeployment:
         say("Starting Ray Serve")
         with self._journal.timed("serve"):
             self._runtime.start_serve()
-        from antiphon.apps.serve_entry import application
+        from antiphon.apps.serve_entry import application_of
 
         settings = dataclasses.replace(self._settings, directory=self._host.address)
-        self._runtime.deploy(self._plan.application, application(self._document, settings, pinned=True, sized=False))
+        run_dirs = {}
+        for document in self._serving.deployments:
+            run_dir = self._serving.run_dir_of(document.metadata.name, self._run_dir)
+            run_dir.mkdir(exist_ok=True)
+            run_dirs[document.metadata.name] = str(run_dir)
+        self._runtime.deploy(_APPLICATION, application_of(self._serving, settings, run_dirs))
         self._deployed = True
 
     def poll(self) -> bool:
         """See ``LocalDeployment``."""
-        entries = self._journal.read()
+        entries = read_journals(self._serving, self._run_dir)
         failed = [entry for entry in entries if entry.kind == "failed"]
         if failed:
             raise Unavailable(failed[-1].message)
         # Serve's answer costs a hundred times what the journal costs: it is asked when it may have changed, and now and then.
         num_ready = len({entry.subject for entry in entries if entry.kind == "ready"})
-        complete = num_ready >= self._plan.num_workers + 1
+        complete = num_ready >= self._serving.num_workers + 1
         if time.monotonic() >= self._next_look_s or (complete and not self._state.running):
-            self._state = self._runtime.state(self._plan.application)
+            self._state = self._runtime.state(_APPLICATION)
             self._next_look_s = time.monotonic() + _LOOK_S
         if self._state.failed:
             raise Unavailable("; ".join([self._state.message, *self._state.deployments.values()]))
@@ -213,10 +232,30 @@ class RayDeployment:
         """See ``LocalDeployment``."""
         if graceful and self._deployed:
             with contextlib.suppress(AntiphonError):  # what does not end by itself is ended with Ray
-                self._runtime.delete(self._plan.application)
+                self._runtime.delete(_APPLICATION)
         self._deployed = False
         self._runtime.stop()
         self._host.close()
+
+
+def _as_serving(document: LLMDeployment | Serving, checkpoint: str | None) -> Serving:
+    if isinstance(document, Serving):
+        return document
+    if checkpoint is None:
+        raise InvalidInput("the model's directory is missing", "checkpoint")
+    return Serving.alone(document, checkpoint)
+
+
+def read_journals(serving: Serving, run_dir: Path) -> list[JournalEntry]:
+    """What has happened to all processes, oldest first; where there are several deployments, subjects begin with their name."""
+    entries = Journal(run_dir).read()
+    if len(serving.deployments) == 1:
+        return entries
+    for document in serving.deployments:
+        name = document.metadata.name
+        found = Journal(serving.run_dir_of(name, run_dir)).read()
+        entries += [dataclasses.replace(entry, subject=f"{name}/{entry.subject}") for entry in found]
+    return sorted(entries, key=lambda entry: entry.time_s)
 
 
 class DirectoryHosting:
@@ -272,8 +311,13 @@ class Running:
 
 def running(run_dir: Path) -> Running:
     """Read the journal of a run directory."""
+    return running_of(Journal(run_dir).read())
+
+
+def running_of(entries: Iterable[JournalEntry]) -> Running:
+    """What the journal's entries say."""
     ports, workers = None, {}
-    for entry in Journal(run_dir).read():
+    for entry in entries:
         if entry.subject == GATEWAY and entry.kind == "ready":
             facts = entry.facts
             ports = BoundPorts(host=str(facts["host"]), http_port=int(facts["http_port"]), grpc_port=int(facts["grpc_port"]))

@@ -8,6 +8,7 @@ Must not know: how Ray was started.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -15,9 +16,11 @@ from pydantic import Field, ValidationError
 from ray import serve
 from ray.serve import Application
 
-from antiphon.apps.gateway_app import GatewayReplica
+from antiphon.apps.coe_serve import CoeArgs, router_deployment
+from antiphon.apps.gateway_app import GatewayReplica, Routing, SetGatewayReplica
 from antiphon.apps.pool import PoolReplica
 from antiphon.apps.serve_plan import GATEWAY, GATEWAY_CPU, ServeSettings, plan_serve
+from antiphon.apps.serve_set import Serving
 from antiphon.apps.worker_config import LogSettings
 from antiphon.core.document_part import Model
 from antiphon.core.documents import parse_object
@@ -70,13 +73,7 @@ def application(document: LLMDeployment, settings: ServeSettings, *, pinned: boo
     """
     plan = plan_serve(document)
     text = document.model_dump_json(by_alias=True)
-    limits: dict[str, Any] = {
-        "graceful_shutdown_timeout_s": settings.drain_s + _STOP_MARGIN_S,
-        "graceful_shutdown_wait_loop_s": 0.05,  # requests do not pass through Serve: there is nothing to wait for
-        "health_check_period_s": 2.0,
-        "health_check_timeout_s": 15.0,
-        "max_constructor_retry_count": settings.max_start_attempts,
-    }
+    limits = _limits(settings)
     pools = [
         serve.deployment(
             name=pool.deployment_name,
@@ -90,3 +87,56 @@ def application(document: LLMDeployment, settings: ServeSettings, *, pinned: boo
         GatewayReplica
     )
     return gateway.bind(text, settings, *pools)
+
+
+def _limits(settings: ServeSettings) -> dict[str, Any]:
+    """How replicas are stopped, probed and given up."""
+    return {
+        "graceful_shutdown_timeout_s": settings.drain_s + _STOP_MARGIN_S,
+        "graceful_shutdown_wait_loop_s": 0.05,  # requests do not pass through Serve: there is nothing to wait for
+        "health_check_period_s": 2.0,
+        "health_check_timeout_s": 15.0,
+        "max_constructor_retry_count": settings.max_start_attempts,
+    }
+
+
+def application_of(serving: Serving, settings: ServeSettings, run_dirs: Mapping[str, str]) -> Application:
+    """Documents that are served together as one application: their pools, the routers, and one gateway before them.
+
+    Args:
+        serving: the documents, their models resolved.
+        settings: how processes are run; with a run directory and the directory's address.
+        run_dirs: run directory of each deployment.
+    """
+    limits = _limits(settings)
+    others: list[Application] = []
+    for document in serving.deployments:
+        name = document.metadata.name
+        mine = dataclasses.replace(settings, checkpoint=serving.checkpoints[name], run_dir=run_dirs[name])
+        for pool in plan_serve(document).pools:
+            deployment = serve.deployment(
+                name=f"pool-{name}-{pool.name}",
+                num_replicas=pool.num_replicas,
+                ray_actor_options=pool.actor_options(pinned=False, sized=False),
+                **limits,
+            )(PoolReplica)
+            others.append(deployment.bind(document.model_dump_json(by_alias=True), pool.name, mine))
+    routing: Routing = "here"
+    if any(composition.spec.router.artifact is not None for composition in serving.compositions):
+        routing = "replicas"
+        args = CoeArgs(
+            documents=serving.compositions,
+            models=serving.models,
+            directory=settings.directory,
+            registers=True,
+            http_port=None,
+            grpc_port=0,
+            api_keys_env=serving.endpoint.api_keys_env,
+            start_timeout_s=settings.start_timeout_s,
+        )
+        others.append(router_deployment(args))
+    gateway = serve.deployment(
+        name=GATEWAY, num_replicas=serving.endpoint.replicas, ray_actor_options={"num_cpus": GATEWAY_CPU}, **limits
+    )(SetGatewayReplica)
+    application: Application = gateway.bind(serving.to_json(), settings, routing, *others)
+    return application

@@ -1,6 +1,6 @@
 """One run of ``antiphon serve`` on this machine: from its private directory to the last process gone (control speed).
 
-    with ServeSession(document, settings) as session:
+    with ServeSession(serving, settings) as session:
         session.start(show)          everything is ready, or an error says what is not
         session.watch(show)          until a signal
                                      then all of it goes: application, Ray, processes, directories, shared memory
@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,13 +24,13 @@ import httpx
 
 from antiphon.apps.host import adopt_orphans, end_descendants, make_run_dir, remove_tree, sweep_run_dirs
 from antiphon.apps.journal import Journal, JournalEntry
-from antiphon.apps.local import DirectDeployment, RayDeployment, running
+from antiphon.apps.local import DirectDeployment, RayDeployment, read_journals, running_of
 from antiphon.apps.quiet_streams import QuietStreams
-from antiphon.apps.serve_plan import ServeSettings, plan_serve
+from antiphon.apps.serve_plan import ServeSettings
+from antiphon.apps.serve_set import Serving
 from antiphon.apps.stop_signals import StopSignals
 from antiphon.core.directory import WorkerRecord
 from antiphon.core.errors import Unavailable
-from antiphon.core.spec import LLMDeployment
 from antiphon.gateway.config import BoundPorts
 from antiphon.gateway.directory import open_directory
 from antiphon.gateway.lease import BlockingDirectory
@@ -58,16 +58,14 @@ class ServeSession:
     """Main thread only: it owns the process' signals and standard streams until closed.
 
     Args:
-        document: what to serve.
+        serving: what to serve.
         settings: how its processes are run.
         with_ray: over Ray Serve; otherwise the same processes directly.
         log_dir: where logs are kept at the end; None = nowhere.
     """
 
-    def __init__(
-        self, document: LLMDeployment, settings: ServeSettings, *, with_ray: bool = True, log_dir: Path | None = None
-    ) -> None:
-        self._document = document
+    def __init__(self, serving: Serving, settings: ServeSettings, *, with_ray: bool = True, log_dir: Path | None = None) -> None:
+        self._serving = serving
         self._settings = settings
         self._with_ray = with_ray
         self._log_dir = log_dir
@@ -76,7 +74,7 @@ class ServeSession:
         self._deployment: RayDeployment | DirectDeployment | None = None
         adopt_orphans()
         sweep_run_dirs()
-        self.num_workers = plan_serve(document).num_workers
+        self.num_workers = serving.num_workers
         self.run_dir = make_run_dir()
         self.streams = QuietStreams(self.run_dir / "host.log")
         self._journal = Journal(self.run_dir)
@@ -90,7 +88,7 @@ class ServeSession:
 
     def entries(self) -> list[JournalEntry]:
         """Everything that has happened so far."""
-        return self._journal.read()
+        return read_journals(self._serving, self.run_dir)
 
     def start(self, show: Show, say: Say) -> Ready:
         """Start everything and wait until it is ready; ``say`` gets what is being done.
@@ -100,31 +98,35 @@ class ServeSession:
             StopRequested: a signal came.
         """
         deadline = time.monotonic() + self._settings.start_timeout_s
-        model = self._document.spec.model
 
         def step(text: str) -> None:
             self._signals.install()  # Ray has handlers of its own
             self._signals.check()
             say(text)
 
-        step(f"Looking for {model.uri}")
+        checkpoints = {}
         with self._journal.timed("checkpoint"):
-            checkpoint = str(resolve(model.uri, model.revision))
+            for document in self._serving.deployments:
+                model = document.spec.model
+                step(f"Looking for {model.uri}")
+                checkpoints[document.metadata.name] = str(resolve(model.uri, model.revision))
+        self._serving = replace(self._serving, checkpoints=checkpoints)
+        self._check_artifacts(step)
         kind = RayDeployment if self._with_ray else DirectDeployment
-        deployment = kind(self._document, checkpoint=checkpoint, run_dir=self.run_dir, settings=self._settings)
+        deployment = kind(self._serving, run_dir=self.run_dir, settings=self._settings)
         self._deployment = deployment
         deployment.start(step)
-        step(f"Starting {self.num_workers} worker{'s' if self.num_workers > 1 else ''}")
+        step(f"Starting {self.num_workers} worker{'' if self.num_workers == 1 else 's'}")
         while not deployment.poll():
             self._signals.check()
-            show(self._journal.read())
+            show(self.entries())
             if time.monotonic() > deadline:
                 raise Unavailable(self._what_is_missing())
             time.sleep(_POLL_S)
         workers = self._records(deployment)
-        entries = self._journal.read()
+        entries = self.entries()
         show(entries)
-        ports = running(self.run_dir).ports
+        ports = running_of(entries).ports
         if ports is None:
             raise Unavailable("the gateway did not say where it listens")
         self._await_gateway(ports)
@@ -136,7 +138,7 @@ class ServeSession:
         """Serve until a signal. Raises Unavailable when a pool is given up."""
         assert self._deployment is not None
         while not self._signals.wait(_WATCH_S):
-            show(self._journal.read())
+            show(self.entries())
             self._deployment.poll()
 
     def close(self) -> None:
@@ -160,16 +162,31 @@ class ServeSession:
 
     def _records(self, deployment: RayDeployment | DirectDeployment) -> tuple[WorkerRecord, ...]:
         """The workers as the directory has them; a renewal may still be on its way."""
-        name = self._document.metadata.name
         deadline = time.monotonic() + _RECORDS_DEADLINE_S
+        names = self._serving.models
         with BlockingDirectory(open_directory(deployment.directory_address)) as directory:
             while True:
-                records = tuple(record for record in directory.workers(name) if record.info.ready)
+                records = tuple(record for record in directory.workers() if record.info.deployment in names and record.info.ready)
                 if len(records) >= self.num_workers:
                     return records
                 if time.monotonic() > deadline:
                     raise Unavailable(f"{len(records)} of {self.num_workers} workers are ready in the directory")
                 time.sleep(_POLL_S)
+
+    def _check_artifacts(self, step: Say) -> None:
+        """Routers would find a wrong artifact themselves, but only once everything else runs.
+
+        Raises:
+            CheckpointInvalid: an artifact can't be loaded; the message names it.
+            InvalidInput: it does not fit its document.
+        """
+        from antiphon.coe.router import Router
+        from antiphon.gateway.coe_artifacts import load
+
+        for composition in self._serving.compositions:
+            if composition.spec.router.artifact is not None:
+                step(f"Looking at {composition.spec.router.artifact.uri}")
+            Router(composition.spec, load(composition))
 
     def _await_gateway(self, ports: BoundPorts) -> None:
         """Wait until the gateway has seen all workers, too: it looks into the directory now and then."""
@@ -189,8 +206,8 @@ class ServeSession:
                 time.sleep(_POLL_S)
 
     def _what_is_missing(self) -> str:
-        entries = self._journal.read()
-        ready = {entry.subject for entry in running(self.run_dir).workers}
+        entries = self.entries()
+        ready = {entry.subject for entry in running_of(entries).workers}
         latest = {entry.subject: entry for entry in entries if entry.kind == "started"}
         parts = [f"not ready after {self._settings.start_timeout_s:g} s"]
         for subject in sorted(latest.keys() - ready):
@@ -205,6 +222,9 @@ class ServeSession:
                 self._log_dir.mkdir(parents=True, exist_ok=True)
                 for log in [*self.run_dir.glob("*.log"), *self.run_dir.glob("*.jsonl")]:
                     shutil.copy2(log, self._log_dir / log.name)
+                for name in self._serving.models if len(self._serving.deployments) > 1 else ():
+                    for log in (self.run_dir / name).glob("*.log"):
+                        shutil.copy2(log, self._log_dir / f"{name}-{log.name}")
         remove_tree(self.run_dir)
 
     def _force(self) -> None:

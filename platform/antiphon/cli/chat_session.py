@@ -19,6 +19,7 @@ class Turn:
     first_token_s: float | None = None  # since it was asked
     last_token_s: float | None = None  # the same
     end: FinishReason | None = None
+    answered_by: str = ""  # the expert of a composition, and why
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -39,6 +40,8 @@ class Turn:
             parts.append("cancelled")
         if self.end is FinishReason.LENGTH:
             parts.append("cut at the token limit")
+        if self.answered_by:
+            parts.append(f"answered by {self.answered_by}")
         return ", ".join(parts)
 
 
@@ -70,6 +73,8 @@ class Session:
         try:
             with self.client.stream(self.model, **options) as stream:
                 for chunk in stream:
+                    if not turn.answered_by and (expert := stream.routed.get("x-antiphon-expert")):
+                        turn.answered_by = f"{expert} ({stream.routed.get('x-antiphon-reason', '')})"
                     if chunk.token_ids or chunk.text:
                         turn.last_token_s = self.clock() - asked_s
                         if turn.first_token_s is None:

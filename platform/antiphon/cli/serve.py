@@ -1,4 +1,4 @@
-"""``antiphon serve``: a document's pools on this machine, until Ctrl-C (control speed).
+"""``antiphon serve``: documents' pools and compositions on this machine, until Ctrl-C (control speed).
 
 Must not know: how anything is started or stopped.
 """
@@ -17,15 +17,15 @@ import psutil
 import typer
 from rich.markup import escape
 
-from antiphon.core.errors import AntiphonError, InvalidInput
+from antiphon.core.errors import AntiphonError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from antiphon.apps.journal import JournalEntry
     from antiphon.apps.serve_session import Ready, ServeSession
+    from antiphon.apps.serve_set import Serving
     from antiphon.client import Client
-    from antiphon.core.spec import LLMDeployment
 
 app = typer.Typer(add_completion=False)
 
@@ -45,7 +45,10 @@ class LogLevel(StrEnum):
 
 @app.command()
 def serve(
-    file: Annotated[Path, typer.Option("--file", "-f", help="YAML file with an LLMDeployment.")],
+    files: Annotated[
+        list[Path],
+        typer.Option("--file", "-f", help="YAML file with LLMDeployments and CompositionOfExperts; may be given several times."),
+    ],
     ask: Annotated[str | None, typer.Option(help="Ask this once everything is ready, print the answer, and stop.")] = None,
     http_port: Annotated[int | None, typer.Option(help="HTTP port instead of the document's; 0 = any.", min=0, max=65_535)] = None,
     grpc_port: Annotated[int | None, typer.Option(help="gRPC port instead of the document's; 0 = any.", min=0, max=65_535)] = None,
@@ -55,57 +58,56 @@ def serve(
     log_level: Annotated[LogLevel, typer.Option(help="Level of those logs.")] = LogLevel.INFO,
     no_ray: Annotated[bool, typer.Option("--no-ray", help="Start the same processes without Ray.", hidden=True)] = False,
 ) -> None:
-    """Serve a document's pools on this machine until Ctrl-C."""
-    document = _on_ports(_read(file), http_port, grpc_port)  # before anything slow is imported: a typing error is told at once
+    """Serve documents' pools, and compositions over them, on this machine until Ctrl-C."""
+    serving = read_serving(files).with_ports(
+        http_port, grpc_port
+    )  # before anything slow is imported: a typing error is told at once
     from antiphon.apps.serve_plan import ServeSettings
     from antiphon.apps.serve_session import ServeSession
     from antiphon.apps.worker_config import LogSettings
 
     settings = ServeSettings(start_timeout_s=timeout, drain_s=drain, max_start_attempts=1, log=LogSettings(level=log_level.upper()))
-    with ServeSession(document, settings, with_ray=not no_ray, log_dir=log_dir) as session:
-        status = _run(session, document, ask)
+    with ServeSession(serving, settings, with_ray=not no_ray, log_dir=log_dir) as session:
+        status = _run(session, serving, ask)
     raise SystemExit(status)
 
 
-def _read(file: Path) -> LLMDeployment:
-    from antiphon.core.documents import read_documents
-    from antiphon.core.spec import LLMDeployment
+def read_serving(files: Sequence[Path]) -> Serving:
+    """What the files ask for together.
 
-    documents = read_documents(file)
-    found = [document for document in documents if isinstance(document, LLMDeployment)]
-    if len(documents) != 1 or not found:
-        kinds = ", ".join(f"{document.kind}/{document.metadata.name}" for document in documents)
-        raise InvalidInput(f"{file}: serve takes one LLMDeployment, the file has {kinds}", "kind")
-    empty = [pool.name for pool in found[0].spec.pools if pool.replicas == 0]
-    if empty:
-        raise InvalidInput(f"{file}: nothing can be served while pool {empty[0]} has 0 replicas", "spec.pools")
-    return found[0]
+    Raises:
+        SpecInvalid: a document is wrong, or they don't fit together.
+    """
+    from antiphon.apps.serve_set import serving_of
+    from antiphon.core.documents import Document, read_documents
 
-
-def _on_ports(document: LLMDeployment, http_port: int | None, grpc_port: int | None) -> LLMDeployment:
-    given = {"http_port": http_port, "grpc_port": grpc_port}
-    endpoint = document.spec.endpoint.model_copy(update={key: port for key, port in given.items() if port is not None})
-    return document.model_copy(update={"spec": document.spec.model_copy(update={"endpoint": endpoint})})
+    documents: list[Document] = []
+    for file in files:
+        documents += read_documents(file)
+    return serving_of(documents, ", ".join(map(str, files)))
 
 
-def _run(session: ServeSession, document: LLMDeployment, ask: str | None) -> int:
+def _run(session: ServeSession, serving: Serving, ask: str | None) -> int:
     """Start, serve, say what happens; the exit status."""
     from rich.console import Console
 
     from antiphon.apps.stop_signals import StopRequested
-    from antiphon.cli.serve_view import Progress
+    from antiphon.cli.serve_view import Progress, composition_line
 
     terminal = session.streams.terminal
     console = Console(file=terminal, highlight=False, soft_wrap=True, width=None if terminal.isatty() else _PLAIN_WIDTH)
-    spec = document.spec
-    console.print(f"[bold]{document.metadata.name}[/] serves {spec.model.uri}, topology {spec.topology.value}")
+    for document in serving.deployments:
+        spec = document.spec
+        console.print(f"[bold]{document.metadata.name}[/] serves {spec.model.uri}, topology {spec.topology.value}")
+    for composition in serving.compositions:
+        console.print(composition_line(composition))
     progress = Progress(console)
     try:
         ready = session.start(lambda entries: progress.update(entries, session.num_workers), progress.say)
         progress.close()
-        _print_ready(console, document, ready)
+        _print_ready(console, serving, ready)
         if ask is not None:
-            _ask(console, document, ready, ask)
+            _ask(console, serving, ready, ask)
         else:
             console.print("Ctrl-C stops it.", style="dim")
             _watch(console, session)
@@ -123,13 +125,17 @@ def _run(session: ServeSession, document: LLMDeployment, ask: str | None) -> int
     return 0
 
 
-def _print_ready(console: Console, document: LLMDeployment, ready: Ready) -> None:
-    from antiphon.cli.serve_view import endpoints, times_line, worker_table
+def _print_ready(console: Console, serving: Serving, ready: Ready) -> None:
+    from antiphon.cli.serve_view import endpoints, expert_table, times_line, worker_table
 
-    console.print(worker_table(document, ready.workers))
+    if serving.deployments:
+        console.print(worker_table(serving.deployments, ready.workers))
+    for composition in serving.compositions:
+        console.print()
+        console.print(expert_table(composition, serving.models))
     console.print(times_line(ready.entries, time.time() - psutil.Process().create_time()))
     console.print()
-    console.print(endpoints(document, ready.ports))
+    console.print(endpoints(serving, ready.ports))
     console.print()
 
 
@@ -149,22 +155,27 @@ def _watch(console: Console, session: ServeSession) -> None:
     session.watch(show)
 
 
-def _ask(console: Console, document: LLMDeployment, ready: Ready, question: str) -> None:
+def _ask(console: Console, serving: Serving, ready: Ready, question: str) -> None:
+    from antiphon.cli.serve_view import first_model
     from antiphon.client import Client
 
     ports = ready.ports
     console.print(f"[bold]>[/] {escape(question)}")
-    with Client(f"{ports.host}:{ports.grpc_port}", api_key=_api_key(document)) as client:
-        _await_view(client, document)
+    with Client(f"{ports.host}:{ports.grpc_port}", api_key=_api_key(serving)) as client:
+        _await_view(client, serving)
         messages = [{"role": "user", "content": question}]
-        with client.stream(document.model_name, messages=messages, max_tokens=64, temperature=0.0) as stream:
+        with client.stream(first_model(serving), messages=messages, max_tokens=64, temperature=0.0) as stream:
             for chunk in stream:
                 console.print(chunk.text, end="", markup=False)
             console.print()
             usage = stream.usage
-    pools = {pool.role: pool.name for pool in document.spec.pools}
-    if usage is None:
+            routed = stream.routed
+    if routed:
+        told = ", ".join(f"{key.removeprefix('x-antiphon-')} {value}" for key, value in routed.items() if value)
+        console.print(told, style="dim")
+    if usage is None or serving.compositions or len(serving.deployments) != 1:
         return
+    pools = {pool.role: pool.name for pool in serving.deployments[0].spec.pools}
     remote = usage.num_remote_tokens
     generated = usage.num_completion_tokens
     parts = [f"{usage.num_prompt_tokens} prompt tokens"]
@@ -178,19 +189,22 @@ def _ask(console: Console, document: LLMDeployment, ready: Ready, question: str)
     console.print(f"first token after {usage.first_token_s:.2f} s{rate}", style="dim")
 
 
-def _await_view(client: Client, document: LLMDeployment) -> None:
+def _await_view(client: Client, serving: Serving) -> None:
     """Give the gateway and the workers a moment to have seen each other, so that the question takes the whole path."""
-    num_by_role = Counter({pool.role: pool.replicas for pool in document.spec.pools})
-    num_workers, num_peers = num_by_role.total(), num_by_role["prefill"] + num_by_role["ffn"]
+    num_peers = {}
+    for document in serving.deployments:
+        num_by_role = Counter({pool.role: pool.replicas for pool in document.spec.pools})
+        num_peers[document.metadata.name] = num_by_role["prefill"] + num_by_role["ffn"]
     deadline = time.monotonic() + _VIEW_DEADLINE_S
     while time.monotonic() < deadline:
         workers = client.status().workers
         generating = [worker for worker in workers if worker.role in ("monolith", "decode", "attention")]
-        if sum(worker.ready for worker in workers) >= num_workers and all(w.load.num_peers >= num_peers for w in generating):
+        linked = all(w.load.num_peers >= num_peers[w.deployment] for w in generating)
+        if sum(worker.ready for worker in workers) >= serving.num_workers and linked:
             return
         time.sleep(0.1)
 
 
-def _api_key(document: LLMDeployment) -> str | None:
-    variable = document.spec.endpoint.api_keys_env
+def _api_key(serving: Serving) -> str | None:
+    variable = serving.endpoint.api_keys_env
     return None if variable is None else os.environ.get(variable, "").partition(",")[0].strip() or None

@@ -5,16 +5,19 @@ Must not know: how anything is started.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
 from antiphon.apps.journal import JournalEntry
 from antiphon.apps.serve_plan import GATEWAY, cores_of
+from antiphon.apps.serve_set import Serving
+from antiphon.core.composition import CompositionOfExperts
 from antiphon.core.directory import WorkerRecord
 from antiphon.core.spec import LLMDeployment
 from antiphon.gateway.config import BoundPorts
@@ -22,9 +25,48 @@ from antiphon.gateway.config import BoundPorts
 _HOST_STAGES = {"checkpoint": "checkpoint", "ray": "Ray", "serve": "Ray Serve", "directory": "directory"}
 
 
-def worker_table(document: LLMDeployment, records: Sequence[WorkerRecord]) -> Table:
+def composition_line(composition: CompositionOfExperts) -> str:
+    """What a composition is made of."""
+    spec = composition.spec
+    artifact = "no router artifact: rules, then the general expert" if spec.router.artifact is None else spec.router.artifact.uri
+    experts = ", ".join(expert.name for expert in spec.experts)
+    return f"[bold]{composition.model_name}[/] composes {escape(experts)}, policy {spec.policy.name}, router {escape(artifact)}"
+
+
+def expert_table(composition: CompositionOfExperts, models: Mapping[str, str]) -> Table:
+    """One line per expert: who answers for it, and what the router may assume."""
+    spec = composition.spec
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in (f"EXPERT OF {composition.model_name}", "ANSWERED BY"):
+        table.add_column(name, no_wrap=True)
+    for name in ("ACTIVE", "CONTEXT"):
+        table.add_column(name, no_wrap=True, justify="right")
+    for expert in spec.experts:
+        general = " (general)" if expert.name == spec.general else ""
+        if expert.external is not None:
+            answered = f"{expert.external.model} at {expert.external.url}"
+        else:
+            answered = models.get(expert.deployment_ref or "", "")
+        table.add_row(
+            escape(expert.name + general),
+            escape(answered),
+            "" if expert.active_params_b is None else f"{expert.active_params_b:g}B",
+            "" if expert.context_tokens is None else str(expert.context_tokens),
+        )
+    return table
+
+
+def first_model(serving: Serving) -> str:
+    """The model to try first: a composition, or the first deployment's."""
+    if serving.compositions:
+        return serving.compositions[0].model_name
+    return serving.deployments[0].model_name
+
+
+def worker_table(documents: Sequence[LLMDeployment], records: Sequence[WorkerRecord]) -> Table:
     """One line per worker: who it is, what it holds, on how many threads and which processors, where."""
-    pools = {pool.name: pool for pool in document.spec.pools}
+    pools = {(document.metadata.name, pool.name): pool for document in documents for pool in document.spec.pools}
+    several = len(documents) > 1
     sharded = any(record.info.shard.num_shards > 1 for record in records)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("WORKER", "ROLE", *(["SHARD"] if sharded else []), "CPU"):
@@ -34,12 +76,12 @@ def worker_table(document: LLMDeployment, records: Sequence[WorkerRecord]) -> Ta
     table.add_column("ADDRESS", no_wrap=True)
     for record in records:
         info, load = record.info, record.info.load
-        pool = pools[info.pool]
+        pool = pools[info.deployment, info.pool]
         index = int(info.worker_id.rpartition("/")[2])
         shard = f"{info.shard.index + 1} of {info.shard.num_shards}" if info.shard.num_shards > 1 else ""
         cores = ",".join(map(str, cores_of(pool, index)))
         table.add_row(
-            f"{info.pool}/{index}",
+            f"{info.deployment}/{info.pool}/{index}" if several else f"{info.pool}/{index}",
             info.role.value,
             *([shard] if sharded else []),
             f"{pool.num_threads} on {cores}" if cores else str(pool.num_threads),
@@ -72,9 +114,9 @@ def times_line(entries: Sequence[JournalEntry], since_process_start_s: float) ->
     return f"Ready {since_process_start_s:.1f} s after the start of the command: " + ", ".join(host)
 
 
-def endpoints(document: LLMDeployment, ports: BoundPorts) -> Text:
+def endpoints(serving: Serving, ports: BoundPorts) -> Text:
     """Where clients connect, and a first request."""
-    model = document.model_name
+    model = first_model(serving)
     url = f"http://{ports.host}:{ports.http_port}"
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     return Text.assemble(

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from antiphon.core.composition import CompositionOfExperts
 from antiphon.core.documents import Document, read_documents
 from antiphon.core.errors import Problem, SpecInvalid
 from antiphon.core.spec import LLMDeployment
@@ -56,6 +57,10 @@ def problem_line(problem: Problem) -> str:
 def describe(document: Document) -> str:
     """A document in one line: kind, name and, for a deployment, its topology and pools."""
     name = f"{document.kind}/{document.metadata.name}"
+    if isinstance(document, CompositionOfExperts):
+        spec = document.spec
+        experts = ", ".join(expert.name for expert in spec.experts)
+        return f"{name} (model {document.model_name}, general {spec.general}, policy {spec.policy.name}, experts {experts})"
     if not isinstance(document, LLMDeployment):
         return name
     pools = ", ".join(f"{pool.name} {pool.role} x{pool.replicas}" for pool in document.spec.pools)

@@ -6,7 +6,7 @@ Must not know: how messages look, or when to try again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TypeVar, Unpack
 
@@ -42,11 +42,19 @@ class Stream:
         self._answer = Answer()
         self._closed = threading.Event()
         self._ended = False
+        self._routed: dict[str, str] | None = None
 
     @property
     def request_id(self) -> str:
         """The request's id; empty until the server has said it."""
         return self._answer.started.request_id
+
+    @property
+    def routed(self) -> Mapping[str, str]:
+        """What a composition says of its answer (x-antiphon-expert, -category, -confidence, -reason, -decision-id), once a
+        chunk has come; empty for other models.
+        """
+        return {} if self._routed is None else self._routed
 
     @property
     def usage(self) -> Usage | None:
@@ -94,6 +102,8 @@ class Stream:
             self._call = self._start(self._request, self._attempts.timeout_s())
         response = self._call.receive()
         if response is not None:
+            if self._routed is None:
+                self._routed = self._call.routed()
             chunk = self._answer.feed(response)
             if chunk is not None:
                 self._attempts.progressed()

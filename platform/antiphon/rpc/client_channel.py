@@ -48,6 +48,10 @@ class ResponseStream:
         except grpc.RpcError as error:
             raise _translated(error) from error
 
+    def routed(self) -> dict[str, str]:
+        """Who answers for a composition, and why; once a response has come."""
+        return _routed(self._call.initial_metadata())
+
     def cancel(self) -> None:
         """End the call; the server sees it. Idempotent."""
         self._call.cancel()
@@ -72,6 +76,10 @@ class AsyncResponseStream:
             self._call.cancel()
             raise
         return None if response is grpc.aio.EOF else response  # type: ignore[attr-defined]
+
+    async def routed(self) -> dict[str, str]:
+        """Who answers for a composition, and why; once a response has come."""
+        return _routed(await self._call.initial_metadata())
 
     def cancel(self) -> None:
         """End the call; the server sees it. Idempotent."""
@@ -174,6 +182,10 @@ def open_client_channel(address: str, tls: Tls | None) -> grpc.Channel:
     if tls is None:
         return grpc.insecure_channel(address, options=options)
     return grpc.secure_channel(address, _credentials(tls), options=options)
+
+
+def _routed(metadata: Any) -> dict[str, str]:
+    return {key: value for key, value in metadata or () if key.startswith("x-antiphon-") and isinstance(value, str)}
 
 
 def _options(tls: Tls | None) -> list[tuple[str, int | str]]:
