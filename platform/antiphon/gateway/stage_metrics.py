@@ -17,12 +17,12 @@ _GAUGES = {
     "t_ffn_s": ("antiphon.stage.ffn_time", "s", "FFN's work for one layer: of a ubatch (attention side), of a batch (FFN side)."),
     "t_transfer_s": ("antiphon.stage.transfer_time", "s", "One way between attention and FFN, at most."),
     "t_queue_s": ("antiphon.stage.queue_time", "s", "From the arrival of rows to the start of their batch."),
-    "bubble_share": ("antiphon.stage.bubble_share", "1", "Share of the time in which the worker waits for its peers."),
-    "head_share": ("antiphon.stage.head_share", "1", "Share of the step in the LM head."),
-    "sample_share": ("antiphon.stage.sample_share", "1", "Share of the step in the sampler."),
-    "schedule_share": ("antiphon.stage.schedule_share", "1", "Scheduling and hand-over, as a share of the step."),
+    "bubble_share": ("antiphon.stage.bubble_share", "", "Share of the time in which the worker waits for its peers."),
+    "head_share": ("antiphon.stage.head_share", "", "Share of the step in the LM head."),
+    "sample_share": ("antiphon.stage.sample_share", "", "Share of the step in the sampler."),
+    "schedule_share": ("antiphon.stage.schedule_share", "", "Scheduling and hand-over, as a share of the step."),
     "rows_per_batch": ("antiphon.stage.rows_per_ffn_batch", "{row}", "Rows that an FFN worker computes together."),
-    "ffn_hidden": ("antiphon.stage.ffn_hidden", "1", "1 when the FFN takes no longer than the attention side."),
+    "ffn_hidden": ("antiphon.stage.ffn_hidden", "", "1 when the FFN takes no longer than the attention side."),
 }
 _SUMS = {
     "sum_step_s": "step",
