@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from antiphon.core.errors import InvalidInput
-from antiphon.planner.calibration import Measurement, calibrate, fit_curve, read_measurements
+from antiphon.planner.calibration import Measurement, calibrate, read_measurements
+from antiphon.planner.curves import fit_curve
 from antiphon.planner.pipeline import StageTimes, step_s
 
 SEEN, HELD_OUT = (2, 4, 6, 12, 16, 24, 48, 96), frozenset({1, 8, 32, 64})
@@ -67,6 +68,22 @@ def test_unseen_batches_are_predicted_within_fifteen_percent(stage, wiring, num_
         unseen = [c for c in comparisons if c.held_out]
         assert {c.measurement.batch for c in unseen} == HELD_OUT
         assert max(abs(c.error) for c in unseen) < 0.15
+
+
+def test_small_batches_that_stay_whole_are_fitted_with_those_that_are_cut():
+    whole, cut = (measured(dense_stage, "1A1F", 0.01, num_ubatches=m) for m in (1, 2))
+    points = [p for p in whole if p.batch <= 8] + [p for p in cut if p.batch > 8]
+    fitted, comparisons = calibrate(points, HELD_OUT)
+    assert len(fitted) == 1
+    assert max(abs(c.error) for c in comparisons if c.held_out) < 0.15
+
+
+def test_what_no_form_has_is_interpolated_between_measured_batches():
+    """A kernel that works in tiles of 16 rows and has a faster path for up to 4."""
+    seconds = {b: 1e-3 + 2e-5 * 16 * -(-b // 16) - (3e-4 if b <= 4 else 0) for b in (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)}
+    curve = fit_curve([(b, 1, s) for b, s in seconds.items() if b not in HELD_OUT])
+    for batch in HELD_OUT:
+        assert curve(batch, 1) == pytest.approx(seconds[batch], rel=0.15)
 
 
 def test_stages_that_add_up_predict_through_the_pipeline():
