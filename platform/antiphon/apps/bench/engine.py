@@ -21,6 +21,7 @@ from typing import Any, Self
 
 from antiphon.apps.local import DirectDeployment
 from antiphon.core.errors import DeadlineExceeded, InvalidInput, Unavailable
+from antiphon.core.ids import Role
 from antiphon.core.request import Request, RequestId, SamplingParams
 from antiphon.core.spec import LLMDeployment
 from antiphon.core.worker_info import WorkerInfo
@@ -29,9 +30,12 @@ from antiphon.models.checkpoint import Checkpoint
 from antiphon.models.families import describe
 from antiphon.models.source import resolve
 from antiphon.rpc.engine_session import EngineSession
+from antiphon.telemetry import step_timeline, step_trace
+from antiphon.telemetry.stages import attention_figures, difference, ffn_figures
 
 START_TIMEOUT_S = 180.0
 RUN_TIMEOUT_S = 600.0
+_FFN = "ffn."  # before the names of FFN workers' sums, which attention workers have too
 _LEASE_S = 1.0  # records, and the figures in them, are renewed three times as often
 
 
@@ -48,6 +52,7 @@ class BenchSetup:
     max_model_len: int = 2048
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 1024
+    trace_steps: bool = False  # every worker keeps what its steps do; see ``BenchDeployment.timeline``
 
     def document(self) -> LLMDeployment:
         """The deployment document of this set-up."""
@@ -114,8 +119,10 @@ class BenchDeployment:
 
     def __init__(self, setup: BenchSetup) -> None:
         self.setup = setup
-        self._document = setup.document()
         self._run_dir = tempfile.TemporaryDirectory(prefix="antiphon-bench-")
+        self._trace_dir = Path(self._run_dir.name) / "steps"
+        self._document = _tracing(setup.document(), self._trace_dir) if setup.trace_steps else setup.document()
+        self._timeline: dict[str, Any] = {}
         checkpoint = resolve(setup.uri)
         self._num_layers = describe(Checkpoint.open(checkpoint).config).num_layers
         self._deployment = DirectDeployment(self._document, checkpoint=str(checkpoint), run_dir=Path(self._run_dir.name))
@@ -134,9 +141,15 @@ class BenchDeployment:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._runner.close()
         self._deployment.close()
+        self._runner.close()  # after what its channels lead to: grpc tells it of their end
+        if self.setup.trace_steps:
+            self._timeline = step_timeline.chrome(step_trace.load(self._trace_dir))
         self._run_dir.cleanup()
+
+    def timeline(self) -> dict[str, Any]:
+        """What the workers' steps did, as Chrome/Perfetto JSON: after the deployment was left, if it was to trace."""
+        return self._timeline
 
     def decode(self, batch: int, *, num_prompt: int = 128, num_generated: int = 128) -> dict[str, Any]:
         """Steady decode of ``batch`` requests at once; one line of figures."""
@@ -157,10 +170,12 @@ class BenchDeployment:
             run = [sessions.submit(self._request(num_prompt, num_generated), i) for i in range(batch)]
             while any(len(p.token_s) < 2 for p in run):
                 await sessions.turn(run)
-            first = await sessions.figures()
+            stale = first = last = await sessions.figures()
             while not any(p.ended_s for p in run):
-                last = await sessions.figures()
                 await asyncio.sleep(_LEASE_S / 4)
+                last = await sessions.figures()
+                if first is stale and last["num_steps"] != stale["num_steps"]:
+                    first = last  # the figures before it may be from the time of the prompts
                 await sessions.turn(run, wait=False)
             while not all(p.ended_s for p in run):
                 await sessions.turn(run)
@@ -176,11 +191,15 @@ class BenchDeployment:
             "tokens_per_s": rate,
             "decode_step_s": batch / rate if rate else None,
         }
-        stages = _stages(first, last)
+        delta = difference(last, first)
+        stages = attention_figures(delta)
         if stages:
             num_ubatches = round(stages["exchanges_per_step"] / self._num_layers)
             line |= {"num_layers": self._num_layers, "num_ubatches": num_ubatches, "rows": batch / max(1, num_ubatches)}
-        return line | stages
+        beyond = {f"ffn_{name}": value for name, value in ffn_figures(_of_ffn(delta)).items()}
+        if stages and beyond:
+            beyond["busier_bubble_share"] = min(stages["bubble_share"], beyond["ffn_bubble_share"])
+        return line | stages | beyond
 
     async def _prefill(self, num_prompt: int, repeats: int) -> dict[str, Any]:
         times = []
@@ -297,15 +316,24 @@ class _Sessions:
             raise DeadlineExceeded(f"the run did not end within {RUN_TIMEOUT_S:g} s")
 
     async def figures(self) -> Mapping[str, float]:
-        """Sums since start over the generating workers, as their leases have them now."""
-        total: dict[str, float] = {}
-        for info in await self._generating():
-            for name, value in {**info.load.gauges, "num_steps": float(info.load.num_steps)}.items():
+        """Sums since start over the generating workers, and over FFN workers, as their leases have them now."""
+        total: dict[str, float] = {"num_steps": 0.0}
+        for info in await self._workers():
+            if info.role.generates:
+                sums = {**info.load.gauges, "num_steps": float(info.load.num_steps)}
+            elif info.role is Role.FFN:
+                sums = {_FFN + name: value for name, value in info.load.gauges.items()}
+            else:
+                continue
+            for name, value in sums.items():
                 total[name] = total.get(name, 0.0) + value
         return total
 
     async def _generating(self) -> list[WorkerInfo]:
-        return [record.info for record in await self._directory.workers("bench") if record.info.role.generates]
+        return [info for info in await self._workers() if info.role.generates]
+
+    async def _workers(self) -> list[WorkerInfo]:
+        return [record.info for record in await self._directory.workers("bench")]
 
     async def _read(self, session: EngineSession) -> None:
         async for answers in session.updates():
@@ -321,21 +349,14 @@ class _Sessions:
             self._news.set()
 
 
-def _stages(first: Mapping[str, float], last: Mapping[str, float]) -> dict[str, float]:
-    """Stage times per layer and ubatch between two looks at the sums; nothing when no step lies between them."""
-    delta = {name: last[name] - first.get(name, 0.0) for name in last}
-    exchanges, steps = delta.get("num_exchanges", 0.0), delta.get("num_steps", 0.0)
-    if exchanges <= 0 or steps <= 0:
-        return {}
-    ffn, wait, away = (delta[f"sum_{name}_s"] / exchanges for name in ("ffn_compute", "ffn_wait", "round_trip"))
-    return {
-        "t_attention_s": delta["sum_attention_s"] / exchanges,
-        "t_ffn_s": ffn,
-        "t_transfer_s": max(0.0, away - ffn - wait) / 2,
-        "bubble_share": delta["sum_blocked_s"] / delta["sum_step_s"],
-        "sample_share": delta["sum_sample_s"] / delta["sum_step_s"],
-        "exchanges_per_step": exchanges / steps,
-    }
+def _of_ffn(figures: Mapping[str, float]) -> dict[str, float]:
+    return {name.removeprefix(_FFN): value for name, value in figures.items() if name.startswith(_FFN)}
+
+
+def _tracing(document: LLMDeployment, directory: Path) -> LLMDeployment:
+    spec = document.spec
+    pools = tuple(pool.model_copy(update={"env": {**pool.env, step_trace.VARIABLE: str(directory)}}) for pool in spec.pools)
+    return document.model_copy(update={"spec": spec.model_copy(update={"pools": pools})})
 
 
 def _percentile(values: Sequence[float], percent: int) -> float | None:
