@@ -17,6 +17,8 @@ from antiphon.core.directory import Notes
 from antiphon.core.errors import AntiphonError
 from antiphon.gateway.config import BoundPorts, GatewayConfig
 from antiphon.gateway.directory import MemoryDirectory
+from antiphon.gateway.experts import GatewayExperts
+from antiphon.gateway.experts_http import add_expert_routes
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.grpc_door import GrpcDoor
 from antiphon.gateway.http_server import HttpServer
@@ -24,6 +26,7 @@ from antiphon.gateway.openai_http import make_app
 from antiphon.gateway.tokenizer import TextModel
 from antiphon.gateway.workers import WorkerSource
 from antiphon.rpc.channels import ChannelLimits
+from antiphon.rpc.experts import ExpertsServicer
 from antiphon.rpc.inference import InferenceServicer
 from antiphon.rpc.services import RpcServer
 from antiphon.telemetry import Telemetry, setup
@@ -80,7 +83,9 @@ async def _run(
     models = {name: await asyncio.to_thread(TextModel.load, path) for name, path in config.models.items()}
     gateway = Gateway(config, models=models, source=workers, telemetry=telemetry)
     compositions = await _compositions(gateway, notes)
+    experts = GatewayExperts(workers=lambda: gateway.view.workers, keys=gateway.keys, telemetry=telemetry)
     application = make_app(gateway)
+    add_expert_routes(application, experts)
     http = HttpServer(
         application if compositions is None else compositions.before(application),
         host=config.host,
@@ -90,6 +95,7 @@ async def _run(
     grpc = RpcServer(
         [
             InferenceServicer(GrpcDoor(gateway, None if compositions is None else compositions.generator)),
+            ExpertsServicer(experts),
             *([] if compositions is None else compositions.services()),
         ],
         host=config.host,
@@ -109,7 +115,7 @@ async def _run(
         await grpc.start()
         if on_bound is not None:
             on_bound(BoundPorts(host=config.host, http_port=http.port, grpc_port=grpc.port))
-        loops = (gateway.view.run(), http.failed(), _wait(stop))
+        loops = (gateway.view.run(), experts.run(), http.failed(), _wait(stop))
         tasks = [asyncio.create_task(loop) for loop in loops]
         if compositions is not None:
             tasks.append(asyncio.create_task(compositions.run()))
@@ -127,6 +133,7 @@ async def _run(
         await http.close()
         if compositions is not None:
             await compositions.close()
+        await experts.close()
         await gateway.close()
 
 
