@@ -191,13 +191,13 @@ class _Place:
         where = {"pid": self.pid, "tid": LOOP, "cat": str(event.mark)}
         match event.mark:
             case Mark.STEP:
-                yield {"ph": "X", "name": f"step {event.step}", "ts": start_us, "dur": end_us - start_us, **where, "args": facts}
+                yield {"ph": "X", "name": f"step {event.step}", "ts": start_us, "dur": round(end_us - start_us, 3), **where, "args": facts}
             case Mark.ROWS:
                 name = f"rows of {event.peer}, ubatch {event.ubatch}"
                 yield from self._apart(name, start_us, end_us, event, {**facts, "peer": event.peer})
             case _:
                 name = f"{event.mark} L{event.layer} u{event.ubatch}" if event.mark is not Mark.SAMPLE else "head and sampler"
-                yield {"ph": "X", "name": name, "ts": start_us, "dur": end_us - start_us, **where, "args": facts}
+                yield {"ph": "X", "name": name, "ts": start_us, "dur": round(end_us - start_us, 3), **where, "args": facts}
 
     def _apart(self, name: str, start_us: float, end_us: float, event: Event, facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """A track of its own: what may overlap with others."""

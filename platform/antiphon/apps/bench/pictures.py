@@ -66,6 +66,7 @@ def _decode_rate(axis: Axes, lines: Sequence[Line]) -> None:
     for name in _series(lines):
         own = sorted((line["batch"], line["tokens_per_s"]) for line in lines if _name(line) == name)
         axis.plot([batch for batch, _ in own], [rate for _, rate in own], marker="o", label=name)
+    axis.set_xticks(sorted({line["batch"] for line in lines}))
     axis.set(xlabel="batch", ylabel="tokens per second", title="decode", ylim=(0, None))
     axis.legend(frameon=False, fontsize=8)
 
@@ -81,6 +82,7 @@ def _decode_stages(axis: Axes, lines: Sequence[Line]) -> None:
     for place, (line, top) in enumerate(zip(staged, below, strict=True)):
         axis.annotate(f"{100 * line['bubble_share']:.0f} %", (place, top), ha="center", va="bottom", fontsize=7)
     axis.set_xticks(range(len(staged)), places, fontsize=7)
+    axis.margins(y=0.25)
     axis.set(ylabel="µs per layer and ubatch; above: bubble", title="stages")
     axis.legend(frameon=False, fontsize=8)
 
