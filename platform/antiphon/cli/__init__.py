@@ -32,6 +32,7 @@ VERBS = {
     "status": Verb(module="status", help="Show pools, workers, leases and load."),
     "convert": Verb(module="convert", help="Turn a GGUF file into a checkpoint directory."),
     "inspect": Verb(module="inspect", help="Show what a model is made of and what each pool would hold."),
+    "experts": Verb(module="experts", help="Show the load of experts, move them, search which may be skipped."),
     "bench": Verb(module="bench", help="Measure transports, prefill, decode and mixed load."),
     "plan": Verb(module="plan", help="Plan pools: cost, attention:FFN ratio, verdict, simulation."),
     "coe": Verb(module="coe", help="Composition of experts: train, evaluate, route."),

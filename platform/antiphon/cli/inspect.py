@@ -5,22 +5,19 @@ Must not know: how parameters are counted.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from antiphon.cli.heat import draw, heat, read_load
 from antiphon.core.errors import InvalidInput
 
 app = typer.Typer(add_completion=False)
 
 _FORMATS = ("bfloat16", "float32")
-_SHADES = " ░▒▓█"
 
 
 @app.command()
@@ -31,7 +28,9 @@ def inspect(
     groups: Annotated[int, typer.Option(min=1, help="Groups of experts (parallelism.expert).")] = 1,
     placement: Annotated[Path | None, typer.Option(help="Placement file; default: experts in equal runs.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    load: Annotated[Path | None, typer.Option(help="Rows by layer and expert, as JSON, to show as a heat map.")] = None,
+    load: Annotated[
+        Path | None, typer.Option(help="Show a heat map of expert load: a file from antiphon experts load --out.")
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="Also write the heat map here.")] = None,
 ) -> None:
     """Show a model's parameters by role, its KV bytes, and what each pool would hold."""
@@ -83,54 +82,12 @@ def inspect(
         pools.add_row(f"ffn {index}", part, _megabytes(ffn_shard_bytes(config, shard, where, itemsize)))
     console.print(pools)
     if load is not None:
-        rows = _read_load(load)
-        console.print(_heat(rows))
+        rows = read_load(load)
+        console.print(heat(rows, console.width))
         if png is not None:
-            _draw(rows, png)
+            draw(rows, png)
             console.print(f"wrote {png}")
 
 
 def _megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:,.1f} MB"
-
-
-def _read_load(path: Path) -> Mapping[int, Sequence[int]]:
-    try:
-        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        rows = {int(layer): [int(count) for count in counts] for layer, counts in raw.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InvalidInput(f"{path}: not rows by layer and expert: {error}", "load") from error
-    if not rows or not all(rows.values()):
-        raise InvalidInput(f"{path}: holds no rows", "load")
-    return dict(sorted(rows.items()))
-
-
-def _heat(rows: Mapping[int, Sequence[int]]) -> Text:
-    """One line a layer, one cell an expert, shaded by its share of the layer's hottest; behind it, hottest over mean."""
-    lines = [Text("rows by layer and expert, each layer against its hottest", style="bold")]
-    for layer, counts in rows.items():
-        hottest = max(max(counts), 1)
-        cells = "".join(_SHADES[min(len(_SHADES) - 1, -(-count * (len(_SHADES) - 1) // hottest))] for count in counts)
-        mean = sum(counts) / len(counts)
-        lines.append(Text(f"{layer:>4} │{cells}│ {max(counts) / mean if mean else 1.0:5.2f} x mean"))
-    return Text("\n").join(lines)
-
-
-def _draw(rows: Mapping[int, Sequence[int]], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    width = max(len(counts) for counts in rows.values())
-    shares = [
-        [count * len(counts) / max(sum(counts), 1) for count in counts] + [float("nan")] * (width - len(counts))
-        for counts in rows.values()
-    ]
-    figure, axes = plt.subplots(figsize=(max(6.0, width * 0.18), max(2.5, len(rows) * 0.22)))
-    image = axes.imshow(shares, aspect="auto", cmap="magma", vmin=0.0)
-    axes.set(xlabel="expert", ylabel="layer", title="Expert load by layer (rows over the layer's mean)")
-    axes.set_yticks(range(len(rows)), [str(layer) for layer in rows])
-    figure.colorbar(image, label="x mean")
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
