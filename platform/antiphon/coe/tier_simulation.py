@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from antiphon.coe.forecast import Forecast
 from antiphon.coe.tiers import (
     Action,
     Load,
+    Policy,
     Prefetch,
     Serve,
     Tier,
@@ -22,11 +24,10 @@ from antiphon.coe.tiers import (
     TierState,
     Waiting,
     after,
+    load_over,
     plan,
-    tier_of,
+    prefetch,
 )
-
-RATE_HALF_LIFE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +58,6 @@ class Outcome:
         return self.num_served / self.makespan_s if self.makespan_s > 0 else math.inf
 
 
-Policy = Callable[[Mapping[str, TierExpert], TierState, Sequence[Waiting], Mapping[str, float], float, TierLimits], Action | None]
-
-
 def first_come(
     experts: Mapping[str, TierExpert],
     state: TierState,
@@ -80,14 +78,7 @@ def first_come(
                 break
             run.append(request.request_id)
         return Serve(expert=wanted, request_ids=tuple(run))
-    used = sum(experts[name].memory_bytes for name in state.resident)
-    evict = []
-    for name in state.resident:
-        if used + experts[wanted].memory_bytes <= limits.resident_bytes:
-            break
-        evict.append(name)
-        used -= experts[name].memory_bytes
-    return Load(expert=wanted, evict=tuple(evict), from_tier=tier_of(wanted, state))
+    return load_over(state.resident, wanted, experts, state, limits)
 
 
 def play(
@@ -97,36 +88,48 @@ def play(
     service: Service,
     policy: Policy = plan,
     start: TierState | None = None,
+    with_prefetch: bool = False,
 ) -> Outcome:
-    """Serve a whole trace; ``start`` None = everything on disk."""
+    """Serve a whole trace; ``start`` None = everything on disk. With prefetch, copies are made beside serving."""
     state = start if start is not None else TierState(resident=(), host=())
     arrivals = sorted(trace, key=lambda w: (w.arrival_s, w.request_id))
     waiting: dict[int, Waiting] = {}
     waits: dict[int, float] = {}
-    rates = dict.fromkeys(experts, 0.0)
-    now_s, seen_s, load_s, num_switches, next_arrival = 0.0, 0.0, 0.0, 0, 0
+    forecast = Forecast()
+    copying: tuple[float, Prefetch] | None = None  # when it is done, and what
+    now_s, load_s, num_switches, next_arrival = 0.0, 0.0, 0, 0
     while len(waits) < len(arrivals):
         while next_arrival < len(arrivals) and arrivals[next_arrival].arrival_s <= now_s:
             request = arrivals[next_arrival]
-            _observe(rates, request, seen_s)
-            seen_s = request.arrival_s
+            forecast.observe({request.expert: 1.0}, request.arrival_s)
             waiting[request.request_id] = request
             next_arrival += 1
-        action = policy(experts, state, list(waiting.values()), rates, now_s, limits)
-        if action is None:
-            now_s = arrivals[next_arrival].arrival_s
-            continue
+        if copying is not None and copying[0] <= now_s:
+            state, copying = after(copying[1], state), None
+        queue, expected = list(waiting.values()), forecast.expected(now_s)
+        action = policy(experts, state, queue, expected, now_s, limits)
+        copy = prefetch(experts, state, queue, expected, limits) if with_prefetch and copying is None else None
+        if copy is not None and not (isinstance(action, Load) and copy.expert == action.expert):
+            state = TierState(resident=state.resident, host=tuple(name for name in state.host if name not in copy.drop))
+            copying = now_s + experts[copy.expert].fetch_s, copy
         match action:
+            case None:
+                now_s = arrivals[next_arrival].arrival_s
+                continue
             case Serve(request_ids=ids):
                 for request_id in ids:
                     waits[request_id] = now_s - waiting.pop(request_id).arrival_s
                 now_s += service.group_s(len(ids))
             case Load(expert=name, from_tier=tier):
-                took = experts[name].load_s + (experts[name].fetch_s if tier is Tier.DISK else 0.0)
+                took = experts[name].load_s
+                if copying is not None and copying[1].expert == name:  # its copy is on the way: wait for it
+                    took += copying[0] - now_s
+                    state, copying = after(copying[1], state), None
+                    action = load_over(action.evict, name, experts, state, limits)
+                elif tier is Tier.DISK:
+                    took += experts[name].fetch_s
                 now_s, load_s, num_switches = now_s + took, load_s + took, num_switches + 1
-            case Prefetch():
-                pass  # the copy into host memory runs beside serving
-        state = after(action, experts, state, limits)
+        state = after(action, state)
     return Outcome(
         num_served=len(waits),
         num_switches=num_switches,
@@ -134,14 +137,6 @@ def play(
         load_s=load_s,
         waits_s=tuple(waits[request.request_id] for request in trace),
     )
-
-
-def _observe(rates: dict[str, float], request: Waiting, last_s: float) -> None:
-    """Requests per second by expert, exponentially forgotten."""
-    decay = 0.5 ** (max(0.0, request.arrival_s - last_s) / RATE_HALF_LIFE_S)
-    for name in rates:
-        rates[name] *= decay
-    rates[request.expert] += math.log(2) / RATE_HALF_LIFE_S
 
 
 def random_trace(names: Sequence[str], num_requests: int, rate: float, skew: float, stay: float, seed: int) -> list[Waiting]:

@@ -1,19 +1,20 @@
 """Which expert to load, serve or bring nearer next when not all fit in memory: a pure policy (request speed).
 
-    disk ──fetch──► host memory ──load──► resident ──► serves        evicted experts fall back to host memory, then to disk
+    disk ──fetch──► host memory ──load──► resident ──► serves        weights are read-only, so eviction only forgets them
 
     1. a request older than the fairness window: its expert is next, whatever it costs
     2. requests at a resident expert: serve the largest group
     3. requests elsewhere: load the expert with the most to serve per second of loading, over the residents least expected
-    4. nothing to serve: bring the likeliest absent expert into host memory
+    beside all this: copy the expert that is likeliest to be loaded next into host memory
 
-Must not know: how weights move, clocks, which engine serves.
+A host copy of a resident expert is worth nothing until that one is evicted, so it is the first to give way. Must not know: how
+weights move, clocks, which engine serves.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,12 +29,13 @@ class Tier(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierExpert:
-    """What moving an expert costs."""
+    """What holding and moving an expert costs."""
 
     name: str
-    memory_bytes: int
+    memory_bytes: int  # while resident
+    host_bytes: int  # of its copy in host memory
     fetch_s: float  # disk to host memory
-    load_s: float  # host memory to resident
+    load_s: float  # host memory to ready
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,7 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierState:
-    """Where everything is, least recently used first; an expert in neither tier is on disk."""
+    """Where everything is, least recently used first. ``host`` holds copies, of resident experts too; the rest is on disk."""
 
     resident: tuple[str, ...]
     host: tuple[str, ...]
@@ -61,7 +63,6 @@ class TierLimits:
     host_bytes: int
     fairness_window_s: float
     max_group: int  # requests served together
-    prefetch: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,22 +75,24 @@ class Serve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """Make an expert resident after evicting others."""
+    """Make an expert resident after evicting others. From disk, it leaves a copy in host memory when ``keep``."""
 
     expert: str
     evict: tuple[str, ...]
     from_tier: Tier
+    keep: bool = False
+    drop: tuple[str, ...] = ()  # host copies that give way to it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefetch:
-    """Bring an expert from disk into host memory after dropping others from there."""
+    """Copy an expert from disk into host memory after dropping other copies."""
 
     expert: str
     drop: tuple[str, ...]
 
 
-Action = Serve | Load | Prefetch
+Action = Serve | Load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,29 +100,33 @@ class LoadTimes:
     """Measured stages of one load, in seconds."""
 
     evict_s: float
-    fetch_s: float
-    load_s: float
+    read_s: float  # disk to host memory; 0 when a copy was there
+    convert_s: float  # weights into the form that computes, and everything around them
+    ready_s: float  # the first answer, which touches all of it
 
     @property
     def total_s(self) -> float:
         """All stages."""
-        return self.evict_s + self.fetch_s + self.load_s
+        return self.evict_s + self.read_s + self.convert_s + self.ready_s
 
 
 class ExpertLoader(Protocol):
-    """Moves weights; one move at a time per pool."""
+    """Moves weights: at any time at most one load and one prefetch, never of the same expert."""
 
     async def load(self, action: Load, timeout_s: float) -> LoadTimes:
-        """Evict and load. Raises DeadlineExceeded, Unavailable; what was resident before and is not evicted stays resident."""
+        """Evict and load. Raises DeadlineExceeded, Unavailable, CheckpointInvalid; residents that are not evicted stay."""
         ...
 
     async def prefetch(self, action: Prefetch, timeout_s: float) -> float:
-        """Bring into host memory; seconds it took. Raises DeadlineExceeded, Unavailable."""
+        """Copy into host memory; seconds it took. Raises DeadlineExceeded, Unavailable, CheckpointInvalid."""
         ...
 
 
+Policy = Callable[[Mapping[str, TierExpert], TierState, Sequence[Waiting], Mapping[str, float], float, TierLimits], Action | None]
+
+
 def tier_of(expert: str, state: TierState) -> Tier:
-    """Where an expert is."""
+    """Where an expert is, nearest."""
     if expert in state.resident:
         return Tier.RESIDENT
     return Tier.HOST if expert in state.host else Tier.DISK
@@ -133,12 +140,12 @@ def plan(
     now_s: float,
     limits: TierLimits,
 ) -> Action | None:
-    """The next action; None when there is nothing to do. ``expected`` is the router's forecast: requests per second by expert."""
+    """The next action; None when nobody waits. ``expected`` is the router's forecast: requests per second by expert."""
     oldest = min(waiting, key=lambda w: (w.arrival_s, w.request_id), default=None)
     if oldest is None:
-        return _prefetch(experts, state, expected, limits)
+        return None
+    groups = _groups(waiting)
     if now_s - oldest.arrival_s < limits.fairness_window_s:
-        groups = _groups(waiting)
         here = [name for name in state.resident if name in groups]
         if here:
             return _serve(max(here, key=lambda name: (len(groups[name]), name)), waiting, limits)
@@ -147,20 +154,64 @@ def plan(
         wanted = oldest.expert
         if wanted in state.resident:
             return _serve(wanted, waiting, limits)
-    evict = _evictions(experts, state, waiting, expected, wanted, limits)
-    return Load(expert=wanted, evict=evict, from_tier=tier_of(wanted, state))
+
+    def worth(name: str) -> tuple[float, ...]:
+        return len(groups.get(name, ())), expected.get(name, 0.0), state.resident.index(name)
+
+    return load_over(sorted(state.resident, key=worth), wanted, experts, state, limits)
 
 
-def after(action: Action, experts: Mapping[str, TierExpert], state: TierState, limits: TierLimits) -> TierState:
+def load_over(order: Sequence[str], wanted: str, experts: Mapping[str, TierExpert], state: TierState, limits: TierLimits) -> Load:
+    """Load ``wanted``, evicting residents in this ``order`` until there is room."""
+    used = sum(experts[name].memory_bytes for name in state.resident)
+    evict = []
+    for name in order:
+        if used + experts[wanted].memory_bytes <= limits.resident_bytes:
+            break
+        evict.append(name)
+        used -= experts[name].memory_bytes
+    tier = tier_of(wanted, state)
+    if tier is not Tier.DISK:
+        return Load(expert=wanted, evict=tuple(evict), from_tier=tier)
+    # Copies that nobody could load from soon give way; those of absent experts are worth more than a resident's.
+    idle = [name for name in state.host if name in state.resident and name not in evict]
+    drop = _drops(idle, wanted, experts, state, limits)
+    return Load(expert=wanted, evict=tuple(evict), from_tier=tier, keep=drop is not None, drop=drop or ())
+
+
+def prefetch(
+    experts: Mapping[str, TierExpert],
+    state: TierState,
+    waiting: Sequence[Waiting],
+    expected: Mapping[str, float],
+    limits: TierLimits,
+) -> Prefetch | None:
+    """The copy that is worth making beside what goes on: of the absent expert with the most waiting, then the most expected."""
+    groups = _groups(waiting)
+
+    def worth(name: str) -> tuple[float, float]:
+        return len(groups.get(name, ())), expected.get(name, 0.0)
+
+    absent = [name for name in sorted(experts) if tier_of(name, state) is Tier.DISK and max(worth(name)) > 0.0]
+    if not absent:
+        return None
+    likely = max(absent, key=worth)
+    resident = [name for name in state.host if name in state.resident]
+    others = sorted((name for name in state.host if name not in state.resident), key=worth)
+    drop = _drops([*resident, *(name for name in others if worth(name) < worth(likely))], likely, experts, state, limits)
+    return None if drop is None else Prefetch(expert=likely, drop=drop)
+
+
+def after(action: Action | Prefetch, state: TierState) -> TierState:
     """The state that an action leaves behind."""
     match action:
         case Serve(expert=name):
             others = tuple(other for other in state.resident if other != name)
             return TierState(resident=(*others, name), host=state.host)
-        case Load(expert=name, evict=evict):
+        case Load(expert=name, evict=evict, keep=keep, drop=drop):
             resident = (*(other for other in state.resident if other not in evict), name)
-            host = (*(other for other in state.host if other != name), *evict)
-            return TierState(resident=resident, host=_fitting(host, experts, limits.host_bytes))
+            host = tuple(other for other in state.host if other not in drop)
+            return TierState(resident=resident, host=(*host, name) if keep else host)
         case Prefetch(expert=name, drop=drop):
             return TierState(resident=state.resident, host=(*(other for other in state.host if other not in drop), name))
 
@@ -182,57 +233,15 @@ def _cost_s(expert: TierExpert, state: TierState) -> float:
     return max(1e-9, fetch_s + expert.load_s)
 
 
-def _evictions(
-    experts: Mapping[str, TierExpert],
-    state: TierState,
-    waiting: Sequence[Waiting],
-    expected: Mapping[str, float],
-    wanted: str,
-    limits: TierLimits,
-) -> tuple[str, ...]:
-    """The residents to give up: those with the fewest waiting, then the least expected, then the least recently used."""
-    groups = _groups(waiting)
-    order = sorted(
-        state.resident,
-        key=lambda name: (len(groups.get(name, ())), expected.get(name, 0.0), state.resident.index(name)),
-    )
-    used = sum(experts[name].memory_bytes for name in state.resident)
-    evict = []
+def _drops(
+    order: Sequence[str], wanted: str, experts: Mapping[str, TierExpert], state: TierState, limits: TierLimits
+) -> tuple[str, ...] | None:
+    """The copies to drop, in this order, for one of ``wanted``; None when even all of them don't make room."""
+    used = sum(experts[name].host_bytes for name in state.host) + experts[wanted].host_bytes
+    drop = []
     for name in order:
-        if used + experts[wanted].memory_bytes <= limits.resident_bytes:
+        if used <= limits.host_bytes:
             break
-        evict.append(name)
-        used -= experts[name].memory_bytes
-    return tuple(evict)
-
-
-def _prefetch(
-    experts: Mapping[str, TierExpert], state: TierState, expected: Mapping[str, float], limits: TierLimits
-) -> Prefetch | None:
-    absent = [name for name in sorted(experts) if tier_of(name, state) is Tier.DISK and expected.get(name, 0.0) > 0.0]
-    if not limits.prefetch or not absent:
-        return None
-    likely = max(absent, key=lambda name: expected[name])
-    used = sum(experts[name].memory_bytes for name in state.host)
-    drop: list[str] = []
-    for name in sorted(state.host, key=lambda other: (expected.get(other, 0.0), state.host.index(other))):
-        if used + experts[likely].memory_bytes <= limits.host_bytes:
-            break
-        if expected.get(name, 0.0) >= expected[likely]:
-            return None  # what is there is at least as likely
         drop.append(name)
-        used -= experts[name].memory_bytes
-    if used + experts[likely].memory_bytes > limits.host_bytes:
-        return None
-    return Prefetch(expert=likely, drop=tuple(drop))
-
-
-def _fitting(host: Sequence[str], experts: Mapping[str, TierExpert], host_bytes: int) -> tuple[str, ...]:
-    """The most recent experts that fit."""
-    kept: list[str] = []
-    used = 0
-    for name in reversed(host):
-        if used + experts[name].memory_bytes <= host_bytes:
-            kept.append(name)
-            used += experts[name].memory_bytes
-    return tuple(reversed(kept))
+        used -= experts[name].host_bytes
+    return tuple(drop) if used <= limits.host_bytes else None

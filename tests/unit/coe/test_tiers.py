@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antiphon.coe.tier_simulation import Service, first_come, play, random_trace
-from antiphon.coe.tiers import Load, Prefetch, Serve, Tier, TierExpert, TierLimits, TierState, Waiting, after, plan
+from antiphon.coe.tiers import Load, Prefetch, Serve, Tier, TierExpert, TierLimits, TierState, Waiting, after, plan, prefetch
 
-EXPERTS = {name: TierExpert(name=name, memory_bytes=1, fetch_s=1.5, load_s=0.5) for name in "abcdef"}
-LIMITS = TierLimits(resident_bytes=2, host_bytes=3, fairness_window_s=10.0, max_group=16, prefetch=False)
+EXPERTS = {name: TierExpert(name=name, memory_bytes=1, host_bytes=1, fetch_s=1.5, load_s=0.5) for name in "abcdef"}
+LIMITS = TierLimits(resident_bytes=2, host_bytes=3, fairness_window_s=10.0, max_group=16)
 SERVICE = Service(base_s=0.1, per_request_s=0.02)
 EMPTY = TierState(resident=(), host=())
 
@@ -29,17 +29,27 @@ def test_a_request_older_than_the_window_comes_first() -> None:
     assert action == Load(expert="c", evict=("b",), from_tier=Tier.HOST)
 
 
-def test_the_resident_that_is_least_expected_goes() -> None:
+def test_the_resident_that_is_least_expected_goes_and_a_copy_is_kept_where_there_is_room() -> None:
     state = TierState(resident=("a", "b"), host=())
     action = plan(EXPERTS, state, [_wait(0, "c")], {"a": 2.0, "b": 0.5}, 0.0, LIMITS)
-    assert action == Load(expert="c", evict=("b",), from_tier=Tier.DISK)
+    assert action == Load(expert="c", evict=("b",), from_tier=Tier.DISK, keep=True)
+    assert after(action, state) == TierState(resident=("a", "c"), host=("c",))
 
 
-def test_idle_time_brings_the_likeliest_absent_expert_nearer() -> None:
+def test_a_load_from_disk_never_drops_the_copy_of_an_absent_expert() -> None:
+    state = TierState(resident=("a", "b"), host=("a", "d", "e"))
+    action = plan(EXPERTS, state, [_wait(0, "c")], {"a": 2.0}, 0.0, LIMITS)
+    assert action == Load(expert="c", evict=("b",), from_tier=Tier.DISK, keep=True, drop=("a",))
+    full = TierState(resident=("a", "b"), host=("d", "e", "f"))
+    assert plan(EXPERTS, full, [_wait(0, "c")], {"a": 2.0}, 0.0, LIMITS) == Load(expert="c", evict=("b",), from_tier=Tier.DISK)
+
+
+def test_the_likeliest_absent_expert_is_brought_nearer() -> None:
     limits = TierLimits(resident_bytes=2, host_bytes=1, fairness_window_s=10.0, max_group=16)
     state = TierState(resident=("a",), host=("b",))
-    assert plan(EXPERTS, state, [], {"b": 0.1, "c": 0.9}, 0.0, limits) == Prefetch(expert="c", drop=("b",))
-    assert plan(EXPERTS, state, [], {"b": 0.9, "c": 0.1}, 0.0, limits) is None
+    assert prefetch(EXPERTS, state, [], {"b": 0.1, "c": 0.9}, limits) == Prefetch(expert="c", drop=("b",))
+    assert prefetch(EXPERTS, state, [], {"b": 0.9, "c": 0.1}, limits) is None
+    assert prefetch(EXPERTS, state, [_wait(0, "d")], {"b": 0.9, "c": 5.0}, limits) == Prefetch(expert="d", drop=("b",))
 
 
 @pytest.mark.parametrize("rate", [8.0, 16.0])
@@ -59,7 +69,7 @@ def test_busy_traces_are_served_twice_as_fast_with_half_the_switches(rate: float
 @given(st.integers(0, 10_000), st.floats(0.5, 8.0), st.floats(0.0, 2.0), st.floats(0.0, 0.9))
 def test_nobody_waits_beyond_the_window_and_the_service_of_those_before(seed: int, rate: float, skew: float, stay: float) -> None:
     trace = random_trace("abcdef", 120, rate, skew, stay, seed)
-    outcome = play(trace, EXPERTS, LIMITS, SERVICE)
+    outcome = play(trace, EXPERTS, LIMITS, SERVICE, with_prefetch=bool(seed % 2))
     assert outcome.num_served == len(trace)
     # Once overdue, a request waits for at most one turn of every expert: a load and a full group each, and the action under way.
     turn_s = 2.0 + SERVICE.group_s(LIMITS.max_group)
@@ -79,8 +89,10 @@ def test_memory_is_never_exceeded(requests: list[tuple[str, float]]) -> None:
         if isinstance(action, Serve):
             assert action.expert in state.resident
             waiting = [w for w in waiting if w.request_id not in action.request_ids]
-        state = after(action, EXPERTS, state, LIMITS)
+        state = after(action, state)
         assert len(state.resident) <= 2
+        copy = prefetch(EXPERTS, state, waiting, {}, LIMITS)
+        state = state if copy is None else after(copy, state)
         assert len(state.host) <= 3
-        assert not set(state.resident) & set(state.host)
+        assert len(set(state.host)) == len(state.host)
     assert waiting == []

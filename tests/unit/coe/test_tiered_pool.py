@@ -1,0 +1,127 @@
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from antiphon.coe.tiered_pool import PoolOptions, TieredPool
+from antiphon.coe.tiers import Load, LoadTimes, Prefetch, Tier, TierExpert, TierLimits
+from antiphon.core.errors import CheckpointInvalid, InvalidInput, Overloaded, Unavailable
+
+EXPERTS = [TierExpert(name=name, memory_bytes=1, host_bytes=1, fetch_s=1.0, load_s=1.0) for name in "abcd"]
+LIMITS = TierLimits(resident_bytes=2, host_bytes=1, fairness_window_s=60.0, max_group=4)
+
+
+class Shelf:
+    """Holds names for weights; checks what a real one would need."""
+
+    def __init__(self, broken: str = "") -> None:
+        self.resident: list[str] = []
+        self.copies: list[str] = []
+        self.loads: list[Load] = []
+        self.groups: list[tuple[str, int]] = []
+        self.broken = broken
+        self.open = asyncio.Event()
+        self.open.set()
+
+    async def load(self, action: Load, timeout_s: float) -> LoadTimes:
+        for name in action.evict:
+            self.resident.remove(name)
+        for name in action.drop:
+            self.copies.remove(name)
+        if action.expert == self.broken:
+            raise CheckpointInvalid("its weights are cut short")
+        assert (action.from_tier is Tier.HOST) == (action.expert in self.copies)
+        self.loads.append(action)
+        self.resident.append(action.expert)
+        if action.keep:
+            self.copies.append(action.expert)
+        assert len(self.resident) <= LIMITS.resident_bytes
+        assert len(self.copies) <= LIMITS.host_bytes
+        return LoadTimes(evict_s=0.0, read_s=0.25, convert_s=0.1, ready_s=0.1)
+
+    async def prefetch(self, action: Prefetch, timeout_s: float) -> float:
+        for name in action.drop:
+            self.copies.remove(name)
+        if action.expert == self.broken:
+            raise CheckpointInvalid("its weights are cut short")
+        await asyncio.sleep(0)
+        self.copies.append(action.expert)
+        assert len(self.copies) <= LIMITS.host_bytes
+        return 0.25
+
+    async def serve(self, expert: str, asks: Sequence[int], timeout_s: float) -> Sequence[str]:
+        assert expert in self.resident
+        await self.open.wait()
+        self.groups.append((expert, len(asks)))
+        return [f"{expert}{ask}" for ask in asks]
+
+
+async def test_every_request_gets_its_own_experts_answer_in_few_switches() -> None:
+    shelf = Shelf()
+    async with TieredPool(EXPERTS, shelf, shelf, LIMITS) as pool:
+        asked = [("abcd"[i % 4], i) for i in range(40)]
+        answers = await asyncio.gather(*(pool.submit(expert, i, 10.0) for expert, i in asked))
+        assert answers == [f"{expert}{i}" for expert, i in asked]
+        stats = pool.stats()
+    assert stats.num_switches == len(shelf.loads) == 4
+    assert max(size for _, size in shelf.groups) <= LIMITS.max_group
+    assert stats.num_served == 40
+
+
+async def test_an_expert_that_cannot_be_loaded_costs_only_its_own_requests() -> None:
+    shelf = Shelf(broken="b")
+    async with TieredPool(EXPERTS, shelf, shelf, LIMITS) as pool:
+        found = await asyncio.gather(*(pool.submit(e, 0, 10.0) for e in "abca"), return_exceptions=True)
+        assert [found[0], found[2], found[3]] == ["a0", "c0", "a0"]
+        assert isinstance(found[1], Unavailable)
+        assert pool.stats().num_failed_loads == 1
+
+
+async def test_measured_times_replace_estimates() -> None:
+    shelf = Shelf()
+    async with TieredPool(EXPERTS, shelf, shelf, LIMITS, options=PoolOptions(prefetch=False)) as pool:
+        assert pool.standing()["a"].load_s == pytest.approx(2.0)
+        for _ in range(12):
+            for expert in "abc":
+                await pool.submit(expert, 0, 10.0)
+        standing = pool.standing()
+        assert standing["c"].tier is Tier.RESIDENT
+        (absent,) = (name for name in "abc" if standing[name].tier is not Tier.RESIDENT)
+        assert standing[absent].load_s == pytest.approx(0.45, abs=0.15)
+        assert standing["d"].load_s == pytest.approx(2.0)
+
+
+async def test_a_full_pool_refuses_at_once() -> None:
+    shelf = Shelf()
+    shelf.open.clear()
+    async with TieredPool(EXPERTS, shelf, shelf, LIMITS, options=PoolOptions(max_waiting=2)) as pool:
+        first = [asyncio.create_task(pool.submit("a", i, 10.0)) for i in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await pool.submit("a", 3, 10.0)
+        shelf.open.set()
+        assert await asyncio.gather(*first) == ["a0", "a1"]
+
+
+async def test_closing_ends_those_who_wait() -> None:
+    shelf = Shelf()
+    shelf.open.clear()
+    pool = TieredPool(EXPERTS, shelf, shelf, LIMITS)
+    pool.start()
+    waiting = asyncio.create_task(pool.submit("a", 0, 10.0))
+    await asyncio.sleep(0)
+    await pool.close()
+    with pytest.raises(Unavailable):
+        await waiting
+    with pytest.raises(Unavailable):
+        await pool.submit("a", 0, 1.0)
+
+
+async def test_strange_experts_and_ones_that_never_fit_are_refused() -> None:
+    shelf = Shelf()
+    async with TieredPool(EXPERTS, shelf, shelf, LIMITS) as pool:
+        with pytest.raises(InvalidInput, match="no expert 'z'"):
+            await pool.submit("z", 0, 1.0)
+    huge = TierExpert(name="huge", memory_bytes=3, host_bytes=1, fetch_s=1.0, load_s=1.0)
+    with pytest.raises(InvalidInput, match="huge"):
+        TieredPool([huge], shelf, shelf, LIMITS)
