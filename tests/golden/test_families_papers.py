@@ -206,6 +206,7 @@ PANGU: dict[str, Any] = {
     "num_experts_per_tok": 4,
     "moe_intermediate_size": WIDTH,
     "shared_expert_intermediate_size": 44,
+    "rope_theta": 10000.0,
 }
 ADAMOE: dict[str, Any] = {
     "architectures": ["AdaMoEMixtralForCausalLM"],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from antiphon.models.block_scales import is_scaled, read_scaled
 from antiphon.models.checkpoint import Checkpoint
 
 
@@ -27,7 +28,11 @@ class Weights:
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """A tensor, or a slice of its rows and columns, in the worker's dtype unless told another. Raises CheckpointInvalid."""
-        tensor = self._checkpoint.tensor(name, rows=rows, cols=cols, dtype=self.dtype if dtype is None else dtype)
+        dtype = self.dtype if dtype is None else dtype
+        if is_scaled(self._checkpoint, name):
+            tensor = read_scaled(self._checkpoint, name, rows, cols, dtype)
+        else:
+            tensor = self._checkpoint.tensor(name, rows=rows, cols=cols, dtype=dtype)
         tensor = tensor.to(self.device)
         self.resident_bytes[name] = tensor.numel() * tensor.element_size()
         return tensor

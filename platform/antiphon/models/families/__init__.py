@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from antiphon.core.errors import UnsupportedModel
+from antiphon.models.block_scales import check_quantization
 from antiphon.models.config import DecoderConfig
 from antiphon.models.families import (
     adamoe,
@@ -65,9 +66,10 @@ def describe(raw: Mapping[str, Any]) -> DecoderConfig:
         if name in _FAMILIES:
             fields = Fields({**raw, "architectures": [name]})
             try:
+                check_quantization(fields)
                 config = _FAMILIES[name](fields)
                 fields.refuse_unread()
-            except (KeyError, TypeError, ValueError, IndexError) as error:
+            except (KeyError, TypeError, ValueError, IndexError, ArithmeticError, AttributeError) as error:
                 raise UnsupportedModel(f"config.json of {name}: {error!r}", str(error).strip("'")) from error
             return config
     known = ", ".join(sorted(_FAMILIES))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from antiphon.core.errors import UnsupportedModel
 from antiphon.models.config import DecoderConfig, FFNConfig, LayerConfig, LayerNames
 from antiphon.models.families.dense import decoder, grouped_attention, layer_windows
 from antiphon.models.families.fields import activation, refuse
@@ -50,6 +51,9 @@ def _ropes(raw: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig]:
     """Of sliding layers and of full ones; older configs have flat fields for them, newer ones a section for each kind."""
     head_dim, max_position = int(raw["head_dim"]), int(raw["max_position_embeddings"])
     sections = raw.get("rope_parameters") or {}
+    for kind in sections:
+        if kind not in ("sliding_attention", "full_attention"):
+            raise UnsupportedModel(f"rope_parameters of {kind!r} layers are not supported", f"rope_parameters.{kind}")
     flat_local, flat_full, flat_scaling = raw.get("rope_local_base_freq"), raw.get("rope_theta"), raw.get("rope_scaling")
     local = sections.get("sliding_attention") or {"rope_theta": flat_local or 10_000.0}
     full = sections.get("full_attention") or {"rope_theta": flat_full or 1_000_000.0, **(flat_scaling or {})}

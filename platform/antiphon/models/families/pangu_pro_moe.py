@@ -17,7 +17,7 @@ def describe(raw: Mapping[str, Any]) -> DecoderConfig:
     """See families.describe."""
     top_k = int(raw["num_experts_per_tok"])
     bias = bool(raw.get("qkv_bias", raw.get("attention_bias", True)))
-    attention = grouped_attention(raw, qkv_bias=bias, output_bias=bool(raw.get("attention_bias", True)))
+    attention = grouped_attention(raw, qkv_bias=bias, output_bias=bool(raw.get("attention_bias", True)), default_theta=16e6)
     gate = GateConfig(
         num_experts=num_experts(raw),
         top_k=top_k,
@@ -33,4 +33,5 @@ def describe(raw: Mapping[str, Any]) -> DecoderConfig:
         shared_intermediate_size=int(raw["shared_expert_intermediate_size"]),
     )
     dense = dense_ffn(raw) if raw.get("intermediate_size") is not None else None
-    return decoder(raw, "pangu_pro_moe", mixed_layers(qwen_sparse_layers(raw), attention, dense, moe))
+    layers = mixed_layers(qwen_sparse_layers(raw), attention, dense, moe)
+    return decoder(raw, "pangu_pro_moe", layers, norm_eps=float(raw.get("rms_norm_eps", 1e-5)))

@@ -1,0 +1,190 @@
+"""Configs of published models give the sizes their reports state, and no field of theirs is overlooked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import transformers as hf
+
+from antiphon.core.errors import UnsupportedModel
+from antiphon.models.config import AttentionConfig, DecoderConfig, FFNConfig, LayerConfig
+from antiphon.models.families import describe
+from antiphon.models.families.fields import _HARMLESS
+
+# Fields of the checkpoints' config.json; those of transformers' classes are the defaults of their config classes.
+STEP3: dict[str, Any] = {
+    "architectures": ["Step3TextForCausalLM"],
+    "model_type": "step3_text",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "num_attention_heads": 64,
+    "num_attention_groups": 1,
+    "num_hidden_layers": 61,
+    "max_seq_len": 65536,
+    "vocab_size": 128815,
+    "rms_norm_eps": 1e-5,
+    "moe_intermediate_size": 5120,
+    "moe_num_experts": 48,
+    "moe_top_k": 3,
+    "rope_theta": 500000.0,
+    "rope_scaling": None,
+    "max_position_embedding": 65536,
+    "share_expert_dim": 5120,
+    "share_q_dim": 2048,
+    "head_dim": 256,
+    "norm_expert_weight": False,
+    "moe_layers_enum": ",".join(str(i) for i in range(4, 60)),
+}
+PANGU: dict[str, Any] = {
+    "architectures": ["PanguProMoEForCausalLM"],
+    "model_type": "PanguProMoE",
+    "vocab_size": 153376,
+    "hidden_size": 5120,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "rope_theta": 16000000.0,
+    "moe_intermediate_size": 1344,
+    "shared_expert_intermediate_size": 5376,
+    "num_experts_per_tok": 8,
+    "num_experts": 64,
+}
+
+
+def of(name: str, config: Any) -> dict[str, Any]:
+    return {**config.to_dict(), "architectures": [name]}
+
+
+DOTS1 = {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1}
+DOTS1 |= {"num_hidden_layers": 62, "hidden_size": 4096, "moe_intermediate_size": 1408, "intermediate_size": 10944}
+DEEPSEEK_V2 = {"hidden_size": 5120, "num_hidden_layers": 60, "num_attention_heads": 128, "num_key_value_heads": 128}
+DEEPSEEK_V2 |= {"q_lora_rank": 1536, "intermediate_size": 12288, "moe_intermediate_size": 1536, "n_routed_experts": 160}
+DEEPSEEK_V2 |= {"n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "vocab_size": 102400}
+QWEN3 = {"hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128}
+QWEN3 |= {"moe_intermediate_size": 1536, "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936}
+
+MODELS: dict[str, tuple[Mapping[str, Any], float, float]] = {  # config; parameters and activated parameters in billions
+    "Step-3, text": (STEP3, 316.0, 38.0),
+    "Pangu Pro MoE": (PANGU, 71.99, 16.50),
+    "DeepSeek-V3": (of("DeepseekV3ForCausalLM", hf.DeepseekV3Config()), 671.0, 37.0),
+    "DeepSeek-V2": (of("DeepseekV2ForCausalLM", hf.DeepseekV2Config(**DEEPSEEK_V2)), 236.0, 21.0),
+    "dots.llm1": (of("Dots1ForCausalLM", hf.Dots1Config(**DOTS1)), 142.0, 14.0),
+    "Phi-3.5-MoE": (of("PhimoeForCausalLM", hf.PhimoeConfig()), 41.9, 6.6),
+    "Qwen3-235B-A22B": (of("Qwen3MoeForCausalLM", hf.Qwen3MoeConfig(**QWEN3)), 235.0, 22.0),
+    "Mixtral 8x7B": (of("MixtralForCausalLM", hf.MixtralConfig()), 46.7, 12.9),
+}
+
+
+def attention_parameters(layer: LayerConfig, hidden: int) -> int:
+    a = layer.attention
+    if isinstance(a, AttentionConfig):
+        q = hidden * a.num_heads * a.head_dim if a.q_rank is None else a.q_rank * (hidden + a.num_heads * a.head_dim)
+        return q + 2 * hidden * a.num_kv_heads * a.head_dim + a.num_heads * a.head_dim * hidden
+    q_width = a.num_heads * (a.nope_dim + a.rope_dim)
+    q = hidden * q_width if a.q_rank is None else a.q_rank * (hidden + q_width)
+    kv = hidden * (a.kv_rank + a.rope_dim) + a.kv_rank * a.num_heads * (a.nope_dim + a.v_dim)
+    return q + kv + a.num_heads * a.v_dim * hidden
+
+
+def parameters(config: DecoderConfig) -> tuple[float, float]:
+    """All and activated, both embeddings included, in billions; norms and biases are too small to count."""
+    total = active = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    for number, ffn in enumerate(config.ffns):
+        if ffn is None:
+            continue
+        if number < config.num_layers:
+            attention = attention_parameters(config.layers[number], config.hidden_size)
+            total, active = total + attention, active + attention
+        if isinstance(ffn, FFNConfig):
+            total, active = (each + 3 * config.hidden_size * ffn.intermediate_size for each in (total, active))
+        else:
+            width, gate = ffn.intermediate_size, ffn.gate
+            total += 3 * config.hidden_size * (width * gate.num_experts + ffn.shared_intermediate_size)
+            active += 3 * config.hidden_size * (width * gate.top_k + ffn.shared_intermediate_size)
+    return total / 1e9, active / 1e9
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_published_config_has_the_published_size(name: str) -> None:
+    raw, total, active = MODELS[name]
+    counted = parameters(describe(raw))
+    assert counted[0] == pytest.approx(total, rel=0.01)
+    assert counted[1] == pytest.approx(active, rel=0.04)
+
+
+EVERY: dict[str, Mapping[str, Any]] = {
+    **{name: raw for name, (raw, _, _) in MODELS.items()},
+    "Gemma 3": of("Gemma3ForCausalLM", hf.Gemma3TextConfig()),
+    "Llama": of("LlamaForCausalLM", hf.LlamaConfig()),
+    "OLMo 2": of("Olmo2ForCausalLM", hf.Olmo2Config()),
+    "OLMoE": of("OlmoeForCausalLM", hf.OlmoeConfig()),
+    "Qwen2": of("Qwen2ForCausalLM", hf.Qwen2Config()),
+    "Qwen3": of("Qwen3ForCausalLM", hf.Qwen3Config()),
+    "Qwen2-MoE": of("Qwen2MoeForCausalLM", hf.Qwen2MoeConfig()),
+    "LongCat-Flash": of("LongcatFlashForCausalLM", hf.LongcatFlashConfig()),
+}
+# Fields that no result depends on, and why.
+NO_EFFECT: dict[str, str] = {
+    "max_seq_len": "max_position_embedding says it",
+    "_sliding_window_pattern": "layer_types says it",
+    "max_window_layers": "layer_types says it",
+    "layer_types": "without windows all layers are of one type",
+    "sliding_window": "use_sliding_window turns it off",
+    "router_jitter_noise": "while training only, but for SparseMixer",
+    "input_jitter_noise": "while training only",
+    "intermediate_size": "no layer is dense",
+    "mlp_only_layers": "a number beyond the last layer, or none removed",
+    "num_key_value_heads": "the latent is shared by all heads",
+    "qk_head_dim": "follows from its two parts",
+    "head_dim": "follows from the latent's parts",
+    "num_hidden_layers": "num_layers says it",
+    "n_group": "V2's greedy gate has no groups",
+    "topk_group": "V2's greedy gate has no groups",
+    "rope_interleave": "V2 has one order",
+    "moe_layer_freq": "frequencies beyond the layers",
+}
+
+
+def other_values(value: Any) -> list[Any]:
+    match value:
+        case bool():
+            return [not value]
+        case int():
+            return [value * 2 if value else 2, value + 1]
+        case float():
+            return [value * 1.5 + 0.25]
+        case str():
+            return ["something-else"]
+        case None:
+            return [True, 3, "something"]
+        case list():
+            return [[*value, "x"]]
+        case dict():
+            return [{**value, "unheard_of": 3}]
+    return []
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_field_that_changes_is_honoured_or_refused(name: str) -> None:
+    raw = EVERY[name]
+    base = describe(raw)
+    overlooked, unnamed = [], []
+    for field in raw.keys() - _HARMLESS - NO_EFFECT.keys():
+        for value in other_values(raw[field]):
+            try:
+                if describe({**raw, field: value}) == base:
+                    overlooked.append((field, value))
+            except UnsupportedModel as error:
+                if not error.field:
+                    unnamed.append((field, value))
+    assert not overlooked
+    assert not unnamed
+    with pytest.raises(UnsupportedModel) as caught:
+        describe({**raw, "mystery_of_the_house": 0.5})
+    assert caught.value.field == "mystery_of_the_house"
