@@ -16,9 +16,11 @@ import torch
 from antiphon.models.config import LayerConfig, MoEConfig
 from antiphon.models.gates import choose, is_identity
 from antiphon.models.linear import Linear
+from antiphon.models.native.library import available
 from antiphon.models.weights import Weights
 
 NO_EXPERT = -1
+_BLOCK = 32  # the kernel's, to which sizes are padded
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,7 +35,7 @@ class Routing:
 
 
 class Router:
-    """The gate of one layer. Scores in fp32 whatever the rows are in."""
+    """The gate of one layer. Scores in fp32 whatever the rows are in. Common gates are one call of the compiled kernel."""
 
     def __init__(self, config: MoEConfig, weights: Weights, layer: LayerConfig) -> None:
         gate, names = config.gate, layer.names
@@ -46,9 +48,12 @@ class Router:
         self._bias = weights.read(layer.prefix + names.correction_bias, dtype=fp32) if gate.has_correction_bias else None
         self._scale = weights.read(layer.prefix + names.expert_scale, dtype=fp32).flatten() if gate.has_expert_scale else None
         self._shared_gate = weights.read(layer.prefix + names.shared_gate, dtype=fp32) if config.has_shared_gate else None
+        self._packed = self._pack(weights.read(layer.prefix + names.router, dtype=fp32))
 
     def __call__(self, rows_TD: torch.Tensor) -> Routing:
         """Choose the experts of every row."""
+        if self._packed is not None and self.skip_below == 0.0 and rows_TD.stride(1) == 1:
+            return self._by_kernel(rows_TD, self._packed)
         gate = self.config.gate
         rows_TD = rows_TD.float()
         ids_TK, weights_TK = choose(gate, self._linear(rows_TD), self._bias, self._scale)
@@ -71,6 +76,45 @@ class Router:
             ids_TK, weights_TK = ids_TK.masked_fill(bad_T[:, None], NO_EXPERT), weights_TK.masked_fill(bad_T[:, None], 0.0)
             is_full = False
         return Routing(ids_TK=ids_TK, weights_TK=weights_TK, is_full=is_full, identity_T=identity_T, bad_rows=bad_rows)
+
+    def _pack(self, weight_ED: torch.Tensor) -> torch.Tensor | None:
+        """The gate's rows and, behind them, the shared expert's gate as the kernel wants them; None: torch computes this gate."""
+        gate = self.config.gate
+        if gate.choice not in ("top_k", "group_limited") or gate.num_null or gate.num_identity:
+            return None
+        if weight_ED.device.type != "cpu" or not available():
+            return None
+        if self._shared_gate is not None:
+            weight_ED = torch.cat((weight_ED, self._shared_gate))
+        outputs, inputs = (-(-size // _BLOCK) * _BLOCK for size in weight_ED.shape)
+        packed = torch.empty(outputs * inputs)
+        torch.ops.antiphon.pack_experts(packed, weight_ED, None, 1)
+        return packed
+
+    def _by_kernel(self, rows_TD: torch.Tensor, packed: torch.Tensor) -> Routing:
+        gate, num_rows = self.config.gate, rows_TD.shape[0]
+        ids_TK = torch.empty((num_rows, self.config.experts_per_row), dtype=torch.int64)
+        weights_TK = torch.empty((num_rows, self.config.experts_per_row), dtype=torch.float32)
+        is_limited = gate.choice == "group_limited" and gate.num_groups > 1
+        num_bad = torch.ops.antiphon.route(
+            ids_TK,
+            weights_TK,
+            rows_TD,
+            packed,
+            self._bias,
+            self._scale,
+            gate.num_experts,
+            gate.top_k,
+            self._shared_gate is not None,
+            gate.scoring == "sigmoid",
+            gate.renormalise,
+            gate.scale,
+            gate.num_groups,
+            gate.num_kept_groups,
+            (1 if gate.group_score == "max" else 2) if is_limited else 0,
+        )
+        bad_rows = tuple((ids_TK[:, 0] == NO_EXPERT).nonzero().flatten().tolist()) if num_bad else ()
+        return Routing(ids_TK=ids_TK, weights_TK=weights_TK, is_full=not num_bad, bad_rows=bad_rows)
 
     def _skip(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         computing_TK = ids_TK >= 0

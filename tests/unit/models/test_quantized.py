@@ -59,7 +59,7 @@ def logits_and_bytes(checkpoint: Path, **sections: object) -> tuple[torch.Tensor
         halves = cluster.generating[0].worker.halves
         compute, seen = halves.logits, []
         halves.logits = lambda x_RD: seen.append(compute(x_RD)) or seen[-1]  # type: ignore[method-assign,func-returns-value]
-        cluster.generate(list(range(40)), max_tokens=1)
+        cluster.generate(list(range(40)), max_tokens=1, num_logprobs=1)
         return seen[0], sum(sum(worker.halves.resident_bytes.values()) for worker in cluster.ffns)
 
 
@@ -76,5 +76,6 @@ def test_shared_experts_and_down_projections_can_stay_as_they_are(checkpoint: Pa
         logits_and_bytes(checkpoint, model={"quantization": "int8"}, experts={"keep": keep})[1] / whole
         for keep in ([], ["shared"], ["down"], ["shared", "down"])
     ]
-    # Per layer: 8 experts, and one shared on each of two groups, of equal size; a down projection is a third of one.
-    assert sizes == pytest.approx([0.5, 0.6, 2 / 3, 0.6 + 0.4 / 3], abs=0.02)
+    # Per layer: 8 experts, and one shared on each of two groups, of equal size; a down projection is a third of one. Scales come on
+    # top: four bytes to 64 weights of one byte here.
+    assert sizes == pytest.approx([0.5, 0.6, 2 / 3, 0.6 + 0.4 / 3], abs=0.035)

@@ -20,7 +20,7 @@ from antiphon.native_build import build, find_compiler, library_path
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "experts.cpp"))
 _COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -34,8 +34,8 @@ def _flags() -> list[str]:
     ]
 
 
-def build_kernels() -> Path:
-    """Compile the kernels for this machine, unless that was done.
+def build_kernels() -> tuple[Path, ...]:
+    """Compile the kernels for this machine, unless that was done: a library per source.
 
     Raises:
         Unavailable: there is no compiler, or it refuses.
@@ -43,7 +43,7 @@ def build_kernels() -> Path:
     compiler = find_compiler("CXX", _COMPILERS)
     if compiler is None:
         raise Unavailable("no C++ compiler (c++, g++ or clang++) on PATH")
-    return build(_SOURCE, compiler, _flags())
+    return tuple(build(source, compiler, _flags()) for source in _SOURCES)
 
 
 @functools.cache
@@ -54,12 +54,13 @@ def available() -> bool:
     compiler = find_compiler("CXX", _COMPILERS)
     if compiler is None:
         return False
-    library = library_path(_SOURCE, compiler, _flags())
-    if not library.exists():
+    libraries = [library_path(source, compiler, _flags()) for source in _SOURCES]
+    if not all(library.exists() for library in libraries):
         logger.info("kernels are not built, the torch path serves: python -m antiphon.models.native.library builds them")
         return False
     try:
-        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+        for library in libraries:
+            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError as error:
         logger.warning("kernels can't be loaded, the torch path serves: %s", error)
         return False
@@ -68,7 +69,7 @@ def available() -> bool:
 
 if __name__ == "__main__":
     try:
-        print(build_kernels())  # noqa: T201  # a command's answer
+        print(*build_kernels(), sep="\n")  # noqa: T201  # a command's answer
     except Unavailable as error:
         print(f"kernels are not built: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(1)

@@ -1,0 +1,787 @@
+// The experts of one layer (hot): every expert's gate, up, activation and down over the rows that came for it, and each row's
+// weighted sum, in one call. Also the gate that chooses experts from scores.
+//
+// Weights are packed once into blocks that are read as one linear stream, 32 outputs at a time:
+//
+//     [outputs / 32][K / pair][2][16][pair]      pair = 2 for bfloat16 rows (the order of AMX tiles and of dpbf16), 1 for float32
+//
+// where the two halves of a block are 16 gate and the 16 matching up outputs, or 32 down outputs. int8 weights lie in the same
+// order and are widened block by block; their scales (float32, one per output) are applied to the sums.
+//
+//     rows ──sorted by expert──► sorted_MD ──gate, up──► act_MW ──down──► sum_TD += weight · result ──► out_TD
+//
+// Every row is computed by itself in a fixed order (experts ascending), so a row's result depends neither on its batch nor on the
+// number of threads: threads share out columns, never sums. T rows, K ids per row, M pairs of them, D hidden, W expert width.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+#if defined(__linux__) && defined(__AMX_BF16__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define ANTIPHON_AMX 1
+#else
+#define ANTIPHON_AMX 0
+#endif
+
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kLanes = 16;         // outputs of half a block
+constexpr int64_t kBlock = 2 * kLanes;  // outputs of a block; widths are padded to it
+constexpr int64_t kPanelRows = 128;    // rows that go through all blocks together: they stay in L2
+constexpr int64_t kSlackRows = 16;     // tiles may read this many rows behind the last
+
+typedef float Lanes __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float load(float v) { return v; }
+inline float load(bf16 v) { return std::bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
+inline void store(float& to, float v) { to = v; }
+inline void store(bf16& to, float v) {
+  const uint32_t bits = std::bit_cast<uint32_t>(v);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  // NaN must stay NaN: rounding could carry its mantissa away.
+  to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
+}
+
+inline Lanes load_lanes(const float* from) {
+  Lanes v;
+  std::memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+// exp for arguments <= 0, relative error below 2e-7 (Cephes' polynomial after range reduction); 0 below -87.
+inline float exp_negative(float x) {
+  const float bounded = x < -87.0f ? -87.0f : x;
+  const float n = std::nearbyint(bounded * 1.44269504088896341f);
+  const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const float scale = std::bit_cast<float>(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+  return x < -87.0f ? 0.0f : p * scale;
+}
+
+inline float silu(float x) {
+  const float e = exp_negative(-std::fabs(x));
+  return x * (x >= 0.0f ? 1.0f : e) / (1.0f + e);
+}
+
+inline float gelu_tanh(float x) {
+  const float y = 0.79788456080286535588f * (x + 0.044715f * x * x * x);
+  const float e = exp_negative(-2.0f * std::fabs(y));
+  const float tanh = std::copysign((1.0f - e) / (1.0f + e), y);
+  return 0.5f * x * (1.0f + tanh);
+}
+
+// Memory that only grows and starts at a cache line.
+template <typename T>
+class Scratch {
+ public:
+  T* take(int64_t count) {
+    if (count > size_) {
+      const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 4095) / 4096 * 4096;
+      memory_.reset(static_cast<T*>(std::aligned_alloc(4096, bytes)));
+      TORCH_CHECK(memory_ != nullptr, "no memory for ", bytes, " bytes of scratch");
+      std::memset(memory_.get(), 0, bytes);
+      size_ = static_cast<int64_t>(bytes / sizeof(T));
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> memory_;
+  int64_t size_ = 0;
+};
+
+template <typename T>
+constexpr int64_t pair_of = std::is_same_v<T, bf16> ? 2 : 1;
+
+inline int64_t padded(int64_t size) { return (size + kBlock - 1) / kBlock * kBlock; }
+
+// ---- packing ----------------------------------------------------------------------------------------------------------------
+
+// out: one weight in blocks. Row n of half h of block b is first[16 b + n] or second[16 b + n]; where second is not given, halves
+// are the even and odd runs of 16 rows of first. What lies beyond either size is zero.
+template <typename T>
+void pack_as(T* out, const T* first, const T* second, int64_t rows, int64_t cols, int64_t num_blocks, int64_t k, int64_t pair) {
+  at::parallel_for(0, num_blocks, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      T* block = out + b * k * kBlock;
+      std::memset(static_cast<void*>(block), 0, k * kBlock * sizeof(T));
+      for (int64_t half = 0; half < 2; ++half) {
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          const T* from = first;
+          int64_t row = b * kBlock + half * kLanes + lane;
+          if (second != nullptr) {
+            from = half == 0 ? first : second;
+            row = b * kLanes + lane;
+          }
+          if (row >= rows) {
+            continue;
+          }
+          from += row * cols;
+          for (int64_t c = 0; c < cols; ++c) {
+            block[((c / pair) * 2 + half) * kLanes * pair + lane * pair + c % pair] = from[c];
+          }
+        }
+      }
+    }
+  });
+}
+
+void pack_experts(const Tensor& out, const Tensor& first, const std::optional<Tensor>& second, int64_t pair) {
+  const int64_t rows = first.size(0), cols = first.size(1), k = padded(cols);
+  const int64_t num_blocks = second.has_value() ? padded(rows) / kLanes : padded(rows) / kBlock;
+  TORCH_CHECK(first.is_contiguous() && out.is_contiguous() && (!second || (second->is_contiguous() && second->sizes() == first.sizes())));
+  TORCH_CHECK(out.numel() == num_blocks * k * kBlock && out.scalar_type() == first.scalar_type());
+  TORCH_CHECK(!second || second->scalar_type() == first.scalar_type());
+  const auto run = [&](auto tag) {
+    using T = decltype(tag);
+    pack_as(static_cast<T*>(out.mutable_data_ptr()), static_cast<const T*>(first.const_data_ptr()),
+            second ? static_cast<const T*>(second->const_data_ptr()) : nullptr, rows, cols, num_blocks, k, pair);
+  };
+  switch (first.element_size()) {
+    case 1:
+      return run(uint8_t{});
+    case 2:
+      return run(uint16_t{});
+    default:
+      TORCH_CHECK(first.element_size() == 4);
+      return run(uint32_t{});
+  }
+}
+
+// ---- products ---------------------------------------------------------------------------------------------------------------
+
+// sums_R2L[r][half][lane] of up to 32 rows x_RK (stride in elements) with one block.
+using Sums = float[2 * kLanes][2][kLanes];
+
+template <int R>
+void sums_of_rows(const float* x, int64_t stride, const float* block, int64_t k, float (*sums)[2][kLanes]) {
+  Lanes acc[R][2] = {};
+  for (int64_t i = 0; i < k; ++i) {
+    const Lanes w0 = load_lanes(block + i * kBlock), w1 = load_lanes(block + i * kBlock + kLanes);
+    __builtin_prefetch(block + i * kBlock + 1024);
+    __builtin_prefetch(block + i * kBlock + 1024 + kLanes);
+    for (int r = 0; r < R; ++r) {
+      acc[r][0] += x[r * stride + i] * w0;
+      acc[r][1] += x[r * stride + i] * w1;
+    }
+  }
+  std::memcpy(sums, acc, sizeof(acc));
+}
+
+template <int R>
+void sums_of_rows(const bf16* x, int64_t stride, const bf16* block, int64_t k, float (*sums)[2][kLanes]) {
+#if defined(__AVX512BF16__)
+  __m512 acc[R][2];
+  for (int r = 0; r < R; ++r) {
+    acc[r][0] = acc[r][1] = _mm512_setzero_ps();
+  }
+  for (int64_t i = 0; i < k / 2; ++i) {
+    const bf16* at = block + i * 2 * kBlock;
+    const __m512bh w0 = (__m512bh)_mm512_loadu_si512(at), w1 = (__m512bh)_mm512_loadu_si512(at + kBlock);
+    _mm_prefetch(reinterpret_cast<const char*>(at) + 4096, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(at) + 4160, _MM_HINT_T0);
+    for (int r = 0; r < R; ++r) {
+      int both;
+      std::memcpy(&both, x + r * stride + 2 * i, sizeof(both));
+      const __m512bh a = (__m512bh)_mm512_set1_epi32(both);
+      acc[r][0] = _mm512_dpbf16_ps(acc[r][0], a, w0);
+      acc[r][1] = _mm512_dpbf16_ps(acc[r][1], a, w1);
+    }
+  }
+  std::memcpy(sums, acc, sizeof(acc));
+#else
+  Lanes acc[R][2] = {};
+  for (int64_t i = 0; i < k / 2; ++i) {
+    Bits both[2];
+    std::memcpy(both, block + i * 2 * kBlock, sizeof(both));
+    for (int half = 0; half < 2; ++half) {
+      const Lanes even = std::bit_cast<Lanes>(both[half] << 16), odd = std::bit_cast<Lanes>(both[half] & 0xffff0000u);
+      for (int r = 0; r < R; ++r) {
+        acc[r][half] += load(x[r * stride + 2 * i]) * even;
+        acc[r][half] += load(x[r * stride + 2 * i + 1]) * odd;
+      }
+    }
+  }
+  std::memcpy(sums, acc, sizeof(acc));
+#endif
+}
+
+#if ANTIPHON_AMX
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_per_row[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Whether the kernel lets this process use tiles; asked once.
+bool has_tiles() {
+  static const bool granted = [] {
+    constexpr long kRequest = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  }();
+  return granted;
+}
+
+// Tiles 0-3 sums, 4-5 rows, 6-7 weights: all whole, as rows behind the last may be read.
+class Tiles {
+ public:
+  explicit Tiles(bool wanted) : on_(wanted && has_tiles()) {
+    if (on_) {
+      TileConfig config;
+      for (int t = 0; t < 8; ++t) {
+        config.bytes_per_row[t] = 64;
+        config.rows[t] = 16;
+      }
+      // Written out: the compiler's own intrinsic claims to read eight of the bytes only.
+      asm volatile("ldtilecfg %0" ::"m"(config));
+    }
+  }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+  ~Tiles() {
+    if (on_) {
+      _tile_release();
+    }
+  }
+  bool on() const { return on_; }
+
+ private:
+  bool on_;
+};
+
+template <bool kTwo>
+void sums_by_tiles(const bf16* x, int64_t stride, const bf16* block, int64_t k, float (*sums)[2][kLanes]) {
+  asm volatile("" ::: "memory");  // the intrinsics do not say what they read: what was written before must be in place
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (kTwo) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t i = 0; i < k; i += 32) {
+    const bf16* at = block + i * kBlock;
+    for (int line = 0; line < 32; ++line) {
+      _mm_prefetch(reinterpret_cast<const char*>(at) + 4096 + 64 * line, _MM_HINT_T0);
+    }
+    _tile_loadd(4, x + i, stride * sizeof(bf16));
+    _tile_loadd(6, at, 128);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, at + kBlock, 128);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kTwo) {
+      _tile_loadd(5, x + 16 * stride + i, stride * sizeof(bf16));
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  constexpr int64_t kSumsStride = sizeof(float) * kBlock;
+  _tile_stored(0, &sums[0][0][0], kSumsStride);
+  _tile_stored(1, &sums[0][1][0], kSumsStride);
+  if constexpr (kTwo) {
+    _tile_stored(2, &sums[16][0][0], kSumsStride);
+    _tile_stored(3, &sums[16][1][0], kSumsStride);
+  }
+  asm volatile("" ::: "memory");
+}
+#else
+class Tiles {
+ public:
+  explicit Tiles(bool) {}
+  bool on() const { return false; }
+};
+#endif
+
+// sums of up to 32 rows with one block.
+template <typename T>
+void multiply(const Tiles& tiles, const T* x, int64_t stride, int64_t rows, const T* block, int64_t k, float (*sums)[2][kLanes]) {
+#if ANTIPHON_AMX
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (tiles.on()) {
+      return rows > 16 ? sums_by_tiles<true>(x, stride, block, k, sums) : sums_by_tiles<false>(x, stride, block, k, sums);
+    }
+  }
+#endif
+  (void)tiles;
+  int64_t r = 0;
+  for (; r + 8 <= rows; r += 8) {
+    sums_of_rows<8>(x + r * stride, stride, block, k, sums + r);
+  }
+  for (; r + 4 <= rows; r += 4) {
+    sums_of_rows<4>(x + r * stride, stride, block, k, sums + r);
+  }
+  for (; r < rows; ++r) {
+    sums_of_rows<1>(x + r * stride, stride, block, k, sums + r);
+  }
+}
+
+// One block of int8 weights in the format of the rows; exact, as bfloat16 has eight bits of mantissa.
+template <typename T>
+const T* widen(const int8_t* from, int64_t count, T* to) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    for (int64_t i = 0; i < count; i += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(from + i + count), _MM_HINT_T1);  // of the next block: memory works meanwhile
+      for (int64_t j = i; j < i + 64; j += 32) {
+        const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j))));
+        const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j + 16))));
+        _mm512_store_si512(to + j, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+      }
+    }
+    return to;
+  }
+#endif
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    store(to[i], static_cast<float>(from[i]));
+  }
+  return to;
+}
+
+// ---- the experts of a layer -------------------------------------------------------------------------------------------------
+
+enum Column { kGateUp, kDown, kGateUpScale, kDownScale, kWidth, kNumColumns };
+
+struct Expert {
+  const int64_t* held;  // its row of the table: addresses, 0 where there is none, and its padded width
+  int64_t first, rows;  // in sorted_MD
+  template <typename T>
+  const T* at(Column column) const {
+    return reinterpret_cast<const T*>(held[column]);
+  }
+};
+
+struct Pair {
+  int32_t row;
+  float weight;
+};
+
+enum Activation { kSilu, kGeluTanh };
+
+template <typename T>
+class Layer {
+ public:
+  Layer(const T* rows, int64_t row_stride, int64_t num_rows, int64_t hidden, T* out, int64_t out_stride)
+      : rows_(rows), row_stride_(row_stride), num_rows_(num_rows), d_(hidden), dp_(padded(hidden)), out_(out), out_stride_(out_stride) {}
+
+  void run(const std::vector<Expert>& experts, const Pair* pairs, int64_t num_pairs, int64_t widest, Activation activation) {
+    static thread_local Scratch<T> sorted_memory, act_memory;
+    static thread_local Scratch<float> sum_memory;
+    sorted_ = sorted_memory.take((num_pairs + kSlackRows) * dp_);
+    act_ = act_memory.take((num_pairs + kSlackRows) * widest);
+    sum_ = sum_memory.take(num_rows_ * dp_);
+    act_stride_ = widest;
+    for (int64_t m = 0; m < num_pairs; ++m) {
+      T* to = sorted_ + m * dp_;
+      std::memcpy(static_cast<void*>(to), rows_ + pairs[m].row * row_stride_, d_ * sizeof(T));
+      std::memset(static_cast<void*>(to + d_), 0, (dp_ - d_) * sizeof(T));
+    }
+    at::parallel_for(0, widest / kLanes, 1, [&](int64_t begin, int64_t end) {
+      const Tiles tiles(std::is_same_v<T, bf16>);
+      for (const Expert& expert : experts) {
+        gate_up(tiles, expert, begin, std::min(end, expert.held[kWidth] / kLanes), activation);
+      }
+    });
+    at::parallel_for(0, dp_ / kBlock, 1, [&](int64_t begin, int64_t end) {
+      const Tiles tiles(std::is_same_v<T, bf16>);
+      for (int64_t t = 0; t < num_rows_; ++t) {
+        std::memset(sum_ + t * dp_ + begin * kBlock, 0, (end - begin) * kBlock * sizeof(float));
+      }
+      for (const Expert& expert : experts) {
+        down(tiles, expert, pairs, begin, end);
+      }
+      const int64_t first = begin * kBlock, last = std::min(end * kBlock, d_);
+      for (int64_t t = 0; t < num_rows_; ++t) {
+        const float* from = sum_ + t * dp_;
+        T* to = out_ + t * out_stride_;
+#pragma omp simd
+        for (int64_t i = first; i < last; ++i) {
+          store(to[i], from[i]);
+        }
+      }
+    });
+  }
+
+ private:
+  // The block as the rows' format, and where its scales are (nullptr: it has none).
+  const T* block_of(const Expert& expert, Column weight, Column scale, int64_t block, int64_t k, const float*& scales) const {
+    const int64_t count = k * kBlock;
+    if (expert.held[scale] == 0) {
+      scales = nullptr;
+      return expert.at<T>(weight) + block * count;
+    }
+    static thread_local Scratch<T> memory;
+    scales = expert.at<float>(scale) + block * kBlock;
+    return widen(expert.at<int8_t>(weight) + block * count, count, memory.take(count));
+  }
+
+  template <typename Done>
+  void panels(const Tiles& tiles, const Expert& expert, const T* x, int64_t stride, int64_t k, Column weight, Column scale,
+              int64_t begin, int64_t end, Done done) const {
+    alignas(64) Sums sums;
+    for (int64_t panel = 0; panel < expert.rows; panel += kPanelRows) {
+      const int64_t last = std::min(panel + kPanelRows, expert.rows);
+      for (int64_t b = begin; b < end; ++b) {
+        const float* scales;
+        const T* block = block_of(expert, weight, scale, b, k, scales);
+        for (int64_t r = panel; r < last; r += kBlock) {
+          const int64_t count = std::min(kBlock, last - r);
+          multiply(tiles, x + (expert.first + r) * stride, stride, count, block, k, sums);
+          if (scales != nullptr) {
+            for (int64_t i = 0; i < count; ++i) {
+#pragma omp simd
+              for (int64_t n = 0; n < kBlock; ++n) {
+                (&sums[i][0][0])[n] *= scales[n];
+              }
+            }
+          }
+          done(b, expert.first + r, count, sums);
+        }
+      }
+    }
+  }
+
+  void gate_up(const Tiles& tiles, const Expert& expert, int64_t begin, int64_t end, Activation activation) const {
+    panels(tiles, expert, sorted_, dp_, dp_, kGateUp, kGateUpScale, begin, end, [&](int64_t b, int64_t m, int64_t count, Sums& sums) {
+      for (int64_t i = 0; i < count; ++i) {
+        T* to = act_ + (m + i) * act_stride_ + b * kLanes;
+        const float *gate = sums[i][0], *up = sums[i][1];
+        if (activation == kSilu) {
+#pragma omp simd
+          for (int64_t n = 0; n < kLanes; ++n) {
+            store(to[n], silu(gate[n]) * up[n]);
+          }
+        } else {
+#pragma omp simd
+          for (int64_t n = 0; n < kLanes; ++n) {
+            store(to[n], gelu_tanh(gate[n]) * up[n]);
+          }
+        }
+      }
+    });
+  }
+
+  void down(const Tiles& tiles, const Expert& expert, const Pair* pairs, int64_t begin, int64_t end) const {
+    panels(tiles, expert, act_, act_stride_, expert.held[kWidth], kDown, kDownScale, begin, end,
+           [&](int64_t b, int64_t m, int64_t count, Sums& sums) {
+             for (int64_t i = 0; i < count; ++i) {
+               const Pair pair = pairs[m + i];
+               float* to = sum_ + pair.row * dp_ + b * kBlock;
+               const float* from = &sums[i][0][0];
+#pragma omp simd
+               for (int64_t n = 0; n < kBlock; ++n) {
+                 to[n] += pair.weight * from[n];
+               }
+             }
+           });
+  }
+
+  const T* rows_;
+  int64_t row_stride_, num_rows_, d_, dp_;
+  T* out_;
+  int64_t out_stride_, act_stride_ = 0;
+  T *sorted_ = nullptr, *act_ = nullptr;
+  float* sum_ = nullptr;
+};
+
+template <typename Id>
+int64_t run_layer(const Tensor& out, const Tensor& counts, const Tensor& rows, const Tensor& ids, const Tensor& weights,
+                  const Tensor& table, Activation activation) {
+  const int64_t num_rows = ids.size(0), num_ids = ids.size(1), num_experts = table.size(0);
+  const Id* id = ids.const_data_ptr<Id>();
+  const float* weight = weights.const_data_ptr<float>();
+  const int64_t* held = table.const_data_ptr<int64_t>();
+  static thread_local std::vector<int64_t> starts;
+  static thread_local std::vector<Pair> pairs;
+  static thread_local std::vector<Expert> experts;
+  starts.assign(num_experts + 1, 0);
+  for (int64_t t = 0; t < num_rows; ++t) {
+    for (int64_t k = 0; k < num_ids; ++k) {
+      const int64_t expert = id[t * ids.stride(0) + k * ids.stride(1)];
+      if (expert < -1 || expert >= num_experts) {
+        return -2;
+      }
+      if (expert >= 0) {
+        if (held[expert * kNumColumns + kGateUp] == 0) {
+          return expert;
+        }
+        ++starts[expert + 1];
+      }
+    }
+  }
+  int64_t* count = counts.mutable_data_ptr<int64_t>();
+  int64_t widest = kBlock;
+  experts.clear();
+  for (int64_t e = 0; e < num_experts; ++e) {
+    const int64_t here = starts[e + 1];
+    if (here > 0) {
+      experts.push_back({held + e * kNumColumns, starts[e], here});
+      widest = std::max(widest, held[e * kNumColumns + kWidth]);
+      count[e] += here;
+    }
+    starts[e + 1] += starts[e];
+  }
+  const int64_t num_pairs = starts[num_experts];
+  pairs.resize(num_pairs);
+  for (int64_t t = 0; t < num_rows; ++t) {
+    for (int64_t k = 0; k < num_ids; ++k) {
+      const int64_t expert = id[t * ids.stride(0) + k * ids.stride(1)];
+      if (expert >= 0) {
+        pairs[starts[expert]++] = {static_cast<int32_t>(t), weight[t * weights.stride(0) + k * weights.stride(1)]};
+      }
+    }
+  }
+  const auto run = [&](auto tag) {
+    using T = decltype(tag);
+    Layer<T> layer(static_cast<const T*>(rows.const_data_ptr()), rows.stride(0), num_rows, rows.size(1),
+                   static_cast<T*>(out.mutable_data_ptr()), out.stride(0));
+    layer.run(experts, pairs.data(), num_pairs, widest, activation);
+  };
+  if (rows.scalar_type() == at::kFloat) {
+    run(float{});
+  } else {
+    run(bf16{});
+  }
+  return -1;
+}
+
+// out_TD = every row's weighted sum over its experts; ids of -1 add nothing. counts_E += rows by expert. table: by expert, see
+// Column. Returns -1, or -2 where an id is no expert's, or an expert that rows came for and that is not held.
+int64_t experts(const Tensor& out, const Tensor& counts, const Tensor& rows, const Tensor& ids, const Tensor& weights,
+                const Tensor& table, bool gelu) {
+  TORCH_CHECK(rows.device().is_cpu() && rows.dim() == 2 && rows.stride(1) == 1 && out.sizes() == rows.sizes() && out.stride(1) == 1);
+  TORCH_CHECK(rows.scalar_type() == out.scalar_type() && (rows.scalar_type() == at::kFloat || rows.scalar_type() == at::kBFloat16));
+  TORCH_CHECK(ids.dim() == 2 && ids.size(0) == rows.size(0) && weights.sizes() == ids.sizes() && weights.scalar_type() == at::kFloat);
+  TORCH_CHECK(table.is_contiguous() && table.dim() == 2 && table.size(1) == kNumColumns && counts.numel() == table.size(0));
+  const Activation activation = gelu ? kGeluTanh : kSilu;
+  if (ids.scalar_type() == at::kInt) {
+    return run_layer<int32_t>(out, counts, rows, ids, weights, table, activation);
+  }
+  return run_layer<int64_t>(out, counts, rows, ids, weights, table, activation);
+}
+
+// ---- the gate ---------------------------------------------------------------------------------------------------------------
+
+struct Gate {
+  int64_t num_experts, top_k, num_groups, num_kept, group_counted;  // group_counted: best experts that a group's rank sums; 0: no groups
+  bool sigmoid, renormalise;
+  float scale;
+  const float *bias, *expert_scale;  // nullptr: none
+};
+
+// The largest value, the first of equal ones; -1 where there is none above -inf.
+inline int64_t largest(const float* values, int64_t count) {
+  int64_t best = -1;
+  float most = -std::numeric_limits<float>::infinity();
+  for (int64_t i = 0; i < count; ++i) {
+    if (values[i] > most) {
+      most = values[i];
+      best = i;
+    }
+  }
+  return best;
+}
+
+// Ids and weights of one row from its logits, which become scores; ranks and groups are scratch. False where the row's weights
+// are not numbers.
+bool choose(const Gate& gate, float* logits, float* ranks, float* groups, int64_t* ids, float* weights) {
+  const int64_t num = gate.num_experts;
+  constexpr float kNever = -std::numeric_limits<float>::infinity();
+  float most = logits[0], sum = 0.0f;
+  for (int64_t e = 0; e < num; ++e) {
+    if (std::isnan(logits[e])) {
+      return false;
+    }
+    most = std::max(most, logits[e]);
+  }
+  if (gate.sigmoid) {
+    for (int64_t e = 0; e < num; ++e) {
+      const float small = exp_negative(-std::fabs(logits[e]));
+      logits[e] = (logits[e] >= 0.0f ? 1.0f : small) / (1.0f + small);
+    }
+  } else {
+    if (std::isinf(most)) {
+      return false;
+    }
+#pragma omp simd
+    for (int64_t e = 0; e < num; ++e) {
+      logits[e] = exp_negative(logits[e] - most);
+    }
+    for (int64_t e = 0; e < num; ++e) {
+      sum += logits[e];
+    }
+#pragma omp simd
+    for (int64_t e = 0; e < num; ++e) {
+      logits[e] /= sum;
+    }
+  }
+  for (int64_t e = 0; e < num; ++e) {
+    ranks[e] = gate.bias == nullptr ? logits[e] : logits[e] + gate.bias[e];
+  }
+  if (gate.group_counted > 0) {
+    const int64_t size = num / gate.num_groups;
+    for (int64_t g = 0; g < gate.num_groups; ++g) {
+      float first = kNever, second = kNever;
+      for (int64_t e = g * size; e < (g + 1) * size; ++e) {
+        if (ranks[e] > first) {
+          second = first;
+          first = ranks[e];
+        } else {
+          second = std::max(second, ranks[e]);
+        }
+      }
+      groups[g] = gate.group_counted > 1 && size > 1 ? first + second : first;
+    }
+    for (int64_t kept = 0; kept < gate.num_kept; ++kept) {
+      const int64_t g = largest(groups, gate.num_groups);
+      if (g < 0) {
+        return false;
+      }
+      groups[g] = std::numeric_limits<float>::quiet_NaN();  // kept: compares with nothing any more
+    }
+    for (int64_t e = 0; e < num; ++e) {
+      if (!std::isnan(groups[e / size])) {
+        ranks[e] = kNever;
+      }
+    }
+  }
+  sum = 0.0f;
+  for (int64_t k = 0; k < gate.top_k; ++k) {
+    const int64_t e = largest(ranks, num);
+    if (e < 0) {
+      return false;
+    }
+    ids[k] = e;
+    weights[k] = logits[e];
+    sum += logits[e];
+    ranks[e] = kNever;
+  }
+  for (int64_t k = 0; k < gate.top_k; ++k) {
+    weights[k] = (gate.renormalise ? weights[k] / (sum + 1e-20f) : weights[k]);
+    weights[k] *= (gate.expert_scale == nullptr ? 1.0f : gate.expert_scale[ids[k]]) * gate.scale;
+    if (!std::isfinite(weights[k])) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Experts of every row: ids_TK int64 and weights_TK fp32, with the shared expert (id num_experts) last where K > top_k. weight: the
+// gate's rows and, behind them, the shared expert's own gate where it has one, packed. Rows whose weights are not numbers get ids
+// of -1; returns how many there are.
+int64_t route(const Tensor& ids, const Tensor& weights, const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias,
+              const std::optional<Tensor>& expert_scale, int64_t num_experts, int64_t top_k, bool has_shared_gate, bool sigmoid,
+              bool renormalise, double scale, int64_t num_groups, int64_t num_kept, int64_t group_counted) {
+  const int64_t num_rows = rows.size(0), d = rows.size(1), dp = padded(d), width = ids.size(1);
+  const int64_t num_blocks = padded(num_experts + has_shared_gate) / kBlock, outputs = num_blocks * kBlock;
+  TORCH_CHECK(rows.device().is_cpu() && rows.stride(1) == 1 && weight.numel() == outputs * dp && weight.scalar_type() == at::kFloat);
+  TORCH_CHECK(rows.scalar_type() == at::kFloat || rows.scalar_type() == at::kBFloat16);
+  TORCH_CHECK(ids.is_contiguous() && weights.is_contiguous() && ids.size(0) == num_rows && weights.sizes() == ids.sizes());
+  TORCH_CHECK(width == top_k || width == top_k + 1);
+  TORCH_CHECK(!bias || bias->scalar_type() == at::kFloat);
+  TORCH_CHECK(!expert_scale || expert_scale->scalar_type() == at::kFloat);
+  const Gate gate{num_experts,   top_k,   num_groups, num_kept, group_counted, sigmoid, renormalise, static_cast<float>(scale),
+                  bias ? bias->const_data_ptr<float>() : nullptr, expert_scale ? expert_scale->const_data_ptr<float>() : nullptr};
+  int64_t* to_ids = ids.mutable_data_ptr<int64_t>();
+  float* to_weights = weights.mutable_data_ptr<float>();
+  const float* packed = weight.const_data_ptr<float>();
+  std::atomic<int64_t> num_bad{0};
+  at::parallel_for(0, num_rows, 16, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch<float> memory;
+    constexpr int64_t kRows = 8;
+    float* x = memory.take(kRows * dp + kRows * outputs + 2 * outputs);
+    float *logits = x + kRows * dp, *ranks = logits + kRows * outputs, *groups = ranks + outputs;
+    alignas(64) Sums sums;
+    const Tiles none(false);
+    for (int64_t t = begin; t < end; t += kRows) {
+      const int64_t count = std::min(kRows, end - t);
+      for (int64_t r = 0; r < count; ++r) {
+        float* row = x + r * dp;
+        if (rows.scalar_type() == at::kFloat) {
+          std::memcpy(row, rows.const_data_ptr<float>() + (t + r) * rows.stride(0), d * sizeof(float));
+        } else {
+          const bf16* from = static_cast<const bf16*>(rows.const_data_ptr()) + (t + r) * rows.stride(0);
+#pragma omp simd
+          for (int64_t i = 0; i < d; ++i) {
+            row[i] = load(from[i]);
+          }
+        }
+        std::memset(row + d, 0, (dp - d) * sizeof(float));
+      }
+      for (int64_t b = 0; b < num_blocks; ++b) {
+        multiply(none, x, dp, count, packed + b * dp * kBlock, dp, sums);
+        for (int64_t r = 0; r < count; ++r) {
+          std::memcpy(logits + r * outputs + b * kBlock, sums[r], kBlock * sizeof(float));
+        }
+      }
+      for (int64_t r = 0; r < count; ++r) {
+        float* row = logits + r * outputs;
+        int64_t* row_ids = to_ids + (t + r) * width;
+        float* row_weights = to_weights + (t + r) * width;
+        bool good = true;
+        if (width > top_k) {
+          const float z = row[num_experts], small = exp_negative(-std::fabs(z));
+          row_ids[top_k] = num_experts;
+          row_weights[top_k] = has_shared_gate ? (z >= 0.0f ? 1.0f : small) / (1.0f + small) : 1.0f;
+          good = !has_shared_gate || !std::isnan(z);
+        }
+        if (!choose(gate, row, ranks, groups, row_ids, row_weights) || !good) {
+          ++num_bad;
+          std::fill(row_ids, row_ids + width, -1);
+          std::fill(row_weights, row_weights + width, 0.0f);
+        }
+      }
+    }
+  });
+  return num_bad;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(antiphon, m) {
+  m.def("pack_experts(Tensor(a!) out, Tensor first, Tensor? second, int pair) -> ()");
+  m.def("experts(Tensor(a!) out, Tensor(b!) counts, Tensor rows, Tensor ids, Tensor weights, Tensor table, bool gelu) -> int");
+  m.def(
+      "route(Tensor(a!) ids, Tensor(b!) weights, Tensor rows, Tensor weight, Tensor? bias, Tensor? expert_scale, int num_experts, "
+      "int top_k, bool has_shared_gate, bool sigmoid, bool renormalise, float scale, int num_groups, int num_kept, "
+      "int group_counted) -> int");
+}
+
+TORCH_LIBRARY_IMPL(antiphon, CompositeExplicitAutograd, m) {
+  m.impl("pack_experts", &pack_experts);
+  m.impl("experts", &experts);
+  m.impl("route", &route);
+}
