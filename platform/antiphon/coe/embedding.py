@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from antiphon.coe.framing import without_framing
 from antiphon.coe.wordpiece import WordPiece, window
 
 Floats = npt.NDArray[np.float32]
@@ -49,8 +50,8 @@ class StaticEmbedding:
         return int(self.table_VD.shape[1]) + NUM_SHAPE
 
     def encode(self, text: str) -> Floats:
-        """Embedding of the window of ``text``; its first D numbers have length 1, or 0 when there are no tokens."""
-        seen = window(text, self.num_head_chars, self.num_tail_chars)
+        """Embedding of the window of ``text`` without its framing; the first D numbers have length 1, or 0 without tokens."""
+        seen = window(without_framing(text), self.num_head_chars, self.num_tail_chars)
         ids = self.tokens.encode(seen, self.max_tokens)
         D = self.table_VD.shape[1]
         embedding = np.zeros(D + NUM_SHAPE, np.float32)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from antiphon.coe.framing import without_framing
 from antiphon.coe.wordpiece import WordPiece, window
 from antiphon.core.errors import CheckpointInvalid
 
@@ -46,8 +47,8 @@ class SentenceEncoder:
             raise CheckpointInvalid(f"sentence encoder {path.name} can't be loaded: {error}") from error
 
     def encode(self, text: str) -> Floats:
-        """Embedding [384] of the first tokens of ``text``, of length 1."""
-        seen = window(text, _CHARS_PER_TOKEN * self.max_tokens, 0)
+        """Embedding [384] of the first tokens of ``text`` without its framing, of length 1."""
+        seen = window(without_framing(text), _CHARS_PER_TOKEN * self.max_tokens, 0)
         embedding: Floats = self.encode_ids([self.tokens.encode(seen, self.max_tokens - 2)])[0]
         return embedding
 

@@ -213,7 +213,7 @@ def fit_head(embedding_BD: Floats, label_B: Ints, num_classes: int, recipe: Reci
         bias[present[0]] = 0.0
         return Head(weights_DC=weights, bias_C=bias)
     model = LogisticRegression(C=recipe.inverse_penalty, max_iter=recipe.max_iterations, tol=1e-3)
-    model.fit(embedding_BD.astype(np.float64), label_B)
+    model.fit(embedding_BD, label_B)
     if len(present) == 2:
         weights[:, present] = np.stack([-model.coef_[0] / 2, model.coef_[0] / 2], axis=1)
         bias[present] = [-model.intercept_[0] / 2, model.intercept_[0] / 2]

@@ -23,6 +23,7 @@ from antiphon.coe.assets import cache_directory
 from antiphon.coe.augment import COURTESY
 from antiphon.coe.embedding import StaticEmbedding, quantised
 from antiphon.coe.encoder import SentenceEncoder
+from antiphon.coe.framing import without_framing
 from antiphon.coe.wordpiece import WordPiece, window
 
 Floats = npt.NDArray[np.float32]
@@ -84,6 +85,7 @@ def encode_slow(encoder: SentenceEncoder, texts: Sequence[str]) -> Floats:
     """Sentence embeddings one by one, as they are served; cached by texts, encoder and length."""
     state = hashlib.sha256(encoder.path.read_bytes())
     state.update(f"{encoder.max_tokens}\n".encode())
+    texts = [without_framing(text) for text in texts]
     for text in texts:
         state.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
     return cached_array(f"sentences-{state.hexdigest()[:16]}", lambda: np.stack([encoder.encode(text) for text in texts]))
