@@ -54,6 +54,11 @@ def model_card(artifact: Artifact, report: Report | None) -> str:
         lines += ["This router has not been judged."]
     else:
         lines += ["## Judged", "", "Five folds by prompt, and each dataset left out in turn; 95 % bootstrap intervals.", ""]
+        lines += [
+            "Every fold fits and chooses on its own rows alone: temperatures, mix, experts and costs on models of inner folds, ",
+            "the gate's threshold on models that each left out one more dataset. No judged row was seen by any of these choices.",
+            "",
+        ]
         lines += _table(("what", "value"), rows_for_people(report))
         if report.left_out_by_dataset:
             lines += ["", "### Datasets not seen in training, against the best single expert", ""]
