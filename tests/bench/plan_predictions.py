@@ -3,7 +3,8 @@
     python tests/bench/plan_predictions.py measure --model pypi://... --wiring 1A1F -o steps.jsonl     a JSON line a measurement
     python tests/bench/plan_predictions.py compare steps.jsonl more.jsonl                              fits, predicts, compares
 
-``measure`` can be run in pieces: lines of any number of files are merged, and the median of each batch's rounds is what counts.
+``measure`` can be run in pieces: lines of any number of files are merged, and what counts is the median over rounds of a round's
+median step.
 ``compare`` fits every model and wiring to all batches but --hold-out, and exits with 1 when a held-out one is predicted worse than
 --limit. Medians go to --medians FILE, which ``antiphon plan calibrate -i FILE --hold-out 1,8,32,64`` takes as well.
 """
@@ -60,6 +61,7 @@ def medians(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for _, group in sorted(most.items(), key=str):
         middle = {name: statistics.median(line[name] for line in group) for name in MIDDLED if all(name in line for line in group)}
+        middle["decode_step_s"] = statistics.median(line.get("decode_step_p50_s") or line["decode_step_s"] for line in group)
         found.append({**group[0], **middle, "num_rounds": len(group)})
     return sorted(found, key=lambda line: (line["model"], line["wiring"], line["batch"]))
 

@@ -183,6 +183,7 @@ class BenchDeployment:
             end = min(p.token_s[-1] for p in run)
             num_tokens = sum(sum(start < t <= end for t in p.token_s) for p in run)
             rate = num_tokens / (end - start) if end > start else 0.0
+            gaps = [b - a for p in run for a, b in zip(p.token_s, p.token_s[1:], strict=False) if start <= a and b <= end]
         line = {
             "bench": "decode",
             **self._facts(),
@@ -190,6 +191,7 @@ class BenchDeployment:
             "context": num_prompt + num_generated / 2,
             "tokens_per_s": rate,
             "decode_step_s": batch / rate if rate else None,
+            "decode_step_p50_s": statistics.median(gaps) if gaps else None,  # what else runs here for a moment doesn't move it
         }
         delta = difference(last, first)
         stages = attention_figures(delta)
