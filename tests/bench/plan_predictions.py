@@ -45,6 +45,7 @@ def measure(args: argparse.Namespace) -> None:
                 text = json.dumps({**line, "round": number})
                 print(text, flush=True)
                 out.write(text + "\n")
+                out.flush()
 
 
 def medians(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
