@@ -1,4 +1,6 @@
+import math
 import statistics
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -71,10 +73,14 @@ def test_nobody_waits_beyond_the_window_and_the_service_of_those_before(seed: in
     trace = random_trace("abcdef", 120, rate, skew, stay, seed)
     outcome = play(trace, EXPERTS, LIMITS, SERVICE, with_prefetch=bool(seed % 2))
     assert outcome.num_served == len(trace)
-    # Once overdue, a request waits for at most one turn of every expert: a load and a full group each, and the action under way.
-    turn_s = 2.0 + SERVICE.group_s(LIMITS.max_group)
-    num_groups = len(EXPERTS) + len(trace) // LIMITS.max_group
-    assert max(outcome.waits_s) <= LIMITS.fairness_window_s + (num_groups + 1) * turn_s
+    # Once overdue, a request waits for the action under way, and for a load and a group of those that came before it: no one else.
+    load_s, group_s = 2.0, SERVICE.group_s(LIMITS.max_group)
+    starts_s = {r.request_id: r.arrival_s + wait for r, wait in zip(trace, outcome.waits_s, strict=True)}
+    for request, wait_s in zip(trace, outcome.waits_s, strict=True):
+        overdue_s = request.arrival_s + LIMITS.fairness_window_s
+        before = Counter(r.expert for r in trace if r.request_id <= request.request_id and starts_s[r.request_id] >= overdue_s)
+        turns = sum(math.ceil(n / LIMITS.max_group) for n in before.values())
+        assert wait_s <= LIMITS.fairness_window_s + max(load_s, group_s) + turns * (load_s + group_s)
 
 
 @settings(max_examples=60, deadline=None)
