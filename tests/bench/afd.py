@@ -297,6 +297,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--generated", type=int, default=64)
+    parser.add_argument("--warm-up", type=int, default=24, help="tokens generated once beforehand, not counted")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--quantization", default="none")
     parser.add_argument("--activations", default="auto", help="format of the rows on their way to the FFN side")
@@ -334,10 +335,12 @@ def main() -> None:
                 "transport_section": section,
             }
             wirings[name] = Wiring(options, sorted(os.sched_getaffinity(0)))
-        for _ in range(args.repeats):
+        for turn in range(args.repeats + 1):
             for batch in args.batch or [1, 32]:
                 for name, one in wirings.items():
-                    lines.setdefault((name, batch), []).append(one.run(batch, args.prompt, args.generated))
+                    line = one.run(batch, args.prompt, args.generated if turn else args.warm_up)
+                    if turn:
+                        lines.setdefault((name, batch), []).append(line)
     finally:
         for one in wirings.values():
             one.close()

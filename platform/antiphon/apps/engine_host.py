@@ -189,6 +189,7 @@ class EngineHost:
             num_experts_skipped=sum(router.num_skipped for router in routers),
             resident_weight_bytes=sum(self._part.resident_bytes.values()),
             gauges={
+                "num_free_slots": float(runner.afd.num_free_slots),
                 "num_resent": float(times.num_resent),
                 **sums,
                 **self._window.look({**sums, "num_steps": float(runner.stats.num_steps)}),

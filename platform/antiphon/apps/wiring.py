@@ -38,9 +38,9 @@ from antiphon.transport.base import Hello, LinkLayout
 from antiphon.transport.loopback import loopback_pair
 from antiphon.worker.ffn_worker import FFNWorker
 from antiphon.worker.model_runner import AttentionWorker
+from antiphon.worker.ubatch_tuning import UbatchTuner
 
-DEFAULT_UBATCHES = 2  # what "auto" means until stage times are measured; 1 where no FFN worker is remote
-MIN_UBATCH_ROWS = 16  # "auto" makes none smaller: below, the FFN side reads its weights once more for nearly the same time
+MAX_AUTO_UBATCHES = 4  # links have slots for as many where "auto" chooses step by step; 1 where no FFN worker is remote
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +60,7 @@ class ModelFacts:
     revision: str
     int8: Int8Choice | None = None  # which FFN weights are held in int8
     placement_file: Path | None = None
+    batch_wait_s: float = 0.0  # rows are held for those of other attention workers at most this long
 
     def placement(self, num_groups: int) -> ExpertPlacement:
         """Where experts are when serving starts. Raises InvalidInput when the placement file does not fit."""
@@ -104,8 +105,8 @@ def resolve_model(spec: LLMDeploymentSpec, checkpoint_dir: str, revision: str) -
         checkpoint=checkpoint,
         config=config,
         dtype=dtype,
-        activation_dtype=_wire_dtype(spec.transport.activation_dtype, dtype, "spec.transport.activationDtype"),
-        return_dtype=_wire_dtype(spec.transport.return_dtype, dtype, "spec.transport.returnDtype"),
+        activation_dtype=_wire_dtype(spec.transport.activation_dtype, dtype),
+        return_dtype=_wire_dtype(spec.transport.return_dtype, dtype),
         device=torch.device("cpu"),
         max_model_len=max_model_len,
         kv=layout,
@@ -113,15 +114,16 @@ def resolve_model(spec: LLMDeploymentSpec, checkpoint_dir: str, revision: str) -
         fingerprint=digest,
         revision=revision,
         int8=quantized,
+        batch_wait_s=spec.transport.batch_wait_us * 1e-6,
         placement_file=None if spec.experts.placement_file is None else Path(spec.experts.placement_file),
     )
 
 
 def num_ubatches(spec: LLMDeploymentSpec, role: Role) -> int:
-    """Ubatches in flight for an attention-side worker."""
+    """Ubatches in flight at most for an attention-side worker."""
     if spec.transport.num_ubatches != "auto":
         return spec.transport.num_ubatches
-    return DEFAULT_UBATCHES if role is Role.ATTENTION else 1
+    return MAX_AUTO_UBATCHES if role is Role.ATTENTION else 1
 
 
 def ffn_parallelism(spec: LLMDeploymentSpec) -> tuple[int, int]:
@@ -184,9 +186,10 @@ def build_ffn(facts: ModelFacts, shard: FFNShard, epoch: Epoch) -> FFNWorker:
         hidden_size=facts.config.hidden_size,
         dtype=facts.activation_dtype,
         return_dtype=facts.return_dtype,
+        compute_dtype=facts.dtype,
         experts_per_row=experts_per_row(facts.config),
     )
-    return FFNWorker(halves, side)
+    return FFNWorker(halves, side, max_batch_wait_s=facts.batch_wait_s)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -262,8 +265,8 @@ def build_attention(
     halves = AttentionHalves(facts.config, facts.checkpoint, facts.dtype, facts.device, facts.max_model_len)
     if spec.experts.skip_file is not None:
         halves.skip(ExpertSkipping.load(Path(spec.experts.skip_file), facts.config))
-    min_rows = MIN_UBATCH_ROWS if spec.transport.num_ubatches == "auto" else 1
-    worker = AttentionWorker(halves, cache, side, num_ubatches=ubatches, min_ubatch_rows=min_rows, kv=connector)
+    tuner = UbatchTuner(ubatches) if spec.transport.num_ubatches == "auto" and ubatches > 1 else None
+    worker = AttentionWorker(halves, cache, side, num_ubatches=ubatches, tuner=tuner, kv=connector)
     scheduler = Scheduler(
         SchedulerConfig(
             max_num_seqs=spec.scheduler.max_num_seqs,
@@ -295,9 +298,7 @@ def _dtype_name(spec: LLMDeploymentSpec, checkpoint: Checkpoint) -> str:
     return "float32" if name == "float32" else "bfloat16"  # float16 checkpoints run in bfloat16: CPUs have no fp16 units
 
 
-def _wire_dtype(name: str, compute: torch.dtype, field: str) -> torch.dtype:
+def _wire_dtype(name: str, compute: torch.dtype) -> torch.dtype:
     if name == "auto":
         return compute
-    if name == "int8":
-        raise InvalidInput("int8 activations are not available in this version; use auto, bfloat16 or float32", field)
-    return TORCH_DTYPES[name]
+    return torch.int8 if name == "int8" else TORCH_DTYPES[name]

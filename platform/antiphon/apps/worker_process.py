@@ -387,6 +387,7 @@ class WorkerProcess:
             resident_memory_bytes=resident,
             placement=placement,
             gauges={
+                "num_free_slots": float(self._ffn.side.num_free_slots),
                 "num_stale_messages": float(stats.num_stale_messages),
                 "num_late_experts": float(sum(bank.num_late_loads for bank in self._ffn.halves.banks.values())),
                 **sums,

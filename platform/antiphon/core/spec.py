@@ -250,7 +250,7 @@ class TransportSpec(Model):
     )
     num_ubatches: int | Literal["auto"] = Field(default="auto", description="Micro-batches in flight per attention worker, 1 to 8.")
     batch_wait_us: float = Field(
-        default=500.0,
+        default=2000.0,
         ge=0,
         le=100_000,
         description="An FFN worker holds rows at most this long for those of other attention workers in the same layer; 0 = never.",

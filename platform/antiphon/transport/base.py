@@ -103,7 +103,7 @@ class Waitable(Protocol):
 
     @property
     def spin_s(self) -> float:
-        """Seconds it pays to spin before sleeping; 0 where only sleeping pays, or after a sleep that brought nothing."""
+        """Seconds it pays to spin from now on before sleeping; 0 where only sleeping pays, or once nothing moved for a while."""
         ...
 
     def pending(self) -> bool:
@@ -130,6 +130,11 @@ class Link(Waitable, Protocol):
     @property
     def peer_epoch(self) -> Epoch:
         """The other end's epoch, from its hello."""
+        ...
+
+    @property
+    def num_free_slots(self) -> int:
+        """Slots of this end that are not in flight, for accounting; at rest it is all of them. Raises nothing."""
         ...
 
     def acquire(self) -> Slot | None:

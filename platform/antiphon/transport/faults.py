@@ -55,6 +55,11 @@ class FaultyLink(Link):
         """Until the held message is due: nothing rings for it."""
         return max(0.0, self._held[0][0] - self._clock()) if self._held else self._inner.spin_s
 
+    @property
+    def num_free_slots(self) -> int:
+        """As the inner link."""
+        return self._inner.num_free_slots
+
     def acquire(self) -> Slot | None:
         """As the inner link, unless the peer is lost by plan."""
         self._check()

@@ -75,6 +75,11 @@ class GrpcLink(Link):
         """The other end's epoch."""
         return self._theirs.epoch
 
+    @property
+    def num_free_slots(self) -> int:
+        """Slots not in flight, those whose credit is still to be looked at included."""
+        return len(self._ledger.free) + len(self._credits)
+
     def acquire(self) -> Slot | None:
         """A free slot, or None. Raises PeerLost, CorruptMessage."""
         if self._gone or self._lost is not None:

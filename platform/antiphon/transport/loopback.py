@@ -74,6 +74,11 @@ class LoopbackLink(Link):
         """The other end's epoch."""
         return self._theirs.epoch
 
+    @property
+    def num_free_slots(self) -> int:
+        """Slots not in flight."""
+        return len(self._send.free)
+
     def acquire(self) -> Slot | None:
         """A free slot, or None. Raises PeerLost."""
         if self._lost is not None or self._gone:

@@ -131,6 +131,11 @@ class NixlLink(Link):
         over = self._num_posted == 0 and self._num_warm_ups_sent == _NUM_WARM_UPS
         return over and self._num_warm_ups_came >= _NUM_WARM_UPS
 
+    @property
+    def num_free_slots(self) -> int:
+        """Slots not in flight, as of the last look."""
+        return len(self._ledger.free)
+
     def acquire(self) -> Slot | None:
         """A free slot, or None. Raises PeerLost, CorruptMessage."""
         if self._lost is not None or self._vigil.ended():
@@ -269,7 +274,7 @@ class NixlLink(Link):
                 return True
             if time.monotonic() >= end:
                 return False
-            let_others_run(0)
+            let_others_run()
 
     def _settle(self, slot: int) -> bool:
         if not self._agent.finished(self._posted[slot], self.peer):

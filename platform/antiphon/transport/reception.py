@@ -96,7 +96,9 @@ class Reception(Listener):
         return (self._bell.fd,) if self._bell.fd >= 0 else ()
 
     def unpark(self, *, woken: bool) -> None:
-        """Nothing was announced; ``accept`` silences the bell."""
+        """Silence the bell: what arrived is known without it."""
+        if woken:
+            self._bell.clear()
 
     def close(self) -> None:
         """Stop accepting, and close the links nobody accepted; idempotent."""

@@ -6,6 +6,7 @@ Must not know: how the memory came to be shared.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import time
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from antiphon.transport.segment import Segment
 from antiphon.transport.slots import MessageViews, byte_rows, slots_of
 from antiphon.transport.vigil import Vigil
 from antiphon.transport.waiting import sleep_on, wait_on
+
+_PYTHON_SPIN_S = 300e-6
 
 
 class RingLink(Link):
@@ -55,8 +58,9 @@ class RingLink(Link):
         self._lost: str | None = None
         self._vigil = vigil
         self._my_bell, self._peer_bell = bells
-        self._spin_s = spin_s
-        self._active = True  # something moved since the last sleep that brought nothing: spinning pays
+        # A lane in Python can only spin with the GIL, which other threads of the process need.
+        self._spin_s = spin_s if self._native else min(spin_s, _PYTHON_SPIN_S)
+        self._moved_s = time.monotonic()  # when a message last came or went: spinning pays for a window after that
 
     @property
     def peer(self) -> WorkerId:
@@ -68,16 +72,19 @@ class RingLink(Link):
         """The other end's epoch."""
         return self._theirs.epoch
 
+    @property
+    def num_free_slots(self) -> int:
+        """Slots not in flight."""
+        with contextlib.suppress(CorruptMessage):  # the link is closed by it, and every later call tells
+            self._collect()
+        return len(self._free)
+
     def acquire(self) -> Slot | None:
         """A free slot, or None. Raises PeerLost, CorruptMessage."""
         if self._lost is not None or self._vigil.ended():
             self._raise_lost()
         if not self._free:
-            while (slot := self._lane.back()) != NOTHING:
-                if slot == CORRUPT or not self._in_flight[slot]:
-                    self._corrupt("a slot came back that is not in flight")
-                self._in_flight[slot] = False
-                self._free.append(slot)
+            self._collect()
         if self._free:
             if self._starved:
                 self._starve(False)
@@ -92,7 +99,7 @@ class RingLink(Link):
             self._raise_lost()
         index = slot.index
         self._in_flight[index] = True
-        self._active = True
+        self._moved_s = time.monotonic()
         if self._lane.publish(index, header, num_bytes):
             self._peer_bell.ring()
 
@@ -111,7 +118,7 @@ class RingLink(Link):
         if found == CORRUPT or num_bytes > self._recv_slot_bytes or self._held[slot]:
             self._corrupt(f"the ring's next entry is damaged ({found:#x})")
         self._held[slot] = True
-        self._active = True
+        self._moved_s = time.monotonic()
         assert self._views is not None  # gone only after close, which _lost tells
         return self._views.view(slot, num_bytes)
 
@@ -127,12 +134,11 @@ class RingLink(Link):
         if self._lost is not None:
             self._raise_lost()
         if self._native:
-            deadline = time.monotonic() + timeout_s
-            found = (
-                bool(self._lane.pending())
-                or (self._active and spin((self._lane,), min(self._spin_s, timeout_s)))
-                or sleep_on((self,), deadline)
-            )
+            now_s = time.monotonic()
+            window_s = self._moved_s + self._spin_s - now_s
+            found = spin((self._lane,), min(window_s, timeout_s))  # looks at least once
+            if not found and window_s < timeout_s:
+                found = sleep_on((self,), now_s + timeout_s)
         else:
             found = wait_on((self,), timeout_s)
         if self._vigil.lost is not None and not self._lane.pending():
@@ -151,8 +157,8 @@ class RingLink(Link):
 
     @property
     def spin_s(self) -> float:
-        """The window, as long as messages keep coming."""
-        return self._spin_s if self._active else 0.0
+        """What is left of the window since a message last came or went."""
+        return max(0.0, self._moved_s + self._spin_s - time.monotonic())
 
     @property
     def spin_lane(self) -> Lane | None:
@@ -178,8 +184,13 @@ class RingLink(Link):
         if woken:
             self._my_bell.clear()
             self._vigil.look()
-        else:
-            self._active = False
+
+    def _collect(self) -> None:
+        while (slot := self._lane.back()) != NOTHING:
+            if slot == CORRUPT or not self._in_flight[slot]:
+                self._corrupt("a slot came back that is not in flight")
+            self._in_flight[slot] = False
+            self._free.append(slot)
 
     def _starve(self, starved: bool) -> None:
         self._starved = starved

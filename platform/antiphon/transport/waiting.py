@@ -17,10 +17,13 @@ from antiphon.transport.base import Waitable
 from antiphon.transport.lane import Lane, spin
 
 _MIN_POLL_S = 1e-3  # poll(2) counts in milliseconds
-_SLICE_S = 20e-6  # of native spinning between two looks at the links that can only be asked
+_SLICE_S = 20e-6  # of native spinning between two looks at links that can only be asked
+_BELL_SLICE_S = 200e-6  # and at what usually rings
 
-# Gives the GIL to whoever wants it and returns at once: let_others_run(0). time.sleep(0) takes 50 us on Linux (timer slack).
-let_others_run = select.poll().poll
+
+def let_others_run() -> None:
+    """Give the GIL to whoever wants it and return at once; time.sleep(0) takes 50 us on Linux (timer slack)."""
+    select.select((), (), (), 0)
 
 
 class WaitSet:
@@ -55,7 +58,7 @@ def wait_on(members: tuple[Waitable, ...], timeout_s: float) -> bool:
     window = max((m.spin_s for m in members), default=0.0)
     if window > 0 and _spin(members, min(window, timeout_s)):
         return True
-    return sleep_on(members, deadline)
+    return window < timeout_s and sleep_on(members, deadline)
 
 
 def any_pending(members: Iterable[Waitable]) -> bool:
@@ -64,23 +67,26 @@ def any_pending(members: Iterable[Waitable]) -> bool:
 
 
 def _spin(members: tuple[Waitable, ...], window_s: float) -> bool:
+    """Spin on all native lanes at once, and ask the others in between: often those that want spinning, now and then the rest."""
     lanes: tuple[Lane, ...] = ()
     asked: tuple[Waitable, ...] = ()
+    slice_s = _BELL_SLICE_S
     for member in members:
+        lane: Lane | None = getattr(member, "spin_lane", None)  # only links over shared memory have one
+        if lane is not None:
+            lanes = (*lanes, lane)
+            continue
+        asked = (*asked, member)
         if member.spin_s > 0:
-            lane: Lane | None = getattr(member, "spin_lane", None)  # only links over shared memory have one
-            if lane is None:
-                asked = (*asked, member)
-            else:
-                lanes = (*lanes, lane)
+            slice_s = _SLICE_S
     if not asked:
         return spin(lanes, window_s)
     end = time.monotonic() + window_s
-    while time.monotonic() < end:
-        if any_pending(asked) or (lanes and spin(lanes, _SLICE_S)):
+    while (left := end - time.monotonic()) > 0:
+        if any_pending(asked) or (lanes and spin(lanes, min(slice_s, left))):
             return True
         if not lanes:
-            let_others_run(0)
+            let_others_run()
     return False
 
 

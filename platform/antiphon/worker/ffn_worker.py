@@ -16,6 +16,8 @@ from antiphon.connectors.ffn_side import FFNSide, FFNWork
 from antiphon.core.errors import InvalidInput
 from antiphon.models.decoder import FFNHalves
 from antiphon.telemetry.step_trace import Mark, StepTrace
+from antiphon.transport.base import Link
+from antiphon.worker.gathering import Gathering
 
 _IDLE_WAIT_S = 0.5
 
@@ -36,35 +38,79 @@ class FFNStats:
 class FFNWorker:
     """Owns one shard of every layer's FFN. Belongs to one loop."""
 
-    def __init__(self, halves: FFNHalves, side: FFNSide) -> None:
+    def __init__(self, halves: FFNHalves, side: FFNSide, *, max_batch_wait_s: float = 0.0) -> None:
+        """``max_batch_wait_s``: rows are held for those of other peers at most this long; 0 = never."""
         self.halves = halves
         self.side = side
         self.stats = FFNStats()
         self.trace: StepTrace | None = None  # set before the loop by who wants one
         self.placement = 0  # number of the placement that was settled last: experts of older ones may be gone
+        self._gathering: Gathering[Link] = Gathering(max_batch_wait_s)
+        self._held: list[FFNWork] = []  # not answered yet
+        self._num_changes = 0  # of the side's links, as last seen
 
     def serve(self, stopped: Callable[[], bool]) -> None:
         """Answer peers until ``stopped`` says so, which is asked at least twice a second."""
         with torch.inference_mode():
             while not stopped():
-                if not self.pump():
+                start_s = time.perf_counter()
+                if not self._take():
+                    self.side.rest()
                     self.side.wait(_IDLE_WAIT_S)
+                    continue
+                due_s = self._answer_due()
+                now_s = time.perf_counter()
+                self.stats.busy_s += now_s - start_s
+                if due_s > now_s:
+                    self.side.wait(due_s - now_s)
 
     def pump(self) -> bool:
-        """Answer everything that has arrived, one batch per layer; False when nothing had."""
+        """Answer everything that has arrived, one batch per layer, and hold nothing; False when nothing had."""
         start_s = time.perf_counter()
-        works = self.side.poll()
-        if not works:
+        if not self._take():
             return False
-        by_layer: dict[int, list[FFNWork]] = {}
-        for work in works:
-            if work.header.spare < self.placement:
-                self.stats.num_stale_messages += 1
-            by_layer.setdefault(work.header.layer, []).append(work)
-        for layer, batch in by_layer.items():
+        works, self._held = self._held, []
+        for layer, batch in _by_layer(works).items():
             self._answer(layer, batch)
         self.stats.busy_s += time.perf_counter() - start_s
         return True
+
+    def _take(self) -> bool:
+        """Take what has arrived; False when nothing is to be answered."""
+        works = self.side.poll()
+        if self.side.num_changes != self._num_changes:
+            self._num_changes = self.side.num_changes
+            self._held = [work for work in self._held if self.side.serves(work.link)]
+            self._gathering.keep(self.side.serves)
+        for work in works:
+            if work.header.spare < self.placement:
+                self.stats.num_stale_messages += 1
+            if self._gathers:
+                self._gathering.arrived(work.link, work.header.ubatch, work.header.layer, work.arrived_s)
+        self._held += works
+        return bool(self._held)
+
+    @property
+    def _gathers(self) -> bool:
+        return self._gathering.max_wait_s > 0 and self.side.num_peers > 1
+
+    def _answer_due(self) -> float:
+        """Answer what is not worth holding; when (``time.perf_counter``) the first of the rest is, or 0."""
+        now_s, due_s = time.perf_counter(), 0.0
+        works, self._held = self._held, []
+        if self._gathers:
+            ready = []
+            for work in works:
+                until_s = self._gathering.hold_until(work.link, work.header.ubatch, now_s)
+                if until_s > now_s:
+                    self._held.append(work)
+                    due_s = until_s if due_s == 0.0 else min(due_s, until_s)
+                else:
+                    ready.append(work)
+            works = ready
+        for layer, batch in _by_layer(works).items():
+            self._answer(layer, batch)
+        return due_s
 
     def _answer(self, layer: int, batch: list[FFNWork]) -> None:
         start_s = time.perf_counter()
@@ -88,7 +134,9 @@ class FFNWorker:
             wait_s = start_s - work.arrived_s
             self.stats.wait_s += wait_s
             self.stats.num_messages += 1
-            self.side.reply(work, out_RD[at:end], compute_us=int(compute_s * 1e6), wait_us=int(wait_s * 1e6), batch_rows=num_rows)
+            part_RD = out_RD if len(batch) == 1 else out_RD[at:end]
+            self.side.reply(work, part_RD, compute_us=int(compute_s * 1e6), wait_us=int(wait_s * 1e6), batch_rows=num_rows)
+            self._gathering.answered(work.link, work.header.ubatch, time.perf_counter(), compute_s)
             at = end
         if self.trace is not None:
             self._trace(layer, batch, start_s, compute_s, num_rows)
@@ -112,10 +160,15 @@ class FFNWorker:
     def _compute(self, layer: int, batch: list[FFNWork]) -> torch.Tensor:
         first = batch[0]
         rows_RD = first.rows_RD if len(batch) == 1 else torch.cat([work.rows_RD for work in batch])
-        if rows_RD.dtype is not self.halves.dtype:
-            rows_RD = rows_RD.to(self.halves.dtype)
         if first.ids_RK is None:
             return self.halves.compute(layer, rows_RD)
         ids_RK = torch.cat([work.ids_RK for work in batch if work.ids_RK is not None])
         weights_RK = torch.cat([work.weights_RK for work in batch if work.weights_RK is not None])
         return self.halves.compute(layer, rows_RD, ids_RK, weights_RK)
+
+
+def _by_layer(works: list[FFNWork]) -> dict[int, list[FFNWork]]:
+    by_layer: dict[int, list[FFNWork]] = {}
+    for work in works:
+        by_layer.setdefault(work.header.layer, []).append(work)
+    return by_layer

@@ -26,6 +26,7 @@ from antiphon.models.kv_cache import KVCache
 from antiphon.telemetry.step_trace import Mark, StepTrace
 from antiphon.worker.sampler import SamplingState, logprobs_of, sample
 from antiphon.worker.ubatch import Half, Segment, plan_ops, split_segments
+from antiphon.worker.ubatch_tuning import UbatchTuner
 
 _NO_KV = KVEvents()
 
@@ -84,9 +85,10 @@ class AttentionWorker:
         afd: AttentionSide,
         *,
         num_ubatches: int = 1,
-        min_ubatch_rows: int = 1,
+        tuner: UbatchTuner | None = None,
         kv: DecodeSide | PrefillSide | None = None,
     ) -> None:
+        """``num_ubatches``: in flight at most; ``tuner``: chooses how many each step gets, None = always as many as there are."""
         self.halves = halves
         self.cache = cache
         self.afd = afd
@@ -95,7 +97,7 @@ class AttentionWorker:
         self.trace: StepTrace | None = None  # set before the first step by who wants one
         self._away: dict[int, int] = {}  # place in flight → FFN layer, while tracing
         self._num_ubatches = num_ubatches
-        self._min_ubatch_rows = min_ubatch_rows
+        self._tuner = tuner
         self._plans = {m: plan_ops(halves.config.num_layers, m) for m in range(1, num_ubatches + 1)}
         self._rows: dict[RequestId, _Row] = {}
         self._experts = afd.experts  # as wanted; the connector takes it between two steps
@@ -131,6 +133,7 @@ class AttentionWorker:
             return self._execute(step)
         finally:
             self._is_stepping = False
+            self.afd.rest()
 
     def _execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         start_s = time.perf_counter()
@@ -189,9 +192,7 @@ class AttentionWorker:
         finals: list[torch.Tensor] = []
         sampled: list[_Row] = []
         if segments:
-            runs = split_segments(segments, self._num_ubatches, self._min_ubatch_rows)
-            states = [self._lay_out(batch, run) for run in runs]
-            self._forward(step_id, batch, runs, states)
+            runs, states = self._forward_all(step_id, batch, segments)
             for run, state in zip(runs, states, strict=True):
                 at = 0
                 for segment in run:
@@ -210,6 +211,32 @@ class AttentionWorker:
                     self.kv.finish(row.request_id)
                 self.kv.pump()
         return self._sample(finals, sampled)
+
+    def _forward_all(
+        self, step_id: int, batch: list[tuple[_Row, int]], segments: list[Segment]
+    ) -> tuple[list[list[Segment]], list[StepState]]:
+        """Cut the step into ubatches and compute them, telling the tuner how long that took."""
+        num_rows = sum(segment.num_tokens for segment in segments)
+        is_decode = num_rows == len(segments)
+        tuner, times = self._tuner, self.afd.times
+        wanted = self._num_ubatches if tuner is None else tuner.choose(num_rows, is_decode=is_decode)
+        before = (times.num_exchanges, times.ffn_compute_s, times.ffn_wait_s, times.round_trip_s)
+        start_s = time.perf_counter()
+        runs = split_segments(segments, wanted)
+        states = [self._lay_out(batch, run) for run in runs]
+        self._forward(step_id, batch, runs, states)
+        if tuner is not None:
+            num_exchanges = max(1, times.num_exchanges - before[0])
+            ffn_s, wait_s, away_s = times.ffn_compute_s - before[1], times.ffn_wait_s - before[2], times.round_trip_s - before[3]
+            tuner.note(
+                num_rows,
+                len(runs),
+                is_decode=is_decode,
+                step_s=time.perf_counter() - start_s,
+                t_ffn_s=ffn_s / num_exchanges,
+                t_transfer_s=max(0.0, away_s - ffn_s - wait_s) / 2 / num_exchanges,
+            )
+        return runs, states
 
     @staticmethod
     def _note_bad(row: _Row, state: StepState, start: int, end: int) -> None:

@@ -11,6 +11,7 @@
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
@@ -19,6 +20,7 @@
 enum { NOTHING = -1, CORRUPT = -2 };
 enum { SLEEPS_FOR_MESSAGE = 1, SLEEPS_FOR_SLOT = 2 };
 enum { HEADER_BYTES = 64 };
+enum { ALONE_NS = 50000 };
 
 typedef struct {
     _Atomic uint64_t word;
@@ -202,6 +204,7 @@ static uint64_t nanoseconds(void) {
 }
 
 // spin(lanes, seconds) -> bool: without the GIL, until one of a tuple of lanes is pending (True) or the time is up (False).
+// After ALONE_NS it offers the processor to others at every turn: where the peer shares it, spinning must not keep it waiting.
 static PyObject *spin(PyObject *module, PyObject *args) {
     PyObject *lanes;
     double seconds;
@@ -211,7 +214,7 @@ static PyObject *spin(PyObject *module, PyObject *args) {
         if (!Py_IS_TYPE(PyTuple_GET_ITEM(lanes, i), &lane_type)) return PyErr_Format(PyExc_TypeError, "not a Lane");
     int found = 0;
     Py_BEGIN_ALLOW_THREADS
-    uint64_t end = nanoseconds() + (uint64_t)(seconds > 0 ? seconds * 1e9 : 0);
+    uint64_t start = nanoseconds(), now = start, end = start + (uint64_t)(seconds > 0 ? seconds * 1e9 : 0);
     do {
         for (int turn = 0; turn < 16 && !found; turn++) {
             for (Py_ssize_t i = 0; i < num_lanes; i++) found |= is_pending((lane *)PyTuple_GET_ITEM(lanes, i));
@@ -221,7 +224,10 @@ static PyObject *spin(PyObject *module, PyObject *args) {
             __asm__ volatile("yield");
 #endif
         }
-    } while (!found && nanoseconds() < end);
+        if (found) break;
+        if (now - start > ALONE_NS) sched_yield();
+        now = nanoseconds();
+    } while (now < end);
     Py_END_ALLOW_THREADS
     return PyBool_FromLong(found);
 }

@@ -1,0 +1,193 @@
+"""What either end of the layer exchange does with a peer that stops reading, is silent or sends nonsense: in time, and by name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from antiphon.connectors.afd import AttentionSide
+from antiphon.connectors.ffn_side import FFNSide
+from antiphon.connectors.headers import Header, Kind
+from antiphon.core.errors import CorruptMessage, PeerLost
+from antiphon.core.ids import Epoch, WorkerId
+from antiphon.transport.base import Hello, LinkLayout
+from antiphon.transport.loopback import LoopbackLink, loopback_pair
+
+WIDTH, ROWS = 8, 2
+TIMEOUT_S = 0.05
+FFN, ATTENTION = WorkerId("test/ffn/0"), WorkerId("test/attention/0")
+
+
+def pair(num_slots: int = 3, ffn: WorkerId = FFN) -> tuple[LoopbackLink, LoopbackLink]:
+    """(attention end, FFN end)."""
+    size = 16 * WIDTH * 4
+    layout = LinkLayout(channel="afd", num_slots=num_slots, send_slot_bytes=size, recv_slot_bytes=size, fields=())
+    return loopback_pair(
+        Hello(worker_id=ATTENTION, epoch=Epoch(1), layout=layout), Hello(worker_id=ffn, epoch=Epoch(1), layout=layout)
+    )
+
+
+def attention_side(link: LoopbackLink, num_ubatches: int = 2) -> AttentionSide:
+    side = AttentionSide(
+        epoch=Epoch(1),
+        num_shards=1,
+        num_ubatches=num_ubatches,
+        hidden_size=WIDTH,
+        dtype=torch.float32,
+        return_dtype=torch.float32,
+        answer_timeout_s=TIMEOUT_S,
+        hold_s=TIMEOUT_S,
+    )
+    side.add_link(0, link)
+    return side
+
+
+def ffn_side(link: LoopbackLink) -> FFNSide:
+    side = FFNSide(
+        epoch=Epoch(1),
+        hidden_size=WIDTH,
+        dtype=torch.float32,
+        return_dtype=torch.float32,
+        compute_dtype=torch.float32,
+        experts_per_row=[0] * 4,
+    )
+    side.add_link(link)
+    return side
+
+
+def answer(far: LoopbackLink, change: Callable[[Header], Header] = lambda h: h, num_bytes: int | None = None) -> None:
+    """Take one A2F message and answer it with the rows themselves, after ``change`` of the header."""
+    message = far.poll()
+    assert message is not None
+    slot = far.acquire()
+    assert slot is not None
+    size = ROWS * WIDTH * 4
+    slot.data[:size].copy_(message.data)
+    far.release(message)
+    good = Header(kind=Kind.F2A, epoch=1, step=1, layer=0, dtype=1, rows=ROWS, num_bytes=size)
+    far.commit(slot, change(good).pack(), size if num_bytes is None else num_bytes)
+
+
+def test_an_ffn_worker_that_never_answers_is_lost_in_time_and_by_name() -> None:
+    near, far = pair()
+    side = attention_side(near)
+    start = time.monotonic()
+    side.send(1, 0, 0, torch.ones(ROWS, WIDTH))
+    with pytest.raises(PeerLost, match=r"test/ffn/0.*owed an answer for 0.05 s"):
+        side.receive(0)
+    assert time.monotonic() - start < 20 * TIMEOUT_S
+    assert isinstance(side.losses[-1], PeerLost)
+    with pytest.raises(PeerLost):
+        far.acquire()
+
+
+def test_an_ffn_worker_that_stops_reading_is_lost_when_its_ring_is_full() -> None:
+    near, _ = pair(num_slots=1)
+    side = attention_side(near)
+    side.send(1, 0, 0, torch.ones(ROWS, WIDTH))
+    with pytest.raises(PeerLost, match=r"test/ffn/0.*took no rows for 0.05 s"):
+        side.send(1, 0, 1, torch.ones(ROWS, WIDTH))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h._replace(kind=Kind.A2F),
+        lambda h: h._replace(ubatch=7),
+        lambda h: h._replace(dtype=2),
+        lambda h: h._replace(rows=ROWS + 1),
+        lambda h: h._replace(num_bytes=h.num_bytes - 4),
+    ],
+)
+def test_an_ffn_worker_that_answers_nonsense_is_dropped_and_named(change: Callable[[Header], Header]) -> None:
+    near, far = pair()
+    side = attention_side(near)
+    side.send(1, 0, 0, torch.ones(ROWS, WIDTH))
+    answer(far, change)
+    with pytest.raises(PeerLost, match="test/ffn/0"):
+        side.receive(0)
+    assert isinstance(side.losses[0], CorruptMessage)
+    assert side.losses[0].peer == FFN
+
+
+def test_rows_that_were_given_up_do_not_cost_the_link() -> None:
+    near, far = pair()
+    side = attention_side(near)
+    rows = torch.arange(ROWS * WIDTH, dtype=torch.float32).view(ROWS, WIDTH)
+    for ubatch in (0, 1):
+        side.send(1, 0, ubatch, rows)
+    side.abandon()
+
+    def answers() -> None:
+        while (message := far.poll()) is not None:
+            slot = far.acquire()
+            assert slot is not None, "the attention side left no room for what it asked"
+            size = ROWS * WIDTH * 4
+            slot.data[:size].copy_(message.data)
+            step, ubatch = int.from_bytes(message.header[16:24], "little"), int.from_bytes(message.header[26:28], "little")
+            far.release(message)
+            header = Header(kind=Kind.F2A, epoch=1, step=step, layer=0, ubatch=ubatch, dtype=1, rows=ROWS, num_bytes=size)
+            far.commit(slot, header.pack(), size)
+
+    answers()
+    near.on_poll = answers
+    for step in range(2, 6):
+        for ubatch in (0, 1):
+            side.send(step, 0, ubatch, rows + step)
+        for ubatch in (0, 1):
+            assert torch.equal(side.receive(ubatch), rows + step)
+    assert not side.losses
+    side.rest()
+    assert side.num_free_slots == 3
+
+
+def test_an_answer_stays_readable_until_the_next_rows_of_its_ubatch_leave() -> None:
+    near, far = pair()
+    side = attention_side(near)
+    first, second = torch.full((ROWS, WIDTH), 3.0), torch.full((ROWS, WIDTH), 4.0)
+    side.send(1, 0, 0, first)
+    answer(far)
+    got = side.receive(0)
+    side.send(1, 0, 1, second)
+    answer(far, lambda h: h._replace(ubatch=1))
+    assert torch.equal(side.receive(1), second)
+    assert torch.equal(got, first)
+    assert near.num_free_slots == 3
+    assert far.num_free_slots == 1, "two answers are still in use"
+    side.rest()
+    assert far.num_free_slots == 3
+
+
+def test_an_attention_worker_that_does_not_take_its_answers_is_dropped_and_named() -> None:
+    near, far = pair(num_slots=1)
+    side = ffn_side(far)
+    for step in (1, 2):
+        slot = near.acquire()
+        assert slot is not None
+        size = ROWS * WIDTH * 4
+        header = Header(kind=Kind.A2F, epoch=1, step=step, layer=0, dtype=1, rows=ROWS, num_bytes=size)
+        near.commit(slot, header.pack(), size)
+        (work,) = side.poll()
+        taken = side.reply(work, work.rows_RD, compute_us=1, wait_us=1, batch_rows=ROWS)
+        assert taken == (step == 1)
+    error = side.refusals[-1]
+    assert isinstance(error, PeerLost)
+    assert error.peer == ATTENTION
+    assert "left no slot free" in str(error)
+    assert side.num_peers == 0
+
+
+def test_a_lost_spare_replica_is_noticed_between_steps() -> None:
+    near, far = pair()
+    spare_near, spare_far = pair(ffn=WorkerId("test/ffn/1"))
+    side = attention_side(near)
+    side.add_link(0, spare_near)
+    assert side.complete
+    assert len(side.peers()) == 2
+    spare_far.close()
+    side.rest()
+    assert side.peers() == {(FFN, Epoch(1))}
+    far.close()
