@@ -17,7 +17,7 @@ import typer
 
 from antiphon.core.composition import Policy
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Composition of experts: train, evaluate, route.")
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Composition of experts: train, evaluate, route, serve, demo.")
 
 
 class Embedder(StrEnum):
@@ -188,12 +188,19 @@ def serve(
         list[str] | None,
         typer.Option(help="Where a deploymentRef is reached: <deployment>=<base URL>,<model>; once per deployment."),
     ] = None,
+    directory: Annotated[
+        str | None, typer.Option(help="Directory of workers and routers: redis:// or grpc://; gateways find the router there.")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Whose workers in that directory answer for a deploymentRef: <deployment>=<model>; once per deployment."),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
     http_port: Annotated[int, typer.Option(help="HTTP; 0 = any free port.")] = 8100,
     grpc_port: Annotated[int, typer.Option(help="gRPC; 0 = any free port.")] = 9100,
     api_keys_env: Annotated[str | None, typer.Option(help="Environment variable with the accepted API keys.")] = None,
 ) -> None:
-    """Serve compositions whose experts answer at other addresses: the router's HTTP and gRPC doors."""
+    """Serve the router: with doors of its own over experts elsewhere, or for gateways that find it in a directory."""
     import asyncio
     import os
     import signal
@@ -215,10 +222,26 @@ def serve(
         if not name or not url.startswith(("http://", "https://")) or not model:
             raise InvalidInput(f"{text!r} is not <deployment>=<base URL>,<model>", "endpoint")
         endpoints[name] = ExternalEndpoint(url=url, model=model)
+    models = {}
+    for text in model or []:
+        name, _, served = text.partition("=")
+        if not name or not served:
+            raise InvalidInput(f"{text!r} is not <deployment>=<model>", "model")
+        models[name] = served
     keys = frozenset() if api_keys_env is None else keys_from(os.environ.get(api_keys_env))
     if api_keys_env is not None and not keys:
         raise Unavailable(f"no API keys in the environment variable {api_keys_env}")
-    config = CoeConfig(documents=documents, endpoints=endpoints, host=host, http_port=http_port, grpc_port=grpc_port, api_keys=keys)
+    config = CoeConfig(
+        documents=documents,
+        endpoints=endpoints,
+        models=models,
+        directory=directory,
+        registers=directory is not None,
+        host=host,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        api_keys=keys,
+    )
 
     def opened(ports: BoundPorts) -> None:
         click.echo(f"HTTP http://{ports.host}:{ports.http_port}/v1  gRPC {ports.host}:{ports.grpc_port}")
@@ -230,6 +253,40 @@ def serve(
         await run_coe(config, stop, on_bound=opened)
 
     asyncio.run(run())
+
+
+@app.command()
+def demo(
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Ask this instead of the demo's own; may be given several times.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Put SmolLM2 and two small models trained here behind one name, and show who answers what, and why."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table as RichTable
+
+    from antiphon.apps.coe_demo import SHOWN, run
+
+    result = run(_say, prompts=prompt or SHOWN)
+    if as_json:
+        click.echo(_json({"answers": [asdict(answer) for answer in result.answers], "mean_scores": result.mean_scores}))
+        return
+    console = Console(highlight=False)
+    if result.mean_scores:
+        experts = list(next(iter(result.mean_scores.values())))
+        measured = RichTable("category", *experts, title="right answers in the router's table", title_justify="left", box=None)
+        for category, scores in result.mean_scores.items():
+            measured.add_row(category, *(f"{scores[expert]:.0%}" for expert in experts))
+        console.print(measured)
+        console.print()
+    shown = RichTable("prompt", "answered by", "category", "sure", "reason", "answer", box=None, header_style="bold")
+    for answer in result.answers:
+        sure = f"{float(answer.confidence):.2f}"
+        shown.add_row(*map(escape, (answer.prompt, answer.expert, answer.category, sure, answer.reason, answer.answer)))
+    console.print(shown)
+    console.print(f"The router is kept in {escape(str(result.router))}; its model card says what it is made of.", style="dim")
 
 
 @app.command("example-table")

@@ -175,7 +175,9 @@ class ChoiceRun:
         self._placement.prefill_started(prefill_worker)
         left_s = spec.deadline_s - self._clock()
         try:
-            async with aclosing(self._client.stream(plan.worker, request, deadline_left_s=left_s)) as answers:
+            patience_s = None if self._committed() else self._placement_timeout_s
+            streaming = self._client.stream(plan.worker, request, deadline_left_s=left_s, patience_s=patience_s)
+            async with aclosing(streaming) as answers:
                 async for answer in answers:
                     if prefill_worker is not None and answer.output.new_token_ids:
                         self._placement.prefill_ended(prefill_worker)

@@ -45,7 +45,7 @@ from antiphon.gateway.http_io import RequestTooLarge, deadline_of, error_respons
 
 _COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
 _MODEL = "/v1/models/"
-PLACEMENT_PATIENCE_S = 1.0  # how long a lost worker of an expert is waited for while other experts can answer
+PLACEMENT_PATIENCE_S = 0.5  # how long a lost worker of an expert is waited for while other experts can answer
 
 
 class CoeDoor:

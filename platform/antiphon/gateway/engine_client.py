@@ -198,13 +198,17 @@ class EngineClient:
                     worker_id, info.epoch, info.endpoint.rpc, open_timeout_s=self._open_timeout_s, clock=self._clock
                 )
 
-    async def stream(self, worker_id: WorkerId, request: Request, *, deadline_left_s: float | None) -> AsyncGenerator[Answer, None]:
-        """Run a request on a worker; see ``WorkerConnection.stream``. Waits for a session that is being opened."""
+    async def stream(
+        self, worker_id: WorkerId, request: Request, *, deadline_left_s: float | None, patience_s: float | None = None
+    ) -> AsyncGenerator[Answer, None]:
+        """Run a request on a worker; see ``WorkerConnection.stream``. Waits for a session that is being opened, ``patience_s``
+        seconds at most.
+        """
         connection = self._connections.get(worker_id)
         if connection is None:
             raise Unavailable(f"{worker_id} is gone from the directory")
         left_s = self._open_timeout_s if deadline_left_s is None else min(self._open_timeout_s, deadline_left_s)
-        await connection.wait_connected(left_s)
+        await connection.wait_connected(left_s if patience_s is None else min(left_s, patience_s))
         answers = connection.stream(request, deadline_left_s=deadline_left_s)
         try:
             async for answer in answers:
