@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -51,6 +52,10 @@ from antiphon.worker.ffn_worker import FFNWorker
 _PEERS_TIMEOUT_S = 90.0
 _PREFILL_PATIENCE_S = 10.0
 _READY_POLL_S = 0.02
+
+# How long another thread may keep the GIL that the loop wants back, after every operator and every wait. Python's own 5 ms would be
+# a stall of several layers whenever the rpc thread or the lease has something to do.
+_SWITCH_INTERVAL_S = 200e-6
 
 
 class WorkerProcess:
@@ -172,6 +177,7 @@ class WorkerProcess:
     _rebalancer: Rebalancer | None = None
 
     def _loop(self) -> None:
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         if self._host is not None:
             try:
                 self._host.run(self._config.drain_s)
