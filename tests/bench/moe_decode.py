@@ -4,7 +4,7 @@
 
 One attention worker and one FFN worker on two processors can each have one, or both can have both: while the rows of the only
 ubatch are away, the attention worker has nothing to do, and experts that are read from memory are read faster by two processors
-than by one. All set-ups stay loaded and are measured in turn. A JSON line per set-up and batch, medians over the rounds, a table;
+than by one. All set-ups stay loaded and are measured in turn. A JSON line per round with its stage times, then medians and a table;
 ``tests/bench/peers.py`` has the comparison with other systems.
 """
 
@@ -72,6 +72,7 @@ def main() -> None:
             for batch in args.batch:
                 for name, deployment in running.items():
                     line = deployment.decode(batch, num_prompt=args.prompt, num_generated=args.generated)
+                    print(json.dumps({**line, "bench": "moe_decode-round", "setup": name}), flush=True)
                     rates.setdefault((name, batch), []).append(line["tokens_per_s"])
     base = args.setups[0]
     for (name, batch), measured in rates.items():
