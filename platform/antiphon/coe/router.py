@@ -19,6 +19,7 @@ import numpy as np
 
 from antiphon.coe.artifact import Artifact, PolicyPoint, ServedPath
 from antiphon.coe.assessment import Assessment, assess
+from antiphon.coe.budget import DocumentBudget, document_budget, price_of
 from antiphon.coe.decision import (
     EVERYONE_IDLE,
     Decision,
@@ -75,11 +76,22 @@ def _assessed(path: ServedPath, embedding: np.ndarray[tuple[int], np.dtype[np.fl
     return assess(path.fitted.raw(embedding[None, :]), path.fitted, path.mix, path.gate)
 
 
-def policy_terms(artifact: Artifact | None, spec: CompositionSpec, policy: Policy) -> PolicyTerms:
-    """A policy as cost per expert and the experts worth having, from the artifact's frontier and the document's costs."""
+def policy_terms(
+    artifact: Artifact | None, spec: CompositionSpec, policy: Policy, budget: DocumentBudget = DocumentBudget()
+) -> PolicyTerms:
+    """A policy as cost per expert and the experts worth having, from the artifact's frontier and the document's costs.
+
+    An expert costs by its active parameters or its price, whichever is the greater share of the largest; under a budget of
+    price, by its price alone. What the memory leaves out is not worth having under any policy.
+    """
     names = [expert.name for expert in spec.experts]
+    resident = frozenset(names) if budget.resident is None else budget.resident
     if artifact is None or not artifact.policies:
-        return PolicyTerms(cost={}, experts=frozenset(names))
+        return PolicyTerms(cost={}, experts=resident)
+    prices = {expert.name: price_of(expert) for expert in spec.experts}
+    dearest = max(prices.values()) or 1.0
+    if policy == "budget" and budget.price_weight is not None:
+        return PolicyTerms(cost={name: budget.price_weight * price / dearest for name, price in prices.items()}, experts=resident)
     point = _point(artifact, spec, policy)
     known = dict(zip(artifact.expert_names, artifact.costs, strict=True))
     costs = {e.name: e.active_params_b if e.active_params_b is not None else known.get(e.name, 1.0) for e in spec.experts}
@@ -87,8 +99,8 @@ def policy_terms(artifact: Artifact | None, spec: CompositionSpec, policy: Polic
     added = {expert.name for expert in artifact.experts if expert.added_from_probes}
     worth = {artifact.expert_names[m] for m in point.experts if artifact.allowed[m]} | added
     return PolicyTerms(
-        cost={name: point.weight * cost / largest for name, cost in costs.items()},
-        experts=frozenset(worth & set(names)) or frozenset(names),
+        cost={name: point.weight * max(cost / largest, prices[name] / dearest) for name, cost in costs.items()},
+        experts=frozenset(worth & resident) or resident,
     )
 
 
@@ -140,12 +152,17 @@ class Router:
         self._records: OrderedDict[DecisionId, Record] = OrderedDict()
         self._feedback: dict[DecisionId, float] = {}
         self._num_decisions = 0
-        self._artifact = _fitting(artifact, spec)
+        self._decider = _fitting(artifact, spec)  # replaced as one by swap
 
     @property
     def artifact(self) -> Artifact | None:
         """The artifact that decides now."""
-        return self._artifact
+        return self._decider[0]
+
+    @property
+    def budget(self) -> DocumentBudget:
+        """What the document's limits come to with it."""
+        return self._decider[1]
 
     def swap(self, artifact: Artifact) -> None:
         """Decide with another artifact from the next request on; the old one goes on until then.
@@ -153,7 +170,7 @@ class Router:
         Raises:
             InvalidInput: it doesn't fit the document; the old one stays.
         """
-        self._artifact = _fitting(artifact, self.spec)
+        self._decider = _fitting(artifact, self.spec)
 
     def route(self, question: Question, view: View = EVERYONE_IDLE, sticky_expert: str | None = None) -> Record:
         """Decide and remember.
@@ -163,7 +180,7 @@ class Router:
             Unavailable: nobody who could serve it is healthy.
         """
         began = self._clock()
-        artifact = self._artifact
+        artifact, budget = self._decider
         judgement = None
         if artifact is not None and question.expert is None:
             gate = self.spec.gate
@@ -173,7 +190,7 @@ class Router:
                 strictness=gate.strictness if gate.enabled else 0.0,
                 slow_path=self.spec.router.slow_path == "auto",
             )
-        terms = policy_terms(artifact, self.spec, question.policy or self.spec.policy.name)
+        terms = policy_terms(artifact, self.spec, question.policy or self.spec.policy.name, budget)
         decision = decide(question, judgement, self.spec, terms, view, sticky_expert)
         return self._remember(question, judgement, view, sticky_expert, decision, began)
 
@@ -209,7 +226,8 @@ class Router:
         """
         record = self.explain(decision_id)
         question = replace(record.question, policy=policy)
-        terms = policy_terms(self._artifact, self.spec, policy)
+        artifact, budget = self._decider
+        terms = policy_terms(artifact, self.spec, policy, budget)
         return decide(question, record.judgement, self.spec, terms, record.view, record.sticky_expert)
 
     def feedback(self, decision_id: DecisionId, score: float) -> None:
@@ -248,7 +266,7 @@ class Router:
                 judgement=judgement,
                 view=view,
                 sticky_expert=sticky_expert,
-                artifact_digest="" if self._artifact is None else self._artifact.digest,
+                artifact_digest="" if self.artifact is None else self.artifact.digest,
                 decided_s=self._wall_clock(),
                 took_s=now_s - began_s,
             )
@@ -265,9 +283,9 @@ def _decision_id(replica: str, number: int, question: Question) -> DecisionId:
     return DecisionId(f"rd-{number:x}-{hashlib.sha256(content).hexdigest()[:16]}")
 
 
-def _fitting(artifact: Artifact | None, spec: CompositionSpec) -> Artifact | None:
+def _fitting(artifact: Artifact | None, spec: CompositionSpec) -> tuple[Artifact | None, DocumentBudget]:
     if artifact is None:
-        return None
+        return None, DocumentBudget()
     known = set(artifact.expert_names)
     unknown = [expert.name for expert in spec.experts if expert.name not in known]
     if unknown:
@@ -275,4 +293,4 @@ def _fitting(artifact: Artifact | None, spec: CompositionSpec) -> Artifact | Non
             f"the router artifact does not know expert {unknown[0]!r}; it knows {', '.join(artifact.expert_names)}",
             "spec.experts",
         )
-    return artifact
+    return artifact, document_budget(artifact, spec)
