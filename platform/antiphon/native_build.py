@@ -1,6 +1,7 @@
 """Compiles a C or C++ source once per machine and finds the result again (control speed).
 
-A library lies under ``$ANTIPHON_CACHE/native/<digest of source, flags, compiler and processor>``, by default ``~/.cache/antiphon``.
+A library lies under ``$ANTIPHON_CACHE/native/<digest of source, headers beside it, flags, compiler and processor>``, by default
+``~/.cache/antiphon``.
 Builders racing each other each write their own file and rename it into place. Must not know: what libraries do.
 """
 
@@ -34,7 +35,8 @@ def find_compiler(variable: str, names: Sequence[str]) -> str | None:
 def library_path(source: Path, compiler: str, flags: Sequence[str]) -> Path:
     """Where the library of ``source`` lies once it is built on this machine."""
     facts = [*flags, compiler, platform.machine(), platform.libc_ver()[0], _processor_features()]
-    digest = hashlib.sha256(source.read_bytes() + "\0".join(facts).encode()).hexdigest()
+    text = b"".join(file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h"))))
+    digest = hashlib.sha256(text + "\0".join(facts).encode()).hexdigest()
     return cache_directory() / digest[:16] / f"lib{source.stem}.so"
 
 

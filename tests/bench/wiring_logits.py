@@ -52,7 +52,11 @@ def logits_of(
             original = halves.logits
             halves.logits = lambda x, original=original, seen=seen: seen.append(original(x)) or seen[-1]  # type: ignore[method-assign]
             tokens += cluster.generate(
-                prompt, max_tokens=1, on=number % len(cluster.generating), prefill=0 if "pd" in topology else None
+                prompt,
+                max_tokens=1,
+                on=number % len(cluster.generating),
+                prefill=0 if "pd" in topology else None,
+                num_logprobs=0,  # asks for all logits
             )
             halves.logits = original  # type: ignore[method-assign]
             rows.append(seen[-1][0])

@@ -9,7 +9,7 @@ Legend: T rows, N query heads, K KV heads, G = N/K, H head dim, V of values, B d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,12 @@ class AttentionBatch:
     decode_lens_B: torch.Tensor | None  # int64: context lengths, the row itself included
     chunks: Sequence[Chunk]
     _decode_slots_BC: torch.Tensor | None = None
+    chunk_slots: Sequence[torch.Tensor] = field(init=False)  # context slots by chunk, and rows by chunk: as our kernels take them
+    chunk_rows: Sequence[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.chunk_slots = [chunk.context_slots for chunk in self.chunks]
+        self.chunk_rows = [chunk.num_rows for chunk in self.chunks]
 
     @property
     def decode_slots_BC(self) -> torch.Tensor | None:

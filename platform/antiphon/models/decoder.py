@@ -24,7 +24,7 @@ from antiphon.models.experts import DenseFFN, ExpertBank
 from antiphon.models.grouped_attention import GroupedAttention
 from antiphon.models.kv_cache import KVCache
 from antiphon.models.latent_attention import LatentAttention
-from antiphon.models.layers import Norm, Rope, read_norm
+from antiphon.models.layers import Norm, RMSNorm, Rope, read_norm
 from antiphon.models.linear import Linear
 from antiphon.models.placement import ExpertPlacement
 from antiphon.models.quantized import Int8Choice
@@ -65,6 +65,7 @@ class _AttentionLayer:
     router: Router | None
     shortcut: Router | None
     joins_shortcut: bool
+    joined: tuple[RMSNorm, RMSNorm] | None  # norms before and after where attention takes them into its own call
 
 
 class AttentionHalves:
@@ -84,6 +85,7 @@ class AttentionHalves:
         kinds = list(dict.fromkeys(layer.attention.rope for layer in config.layers))
         self._ropes = [Rope(kind, max_model_len, dtype, device) for kind in kinds]
         self._layers = [self._layer(i, layer, weights, kinds) for i, layer in enumerate(config.layers)]
+        self._needs_no_tables = all(half.joined is not None for half in self._layers)
         self._final_norm = read_norm(config.norm, weights, names.final_norm, config.norm_eps)
         self._lm_head = Linear(
             self._embed_VD if config.tie_embeddings else weights.read(names.lm_head + ".weight"),
@@ -105,14 +107,16 @@ class AttentionHalves:
             attention = GroupedAttention(layer.attention, weights, layer, self._ropes[rope], config.norm, config.norm_eps)
         else:
             attention = LatentAttention(layer.attention, weights, layer, self._ropes[rope])
+        norms = {
+            place: read_norm(config.norm, weights, layer.prefix + name, config.norm_eps)
+            for place, name in norm_names.items()
+            if place in layer.norms
+        }
         return _AttentionLayer(
             attention=attention,
             rope=rope,
-            norms={
-                place: read_norm(config.norm, weights, layer.prefix + name, config.norm_eps)
-                for place, name in norm_names.items()
-                if place in layer.norms
-            },
+            norms=norms,
+            joined=_joined(attention, norms),
             router=Router(layer.ffn, weights, layer) if isinstance(layer.ffn, MoEConfig) else None,
             shortcut=None if layer.shortcut is None else Router(layer.shortcut, weights, layer),
             joins_shortcut=index > 0 and config.layers[index - 1].shortcut is not None,
@@ -142,22 +146,30 @@ class AttentionHalves:
         x_TD = self._embed_VD[token_ids_T]
         if self._embed_scale is not None:
             x_TD.mul_(self._embed_scale)
-        return StepState(x_TD=x_TD, batch=batch, rope_tables=[rope.tables(batch.positions_T) for rope in self._ropes])
+        tables = [] if self._needs_no_tables else [rope.tables(batch.positions_T) for rope in self._ropes]
+        return StepState(x_TD=x_TD, batch=batch, rope_tables=tables)
 
     def attend(self, layer: int, state: StepState, cache: KVCache) -> Sequence[Outgoing]:
         """The attention half; advances the residual stream and returns the rows for the FFN side."""
         half = self._layers[layer]
-        normed = _normed(half.norms.get("input"), state.x_TD)
-        attended = half.attention(normed, state.batch, state.rope_tables[half.rope], layer, cache)
-        state.x_TD.add_(_normed(half.norms.get("attention_out"), attended))
-        norm = half.norms.get("ffn")
-        rows_TD = state.x_TD if norm is None else norm(state.x_TD)
-        if half.shortcut is not None and norm is None:
-            rows_TD = rows_TD.clone()  # x itself changes while a shortcut's rows are away
+        if half.joined is not None and isinstance(half.attention, GroupedAttention):
+            rows_TD = half.attention.half(state.x_TD, state.batch, layer, cache, *half.joined)
+        else:
+            rows_TD = self._attend_in_parts(layer, half, state, cache)
         leaving = [self._leave(layer, layer, 0, rows_TD, half.router, state)]
         if half.shortcut is not None:
             leaving.append(self._leave(layer, self.config.num_layers + layer, 1, rows_TD, half.shortcut, state))
         return leaving
+
+    @staticmethod
+    def _attend_in_parts(layer: int, half: _AttentionLayer, state: StepState, cache: KVCache) -> torch.Tensor:
+        normed = _normed(half.norms.get("input"), state.x_TD)
+        attended = half.attention(normed, state.batch, state.rope_tables[half.rope], layer, cache)
+        state.x_TD.add_(_normed(half.norms.get("attention_out"), attended))
+        norm = half.norms.get("ffn")
+        if norm is not None:
+            return norm(state.x_TD)
+        return state.x_TD if half.shortcut is None else state.x_TD.clone()  # x itself changes while a shortcut's rows are away
 
     def _leave(self, layer: int, ffn: int, lane: int, rows_TD: torch.Tensor, router: Router | None, state: StepState) -> Outgoing:
         routing = None if router is None else router(rows_TD)
@@ -184,9 +196,25 @@ class AttentionHalves:
 
     def logits(self, x_RD: torch.Tensor) -> torch.Tensor:
         """fp32 [R, V] from rows of the residual stream."""
-        logits_RV = self._lm_head(self._final_norm(x_RD)).float()
+        logits_RV = self._lm_head.in_fp32(self._final_norm(x_RD))
         cap = self.config.logit_softcap
         return logits_RV if cap is None else torch.tanh(logits_RV / cap) * cap
+
+    def greedy(self, x_RD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The most likely token of each row, int64 [R], and its logit, fp32 [R], which is no number where the row is none."""
+        if self._lm_head.tiles is None or self.config.logit_softcap is not None:  # a cap can round two logits to one
+            values_R, ids_R = self.logits(x_RD).max(dim=-1)
+            return ids_R, values_R
+        return self._lm_head.best(self._final_norm(x_RD))
+
+
+def _joined(attention: GroupedAttention | LatentAttention, norms: Mapping[NormPlace, Norm]) -> tuple[RMSNorm, RMSNorm] | None:
+    before, after = norms.get("input"), norms.get("ffn")
+    if not isinstance(attention, GroupedAttention) or not attention.joins_norms or "attention_out" in norms:
+        return None
+    if not isinstance(before, RMSNorm) or not isinstance(after, RMSNorm) or before.eps != after.eps:
+        return None
+    return (before, after) if before.weight_D.dtype is after.weight_D.dtype is torch.bfloat16 else None
 
 
 def _normed(norm: Norm | None, x_TD: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,8 @@ from antiphon.models.linear import Linear
 from antiphon.models.native.library import available
 from antiphon.models.weights import Weights
 
+_TILE_DIMS = 32  # our matrix kernels read whole runs of this many dimensions of a head
+
 
 class GroupedAttention:
     """q, k and v in one projection, rotation, paged attention, output projection."""
@@ -56,6 +58,26 @@ class GroupedAttention:
             and all(w is None or w.dtype is weight.dtype for w in self._head_norms)
             and (config.qk_norm == "none") == (self._head_norms[0] is None)
         )
+        self._tiles = self._native and self._qkv.tiles is not None and config.head_dim % _TILE_DIMS == 0
+
+    @property
+    def joins_norms(self) -> bool:
+        """Whether ``half`` can be called."""
+        return self._tiles and self._out.tiles is not None
+
+    def half(
+        self, x_TD: torch.Tensor, batch: AttentionBatch, layer: int, cache: KVCache, input_norm: RMSNorm, ffn_norm: RMSNorm
+    ) -> torch.Tensor:
+        """The attention half in one call, ffn_norm(x += attention(input_norm(x))), newly allocated; both norms in bfloat16."""
+        c = self._config
+        k_cache, v_cache = cache.planes[layer]
+        rows: torch.Tensor = torch.ops.antiphon.attention_half(
+            *(x_TD, input_norm.weight_D, self._qkv.tiles, self._qkv.bias, self._rope.cos, self._rope.sin),
+            *(batch.positions_T, batch.slots_T, k_cache, v_cache, batch.decode_blocks_BM, batch.decode_lens_B),
+            *(batch.block_size_tokens, batch.chunk_slots, batch.chunk_rows, c.num_heads, c.scale, c.sliding_window or 0),
+            *(*self._head_norms, self._out.tiles, self._out.bias, ffn_norm.weight_D, self._eps),
+        )
+        return rows
 
     def __call__(
         self, x_TD: torch.Tensor, batch: AttentionBatch, tables: tuple[torch.Tensor, torch.Tensor], layer: int, cache: KVCache
@@ -85,11 +107,19 @@ class GroupedAttention:
         return self._out(out_TNH.reshape(num_rows, c.num_heads * c.head_dim))
 
     def _attend_natively(self, x_TD: torch.Tensor, batch: AttentionBatch, layer: int, cache: KVCache) -> torch.Tensor:
-        """The same by the compiled kernels; prefill chunks still go through torch's own attention."""
+        """The same by the compiled kernels; without matrix units, prefill chunks go through torch's own attention."""
         c = self._config
         kernels = torch.ops.antiphon
         k_cache, v_cache = cache.planes[layer]
         qkv = self._qkv(x_TD)
+        if self._tiles:
+            return self._out(
+                kernels.tile_attention(
+                    *(qkv, self._rope.cos, self._rope.sin, batch.positions_T, batch.slots_T, k_cache, v_cache),
+                    *(batch.decode_blocks_BM, batch.decode_lens_B, batch.block_size_tokens, batch.chunk_slots, batch.chunk_rows),
+                    *(c.num_heads, c.scale, c.sliding_window or 0, *self._head_norms, self._eps),
+                )
+            )
         kernels.rope_and_cache(
             *(qkv, self._rope.cos, self._rope.sin, batch.positions_T, batch.slots_T, k_cache, v_cache),
             *(c.num_heads, *self._head_norms, self._eps, 0.0),

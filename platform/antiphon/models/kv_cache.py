@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from antiphon.core.kv import KVLayout
+from antiphon.models.native.library import tiles_available
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -24,7 +25,7 @@ class KVCache:
         dtype = TORCH_DTYPES[layout.dtype]
         # Zeroed once, so that masked slots never hold NaN (0 x NaN would reach the result).
         self.planes: list[tuple[torch.Tensor, ...]] = [
-            tuple(torch.zeros(num_slots, plane.num_heads, plane.head_dim, dtype=dtype, device=device) for plane in layout.planes)
+            tuple(_zeros((num_slots, plane.num_heads, plane.head_dim), dtype, device) for plane in layout.planes)
             for _ in range(layout.num_layers)
         ]
 
@@ -64,3 +65,11 @@ class KVCache:
             source = data[at : at + num_bytes].view(plane.dtype).view(slots_T.numel(), *plane.shape[1:])
             plane.index_copy_(0, slots_T, source)
             at += num_bytes
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros, on large pages where our kernels read them: blocks lie anywhere, and small pages cost a walk each."""
+    if device.type == "cpu" and tiles_available():
+        plane: torch.Tensor = torch.ops.antiphon.large_zeros(shape, dtype)
+        return plane
+    return torch.zeros(shape, dtype=dtype, device=device)

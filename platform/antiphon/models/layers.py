@@ -20,7 +20,7 @@ class RMSNorm:
     def __init__(self, weight_D: torch.Tensor, eps: float) -> None:
         self.weight_D = weight_D
         self._shape = (weight_D.shape[0],)
-        self._eps = eps
+        self._eps = self.eps = eps
         self._native = weight_D.device.type == "cpu" and weight_D.is_contiguous() and available()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

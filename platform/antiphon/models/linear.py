@@ -1,13 +1,16 @@
 """Linear layers with weights packed once for the machine that runs them (hot).
 
-On CPUs with oneDNN the weight is reordered at load into the layout its matrix kernels want, which is worth 1.1-2 x at decode's
-batch sizes; elsewhere the plain operator runs. Legend: T rows, I inputs, O outputs.
+Three ways, best first: our own kernels on Intel's matrix units (bfloat16), where a row's result does not depend on the rows beside
+it; oneDNN with its weight reordered at load, worth 1.1-2 x at decode's batch sizes; the plain operator.
+Legend: T rows, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+from antiphon.models.native.library import tiles_available
 
 # The row count that oneDNN packs for: decode batches. Other counts run on the same packed weight.
 PACK_ROWS = 32
@@ -21,15 +24,56 @@ class Linear:
         self.out_features = weight_OI.shape[0]
         self.num_bytes = weight_OI.numel() * weight_OI.element_size()
         self._bias = bias_O
-        self._packed = _can_pack(weight_OI)
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACK_ROWS) if self._packed else weight_OI
+        self._tiles: torch.Tensor | None = None
+        self._packed = False
+        if has_tiles(weight_OI) and (bias_O is None or bias_O.dtype is torch.bfloat16):
+            self._tiles = self._weight = torch.ops.antiphon.pack_weight(weight_OI.contiguous(), False)
+        elif _can_pack(weight_OI):
+            self._packed = True
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACK_ROWS)
+        else:
+            self._weight = weight_OI
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias as given."""
+        return self._bias
+
+    @property
+    def tiles(self) -> torch.Tensor | None:
+        """The weight as our matrix kernels take it; None where they don't serve it."""
+        return self._tiles
 
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
         """[T, O], newly allocated."""
+        result: torch.Tensor
+        if self._tiles is not None:
+            result = torch.ops.antiphon.tile_linear(x_TI.contiguous(), self._tiles, None, self._bias, self.out_features)
+            return result
         if self._packed:
-            result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, self._weight, self._bias, "none", [], "")
+            result = torch.ops.mkldnn._linear_pointwise(x_TI, self._weight, self._bias, "none", [], "")
             return result
         return F.linear(x_TI, self._weight, self._bias)
+
+    def in_fp32(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """fp32 [T, O], newly allocated; not rounded on the way where our kernels compute it."""
+        if self._tiles is None:
+            return self(x_TI).float()
+        result: torch.Tensor = torch.ops.antiphon.tile_logits(x_TI.contiguous(), self._tiles, self._bias, self.out_features)
+        return result
+
+    def best(self, x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The lowest index of each row's largest result, int64 [T], and that result, fp32 [T]; NaN is larger than any number."""
+        if self._tiles is None:
+            values, indices = self.in_fp32(x_TI).max(dim=-1)
+            return indices, values
+        indices, values = torch.ops.antiphon.tile_best(x_TI.contiguous(), self._tiles, self._bias, self.out_features)
+        return indices, values
+
+
+def has_tiles(weight: torch.Tensor) -> bool:
+    """Whether our matrix kernels compute with this weight."""
+    return weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and tiles_available()
 
 
 def _can_pack(weight: torch.Tensor) -> bool:

@@ -24,7 +24,7 @@ from antiphon.models.attention import AttentionBatch, Chunk
 from antiphon.models.decoder import AttentionHalves, StepState
 from antiphon.models.kv_cache import KVCache
 from antiphon.telemetry.step_trace import Mark, StepTrace
-from antiphon.worker.sampler import SamplingState, logprobs_of, sample
+from antiphon.worker.sampler import SamplingState, logprobs_of, numbers_only, sample
 from antiphon.worker.ubatch import Half, Segment, plan_ops, split_segments
 from antiphon.worker.ubatch_tuning import UbatchTuner
 
@@ -337,10 +337,16 @@ class AttentionWorker:
         if not rows:
             return ModelRunnerOutput()
         start_s = time.perf_counter()
-        logits_RV = self.halves.logits(torch.cat(finals))
-        sample_s = time.perf_counter()
+        x_RD = finals[0] if len(finals) == 1 else torch.cat(finals)
+        if all(row.sampling.needs_best_only for row in rows):
+            ids_R, values_R = self.halves.greedy(x_RD)
+            sample_s = time.perf_counter()
+            tokens = numbers_only(ids_R, values_R)
+        else:
+            logits_RV = self.halves.logits(x_RD)
+            sample_s = time.perf_counter()
+            tokens = sample(logits_RV, [row.sampling for row in rows], [len(r.token_ids) - r.num_prompt_tokens for r in rows])
         self.stats.head_s += sample_s - start_s
-        tokens = sample(logits_RV, [row.sampling for row in rows], [len(r.token_ids) - r.num_prompt_tokens for r in rows])
         chosen: dict[RequestId, int] = {}
         logprobs: dict[RequestId, TokenLogprob] = {}
         errors: dict[RequestId, str] = {}

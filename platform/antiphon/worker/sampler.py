@@ -1,17 +1,20 @@
 """Chooses the next token of every request from its logits (hot).
 
-Greedy rows without penalties take one argmax together; everything else is row by row over tensors of one vocabulary. A draw
-inverts the cumulative distribution at one uniform number that depends on (seed, position) only, so the same seed gives the
-same tokens in any batch and any topology. Legend: R rows, V vocabulary.
+Greedy rows without penalties take one argmax together, and draws one call of the compiled kernel (without it, one row at a time in
+torch); only penalties and biases are worked out row by row. A draw inverts the cumulative distribution at one uniform number that
+depends on (seed, position) only, so the same seed gives the same tokens in any batch and any topology.
+
+Legend: R rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from antiphon.core.request import SamplingParams, TokenLogprob
+from antiphon.models.native.library import available
 
 _MASK64 = (1 << 64) - 1
 _TOP_P_FIRST_LOOK = 1024  # nearly always holds top_p of the mass; sorting a whole vocabulary costs milliseconds
@@ -32,7 +35,7 @@ def uniform(seed: int, position: int) -> float:
 class SamplingState:
     """What one request's sampling remembers between steps."""
 
-    __slots__ = ("_bias", "_counts_V", "_prompt_V", "end_ids", "params", "plain_greedy")
+    __slots__ = ("_bias", "_counts_V", "_prompt_V", "end_ids", "needs_best_only", "params", "plain_greedy")
 
     def __init__(
         self, params: SamplingParams, end_ids: frozenset[int], prompt: Sequence[int], output: Sequence[int], vocab: int
@@ -41,6 +44,7 @@ class SamplingState:
         self.end_ids = sorted(i for i in end_ids | params.stop_token_ids if i < vocab)
         penalised = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0 or params.repetition_penalty != 1.0
         self.plain_greedy = params.greedy and not penalised and not params.logit_bias and params.min_tokens == 0
+        self.needs_best_only = self.plain_greedy and params.num_logprobs is None
         self._prompt_V: torch.Tensor | None = None
         self._counts_V: torch.Tensor | None = None
         if penalised:
@@ -56,6 +60,10 @@ class SamplingState:
         """A token was chosen."""
         if self._counts_V is not None:
             self._counts_V[token_id] += 1
+
+    def changes(self, position: int) -> bool:
+        """Whether ``adjust`` would change logits at this position."""
+        return self._counts_V is not None or self._bias is not None or position < self.params.min_tokens
 
     def adjust(self, logits_V: torch.Tensor, position: int) -> torch.Tensor:
         """Penalties, bias and the mask of min_tokens; a new tensor."""
@@ -74,22 +82,63 @@ class SamplingState:
         return out
 
 
+def numbers_only(ids_R: torch.Tensor, values_R: torch.Tensor) -> list[int | None]:
+    """The most likely tokens of rows; None where the logit is not a number."""
+    chosen: list[int | None] = list(ids_R.tolist())
+    if not bool(torch.isfinite(values_R).all()):
+        for row, finite in enumerate(torch.isfinite(values_R).tolist()):
+            if not finite:
+                chosen[row] = None
+    return chosen
+
+
 def sample(logits_RV: torch.Tensor, states: Sequence[SamplingState], positions: Sequence[int]) -> list[int | None]:
     """One token per row; None where the logits are not numbers. ``positions``: output tokens so far, per row."""
     greedy_R = logits_RV.argmax(dim=-1)
     best_R = logits_RV.gather(1, greedy_R[:, None]).squeeze(1)
     bad = torch.isnan(best_R) | torch.isinf(best_R)
     chosen: list[int | None] = list(greedy_R.tolist())
+    is_bad = bad.tolist()
+    drawn: list[int] = []
+    changed: dict[int, torch.Tensor] = {}
     for row, state in enumerate(states):
-        if bad[row]:
+        if is_bad[row]:
             chosen[row] = None
-        elif not state.plain_greedy:
-            adjusted_V = state.adjust(logits_RV[row], positions[row])
-            if state.params.greedy:
-                chosen[row] = int(adjusted_V.argmax())
-            else:
-                chosen[row] = _draw(adjusted_V, state.params, positions[row])
+        elif state.plain_greedy:
+            continue
+        elif state.params.greedy:
+            chosen[row] = int(state.adjust(logits_RV[row], positions[row]).argmax())
+        else:
+            drawn.append(row)
+            if state.changes(positions[row]):
+                changed[row] = state.adjust(logits_RV[row], positions[row])
+    for row, token_id in zip(drawn, _draw_all(logits_RV, drawn, changed, states, positions), strict=True):
+        chosen[row] = token_id
     return chosen
+
+
+def _draw_all(
+    logits_RV: torch.Tensor,
+    rows: Sequence[int],
+    changed: Mapping[int, torch.Tensor],
+    states: Sequence[SamplingState],
+    positions: Sequence[int],
+) -> list[int]:
+    """A token for each of ``rows``, from its logits or, where it has them, its changed ones."""
+    if not rows:
+        return []
+    if not (available() and logits_RV.device.type == "cpu" and logits_RV.dtype is torch.float32):
+        return [_draw(changed.get(row, logits_RV[row]), states[row].params, positions[row]) for row in rows]
+    place = {row: logits_RV.shape[0] + index for index, row in enumerate(changed)}  # of changed logits, behind the others
+    together = torch.cat([logits_RV, torch.stack(list(changed.values()))]) if changed else logits_RV.contiguous()
+    settings = [(p.temperature, p.top_p, p.min_p, uniform(p.seed, positions[row])) for row in rows if (p := states[row].params)]
+    drawn: list[int] = torch.ops.antiphon.draw(
+        together,
+        torch.tensor([place.get(row, row) for row in rows]),
+        torch.tensor(settings, dtype=torch.float64),
+        torch.tensor([states[row].params.top_k for row in rows]),
+    ).tolist()
+    return drawn
 
 
 def _draw(logits_V: torch.Tensor, params: SamplingParams, position: int) -> int:

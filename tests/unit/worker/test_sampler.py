@@ -15,6 +15,8 @@ from transformers.generation.logits_process import (
 )
 
 from antiphon.core.request import SamplingParams
+from antiphon.models.native.library import available
+from antiphon.worker import sampler
 from antiphon.worker.sampler import SamplingState, logprobs_of, sample, uniform
 
 VOCAB = 300
@@ -121,3 +123,39 @@ def test_logprobs_are_of_the_model_s_own_distribution() -> None:
     assert got.logprob == pytest.approx(float(expected[11]), abs=1e-5)
     assert got.rank == int((expected > expected[11]).sum())
     assert [token for token, _ in got.top] == expected.topk(4).indices.tolist()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.6},
+        {"temperature": 1.0, "top_k": 1},
+        {"temperature": 1.4, "top_k": 50},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 2.0, "top_p": 0.999},
+        {"temperature": 1.0, "top_p": 1e-6},
+        {"temperature": 0.9, "top_k": 200, "top_p": 0.7, "min_p": 0.02},
+        {"temperature": 1.0, "frequency_penalty": 0.5, "top_p": 0.8},
+    ],
+)
+def test_the_kernel_draws_the_tokens_that_torch_draws(params: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    if not available():
+        pytest.skip("the kernels are not built here")
+    rows = torch.randn(24, 5000, generator=torch.Generator().manual_seed(9)) * 4
+    rows[:, 77] = rows[:, 78] = rows.max(dim=1).values  # equal ones, on top
+    states = [SamplingState(SamplingParams(max_tokens=9, seed=row, **params), frozenset(), [5, 6], [6], 5000) for row in range(24)]  # type: ignore[arg-type]
+    by_kernel = sample(rows, states, list(range(24)))
+    monkeypatch.setattr(sampler, "available", lambda: False)
+    assert sample(rows, states, list(range(24))) == by_kernel
+
+
+def test_mixed_rows_get_the_tokens_they_get_alone() -> None:
+    rows = logits(4, rows=4)
+    states = [
+        state(seed=1),
+        state(temperature=0.0),
+        state(seed=2, presence_penalty=1.0, output=[3]),
+        state(temperature=0.0, min_tokens=5),
+    ]
+    together = sample(rows, states, [1, 1, 1, 1])
+    assert together == [sample(rows[i : i + 1], [states[i]], [1])[0] for i in range(4)]

@@ -279,6 +279,31 @@ Tensor silu_mul(const Tensor& gate_up) {
   return out;
 }
 
+// Reads every byte once, each thread four runs side by side: what the machine's memory gives to a step that reads its weights.
+int64_t read_all(const Tensor& memory) {
+  TORCH_CHECK(memory.is_contiguous() && memory.is_cpu());
+  const int64_t words = static_cast<int64_t>(memory.nbytes()) / 8, threads = at::get_num_threads();
+  const uint64_t* from = data<uint64_t>(memory);
+  std::vector<uint64_t> sums(threads, 0);
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t run = words / threads / 4 / 8 * 8;
+      const uint64_t* at = from + k * 4 * run;
+      uint64_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < run; ++i) {
+        sum += at[i] ^ at[i + run] ^ at[i + 2 * run] ^ at[i + 3 * run];
+      }
+      sums[k] = sum;
+    }
+  });
+  uint64_t total = 0;
+  for (const uint64_t sum : sums) {
+    total += sum;
+  }
+  return static_cast<int64_t>(total);
+}
+
 // x @ packed^T + bias by oneDNN, the weight packed by mkldnn::_reorder_linear_weight.
 Tensor packed_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias) {
   using Signature = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view,
@@ -319,6 +344,7 @@ TORCH_LIBRARY(antiphon, m) {
       "decode_attention(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor blocks, Tensor lens, int block_size, int num_heads, "
       "float scale, int window) -> Tensor");
   m.def("silu_mul(Tensor gate_up) -> Tensor");
+  m.def("read_all(Tensor memory) -> int");
   m.def(
       "attend_decode(Tensor(a!) x, Tensor input_norm, Tensor qkv_weight, Tensor? qkv_bias, Tensor cos, Tensor sin, Tensor positions, "
       "Tensor slots, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor blocks, Tensor lens, int block_size, int num_heads, float scale, "
@@ -332,6 +358,7 @@ TORCH_LIBRARY_IMPL(antiphon, CompositeExplicitAutograd, m) {
   m.impl("rope_and_cache", &rope_and_cache);
   m.impl("decode_attention", &decode_attention);
   m.impl("silu_mul", &silu_mul);
+  m.impl("read_all", &read_all);
   m.impl("attend_decode", &attend_decode);
   m.impl("silu_ffn", &silu_ffn);
 }

@@ -20,7 +20,7 @@ from antiphon.native_build import build, find_compiler, library_path
 
 logger = logging.getLogger(__name__)
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "experts.cpp"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "experts.cpp", "halves.cpp", "sampling.cpp"))
 _COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -65,6 +65,15 @@ def available() -> bool:
         logger.warning("kernels can't be loaded, the torch path serves: %s", error)
         return False
     return True
+
+
+@functools.cache
+def tiles_available() -> bool:
+    """Whether this process has the kernels for matrix units and its processor the units (AMX with bfloat16).
+
+    ANTIPHON_TILES=0 turns them off, for comparisons.
+    """
+    return os.environ.get("ANTIPHON_TILES") != "0" and available() and bool(torch.ops.antiphon.tiles_ready())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,145 @@
+// Draws a token per row from logits (hot): temperature, top-k, top-p, min-p, one uniform number per row, without sorting the vocabulary.
+//
+// Weights e = exp((logit - max) / temperature) are positive floats, whose bits order as they do: a histogram over the leading bits
+// finds the bucket that a cut falls into, and only that bucket is sorted. A row's token depends on its own row alone.
+// R rows, V vocabulary. The torch path in worker/sampler.py is the reference.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+
+constexpr int kShift = 20;                     // a bucket: sign, exponent and three bits of mantissa
+constexpr int64_t kBuckets = (127 << 3) + 1;  // weights are at most 1
+
+// exp for x <= 0, relative error below 2e-7; 0 below -87.
+inline float exp_negative(float x) {
+  const float bounded = x < -87.0f ? -87.0f : x;
+  const float n = std::nearbyint(bounded * 1.44269504088896341f);
+  const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const float scale = std::bit_cast<float>(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+  return x < -87.0f ? 0.0f : p * scale;
+}
+
+inline int64_t bucket_of(float weight) { return std::bit_cast<uint32_t>(weight) >> kShift; }
+
+struct Row {
+  std::vector<float> weights;
+  std::vector<int64_t> counts;
+  std::vector<double> masses;
+  std::vector<int32_t> members;
+
+  // Weights of one bucket, largest first, equal ones in order of their index.
+  void sort_bucket(int64_t bucket) {
+    members.clear();
+    for (size_t i = 0; i < weights.size(); ++i) {
+      if (bucket_of(weights[i]) == bucket) members.push_back(static_cast<int32_t>(i));
+    }
+    std::stable_sort(members.begin(), members.end(), [&](int32_t a, int32_t b) { return weights[a] > weights[b]; });
+  }
+
+  void count() {
+    counts.assign(kBuckets, 0);
+    masses.assign(kBuckets, 0.0);
+    for (const float w : weights) {
+      const int64_t bucket = bucket_of(w);
+      ++counts[bucket];
+      masses[bucket] += w;
+    }
+  }
+
+  // Zero what is below the k-th largest weight.
+  void keep_largest(int64_t k) {
+    count();
+    int64_t bucket = kBuckets - 1;
+    for (; bucket > 0 && counts[bucket] < k; --bucket) k -= counts[bucket];
+    sort_bucket(bucket);
+    const float least = weights[members[std::min<int64_t>(k, members.size()) - 1]];
+    for (float& w : weights) w = w < least ? 0.0f : w;
+  }
+
+  // Zero what is not in the smallest set of largest weights that holds ``share`` of the mass.
+  void keep_mass(double share) {
+    count();
+    double total = 0.0;
+    for (const double mass : masses) total += mass;
+    double left = share * total;  // a weight stays while the larger ones hold less than this
+    int64_t bucket = kBuckets - 1;
+    for (; bucket > 0 && masses[bucket] < left; --bucket) left -= masses[bucket];
+    sort_bucket(bucket);
+    size_t kept = 0;
+    for (; kept < members.size() && left > 0.0; ++kept) left -= weights[members[kept]];
+    for (size_t i = kept; i < members.size(); ++i) weights[members[i]] = 0.0f;
+    for (float& w : weights) w = bucket_of(w) < bucket ? 0.0f : w;
+  }
+
+  int64_t draw(const float* logits, int64_t vocabulary, float temperature, int64_t top_k, double top_p, float min_p, double uniform) {
+    weights.resize(vocabulary);
+    float best = logits[0];
+#pragma omp simd reduction(max : best)
+    for (int64_t i = 0; i < vocabulary; ++i) best = logits[i] > best ? logits[i] : best;
+    const float inverse = 1.0f / temperature;
+    float* w = weights.data();
+#pragma omp simd
+    for (int64_t i = 0; i < vocabulary; ++i) w[i] = exp_negative((logits[i] - best) * inverse);
+    if (top_k > 0 && top_k < vocabulary) keep_largest(top_k);
+    if (top_p < 1.0) keep_mass(top_p);
+    if (min_p > 0.0f) {
+#pragma omp simd
+      for (int64_t i = 0; i < vocabulary; ++i) w[i] = w[i] < min_p ? 0.0f : w[i];
+    }
+    double total = 0.0;
+    for (int64_t i = 0; i < vocabulary; ++i) total += w[i];
+    const double point = uniform * total;
+    double passed = 0.0;
+    int64_t last = 0;
+    for (int64_t i = 0; i < vocabulary; ++i) {
+      if (w[i] == 0.0f) continue;
+      passed += w[i];
+      if (passed > point) return i;
+      last = i;
+    }
+    return last;  // rounding at the very end of the distribution
+  }
+};
+
+// Tokens of the given rows of logits_RV (fp32): settings_S4 (fp64) holds temperature, top-p, min-p and the uniform number.
+Tensor draw(const Tensor& logits, const Tensor& rows, const Tensor& settings, const Tensor& top_k) {
+  TORCH_CHECK(logits.is_contiguous() && logits.scalar_type() == at::kFloat && settings.is_contiguous());
+  const int64_t vocabulary = logits.size(1), count = rows.numel();
+  const int64_t *row = rows.const_data_ptr<int64_t>(), *k = top_k.const_data_ptr<int64_t>();
+  const double* s = settings.const_data_ptr<double>();
+  Tensor out = at::empty({count}, rows.options());
+  int64_t* to = out.data_ptr<int64_t>();
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    static thread_local Row state;
+    for (int64_t i = begin; i < end; ++i) {
+      to[i] = state.draw(logits.const_data_ptr<float>() + row[i] * vocabulary, vocabulary, static_cast<float>(s[4 * i]), k[i], s[4 * i + 1],
+                         static_cast<float>(s[4 * i + 2]), s[4 * i + 3]);
+    }
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(antiphon, m) { m.def("draw(Tensor logits, Tensor rows, Tensor settings, Tensor top_k) -> Tensor"); }
+
+TORCH_LIBRARY_IMPL(antiphon, CompositeExplicitAutograd, m) { m.impl("draw", &draw); }
