@@ -139,7 +139,10 @@ class PolicySpec(Model):
         default=None, gt=0, le=100_000, description="budget: average active parameters, in 1e9; None = not limited."
     )
     max_avg_cost: float | None = Field(
-        default=None, gt=0, le=1e6, description="budget: average price per million tokens; None = not limited."
+        default=None,
+        gt=0,
+        le=1e6,
+        description="budget: average price per million tokens, prompt and output in equal parts; None = not limited.",
     )
     max_memory: Quantity | None = Field(default=None, description="Memory for all resident experts; None = not limited.")
     wait_weight: float = Field(
