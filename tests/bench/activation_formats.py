@@ -43,7 +43,7 @@ def logits_of(cluster: LocalCluster, texts: list[list[int]]) -> torch.Tensor:
     """fp32 [texts, V]: the logits after each text, one request at a time."""
     halves, seen = cluster.generating[0].worker.halves, []
     original = halves.logits
-    halves.logits = lambda x: seen.append(original(x)) or seen[-1]  # type: ignore[method-assign, func-returns-value]
+    halves.logits = lambda x: seen.append(original(x)) or seen[-1]  # type: ignore[method-assign, assignment, func-returns-value]
     for text in texts:
         cluster.generate(text, max_tokens=1)
     halves.logits = original  # type: ignore[method-assign]

@@ -338,9 +338,9 @@ def main() -> None:
         for turn in range(args.repeats + 1):
             for batch in args.batch or [1, 32]:
                 for name, one in wirings.items():
-                    line = one.run(batch, args.prompt, args.generated if turn else args.warm_up)
+                    figures = one.run(batch, args.prompt, args.generated if turn else args.warm_up)
                     if turn:
-                        lines.setdefault((name, batch), []).append(line)
+                        lines.setdefault((name, batch), []).append(figures)
     finally:
         for one in wirings.values():
             one.close()

@@ -34,7 +34,7 @@ def greedy(model: Any, prompt: list[int]) -> list[int]:
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    return out[0, len(prompt) :].tolist()
+    return [int(token) for token in out[0, len(prompt) :]]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]
         max_position_embeddings=256,
         initializer_range=0.2,  # logits far apart: no ties to break
     )
-    model = LlamaForCausalLM(config).eval()
+    model: Any = LlamaForCausalLM(config)
+    model.eval()
     path = tmp_path_factory.mktemp("tiny")
     model.save_pretrained(path)
     chance = random.Random(5)
