@@ -1,5 +1,5 @@
 # The operator: docker build -f deploy/images/operator.Dockerfile .
-# Pin the base to a digest at release: --build-arg BASE=python:3.11.14-slim-bookworm@sha256:…
+# The base is an exact version; deploy/images/pin-bases.sh pins it to the digest that version has, as a release does.
 ARG BASE=python:3.11.14-slim-bookworm
 
 FROM ${BASE} AS build

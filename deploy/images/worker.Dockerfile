@@ -1,5 +1,5 @@
 # Head, workers, gateway and router: docker build -f deploy/images/worker.Dockerfile .
-# For accelerators: --build-arg BASE=nvidia/cuda:… with Python 3.11. Pin the base to a digest at release.
+# For accelerators: --build-arg BASE=nvidia/cuda:… with Python 3.11. Pinning: see operator.Dockerfile.
 ARG BASE=python:3.11.14-slim-bookworm
 
 FROM ${BASE} AS build

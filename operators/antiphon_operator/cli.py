@@ -43,6 +43,14 @@ def run_command(
     metrics_namespace_labels: Annotated[
         str, typer.Option(envvar="ANTIPHON_METRICS_NAMESPACE_LABELS", help="k=v,k=v of namespaces that may scrape.")
     ] = "",
+    gateway_cpu: Annotated[str, typer.Option(envvar="ANTIPHON_GATEWAY_CPU", help="Processors of a gateway pod.")] = "1",
+    gateway_memory: Annotated[str, typer.Option(envvar="ANTIPHON_GATEWAY_MEMORY", help="Memory of a gateway pod.")] = "2Gi",
+    head_cpu: Annotated[str, typer.Option(envvar="ANTIPHON_HEAD_CPU", help="Processors of Ray's head.")] = "1",
+    head_memory: Annotated[str, typer.Option(envvar="ANTIPHON_HEAD_MEMORY", help="Memory of Ray's head.")] = "4Gi",
+    router_image: Annotated[str, typer.Option(envvar="ANTIPHON_ROUTER_IMAGE", help="Image of routers; empty = --image.")] = "",
+    artifact_image: Annotated[
+        str, typer.Option(envvar="ANTIPHON_ARTIFACT_IMAGE", help="Image of downloads; empty = --image.")
+    ] = "",
 ) -> None:
     """Watch and reconcile until stopped; exits non-zero when the lease is lost."""
     from antiphon_operator.observability import configure_logs
@@ -50,7 +58,16 @@ def run_command(
 
     configure_logs(log_level.upper())
     labels = dict(pair.split("=", 1) for pair in metrics_namespace_labels.split(",") if pair)
-    settings = Settings(runtime=Runtime(image=image, ray_version=ray_version), metrics_namespace_labels=labels)
+    settings = Settings(
+        runtime=Runtime(image=image, ray_version=ray_version),
+        metrics_namespace_labels=labels,
+        gateway_cpu=gateway_cpu,
+        gateway_memory=gateway_memory,
+        head_cpu=head_cpu,
+        head_memory=head_memory,
+        router_image=router_image,
+        artifact_image=artifact_image,
+    )
     options = Options(
         settings=settings,
         kubeconfig=kubeconfig,

@@ -14,7 +14,10 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from antiphon_operator.log_fields import noted
+
 _PLAIN = frozenset(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {"message", "asctime", "taskName"}
+STARTUP_BUCKETS_S = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 900, 1800, 3600)
 
 
 class OperatorMetrics:
@@ -25,7 +28,18 @@ class OperatorMetrics:
         self.passes = Counter("antiphon_operator_reconciles", "Finished reconciles.", ("kind", "result"), registry=self.registry)
         self.seconds = Histogram("antiphon_operator_reconcile_seconds", "Time of one reconcile.", ("kind",), registry=self.registry)
         self.queued = Gauge("antiphon_operator_queued_keys", "Keys waiting or being reconciled.", registry=self.registry)
+        self.startup = Histogram(
+            "antiphon_operator_startup_seconds",
+            "Time from applying a revision to each stage of its start.",
+            ("stage",),
+            buckets=STARTUP_BUCKETS_S,
+            registry=self.registry,
+        )
         self.leading = Gauge("antiphon_operator_leader", "1 on the replica that leads.", registry=self.registry)
+
+    def stage(self, stage: str, took_s: float) -> None:
+        """A start passed ``stage`` after ``took_s``."""
+        self.startup.labels(stage=stage).observe(took_s)
 
 
 class HealthServer:
@@ -65,13 +79,17 @@ class HealthServer:
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-class _JsonFormatter(logging.Formatter):
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line, with what its pass has noted."""
+
     def format(self, record: logging.LogRecord) -> str:
+        """The line of ``record``."""
         value: dict[str, object] = {
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **noted(),
         }
         value |= {key: str(inner) for key, inner in record.__dict__.items() if key not in _PLAIN}
         if record.exc_info:
@@ -82,7 +100,7 @@ class _JsonFormatter(logging.Formatter):
 def configure_logs(level: str = "INFO") -> None:
     """One JSON object a line on standard error."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonFormatter())
+    handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
     # Objects' bodies are logged by kopf at debug level only; keep them out whatever the level is.
     logging.getLogger("kopf.objects").setLevel(logging.WARNING)

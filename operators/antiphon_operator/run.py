@@ -65,7 +65,9 @@ async def run(options: Options) -> None:
         ScrapedMetrics(clock=time.time) as measured,
     ):
         reconcilers = {
-            LLM_DEPLOYMENT.kind: LLMReconciler(kube, options.settings, clock=time.time, metrics=measured).reconcile,
+            LLM_DEPLOYMENT.kind: LLMReconciler(
+                kube, options.settings, clock=time.time, metrics=measured, on_stage=metrics.stage
+            ).reconcile,
             COMPOSITION.kind: CompositionReconciler(kube, options.settings, clock=time.time).reconcile,
             MODEL_ARTIFACT.kind: ArtifactReconciler(kube, options.settings, clock=time.time).reconcile,
         }

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -19,9 +20,17 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
+from antiphon.core.ids import Endpoint, Epoch, Role, WorkerId
+from antiphon.core.worker_info import WorkerInfo, WorkerLoad
+from antiphon.gateway.metrics import GatewayMetrics
+from antiphon.telemetry import setup
 from antiphon_operator.handlers import WATCHED
 from antiphon_operator.kube.resources import COMPOSITION, JOB, LLM_DEPLOYMENT, MODEL_ARTIFACT, NETWORK_POLICY
+from antiphon_operator.observability import OperatorMetrics
+from antiphon_operator.reconcile import scrape
 from antiphon_operator.reconcile.artifact import ArtifactReconciler
 from antiphon_operator.reconcile.composition import CompositionReconciler
 from antiphon_operator.reconcile.llm import LLMReconciler
@@ -87,6 +96,7 @@ MATRIX = [
         'priorityClassName="high"',
     ),
     ('rbac={"create":false,"aggregate":false}',),
+    ('gateway={"cpu":"2"}', 'head={"memory":"8Gi"}', 'router={"image":"r:1"}', 'artifacts={"image":"a:1"}'),
 ]
 CUSTOM = ("ServiceMonitor", "PrometheusRule")
 
@@ -174,6 +184,8 @@ def test_pods_meet_the_restricted_profile(helm: Path) -> None:
         'image={"repositry":"x"}',
         "replicas=0",
         'networkPolicy={"enable":true}',
+        'gateway={"cpu":"two"}',
+        'router={"replicas":2}',
         'image={"repository":"a","digest":"sha256:x"}',
     ],
 )
@@ -199,8 +211,71 @@ def test_no_secret_may_be_read(helm: Path) -> None:
             assert not any("secrets" in rule["resources"] or "*" in rule["verbs"] for rule in value["rules"])
 
 
-def test_the_dashboard_is_json() -> None:
-    assert json.loads((CHART / "dashboards/antiphon.json").read_text())["panels"]
+def test_every_option_of_the_operator_can_be_set_from_the_chart(helm: Path) -> None:
+    from typer.main import get_command
+
+    from antiphon_operator.cli import app
+
+    command = get_command(app).commands["run"]  # type: ignore[attr-defined]
+    variables = {parameter.envvar for parameter in command.params if parameter.envvar}
+    deployment = next(v for v in template(helm) if v["kind"] == "Deployment")
+    given = {variable["name"] for variable in deployment["spec"]["template"]["spec"]["containers"][0]["env"]}
+    assert variables == given - {"HOME"}
+
+
+def names_and_labels(expression: str) -> tuple[set[str], set[str]]:
+    """Metrics that a PromQL expression reads, and the labels that it groups and selects by."""
+    labels = {part.strip() for group in re.findall(r"by \(([^)]*)\)", expression) for part in group.split(",")}
+    labels |= {match for braces in re.findall(r"\{([^}]*)\}", expression) for match in re.findall(r"(\w+)\s*[!=]", braces)}
+    return set(re.findall(r"\b(?:antiphon_\w+|gen_ai_\w+|vllm:\w+)", re.sub(r"by \([^)]*\)|\{[^}]*\}", "", expression))), labels
+
+
+@pytest.fixture
+def scraped(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+    """Every sample that a gateway and the operator expose after some work, with the labels it has."""
+    monkeypatch.delenv("OTEL_SDK_DISABLED", raising=False)
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+    worker = WorkerInfo(
+        worker_id=WorkerId("d/a/0"), deployment="d", pool="a", role=Role.ATTENTION, model="m", revision="r", fingerprint="f",
+        epoch=Epoch(1), endpoint=Endpoint(rpc="h:1", data=""), pid=1, host="h", load=WorkerLoad(),
+    )  # fmt: skip
+    with setup("gateway") as telemetry:
+        gateway = GatewayMetrics(telemetry, workers=lambda: [worker], num_requests=lambda: 0)
+        gateway.first_token("m", 0.1)
+        gateway.tokens("m", 2, 0.1)
+        gateway.generated("m", 2)
+        gateway.choice_finished("m", "stop", 0.1)
+        gateway.request_finished("m", 1.0, 5, 1)
+        gateway.request_failed("m", "overloaded")
+        text = telemetry.prometheus_text().decode()
+    operator = OperatorMetrics()
+    operator.passes.labels(kind="LLMDeployment", result="ok").inc()
+    operator.seconds.labels(kind="LLMDeployment").observe(0.1)
+    operator.stage("scheduled", 5.0)
+    text += generate_latest(operator.registry).decode()
+    found: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, set()).update(sample.labels)
+    return found
+
+
+def test_dashboards_and_alerts_read_what_is_really_exposed(helm: Path, scraped: dict[str, set[str]]) -> None:
+    panels = json.loads((CHART / "dashboards/antiphon.json").read_text())["panels"]
+    expressions = [target["expr"] for panel in panels for target in panel["targets"]]
+    (rules,) = [v for v in template(helm, 'metrics={"prometheusRule":{"enabled":true}}') if v["kind"] == "PrometheusRule"]
+    expressions += [rule["expr"] for group in rules["spec"]["groups"] for rule in group["rules"]]
+    assert len(expressions) > 12
+    for expression in expressions:
+        names, labels = names_and_labels(expression)
+        assert names, expression
+        assert names <= scraped.keys(), expression
+        assert labels <= set().union(*(scraped[name] for name in names)), expression
+
+
+def test_autoscaling_reads_what_a_gateway_really_exposes(scraped: dict[str, set[str]]) -> None:
+    assert {f"{scrape.TTFT}_bucket", f"{scrape.TPOT}_bucket", scrape.WAITING, scrape.KV_USAGE} <= scraped.keys()
+    assert scrape.POOL_LABEL in scraped[scrape.WAITING] & scraped[scrape.KV_USAGE]
 
 
 class Scenario:

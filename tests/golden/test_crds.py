@@ -113,3 +113,10 @@ def test_an_example_fits_its_kind_and_its_document(path: Path) -> None:
         filled = apply_defaults(schema_of(kinds[value["kind"]]), value)
         unknown = [key for key in filled["spec"] if key not in schema_of(kinds[value["kind"]])["properties"]["spec"]["properties"]]
         assert unknown == []
+
+
+def test_the_composition_example_brings_every_deployment_it_refers_to() -> None:
+    values = list(yaml.safe_load_all((ROOT / "deploy/examples/experts.yaml").read_text(encoding="utf-8")))
+    (composition,) = [value for value in values if value["kind"] == "CompositionOfExperts"]
+    references = {expert["deploymentRef"] for expert in composition["spec"]["experts"]}
+    assert references == {value["metadata"]["name"] for value in values if value["kind"] == "LLMDeployment"}

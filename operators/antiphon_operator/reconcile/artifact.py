@@ -21,6 +21,7 @@ from antiphon_operator.api.status import ModelArtifactStatus
 from antiphon_operator.conditions import ConditionSet, Reason, Type
 from antiphon_operator.kube.base import Kube, Object, name_of, owner_reference
 from antiphon_operator.kube.resources import CLAIM, JOB, LLM_DEPLOYMENT, MODEL_ARTIFACT, POD
+from antiphon_operator.log_fields import note_object
 from antiphon_operator.reconcile.llm_status import Refusal, refused_status
 from antiphon_operator.reconcile.weights import place_of, uses
 from antiphon_operator.reconcile.writer import NotOurs, Writer
@@ -51,6 +52,7 @@ class ArtifactReconciler:
         live = await self._kube.get(MODEL_ARTIFACT, namespace, name)
         if live is None:
             return None
+        note_object(live)
         writer = Writer(kube=self._kube, owner_uid=live["metadata"]["uid"], now_s=self._clock())
         try:
             document = ModelArtifact.model_validate({k: live[k] for k in ("apiVersion", "kind", "metadata", "spec")})

@@ -16,6 +16,7 @@ from antiphon_operator.api.status import CompositionStatus, ExpertStatus
 from antiphon_operator.conditions import ConditionSet, Reason, Type
 from antiphon_operator.kube.base import Kube, Object, name_of, owner_reference
 from antiphon_operator.kube.resources import COMPOSITION, DEPLOYMENT, LLM_DEPLOYMENT
+from antiphon_operator.log_fields import note_object
 from antiphon_operator.reconcile.llm_status import Refusal, refused_status
 from antiphon_operator.reconcile.writer import NotOurs, Writer
 from antiphon_operator.render.composition import Address, children, router_name
@@ -43,6 +44,7 @@ class CompositionReconciler:
         live = await self._kube.get(COMPOSITION, namespace, name)
         if live is None or "deletionTimestamp" in live["metadata"]:
             return None
+        note_object(live)
         writer = Writer(kube=self._kube, owner_uid=live["metadata"]["uid"], now_s=self._clock())
         try:
             document = CompositionOfExperts.model_validate({k: live[k] for k in ("apiVersion", "kind", "metadata", "spec")})

@@ -6,16 +6,15 @@ write and started again. At rest it reads ten times and writes nothing. Must not
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pydantic import ValidationError
-
 from antiphon.core.policies import ScalingMode
 from antiphon.core.spec import LLMDeployment
 from antiphon_operator.autoscaler import Metrics
-from antiphon_operator.conditions import Reason
+from antiphon_operator.conditions import ConditionSet, Reason
 from antiphon_operator.kube.base import Conflict, Kube, NotFound, Object, controller_of, name_of, owner_reference
 from antiphon_operator.kube.resources import (
     CONTROLLER_REVISION,
@@ -30,11 +29,14 @@ from antiphon_operator.kube.resources import (
     SERVING_POOL,
     Resource,
 )
+from antiphon_operator.log_fields import note, note_object
+from antiphon_operator.reconcile.accept import Refused, accept
 from antiphon_operator.reconcile.llm_rollout import plan_rollout, rollout_status
 from antiphon_operator.reconcile.llm_status import (
     ModelState,
     Refusal,
     llm_status,
+    passed_stages,
     refused_status,
     waiting_status,
 )
@@ -48,10 +50,7 @@ from antiphon_operator.render.names import (
     LABEL_POOL,
     MANAGER,
     RAY_ORIGIN_LABEL,
-    RESERVED_PORTS,
     SEED_MANAGER,
-    grpc_port,
-    http_port,
 )
 from antiphon_operator.render.ray_cluster import bounds
 from antiphon_operator.render.revision import Revision, from_object, render_revision, to_object
@@ -61,6 +60,7 @@ from antiphon_operator.rollout import Action, Step, World, next_step
 BUSY_S = 5.0  # while something moves
 METRICS_S = 15.0  # while a pool follows its metrics
 REST_S = 600.0  # slow resync
+_LOG = logging.getLogger(__name__)
 _APPLY_TARGET = (Action.CREATE, Action.APPLY_SERVE, Action.APPLY_CLUSTER, Action.REPLACE_PENDING, Action.RESUME)
 
 
@@ -105,11 +105,13 @@ class LLMReconciler:
         clock: Callable[[], float],
         metrics: MetricsSource | None = None,
         busy_s: float = BUSY_S,
+        on_stage: Callable[[str, float], None] | None = None,
     ) -> None:
         self._kube = kube
         self._settings = settings
         self._clock = clock
         self._busy_s = busy_s
+        self._on_stage = on_stage  # told once of each stage of a start, with the seconds it took
         self._metrics = metrics if metrics is not None else NoMetrics()
 
     async def reconcile(self, namespace: str, name: str) -> float | None:
@@ -124,19 +126,19 @@ class LLMReconciler:
         live = await self._kube.get(LLM_DEPLOYMENT, namespace, name)
         if live is None or "deletionTimestamp" in live["metadata"]:
             return None  # what it owns goes with it
+        note_object(live)
         writer = Writer(kube=self._kube, owner_uid=live["metadata"]["uid"], now_s=self._clock())
         try:
-            document = parse(live)
+            document = accept(live, self._settings.runtime)
             world = await self._read(live, document)
             weights = await self._weights(document)
             return await self._act(writer, world, weights)
-        except _Refused as refused:
+        except Refused as refused:
             status, conditions = refused_status(live, refused.refusal, now_s=writer.now_s)
         except NotOurs as error:
             refusal = Refusal(reason=Reason.NAME_CONFLICT, message=str(error))
             status, conditions = refused_status(live, refusal, now_s=writer.now_s)
-        for condition in conditions.changes():
-            await writer.event(live, condition)
+        await _tell(writer, live, conditions)
         await writer.status(live, status)
         return REST_S / 10
 
@@ -146,7 +148,7 @@ class LLMReconciler:
         try:
             clusters = await self._kube.list(RAY_CLUSTER, namespace, {RAY_ORIGIN_LABEL: name})
         except NotFound as error:
-            raise _Refused(Reason.KUBERAY_MISSING, "the API server knows no RayCluster: install KubeRay") from error
+            raise Refused(Reason.KUBERAY_MISSING, "the API server knows no RayCluster: install KubeRay") from error
         service = await self._kube.get(RAY_SERVICE, namespace, name)
         if service is not None and controller_of(service) != live["metadata"]["uid"]:
             raise NotOurs(f"RayService {name} exists and is not ours")
@@ -183,6 +185,7 @@ class LLMReconciler:
         if not found.model.ready and observed.service is None:
             return await self._wait_for_model(writer, world, found.model)
         revision = self._revision(world, found)
+        note(revision=revision.name)
         await self._keep_revision(writer, world, revision)
         metrics = await self._metrics.read(document.metadata.namespace or "default", document) if _measures(document) else {}
         home = _home_cluster(observed)
@@ -190,6 +193,8 @@ class LLMReconciler:
         previous: Mapping[str, Any] = world.live.get("status", {})
         planned = plan_rollout(document, observed, world.revisions, plan, revision, previous, writer.now_s)
         step = next_step(planned)
+        if step.action not in (Action.NOTHING, Action.WAIT):
+            _LOG.info("%s: %s", step.action.value, step.why)
         failed = previous.get("failedRevision", "")
         if step.action is Action.MARK_FAILED:
             failed = planned.wanted.name
@@ -209,9 +214,12 @@ class LLMReconciler:
             rollout=rollout, failed=failed, last_good=previous.get("lastGoodRevision", ""),
             conflicts=tuple(writer.conflicts), now_s=writer.now_s,
         )  # fmt: skip
-        for condition in conditions.changes():
-            await writer.event(world.live, condition)
+        await _tell(writer, world.live, conditions)
         await writer.status(world.live, status.model_dump(mode="json", by_alias=True, exclude_none=True))
+        for stage, took_s in passed_stages(previous.get("stages", {}), status.stages):
+            _LOG.info("stage %s after %.0f s", stage, took_s)
+            if self._on_stage is not None:
+                self._on_stage(stage, took_s)
         settled = step.action in (Action.NOTHING, Action.STALL) and plan.asked == _without_limits(world, plan)
         if not settled:
             return self._busy_s
@@ -219,8 +227,7 @@ class LLMReconciler:
 
     async def _wait_for_model(self, writer: Writer, world: _World, model: ModelState) -> float:
         status, conditions = waiting_status(world.live, model, now_s=writer.now_s)
-        for condition in conditions.changes():
-            await writer.event(world.live, condition)
+        await _tell(writer, world.live, conditions)
         await writer.status(world.live, status)
         return self._busy_s
 
@@ -325,29 +332,9 @@ class LLMReconciler:
             await writer.status(child, status.model_dump(mode="json", by_alias=True, exclude_none=True))
 
 
-class _Refused(Exception):
-    def __init__(self, reason: Reason, message: str) -> None:
-        super().__init__(message)
-        self.refusal = Refusal(reason=reason, message=message)
-
-
-def parse(live: Object) -> LLMDeployment:
-    """The typed document of ``live``.
-
-    Raises:
-        _Refused: it is not valid.
-    """
-    try:
-        document = LLMDeployment.model_validate({k: live[k] for k in ("apiVersion", "kind", "metadata", "spec") if k in live})
-    except ValidationError as error:
-        first = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors(include_input=False)]
-        raise _Refused(Reason.INVALID_SPEC, "; ".join(first)[:900]) from error
-    ports = (http_port(document), grpc_port(document))
-    if ports[0] == ports[1] or set(ports) & set(RESERVED_PORTS):
-        raise _Refused(
-            Reason.INVALID_SPEC, f"endpoint: ports {ports[0]} and {ports[1]} must differ and not be one of {RESERVED_PORTS}"
-        )
-    return document
+async def _tell(writer: Writer, live: Object, conditions: ConditionSet) -> None:
+    for condition in conditions.changes():
+        await writer.event(live, condition)
 
 
 def _measures(document: LLMDeployment) -> bool:

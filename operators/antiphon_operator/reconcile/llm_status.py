@@ -6,13 +6,13 @@ comes in, the old one's applications may read empty; that is no outage. Must not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from antiphon.core.spec import LLMDeployment
 from antiphon_operator.api.status import LLMDeploymentStatus, RolloutStatus, StageTimes
-from antiphon_operator.conditions import ConditionSet, Reason, Type, timestamp
+from antiphon_operator.conditions import ConditionSet, Reason, Type, seconds, timestamp
 from antiphon_operator.kube.base import Object
 from antiphon_operator.reconcile.observe import Observed
 from antiphon_operator.reconcile.pools import PoolsPlan, pool_statuses
@@ -262,3 +262,16 @@ def _stages(
         weights_ready=times["weightsReady"],
         engine_ready=times["engineReady"],
     )
+
+
+def passed_stages(before: Mapping[str, Any], now: StageTimes | None) -> Iterator[tuple[str, float]]:
+    """Stages that ``now`` has and ``before`` had not, each with its seconds since the revision was applied."""
+    started = None if now is None else seconds(now.started)
+    if now is None or started is None:
+        return
+    known = before if before.get("started") == now.started else {}
+    for stage, value in now.model_dump(mode="json", by_alias=True, exclude_none=True).items():
+        if stage != "started" and stage not in known:
+            at = seconds(value)
+            if at is not None:
+                yield stage, max(0.0, at - started)

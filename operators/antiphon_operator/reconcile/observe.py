@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from antiphon_operator.kube.base import Object
+from antiphon_operator.render.canonical import parse_yaml
 from antiphon_operator.render.names import (
     ANNOTATION_CLUSTER_REVISION,
     ANNOTATION_REVISION,
@@ -137,7 +138,7 @@ def _applications(applications: Mapping[str, Any]) -> tuple[tuple[str, ...], boo
 def asked_sizes(config: str) -> dict[str, int]:
     """Workers per deployment in a serveConfigV2; empty when it is none of ours."""
     try:
-        applications = (yaml.safe_load(config) or {}).get("applications", ())
+        applications = (parse_yaml(config) or {}).get("applications", ())
         return {d["name"]: int(d.get("num_replicas", 0)) for a in applications for d in a.get("deployments", ())}
     except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError):
         return {}

@@ -1,7 +1,7 @@
 """Measures of deployments, scraped from their gateways' /metrics (control speed).
 
 Latencies are 95th percentiles over the time between two scrapes, from histograms; queues and KV usage are gauges per worker with
-a ``pool`` label. Must not know: what follows from them.
+the label of their pool. Must not know: what follows from them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ TTFT = "gen_ai_server_time_to_first_token_seconds"
 TPOT = "gen_ai_server_time_per_output_token_seconds"
 WAITING = "vllm:num_requests_waiting"
 KV_USAGE = "vllm:kv_cache_usage_perc"
+POOL_LABEL = "antiphon_pool"
 _DEADLINE_S = 5.0
 _ALL = ""  # samples without a pool label speak of the whole deployment
 
@@ -65,7 +66,7 @@ class ScrapedMetrics:
                     bound = float(sample.labels["le"])
                     histograms[name][bound] = histograms[name].get(bound, 0.0) + sample.value
                 elif sample.name in (WAITING, KV_USAGE):
-                    gauges.setdefault((sample.name, sample.labels.get("pool", _ALL)), []).append(sample.value)
+                    gauges.setdefault((sample.name, sample.labels.get(POOL_LABEL, _ALL)), []).append(sample.value)
         before = self._histograms.get(key, {})
         self._histograms[key] = dict(histograms)
         ttft = percentile_ms(histograms[TTFT], before.get(TTFT, {}))

@@ -7,6 +7,7 @@ know: what is wanted.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from antiphon_operator.render.canonical import fingerprint
 from antiphon_operator.render.names import ANNOTATION_INTENT, MANAGER
 
 _UNREAD: Any = object()
+_LOG = logging.getLogger(__name__)
 
 
 class NotOurs(AntiphonError):
@@ -50,6 +52,9 @@ class Writer:
     async def ensure(self, wanted: Object, live: Object | None = _UNREAD, *, manager: str = MANAGER) -> Object | None:
         """Make the API server's object contain ``wanted``; ``live`` is what is there, read now when not given.
 
+        None says that a list by our labels had none. An object of the name may be there all the same, without our labels, so it is
+        read before anything is created.
+
         Returns:
             The object, or None when another manager holds a field of it (see ``conflicts``).
 
@@ -57,7 +62,7 @@ class Writer:
             NotOurs: the object exists and another object controls it, or nobody does.
         """
         resource = resource_of(wanted["apiVersion"], wanted["kind"])
-        if live is _UNREAD:
+        if live is _UNREAD or live is None:
             live = await self.kube.get(resource, namespace_of(wanted), name_of(wanted))
         if live is not None and controller_of(live) != self.owner_uid:
             raise NotOurs(f"{wanted['kind']} {name_of(wanted)} exists and is not ours")
@@ -93,6 +98,8 @@ class Writer:
         bad = condition.status == "False" or condition.type in ("Degraded", "Stalled", "RollbackInProgress")
         good_when_false = condition.type in ("Degraded", "Stalled", "RollbackInProgress", "Reconciling", "Progressing")
         warning = bad and not (condition.status == "False" and good_when_false)
+        fields = {"condition": condition.type, "status": condition.status, "reason": condition.reason}
+        _LOG.log(logging.WARNING if warning else logging.INFO, "condition changed", extra=fields)
         now = timestamp(self.now_s)
         await self.kube.apply(
             {

@@ -9,6 +9,11 @@ import hashlib
 import json
 from typing import Any
 
+import yaml
+
+# libyaml where PyYAML was built with it: the same values, an order of magnitude faster.
+_SAFE_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
 Json = dict[str, Any]
 
 
@@ -20,3 +25,12 @@ def canonical(value: Any) -> str:
 def fingerprint(value: Any, length: int = 10) -> str:
     """``length`` hexadecimal digits that change when ``value`` does."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:length]
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text, of plain types only.
+
+    Raises:
+        yaml.YAMLError: it is no YAML.
+    """
+    return yaml.load(text, Loader=_SAFE_LOADER)  # noqa: S506 - one of the two safe loaders

@@ -140,7 +140,7 @@ def _pod(document: CompositionOfExperts, settings: Settings) -> Json:
         mounts.append({"name": "artifact", "mountPath": "/artifact", "readOnly": True})
     container: Json = {
         "name": "router",
-        "image": settings.runtime.image,
+        "image": settings.router_image or settings.runtime.image,
         "command": ["antiphon"],
         "args": [
             *("coe", "serve", "-f", f"{_DIRECTORY}/{_FILE}", "--host", "0.0.0.0"),  # noqa: S104 - pods listen on their own address

@@ -45,4 +45,5 @@ class Settings:
     gateway_memory: str = "2Gi"
     kuberay_labels: dict[str, str] = field(default_factory=lambda: {"app.kubernetes.io/name": "kuberay-operator"})
     metrics_namespace_labels: dict[str, str] = field(default_factory=dict)  # empty = every namespace may scrape
+    router_image: str = ""  # of compositions; "" = runtime.image
     artifact_image: str = ""  # "" = runtime.image

@@ -12,11 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from antiphon_operator.kube.base import Object, owner_reference
 from antiphon_operator.kube.resources import POD, RAY_CLUSTER, RAY_SERVICE
-from antiphon_operator.render.canonical import fingerprint
+from antiphon_operator.render.canonical import fingerprint, parse_yaml
 from antiphon_operator.testing.memory_api import MemoryApi
 
 _BOUNDS = ("replicas", "minReplicas", "maxReplicas")
@@ -73,7 +71,7 @@ class KubeRay:
             if name not in (active, pending):
                 self._delete_cluster(namespace, name)
         home = pending or active
-        config = yaml.safe_load(service["spec"]["serveConfigV2"])
+        config = parse_yaml(service["spec"]["serveConfigV2"])
         sizes = {d["name"]: d.get("num_replicas", 0) for a in config["applications"] for d in a["deployments"]}
         healthy = self._run_cluster(clusters[home], sizes)
         applications = self._applications(config, healthy=healthy)

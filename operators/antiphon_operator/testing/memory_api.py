@@ -6,11 +6,10 @@ Validation by schema is the API server's own business and left to it. Must not k
 
 from __future__ import annotations
 
-import copy
 import datetime
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jsonpatch
@@ -54,6 +53,10 @@ class _Stored:
     value: Object
     owners: list[_Owner] = field(default_factory=list)
 
+    def copied(self) -> _Stored:
+        """A copy that shares nothing that changes."""
+        return _Stored(value=_copied(self.value), owners=[replace(owner) for owner in self.owners])
+
 
 class MemoryApi:
     """The state of a cluster. Every method is one atomic request; ``changed`` is called after each change."""
@@ -67,6 +70,7 @@ class MemoryApi:
         self._history = history
         self._version = 0
         self._objects: dict[Key, _Stored] = {}
+        self._keys: dict[str, set[Key]] = {}  # of each kind, so that a list does not walk everything
         self._log: list[tuple[int, str, WatchEvent]] = []
         self._dropped = 0  # versions up to this one are gone from the log
         self._uid = 0
@@ -77,16 +81,14 @@ class MemoryApi:
         """The object, or None."""
         self._ask("get", resource, namespace, name)
         stored = self._objects.get(_key(resource, namespace, name))
-        return None if stored is None else copy.deepcopy(stored.value)
+        return None if stored is None else _copied(stored.value)
 
     def list(self, resource: Resource, namespace: str | None, labels: Mapping[str, str] | None = None) -> Listing:
         """Objects of the kind."""
         self._ask("list", resource, namespace, "")
-        items = tuple(
-            copy.deepcopy(stored.value)
-            for (kind, space, _), stored in sorted(self._objects.items())
-            if kind == _kind(resource) and namespace in (None, space) and _matches(stored.value, labels)
-        )
+        wanted = _kind(resource)
+        found = sorted(key for key in self._keys.get(wanted, ()) if namespace in (None, key[1]))
+        items = tuple(_copied(s.value) for s in map(self._objects.__getitem__, found) if _matches(s.value, labels))
         return Listing(items=items, resource_version=str(self._version))
 
     def events_since(
@@ -104,11 +106,18 @@ class MemoryApi:
             for at, kind, event in self._log
             if at > version and kind == _kind(resource) and _in(event.object, namespace) and _matches(event.object, labels)
         ]
-        return tuple(copy.deepcopy(found)), self._version
+        return tuple(_copied(found)), self._version
 
     def begin_watch(self, resource: Resource, namespace: str | None) -> None:
         """Record a watch request; faults may refuse it."""
         self._ask("watch", resource, namespace, "")
+
+    def take_over(self, other: MemoryApi, mark: str) -> None:
+        """Take every object of ``other``, which must not be used any more; ``mark`` keeps its uids apart from others'."""
+        for key, stored in other._objects.items():
+            text = json.dumps(stored.value).replace('"uid-', f'"{mark}-uid-')
+            self._keep(key, _Stored(value=json.loads(text), owners=stored.owners))
+        self._version = max(self._version, other._version)
 
     def forget_history(self) -> None:
         """Forget all changes: watches from before answer 410."""
@@ -141,7 +150,7 @@ class MemoryApi:
             self._merge(new, _appliable(value, subresource), manager, force=force, subresource=subresource)
             return self._store(resource, new, "ADDED")
         self._check_version(stored, value)
-        draft = copy.deepcopy(stored)
+        draft = stored.copied()
         self._merge(draft, _appliable(value, subresource), manager, force=force, subresource=subresource)
         return self._replace(resource, stored, draft)
 
@@ -232,7 +241,7 @@ class MemoryApi:
 
     def _new(self, resource: Resource, value: Object) -> _Stored:
         self._uid += 1
-        out = copy.deepcopy(value)
+        out = _copied(value)
         metadata = {k: v for k, v in out.get("metadata", {}).items() if v is not None and k not in _SERVER_METADATA}
         metadata |= {"uid": f"uid-{self._uid}", "generation": 1, "creationTimestamp": self._now()}
         return _Stored(value={**out, "apiVersion": resource.api_version, "kind": resource.kind, "metadata": metadata})
@@ -275,15 +284,15 @@ class MemoryApi:
         return owner
 
     def _update(self, resource: Resource, stored: _Stored, value: Object, manager: str, subresource: str) -> Object:
-        draft = copy.deepcopy(stored)
+        draft = stored.copied()
         if subresource == "status":
-            draft.value["status"] = copy.deepcopy(value.get("status", {}))
+            draft.value["status"] = _copied(value.get("status", {}))
         else:
             status = stored.value.get("status")
-            draft.value = copy.deepcopy(value)
+            draft.value = _copied(value)
             draft.value.pop("status", None)
             if status is not None:
-                draft.value["status"] = copy.deepcopy(status)
+                draft.value["status"] = _copied(status)
             server = {k: v for k, v in stored.value["metadata"].items() if k in _SERVER_METADATA}
             draft.value["metadata"] = {
                 **{k: v for k, v in draft.value["metadata"].items() if k not in _SERVER_METADATA},
@@ -307,22 +316,22 @@ class MemoryApi:
             (o.manager, o.operation, o.subresource, o.fields) for o in draft.owners
         }
         if _comparable(draft.value) == _comparable(stored.value) and same_fields:
-            return copy.deepcopy(stored.value)
+            return _copied(stored.value)
         if _spec_part(draft.value) != _spec_part(stored.value):
             draft.value["metadata"]["generation"] += 1
         metadata = draft.value["metadata"]
         if "deletionTimestamp" in metadata and not metadata.get("finalizers"):
             key = _key(resource, metadata.get("namespace"), metadata["name"])
-            self._objects[key] = draft
+            self._keep(key, draft)
             self._remove(key)
-            return copy.deepcopy(draft.value)
+            return _copied(draft.value)
         return self._store(resource, draft, "MODIFIED")
 
     def _store(self, resource: Resource, stored: _Stored, type_: Literal["ADDED", "MODIFIED"]) -> Object:
         metadata = stored.value["metadata"]
-        self._objects[_key(resource, metadata.get("namespace"), metadata["name"])] = stored
+        self._keep(_key(resource, metadata.get("namespace"), metadata["name"]), stored)
         self._log_event(resource, stored, type_)
-        return copy.deepcopy(stored.value)
+        return _copied(stored.value)
 
     def _log_event(self, resource: Resource, stored: _Stored, type_: Literal["ADDED", "MODIFIED", "DELETED"]) -> None:
         self._version += 1
@@ -339,17 +348,22 @@ class MemoryApi:
             | ({"subresource": owner.subresource} if owner.subresource else {})
             for owner in stored.owners
         ]
-        self._log.append((self._version, _kind(resource), WatchEvent(type=type_, object=copy.deepcopy(stored.value))))
+        self._log.append((self._version, _kind(resource), WatchEvent(type=type_, object=_copied(stored.value))))
         if len(self._log) > self._history:
             self._dropped = self._log[0][0]
             del self._log[0]
         for listener in tuple(self.listeners):
             listener()
 
+    def _keep(self, key: Key, stored: _Stored) -> None:
+        self._objects[key] = stored
+        self._keys.setdefault(key[0], set()).add(key)
+
     def _remove(self, key: Key) -> None:
         stored = self._objects.pop(key, None)
         if stored is None:
             return
+        self._keys[key[0]].discard(key)
         group_kind = key[0]
         plural, _, group = group_kind.partition(".")
         version = stored.value["apiVersion"].rpartition("/")[2]
@@ -366,6 +380,15 @@ class MemoryApi:
 
     def _now(self) -> str:
         return datetime.datetime.fromtimestamp(int(self._clock()), datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy of JSON; several times faster than copy.deepcopy, which most of a scenario's time would go to."""
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copied(inner) for inner in value]
+    return value
 
 
 def _kind(resource: Resource) -> str:
@@ -411,7 +434,7 @@ def _spec_part(value: Object) -> Object:
 
 def _merge_patch(value: Any, patch: Any) -> Any:
     if not isinstance(patch, dict):
-        return copy.deepcopy(patch)
+        return _copied(patch)
     out = dict(value) if isinstance(value, dict) else {}
     for key, inner in patch.items():
         if inner is None:

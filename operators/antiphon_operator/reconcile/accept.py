@@ -1,0 +1,57 @@
+"""Whether a document can be acted on at all (control speed, pure).
+
+The API server's own checks come first; what is left is what a schema can't say. Must not know: what runs.
+"""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from antiphon.core.spec import LLMDeployment
+from antiphon_operator.conditions import Reason
+from antiphon_operator.kube.base import Object
+from antiphon_operator.reconcile.llm_status import Refusal
+from antiphon_operator.render.names import RESERVED_PORTS, grpc_port, http_port
+from antiphon_operator.render.settings import Runtime
+
+OLDEST_RAY = (2, 60)  # what the package itself asks for; older ones lack fields of the rendered Serve configuration
+TOO_NEW_RAY = (3,)
+
+
+class Refused(Exception):
+    """Nothing is done for a document; ``refusal`` says why."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.refusal = Refusal(reason=reason, message=message)
+
+
+def accept(live: Object, runtime: Runtime) -> LLMDeployment:
+    """The typed document of ``live``, to be run with ``runtime`` where it leaves that open.
+
+    Raises:
+        Refused: it is not valid, or asks for a version of Ray that the workers can't run with.
+    """
+    try:
+        document = LLMDeployment.model_validate({k: live[k] for k in ("apiVersion", "kind", "metadata", "spec") if k in live})
+    except ValidationError as error:
+        first = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors(include_input=False)]
+        raise Refused(Reason.INVALID_SPEC, "; ".join(first)[:900]) from error
+    ports = (http_port(document), grpc_port(document))
+    if ports[0] == ports[1] or set(ports) & set(RESERVED_PORTS):
+        message = f"endpoint: ports {ports[0]} and {ports[1]} must differ and not be one of {RESERVED_PORTS}"
+        raise Refused(Reason.INVALID_SPEC, message)
+    why = unsupported_ray(document.spec.kubernetes.ray_version or runtime.ray_version)
+    if why:
+        raise Refused(Reason.UNSUPPORTED_RAY_VERSION, why)
+    return document
+
+
+def unsupported_ray(version: str) -> str:
+    """Why ``version`` of Ray can't be used, for people; empty when it can."""
+    wanted = f"{'.'.join(map(str, OLDEST_RAY))} or newer, below {'.'.join(map(str, TOO_NEW_RAY))}, is needed"
+    try:
+        numbers = tuple(int(part) for part in version.split(".")[:2])
+    except ValueError:
+        return f"kubernetes.rayVersion {version!r} is no version: {wanted}"
+    return "" if OLDEST_RAY <= numbers < TOO_NEW_RAY else f"kubernetes.rayVersion {version} is not supported: {wanted}"

@@ -1,0 +1,49 @@
+"""The images: exact bases, and the script that pins them to digests."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+IMAGES = Path(__file__).parents[3] / "deploy/images"
+DOCKERFILES = sorted(IMAGES.glob("*.Dockerfile"))
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)
+def test_an_image_stands_on_an_exact_base_in_two_stages_and_runs_as_nobody_special(path: Path) -> None:
+    text = path.read_text()
+    assert re.search(r"^ARG BASE=\S+:\d+\.\d+\.\d+\S*$", text, re.MULTILINE)
+    assert re.findall(r"^FROM (\S+)", text, re.MULTILINE) == ["${BASE}", "${BASE}"]
+    assert re.search(r"^USER [1-9]\d*:[1-9]\d*$", text, re.MULTILINE)
+
+
+def pin(directory: Path, answer: str) -> subprocess.CompletedProcess[str]:
+    for path in (*DOCKERFILES, IMAGES / "pin-bases.sh"):
+        shutil.copy(path, directory)
+    tools = directory / "bin"
+    tools.mkdir()
+    (tools / "docker").write_text(f'#!/bin/sh\n[ "$1 $2 $3" = "buildx imagetools inspect" ] && echo "{answer}"\n')
+    (tools / "docker").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+    script = str(directory / "pin-bases.sh")
+    return subprocess.run([script], env=environment, capture_output=True, text=True, timeout=30, check=False)
+
+
+def test_bases_are_pinned_to_the_digest_of_their_version(tmp_path: Path) -> None:
+    digest = "sha256:" + "a" * 64
+    assert pin(tmp_path, digest).returncode == 0
+    for path in DOCKERFILES:
+        (line,) = [line for line in (tmp_path / path.name).read_text().splitlines() if line.startswith("ARG BASE=")]
+        assert line.endswith(f"@{digest}")
+
+
+def test_without_a_digest_nothing_is_changed(tmp_path: Path) -> None:
+    done = pin(tmp_path, "no such image")
+    assert done.returncode == 1
+    assert "has no digest" in done.stderr
+    assert all((tmp_path / path.name).read_text() == path.read_text() for path in DOCKERFILES)
