@@ -3,7 +3,7 @@
     python tests/bench/kill_recovery.py [--kills 50] [--streams 32] [--seconds 480] [--seed 0]
 
 A deployment of real processes, prefill + 2A2F over a tiny model, streams without end; each that ends is compared with the text of
-the undisturbed run. Workers are killed at random moments, but never two of one pool at a time. A JSON line per kill and one for all:
+the undisturbed run. Workers are killed at random moments, but never two of one pool at a time. One JSON line a kill, one for all:
 ``pause_s`` is the longest silence of any stream that overlaps the time from the kill until the worker was back, ``back_s`` the time
 until a new process was ready in its place. Exits with 1 if any stream was cut, changed or refused.
 """
