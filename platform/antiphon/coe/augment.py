@@ -85,21 +85,15 @@ def _truncate(text: str, source: random.Random) -> str:
     return " ".join(words[: max(4, int(len(words) * source.uniform(0.6, 0.9)))])
 
 
-def _thin(text: str, source: random.Random) -> str:
-    """Some words and all marks at their ends left out."""
-    words = [word.strip(".,;:!?\"'") for word in text.split() if source.random() >= 0.12]
-    return " ".join(words) if words else text
-
-
 def training_variants(prompt: str, num_variants: int, source: random.Random) -> list[str]:
-    """``num_variants`` forms, in a fixed rotation: typos, cut at a word, wrapped, cut anywhere, wrapped typos, words left out."""
+    """``num_variants`` forms, in a fixed rotation: wrapped, typos, cut at a word, wrapped typos, cut anywhere, wrapped and cut."""
     kinds: tuple[Callable[[str], str], ...] = (
+        lambda text: _wrap_for_training(text, source),
         lambda text: _typos(text, 0.03, source, ("swap", "drop", "other")),
         lambda text: _truncate(text, source),
-        lambda text: _wrap_for_training(text, source),
-        lambda text: text[: max(12, int(len(text) * source.uniform(0.65, 0.95)))],
         lambda text: _wrap_for_training(_typos(text, 0.02, source, ("swap", "drop")), source),
-        lambda text: _thin(text, source),
+        lambda text: text[: max(12, int(len(text) * source.uniform(0.65, 0.95)))],
+        lambda text: _wrap_for_training(_truncate(text, source), source),
     )
     return [kinds[i % len(kinds)](prompt) for i in range(num_variants)]
 
