@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote
@@ -131,7 +132,7 @@ class DemoResult:
 def questions(seed: int = 0) -> list[Question]:
     """The table's questions; equal seeds give equal ones."""
     source = random.Random(seed)
-    found = {}
+    found: dict[str, Question] = {}
     for skill in demo_models.SKILLS:
         while sum(question.category == skill for question in found.values()) < _NUM_PER_SKILL:
             text, right = demo_models.draw(skill, source)
@@ -261,7 +262,7 @@ def _measured(url: str, models: Sequence[str], say: Say) -> ScoreTable:
     with httpx.Client(base_url=url, timeout=_ASK_S, trust_env=False) as client, ThreadPoolExecutor(_PARALLEL) as pool:
         for m, model in enumerate(models):
             say(f"Asking {model} {len(rows)} questions and checking its answers")
-            answers = pool.map(lambda row, name=model: _chat(client, name, row.text)[0], rows)
+            answers = pool.map(partial(_answer, client, model), rows)
             scores_RM[:, m] = [float(is_right(row, answer)) for row, answer in zip(rows, answers, strict=True)]
     return ScoreTable(
         experts=tuple(TableExpert(name=model, active_params_b=PARAMS_B[model]) for model in models),
@@ -297,6 +298,10 @@ def _ask_all(url: str, prompts: Sequence[str]) -> list[Answered]:
                 )
             )
     return found
+
+
+def _answer(client: httpx.Client, model: str, question: Question) -> str:
+    return _chat(client, model, question.text)[0]
 
 
 def _chat(client: httpx.Client, model: str, prompt: str) -> tuple[str, httpx.Headers]:
