@@ -191,3 +191,43 @@ def test_a_lost_spare_replica_is_noticed_between_steps() -> None:
     side.rest()
     assert side.peers() == {(FFN, Epoch(1))}
     far.close()
+
+
+def test_a_replica_that_joins_while_rows_are_away_changes_nothing_for_them() -> None:
+    near, far = pair(ffn=WorkerId("test/ffn/1"))
+    side = attention_side(near)
+    rows = torch.arange(ROWS * WIDTH, dtype=torch.float32).view(ROWS, WIDTH)
+    side.send(1, 0, 0, rows)
+    joined_near, joined_far = pair(ffn=FFN)  # comes first in the order of names
+    side.add_link(0, joined_near)
+    side.send(1, 0, 1, rows)
+    answer(far)
+    answer(far, lambda h: h._replace(ubatch=1))
+    assert torch.equal(side.receive(0), rows)
+    assert torch.equal(side.receive(1), rows)
+    side.send(2, 0, 0, rows)
+    answer(joined_far, lambda h: h._replace(step=2))
+    assert torch.equal(side.receive(0), rows)
+    assert not side.losses
+    assert side.times.num_resent == 0
+
+
+def test_a_worker_that_comes_back_takes_the_rows_of_its_dead_self() -> None:
+    near, far = pair()
+    side = attention_side(near)
+    rows = torch.arange(ROWS * WIDTH, dtype=torch.float32).view(ROWS, WIDTH)
+    for ubatch in (0, 1):
+        side.send(1, 0, ubatch, rows)
+    far.close()
+    again_near, again_far = pair()
+    side.add_link(0, again_near)
+
+    def answers() -> None:
+        for ubatch in (0, 1):
+            if again_far.pending():
+                answer(again_far, lambda h, ubatch=ubatch: h._replace(ubatch=ubatch))  # type: ignore[misc]
+
+    again_near.on_poll = answers
+    assert torch.equal(side.receive(0), rows)
+    assert torch.equal(side.receive(1), rows)
+    assert side.times.num_resent == 2

@@ -81,7 +81,7 @@ class AttentionSide:
     # ---- links -------------------------------------------------------------------------------------------------
 
     def add_link(self, shard: int, link: Link) -> None:
-        """Offer an open link to a worker of ``shard``; safe from any thread, taken up at the next exchange."""
+        """Offer an open link to a worker of ``shard``; safe from any thread, taken up when no rows are away or it is needed."""
         self._arrivals.append((shard, link))
 
     def peers(self) -> set[tuple[WorkerId, Epoch]]:
@@ -112,7 +112,7 @@ class AttentionSide:
         Raises:
             PeerLost: a shard has no worker and none came back in time.
         """
-        if self._arrivals:
+        if self._arrivals and not any(other.is_away for other in self._exchanges):
             self._take_arrivals()
         exchange = self._exchanges[ubatch]
         exchange.give_back()
@@ -225,9 +225,15 @@ class AttentionSide:
         exchange.give_back()
         return out_TD
 
-    def _take_arrivals(self) -> None:
-        while self._arrivals:
+    def _take_arrivals(self, only: int | None = None) -> None:
+        """Take up links that were offered; of shards other than ``only`` none while their rows may be away: the first link of a
+        shard is the one that answers are expected from.
+        """
+        for _ in range(len(self._arrivals)):
             index, link = self._arrivals.popleft()
+            if only is not None and index != only:
+                self._arrivals.append((index, link))
+                continue
             peers = self._shards[index]
             for old in [old for old in peers if old.link.peer == link.peer]:
                 old.link.close()  # the peer restarted: its older epoch answers no more
@@ -246,7 +252,7 @@ class AttentionSide:
         if not peers:
             deadline = time.monotonic() + self._hold_s
             while not peers:
-                self._take_arrivals()
+                self._take_arrivals(only=index)
                 if peers:
                     break
                 if time.monotonic() > deadline:
