@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from antiphon.connectors import afd, kv
+from antiphon.connectors import afd_link, kv
 from antiphon.connectors.afd import AttentionSide
 from antiphon.connectors.expert_map import ExpertMap
 from antiphon.connectors.ffn_side import FFNSide
@@ -138,15 +138,15 @@ def afd_layout(facts: ModelFacts, spec: LLMDeploymentSpec, shard: FFNShard, *, a
     """Layout of a link between an attention worker and the FFN worker of ``shard``, seen from one end."""
     max_rows = spec.scheduler.max_num_batched_tokens
     num_ids = max(count or 0 for count in experts_per_row(facts.config))
-    rows_out = afd.rows_out_bytes(max_rows, facts.config.hidden_size, facts.activation_dtype, num_ids)
+    rows_out = afd_link.rows_out_bytes(max_rows, facts.config.hidden_size, facts.activation_dtype, num_ids)
     rows_back = max_rows * facts.config.hidden_size * facts.return_dtype.itemsize
     return LinkLayout(
-        channel=afd.CHANNEL,
+        channel=afd_link.CHANNEL,
         num_slots=ubatches * facts.config.num_lanes + 1,
         send_slot_bytes=rows_out if attention_end else rows_back,
         recv_slot_bytes=rows_back if attention_end else rows_out,
         fields=tuple(
-            afd.afd_fields(
+            afd_link.afd_fields(
                 revision=facts.revision,
                 model_fingerprint=facts.fingerprint,
                 shard=shard.index,

@@ -36,7 +36,6 @@ from antiphon.models.routing import Routing
 from antiphon.transport.base import Link, Message, Slot
 from antiphon.transport.waiting import WaitSet
 
-CHANNEL = "afd"
 _WAIT_SLICE_S = 0.05
 
 
@@ -407,29 +406,3 @@ class AttentionSide:
 
 def _dense_shares(num_rows: int, num_shards: int) -> list[Share]:
     return [Share(rows_R=None, num_rows=num_rows)] * num_shards
-
-
-def rows_out_bytes(num_rows: int, hidden_size: int, dtype: torch.dtype, experts_per_row: int) -> int:
-    """Bytes of the largest A2F payload."""
-    return RowFormat(dtype, hidden_size).num_bytes(num_rows, experts_per_row)
-
-
-def afd_fields(
-    *,
-    revision: str,
-    model_fingerprint: str,
-    shard: int,
-    num_shards: int,
-    hidden_size: int,
-    dtype: torch.dtype,
-    return_dtype: torch.dtype,
-) -> Sequence[tuple[str, str]]:
-    """The facts that both ends of an AFD link must agree on."""
-    return (
-        ("revision", revision),
-        ("model", model_fingerprint),
-        ("shard", f"{shard}/{num_shards}"),
-        ("hidden_size", str(hidden_size)),
-        ("a2f_dtype", str(dtype).removeprefix("torch.")),
-        ("f2a_dtype", str(return_dtype).removeprefix("torch.")),
-    )
