@@ -221,6 +221,8 @@ class Wiring:
         num_workers = spec.pools[0].replicas + num_ffn
         share = max(1, len(cores) // num_workers)
         turns = [[cores[(i * share + c) % len(cores)] for c in range(share)] for i in range(num_workers)]
+        if num_workers > len(cores) > 1:  # attention workers share; an FFN worker that shares with one would wait for its own peer
+            turns = [[cores[i % (len(cores) - 1)]] for i in range(num_workers - num_ffn)] + [[cores[-1]]] * num_ffn
         self.ffns = [Child("ffn", options, i, [], turns[-1 - i]) for i in range(num_ffn)]
         addresses = [ffn.answer()["address"] for ffn in self.ffns]
         self.attention = [Child("attention", options, i, addresses, turns[i]) for i in range(spec.pools[0].replicas)]
