@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.serve.schema import ServeDeploySchema
 
+from antiphon.apps.serve_plan import GATEWAY, plan_serve
 from antiphon.core.spec import LLMDeployment
 from antiphon_operator.preview import preview_documents
 from antiphon_operator.render import children
@@ -75,10 +76,18 @@ def test_rays_own_schema_takes_the_serve_configuration() -> None:
     (application,) = parsed.applications
     assert application.import_path == "antiphon.apps.serve_entry:build"
     sizes = {d.name: d.num_replicas for d in application.deployments}
-    assert sizes == {"prefill": 2, "attention": 2, "ffn": 4, "gateway": 1}
+    assert sizes == {"pool-prefill": 2, "pool-attention": 2, "pool-ffn": 4, "gateway": 1}
     options = {d.name: d.ray_actor_options for d in application.deployments}
-    assert options["ffn"].resources == {"pool-ffn": 1}
-    assert options["ffn"].num_gpus == 1
+    assert options["pool-ffn"].resources == {"pool-ffn": 1}
+    assert options["pool-ffn"].num_gpus == 1
+
+
+def test_the_configuration_names_the_deployments_that_the_application_has() -> None:
+    value = document()
+    config = yaml.safe_load(rendered(value)["spec"]["serveConfigV2"])
+    served = LLMDeployment.model_validate(config["applications"][0]["args"]["document"])
+    named = {d["name"] for d in config["applications"][0]["deployments"]}
+    assert named == {pool.deployment_name for pool in plan_serve(served).pools} | {GATEWAY}
 
 
 def test_a_pool_of_size_zero_is_taken_by_rays_schema() -> None:

@@ -51,6 +51,7 @@ from antiphon_operator.render.names import (
     MANAGER,
     RAY_ORIGIN_LABEL,
     SEED_MANAGER,
+    group_of,
 )
 from antiphon_operator.render.ray_cluster import bounds
 from antiphon_operator.render.revision import Revision, from_object, render_revision, to_object
@@ -350,7 +351,7 @@ def _home_cluster(observed: Observed) -> str:
 
 
 def _deployments(revision: Revision) -> Sequence[str]:
-    return [deployment["name"] for deployment in revision.application["deployments"]]
+    return [group_of(deployment["name"]) for deployment in revision.application["deployments"]]
 
 
 def _limits(document: LLMDeployment, revision: Revision) -> Mapping[str, int]:

@@ -18,6 +18,7 @@ from antiphon_operator.render.names import (
     ANNOTATION_REVISION,
     LABEL_POOL,
     RAY_CLUSTER_LABEL,
+    group_of,
 )
 
 _GOOD_DEPLOYMENT = ("HEALTHY", "UPSCALING", "DOWNSCALING")
@@ -136,10 +137,10 @@ def _applications(applications: Mapping[str, Any]) -> tuple[tuple[str, ...], boo
 
 
 def asked_sizes(config: str) -> dict[str, int]:
-    """Workers per deployment in a serveConfigV2; empty when it is none of ours."""
+    """Workers per pool and gateway in a serveConfigV2; empty when it is none of ours."""
     try:
         applications = (parse_yaml(config) or {}).get("applications", ())
-        return {d["name"]: int(d.get("num_replicas", 0)) for a in applications for d in a.get("deployments", ())}
+        return {group_of(d["name"]): int(d.get("num_replicas", 0)) for a in applications for d in a.get("deployments", ())}
     except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError):
         return {}
 

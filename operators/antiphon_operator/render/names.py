@@ -55,6 +55,16 @@ def pool_resource(pool: str) -> str:
     return f"pool-{pool}"
 
 
+def serve_deployment(group: str) -> str:
+    """Name that the application gives to the Serve deployment of a pool, or of the gateway; configuring another name is refused."""
+    return group if group == GATEWAY else f"pool-{group}"
+
+
+def group_of(deployment: str) -> str:
+    """The pool, or the gateway, of a Serve deployment's name."""
+    return deployment.removeprefix("pool-")
+
+
 def pool_object_name(deployment: str, pool: str) -> str:
     """Name of the ServingPool of ``pool``."""
     return f"{deployment}-{pool}"

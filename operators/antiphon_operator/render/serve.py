@@ -12,7 +12,7 @@ import yaml
 
 from antiphon.core.spec import LLMDeployment, PoolSpec, Resources, parse_quantity
 from antiphon_operator.render.canonical import Json, canonical, fingerprint
-from antiphon_operator.render.names import GATEWAY, IMPORT_PATH, grpc_port, http_port, pool_resource
+from antiphon_operator.render.names import GATEWAY, IMPORT_PATH, group_of, grpc_port, http_port, pool_resource, serve_deployment
 from antiphon_operator.render.ray_cluster import http_options
 from antiphon_operator.render.settings import Settings, Weights
 
@@ -65,15 +65,15 @@ def _deployment(name: str, resources: Resources, drain_s: float) -> Json:
     options: Json = {"num_cpus": parse_quantity(resources.cpu), "resources": {pool_resource(name): 1}}
     if resources.gpu and resources.gpu_resource == "nvidia.com/gpu":
         options["num_gpus"] = resources.gpu
-    return {"name": name, "ray_actor_options": options, "graceful_shutdown_timeout_s": drain_s}
+    return {"name": serve_deployment(name), "ray_actor_options": options, "graceful_shutdown_timeout_s": drain_s}
 
 
 def serve_config(application_: Json, sizes: Mapping[str, int]) -> str:
-    """``serveConfigV2`` with ``sizes`` workers per deployment; equal inputs give equal bytes.
+    """``serveConfigV2`` with ``sizes`` workers per pool and gateway; equal inputs give equal bytes.
 
     Serve refuses zero replicas: a pool of size zero sleeps under Serve's own scale-to-zero.
     """
-    deployments = [deployment | _size(sizes[deployment["name"]]) for deployment in application_["deployments"]]
+    deployments = [deployment | _size(sizes[group_of(deployment["name"])]) for deployment in application_["deployments"]]
     config = {
         "proxy_location": "HeadOnly",
         "http_options": http_options(),

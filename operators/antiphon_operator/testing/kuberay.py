@@ -72,7 +72,9 @@ class KubeRay:
                 self._delete_cluster(namespace, name)
         home = pending or active
         config = parse_yaml(service["spec"]["serveConfigV2"])
-        sizes = {d["name"]: d.get("num_replicas", 0) for a in config["applications"] for d in a["deployments"]}
+        sizes = {
+            d["name"].removeprefix("pool-"): d.get("num_replicas", 0) for a in config["applications"] for d in a["deployments"]
+        }
         healthy = self._run_cluster(clusters[home], sizes)
         applications = self._applications(config, healthy=healthy)
         if healthy and pending and all(a["status"] == "RUNNING" for a in applications.values()):

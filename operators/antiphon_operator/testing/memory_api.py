@@ -10,7 +10,7 @@ import datetime
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import jsonpatch
 
@@ -18,6 +18,7 @@ from antiphon_operator.kube.base import Conflict, Gone, KubeError, Listing, NotF
 from antiphon_operator.kube.resources import Resource
 from antiphon_operator.testing.field_sets import ITEM, Path, exists, leaves, read, remove, to_fields_v1, write
 
+_T = TypeVar("_T")
 Key = tuple[str, str, str]  # plural.group, namespace or "", name
 _UNOWNED = (("f:apiVersion",), ("f:kind",), ("f:metadata", "f:name"), ("f:metadata", "f:namespace"))
 _SERVER_METADATA = ("uid", "resourceVersion", "generation", "creationTimestamp", "managedFields", "deletionTimestamp")
@@ -382,12 +383,12 @@ class MemoryApi:
         return datetime.datetime.fromtimestamp(int(self._clock()), datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: _T) -> _T:
     """A deep copy of JSON; several times faster than copy.deepcopy, which most of a scenario's time would go to."""
     if isinstance(value, dict):
-        return {key: _copied(inner) for key, inner in value.items()}
+        return cast("_T", {key: _copied(inner) for key, inner in value.items()})
     if isinstance(value, list | tuple):
-        return [_copied(inner) for inner in value]
+        return cast("_T", [_copied(inner) for inner in value])
     return value
 
 

@@ -236,7 +236,7 @@ def test_the_first_unschedulable_pods_message_is_told(cluster: Cluster) -> None:
 
 def test_ready_with_an_unhealthy_deployment_is_not_ready(cluster: Cluster) -> None:
     cluster.run()
-    cluster.kuberay.unhealthy["ffn"] = "UNHEALTHY"
+    cluster.kuberay.unhealthy["pool-ffn"] = "UNHEALTHY"
     cluster.run(3)
     assert cluster.condition("Ready") == ("False", "DeploymentUnhealthy")
 
