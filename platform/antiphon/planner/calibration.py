@@ -233,7 +233,7 @@ def _by_stages(points: Sequence[Measurement], refit: _Refit) -> FittedWiring:
         )
         layers_s = _layers_s(p.wiring, stages, plain.num_layers, p.num_ubatches)
         rests.append((float(p.batch), p.context, max(p.decode_step_s - layers_s, 1e-3 * p.decode_step_s)))
-    return replace(plain, rest=refit(rests, "rest"), **curves)
+    return replace(plain, rest=refit(rests, "rest"), attention=curves["attention"], ffn=curves["ffn"], transfer=curves["transfer"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

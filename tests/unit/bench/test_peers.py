@@ -89,7 +89,7 @@ def test_an_environment_that_cannot_be_made_is_an_absent_peer_and_leaves_its_log
     home = tmp_path / "broken"
     home.mkdir()
     (home / "venv").write_text("in the way")
-    with pytest.raises(environments.PeerAbsent, match="install.log"):
+    with pytest.raises(environments.PeerAbsent, match=r"install\.log"):
         environments.python_of(environments.Recipe(name="broken", requirements=("numpy",)), tmp_path)
     assert "venv" in (home / "install.log").read_text()
     assert not (home / "made-by.json").exists()
