@@ -416,10 +416,10 @@ def test_a_failing_api_server_is_survived(cluster: Cluster, error: KubeError) ->
     def now_and_then(call: Call) -> KubeError | None:
         nonlocal count
         count += 1
-        return error if count % 29 == 0 and (call.writes or not isinstance(error, Conflict)) else None
+        return error if count % 17 == 0 and (call.writes or not isinstance(error, Conflict)) else None
 
     cluster.api.faults.append(now_and_then)
-    for _ in range(120):
+    for _ in range(50):
         with contextlib.suppress(KubeError):
             cluster.reconcile()
         cluster.kuberay.tick()
