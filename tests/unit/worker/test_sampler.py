@@ -142,7 +142,8 @@ def test_the_kernel_draws_the_tokens_that_torch_draws(params: dict[str, float], 
     if not available():
         pytest.skip("the kernels are not built here")
     rows = torch.randn(24, 5000, generator=torch.Generator().manual_seed(9)) * 4
-    rows[:, 77] = rows[:, 78] = rows.max(dim=1).values  # equal ones, on top
+    if "top_p" not in params:  # which of equal tokens top_p leaves out is nobody's promise
+        rows[:, 77] = rows[:, 78] = rows.max(dim=1).values
     states = [SamplingState(SamplingParams(max_tokens=9, seed=row, **params), frozenset(), [5, 6], [6], 5000) for row in range(24)]  # type: ignore[arg-type]
     by_kernel = sample(rows, states, list(range(24)))
     monkeypatch.setattr(sampler, "available", lambda: False)
