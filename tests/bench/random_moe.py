@@ -2,15 +2,17 @@
 
     python tests/bench/random_moe.py DIR [--seed 0] [--expert-width 384]
 
-Hidden 512, 12 layers, 32 experts of which 4 serve a token. transformers makes and writes it; there is no tokenizer.
+Hidden 512, 12 layers, 32 experts of which 4 serve a token. transformers makes and writes it; its tokenizer knows single bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 
@@ -39,7 +41,21 @@ def write(path: Path, seed: int, expert_width: int) -> int:
     model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2)
     model.save_pretrained(path)
+    write_tokenizer(path, config.vocab_size)
     return sum(weights.numel() for weights in model.parameters())
+
+
+def write_tokenizer(path: Path, vocab_size: int) -> None:
+    """A tokenizer of bytes: servers want one, and no text is measured."""
+    words = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words += [f"<filler_{number}>" for number in range(vocab_size - len(words))]
+    tokenizer = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":
