@@ -39,7 +39,7 @@ MEMORY_LIMIT_MB = 300.0
 
 async def settled(name: str, namespace: str) -> MemoryApi:
     """One deployment brought to rest in an API of its own."""
-    api = MemoryApi(clock=time.time)
+    api = MemoryApi(clock=time.time, uids=name)
     kuberay = KubeRay(api=api)
     pools = [{"name": "attention", "role": "attention"}, {"name": "ffn", "role": "ffn"}]
     spec = {"model": {"uri": "/m"}, "topology": "afd", "pools": pools}
@@ -86,7 +86,7 @@ async def measure(num_deployments: int, watch_s: float) -> dict[str, float]:
     began = time.monotonic()
     for index in range(num_deployments):
         namespace = f"team-{index // 50}"
-        api.take_over(await settled(f"model-{index}", namespace), f"d{index}")
+        api.take_over(await settled(f"model-{index}", namespace))
     prepared_s = time.monotonic() - began
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -62,7 +62,7 @@ class _Stored:
 class MemoryApi:
     """The state of a cluster. Every method is one atomic request; ``changed`` is called after each change."""
 
-    def __init__(self, *, clock: Callable[[], float], history: int = 10_000) -> None:
+    def __init__(self, *, clock: Callable[[], float], history: int = 10_000, uids: str = "uid") -> None:
         self.calls: list[Call] = []
         self.faults: list[Callable[[Call], KubeError | None]] = []
         self.listeners: list[Callable[[], None]] = []
@@ -75,6 +75,7 @@ class MemoryApi:
         self._log: list[tuple[int, str, WatchEvent]] = []
         self._dropped = 0  # versions up to this one are gone from the log
         self._uid = 0
+        self._uids = uids  # what its uids start with
 
     # Reading
 
@@ -113,11 +114,10 @@ class MemoryApi:
         """Record a watch request; faults may refuse it."""
         self._ask("watch", resource, namespace, "")
 
-    def take_over(self, other: MemoryApi, mark: str) -> None:
-        """Take every object of ``other``, which must not be used any more; ``mark`` keeps its uids apart from others'."""
+    def take_over(self, other: MemoryApi) -> None:
+        """Take every object of ``other``, which must have uids of its own and not be used any more."""
         for key, stored in other._objects.items():
-            text = json.dumps(stored.value).replace('"uid-', f'"{mark}-uid-')
-            self._keep(key, _Stored(value=json.loads(text), owners=stored.owners))
+            self._keep(key, stored)
         self._version = max(self._version, other._version)
 
     def forget_history(self) -> None:
@@ -244,7 +244,7 @@ class MemoryApi:
         self._uid += 1
         out = _copied(value)
         metadata = {k: v for k, v in out.get("metadata", {}).items() if v is not None and k not in _SERVER_METADATA}
-        metadata |= {"uid": f"uid-{self._uid}", "generation": 1, "creationTimestamp": self._now()}
+        metadata |= {"uid": f"{self._uids}-{self._uid}", "generation": 1, "creationTimestamp": self._now()}
         return _Stored(value={**out, "apiVersion": resource.api_version, "kind": resource.kind, "metadata": metadata})
 
     def _merge(self, stored: _Stored, config: Object, manager: str, *, force: bool, subresource: str) -> None:
