@@ -65,7 +65,8 @@ def inspect(
         if count:
             table.add_row(label, f"{count:,}")
     table.add_row("active per token", f"{found.active_parameters:,}")
-    table.add_row("KV per token", f"{found.kv_token_bytes:,} bytes ({dtype})")
+    per_gib = 2**30 // found.kv_token_bytes
+    table.add_row("KV per token", f"{found.kv_token_bytes:,} bytes ({dtype}); 1Gi holds {per_gib:,} tokens")
     console.print(table)
     where = ExpertPlacement.spread(config, groups) if placement is None else ExpertPlacement.load(placement, config)
     if where.num_groups != groups:
@@ -80,6 +81,7 @@ def inspect(
         shard = FFNShard.of(index, num_tensor=slices, num_expert=groups)
         part = f"slice {shard.tensor_index + 1}/{slices}, experts {shard.expert_index + 1}/{groups}"
         pools.add_row(f"ffn {index}", part, _megabytes(ffn_shard_bytes(config, shard, where, itemsize)))
+    pools.add_row("prefill, decode, monolith", "whole layers, each worker", _megabytes(found.parameters * itemsize))
     console.print(pools)
     if load is not None:
         rows = read_load(load)
