@@ -26,8 +26,8 @@ P = TypeVar("P")  # a peer, by identity
 
 _WEIGHT = 0.2  # of the newest time in the running means
 _ALIKE = 1.3  # peers are kept in step when neither takes longer from layer to layer than this times the other
-_LATE = 1.5  # times its usual time: a peer that has not come by then is not waited for
-_MIN_USUAL_S = 20e-6
+_LATE = 3.0  # times its usual time, and a little: a peer that has not come by then is not waited for
+_LITTLE_S = 200e-6
 
 
 @dataclass(slots=True)
@@ -102,7 +102,7 @@ class Gathering(Generic[P]):
             if following is None or usual_s is None:
                 return 0.0
             layer = following
-            late_s = other.answered_s + _LATE * usual_s + _MIN_USUAL_S
+            late_s = other.answered_s + _LATE * usual_s + _LITTLE_S
             if now_s > late_s:  # late for its own habits, or gone
                 return 0.0
             if layer == mine.layer:
