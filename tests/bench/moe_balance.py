@@ -46,7 +46,7 @@ def write_model(path: Path, exponent: float, seed: int) -> None:
             num_key_value_heads=2,
             head_dim=16,
             n_routed_experts=NUM_EXPERTS,
-            n_shared_experts=None,
+            n_shared_experts=0,
             num_experts_per_tok=TOP_K,
             first_k_dense_replace=0,
             vocab_size=VOCAB,
