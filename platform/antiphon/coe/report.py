@@ -201,7 +201,7 @@ def plots(report: Report, judged: Judged, categories: Sequence[str]) -> dict[str
 
 
 def _quality_cost(report: Report) -> Figure:
-    figure = _figure(7.5, 4.8)
+    figure = _blank(7.5, 4.8)
     axes = figure.add_subplot()
     alone = sorted(report.experts.values())
     axes.scatter([cost for cost, _ in alone], [score for _, score in alone], color="grey", s=28, label="one expert alone")
@@ -227,7 +227,7 @@ def _quality_cost(report: Report) -> Figure:
 
 
 def _calibration(report: Report, judged: Judged) -> Figure:
-    figure = _figure(5.0, 5.4)
+    figure = _blank(5.0, 5.4)
     upper, lower = figure.subplots(2, 1, height_ratios=(4, 1), sharex=True)
     labelled = judged.true_category_B >= 0
     confidence = judged.verdict.confidence_B[labelled]
@@ -250,7 +250,7 @@ def _calibration(report: Report, judged: Judged) -> Figure:
 
 
 def _confusion(judged: Judged, categories: Sequence[str]) -> Figure:
-    figure = _figure(2.6 + 0.6 * len(categories), 2.0 + 0.5 * len(categories))
+    figure = _blank(2.6 + 0.6 * len(categories), 2.0 + 0.5 * len(categories))
     axes = figure.add_subplot()
     labelled = judged.true_category_B >= 0
     counts = np.zeros((len(categories), len(categories)))
@@ -269,7 +269,7 @@ def _confusion(judged: Judged, categories: Sequence[str]) -> Figure:
     return figure
 
 
-def _figure(width: float, height: float) -> Figure:
+def _blank(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure  # imported here: only people who look at plots pay for it
 
     return Figure(figsize=(width, height), layout="constrained")
