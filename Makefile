@@ -55,7 +55,7 @@ types: $(READY)  ## Check types alone.
 	@$(BIN)/mypy
 
 bench: $(READY)  ## Measure transports, prefill, decode and mixed load.
-	@$(BIN)/antiphon bench links
+	@$(BIN)/antiphon bench transports
 	@$(BIN)/antiphon bench decode
 	@$(BIN)/antiphon bench prefill
 
