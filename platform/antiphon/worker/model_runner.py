@@ -351,7 +351,8 @@ class AttentionWorker:
         logprobs: dict[RequestId, TokenLogprob] = {}
         errors: dict[RequestId, str] = {}
         for index, (row, token_id) in enumerate(zip(rows, tokens, strict=True)):
-            if token_id is None:
+            # Rows of such a gate take no expert, so that their logits may well be numbers, of another model.
+            if token_id is None or row.bad_gate is not None:
                 where = "" if row.bad_gate is None else f", first seen at {row.bad_gate}"
                 errors[row.request_id] = f"internal_error: the model's logits are not numbers{where}"
                 self.cache.scrub(row.block_ids)
