@@ -6,19 +6,23 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from antiphon.client import PoolStatus, ServiceStatus, WorkerStatus
+from antiphon.client import CompositionStatus, PoolStatus, ServiceStatus, WorkerStatus
 
 _STYLES = {"ready": "green", "draining": "yellow", "starting": "yellow", "no session": "red"}
+_COMPOSITION_STYLES = {"ready": "green", "degraded": "yellow", "unavailable": "red"}
 
 
 def render(status: ServiceStatus) -> RenderableType:
-    """The gateway's line, the pools and the workers."""
+    """The gateway's line, the pools, the workers and the compositions."""
     gateway = status.gateway
     state = "draining" if gateway.draining else "serving"
     head = Text(f"gateway {gateway.version}: {state}, up {duration(gateway.uptime_s)}, {gateway.num_requests} requests in flight")
-    if not status.workers:
-        return Group(head, Text("no workers are registered"))
-    return Group(head, Text(), _pools(status.pools), Text(), _workers(status.workers))
+    below: list[RenderableType] = [Text("no workers are registered")]
+    if status.workers:
+        below = [Text(), _pools(status.pools), Text(), _workers(status.workers)]
+    if status.compositions:
+        below += [Text(), _compositions(status.compositions)]
+    return Group(head, *below)
 
 
 def _pools(pools: tuple[PoolStatus, ...]) -> Table:
@@ -56,6 +60,24 @@ def _workers(workers: tuple[WorkerStatus, ...]) -> Table:
         )
     table.columns[-1].overflow = "fold"
     if not messages:
+        table.columns.pop()
+    return table
+
+
+def _compositions(compositions: tuple[CompositionStatus, ...]) -> Table:
+    table = _table("COMPOSITION", "STATE", "EXPERTS", "#FALLBACKS", "WHY")
+    for composition in compositions:
+        experts = ", ".join(
+            expert.name + (" (general)" if expert.general else "") + ("" if expert.healthy else " (down)")
+            for expert in composition.experts
+        )
+        state = Text(composition.state, _COMPOSITION_STYLES.get(composition.state, ""))
+        why = "; ".join(filter(None, (composition.message, composition.last_fallback)))
+        table.add_row(composition.name, state, experts, str(composition.num_fallbacks), Text(why))
+    table.columns[2].no_wrap = False
+    table.columns[2].overflow = "fold"
+    table.columns[-1].overflow = "fold"
+    if not any(composition.message or composition.last_fallback for composition in compositions):
         table.columns.pop()
     return table
 

@@ -11,7 +11,7 @@ Must not know: servers.
 from antiphon.client.asynchronous import AsyncClient, AsyncStream
 from antiphon.client.blocking import Client, Stream
 from antiphon.client.retry import RetryPolicy
-from antiphon.client.status_values import GatewayStatus, PoolStatus, ServiceStatus, WorkerStatus
+from antiphon.client.status_values import CompositionStatus, ExpertStanding, GatewayStatus, PoolStatus, ServiceStatus, WorkerStatus
 from antiphon.client.values import Choice, Chunk, Completion, Logprob, Message, ModelInfo, TokenProbability, Usage
 from antiphon.client.wire import GenerateOptions
 from antiphon.core.request import FinishReason
@@ -24,6 +24,8 @@ __all__ = [
     "Chunk",
     "Client",
     "Completion",
+    "CompositionStatus",
+    "ExpertStanding",
     "FinishReason",
     "GatewayStatus",
     "GenerateOptions",

@@ -67,9 +67,35 @@ class WorkerStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertStanding:
+    """One expert of a composition."""
+
+    name: str
+    external: bool
+    general: bool
+    healthy: bool
+    resident: bool
+    num_waiting: int
+    expected_wait_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompositionStatus:
+    """A composition of experts as the gateway sees it."""
+
+    name: str  # coe/<name>
+    state: str  # ready, degraded, unavailable
+    message: str
+    experts: tuple[ExpertStanding, ...]
+    num_fallbacks: int
+    last_fallback: str  # "" = none so far
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceStatus:
-    """The gateway, its pools and their workers."""
+    """The gateway, its pools and their workers, its compositions."""
 
     gateway: GatewayStatus
     pools: tuple[PoolStatus, ...]
     workers: tuple[WorkerStatus, ...]
+    compositions: tuple[CompositionStatus, ...] = ()

@@ -8,7 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
-from antiphon.client.status_values import GatewayStatus, PoolStatus, ServiceStatus, WorkerStatus
+from antiphon.client.status_values import (
+    CompositionStatus,
+    ExpertStanding,
+    GatewayStatus,
+    PoolStatus,
+    ServiceStatus,
+    WorkerStatus,
+)
 from antiphon.client.values import Chunk, Logprob, Message, ModelInfo, TokenProbability, Usage
 from antiphon.core.errors import InvalidInput
 from antiphon.core.request import FinishReason
@@ -206,6 +213,29 @@ def status_of(response: pb.GetStatusResponse) -> ServiceStatus:
             for pool in response.pools
         ),
         workers=tuple(_worker(worker) for worker in response.workers),
+        compositions=tuple(_composition(composition) for composition in response.compositions),
+    )
+
+
+def _composition(composition: pb.CompositionStatus) -> CompositionStatus:
+    return CompositionStatus(
+        name=composition.name,
+        state=composition.state,
+        message=composition.message,
+        experts=tuple(
+            ExpertStanding(
+                name=expert.name,
+                external=expert.external,
+                general=expert.general,
+                healthy=expert.healthy,
+                resident=expert.resident,
+                num_waiting=expert.num_waiting,
+                expected_wait_s=expert.expected_wait_s,
+            )
+            for expert in composition.experts
+        ),
+        num_fallbacks=composition.num_fallbacks,
+        last_fallback=composition.last_fallback,
     )
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from antiphon.cli.status import app
 from antiphon.cli.status_table import duration, render, size, state_of
-from antiphon.client import GatewayStatus, PoolStatus, ServiceStatus, WorkerStatus
+from antiphon.client import CompositionStatus, ExpertStanding, GatewayStatus, PoolStatus, ServiceStatus, WorkerStatus
 from antiphon.core.errors import Unauthenticated
 from antiphon.core.worker_info import WorkerLoad
 from antiphon.rpc.inference import CallInfo, InferenceServicer
@@ -105,6 +105,18 @@ def test_a_reason_gets_a_column_only_when_there_is_one() -> None:
     assert not any("WHY" in line for line in lines(STATUS))
 
 
+def test_a_composition_is_a_line_with_its_experts_and_who_is_down() -> None:
+    expert = ExpertStanding(
+        name="chat", external=False, general=True, healthy=True, resident=True, num_waiting=0, expected_wait_s=0.0
+    )
+    down = replace(expert, name="code", general=False, healthy=False)
+    composition = CompositionStatus(
+        name="coe/team", state="degraded", message="code is down", experts=(expert, down), num_fallbacks=3, last_fallback=""
+    )
+    found = lines(replace(STATUS, compositions=(composition,)))
+    assert found[-1] == ["coe/team", "degraded", "chat (general), code (down)", "3", "code is down"]
+
+
 @pytest.mark.parametrize(
     ("change", "state"),
     [
@@ -138,7 +150,8 @@ class Gateway:
         if call.metadata.get("authorization") != "Bearer key":
             raise Unauthenticated("a key is needed")
         worker = pb.WorkerStatus(worker_id=f"{request.deployment or 'all'}/p/0", role="prefill", ready=True)
-        return pb.GetStatusResponse(gateway=pb.GatewayStatus(version="9"), workers=[worker])
+        composition = pb.CompositionStatus(name="coe/team", state="ready", experts=[pb.ExpertStanding(name="chat", healthy=True)])
+        return pb.GetStatusResponse(gateway=pb.GatewayStatus(version="9"), workers=[worker], compositions=[composition])
 
 
 @pytest.fixture
