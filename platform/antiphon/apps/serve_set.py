@@ -99,7 +99,7 @@ def serving_of(documents: Sequence[Document], source: str) -> Serving:
     problems = [
         *_nothing(documents, deployments, compositions),
         *_repeated(deployments, compositions),
-        *_missing(deployments, compositions),
+        *unknown_references(deployments, compositions),
     ]
     endpoint, redis_url = EndpointSpec(), None
     if deployments:
@@ -151,7 +151,8 @@ def _repeated(deployments: Sequence[LLMDeployment], compositions: Sequence[Compo
     return found
 
 
-def _missing(deployments: Sequence[LLMDeployment], compositions: Sequence[CompositionOfExperts]) -> list[Problem]:
+def unknown_references(deployments: Sequence[LLMDeployment], compositions: Sequence[CompositionOfExperts]) -> list[Problem]:
+    """Experts that name a deployment which is not among these."""
     known = [document.metadata.name for document in deployments]
     return [
         _problem(

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from antiphon.apps.serve_set import unknown_references
 from antiphon.core.composition import CompositionOfExperts
 from antiphon.core.documents import Document, read_documents
 from antiphon.core.errors import Problem, SpecInvalid
@@ -24,12 +25,16 @@ def validate(
 ) -> None:
     """Check documents: one line per problem, or "ok" and what they ask for. Exits with 1 when there is a problem."""
     documents: list[Document] = []
+    sources: list[str] = []
     problems: list[Problem] = []
     for path in files:
         try:
             documents += read_documents(path)
         except SpecInvalid as error:
             problems += error.problems
+        else:
+            sources += [str(path)] * (len(documents) - len(sources))
+    problems += _unknown_references(documents, sources)
     if as_json:
         found = {
             "ok": not problems,
@@ -44,6 +49,19 @@ def validate(
             print(f"ok: {describe(document)}")
     if problems:
         raise typer.Exit(1)
+
+
+def _unknown_references(documents: list[Document], sources: list[str]) -> list[Problem]:
+    """Experts whose deployment is in none of the files. A call without deployments has nothing to compare with."""
+    deployments = [document for document in documents if isinstance(document, LLMDeployment)]
+    if not deployments:
+        return []
+    return [
+        dataclasses.replace(problem, source=source)
+        for document, source in zip(documents, sources, strict=True)
+        if isinstance(document, CompositionOfExperts)
+        for problem in unknown_references(deployments, [document])
+    ]
 
 
 def problem_line(problem: Problem) -> str:

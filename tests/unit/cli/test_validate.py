@@ -77,3 +77,33 @@ def test_json_holds_the_same(good: Path, bad: Path) -> None:
 
 def test_a_file_must_be_named() -> None:
     assert CliRunner().invoke(app, []).exit_code == 2
+
+
+COMPOSITION = """\
+apiVersion: serving.antiphon.dev/v1alpha1
+kind: CompositionOfExperts
+metadata: {name: team}
+spec:
+  general: chat
+  experts: [{name: chat, deploymentRef: REF}]
+  policy: {name: quality}
+  router: {artifact: {uri: /routers/team}}
+"""
+
+
+def test_an_expert_whose_deployment_is_in_no_file_of_the_call_is_a_problem(good: Path, tmp_path: Path) -> None:
+    team = tmp_path / "team.yaml"
+    team.write_text(COMPOSITION.replace("REF", "dmo"))
+    result = CliRunner().invoke(app, ["-f", str(team), "-f", str(good)])
+    assert result.exit_code == 1
+    assert result.output.startswith(
+        f"{team}: CompositionOfExperts/team: spec.experts[0].deploymentRef: there is no LLMDeployment 'dmo'"
+    )
+    team.write_text(COMPOSITION.replace("REF", "demo"))
+    assert CliRunner().invoke(app, ["-f", str(team), "-f", str(good)]).exit_code == 0
+
+
+def test_a_composition_alone_may_name_deployments_that_are_elsewhere(tmp_path: Path) -> None:
+    team = tmp_path / "team.yaml"
+    team.write_text(COMPOSITION.replace("REF", "anywhere"))
+    assert CliRunner().invoke(app, ["-f", str(team)]).exit_code == 0
