@@ -211,8 +211,8 @@ class ApiServer:
         return True
 
     def _established(self, path: str) -> bool:
-        conditions = self.request("GET", path).get("status", {}).get("conditions", ())
-        return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
+        conditions = self.request("GET", path).get("status", {}).get("conditions")  # null at first
+        return conditions is not None and any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
 
     def _trust(self) -> ssl.SSLContext:
         return ssl.create_default_context(cafile=str(self._directory / "ca.crt"))
