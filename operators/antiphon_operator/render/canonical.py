@@ -13,6 +13,7 @@ import yaml
 
 # libyaml where PyYAML was built with it: the same values, an order of magnitude faster.
 _SAFE_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SAFE_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 Json = dict[str, Any]
 
@@ -25,6 +26,11 @@ def canonical(value: Any) -> str:
 def fingerprint(value: Any, length: int = 10) -> str:
     """``length`` hexadecimal digits that change when ``value`` does."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:length]
+
+
+def to_yaml(value: Any) -> str:
+    """``value`` as YAML that does not depend on the order of keys."""
+    return str(yaml.dump(value, Dumper=_SAFE_DUMPER, sort_keys=True, default_flow_style=False, allow_unicode=True, width=4096))
 
 
 def parse_yaml(text: str) -> Any:

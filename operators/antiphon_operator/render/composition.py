@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import yaml
-
 from antiphon.core.composition import CompositionOfExperts
-from antiphon_operator.render.canonical import Json, fingerprint
+from antiphon_operator.render.canonical import Json, fingerprint, to_yaml
 from antiphon_operator.render.names import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT, HEALTH_PATH, LABEL_COMPOSITION, MANAGER
 from antiphon_operator.render.pods import CONTAINER_SECURITY, POD_SECURITY, resource_requirements
 from antiphon_operator.render.settings import Settings
@@ -61,7 +59,7 @@ def key_variable(index: int) -> str:
 def children(document: CompositionOfExperts, owner: Json, addresses: Mapping[str, Address], settings: Settings) -> tuple[Json, ...]:
     """ConfigMap, Deployment and Service of the router."""
     name = router_name(document.metadata.name)
-    text = yaml.safe_dump(router_document(document, addresses), sort_keys=True, allow_unicode=True, width=4096)
+    text = to_yaml(router_document(document, addresses))
     labels = {
         "app.kubernetes.io/name": "antiphon-router",
         "app.kubernetes.io/managed-by": MANAGER,

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import yaml
-
 from antiphon.core.spec import LLMDeployment, PoolSpec, Resources, parse_quantity
-from antiphon_operator.render.canonical import Json, canonical, fingerprint
+from antiphon_operator.render.canonical import Json, fingerprint, to_yaml
 from antiphon_operator.render.names import GATEWAY, IMPORT_PATH, group_of, grpc_port, http_port, pool_resource, serve_deployment
 from antiphon_operator.render.ray_cluster import http_options
 from antiphon_operator.render.settings import Settings, Weights
@@ -79,7 +77,7 @@ def serve_config(application_: Json, sizes: Mapping[str, int]) -> str:
         "http_options": http_options(),
         "applications": [{**application_, "deployments": deployments}],
     }
-    return str(yaml.safe_dump(config, sort_keys=True, default_flow_style=False, allow_unicode=True, width=4096))
+    return to_yaml(config)
 
 
 def _size(replicas: int) -> Json:
@@ -118,8 +116,3 @@ def sizes_of(document: LLMDeployment) -> dict[str, int]:
 
 def _initial(pool: PoolSpec) -> int:
     return min(max(pool.replicas, pool.floor), pool.ceiling)
-
-
-def config_fingerprint(config: str) -> str:
-    """Fingerprint of a configuration read back from the API server."""
-    return fingerprint(canonical(yaml.safe_load(config)))

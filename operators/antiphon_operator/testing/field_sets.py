@@ -6,10 +6,11 @@ is a map. All other lists are atomic. Must not know: objects' kinds beyond which
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from antiphon_operator.testing.json_values import copied
 
 Path = tuple[str, ...]
 _MISSING = object()
@@ -74,7 +75,7 @@ def write(value: dict[str, Any], path: Path, new: Any) -> None:
         if step.startswith("f:"):
             name = step[2:]
             if last:
-                node[name] = copy.deepcopy(new)
+                node[name] = copied(new)
                 return
             below: Any = [] if path[index + 1].startswith("k:") else {}
             if not isinstance(node.get(name), type(below)):

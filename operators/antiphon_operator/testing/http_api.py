@@ -16,6 +16,7 @@ from aiohttp import web
 
 from antiphon_operator.kube.base import Gone, KubeError, NotFound, Object, Throttled
 from antiphon_operator.kube.resources import RESOURCES, Resource
+from antiphon_operator.render.canonical import parse_yaml
 from antiphon_operator.testing.memory_api import MemoryApi
 
 # kopf asks whether the server knows namespaces before it watches any.
@@ -197,7 +198,7 @@ class HttpApi:
                 options = json.loads(await request.text() or "{}")
                 self.api.delete(resource, namespace, name, uid=options.get("preconditions", {}).get("uid"))
                 return web.json_response({"kind": "Status", "status": "Success"})
-            body: Any = yaml.safe_load(await request.text())
+            body: Any = parse_yaml(await request.text())
             if subresource == "scale":
                 patch = {"spec": {"replicas": body["spec"]["replicas"]}}
                 done = self.api.merge_patch(resource, namespace, name, patch, manager=manager)

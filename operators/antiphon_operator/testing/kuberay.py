@@ -7,7 +7,6 @@ While a new cluster comes in the active one's applications read empty, as KubeRa
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from antiphon_operator.kube.base import Object, owner_reference
 from antiphon_operator.kube.resources import POD, RAY_CLUSTER, RAY_SERVICE
 from antiphon_operator.render.canonical import fingerprint, parse_yaml
+from antiphon_operator.testing.json_values import copied
 from antiphon_operator.testing.memory_api import MemoryApi
 
 _BOUNDS = ("replicas", "minReplicas", "maxReplicas")
@@ -48,7 +48,7 @@ class KubeRay:
 
     def _reconcile(self, service: Object) -> None:
         namespace = service["metadata"]["namespace"]
-        status = copy.deepcopy(service.get("status", {}))
+        status = copied(service.get("status", {}))
         clusters = {
             cluster["metadata"]["name"]: cluster
             for cluster in self.api.list(
@@ -160,7 +160,7 @@ class KubeRay:
             "labels": labels,
             "ownerReferences": [owner_reference(cluster)],
         }
-        value = {"metadata": metadata, "spec": copy.deepcopy(template["spec"]), "status": {"phase": "Pending"}}
+        value = {"metadata": metadata, "spec": copied(template["spec"]), "status": {"phase": "Pending"}}
         self.api.create(POD, value, manager="kuberay")
 
     def _advance(self, pod: Object) -> bool:
@@ -223,7 +223,7 @@ class KubeRay:
 
 
 def _cluster_hash(service: Object) -> str:
-    config = copy.deepcopy(service["spec"]["rayClusterConfig"])
+    config = copied(service["spec"]["rayClusterConfig"])
     for group in config["workerGroupSpecs"]:
         for key in _BOUNDS:
             group.pop(key, None)
