@@ -69,12 +69,12 @@ def first_token_s(client: httpx.Client, model: str, prompt: str) -> tuple[float,
     began = time.perf_counter()
     with client.stream("POST", "/v1/chat/completions", json=body) as answer:
         answer.raise_for_status()
-        for line in answer.iter_lines():
-            if line.startswith("data: {"):
+        took = None
+        for line in answer.iter_lines():  # to the end, so that the connection can be used again
+            if took is None and line.startswith("data: {"):
                 took = time.perf_counter() - began
-                break
-        for _ in answer.iter_lines():
-            continue
+        if took is None:
+            raise SystemExit(f"{model} answered without an event")
         return took, answer.headers.get("x-antiphon-expert", "")
 
 
