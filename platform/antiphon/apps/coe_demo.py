@@ -31,6 +31,7 @@ from antiphon.apps.local import DirectDeployment, running, wait_ready
 from antiphon.apps.serve_plan import ServeSettings
 from antiphon.apps.serve_set import Serving, serving_of
 from antiphon.coe.artifact import load_artifact, write_artifact
+from antiphon.coe.fit import Recipe
 from antiphon.coe.model_card import model_card
 from antiphon.coe.table import ScoreTable, TableExpert
 from antiphon.coe.train import Options, train
@@ -190,7 +191,7 @@ def run(say: Say, *, prompts: Sequence[str] = SHOWN, cache: Path | None = None) 
                 table = _measured(f"http://{ports.host}:{ports.http_port}", tuple(checkpoints), say)
                 scores = _by_category(table)
                 say("Training the router on the answers")
-                artifact, _ = train(table, Options(slow_path=False), lambda _text: None)
+                artifact, _ = train(table, Options(recipe=Recipe(), slow_path=False), lambda _text: None)
                 write_artifact(artifact, router, {"model_card.md": model_card(artifact, None).encode()})
             composed = _composed(serving, router)
             gateway = GatewayThread(serving_config(composed, drain_s=1.0), deployment.directory_address)

@@ -37,7 +37,7 @@ _STEPS: Final = {"morse": 500, "sums": 800}
 _EOS, _QUESTION, _ANSWER = 0, 1, 2  # ids of the special tokens; bytes follow in the order of the byte-level alphabet
 _SPECIAL = ("<|end|>", "<|question|>", "<|answer|>")
 
-FORMS: Final = {
+FORMS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "morse": {
         "encode": (
             "What is {x} in Morse code?",
@@ -237,7 +237,8 @@ def _encode(text: str, ids: dict[str, int]) -> list[int]:
 
 def _initial(vocab_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     def normal(rows: int, columns: int, scale: float = 1.0) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=generator) * scale * columns**-0.5
+        drawn: torch.Tensor = torch.randn(rows, columns, generator=generator) * (scale * columns**-0.5)
+        return drawn
 
     weights = {"model.embed_tokens.weight": normal(vocab_size, _HIDDEN), "model.norm.weight": torch.ones(_HIDDEN)}
     for i in range(_LAYERS):

@@ -218,10 +218,10 @@ def serve(
     endpoints = {}
     for text in endpoint or []:
         name, _, where = text.partition("=")
-        url, _, model = where.rpartition(",")
-        if not name or not url.startswith(("http://", "https://")) or not model:
+        url, _, asked = where.rpartition(",")
+        if not name or not url.startswith(("http://", "https://")) or not asked:
             raise InvalidInput(f"{text!r} is not <deployment>=<base URL>,<model>", "endpoint")
-        endpoints[name] = ExternalEndpoint(url=url, model=model)
+        endpoints[name] = ExternalEndpoint(url=url, model=asked)
     models = {}
     for text in model or []:
         name, _, served = text.partition("=")

@@ -191,7 +191,14 @@ class _Place:
         where = {"pid": self.pid, "tid": LOOP, "cat": str(event.mark)}
         match event.mark:
             case Mark.STEP:
-                yield {"ph": "X", "name": f"step {event.step}", "ts": start_us, "dur": round(end_us - start_us, 3), **where, "args": facts}
+                yield {
+                    "ph": "X",
+                    "name": f"step {event.step}",
+                    "ts": start_us,
+                    "dur": round(end_us - start_us, 3),
+                    **where,
+                    "args": facts,
+                }
             case Mark.ROWS:
                 name = f"rows of {event.peer}, ubatch {event.ubatch}"
                 yield from self._apart(name, start_us, end_us, event, {**facts, "peer": event.peer})
