@@ -61,6 +61,8 @@ class System:
         assert ports is not None
         self.url = f"http://127.0.0.1:{ports.http_port}"
         self.grpc = f"127.0.0.1:{ports.grpc_port}"
+        # The gateway looks into the directory now and then: workers are ready before it knows.
+        self.until(lambda: httpx.get(f"{self.url}/ready", timeout=10).json()["ready_workers"] == 6)
         self.calls = ExpertsCalls(self.grpc)
 
     @staticmethod

@@ -193,6 +193,8 @@ def test_a_soak_with_cancels_disconnects_and_missed_deadlines_leaves_nothing_beh
     system.complete("warm up " * 10)
     processes = [psutil.Process(system.pid_of(pool, i)) for pool, i in (("prefill", 0), ("attention", 0), ("attention", 1))]
     before = [process.memory_info().rss for process in processes]
+    slots = {worker["worker_id"]: worker["load"]["num_free_slots"] for worker in system.workers() if "ffn" in worker["worker_id"]}
+    assert len(slots) == 2
     chance = random.Random(11)
 
     async def one(client: httpx.AsyncClient, number: int) -> str:
@@ -238,6 +240,7 @@ def test_a_soak_with_cancels_disconnects_and_missed_deadlines_leaves_nothing_beh
             load = worker["load"]
             assert load.get("num_running", 0) == load.get("num_waiting", 0) == 0
             assert load.get("num_free_blocks", 0) == load.get("num_total_blocks", 0)
+            assert worker["worker_id"] not in slots or load["num_free_slots"] == slots[worker["worker_id"]], worker
 
     eventually(at_rest, 30.0)
     for process, start in zip(processes, before, strict=True):
@@ -263,10 +266,17 @@ def test_overload_is_refused_early_and_what_was_accepted_completes(system: Syste
         assert refused.json()["error"]["message"]
 
 
-@pytest.mark.parametrize(("pool", "index"), [("ffn", 0), ("attention", 0), ("prefill", 0), ("ffn", 1), ("attention", 1)])
-def test_a_worker_killed_under_load_costs_no_stream_a_token(system: System, pool: str, index: int) -> None:
+@pytest.fixture(scope="module")
+def undisturbed(system: System) -> dict[str, str]:
+    """What prompts are answered with, one by one, while nothing happens."""
     prompts = [f"stream number {n} " * (1 + n % 5) for n in range(16)]
-    expected = [system.complete(prompt, max_tokens=200)["choices"][0]["text"] for prompt in prompts]
+    return {prompt: system.complete(prompt, max_tokens=200)["choices"][0]["text"] for prompt in prompts}
+
+
+@pytest.mark.parametrize(("pool", "index"), [("ffn", 0), ("attention", 0), ("prefill", 0), ("ffn", 1), ("attention", 1)])
+def test_a_worker_killed_under_load_costs_no_stream_a_token(
+    system: System, undisturbed: dict[str, str], pool: str, index: int
+) -> None:
     pid = system.pid_of(pool, index)
 
     async def stream(client: httpx.AsyncClient, prompt: str) -> str:
@@ -290,12 +300,12 @@ def test_a_worker_killed_under_load_costs_no_stream_a_token(system: System, pool
 
     async def run() -> list[str]:
         async with httpx.AsyncClient(base_url=system.url, timeout=90) as client:
-            tasks = [asyncio.create_task(stream(client, prompt)) for prompt in prompts]
+            tasks = [asyncio.create_task(stream(client, prompt)) for prompt in undisturbed]
             await asyncio.sleep(0.3)  # into the streams, before the fault
             os.kill(pid, signal.SIGKILL)
             return await asyncio.gather(*tasks)
 
-    assert asyncio.run(run()) == expected
+    assert asyncio.run(run()) == list(undisturbed.values())
 
     def back() -> None:
         assert system.pid_of(pool, index) != pid

@@ -333,7 +333,7 @@ def test_a_model_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_can_not_start_is_named_with_the_end_of_its_log(tmp_path: Path) -> None:
-    with serve(document=make_document(tmp_path, cores=[4000])) as running:
+    with serve("--no-ray", document=make_document(tmp_path, cores=[4000])) as running:
         assert running.wait(START_S) == 1
         assert re.search(r"error: worker smollm2/monolith/0 did not start: .*4000", running.output)
         assert_nothing_left(running)

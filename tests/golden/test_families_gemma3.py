@@ -45,7 +45,7 @@ def test_tokens_and_logits_equal_transformers(
     gemma: Path, reference: tuple[list[int], list[int], torch.Tensor], topology: str, counts: dict[str, int]
 ) -> None:
     prompt, expected, expected_logits = reference
-    model = {"uri": str(gemma), "dtype": "float32", "maxModelLen": 1024}
+    model = {"uri": str(gemma), "dtype": "float32", "maxModelLen": 512}
     with LocalCluster(wiring(gemma, topology, model=model, cache={"numBlocks": 32}, **counts), gemma) as cluster:
         seen: list[torch.Tensor] = []
         halves = cluster.generating[0].worker.halves
