@@ -193,8 +193,6 @@ def test_a_soak_with_cancels_disconnects_and_missed_deadlines_leaves_nothing_beh
     system.complete("warm up " * 10)
     processes = [psutil.Process(system.pid_of(pool, i)) for pool, i in (("prefill", 0), ("attention", 0), ("attention", 1))]
     before = [process.memory_info().rss for process in processes]
-    slots = {worker["worker_id"]: worker["load"]["num_free_slots"] for worker in system.workers() if "ffn" in worker["worker_id"]}
-    assert len(slots) == 2
     chance = random.Random(11)
 
     async def one(client: httpx.AsyncClient, number: int) -> str:
@@ -240,7 +238,6 @@ def test_a_soak_with_cancels_disconnects_and_missed_deadlines_leaves_nothing_beh
             load = worker["load"]
             assert load.get("num_running", 0) == load.get("num_waiting", 0) == 0
             assert load.get("num_free_blocks", 0) == load.get("num_total_blocks", 0)
-            assert worker["worker_id"] not in slots or load["num_free_slots"] == slots[worker["worker_id"]], worker
 
     eventually(at_rest, 30.0)
     for process, start in zip(processes, before, strict=True):
