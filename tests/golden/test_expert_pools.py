@@ -163,3 +163,60 @@ def test_a_poisoned_request_ends_with_the_gate_s_name_and_harms_no_other(checkpo
         again = [cluster.submit(p, max_tokens=24) for p in prompts()]
         cluster.run()
         assert [cluster.outputs[i].token_ids for i in again] == undisturbed, "its blocks hold no NaN for those who get them next"
+
+
+def strange_token(*texts: list[int]) -> int:
+    return next(t for t in range(101) if not any(t in text for text in texts))
+
+
+def test_a_prefill_worker_hands_over_no_kv_that_is_not_numbers(checkpoint: Path, undisturbed: list[list[int]]) -> None:
+    scheduler = {"maxNumBatchedTokens": 16, "remotePrefillMinTokens": 8}  # several chunks a prompt
+    with LocalCluster(wiring(checkpoint, "pd-afd", cache={"numBlocks": 64}, scheduler=scheduler), checkpoint) as cluster:
+        decode, prefill = cluster.generating[0], cluster.prefilling[0]
+        seen_nan: list[bool] = []
+        load = decode.worker.cache.load
+
+        def spy(layer: int, slots_T: torch.Tensor, data: torch.Tensor) -> None:
+            seen_nan.append(bool(data.view(torch.float32).isnan().any()))
+            load(layer, slots_T, data)
+
+        decode.worker.cache.load = spy  # type: ignore[method-assign]
+        broken = prompts()[2][15]
+        prefill.worker.halves._embed_VD[broken] = float("nan")  # as a fault of that machine's memory would
+        ids = [cluster.submit(p, max_tokens=24, prefill=0) for p in prompts()]
+        cluster.run()
+        assert [cluster.outputs[i].token_ids for i in ids] == undisturbed, "the decode worker computes it by itself"
+        assert decode.engine.scheduler.stats.num_kv_failures >= 1
+        decode.worker.halves._embed_VD[broken] = float("nan")
+        bad = cluster.submit([5, *prompts()[2]], max_tokens=4, prefill=0)
+        cluster.run()
+        assert "the gate of model.layers.0" in str(cluster.outputs[bad].error)
+        assert seen_nan
+        assert not any(seen_nan)
+        assert prefill.engine.scheduler.blocks.num_free_blocks == cluster.facts.num_blocks
+
+
+def test_a_poisoned_prompt_is_refused_each_time_and_spoils_no_shared_prefix(checkpoint: Path) -> None:
+    chance = random.Random(12)
+    prefix = [chance.randrange(100) for _ in range(40)]
+    spec = wiring(
+        checkpoint, "afd", expert_groups=2, cache={"numBlocks": 64, "blockSizeTokens": 8}, scheduler={"maxNumBatchedTokens": 16}
+    )
+    with LocalCluster(spec, checkpoint) as cluster:
+        expected = cluster.generate(prefix, max_tokens=24)
+    poisoned = strange_token(prefix, expected)
+    with LocalCluster(spec, checkpoint) as cluster:
+        cluster.generating[0].worker.halves._embed_VD[poisoned] = float("nan")
+        good = cluster.submit(prefix, max_tokens=24)
+        for _ in range(6):
+            cluster.step()  # past its prompt: whoever comes next takes its blocks as a prefix
+        for _ in range(2):
+            bad = cluster.submit([*prefix, poisoned, *prefix], max_tokens=4)
+            early = cluster.submit([poisoned, *prefix], max_tokens=4)
+            cluster.run()
+            for request_id in (bad, early):
+                assert cluster.outputs[request_id].finish_reason is FinishReason.ERROR
+                assert "the gate of model.layers.0" in str(cluster.outputs[request_id].error)
+                assert cluster.outputs[request_id].token_ids == []
+        assert cluster.outputs[good].token_ids == expected
+        assert cluster.generate(prefix, max_tokens=24) == expected, "its cached blocks are as they were"

@@ -35,7 +35,7 @@ class _Row:
     """One request as the runner knows it."""
 
     __slots__ = (
-        "bad_gate",
+        "bad_at",
         "block_ids",
         "kv_target",
         "num_computed_tokens",
@@ -47,7 +47,7 @@ class _Row:
 
     def __init__(self, new: NewRequestData, vocab_size: int) -> None:
         self.request_id = new.request_id
-        self.bad_gate: str | None = None  # the first gate that found this request's rows not to be numbers
+        self.bad_at: str | None = None  # where this request's rows were first seen not to be numbers
         self.token_ids = list(new.token_ids)
         self.num_prompt_tokens = new.num_prompt_tokens
         self.block_ids = list(new.block_ids)
@@ -204,13 +204,28 @@ class AttentionWorker:
                     if is_last and row.kv_target is None:
                         finals.append(state.x_TD[at - 1 : at])
                         sampled.append(row)
+                    elif row.bad_at is None and not _all_numbers(state.x_TD[at - segment.num_tokens : at]):
+                        row.bad_at = "the last layer"
+        output = self._sample(finals, sampled)
         for row, n in batch:
+            if row.bad_at is not None and row.request_id not in output.errors:
+                output.errors[row.request_id] = self._refuse(row)
             row.num_computed_tokens += n
             if row.kv_target is not None and isinstance(self.kv, PrefillSide):
-                if row.num_computed_tokens >= row.kv_target.first_token + row.kv_target.num_tokens:
+                if row.bad_at is not None:
+                    self.kv.forget(row.request_id, output.errors[row.request_id])
+                elif row.num_computed_tokens >= row.kv_target.first_token + row.kv_target.num_tokens:
                     self.kv.finish(row.request_id)
                 self.kv.pump()
-        return self._sample(finals, sampled)
+        return output
+
+    def _refuse(self, row: _Row) -> str:
+        """Why a request of rows that are not numbers ends. What this step wrote of it may be none either and is zeroed; what steps
+        before it wrote are numbers, and others may share those blocks.
+        """
+        self.cache.scrub(row.block_ids[row.num_computed_tokens // self.cache.layout.block_size_tokens :])
+        where = "" if row.bad_at is None else f", first seen at {row.bad_at}"
+        return f"internal_error: the model's logits are not numbers{where}"
 
     def _forward_all(
         self, step_id: int, batch: list[tuple[_Row, int]], segments: list[Segment]
@@ -240,8 +255,8 @@ class AttentionWorker:
 
     @staticmethod
     def _note_bad(row: _Row, state: StepState, start: int, end: int) -> None:
-        if row.bad_gate is None:
-            row.bad_gate = next((gate for at, gate in state.bad_rows.items() if start <= at < end), None)
+        if row.bad_at is None:
+            row.bad_at = next((gate for at, gate in state.bad_rows.items() if start <= at < end), None)
 
     def _lay_out(self, batch: list[tuple[_Row, int]], run: list[Segment]) -> StepState:
         size = self.cache.layout.block_size_tokens
@@ -324,9 +339,15 @@ class AttentionWorker:
     def _offer(self, layer: int, batch: list[tuple[_Row, int]], run: list[Segment], state: StepState) -> None:
         assert isinstance(self.kv, PrefillSide)
         at = 0
+        are_numbers = _all_numbers(state.x_TD) and not state.bad_rows
         for segment in run:
             row = batch[segment.request][0]
-            if row.kv_target is not None:
+            if not are_numbers:  # such KV never leaves
+                end = at + segment.num_tokens
+                self._note_bad(row, state, at, end)
+                if row.bad_at is None and not _all_numbers(state.x_TD[at:end]):
+                    row.bad_at = self.halves.config.layers[layer].prefix.rstrip(".")
+            if row.kv_target is not None and row.bad_at is None:
                 skip = max(0, row.kv_target.first_token - segment.first_token)
                 slots = state.batch.slots_T[at + skip : at + segment.num_tokens]
                 self.kv.offer(row.request_id, layer, segment.first_token + skip, slots)
@@ -352,10 +373,8 @@ class AttentionWorker:
         errors: dict[RequestId, str] = {}
         for index, (row, token_id) in enumerate(zip(rows, tokens, strict=True)):
             # Rows of such a gate take no expert, so that their logits may well be numbers, of another model.
-            if token_id is None or row.bad_gate is not None:
-                where = "" if row.bad_gate is None else f", first seen at {row.bad_gate}"
-                errors[row.request_id] = f"internal_error: the model's logits are not numbers{where}"
-                self.cache.scrub(row.block_ids)
+            if token_id is None or row.bad_at is not None:
+                errors[row.request_id] = self._refuse(row)
                 continue
             chosen[row.request_id] = token_id
             row.token_ids.append(token_id)
@@ -374,3 +393,7 @@ class AttentionWorker:
         self.afd.close()
         if self.kv is not None:
             self.kv.close()
+
+
+def _all_numbers(x_TD: torch.Tensor) -> bool:
+    return bool(torch.isfinite(x_TD.sum(dtype=torch.float32)))
