@@ -182,6 +182,11 @@ COMPOSITION_RULES: tuple[Rule, ...] = (
         message="each expert needs exactly one of deploymentRef and external",
     ),
     Rule(
+        path="spec.experts[]",
+        rule="!has(self.apiKeySecret) || has(self.deploymentRef)",
+        message="apiKeySecret is for a deploymentRef: an external expert has external.apiKeySecret",
+    ),
+    Rule(
         path="spec.experts[].external",
         rule="!(has(self.apiKeyEnv) && has(self.apiKeySecret))",
         message="give apiKeyEnv or apiKeySecret, not both",

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from antiphon.core.composition import CompositionOfExperts
+from antiphon.core.composition import CompositionOfExperts, ExpertSpec, SecretKeyRef
 from antiphon_operator.api.status import CompositionStatus, ExpertStatus
 from antiphon_operator.conditions import ConditionSet, Reason, Type
 from antiphon_operator.kube.base import Kube, Object, name_of, owner_reference
@@ -19,7 +19,7 @@ from antiphon_operator.kube.resources import COMPOSITION, DEPLOYMENT, LLM_DEPLOY
 from antiphon_operator.log_fields import note_object
 from antiphon_operator.reconcile.llm_status import Refusal, refused_status
 from antiphon_operator.reconcile.writer import NotOurs, Writer
-from antiphon_operator.render.composition import Address, children, router_name
+from antiphon_operator.render.composition import Address, children, key_of, router_name
 from antiphon_operator.render.names import DEFAULT_HTTP_PORT, http_service
 from antiphon_operator.render.settings import Settings
 
@@ -85,13 +85,31 @@ def _addresses(document: CompositionOfExperts, references: Mapping[str, Object |
         spec: Mapping[str, Any] = {} if live is None else live["spec"]
         port = spec.get("endpoint", {}).get("httpPort") or DEFAULT_HTTP_PORT
         model = spec.get("model", {}).get("name") or name
-        out[name] = Address(url=f"http://{http_service(name)}.{namespace}.svc:{port}/v1", model=model)
+        url = f"http://{http_service(name)}.{namespace}.svc:{port}/v1"
+        out[name] = Address(url=url, model=model, key=_secret_of(spec))
     return out
 
 
-def _expert(reference: str, live: Object | None, address: Address, name: str) -> ExpertStatus:
+def _asks_for_keys(spec: Mapping[str, Any]) -> bool:
+    return spec.get("endpoint", {}).get("apiKeysEnv") is not None
+
+
+def _secret_of(spec: Mapping[str, Any]) -> SecretKeyRef | None:
+    """The secret that a deployment's accepted keys come from, which the router's pod may mount as the deployment's own do."""
+    wanted = spec.get("endpoint", {}).get("apiKeysEnv")
+    for variable in spec.get("kubernetes", {}).get("secretEnv", ()):
+        if wanted is not None and variable["name"] == wanted:
+            return SecretKeyRef(name=variable["secret"], key=variable["key"])
+    return None
+
+
+def _expert(expert: ExpertSpec, reference: str, live: Object | None, addresses: Mapping[str, Address]) -> ExpertStatus:
+    name, address = expert.name, addresses[reference]
     if live is None:
         return ExpertStatus(name=name, ready=False, url=address.url, message=f"there is no LLMDeployment {reference}")
+    if _asks_for_keys(live["spec"]) and key_of(expert, addresses) is None:
+        why = f"LLMDeployment {reference} asks for API keys that come from no Secret it names: set apiKeySecret of this expert"
+        return ExpertStatus(name=name, ready=False, url=address.url, message=why)
     ready = {c["type"]: c for c in live.get("status", {}).get("conditions", ())}.get("Ready")
     holds = ready is not None and ready["status"] == "True"
     message = "" if holds else "not reconciled yet" if ready is None else f"{ready['reason']}: {ready.get('message', '')}"
@@ -106,7 +124,7 @@ def _status(
     for expert in document.spec.experts:
         if expert.deployment_ref is not None:
             reference = expert.deployment_ref
-            experts.append(_expert(reference, references[reference], addresses[reference], expert.name))
+            experts.append(_expert(expert, reference, references[reference], addresses))
         elif expert.external is not None:
             experts.append(ExpertStatus(name=expert.name, ready=True, url=expert.external.url))
     num_ready = sum(1 for expert in experts if expert.ready)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from antiphon.core.composition import CompositionOfExperts
+from antiphon.core.composition import CompositionOfExperts, ExpertSpec, SecretKeyRef
 from antiphon_operator.render.canonical import Json, fingerprint, to_yaml
 from antiphon_operator.render.names import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT, HEALTH_PATH, LABEL_COMPOSITION, MANAGER
 from antiphon_operator.render.pods import CONTAINER_SECURITY, POD_SECURITY, resource_requirements
@@ -21,10 +21,11 @@ _FILE = "composition.yaml"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """Where a deployment answers and under which model name."""
+    """Where a deployment answers, under which model name, and what to show at its door."""
 
     url: str
     model: str
+    key: SecretKeyRef | None = None  # the secret that its accepted keys come from; None = it asks for none, or none is known
 
 
 def router_name(composition: str) -> str:
@@ -36,13 +37,14 @@ def router_document(document: CompositionOfExperts, addresses: Mapping[str, Addr
     """The document that the router reads; ``addresses`` has every referenced deployment."""
     value: Json = document.model_dump(mode="json", by_alias=True, exclude_none=True)
     value["metadata"] = {"name": document.metadata.name}
-    for index, expert in enumerate(value["spec"]["experts"]):
+    for index, (expert, spec) in enumerate(zip(value["spec"]["experts"], document.spec.experts, strict=True)):
         reference = expert.pop("deploymentRef", None)
+        expert.pop("apiKeySecret", None)
         if reference is not None:
             address = addresses[reference]
             expert["external"] = {"url": address.url, "model": address.model}
-        elif "apiKeySecret" in expert["external"]:
-            del expert["external"]["apiKeySecret"]
+        expert["external"].pop("apiKeySecret", None)
+        if key_of(spec, addresses) is not None:
             expert["external"]["apiKeyEnv"] = key_variable(index)
     artifact = document.spec.router.artifact
     if artifact is not None and artifact.uri.startswith("pvc://"):
@@ -54,6 +56,15 @@ def router_document(document: CompositionOfExperts, addresses: Mapping[str, Addr
 def key_variable(index: int) -> str:
     """Environment variable with the API key of the expert at ``index``."""
     return f"ANTIPHON_EXPERT_{index}_KEY"
+
+
+def key_of(expert: ExpertSpec, addresses: Mapping[str, Address]) -> SecretKeyRef | None:
+    """The secret with the key to show at an expert's door: the one it names, else the one its deployment's keys come from."""
+    if expert.external is not None:
+        return expert.external.api_key_secret
+    if expert.api_key_secret is not None or expert.deployment_ref is None:
+        return expert.api_key_secret
+    return addresses[expert.deployment_ref].key
 
 
 def children(document: CompositionOfExperts, owner: Json, addresses: Mapping[str, Address], settings: Settings) -> tuple[Json, ...]:
@@ -77,7 +88,7 @@ def children(document: CompositionOfExperts, owner: Json, addresses: Mapping[str
 
     template: Json = {
         "metadata": {"labels": labels, "annotations": {"serving.antiphon.dev/configuration": fingerprint(text, 16)}},
-        "spec": _pod(document, settings),
+        "spec": _pod(document, addresses, settings),
     }
     ports = [
         {"name": "http", "port": DEFAULT_HTTP_PORT, "targetPort": "http", "protocol": "TCP", "appProtocol": "http"},
@@ -116,11 +127,11 @@ def _claim_of(uri: str) -> tuple[str, str]:
     return claim, path.strip("/")
 
 
-def _pod(document: CompositionOfExperts, settings: Settings) -> Json:
+def _pod(document: CompositionOfExperts, addresses: Mapping[str, Address], settings: Settings) -> Json:
     environment: list[Json] = [{"name": "HOME", "value": "/tmp"}]  # noqa: S108 - an emptyDir of the pod's own
     for index, expert in enumerate(document.spec.experts):
-        if expert.external is not None and expert.external.api_key_secret is not None:
-            secret = expert.external.api_key_secret
+        secret = key_of(expert, addresses)
+        if secret is not None:
             reference = {"secretKeyRef": {"name": secret.name, "key": secret.key}}
             environment.append({"name": key_variable(index), "valueFrom": reference})
     volumes: list[Json] = [

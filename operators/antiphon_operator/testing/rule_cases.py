@@ -82,6 +82,7 @@ def _named(document: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 _GPU = {"resources": {"gpu": 4}, "scaling": {"mode": "External", "minReplicas": 1, "maxReplicas": 4}}
+_KEY = {"name": "keys", "key": "chat"}
 _RULE = {"name": "r", "when": {"category": "x"}, "expert": "chat"}
 
 # start of the message: accepted, refused, or (old, new) pairs for rules on updates
@@ -163,6 +164,10 @@ CASES: dict[str, dict[str, tuple[Case, Case]]] = {
     "CompositionOfExperts": {
         "metadata.name must have at most": (_named(_coe(), "a" * 40), _named(_coe(), "a" * 41)),
         "each expert needs exactly one": (_coe(), _coe(experts=[{"name": "chat"}])),
+        "apiKeySecret is for a deploymentRef": (
+            _coe(experts=[{"name": "chat", "deploymentRef": "chat", "apiKeySecret": _KEY}]),
+            _coe(experts=[{"name": "chat", "external": {"url": "https://x/v1", "model": "m"}, "apiKeySecret": _KEY}]),
+        ),
         "give apiKeyEnv or apiKeySecret": (
             _external(apiKeyEnv="KEY"),
             _external(apiKeyEnv="KEY", apiKeySecret={"name": "s", "key": "k"}),

@@ -75,6 +75,10 @@ class ExpertSpec(Model):
         default=None, description="metadata.name of an LLMDeployment; None = external.", min_length=1, max_length=63
     )
     external: ExternalEndpoint | None = Field(default=None, description="An endpoint run by others; None = deploymentRef.")
+    api_key_secret: SecretKeyRef | None = Field(
+        default=None,
+        description="Kubernetes secret with a key that the referenced deployment accepts; None = the first key of its own secret.",
+    )
     active_params_b: float | None = Field(
         default=None, gt=0, le=100_000,
         description="Parameters used per token, in 1e9; None = as the artifact says, else 1.",
@@ -93,6 +97,8 @@ class ExpertSpec(Model):
     def _served_one_way(self) -> ExpertSpec:
         if (self.deployment_ref is None) == (self.external is None):
             raise ValueError("deploymentRef: exactly one of deploymentRef and external is needed")
+        if self.api_key_secret is not None and self.external is not None:
+            raise ValueError("apiKeySecret: is for a deploymentRef; an external expert has external.apiKeySecret")
         return self
 
     @property

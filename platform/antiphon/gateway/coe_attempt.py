@@ -136,8 +136,9 @@ async def forward(
 
 
 def key_headers(endpoint: ExternalEndpoint) -> dict[str, str]:
-    """The key of an endpoint, from the environment."""
-    key = os.environ.get(endpoint.api_key_env, "") if endpoint.api_key_env is not None else ""
+    """The key of an endpoint, from the environment; the first where it lists several, as a deployment of ours does."""
+    keys = os.environ.get(endpoint.api_key_env, "") if endpoint.api_key_env is not None else ""
+    key = next((part.strip() for part in keys.split(",") if part.strip()), "")  # no key that a header can carry has a comma
     return {"authorization": f"Bearer {key}"} if key else {}
 
 

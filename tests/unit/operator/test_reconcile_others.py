@@ -12,6 +12,8 @@ import yaml
 
 from antiphon.core.composition import CompositionOfExperts
 from antiphon.core.errors import CheckpointInvalid, Unavailable
+from antiphon.gateway.auth import ApiKeys, keys_from
+from antiphon.gateway.coe_attempt import key_headers
 from antiphon_operator.fetch import digest_of, fetch
 from antiphon_operator.kube.resources import (
     CLAIM,
@@ -126,6 +128,62 @@ def test_a_missing_reference_is_named(cluster: Cluster) -> None:
     cluster.api.delete(LLM_DEPLOYMENT, "default", "maths")
     route(cluster)
     assert cluster.conditions(COMPOSITION, "team")["Accepted"] == ("False", "ReferenceNotFound")
+
+
+def guard(cluster: Cluster, name: str, **kubernetes: Any) -> None:
+    """Let the deployment ask for API keys."""
+    live = cluster.get(LLM_DEPLOYMENT, name)
+    live["spec"] |= {"endpoint": {"apiKeysEnv": "KEYS"}, "kubernetes": kubernetes}
+    cluster.api.update(LLM_DEPLOYMENT, live, manager="kubectl")
+
+
+def name_secret(cluster: Cluster, expert: int, secret: dict[str, str]) -> None:
+    live = cluster.get(COMPOSITION, "team")
+    live["spec"]["experts"][expert]["apiKeySecret"] = secret
+    cluster.api.update(COMPOSITION, live, manager="kubectl")
+
+
+def router(cluster: Cluster) -> tuple[CompositionOfExperts, dict[str, Any]]:
+    """The document that the router reads and its environment, by name."""
+    value = yaml.safe_load(cluster.get(CONFIG_MAP, "team-router")["data"]["composition.yaml"])
+    (container,) = cluster.get(DEPLOYMENT, "team-router")["spec"]["template"]["spec"]["containers"]
+    return CompositionOfExperts.model_validate(value), {e["name"]: e.get("valueFrom") for e in container["env"]}
+
+
+def test_a_router_shows_a_guarded_deployment_a_key_that_it_accepts(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    guard(cluster, "code", secretEnv=[{"name": "KEYS", "secret": "code-keys", "key": "accepted"}])
+    route(cluster)
+    document, environment = router(cluster)
+    endpoint = document.spec.expert("code").external
+    assert endpoint is not None
+    assert endpoint.api_key_env is not None
+    assert environment[endpoint.api_key_env] == {"secretKeyRef": {"name": "code-keys", "key": "accepted"}}
+    secret = "first-key, second-key"
+    monkeypatch.setenv(endpoint.api_key_env, secret)  # as the kubelet does
+    ApiKeys(keys_from(secret)).check(key_headers(endpoint)["authorization"])
+    open_endpoint = document.spec.expert("chat").external
+    assert open_endpoint is not None
+    assert key_headers(open_endpoint) == {}
+
+
+def test_the_secret_that_an_expert_names_comes_before_its_deployments_own(cluster: Cluster) -> None:
+    guard(cluster, "code", secretEnv=[{"name": "KEYS", "secret": "code-keys", "key": "accepted"}])
+    name_secret(cluster, 1, {"name": "router-keys", "key": "code"})
+    route(cluster)
+    assert router(cluster)[1]["ANTIPHON_EXPERT_1_KEY"] == {"secretKeyRef": {"name": "router-keys", "key": "code"}}
+
+
+def test_a_guarded_deployment_without_a_known_secret_is_an_expert_that_is_not_ready_and_says_what_to_do(cluster: Cluster) -> None:
+    guard(cluster, "code")
+    route(cluster)
+    status = cluster.get(COMPOSITION, "team")["status"]
+    (code,) = [expert for expert in status["experts"] if expert["name"] == "code"]
+    assert not code["ready"]
+    assert "set apiKeySecret of this expert" in code["message"]
+    assert status["expertsReady"] == "3/4"
+    name_secret(cluster, 1, {"name": "router-keys", "key": "code"})
+    route(cluster)
+    assert cluster.get(COMPOSITION, "team")["status"]["expertsReady"] == "4/4"
 
 
 def keep(cluster: Cluster) -> float | None:
