@@ -47,6 +47,7 @@ using at::Tensor;
 constexpr int64_t kLanes = 16;         // outputs of half a block
 constexpr int64_t kBlock = 2 * kLanes;  // outputs of a block; widths are padded to it
 constexpr int64_t kPanelRows = 128;    // rows that go through all blocks together: they stay in L2
+constexpr int64_t kAhead = 4;          // blocks that are fetched while as many are computed
 constexpr int64_t kSlackRows = 16;     // tiles may read this many rows behind the last
 
 typedef float Lanes __attribute__((vector_size(64)));
@@ -240,6 +241,30 @@ void sums_of_rows(const bf16* x, int64_t stride, const bf16* block, int64_t k, f
 #endif
 }
 
+// Weights that a thread reads next, fetched into L2 while it computes: many runs side by side, as a processor that reads one page
+// after the other waits for each.
+class Ahead {
+ public:
+  void start(const char* at, int64_t bytes) {
+    at_ = at;
+    run_ = (bytes / kRuns + kLine - 1) / kLine * kLine;
+    done_ = 0;
+  }
+  // The next ``lines`` cache lines, fewer where all are fetched.
+  void fetch(int64_t lines) {
+    for (; lines > 0 && done_ < run_; lines -= kRuns, done_ += kLine) {
+      for (int64_t r = 0; r < kRuns; ++r) {
+        __builtin_prefetch(at_ + r * run_ + done_, 0, 2);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kRuns = 8, kLine = 64;
+  const char* at_ = nullptr;
+  int64_t run_ = 0, done_ = 0;
+};
+
 #if ANTIPHON_AMX
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -284,7 +309,7 @@ class Tiles {
 };
 
 template <bool kTwo>
-void sums_by_tiles(const bf16* x, int64_t stride, const bf16* block, int64_t k, float (*sums)[2][kLanes]) {
+void sums_by_tiles(const bf16* x, int64_t stride, const bf16* block, int64_t k, float (*sums)[2][kLanes], Ahead& ahead) {
   asm volatile("" ::: "memory");  // the intrinsics do not say what they read: what was written before must be in place
   _tile_zero(0);
   _tile_zero(1);
@@ -294,9 +319,7 @@ void sums_by_tiles(const bf16* x, int64_t stride, const bf16* block, int64_t k, 
   }
   for (int64_t i = 0; i < k; i += 32) {
     const bf16* at = block + i * kBlock;
-    for (int line = 0; line < 32; ++line) {
-      _mm_prefetch(reinterpret_cast<const char*>(at) + 4096 + 64 * line, _MM_HINT_T0);
-    }
+    ahead.fetch(32);
     _tile_loadd(4, x + i, stride * sizeof(bf16));
     _tile_loadd(6, at, 128);
     _tile_dpbf16ps(0, 4, 6);
@@ -327,15 +350,17 @@ class Tiles {
 
 // sums of up to 32 rows with one block.
 template <typename T>
-void multiply(const Tiles& tiles, const T* x, int64_t stride, int64_t rows, const T* block, int64_t k, float (*sums)[2][kLanes]) {
+void multiply(const Tiles& tiles, const T* x, int64_t stride, int64_t rows, const T* block, int64_t k, float (*sums)[2][kLanes],
+              Ahead& ahead) {
 #if ANTIPHON_AMX
   if constexpr (std::is_same_v<T, bf16>) {
     if (tiles.on()) {
-      return rows > 16 ? sums_by_tiles<true>(x, stride, block, k, sums) : sums_by_tiles<false>(x, stride, block, k, sums);
+      return rows > 16 ? sums_by_tiles<true>(x, stride, block, k, sums, ahead) : sums_by_tiles<false>(x, stride, block, k, sums, ahead);
     }
   }
 #endif
   (void)tiles;
+  (void)ahead;
   int64_t r = 0;
   for (; r + 8 <= rows; r += 8) {
     sums_of_rows<8>(x + r * stride, stride, block, k, sums + r);
@@ -350,11 +375,13 @@ void multiply(const Tiles& tiles, const T* x, int64_t stride, int64_t rows, cons
 
 // One block of int8 weights in the format of the rows; exact, as bfloat16 has eight bits of mantissa.
 template <typename T>
-const T* widen(const int8_t* from, int64_t count, T* to) {
+const T* widen(const int8_t* from, int64_t count, T* to, Ahead& ahead) {
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, bf16>) {
     for (int64_t i = 0; i < count; i += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(from + i + count), _MM_HINT_T1);  // of the next block: memory works meanwhile
+      if (i % 512 == 0) {
+        ahead.fetch(8);
+      }
       for (int64_t j = i; j < i + 64; j += 32) {
         const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j))));
         const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j + 16))));
@@ -364,6 +391,7 @@ const T* widen(const int8_t* from, int64_t count, T* to) {
     return to;
   }
 #endif
+  (void)ahead;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     store(to[i], static_cast<float>(from[i]));
@@ -410,19 +438,13 @@ class Layer {
       std::memset(static_cast<void*>(to + d_), 0, (dp_ - d_) * sizeof(T));
     }
     at::parallel_for(0, widest / kLanes, 1, [&](int64_t begin, int64_t end) {
-      const Tiles tiles(std::is_same_v<T, bf16>);
-      for (const Expert& expert : experts) {
-        gate_up(tiles, expert, begin, std::min(end, expert.held[kWidth] / kLanes), activation);
-      }
+      gate_up(experts, {kGateUp, kGateUpScale, begin, end}, activation);
     });
     at::parallel_for(0, dp_ / kBlock, 1, [&](int64_t begin, int64_t end) {
-      const Tiles tiles(std::is_same_v<T, bf16>);
       for (int64_t t = 0; t < num_rows_; ++t) {
         std::memset(sum_ + t * dp_ + begin * kBlock, 0, (end - begin) * kBlock * sizeof(float));
       }
-      for (const Expert& expert : experts) {
-        down(tiles, expert, pairs, begin, end);
-      }
+      down(experts, {kDown, kDownScale, begin, end}, pairs);
       const int64_t first = begin * kBlock, last = std::min(end * kBlock, d_);
       for (int64_t t = 0; t < num_rows_; ++t) {
         const float* from = sum_ + t * dp_;
@@ -436,46 +458,80 @@ class Layer {
   }
 
  private:
-  // The block as the rows' format, and where its scales are (nullptr: it has none).
-  const T* block_of(const Expert& expert, Column weight, Column scale, int64_t block, int64_t k, const float*& scales) const {
-    const int64_t count = k * kBlock;
-    if (expert.held[scale] == 0) {
-      scales = nullptr;
-      return expert.at<T>(weight) + block * count;
-    }
-    static thread_local Scratch<T> memory;
-    scales = expert.at<float>(scale) + block * kBlock;
-    return widen(expert.at<int8_t>(weight) + block * count, count, memory.take(count));
+  // A thread's share of every expert: these blocks of one weight.
+  struct Share {
+    Column weight, scale;
+    int64_t begin, end;
+  };
+
+  int64_t depth(const Expert& expert, const Share& share) const { return share.weight == kGateUp ? dp_ : expert.held[kWidth]; }
+  int64_t end_of(const Expert& expert, const Share& share) const {
+    return share.weight == kGateUp ? std::min(share.end, expert.held[kWidth] / kLanes) : share.end;
   }
 
+  // Have the few blocks from this one on fetched.
+  void expect(Ahead& ahead, const Expert& expert, const Share& share, int64_t block) const {
+    const int64_t bytes = depth(expert, share) * kBlock * (expert.held[share.scale] == 0 ? sizeof(T) : 1);
+    ahead.start(expert.at<char>(share.weight) + block * bytes, std::min(kAhead, end_of(expert, share) - block) * bytes);
+  }
+
+  // The block as the rows' format, and where its scales are (nullptr: it has none).
+  const T* block_of(const Expert& expert, const Share& share, int64_t block, const float*& scales, Ahead& ahead) const {
+    const int64_t count = depth(expert, share) * kBlock;
+    if (expert.held[share.scale] == 0) {
+      scales = nullptr;
+      return expert.at<T>(share.weight) + block * count;
+    }
+    static thread_local Scratch<T> memory;
+    scales = expert.at<float>(share.scale) + block * kBlock;
+    return widen(expert.at<int8_t>(share.weight) + block * count, count, memory.take(count), ahead);
+  }
+
+  // done(block, first row, rows, sums) for every block of the share and up to 32 rows of x at a time.
   template <typename Done>
-  void panels(const Tiles& tiles, const Expert& expert, const T* x, int64_t stride, int64_t k, Column weight, Column scale,
-              int64_t begin, int64_t end, Done done) const {
+  void products(const std::vector<Expert>& experts, const Share& share, const T* x, int64_t stride, Done done) const {
     alignas(64) Sums sums;
-    for (int64_t panel = 0; panel < expert.rows; panel += kPanelRows) {
-      const int64_t last = std::min(panel + kPanelRows, expert.rows);
-      for (int64_t b = begin; b < end; ++b) {
-        const float* scales;
-        const T* block = block_of(expert, weight, scale, b, k, scales);
-        for (int64_t r = panel; r < last; r += kBlock) {
-          const int64_t count = std::min(kBlock, last - r);
-          multiply(tiles, x + (expert.first + r) * stride, stride, count, block, k, sums);
-          if (scales != nullptr) {
-            for (int64_t i = 0; i < count; ++i) {
-#pragma omp simd
-              for (int64_t n = 0; n < kBlock; ++n) {
-                (&sums[i][0][0])[n] *= scales[n];
-              }
+    const Tiles tiles(std::is_same_v<T, bf16>);
+    Ahead ahead;
+    if (!experts.empty()) {
+      expect(ahead, experts[0], share, share.begin);
+      ahead.fetch(std::numeric_limits<int64_t>::max());
+    }
+    for (size_t e = 0; e < experts.size(); ++e) {
+      const Expert& expert = experts[e];
+      const int64_t end = end_of(expert, share), k = depth(expert, share);
+      for (int64_t panel = 0; panel < expert.rows; panel += kPanelRows) {
+        const int64_t last = std::min(panel + kPanelRows, expert.rows);
+        for (int64_t b = share.begin; b < end; ++b) {
+          if (panel == 0 && (b - share.begin) % kAhead == 0) {
+            if (b + kAhead < end) {
+              expect(ahead, expert, share, b + kAhead);
+            } else if (e + 1 < experts.size()) {
+              expect(ahead, experts[e + 1], share, share.begin);
             }
           }
-          done(b, expert.first + r, count, sums);
+          const float* scales;
+          const T* block = block_of(expert, share, b, scales, ahead);
+          for (int64_t r = panel; r < last; r += kBlock) {
+            const int64_t count = std::min(kBlock, last - r);
+            multiply(tiles, x + (expert.first + r) * stride, stride, count, block, k, sums, ahead);
+            if (scales != nullptr) {
+              for (int64_t i = 0; i < count; ++i) {
+#pragma omp simd
+                for (int64_t n = 0; n < kBlock; ++n) {
+                  (&sums[i][0][0])[n] *= scales[n];
+                }
+              }
+            }
+            done(b, expert.first + r, count, sums);
+          }
         }
       }
     }
   }
 
-  void gate_up(const Tiles& tiles, const Expert& expert, int64_t begin, int64_t end, Activation activation) const {
-    panels(tiles, expert, sorted_, dp_, dp_, kGateUp, kGateUpScale, begin, end, [&](int64_t b, int64_t m, int64_t count, Sums& sums) {
+  void gate_up(const std::vector<Expert>& experts, const Share& share, Activation activation) const {
+    products(experts, share, sorted_, dp_, [&](int64_t b, int64_t m, int64_t count, Sums& sums) {
       for (int64_t i = 0; i < count; ++i) {
         T* to = act_ + (m + i) * act_stride_ + b * kLanes;
         const float *gate = sums[i][0], *up = sums[i][1];
@@ -494,19 +550,18 @@ class Layer {
     });
   }
 
-  void down(const Tiles& tiles, const Expert& expert, const Pair* pairs, int64_t begin, int64_t end) const {
-    panels(tiles, expert, act_, act_stride_, expert.held[kWidth], kDown, kDownScale, begin, end,
-           [&](int64_t b, int64_t m, int64_t count, Sums& sums) {
-             for (int64_t i = 0; i < count; ++i) {
-               const Pair pair = pairs[m + i];
-               float* to = sum_ + pair.row * dp_ + b * kBlock;
-               const float* from = &sums[i][0][0];
+  void down(const std::vector<Expert>& experts, const Share& share, const Pair* pairs) const {
+    products(experts, share, act_, act_stride_, [&](int64_t b, int64_t m, int64_t count, Sums& sums) {
+      for (int64_t i = 0; i < count; ++i) {
+        const Pair pair = pairs[m + i];
+        float* to = sum_ + pair.row * dp_ + b * kBlock;
+        const float* from = &sums[i][0][0];
 #pragma omp simd
-               for (int64_t n = 0; n < kBlock; ++n) {
-                 to[n] += pair.weight * from[n];
-               }
-             }
-           });
+        for (int64_t n = 0; n < kBlock; ++n) {
+          to[n] += pair.weight * from[n];
+        }
+      }
+    });
   }
 
   const T* rows_;
@@ -726,6 +781,7 @@ int64_t route(const Tensor& ids, const Tensor& weights, const Tensor& rows, cons
     float *logits = x + kRows * dp, *ranks = logits + kRows * outputs, *groups = ranks + outputs;
     alignas(64) Sums sums;
     const Tiles none(false);
+    Ahead nothing;
     for (int64_t t = begin; t < end; t += kRows) {
       const int64_t count = std::min(kRows, end - t);
       for (int64_t r = 0; r < count; ++r) {
@@ -742,7 +798,7 @@ int64_t route(const Tensor& ids, const Tensor& weights, const Tensor& rows, cons
         std::memset(row + d, 0, (dp - d) * sizeof(float));
       }
       for (int64_t b = 0; b < num_blocks; ++b) {
-        multiply(none, x, dp, count, packed + b * dp * kBlock, dp, sums);
+        multiply(none, x, dp, count, packed + b * dp * kBlock, dp, sums, nothing);
         for (int64_t r = 0; r < count; ++r) {
           std::memcpy(logits + r * outputs + b * kBlock, sums[r], kBlock * sizeof(float));
         }
