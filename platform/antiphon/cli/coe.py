@@ -17,6 +17,8 @@ import typer
 
 from antiphon.core.composition import Policy
 
+_PLAIN_WIDTH = 160  # where the output is no terminal
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Composition of experts: train, evaluate, route, serve, demo.")
 
 
@@ -274,17 +276,20 @@ def demo(
         click.echo(_json({"answers": [asdict(answer) for answer in result.answers], "mean_scores": result.mean_scores}))
         return
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, _PLAIN_WIDTH)
     if result.mean_scores:
         experts = list(next(iter(result.mean_scores.values())))
-        measured = RichTable("category", *experts, title="right answers in the router's table", title_justify="left", box=None)
+        console.print("Right answers in the table that the router was trained on:")
+        measured = RichTable("category", *experts, box=None, header_style="bold")
         for category, scores in result.mean_scores.items():
             measured.add_row(category, *(f"{scores[expert]:.0%}" for expert in experts))
         console.print(measured)
         console.print()
-    shown = RichTable("prompt", "answered by", "category", "sure", "reason", "answer", box=None, header_style="bold")
+    shown = RichTable("prompt", "answered by", "category", "sure", "why", "answer", box=None, header_style="bold")
     for answer in result.answers:
         sure = f"{float(answer.confidence):.2f}"
-        shown.add_row(*map(escape, (answer.prompt, answer.expert, answer.category, sure, answer.reason, answer.answer)))
+        shown.add_row(*map(escape, (answer.prompt, answer.expert, answer.category, sure, answer.why, answer.answer)))
     console.print(shown)
     console.print(f"The router is kept in {escape(str(result.router))}; its model card says what it is made of.", style="dim")
 
