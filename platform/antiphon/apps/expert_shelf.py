@@ -3,8 +3,8 @@
     disk ──read──► directory in memory ──convert──► engine ──first answer──► ready
 
 Copies lie in a directory of a memory file system, so that an engine is built from either place by the same code. All engines
-share one thread, copies are made on another. Implements ``coe.tiers.ExpertLoader`` and ``coe.tiered_pool.ExpertServer``.
-Must not know: who decides what is loaded.
+share one thread, which gives each that has requests one step in turn; copies are made on another. Implements
+``coe.tiers.ExpertLoader`` and ``coe.tiered_pool.ExpertServer``. Must not know: who decides what is loaded.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import itertools
 import os
 import shutil
 import time
@@ -27,6 +28,7 @@ from antiphon.core.errors import CheckpointInvalid, DeadlineExceeded, Unavailabl
 from antiphon.core.ids import Epoch, Role, WorkerId
 from antiphon.core.request import Request, RequestId, RequestOutput, SamplingParams
 from antiphon.core.spec import LLMDeploymentSpec
+from antiphon.engine.core import Outbox
 
 _COPY_BYTES = 8 << 20
 _Result = TypeVar("_Result")
@@ -40,18 +42,49 @@ class ShelfAsk:
     sampling: SamplingParams
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShelfCounts:
+    """What an expert's engines have done since the shelf was made, evicted ones included."""
+
+    num_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_generation_tokens: int = 0
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Group:
+    """Requests that are answered together; ``done`` is called once, when none is left or with what went wrong."""
+
+    left: set[RequestId]
+    take: Outbox
+    done: Callable[[BaseException | None], None]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
 class _Engine:
     part: AttentionPart
-    tokens: dict[RequestId, list[int]] = field(default_factory=dict)
-    ended: dict[RequestId, str | None] = field(default_factory=dict)  # its error, or None
-    num_requests: int = 0
+    groups: dict[RequestId, _Group] = field(default_factory=dict)  # of live requests
 
     def take(self, outputs: Sequence[RequestOutput]) -> None:
+        """The engine's outbox."""
+        shared: dict[_Group, list[RequestOutput]] = {}
         for output in outputs:
-            self.tokens.setdefault(output.request_id, []).extend(output.new_token_ids)
+            group = self.groups.get(output.request_id)
+            if group is None:
+                continue
+            shared.setdefault(group, []).append(output)
             if output.finish_reason is not None:
-                self.ended[output.request_id] = output.error
+                del self.groups[output.request_id]
+                group.left.discard(output.request_id)
+        for group, mine in shared.items():
+            group.take(mine)
+            if not group.left:
+                group.done(None)
+
+    def fail(self, error: BaseException) -> None:
+        for group in set(self.groups.values()):
+            group.done(error)
+        self.groups.clear()
 
 
 class ExpertShelf:
@@ -77,6 +110,9 @@ class ExpertShelf:
         self._host = host_directory
         self._forget_pages = forget_pages
         self._engines: dict[str, _Engine] = {}
+        self._active: dict[str, _Engine] = {}  # those with requests; the engines' thread alone
+        self._counts = dict.fromkeys(checkpoints, ShelfCounts())  # of engines that are gone
+        self._num_asks = itertools.count()
         self._compute = ThreadPoolExecutor(1, "expert-engines")
         self._disk = ThreadPoolExecutor(1, "expert-copies")
         self._closed = False
@@ -109,8 +145,63 @@ class ExpertShelf:
 
     async def serve(self, expert: str, asks: Sequence[ShelfAsk], timeout_s: float) -> Sequence[tuple[int, ...]]:
         """See ``ExpertServer``: the tokens of each answer."""
-        deadline_s = time.monotonic() + timeout_s
-        return await self._on(self._compute, timeout_s, f"answers of {expert}", lambda: self._serve(expert, asks, deadline_s))
+        tokens: dict[RequestId, list[int]] = {}
+        errors: list[str] = []
+        requests = [self._request(ask) for ask in asks]
+
+        def take(outputs: Sequence[RequestOutput]) -> None:
+            for output in outputs:
+                if output.error is not None:
+                    errors.append(output.error)
+                tokens.setdefault(output.request_id, []).extend(output.new_token_ids)
+
+        await self.answer(expert, requests, take, timeout_s)
+        if errors:
+            raise Unavailable(errors[0])
+        return [tuple(tokens.get(request.request_id, ())) for request in requests]
+
+    async def answer(self, expert: str, requests: Sequence[Request], take: Outbox, timeout_s: float) -> None:
+        """Answer requests at a resident expert, together with whatever else it answers; ``take`` gets their outputs, each step's
+        as it is done, on the engines' thread.
+
+        Raises:
+            Unavailable: the expert is not resident, or the shelf has closed.
+            DeadlineExceeded: not all were answered in time; the rest is aborted, as it is when the caller is cancelled.
+        """
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+
+        def end(error: BaseException | None) -> None:
+            if ended.done():
+                return
+            if error is None:
+                ended.set_result(None)
+            else:
+                ended.set_exception(error)
+
+        def done(error: BaseException | None) -> None:
+            loop.call_soon_threadsafe(end, error)
+
+        group = _Group(left={request.request_id for request in requests}, take=take, done=done)
+        self._submit(lambda: self._join(expert, requests, group))
+        try:
+            await asyncio.wait_for(ended, timeout_s)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"answers of {expert} took longer than {timeout_s:g} s") from error
+        finally:
+            for request in requests:
+                self.abort(expert, request.request_id)  # those that have ended are ignored
+
+    def abort(self, expert: str, request_id: RequestId) -> None:
+        """End a request within a step, if it is still there; from any thread."""
+        engine = self._engines.get(expert)
+        if engine is not None and request_id in engine.groups:
+            engine.part.engine.abort(request_id)
+
+    def counts(self, expert: str) -> ShelfCounts:
+        """What an expert has done so far."""
+        engine = self._engines.get(expert)
+        return self._counts[expert] if engine is None else _sum(self._counts[expert], engine)
 
     def close(self) -> None:
         """Let everything go; idempotent."""
@@ -130,7 +221,11 @@ class ExpertShelf:
     def _load(self, action: Load) -> LoadTimes:
         began_s = time.perf_counter()
         for name in action.evict:
-            self._engines.pop(name).part.close()
+            engine = self._engines.pop(name)
+            self._active.pop(name, None)
+            self._counts[name] = _sum(self._counts[name], engine)
+            engine.fail(Unavailable(f"expert {name} was evicted"))
+            engine.part.close()
         self._drop(action.drop)
         if action.evict:
             _give_back_memory()
@@ -144,7 +239,7 @@ class ExpertShelf:
         self._engines[action.expert] = engine
         if action.from_tier is Tier.DISK and not action.keep:
             self._drop((action.expert,))
-        _answer(engine, [ShelfAsk(token_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=1, temperature=0.0))], began_s + 3600.0)
+        self._warm(engine)
         return LoadTimes(
             evict_s=evicted_s - began_s,
             read_s=read_s - evicted_s,
@@ -158,10 +253,38 @@ class ExpertShelf:
         self._copy(action.expert)
         return time.perf_counter() - began_s
 
-    def _serve(self, expert: str, asks: Sequence[ShelfAsk], deadline_s: float) -> Sequence[tuple[int, ...]]:
-        if expert not in self._engines:
-            raise Unavailable(f"expert {expert} is not resident")
-        return _answer(self._engines[expert], asks, deadline_s)
+    def _join(self, expert: str, requests: Sequence[Request], group: _Group) -> None:
+        engine = self._engines.get(expert)
+        if engine is None:
+            group.done(Unavailable(f"expert {expert} is not resident"))
+            return
+        engine.groups |= {request.request_id: group for request in requests}
+        for request in requests:
+            engine.part.engine.submit(request)
+        if not self._active:
+            self._submit(self._pump)
+        self._active[expert] = engine
+
+    def _pump(self) -> None:
+        """One step of every engine that has requests, then again; loads and new requests come between."""
+        for expert, engine in list(self._active.items()):
+            try:
+                engine.part.engine.step()
+            except BaseException as error:  # noqa: BLE001 - those who wait raise it
+                engine.fail(error)
+            if not engine.groups and not engine.part.engine.has_inbox:
+                del self._active[expert]
+        if self._active:
+            self._submit(self._pump)
+
+    def _submit(self, work: Callable[[], None]) -> None:
+        try:
+            self._compute.submit(work)
+        except RuntimeError as error:  # the shelf has closed
+            if not self._closed:
+                raise
+            for engine in self._engines.values():
+                engine.fail(Unavailable(f"the shelf of experts has closed: {error}"))
 
     def _build(self, expert: str, directory: Path) -> _Engine:
         spec = self._specs[expert]
@@ -180,6 +303,22 @@ class ExpertShelf:
         engine = _Engine(part=part)
         outputs.append(engine)
         return engine
+
+    def _request(self, ask: ShelfAsk) -> Request:
+        return Request(
+            request_id=RequestId(f"shelf-{next(self._num_asks)}"),
+            prompt_token_ids=ask.token_ids,
+            sampling=ask.sampling,
+            eos_token_ids=frozenset(),
+            arrival_s=time.monotonic(),
+        )
+
+    def _warm(self, engine: _Engine) -> None:
+        """The first answer, which touches all weights."""
+        request = self._request(ShelfAsk(token_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=1, temperature=0.0)))
+        engine.part.engine.submit(request)
+        while engine.part.engine.step() or engine.part.engine.scheduler.has_requests:
+            continue
 
     def _copy(self, expert: str) -> None:
         source, to = self._checkpoints[expert], self._host / expert
@@ -210,32 +349,13 @@ class ExpertShelf:
             raise DeadlineExceeded(f"{what} took longer than {timeout_s:g} s") from error
 
 
-def _answer(engine: _Engine, asks: Sequence[ShelfAsk], deadline_s: float) -> list[tuple[int, ...]]:
-    names = []
-    for ask in asks:
-        engine.num_requests += 1
-        names.append(RequestId(f"shelf-{engine.num_requests}"))
-        request = Request(
-            request_id=names[-1],
-            prompt_token_ids=ask.token_ids,
-            sampling=ask.sampling,
-            eos_token_ids=frozenset(),
-            arrival_s=time.monotonic(),
-        )
-        engine.part.engine.submit(request)
-    while not all(name in engine.ended for name in names):
-        engine.part.engine.step()
-        if time.monotonic() > deadline_s:
-            for name in names:
-                engine.part.engine.abort(name)
-            engine.part.engine.step()
-            break
-    answers = [tuple(engine.tokens.pop(name, ())) for name in names]
-    errors = [engine.ended.pop(name, "out of time") for name in names]
-    for error in errors:
-        if error is not None:
-            raise Unavailable(error)
-    return answers
+def _sum(before: ShelfCounts, engine: _Engine) -> ShelfCounts:
+    stats = engine.part.engine.scheduler.stats
+    return ShelfCounts(
+        num_steps=before.num_steps + engine.part.engine.num_steps,
+        num_prompt_tokens=before.num_prompt_tokens + stats.num_prompt_tokens,
+        num_generation_tokens=before.num_generation_tokens + stats.num_generation_tokens,
+    )
 
 
 def _copy_file(source: Path, to: Path, *, forget: bool) -> None:

@@ -22,6 +22,7 @@ from antiphon.coe.tiers import (
     TierExpert,
     TierLimits,
     TierState,
+    Wait,
     Waiting,
     after,
     load_over,
@@ -113,8 +114,11 @@ def play(
             state = TierState(resident=state.resident, host=tuple(name for name in state.host if name not in copy.drop))
             copying = now_s + experts[copy.expert].fetch_s, copy
         match action:
-            case None:
-                now_s = arrivals[next_arrival].arrival_s
+            case None | Wait():
+                ends = [action.until_s] if isinstance(action, Wait) else []
+                ends += [arrivals[next_arrival].arrival_s] if next_arrival < len(arrivals) else []
+                ends += [copying[0]] if copying is not None else []
+                now_s = max(now_s, min(ends))
                 continue
             case Serve(request_ids=ids):
                 for request_id in ids:

@@ -1,9 +1,11 @@
-"""Runs the tier policy: takes requests, loads and serves one thing at a time, prefetches beside it (request speed).
+"""Runs the tier policy: takes requests, serves residents side by side, loads one at a time, prefetches beside it (request speed).
 
-    submit ─► waiting ─► plan ─► load or serve ─► answer          expect ─► forecast ─► evictions and prefetch
+    submit ─► waiting ─► plan ─► load or serve ─► answer          expect, foresee ─► forecast ─► evictions and prefetch
 
-Owned by one event loop. A load that fails costs the requests of that expert, not the pool; anything unforeseen stops the pool,
-is stored, and is what every later call raises. Must not know: how weights move, what a request is.
+A group that is being served takes further requests of its expert in as long as the policy serves that expert next; a load waits
+until those whom it evicts have answered. Owned by one event loop. A load that fails costs the requests of that expert, not the
+pool; anything unforeseen stops the pool, is stored, and is what every later call raises. Must not know: how weights move, what a
+request is.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import asyncio
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -19,6 +22,7 @@ from typing import Generic, Protocol, Self, TypeVar
 
 from antiphon.coe.forecast import Forecast
 from antiphon.coe.tiers import (
+    Action,
     ExpertLoader,
     Load,
     LoadTimes,
@@ -29,6 +33,7 @@ from antiphon.coe.tiers import (
     TierExpert,
     TierLimits,
     TierState,
+    Wait,
     Waiting,
     after,
     plan,
@@ -48,7 +53,7 @@ _LEARNT = 0.3  # weight of the newest measured time in an expert's expected one
 
 
 class ExpertServer(Protocol[_Ask, _Answer]):
-    """Answers requests at a resident expert."""
+    """Answers requests at resident experts; several groups at once, of one expert and of several."""
 
     async def serve(self, expert: str, asks: Sequence[_Ask], timeout_s: float) -> Sequence[_Answer]:
         """One answer per request, in their order. Raises DeadlineExceeded, Unavailable."""
@@ -71,6 +76,7 @@ class TierStanding:
 
     tier: Tier
     num_waiting: int
+    num_running: int
     load_s: float  # until it could answer, when it is not resident
 
 
@@ -124,6 +130,9 @@ class TieredPool(Generic[Ask, Answer]):
         self._waiting: dict[int, tuple[Waiting, Ask, asyncio.Future[Answer]]] = {}
         self._news = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
+        self._serving: set[asyncio.Task[None]] = set()
+        self._running: Counter[str] = Counter()  # requests that are being answered, by expert
+        self._foreseen: dict[str, float] = {}
         self._copying: tuple[Prefetch, asyncio.Task[float]] | None = None
         self._uncopied: set[str] = set()
         self._error: BaseException | None = None
@@ -139,7 +148,7 @@ class TieredPool(Generic[Ask, Answer]):
     async def close(self) -> None:
         """Stop; whoever waits gets Unavailable. Idempotent."""
         self._closed = True
-        tasks = [task for task in (self._loop, self._copying[1] if self._copying else None) if task is not None]
+        tasks = [task for task in (self._loop, self._copying[1] if self._copying else None, *self._serving) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -183,14 +192,20 @@ class TieredPool(Generic[Ask, Answer]):
         self._forecast.observe({name: share for name, share in shares.items() if name in self._experts}, self._clock())
         self._news.set()
 
+    def foresee(self, rates: Mapping[str, float]) -> None:
+        """Routers elsewhere expect so many requests per second, by expert; until they say otherwise. What ``expect`` was told of
+        the same requests does not count twice: the higher rate holds."""
+        self._foreseen = {name: rate for name, rate in rates.items() if name in self._experts}
+        self._news.set()
+
     def standing(self) -> dict[str, TierStanding]:
         """Every expert now, for the directory."""
-        waiting = [request.expert for request, _, _ in self._waiting.values()]
+        waiting = Counter(request.expert for request, _, _ in self._waiting.values())
         found = {}
         for name, expert in self._experts.items():
             tier = tier_of(name, self._state)
             load_s = {Tier.RESIDENT: 0.0, Tier.HOST: expert.load_s, Tier.DISK: expert.load_s + expert.fetch_s}[tier]
-            found[name] = TierStanding(tier=tier, num_waiting=waiting.count(name), load_s=load_s)
+            found[name] = TierStanding(tier=tier, num_waiting=waiting[name], num_running=self._running[name], load_s=load_s)
         return found
 
     def stats(self) -> PoolStats:
@@ -212,40 +227,71 @@ class TieredPool(Generic[Ask, Answer]):
             while True:
                 self._news.clear()
                 self._finish_copy()
-                queue = [request for request, _, answer in self._waiting.values() if not answer.done()]
+                queue = [
+                    request for request, _, answer in self._waiting.values() if not answer.done() and self._has_room(request.expert)
+                ]
                 now_s = self._clock()
-                expected = self._forecast.expected(now_s)
-                action = self._policy(self._experts, self._state, queue, expected, now_s, self._limits)
+                expected = self._expected(now_s)
+                state = replace(self._state, busy=frozenset(+self._running))
+                action = self._policy(self._experts, state, queue, expected, now_s, self._limits)
                 self._start_copy(queue, expected, action)
                 match action:
                     case Serve():
-                        await self._serve(action)
-                    case Load():
+                        self._begin(action)
+                    case Load() if not any(self._running[name] for name in action.evict):
                         await self._load(action)
-                    case None:
-                        await self._news.wait()  # submit, expect and a finished copy set it; close cancels
+                    case Wait(until_s=until_s):
+                        await self._sleep(until_s - now_s)
+                    case _:
+                        await self._news.wait()  # submit, expect, an end of answers or of a copy set it; close cancels
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # noqa: BLE001 - stored; every later call raises it
-            self._error = error
-            self._fail_all(Unavailable(f"the pool of experts has stopped: {error}"))
+            self._stop(error)
 
-    async def _serve(self, action: Serve) -> None:
-        group = [self._waiting[i] for i in action.request_ids if i in self._waiting]
+    def _has_room(self, expert: str) -> bool:
+        """Whether more of its requests could be answered now; until then they are no reason to do anything."""
+        return self._running[expert] < self._limits.max_group
+
+    def _begin(self, action: Serve) -> None:
+        """Let a group be answered beside everything else."""
+        room = self._limits.max_group - self._running[action.expert]
+        group = [self._waiting.pop(i) for i in action.request_ids[:room] if i in self._waiting]
+        self._state = after(action, self._state)
+        self._running[action.expert] += len(group)
+        task = asyncio.get_running_loop().create_task(self._serve(action.expert, group), name=f"tiered-pool-{action.expert}")
+        self._serving.add(task)
+        task.add_done_callback(self._served)
+
+    async def _serve(self, expert: str, group: Sequence[tuple[Waiting, Ask, asyncio.Future[Answer]]]) -> None:
         began_s = self._clock()
         try:
             asks = [ask for _, ask, _ in group]
-            answers = await self._server.serve(action.expert, asks, self._options.serve_timeout_s)
+            answers = await self._server.serve(expert, asks, self._options.serve_timeout_s)
             for (_, _, future), answer in zip(group, answers, strict=True):
                 if not future.done():
                     future.set_result(answer)
         except AntiphonError as error:
             _fail([future for _, _, future in group], error)
-        self._take(action.request_ids)
+        finally:
+            _fail([future for _, _, future in group], Unavailable("the pool of experts has stopped"))
+            self._running[expert] -= len(group)
         self._serve_s += self._clock() - began_s
         self._num_groups += 1
         self._num_served += len(group)
-        self._state = after(action, self._state)
+
+    def _served(self, task: asyncio.Task[None]) -> None:
+        self._serving.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._stop(error)
+        self._news.set()
+
+    async def _sleep(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(max(0.0, seconds)):
+                await self._news.wait()
+        except TimeoutError:
+            return
 
     async def _load(self, action: Load) -> None:
         if self._copying is not None and self._copying[0].expert == action.expert:
@@ -273,7 +319,7 @@ class TieredPool(Generic[Ask, Answer]):
 
     # ---- prefetch ----------------------------------------------------------------------------------------------
 
-    def _start_copy(self, queue: Sequence[Waiting], expected: Mapping[str, float], action: Serve | Load | None) -> None:
+    def _start_copy(self, queue: Sequence[Waiting], expected: Mapping[str, float], action: Action | None) -> None:
         if not self._options.prefetch or self._copying is not None:
             return
         if isinstance(action, Load) and action.from_tier is Tier.DISK:
@@ -319,6 +365,16 @@ class TieredPool(Generic[Ask, Answer]):
     def _take(self, request_ids: Sequence[int]) -> None:
         for request_id in request_ids:
             self._waiting.pop(request_id, None)
+
+    def _expected(self, now_s: float) -> dict[str, float]:
+        own = self._forecast.expected(now_s)
+        return {name: max(own.get(name, 0.0), self._foreseen.get(name, 0.0)) for name in own.keys() | self._foreseen.keys()}
+
+    def _stop(self, error: BaseException) -> None:
+        self._error = error
+        self._fail_all(Unavailable(f"the pool of experts has stopped: {error}"))
+        if self._loop is not None and self._loop is not asyncio.current_task():
+            self._loop.cancel()
 
     def _check(self) -> None:
         if self._error is not None:

@@ -4,19 +4,25 @@
 
     1. a request older than the fairness window: its expert is next, whatever it costs
     2. requests at a resident expert: serve the largest group
-    3. requests elsewhere: load the expert with the most to serve per second of loading, over the residents least expected
+    3. requests elsewhere, once their load is due: load the expert with the most to serve per second of loading, over the residents
+       least expected
     beside all this: copy the expert that is likeliest to be loaded next into host memory
 
-A host copy of a resident expert is worth nothing until that one is evicted, so it is the first to give way. Must not know: how
-weights move, clocks, which engine serves.
+A load is due when those who want it have waited, in sum, for ``patience`` times as long as it takes, weighed by how likely whoever
+is evicted for it is wanted back soon: at once into free room or over experts that nobody asks for, later over busy ones, so that
+one switch serves more. A host copy of a resident expert is worth nothing until that one is evicted, so it is the first to give
+way. Must not know: how weights move, clocks, which engine serves.
 """
 
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+_SOON = 2.0  # times what bringing an evicted expert back takes
 
 
 class Tier(enum.Enum):
@@ -53,6 +59,7 @@ class TierState:
 
     resident: tuple[str, ...]
     host: tuple[str, ...]
+    busy: frozenset[str] = frozenset()  # residents in the middle of answers: evicted only when no other will do
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +70,7 @@ class TierLimits:
     host_bytes: int
     fairness_window_s: float
     max_group: int  # requests served together
+    patience: float = 6.0  # see the module; 0 = load as soon as no resident has work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +100,14 @@ class Prefetch:
     drop: tuple[str, ...]
 
 
-Action = Serve | Load
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    """Nothing is worth doing before ``until_s``, unless something comes."""
+
+    until_s: float
+
+
+Action = Serve | Load | Wait
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,20 +160,25 @@ def plan(
     if oldest is None:
         return None
     groups = _groups(waiting)
-    if now_s - oldest.arrival_s < limits.fairness_window_s:
-        here = [name for name in state.resident if name in groups]
-        if here:
-            return _serve(max(here, key=lambda name: (len(groups[name]), name)), waiting, limits)
-        wanted = max(groups, key=lambda name: (len(groups[name]) / _cost_s(experts[name], state), name))
-    else:
-        wanted = oldest.expert
-        if wanted in state.resident:
-            return _serve(wanted, waiting, limits)
 
     def worth(name: str) -> tuple[float, ...]:
-        return len(groups.get(name, ())), expected.get(name, 0.0), state.resident.index(name)
+        return name in state.busy, len(groups.get(name, ())), expected.get(name, 0.0), state.resident.index(name)
 
-    return load_over(sorted(state.resident, key=worth), wanted, experts, state, limits)
+    loads = {
+        name: load_over(sorted(state.resident, key=worth), name, experts, state, limits)
+        for name in groups
+        if name not in state.resident
+    }
+    if now_s >= oldest.arrival_s + limits.fairness_window_s:
+        return loads[oldest.expert] if oldest.expert in loads else _serve(oldest.expert, waiting, limits)
+    here = [name for name in state.resident if name in groups]
+    if here:
+        return _serve(max(here, key=lambda name: (len(groups[name]), name)), waiting, limits)
+    due_s = {name: _due_s(load, groups[name], experts, state, expected, now_s, limits) for name, load in loads.items()}
+    due = [name for name in loads if due_s[name] <= now_s]
+    if not due:
+        return Wait(until_s=min(due_s.values()))
+    return loads[max(due, key=lambda name: (len(groups[name]) / _cost_s(experts[name], state), name))]
 
 
 def load_over(order: Sequence[str], wanted: str, experts: Mapping[str, TierExpert], state: TierState, limits: TierLimits) -> Load:
@@ -203,8 +223,10 @@ def prefetch(
 
 
 def after(action: Action | Prefetch, state: TierState) -> TierState:
-    """The state that an action leaves behind."""
+    """The state that an action leaves behind; who is busy is not its matter."""
     match action:
+        case Wait():
+            return state
         case Serve(expert=name):
             others = tuple(other for other in state.resident if other != name)
             return TierState(resident=(*others, name), host=state.host)
@@ -214,6 +236,28 @@ def after(action: Action | Prefetch, state: TierState) -> TierState:
             return TierState(resident=resident, host=(*host, name) if keep else host)
         case Prefetch(expert=name, drop=drop):
             return TierState(resident=state.resident, host=(*(other for other in state.host if other not in drop), name))
+
+
+def _due_s(
+    load: Load,
+    group: Sequence[Waiting],
+    experts: Mapping[str, TierExpert],
+    state: TierState,
+    expected: Mapping[str, float],
+    now_s: float,
+    limits: TierLimits,
+) -> float:
+    """When a load is worth it: now or before, or a moment to come."""
+    evicted_rate = sum(expected.get(name, 0.0) for name in load.evict)
+    soon_s = _SOON * sum(experts[name].fetch_s + experts[name].load_s for name in load.evict)
+    wanted_back = 1.0 - math.exp(-evicted_rate * soon_s)
+    worth_s = limits.patience * _cost_s(experts[load.expert], state) * wanted_back
+    waited_s = sum(max(0.0, now_s - request.arrival_s) for request in group)
+    if waited_s >= worth_s:
+        return now_s
+    fair_s = min(request.arrival_s for request in group) + limits.fairness_window_s
+    # Their sum grows by one second per second and request; a little more, so that rounding never makes it due a moment too early.
+    return min(fair_s, now_s + (worth_s - waited_s) / len(group) + 1e-6)
 
 
 def _groups(waiting: Sequence[Waiting]) -> dict[str, list[Waiting]]:

@@ -1,5 +1,5 @@
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -56,6 +56,12 @@ class Shelf:
         return [f"{expert}{ask}" for ask in asks]
 
 
+async def _until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not true():
+            await asyncio.sleep(0)
+
+
 async def test_every_request_gets_its_own_experts_answer_in_few_switches() -> None:
     shelf = Shelf()
     async with TieredPool(EXPERTS, shelf, shelf, LIMITS) as pool:
@@ -95,12 +101,53 @@ async def test_a_full_pool_refuses_at_once() -> None:
     shelf = Shelf()
     shelf.open.clear()
     async with TieredPool(EXPERTS, shelf, shelf, LIMITS, options=PoolOptions(max_waiting=2)) as pool:
-        first = [asyncio.create_task(pool.submit("a", i, 10.0)) for i in range(2)]
-        await asyncio.sleep(0)
+        first = []
+        for standing in ((0, 2), (0, 4), (2, 4)):
+            first += [asyncio.create_task(pool.submit("a", len(first) + i, 10.0)) for i in range(2)]
+            await _until(lambda a=standing: (pool.standing()["a"].num_waiting, pool.standing()["a"].num_running) == a)
         with pytest.raises(Overloaded):
-            await pool.submit("a", 3, 10.0)
+            await pool.submit("a", 6, 10.0)
         shelf.open.set()
-        assert await asyncio.gather(*first) == ["a0", "a1"]
+        assert await asyncio.gather(*first) == [f"a{i}" for i in range(6)]
+
+
+async def test_requests_join_a_group_that_is_being_answered_and_residents_answer_side_by_side() -> None:
+    shelf = Shelf()
+    shelf.open.clear()
+    async with TieredPool(EXPERTS, shelf, shelf, LIMITS) as pool:
+        asked = [asyncio.create_task(pool.submit("a", 0, 10.0))]
+        await _until(lambda: pool.standing()["a"].num_running == 1)
+        asked += [asyncio.create_task(pool.submit(expert, 1, 10.0)) for expert in "ab"]
+        await _until(lambda: (pool.standing()["a"].num_running, pool.standing()["b"].num_running) == (2, 1))
+        shelf.open.set()
+        assert await asyncio.gather(*asked) == ["a0", "a1", "b1"]
+
+
+async def test_nobody_is_evicted_in_the_middle_of_an_answer() -> None:
+    shelf = Shelf()
+    shelf.open.clear()
+    now = [0.0]
+    async with TieredPool(EXPERTS, shelf, shelf, LIMITS, clock=lambda: now[0]) as pool:
+        asked = [asyncio.create_task(pool.submit(expert, 0, 10.0)) for expert in "ab"]
+        await _until(lambda: pool.standing()["a"].num_running + pool.standing()["b"].num_running == 2)
+        asked.append(asyncio.create_task(pool.submit("c", 0, 10.0)))
+        await _until(lambda: pool.standing()["c"].num_waiting == 1)
+        now[0] = 100.0  # long past the window
+        pool.expect({"c": 1.0})
+        await asyncio.sleep(0)
+        assert sorted(shelf.resident) == ["a", "b"]
+        shelf.open.set()
+        assert await asyncio.gather(*asked) == ["a0", "b0", "c0"]
+
+
+async def test_what_routers_foresee_keeps_an_expert_resident() -> None:
+    shelf = Shelf()
+    async with TieredPool(EXPERTS, shelf, shelf, LIMITS) as pool:
+        for expert in "ab":
+            await pool.submit(expert, 0, 10.0)
+        pool.foresee({"a": 0.5, "elsewhere": 9.0})
+        await pool.submit("c", 0, 10.0)
+        assert shelf.resident == ["a", "c"]
 
 
 async def test_closing_ends_those_who_wait() -> None:
