@@ -1,10 +1,9 @@
-"""What int8 FFN weights change in the logits of a dense model, beside what bfloat16 does: a JSON line per choice.
+"""What int8 FFN weights change in a dense model along a text, beside what bfloat16 does: a JSON line per choice.
 
-    python tests/bench/dense_int8.py CHECKPOINT [--prompts 8] [--length 96]
+    python tests/bench/dense_int8.py CHECKPOINT [--length 320]
 
-Prompts are pieces of a plain text that counts bridges. The yardstick is the same model in fp32: the mean and the largest absolute
-difference of logits over their standard deviation, the mean divergence of the next token's distribution (nats), and the share of
-greedy tokens that agree.
+The yardstick is the same model in fp32: perplexity of the text, the share of greedy tokens that agree, the mean divergence of the
+next token's distribution (nats), the largest and the mean absolute difference of logits, and the bytes that all weights take.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
+from along_text import against, logits_along, tokens_of
 
 from antiphon.models.source import resolve
 from antiphon.testing import LocalCluster, wiring
@@ -25,52 +24,33 @@ CHOICES: dict[str, tuple[str, dict[str, str], dict[str, list[str]]]] = {
     "int8": ("bfloat16", {"quantization": "int8"}, {}),
     "int8, down kept": ("bfloat16", {"quantization": "int8"}, {"keep": ["down"]}),
 }
+FIRST = 16  # tokens before the first place
 
 
-def logits_of(path: Path, choice: str, prompts: list[list[int]]) -> tuple[torch.Tensor, int]:
-    """Logits after every prompt, fp32 [prompts, V], and the bytes of weights held."""
+def logits_of(path: Path, choice: str, tokens: list[int]) -> tuple[torch.Tensor, int]:
+    """Logits along the text, fp32 [places, V], and the bytes of weights held."""
     dtype, model, experts = CHOICES[choice]
-    sections = {"model": {"uri": str(path), "dtype": dtype, "maxModelLen": 512, **model}, "cache": {"numBlocks": 64}}
+    sections = {"model": {"uri": str(path), "dtype": dtype, "maxModelLen": 1024, **model}, "cache": {"numBlocks": 128}}
     if experts:
         sections["experts"] = experts
     with LocalCluster(wiring(path, "monolith", dtype=dtype, **sections), path) as cluster:
-        part, seen = cluster.generating[0], []
-        compute = part.worker.halves.logits
-        part.worker.halves.logits = lambda x_RD: seen.append(compute(x_RD)) or seen[-1]  # type: ignore[method-assign,func-returns-value]
-        for prompt in prompts:
-            cluster.generate(prompt, max_tokens=1, num_logprobs=0)
-        return torch.cat(seen).float(), sum(part.resident_bytes.values())
+        return logits_along(cluster, tokens, FIRST), sum(cluster.generating[0].resident_bytes.values())
 
 
 def main() -> None:
     """Print a line per choice."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--length", type=int, default=96)
+    parser.add_argument("--length", type=int, default=320)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     path = resolve(args.checkpoint)
-    text = " ".join(
-        f"In {1000 + 7 * n} the town of Ely built its {n}th bridge, {n * 3} feet long." for n in range(40 * args.prompts)
-    )
-    tokens = Tokenizer.from_file(str(path / "tokenizer.json")).encode(text).ids
-    prompts = [tokens[i * args.length + i : (i + 1) * args.length + i] for i in range(args.prompts)]
-    base, _ = logits_of(path, "float32", prompts)
+    tokens = tokens_of(path, args.length)
+    base, _ = logits_of(path, "float32", tokens)
     for choice in list(CHOICES)[1:]:
-        logits, num_bytes = logits_of(path, choice, prompts)
-        error = (logits - base).abs() / base.std()
-        expected = torch.log_softmax(base, dim=-1)
-        divergence = (expected.exp() * (expected - torch.log_softmax(logits, dim=-1))).sum(dim=-1)
-        line = {
-            "bench": "dense_int8",
-            "weights": choice,
-            "mean_error": float(error.mean()),
-            "max_error": float(error.max()),
-            "mean_divergence_nats": float(divergence.mean()),
-            "greedy_agreement": float((logits.argmax(dim=-1) == base.argmax(dim=-1)).float().mean()),
-            "weight_bytes": num_bytes,
-        }
-        print(json.dumps(line))
+        logits, num_bytes = logits_of(path, choice, tokens)
+        line = {"bench": "dense_int8", "weights": choice, "weight_bytes": num_bytes, **against(logits, base, tokens, FIRST)}
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
