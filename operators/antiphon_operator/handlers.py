@@ -15,6 +15,8 @@ import kopf
 from antiphon.core.spec import API_VERSION
 from antiphon_operator.kube.resources import COMPOSITION, LLM_DEPLOYMENT, MODEL_ARTIFACT, RAY_SERVICE, SERVING_POOL
 from antiphon_operator.observability import OperatorMetrics
+from antiphon_operator.reconcile.llm import REST_S
+from antiphon_operator.resync import Resync
 from antiphon_operator.work_queue import Pass, WorkQueue
 
 Key = tuple[str, str, str]  # kind, namespace, name
@@ -38,6 +40,10 @@ def keys_of(body: Mapping[str, Any]) -> list[Key]:
     ]
 
 
+class _Stopped(Exception):
+    """The process was asked to end."""
+
+
 class Controller:
     """Watches and reconciles until it is stopped. Owned by one event loop."""
 
@@ -49,6 +55,7 @@ class Controller:
         login: Callable[[], kopf.ConnectionInfo],
         namespaces: Sequence[str] = (),
         num_workers: int = 8,
+        resting: Callable[[Callable[[str, str], None], Callable[[Pass], None]], Resync] | None = None,
     ) -> None:
         self._reconcilers = reconcilers
         self._metrics = metrics
@@ -56,17 +63,23 @@ class Controller:
         self._namespaces = tuple(namespaces)
         self._queue: WorkQueue[Key] = WorkQueue(self._reconcile, num_workers=num_workers, on_pass=self._passed)
         self._compositions: set[Key] = set()
+        self._resync = None if resting is None else resting(self._unsettled, self._looked)
         self.watching = asyncio.Event()
 
     async def run(self) -> None:
-        """Watch and reconcile.
+        """Watch and reconcile until SIGTERM or SIGINT, which kopf waits for.
 
         Raises:
-            Exception: whatever ended the watches or the queue; the process should end.
+            Exception: whatever else ended the watches or the queue; the process should end.
         """
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._queue.run())
-            group.create_task(self._watch())
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._queue.run())
+                if self._resync is not None:
+                    group.create_task(self._resync.run())
+                group.create_task(self._watch())
+        except* _Stopped:
+            _LOG.info("stopped")
 
     async def _watch(self) -> None:
         await kopf.operator(
@@ -77,21 +90,42 @@ class Controller:
             namespaces=self._namespaces,
             ready_flag=self.watching,
         )
-        raise RuntimeError("the watches ended")
+        raise _Stopped
 
     async def _reconcile(self, key: Key) -> float | None:
         kind, namespace, name = key
-        return await self._reconcilers[kind](namespace, name)
+        again = await self._reconcilers[kind](namespace, name)
+        if self._resync is None or kind != LLM_DEPLOYMENT.kind:
+            return again
+        if again is None:
+            self._resync.forget(namespace, name)
+        elif self._resync.rest(namespace, name, again):
+            return None
+        return again
+
+    def _unsettled(self, namespace: str, name: str) -> None:
+        self._queue.add((LLM_DEPLOYMENT.kind, namespace, name))
+
+    def _looked(self, done: Pass) -> None:
+        self._metrics.passes.labels(kind=LLM_DEPLOYMENT.kind, result="ok").inc()
+        self._metrics.seconds.labels(kind=LLM_DEPLOYMENT.kind).observe(done.seconds)
 
     def _passed(self, key: Key, done: Pass) -> None:
         self._metrics.passes.labels(kind=key[0], result=done.error or "ok").inc()
         self._metrics.seconds.labels(kind=key[0]).observe(done.seconds)
         self._metrics.queued.set(len(self._queue))
 
-    def _changed(self, body: Mapping[str, Any]) -> None:
+    def _changed(self, body: Mapping[str, Any], type_: str | None) -> None:
+        """``type_`` is the watch's; None = a list brought it."""
         for key in keys_of(body):
-            if key[0] == COMPOSITION.kind:
+            if key[0] == COMPOSITION.kind and type_ != "DELETED":
                 self._compositions.add(key)
+            elif key[0] == COMPOSITION.kind:
+                self._compositions.discard(key)
+            if type_ is None and self._resync is not None and key[0] == LLM_DEPLOYMENT.kind:
+                # Of what a list brings, at the start above all, most is at rest: looked at together, it costs a tenth.
+                self._resync.rest(key[1], key[2], REST_S, first_s=0.0)
+                continue
             self._queue.add(key)
             if key[0] == LLM_DEPLOYMENT.kind:
                 for composition in self._compositions:
@@ -105,8 +139,8 @@ class Controller:
         def login(**_: Any) -> kopf.ConnectionInfo:
             return self._login()
 
-        async def changed(body: kopf.Body, **_: Any) -> None:
-            self._changed(dict(body))
+        async def changed(body: kopf.Body, type: str | None, **_: Any) -> None:  # noqa: A002 - kopf calls it by that name
+            self._changed(dict(body), type)
 
         for resource in WATCHED:
             kopf.on.event(resource.group, resource.version, resource.plural, registry=registry)(changed)
@@ -120,4 +154,6 @@ class Controller:
         settings.watching.server_timeout = 300.0
         settings.watching.inactivity_timeout = 330.0  # a watch silent for longer is dead
         settings.watching.connect_timeout = 10.0
+        settings.queueing.idle_timeout = 0.2  # a change becomes a key at once: nothing of an object is kept for later
+        settings.queueing.exit_timeout = 0.2
         return settings

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 import time
 import uuid
@@ -20,7 +21,7 @@ import kopf
 from lightkube.config.kubeconfig import SingleConfig
 
 from antiphon_operator.handlers import Controller
-from antiphon_operator.kube.base import KubeError
+from antiphon_operator.kube.base import Kube, KubeError
 from antiphon_operator.kube.resources import COMPOSITION, LLM_DEPLOYMENT, MODEL_ARTIFACT
 from antiphon_operator.kube.rest import RestKube, load_config
 from antiphon_operator.leader import LeaderElection
@@ -30,6 +31,7 @@ from antiphon_operator.reconcile.composition import CompositionReconciler
 from antiphon_operator.reconcile.llm import LLMReconciler
 from antiphon_operator.reconcile.scrape import ScrapedMetrics
 from antiphon_operator.render.settings import Settings
+from antiphon_operator.resync import Resync
 
 _LOG = logging.getLogger(__name__)
 LEASE_NAME = "antiphon-operator"
@@ -50,7 +52,7 @@ class Options:
 
 
 async def run(options: Options) -> None:
-    """Run until the lease is lost or the task is cancelled.
+    """Run until a signal stops it, the lease is lost or the task is cancelled.
 
     Raises:
         LeadershipLost: another replica may act now; the process must end.
@@ -64,6 +66,10 @@ async def run(options: Options) -> None:
         HealthServer(metrics, host=options.host, port=options.port, ready=lambda: True),
         ScrapedMetrics(clock=time.time) as measured,
     ):
+
+        async def look(door: Kube, namespace: str, name: str) -> float | None:
+            return await LLMReconciler(door, options.settings, clock=time.time, metrics=measured).reconcile(namespace, name)
+
         reconcilers = {
             LLM_DEPLOYMENT.kind: LLMReconciler(
                 kube, options.settings, clock=time.time, metrics=measured, on_stage=metrics.stage
@@ -77,6 +83,7 @@ async def run(options: Options) -> None:
             login=lambda: connection_of(config),
             namespaces=options.namespaces,
             num_workers=options.num_workers,
+            resting=lambda unsettled, looked: Resync(kube, look, unsettled=unsettled, on_pass=looked),
         )
         if not options.elect:
             metrics.leading.set(1)
@@ -84,7 +91,8 @@ async def run(options: Options) -> None:
             return
         election = LeaderElection(kube, namespace=options.own_namespace, name=LEASE_NAME, identity=identity, clock=time.monotonic)
         _LOG.info("waiting for the lease", extra={"identity": identity})
-        await election.acquire()
+        if not await _acquired(election):
+            return
         _LOG.info("leading", extra={"identity": identity})
         metrics.leading.set(1)
         try:
@@ -95,6 +103,21 @@ async def run(options: Options) -> None:
                 await election.release()
             except KubeError as error:
                 _LOG.warning("the lease could not be given up: %s", error)
+
+
+async def _acquired(election: LeaderElection) -> bool:
+    """Wait for the lease; False when a signal came first. As a container's first process nothing else would end it."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)  # until kopf brings its own
+    tasks = [asyncio.create_task(election.acquire()), asyncio.create_task(stop.wait())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].done() and tasks[0].result() is None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _lead(election: LeaderElection, controller: Controller) -> None:

@@ -194,6 +194,16 @@ async def test_a_list_is_narrowed_by_labels(door: Door) -> None:
     assert listing.items[0]["kind"] == "ConfigMap"
 
 
+async def test_a_list_is_narrowed_by_any_of_several_labels(door: Door) -> None:
+    names = [fresh(), fresh(), fresh()]
+    for name in names:
+        labelled = config(door, name, a="1")
+        labelled["metadata"]["labels"] = {"mark": name}
+        await door.kube.apply(labelled, manager="one")
+    listing = await door.kube.list(CONFIG_MAP, door.namespace, {"mark": frozenset(names[:2])})
+    assert sorted(item["metadata"]["name"] for item in listing.items) == sorted(names[:2])
+
+
 async def test_a_json_patch_changes_and_a_failed_test_refuses(door: Door) -> None:
     name = fresh()
     await door.kube.apply(config(door, name, a="1"), manager="one")

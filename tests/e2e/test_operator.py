@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -14,9 +16,10 @@ import httpx
 import pytest
 
 from antiphon_operator.handlers import Controller
-from antiphon_operator.kube.base import KubeError, ServerFault
+from antiphon_operator.kube.base import Kube, KubeError, ServerFault
 from antiphon_operator.kube.resources import (
     COMPOSITION,
+    LEASE,
     LLM_DEPLOYMENT,
     MODEL_ARTIFACT,
     POD,
@@ -32,7 +35,8 @@ from antiphon_operator.reconcile.artifact import ArtifactReconciler
 from antiphon_operator.reconcile.composition import CompositionReconciler
 from antiphon_operator.reconcile.llm import LLMReconciler
 from antiphon_operator.render.settings import Runtime, Settings
-from antiphon_operator.run import connection_of
+from antiphon_operator.resync import Resync
+from antiphon_operator.run import LEASE_NAME, Options, connection_of, run
 from antiphon_operator.testing.http_api import HttpApi
 from antiphon_operator.testing.kuberay import KubeRay
 from antiphon_operator.testing.memory_api import Call, MemoryApi
@@ -82,6 +86,10 @@ async def running_world(tmp_path: Path) -> AsyncIterator[World]:
         path.write_text(server.kubeconfig())
         config = load_config(str(path))
         async with RestKube(config) as kube:
+
+            async def look(door: Kube, namespace: str, name: str) -> float | None:
+                return await LLMReconciler(door, SETTINGS, clock=time.time, busy_s=0.2).reconcile(namespace, name)
+
             controller = Controller(
                 {
                     LLM_DEPLOYMENT.kind: LLMReconciler(kube, SETTINGS, clock=time.time, busy_s=0.2).reconcile,
@@ -91,6 +99,7 @@ async def running_world(tmp_path: Path) -> AsyncIterator[World]:
                 metrics=metrics,
                 login=lambda: connection_of(config),
                 namespaces=("default",),
+                resting=lambda unsettled, looked: Resync(kube, look, unsettled=unsettled, on_pass=looked),
             )
             running = asyncio.create_task(controller.run())
 
@@ -219,3 +228,53 @@ async def test_health_and_metrics_answer() -> None:
         assert (
             'antiphon_operator_reconciles_total{kind="LLMDeployment",result="ok"} 1.0' in (await client.get(f"{base}/metrics")).text
         )
+
+
+@contextlib.asynccontextmanager
+async def replica(api: MemoryApi, tmp_path: Path) -> AsyncIterator[asyncio.Task[None]]:
+    """The operator's whole process, but in this one."""
+    async with HttpApi(api) as server:
+        path = tmp_path / "kubeconfig"
+        path.write_text(server.kubeconfig())
+        options = Options(settings=SETTINGS, kubeconfig=str(path), namespaces=("default",), host="127.0.0.1", port=0)
+        running = asyncio.create_task(run(options))
+        try:
+            yield running
+        finally:
+            running.cancel()
+            await asyncio.wait((running,), timeout=DEADLINE_S)
+
+
+async def ends(running: asyncio.Task[None]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        await running
+
+
+def holder(api: MemoryApi) -> str | None:
+    lease = api.get(LEASE, "default", LEASE_NAME)
+    return None if lease is None else str(lease["spec"]["holderIdentity"])
+
+
+async def test_a_leader_that_is_told_to_end_gives_its_lease_up(tmp_path: Path) -> None:
+    api = MemoryApi(clock=time.time)
+    api.create(LLM_DEPLOYMENT, document(), manager="kubectl")
+    async with replica(api, tmp_path) as running:
+        await until(lambda: api.get(RAY_SERVICE, "default", "demo") is not None)
+        assert holder(api)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await ends(running)
+    assert holder(api) == ""
+
+
+async def test_a_replica_that_waits_writes_nothing_and_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    api = MemoryApi(clock=time.time)
+    api.create(LLM_DEPLOYMENT, document(), manager="kubectl")
+    other = LeaderElection(MemoryKube(api), namespace="default", name=LEASE_NAME, identity="other", clock=time.monotonic)
+    await other.try_acquire()
+    api.calls.clear()
+    async with replica(api, tmp_path) as running:
+        await until(lambda: any(call.resource == "leases" for call in api.calls))
+        os.kill(os.getpid(), signal.SIGTERM)
+        await ends(running)
+    assert holder(api) == "other"
+    assert not [call for call in api.calls if call.writes]

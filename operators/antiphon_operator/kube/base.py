@@ -21,6 +21,7 @@ from antiphon.core.errors import AntiphonError
 from antiphon_operator.kube.resources import Resource
 
 Object = dict[str, Any]
+Labels = Mapping[str, str | frozenset[str]]  # each label's value, or the values it may have
 
 
 class KubeError(AntiphonError):
@@ -108,7 +109,7 @@ class Kube(Protocol):
         """The object, or None where there is none."""
         ...
 
-    async def list(self, resource: Resource, namespace: str | None = None, labels: Mapping[str, str] | None = None) -> Listing:
+    async def list(self, resource: Resource, namespace: str | None = None, labels: Labels | None = None) -> Listing:
         """Objects of ``namespace`` (None = all) that carry ``labels``."""
         ...
 
@@ -118,7 +119,7 @@ class Kube(Protocol):
         namespace: str | None = None,
         *,
         resource_version: str,
-        labels: Mapping[str, str] | None = None,
+        labels: Labels | None = None,
         timeout_s: float = 300.0,
     ) -> AsyncIterator[WatchEvent]:
         """Changes after ``resource_version``; ends when the server cuts it or after ``timeout_s``. Raises Gone."""

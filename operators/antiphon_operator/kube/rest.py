@@ -19,6 +19,7 @@ from lightkube.core.exceptions import ConfigError
 from antiphon.core.errors import InvalidInput
 from antiphon_operator.kube.base import (
     KubeError,
+    Labels,
     Listing,
     Object,
     ServerFault,
@@ -74,7 +75,7 @@ class RestKube:
         response = await self._send("GET", _path(resource, namespace, name))
         return None if response.status_code == 404 else _checked(response)
 
-    async def list(self, resource: Resource, namespace: str | None = None, labels: Mapping[str, str] | None = None) -> Listing:
+    async def list(self, resource: Resource, namespace: str | None = None, labels: Labels | None = None) -> Listing:
         """See Kube."""
         params = {"limit": str(_PAGE)} | _selector(labels)
         items: list[Object] = []
@@ -93,7 +94,7 @@ class RestKube:
         namespace: str | None = None,
         *,
         resource_version: str,
-        labels: Mapping[str, str] | None = None,
+        labels: Labels | None = None,
         timeout_s: float = 300.0,
     ) -> AsyncIterator[WatchEvent]:
         """See Kube."""
@@ -190,10 +191,11 @@ def _path(resource: Resource, namespace: str | None, name: str | None = None) ->
     return "/" + "/".join(urllib.parse.quote(part, safe="") for part in parts)
 
 
-def _selector(labels: Mapping[str, str] | None) -> dict[str, str]:
+def _selector(labels: Labels | None) -> dict[str, str]:
     if not labels:
         return {}
-    return {"labelSelector": ",".join(f"{key}={value}" for key, value in sorted(labels.items()))}
+    parts = (f"{key}={of}" if isinstance(of, str) else f"{key} in ({','.join(sorted(of))})" for key, of in sorted(labels.items()))
+    return {"labelSelector": ",".join(parts)}
 
 
 def _checked(response: httpx2.Response) -> Object:

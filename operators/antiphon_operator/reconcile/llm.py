@@ -1,7 +1,8 @@
 """Reconciles one LLMDeployment: read, validate, plan, apply, status (control speed).
 
 Level-based: everything is read anew, one step of the rollout is taken, and the status is written last; it may be stopped after any
-write and started again. At rest it reads ten times and writes nothing. Must not know: why it was called.
+write and started again. At rest it reads ten times and writes nothing; resync.py shares those reads. Must not know: why it is
+called.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import httpx2
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,20 +23,30 @@ WAITING = "vllm:num_requests_waiting"
 KV_USAGE = "vllm:kv_cache_usage_perc"
 POOL_LABEL = "antiphon_pool"
 _DEADLINE_S = 5.0
+_SAME_S = 5.0  # asked again this soon, the answer is the same: a second pass decides on the figures of the first
+_FORGET_S = 600.0  # a deployment not asked for this long is gone
 _ALL = ""  # samples without a pool label speak of the whole deployment
 
 Buckets = Mapping[float, float]  # upper bound in seconds -> cumulative count
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scrape:
+    """The last answer of one gateway."""
+
+    at_s: float
+    histograms: Mapping[str, Buckets]
+    metrics: Mapping[str, Metrics]
+
+
 class ScrapedMetrics:
-    """Scrapes gateways. Remembers the last histograms of each deployment; one event loop owns it."""
+    """Scrapes gateways. Remembers the last answer of each; one event loop owns it."""
 
     def __init__(self, *, clock: Callable[[], float], url_of: Callable[[str, LLMDeployment], str] | None = None) -> None:
         self._clock = clock
         self._url_of = url_of if url_of is not None else _service_url
         self._client = httpx2.AsyncClient(timeout=_DEADLINE_S)
-        self._histograms: dict[tuple[str, str], dict[str, Buckets]] = {}
-        self._latest: dict[tuple[str, str], Mapping[str, Metrics]] = {}
+        self._last: dict[tuple[str, str], _Scrape] = {}
 
     async def __aenter__(self) -> ScrapedMetrics:
         return self
@@ -45,45 +56,47 @@ class ScrapedMetrics:
 
     async def read(self, namespace: str, document: LLMDeployment) -> Mapping[str, Metrics]:
         """See MetricsSource. An unreachable gateway leaves the older measures, which age until they are stale."""
-        key = (namespace, document.metadata.name)
+        key, now_s = (namespace, document.metadata.name), self._clock()
+        last = self._last.get(key)
+        if last is not None and 0 <= now_s - last.at_s < _SAME_S:
+            return last.metrics
         try:
             async with asyncio.timeout(_DEADLINE_S):
                 response = await self._client.get(self._url_of(namespace, document))
             response.raise_for_status()
         except (httpx2.HTTPError, TimeoutError):
-            return self._latest.get(key, {})
-        found = self._parse(key, response.text, document)
-        self._latest[key] = found
-        return found
+            return {} if last is None else last.metrics
+        for other in [other for other, scrape in self._last.items() if now_s - scrape.at_s > _FORGET_S]:
+            del self._last[other]
+        found = self._last[key] = _parse(response.text, document, {} if last is None else last.histograms, self._clock())
+        return found.metrics
 
-    def _parse(self, key: tuple[str, str], text: str, document: LLMDeployment) -> Mapping[str, Metrics]:
-        histograms: dict[str, dict[float, float]] = {TTFT: {}, TPOT: {}}
-        gauges: dict[tuple[str, str], list[float]] = {}
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                name = sample.name.removesuffix("_bucket")
-                if name in histograms and sample.name.endswith("_bucket"):
-                    bound = float(sample.labels["le"])
-                    histograms[name][bound] = histograms[name].get(bound, 0.0) + sample.value
-                elif sample.name in (WAITING, KV_USAGE):
-                    gauges.setdefault((sample.name, sample.labels.get(POOL_LABEL, _ALL)), []).append(sample.value)
-        before = self._histograms.get(key, {})
-        self._histograms[key] = dict(histograms)
-        ttft = percentile_ms(histograms[TTFT], before.get(TTFT, {}))
-        tpot = percentile_ms(histograms[TPOT], before.get(TPOT, {}))
-        now_s = self._clock()
-        out = {}
-        for pool in document.spec.pools:
-            waiting = gauges.get((WAITING, pool.name)) or gauges.get((WAITING, _ALL))
-            usage = gauges.get((KV_USAGE, pool.name)) or gauges.get((KV_USAGE, _ALL))
-            out[pool.name] = Metrics(
-                measured_at_s=now_s,
-                ttft_p95_ms=ttft,
-                tpot_p95_ms=tpot,
-                num_waiting=None if waiting is None else sum(waiting),
-                kv_usage=None if usage is None else sum(usage) / len(usage),
-            )
-        return out
+
+def _parse(text: str, document: LLMDeployment, before: Mapping[str, Buckets], now_s: float) -> _Scrape:
+    histograms: dict[str, dict[float, float]] = {TTFT: {}, TPOT: {}}
+    gauges: dict[tuple[str, str], list[float]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            name = sample.name.removesuffix("_bucket")
+            if name in histograms and sample.name.endswith("_bucket"):
+                bound = float(sample.labels["le"])
+                histograms[name][bound] = histograms[name].get(bound, 0.0) + sample.value
+            elif sample.name in (WAITING, KV_USAGE):
+                gauges.setdefault((sample.name, sample.labels.get(POOL_LABEL, _ALL)), []).append(sample.value)
+    ttft = percentile_ms(histograms[TTFT], before.get(TTFT, {}))
+    tpot = percentile_ms(histograms[TPOT], before.get(TPOT, {}))
+    out = {}
+    for pool in document.spec.pools:
+        waiting = gauges.get((WAITING, pool.name)) or gauges.get((WAITING, _ALL))
+        usage = gauges.get((KV_USAGE, pool.name)) or gauges.get((KV_USAGE, _ALL))
+        out[pool.name] = Metrics(
+            measured_at_s=now_s,
+            ttft_p95_ms=ttft,
+            tpot_p95_ms=tpot,
+            num_waiting=None if waiting is None else sum(waiting),
+            kv_usage=None if usage is None else sum(usage) / len(usage),
+        )
+    return _Scrape(at_s=now_s, histograms=histograms, metrics=out)
 
 
 def percentile_ms(now: Buckets, before: Buckets, share: float = 0.95) -> float | None:

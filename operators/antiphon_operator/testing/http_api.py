@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -14,13 +15,14 @@ from typing import Any
 import yaml
 from aiohttp import web
 
-from antiphon_operator.kube.base import Gone, KubeError, NotFound, Object, Throttled
+from antiphon_operator.kube.base import Gone, KubeError, Labels, NotFound, Object, Throttled
 from antiphon_operator.kube.resources import RESOURCES, Resource
 from antiphon_operator.render.canonical import parse_yaml
 from antiphon_operator.testing.memory_api import MemoryApi
 
 # kopf asks whether the server knows namespaces before it watches any.
 _NAMESPACE = Resource(group="", version="v1", kind="Namespace", plural="namespaces", namespaced=False)
+_REQUIREMENT = re.compile(r"([^,\s=]+)(?:\s+in\s+\(([^)]*)\)|={1,2}([^,]*))")  # key in (a,b), key=a, key==a
 _VERBS = ["create", "delete", "get", "list", "patch", "update", "watch"]
 
 
@@ -145,9 +147,7 @@ class HttpApi:
         except KubeError as error:
             return _failure(error)
 
-    async def _watch(
-        self, request: web.Request, resource: Resource, namespace: str | None, labels: dict[str, str]
-    ) -> web.StreamResponse:
+    async def _watch(self, request: web.Request, resource: Resource, namespace: str | None, labels: Labels) -> web.StreamResponse:
         self.api.begin_watch(resource, namespace)
         version = int(request.query.get("resourceVersion") or 0)
         deadline = time.monotonic() + float(request.query.get("timeoutSeconds") or 300)
@@ -242,9 +242,11 @@ def _scale_of(value: Object) -> Object:
     }
 
 
-def _labels(selector: str | None) -> dict[str, str]:
-    pairs = (part.partition("=") for part in (selector or "").split(",") if part)
-    return {key: value.lstrip("=") for key, _, value in pairs}
+def _labels(selector: str | None) -> Labels:
+    found: dict[str, str | frozenset[str]] = {}
+    for key, values, value in _REQUIREMENT.findall(selector or ""):
+        found[key] = frozenset(part.strip() for part in values.split(",")) if values else value
+    return found
 
 
 def _status(error: KubeError) -> Object:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import bisect
 import datetime
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import jsonpatch
 
-from antiphon_operator.kube.base import Conflict, Gone, KubeError, Listing, NotFound, Object, Refused, WatchEvent
+from antiphon_operator.kube.base import Conflict, Gone, KubeError, Labels, Listing, NotFound, Object, Refused, WatchEvent
 from antiphon_operator.kube.resources import Resource
 from antiphon_operator.testing.field_sets import ITEM, Path, exists, leaves, read, remove, to_fields_v1, write
 from antiphon_operator.testing.json_values import SERVER_METADATA, appliable, comparable, copied, merge_patch, spec_part
@@ -84,7 +84,7 @@ class MemoryApi:
         stored = self._objects.get(_key(resource, namespace, name))
         return None if stored is None else copied(stored.value)
 
-    def list(self, resource: Resource, namespace: str | None, labels: Mapping[str, str] | None = None) -> Listing:
+    def list(self, resource: Resource, namespace: str | None, labels: Labels | None = None) -> Listing:
         """Objects of the kind."""
         self._ask("list", resource, namespace, "")
         wanted = _kind(resource)
@@ -93,7 +93,7 @@ class MemoryApi:
         return Listing(items=items, resource_version=str(self._version))
 
     def events_since(
-        self, resource: Resource, namespace: str | None, version: int, labels: Mapping[str, str] | None = None
+        self, resource: Resource, namespace: str | None, version: int, labels: Labels | None = None
     ) -> tuple[tuple[WatchEvent, ...], int]:
         """Changes after ``version`` and the version reached.
 
@@ -396,6 +396,9 @@ def _in(value: Object, namespace: str | None) -> bool:
     return namespace is None or value["metadata"].get("namespace") == namespace
 
 
-def _matches(value: Object, labels: Mapping[str, str] | None) -> bool:
+def _matches(value: Object, labels: Labels | None) -> bool:
     present = value["metadata"].get("labels", {})
-    return all(present.get(key) == wanted for key, wanted in (labels or {}).items())
+    return all(
+        present.get(key) == wanted if isinstance(wanted, str) else present.get(key) in wanted
+        for key, wanted in (labels or {}).items()
+    )

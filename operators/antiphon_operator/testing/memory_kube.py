@@ -6,9 +6,9 @@ Must not know: HTTP.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 
-from antiphon_operator.kube.base import Listing, NotFound, Object, WatchEvent
+from antiphon_operator.kube.base import Labels, Listing, NotFound, Object, WatchEvent
 from antiphon_operator.kube.resources import Resource, resource_of
 from antiphon_operator.testing.memory_api import MemoryApi
 
@@ -24,7 +24,7 @@ class MemoryKube:
         """See Kube."""
         return self.api.get(resource, namespace, name)
 
-    async def list(self, resource: Resource, namespace: str | None = None, labels: Mapping[str, str] | None = None) -> Listing:
+    async def list(self, resource: Resource, namespace: str | None = None, labels: Labels | None = None) -> Listing:
         """See Kube."""
         return self.api.list(resource, namespace, labels)
 
@@ -34,7 +34,7 @@ class MemoryKube:
         namespace: str | None = None,
         *,
         resource_version: str,
-        labels: Mapping[str, str] | None = None,
+        labels: Labels | None = None,
         timeout_s: float = 300.0,
     ) -> AsyncIterator[WatchEvent]:
         """See Kube."""
