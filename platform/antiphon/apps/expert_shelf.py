@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -49,6 +49,7 @@ class ShelfCounts:
     num_steps: int = 0
     num_prompt_tokens: int = 0
     num_generation_tokens: int = 0
+    num_free_blocks: int = 0  # of its engine now; 0 when it is not resident
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -95,6 +96,7 @@ class ExpertShelf:
         checkpoints: directory of each expert's model.
         host_directory: where copies are kept; should lie in memory (``/dev/shm``).
         forget_pages: drop a file from the page cache after it was copied, so that "on disk" means the disk.
+        begin: called first on the engines' thread.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class ExpertShelf:
         host_directory: Path,
         *,
         forget_pages: bool = False,
+        begin: Callable[[], None] | None = None,
     ) -> None:
         self._specs = dict(specs)
         self._checkpoints = dict(checkpoints)
@@ -113,7 +116,7 @@ class ExpertShelf:
         self._active: dict[str, _Engine] = {}  # those with requests; the engines' thread alone
         self._counts = dict.fromkeys(checkpoints, ShelfCounts())  # of engines that are gone
         self._num_asks = itertools.count()
-        self._compute = ThreadPoolExecutor(1, "expert-engines")
+        self._compute = ThreadPoolExecutor(1, "expert-engines", begin)
         self._disk = ThreadPoolExecutor(1, "expert-copies")
         self._closed = False
 
@@ -128,8 +131,9 @@ class ExpertShelf:
         return tuple(name for name in self._checkpoints if (self._host / name).is_dir())
 
     def resident_bytes(self, expert: str) -> int:
-        """Weights that a resident expert holds."""
-        return sum(self._engines[expert].part.resident_bytes.values())
+        """Weights that an expert holds; 0 when it is not resident."""
+        engine = self._engines.get(expert)
+        return 0 if engine is None else sum(engine.part.resident_bytes.values())
 
     def disk_bytes(self, expert: str) -> int:
         """Size of an expert's files."""
@@ -223,7 +227,7 @@ class ExpertShelf:
         for name in action.evict:
             engine = self._engines.pop(name)
             self._active.pop(name, None)
-            self._counts[name] = _sum(self._counts[name], engine)
+            self._counts[name] = replace(_sum(self._counts[name], engine), num_free_blocks=0)
             engine.fail(Unavailable(f"expert {name} was evicted"))
             engine.part.close()
         self._drop(action.drop)
@@ -355,6 +359,7 @@ def _sum(before: ShelfCounts, engine: _Engine) -> ShelfCounts:
         num_steps=before.num_steps + engine.part.engine.num_steps,
         num_prompt_tokens=before.num_prompt_tokens + stats.num_prompt_tokens,
         num_generation_tokens=before.num_generation_tokens + stats.num_generation_tokens,
+        num_free_blocks=engine.part.engine.scheduler.blocks.num_free_blocks,
     )
 
 

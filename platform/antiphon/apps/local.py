@@ -104,6 +104,9 @@ class DirectDeployment:
 
     def _supervise(self, document: LLMDeployment, directory: BlockingDirectory) -> None:
         name = document.metadata.name
+        shelf = self._serving.shelf_of(name)
+        if shelf is not None and shelf.first.deployment != name:
+            return  # the first one's process serves it too
         run_dir = self._serving.run_dir_of(name, self._run_dir)
         run_dir.mkdir(exist_ok=True)
         for pool in plan_serve(document).pools:
@@ -115,6 +118,7 @@ class DirectDeployment:
                 host=self._settings.host or "127.0.0.1",
                 drain_s=self._settings.drain_s,
                 log=self._settings.log,
+                shelf=shelf,
             )
             for replica in range(pool.num_replicas):
                 self._supervisors.append(
@@ -220,7 +224,7 @@ class RayDeployment:
             raise Unavailable(failed[-1].message)
         # Serve's answer costs a hundred times what the journal costs: it is asked when it may have changed, and now and then.
         num_ready = len({entry.subject for entry in entries if entry.kind == "ready"})
-        complete = num_ready >= self._serving.num_workers + 1
+        complete = num_ready >= self._serving.num_processes + 1
         if time.monotonic() >= self._next_look_s or (complete and not self._state.running):
             self._state = self._runtime.state(_APPLICATION)
             self._next_look_s = time.monotonic() + _LOOK_S

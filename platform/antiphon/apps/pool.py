@@ -7,6 +7,7 @@ Must not know: tokens, tensors, or the gateway.
 from __future__ import annotations
 
 import asyncio
+import json
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ray import serve
 from antiphon.apps.directory_actor import directory_address, node_address
 from antiphon.apps.serve_plan import PoolTemplate, ServeSettings
 from antiphon.apps.supervisor import DEFAULT_ARGV, RestartLimits, WorkerStatus, WorkerSupervisor
+from antiphon.apps.tier_plan import TierShelf
 from antiphon.core.spec import LLMDeployment
 from antiphon.gateway.directory import open_directory
 from antiphon.gateway.lease import BlockingDirectory
@@ -26,7 +28,9 @@ _STOP_MARGIN_S = 5.0
 class PoolReplica:
     """The Serve deployment's class. Its constructor returns when the worker is ready, or raises what kept it from that."""
 
-    def __init__(self, document_json: str, pool: str, settings: ServeSettings) -> None:
+    def __init__(self, document_json: str, pool: str, settings: ServeSettings, shelf_json: str = "") -> None:
+        """``shelf_json``: the experts that share the worker's process; "" = none."""
+        self._shelf = TierShelf.from_value(json.loads(shelf_json)) if shelf_json else None
         self._document = LLMDeployment.model_validate_json(document_json)
         self._pool = pool
         self._settings = settings
@@ -67,6 +71,7 @@ class PoolReplica:
             host=settings.host or node_address(),
             drain_s=settings.drain_s,
             log=settings.log,
+            shelf=self._shelf,
         )
         self._supervisor = WorkerSupervisor(
             template,

@@ -9,6 +9,7 @@ Must not know: how Ray was started.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -112,6 +113,10 @@ def application_of(serving: Serving, settings: ServeSettings, run_dirs: Mapping[
     others: list[Application] = []
     for document in serving.deployments:
         name = document.metadata.name
+        shelf = serving.shelf_of(name)
+        if shelf is not None and shelf.first.deployment != name:
+            continue  # the first one's process serves it too
+        shelf_json = "" if shelf is None else json.dumps(shelf.to_value())
         mine = dataclasses.replace(settings, checkpoint=serving.checkpoints[name], run_dir=run_dirs[name])
         for pool in plan_serve(document).pools:
             deployment = serve.deployment(
@@ -120,7 +125,7 @@ def application_of(serving: Serving, settings: ServeSettings, run_dirs: Mapping[
                 ray_actor_options=pool.actor_options(pinned=False, sized=False),
                 **limits,
             )(PoolReplica)
-            others.append(deployment.bind(document.model_dump_json(by_alias=True), pool.name, mine))
+            others.append(deployment.bind(document.model_dump_json(by_alias=True), pool.name, mine, shelf_json))
     routing: Routing = "here"
     if any(composition.spec.router.artifact is not None for composition in serving.compositions):
         routing = "replicas"

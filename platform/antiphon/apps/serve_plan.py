@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from antiphon.apps.tier_plan import TierShelf
 from antiphon.apps.worker_config import LogSettings, WorkerConfig
 from antiphon.core.ids import Epoch, FFNShard
 from antiphon.core.spec import LLMDeployment, LLMDeploymentSpec, PoolSpec, parse_quantity
@@ -131,6 +132,7 @@ class PoolTemplate:
     host: str
     drain_s: float
     log: LogSettings
+    shelf: TierShelf | None = None  # see WorkerConfig
 
     @property
     def spec(self) -> PoolSpec:
@@ -163,6 +165,7 @@ class PoolTemplate:
             cores=cores_of(spec, index),
             drain_s=self.drain_s,
             log=self.log,
+            shelf=self.shelf,
         )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from antiphon.apps.tier_plan import TierShelf, shelves_of, tier_problems
 from antiphon.core.composition import CompositionOfExperts
 from antiphon.core.documents import Document
 from antiphon.core.errors import Problem, SpecInvalid
@@ -48,6 +49,20 @@ class Serving:
     def num_workers(self) -> int:
         """Worker processes of all pools."""
         return sum(pool.replicas for document in self.deployments for pool in document.spec.pools)
+
+    @property
+    def shelves(self) -> tuple[TierShelf, ...]:
+        """Deployments that share a process and its memory, by what compositions say."""
+        return shelves_of(self.deployments, self.compositions, self.checkpoints)
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of all workers: those on a shelf share one."""
+        return self.num_workers - sum(len(shelf.members) - 1 for shelf in self.shelves)
+
+    def shelf_of(self, deployment: str) -> TierShelf | None:
+        """The shelf that a deployment is on."""
+        return next((shelf for shelf in self.shelves if deployment in {m.deployment for m in shelf.members}), None)
 
     @property
     def models(self) -> dict[str, str]:
@@ -100,6 +115,7 @@ def serving_of(documents: Sequence[Document], source: str) -> Serving:
         *_nothing(documents, deployments, compositions),
         *_repeated(deployments, compositions),
         *unknown_references(deployments, compositions),
+        *tier_problems(deployments, compositions),
     ]
     endpoint, redis_url = EndpointSpec(), None
     if deployments:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from antiphon.apps.tier_plan import TierShelf
 from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
 from antiphon.core.spec import LLMDeploymentSpec, PoolSpec
@@ -51,6 +52,7 @@ class WorkerConfig:
     cores: tuple[int, ...] = ()  # processors the process is pinned to; empty = not pinned
     drain_s: float = 5.0  # after SIGTERM: time for requests in flight, then exit
     log: LogSettings = field(default_factory=LogSettings)
+    shelf: TierShelf | None = None  # the experts that this process serves together; None = its own model alone
 
     @property
     def worker_id(self) -> WorkerId:
@@ -69,6 +71,7 @@ class WorkerConfig:
         value["spec"] = self.spec.model_dump(mode="json", by_alias=True)
         value["shard"] = dataclasses.asdict(self.shard)
         value["log"] = dataclasses.asdict(self.log)
+        value["shelf"] = None if self.shelf is None else self.shelf.to_value()
         return json.dumps(value, indent=1)
 
     @classmethod
@@ -85,6 +88,7 @@ class WorkerConfig:
             raw["shard"] = FFNShard(**raw["shard"])
             raw["log"] = LogSettings(**raw["log"])
             raw["cores"] = tuple(raw["cores"])
+            raw["shelf"] = None if raw.get("shelf") is None else TierShelf.from_value(raw["shelf"])
             return cls(**raw)
         except (ValueError, TypeError, KeyError) as error:
             raise InvalidInput(f"not a worker configuration: {error}", CONFIG_VARIABLE) from error

@@ -14,10 +14,15 @@ import signal
 import sys
 import threading
 import time
+from typing import TYPE_CHECKING
 
 from antiphon.apps.worker_config import WorkerConfig
 from antiphon.apps.worker_events import EventWriter
 from antiphon.core.errors import AntiphonError, InternalError
+
+if TYPE_CHECKING:  # imported when it is known which of them is needed
+    from antiphon.apps.tier_process import TierProcess
+    from antiphon.apps.worker_process import WorkerProcess
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +33,15 @@ def main() -> int:
     events = EventWriter()
     try:
         config = WorkerConfig.from_environment()
-        with events.timed("imports"):
-            from antiphon.apps.worker_process import WorkerProcess
-        process = WorkerProcess(config, events)
+        process: WorkerProcess | TierProcess
+        if config.shelf is not None:
+            with events.timed("imports"):
+                from antiphon.apps.tier_process import TierProcess
+            process = TierProcess(config, config.shelf, events)
+        else:
+            with events.timed("imports"):
+                from antiphon.apps.worker_process import WorkerProcess
+            process = WorkerProcess(config, events)
     except Exception as error:  # noqa: BLE001  # the last door of the process: the supervisor gets the reason
         events.failed(error)
         return _fail(error)

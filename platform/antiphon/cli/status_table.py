@@ -54,7 +54,7 @@ def _workers(workers: tuple[WorkerStatus, ...]) -> Table:
             str(worker.load.num_running),
             "-" if usage is None else f"{usage:.0%}",
             work_of(worker),
-            size(worker.load.resident_weight_bytes),
+            weights_of(worker),
             worker.rpc_address,
             Text(worker.message),
         )
@@ -89,6 +89,14 @@ def state_of(worker: WorkerStatus) -> str:
     if not worker.ready:
         return "starting"
     return "no session" if worker.connected is False else "ready"
+
+
+def weights_of(worker: WorkerStatus) -> str:
+    """What it holds; of an expert that shares memory and is not resident, how far it is."""
+    load = worker.load
+    if load.gauges.get("resident", 1.0) == 0.0:
+        return f"{load.gauges.get('load_s', 0.0):.1f} s away"
+    return size(load.resident_weight_bytes)
 
 
 def work_of(worker: WorkerStatus) -> str:

@@ -79,6 +79,11 @@ class TierStanding:
     num_running: int
     load_s: float  # until it could answer, when it is not resident
 
+    @property
+    def is_resident(self) -> bool:
+        """It can answer now."""
+        return self.tier is Tier.RESIDENT
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolStats:
@@ -91,6 +96,7 @@ class PoolStats:
     num_failed_loads: int
     serve_s: float
     loads: tuple[tuple[str, LoadTimes], ...]  # the last ones
+    num_loads: Mapping[str, int]  # by expert
 
 
 class TieredPool(Generic[Ask, Answer]):
@@ -140,6 +146,7 @@ class TieredPool(Generic[Ask, Answer]):
         self._num_served = self._num_groups = self._num_switches = self._num_prefetches = self._num_failed = 0
         self._serve_s = 0.0
         self._loads: list[tuple[str, LoadTimes]] = []
+        self._num_loads: Counter[str] = Counter()
 
     def start(self) -> None:
         """Begin to serve, on the running event loop."""
@@ -218,6 +225,7 @@ class TieredPool(Generic[Ask, Answer]):
             num_failed_loads=self._num_failed,
             serve_s=self._serve_s,
             loads=tuple(self._loads),
+            num_loads=dict(self._num_loads),
         )
 
     # ---- the loop ----------------------------------------------------------------------------------------------
@@ -299,18 +307,19 @@ class TieredPool(Generic[Ask, Answer]):
             return  # and plan again with what is there then
         if self._copying is not None:
             action = replace(action, keep=False, drop=())  # the room for another copy is being filled
+        kept = tuple(name for name in self._state.resident if name not in action.evict)
+        self._state = TierState(resident=kept, host=tuple(name for name in self._state.host if name not in action.drop))
         try:
             times = await self._loader.load(action, self._options.load_timeout_s)
         except AntiphonError as error:
             _log.warning("expert %s can't be loaded: %s", action.expert, error)
             self._num_failed += 1
-            kept = tuple(name for name in self._state.resident if name not in action.evict)
-            self._state = TierState(resident=kept, host=tuple(name for name in self._state.host if name not in action.drop))
             mine = [i for i, (request, _, _) in self._waiting.items() if request.expert == action.expert]
             _fail([self._waiting[i][2] for i in mine], Unavailable(f"expert {action.expert} can't be loaded: {error}"))
             self._take(mine)
             return
         self._num_switches += 1
+        self._num_loads[action.expert] += 1
         self._uncopied.discard(action.expert)
         self._loads = [*self._loads[-99:], (action.expert, times)]
         self._state = after(action, self._state)

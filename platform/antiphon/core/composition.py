@@ -244,6 +244,16 @@ class TiersSpec(Model):
     fairness_window_s: float = Field(default=5.0, gt=0, le=3600, description="Grouping by expert delays nobody longer than this.")
     prefetch: bool = Field(default=True, description="Bring a likely next expert from disk to host memory ahead of time.")
 
+    @property
+    def resident_memory_bytes(self) -> int:
+        """Memory for resident experts, in bytes."""
+        return int(parse_quantity(self.resident_memory))
+
+    @property
+    def host_memory_bytes(self) -> int:
+        """Memory for copies in host memory, in bytes."""
+        return int(parse_quantity(self.host_memory))
+
 
 class CompositionSpec(Model):
     """Which experts answer, and how one is picked."""

@@ -15,7 +15,8 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from antiphon.coe.decision import ExpertState, View
+from antiphon.coe.decision import Decision, ExpertState, View
+from antiphon.coe.forecast import Forecast, shares_of
 from antiphon.core.composition import CompositionOfExperts, ExternalEndpoint
 from antiphon.core.directory import Notes
 from antiphon.core.errors import AntiphonError
@@ -38,19 +39,32 @@ class Report:
 
     open: frozenset[str] = frozenset()  # experts it leaves alone for now
     running: Mapping[str, int] = field(default_factory=dict)  # its requests at each
+    expected: Mapping[str, float] = field(default_factory=dict)  # requests per second at each that its decisions let expect
 
     def to_json(self) -> str:
         """The note's text."""
-        return json.dumps({"open": sorted(self.open), "running": dict(sorted(self.running.items()))}, separators=(",", ":"))
+        value: dict[str, object] = {"open": sorted(self.open), "running": dict(sorted(self.running.items()))}
+        if self.expected:
+            value["expected"] = {name: round(rate, 6) for name, rate in sorted(self.expected.items())}
+        return json.dumps(value, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Report:
         """The report of a note; what can't be read says nothing."""
         try:
             value = json.loads(text)
-            return cls(open=frozenset(map(str, value["open"])), running={str(k): int(n) for k, n in value["running"].items()})
+            return cls(
+                open=frozenset(map(str, value["open"])),
+                running={str(k): int(n) for k, n in value["running"].items()},
+                expected={str(k): float(rate) for k, rate in value.get("expected", {}).items()},
+            )
         except (ValueError, TypeError, KeyError, AttributeError):
             return cls()
+
+
+def experts_topic(composition: str) -> str:
+    """Where the gateways of a composition note their reports."""
+    return f"coe/{composition}/experts"
 
 
 class ExpertBoard:
@@ -83,7 +97,9 @@ class ExpertBoard:
         self._workers = workers
         self._notes = notes
         self._owner = owner
-        self._topic = f"coe/{document.metadata.name}/experts"
+        self._topic = experts_topic(document.metadata.name)
+        self._clock = clock
+        self._forecast = None if document.spec.tiers is None else Forecast()
         self._others: dict[str, Report] = {}
         self._reachable = True
         limits = document.spec.limits
@@ -117,11 +133,17 @@ class ExpertBoard:
                 states[expert.name] = state_of(self._models[expert.name], workers)
         return View(experts=states, version=zlib.crc32(repr(sorted(states.items())).encode()))
 
+    def expect(self, decision: Decision) -> None:
+        """A request was routed: experts that share memory are told what to expect next."""
+        if self._forecast is not None:
+            self._forecast.observe(shares_of(decision), self._clock())
+
     async def refresh(self) -> None:
         """Say what this gateway knows and read what the others do; while the directory is silent the last word stands."""
         try:
             if self._owner:
-                mine = Report(open=self.avoided, running={name: n for name, n in self.num_running.items() if n})
+                expected = {} if self._forecast is None else self._forecast.expected(self._clock())
+                mine = Report(open=self.avoided, running={name: n for name, n in self.num_running.items() if n}, expected=expected)
                 await self._notes.put_note(self._topic, self._owner, mine.to_json(), REPORT_LEASE_S)
             found = await self._notes.notes(self._topic)
         except AntiphonError as error:

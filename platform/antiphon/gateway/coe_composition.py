@@ -109,7 +109,9 @@ class Composition:
             Unavailable: none that could serve it is healthy.
         """
         sticky_expert = await self._sticky(question.session)
-        return await self.routes.route(question, self.view(avoided), sticky_expert)
+        record = await self.routes.route(question, self.view(avoided), sticky_expert)
+        self._board.expect(record.decision)
+        return record
 
     async def explain(self, decision_id: DecisionId, policy: Policy | None) -> tuple[Record, Decision | None]:
         """The record of a decision, and what another policy would have decided when one is named.

@@ -274,6 +274,7 @@ class CoeDoor:
                         "tools": expert.tools,
                         "healthy": state.healthy,
                         "resident": state.resident,
+                        "load_s": round(state.load_s, 3),
                         "num_waiting": state.num_waiting,
                         "expected_wait_s": state.expected_wait_s,
                     }

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from antiphon.core.worker_info import WorkerInfo
 from antiphon.gateway.stage_metrics import observe_stages
+from antiphon.gateway.tier_metrics import observe_tiers
 from antiphon.telemetry import CallbackOptions, Meter, Observation, Telemetry, semconv
 
 _Read = Callable[[WorkerInfo], float]
@@ -72,6 +73,7 @@ class GatewayMetrics:
         )
         self._observe_workers(meter)
         observe_stages(meter, workers, _attributes)
+        observe_tiers(meter, workers, _attributes)
         _add_aliases(telemetry)
 
     def first_token(self, model: str, seconds: float) -> None:
