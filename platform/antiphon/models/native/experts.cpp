@@ -29,6 +29,8 @@
 #include <optional>
 #include <vector>
 
+#include "ahead.h"
+
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -42,6 +44,7 @@
 
 namespace {
 
+using antiphon::Ahead;
 using at::Tensor;
 
 constexpr int64_t kLanes = 16;         // outputs of half a block
@@ -240,30 +243,6 @@ void sums_of_rows(const bf16* x, int64_t stride, const bf16* block, int64_t k, f
   std::memcpy(sums, acc, sizeof(acc));
 #endif
 }
-
-// Weights that a thread reads next, fetched into L2 while it computes: many runs side by side, as a processor that reads one page
-// after the other waits for each.
-class Ahead {
- public:
-  void start(const char* at, int64_t bytes) {
-    at_ = at;
-    run_ = (bytes / kRuns + kLine - 1) / kLine * kLine;
-    done_ = 0;
-  }
-  // The next ``lines`` cache lines, fewer where all are fetched.
-  void fetch(int64_t lines) {
-    for (; lines > 0 && done_ < run_; lines -= kRuns, done_ += kLine) {
-      for (int64_t r = 0; r < kRuns; ++r) {
-        __builtin_prefetch(at_ + r * run_ + done_, 0, 2);
-      }
-    }
-  }
-
- private:
-  static constexpr int64_t kRuns = 8, kLine = 64;
-  const char* at_ = nullptr;
-  int64_t run_ = 0, done_ = 0;
-};
 
 #if ANTIPHON_AMX
 struct alignas(64) TileConfig {
@@ -495,7 +474,7 @@ class Layer {
     Ahead ahead;
     if (!experts.empty()) {
       expect(ahead, experts[0], share, share.begin);
-      ahead.fetch(std::numeric_limits<int64_t>::max());
+      ahead.fetch_all();
     }
     for (size_t e = 0; e < experts.size(); ++e) {
       const Expert& expert = experts[e];

@@ -1,12 +1,12 @@
 // Rows times packed weights on matrix units (hot): bf16 or int8 in, fp32 or int32 sums, an epilogue per block of results.
 //
 // Packed weights are strips of 16 outputs, each a run of tiles [depth][16][64 bytes]: 16 groups of inputs (2 bf16 or 4 int8) by 16
-// outputs. Four strips are fetched side by side while others are computed, since the processor fetches several pages at once faster
-// than one. Every row is summed over the inputs in one order, so it does not depend on the rows beside it or on threads.
+// outputs. While four strips are computed the next four are fetched. Every row is summed over the inputs in one order, so it does not depend on the rows beside it or on threads.
 // T rows, I inputs, O outputs.
 
 #pragma once
 
+#include "ahead.h"
 #include "tiles.h"
 
 namespace antiphon {
@@ -60,22 +60,16 @@ inline Tensor pack(const Tensor& weight, bool pairs) {
 
 namespace gemm {
 
-// Weights that the thread will want next, fetched into the L2 cache while it computes: up to four strips side by side.
+constexpr int64_t kStrips = 4, kTileLines = kTileBytes / 64;  // strips computed together; cache lines of a tile
+
+// Strips of weights that a thread reads after those it computes now.
 struct Soon {
   const char* at = nullptr;
-  int64_t strips = 0, bytes = 0;
+  int64_t bytes = 0;
 
   Soon() = default;
   Soon(const Packed& w, int64_t strip, int64_t count)
-      : at(w.strip(strip)), strips(std::min(count, w.strips - strip)), bytes(w.depth * kTileBytes) {}
-
-  void fetch(int64_t run, int64_t tile) const {
-    const int64_t from = tile * kTileBytes;
-    if (run < strips && from < bytes) {
-      const char* slice = at + run * bytes + from;
-      for (int64_t line = 0; line < kTileBytes; line += 64) _mm_prefetch(slice + line, _MM_HINT_T1);
-    }
-  }
+      : at(w.strip(strip)), bytes(std::max<int64_t>(0, std::min(count, w.strips - strip)) * w.depth * kTileBytes) {}
 };
 
 #define ANTIPHON_DOT(result, rows, weights) \
@@ -86,8 +80,8 @@ struct Soon {
   }
 
 // One block of rows times up to four strips: registers 0-3 results, 4 rows, 5-7 weights.
-template <bool Int8, int Strips, bool Fetches>
-inline void one_by(const char* rows, int64_t row_bytes, const Packed& w, int64_t strip, float* sums, const Soon& soon) {
+template <bool Int8, int Strips>
+inline void one_by(const char* rows, int64_t row_bytes, const Packed& w, int64_t strip, float* sums, Ahead& ahead) {
   const char* at = w.strip(strip);
   const int64_t stride = w.depth * kTileBytes;
   _tile_zero(0);
@@ -98,22 +92,22 @@ inline void one_by(const char* rows, int64_t row_bytes, const Packed& w, int64_t
     _tile_loadd(4, rows + d * kRowBytes, row_bytes);
     _tile_loadd(5, at, 64);
     ANTIPHON_DOT(0, 4, 5);
-    if constexpr (Fetches) soon.fetch(0, d);
+    ahead.fetch(kTileLines);
     if constexpr (Strips > 1) {
       _tile_loadd(6, at + stride, 64);
       ANTIPHON_DOT(1, 4, 6);
+      ahead.fetch(kTileLines);
     }
-    if constexpr (Fetches) soon.fetch(1, d);
     if constexpr (Strips > 2) {
       _tile_loadd(7, at + 2 * stride, 64);
       ANTIPHON_DOT(2, 4, 7);
+      ahead.fetch(kTileLines);
     }
-    if constexpr (Fetches) soon.fetch(2, d);
     if constexpr (Strips > 3) {
       _tile_loadd(5, at + 3 * stride, 64);
       ANTIPHON_DOT(3, 4, 5);
+      ahead.fetch(kTileLines);
     }
-    if constexpr (Fetches) soon.fetch(3, d);
   }
   order_memory();
   _tile_stored(0, sums, 64);
@@ -122,19 +116,19 @@ inline void one_by(const char* rows, int64_t row_bytes, const Packed& w, int64_t
   if constexpr (Strips > 3) _tile_stored(3, sums + 768, 64);
 }
 
-template <bool Int8, bool Fetches>
-inline void one_by(int64_t strips, const char* rows, int64_t row_bytes, const Packed& w, int64_t strip, float* sums, const Soon& soon) {
+template <bool Int8>
+inline void one_by(int64_t strips, const char* rows, int64_t row_bytes, const Packed& w, int64_t strip, float* sums, Ahead& ahead) {
   switch (strips) {
-    case 4: return one_by<Int8, 4, Fetches>(rows, row_bytes, w, strip, sums, soon);
-    case 3: return one_by<Int8, 3, Fetches>(rows, row_bytes, w, strip, sums, soon);
-    case 2: return one_by<Int8, 2, Fetches>(rows, row_bytes, w, strip, sums, soon);
-    default: return one_by<Int8, 1, Fetches>(rows, row_bytes, w, strip, sums, soon);
+    case 4: return one_by<Int8, 4>(rows, row_bytes, w, strip, sums, ahead);
+    case 3: return one_by<Int8, 3>(rows, row_bytes, w, strip, sums, ahead);
+    case 2: return one_by<Int8, 2>(rows, row_bytes, w, strip, sums, ahead);
+    default: return one_by<Int8, 1>(rows, row_bytes, w, strip, sums, ahead);
   }
 }
 
-// Two blocks of rows times two strips: registers 0-3 results, 4 and 5 rows, 6 and 7 weights. Fetches two of the next strips.
-template <bool Int8, bool Fetches>
-inline void two_by_two(const char* rows, int64_t row_bytes, const Packed& w, int64_t strip, float* sums, const Soon& soon, int64_t run) {
+// Two blocks of rows times two strips: registers 0-3 results, 4 and 5 rows, 6 and 7 weights.
+template <bool Int8>
+inline void two_by_two(const char* rows, int64_t row_bytes, const Packed& w, int64_t strip, float* sums, Ahead& ahead) {
   const char *at = w.strip(strip), *beside = w.strip(strip + 1), *below = rows + kLanes * row_bytes;
   _tile_zero(0);
   _tile_zero(1);
@@ -144,12 +138,12 @@ inline void two_by_two(const char* rows, int64_t row_bytes, const Packed& w, int
     _tile_loadd(4, rows + d * kRowBytes, row_bytes);
     _tile_loadd(6, at + d * kTileBytes, 64);
     ANTIPHON_DOT(0, 4, 6);
-    if constexpr (Fetches) soon.fetch(run, d);
+    ahead.fetch(kTileLines);
     _tile_loadd(7, beside + d * kTileBytes, 64);
     ANTIPHON_DOT(1, 4, 7);
     _tile_loadd(5, below + d * kRowBytes, row_bytes);
     ANTIPHON_DOT(2, 5, 6);
-    if constexpr (Fetches) soon.fetch(run + 1, d);
+    ahead.fetch(kTileLines);
     ANTIPHON_DOT(3, 5, 7);
   }
   order_memory();
@@ -162,8 +156,8 @@ inline void two_by_two(const char* rows, int64_t row_bytes, const Packed& w, int
 #undef ANTIPHON_DOT
 
 // Sums of rows [first, first + count) for strips [begin, end) of the weights, handed to
-// epilogue(row, rows, strip, strips, sums [strips][16][16]), int32 bits where weights are int8. While a first block of rows meets four
-// strips, the next four are fetched (``after``: those of the thread's next product).
+// epilogue(row, rows, strip, strips, sums [strips][16][16]), int32 bits where weights are int8. While blocks of rows meet four strips,
+// the next four are fetched (``after``: those of the thread's next product).
 template <bool Int8, typename Epilogue>
 void run(const char* rows, int64_t row_bytes, int64_t first, int64_t count, const Packed& w, int64_t begin, int64_t end,
          const Soon& after, const Epilogue& epilogue) {
@@ -176,10 +170,14 @@ void run(const char* rows, int64_t row_bytes, int64_t first, int64_t count, cons
   const auto use = [&](const TileShapes& shapes) {
     if (loaded != &shapes) (loaded = &shapes)->load();
   };
+  Ahead ahead;
+  const auto expect = [&](const Soon& soon) { ahead.start(soon.at, soon.bytes); };
+  expect(Soon(w, begin, std::min(kStrips, end - begin)));
+  ahead.fetch_all();
   order_memory();
-  for (int64_t strip = begin; strip < end; strip += 4) {
-    const int64_t strips = std::min<int64_t>(4, end - strip);
-    const Soon soon = strip + 4 < end ? Soon(w, strip + 4, std::min<int64_t>(4, end - strip - 4)) : after;
+  for (int64_t strip = begin; strip < end; strip += kStrips) {
+    const int64_t strips = std::min(kStrips, end - strip), next = strip + kStrips;
+    expect(next < end ? Soon(w, next, std::min(kStrips, end - next)) : after);
     for (int64_t block = 0; block < blocks;) {
       const int64_t row = first + block * kLanes;
       const char* at = rows + row * row_bytes;
@@ -187,11 +185,7 @@ void run(const char* rows, int64_t row_bytes, int64_t first, int64_t count, cons
         const bool ends = block + 2 == blocks;
         use(ends ? paired : whole);
         for (int64_t s = 0; s < strips; s += 2) {
-          if (block == 0) {
-            two_by_two<Int8, true>(at, row_bytes, w, strip + s, sums, soon, s);
-          } else {
-            two_by_two<Int8, false>(at, row_bytes, w, strip + s, sums, soon, s);
-          }
+          two_by_two<Int8>(at, row_bytes, w, strip + s, sums, ahead);
           order_memory();
           epilogue(row, kLanes, strip + s, 2, sums);
           epilogue(row + kLanes, ends ? last : kLanes, strip + s, 2, sums + 512);
@@ -201,11 +195,7 @@ void run(const char* rows, int64_t row_bytes, int64_t first, int64_t count, cons
       }
       const bool ends = block + 1 == blocks;
       use(ends ? single : whole);
-      if (block == 0) {
-        one_by<Int8, true>(strips, at, row_bytes, w, strip, sums, soon);
-      } else {
-        one_by<Int8, false>(strips, at, row_bytes, w, strip, sums, soon);
-      }
+      one_by<Int8>(strips, at, row_bytes, w, strip, sums, ahead);
       order_memory();
       epilogue(row, ends ? last : kLanes, strip, static_cast<int>(strips), sums);
       ++block;
