@@ -38,7 +38,7 @@ class Routes(Protocol):
 
 
 class LocalRoutes:
-    """The router of this process. Judging runs on a thread, so that it delays no token."""
+    """The router of this process. Judging that takes longer than a change of threads runs on one, so that it delays no token."""
 
     def __init__(self, router: Router) -> None:
         self.router = router
@@ -46,6 +46,8 @@ class LocalRoutes:
     async def route(self, question: Question, view: View, sticky_expert: str | None) -> Record:
         """See ``Routes``."""
         router = self.router
+        if router.is_quick(question):
+            return router.route(question, view, sticky_expert)
         try:
             async with asyncio.timeout(router.spec.router.timeout_s):
                 record = await asyncio.to_thread(router.route, question, view, sticky_expert)
