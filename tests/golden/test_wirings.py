@@ -86,7 +86,10 @@ def randomise_biases(model: torch.nn.Module) -> None:
 
 def greedy(model: Any, prompt: list[int], length: int) -> list[int]:
     with torch.inference_mode():
-        out = model.generate(torch.tensor([prompt]), max_new_tokens=length, do_sample=False, eos_token_id=None, pad_token_id=0)
+        ids = torch.tensor([prompt])
+        # Without a mask it would be guessed from the ids: a token that equals the padding would be hidden.
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=length, do_sample=False, eos_token_id=None, pad_token_id=0)
     return out[0, len(prompt) :].tolist()
 
 

@@ -37,6 +37,48 @@ STEP3: dict[str, Any] = {
     "norm_expert_weight": False,
     "moe_layers_enum": ",".join(str(i) for i in range(4, 60)),
 }
+STEP3_VL: dict[str, Any] = {
+    "architectures": ["Step3VLForConditionalGeneration"],
+    "model_type": "step3_vl",
+    "vision_config": {"hidden_size": 1792, "output_hidden_size": 4096, "num_hidden_layers": 63, "patch_size": 14},
+    "text_config": STEP3,
+    "understand_projector_stride": 2,
+    "projector_bias": False,
+    "image_token_id": 128001,
+    "hidden_size": 7168,
+    "tie_word_embeddings": False,
+    "eos_token_id": 128805,
+}
+LONGCAT: dict[str, Any] = {
+    "architectures": ["LongcatFlashForCausalLM"],
+    "model_type": "longcat_flash",
+    "attention_bias": False,
+    "attention_method": "MLA",
+    "ffn_hidden_size": 12288,
+    "hidden_size": 6144,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 131072,
+    "moe_topk": 12,
+    "mla_scale_kv_lora": True,
+    "mla_scale_q_lora": True,
+    "n_routed_experts": 512,
+    "num_attention_heads": 64,
+    "num_layers": 28,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000000.0,
+    "routed_scaling_factor": 6.0,
+    "router_bias": False,
+    "router_dtype": "float32",
+    "norm_topk_prob": False,
+    "v_head_dim": 128,
+    "vocab_size": 131072,
+    "zero_expert_num": 256,
+    "zero_expert_type": "identity",
+    "expert_ffn_hidden_size": 2048,
+}
 PANGU: dict[str, Any] = {
     "architectures": ["PanguProMoEForCausalLM"],
     "model_type": "PanguProMoE",
@@ -71,7 +113,9 @@ QWEN3 |= {"moe_intermediate_size": 1536, "num_experts": 128, "num_experts_per_to
 
 MODELS: dict[str, tuple[Mapping[str, Any], float, float]] = {  # config; parameters and activated parameters in billions
     "Step-3, text": (STEP3, 316.0, 38.0),
+    "Step-3, the text of a published checkpoint": (STEP3_VL, 316.0, 38.0),
     "Pangu Pro MoE": (PANGU, 71.99, 16.50),
+    "LongCat-Flash": (LONGCAT, 560.0, 31.3),  # activated at most: none of a token's experts is a zero-computation one
     "DeepSeek-V3": (of("DeepseekV3ForCausalLM", hf.DeepseekV3Config()), 671.0, 37.0),
     "DeepSeek-V2": (of("DeepseekV2ForCausalLM", hf.DeepseekV2Config(**DEEPSEEK_V2)), 236.0, 21.0),
     "dots.llm1": (of("Dots1ForCausalLM", hf.Dots1Config(**DOTS1)), 142.0, 14.0),
@@ -127,7 +171,7 @@ EVERY: dict[str, Mapping[str, Any]] = {
     "Qwen2": of("Qwen2ForCausalLM", hf.Qwen2Config()),
     "Qwen3": of("Qwen3ForCausalLM", hf.Qwen3Config()),
     "Qwen2-MoE": of("Qwen2MoeForCausalLM", hf.Qwen2MoeConfig()),
-    "LongCat-Flash": of("LongcatFlashForCausalLM", hf.LongcatFlashConfig()),
+    "LongCat-Flash of transformers": of("LongcatFlashForCausalLM", hf.LongcatFlashConfig()),
 }
 # Fields that no result depends on, and why.
 NO_EFFECT: dict[str, str] = {
@@ -148,6 +192,13 @@ NO_EFFECT: dict[str, str] = {
     "topk_group": "V2's greedy gate has no groups",
     "rope_interleave": "V2 has one order",
     "moe_layer_freq": "frequencies beyond the layers",
+    "vision_config": "text is served",
+    "understand_projector_stride": "of images",
+    "projector_bias": "of images",
+    "image_token_id": "of images",
+}
+SAID_TWICE: dict[str, set[str]] = {  # fields of a model that another field of it says too
+    "Step-3, the text of a published checkpoint": {"hidden_size", "eos_token_id", "tie_word_embeddings"},
 }
 
 
@@ -175,7 +226,7 @@ def test_every_field_that_changes_is_honoured_or_refused(name: str) -> None:
     raw = EVERY[name]
     base = describe(raw)
     overlooked, unnamed = [], []
-    for field in raw.keys() - _HARMLESS - NO_EFFECT.keys():
+    for field in raw.keys() - _HARMLESS - NO_EFFECT.keys() - SAID_TWICE.get(name, set()):
         for value in other_values(raw[field]):
             try:
                 if describe({**raw, field: value}) == base:
@@ -188,3 +239,28 @@ def test_every_field_that_changes_is_honoured_or_refused(name: str) -> None:
     with pytest.raises(UnsupportedModel) as caught:
         describe({**raw, "mystery_of_the_house": 0.5})
     assert caught.value.field == "mystery_of_the_house"
+
+
+def test_the_text_of_a_checkpoint_with_vision_is_the_text_model() -> None:
+    assert describe({**STEP3_VL, "eos_token_id": None}) == describe(STEP3)
+    with pytest.raises(UnsupportedModel) as caught:
+        describe({**STEP3_VL, "text_config": {**STEP3, "mystery_of_the_house": 0.5}})
+    assert caught.value.field == "mystery_of_the_house"
+
+
+@pytest.mark.parametrize(
+    ("raw", "field", "value"),
+    [
+        (LONGCAT, "router_dtype", "bfloat16"),
+        (LONGCAT, "norm_topk_prob", True),
+        (LONGCAT, "zero_expert_type", "drop"),
+        (LONGCAT, "mla_scale_q_lora", False),
+        (PANGU, "norm_topk_prob", True),
+        (PANGU, "rope_theta", None),
+    ],
+)
+def test_what_other_programs_do_otherwise_is_refused(raw: dict[str, Any], field: str, value: Any) -> None:
+    changed = {**raw, field: value}
+    with pytest.raises(UnsupportedModel) as caught:
+        describe({name: each for name, each in changed.items() if each is not None})
+    assert caught.value.field == field

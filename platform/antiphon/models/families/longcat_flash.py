@@ -23,6 +23,8 @@ def describe(raw: Mapping[str, Any]) -> DecoderConfig:
     _ = raw.get("num_key_value_heads"), raw.get("num_hidden_layers")
     refuse(raw, {"attention_bias": False, "router_bias": False, "zero_expert_type": "identity", "attention_method": "MLA"})
     refuse(raw, {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "rope_interleave": True})
+    refuse(raw, {"router_dtype": "float32", "norm_topk_prob": False})
+    _ = raw.get("params_dtype")  # of training; the checkpoint's tensors say theirs
     hidden = int(raw["hidden_size"])
     attention = latent_attention(
         raw,
