@@ -116,7 +116,8 @@ class ServeSession:
         deployment = kind(self._serving, run_dir=self.run_dir, settings=self._settings)
         self._deployment = deployment
         deployment.start(step)
-        step(f"Starting {self.num_workers} worker{'' if self.num_workers == 1 else 's'}")
+        num_processes = self._serving.num_processes
+        step(f"Starting {num_processes} worker{'' if num_processes == 1 else 's'}")
         while not deployment.poll():
             self._signals.check()
             show(self.entries())
