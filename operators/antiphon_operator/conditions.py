@@ -42,6 +42,7 @@ class Reason(StrEnum):
     INVALID_SPEC = "InvalidSpec"
     REFERENCE_NOT_FOUND = "ReferenceNotFound"
     KUBERAY_MISSING = "KubeRayMissing"
+    UNSUPPORTED_KUBERAY = "UnsupportedKubeRay"
     UNSUPPORTED_RAY_VERSION = "UnsupportedRayVersion"
     NAME_CONFLICT = "NameConflict"
     FIELD_CONFLICT = "FieldConflict"

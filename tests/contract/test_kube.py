@@ -22,6 +22,7 @@ from antiphon_operator.kube.base import (
     Refused,
     ServerFault,
     Throttled,
+    UnknownField,
     WatchEvent,
     owner_reference,
 )
@@ -167,6 +168,13 @@ async def test_another_managers_value_is_a_conflict_that_names_it(door: Door) ->
     await door.kube.apply(config(door, name, a="1"), manager="one")
     with pytest.raises(Conflict, match="one"):
         await door.kube.apply(config(door, name, a="2"), manager="two")
+
+
+async def test_a_field_that_the_schema_lacks_is_told_from_a_failing_server(door: Door) -> None:
+    if door.api is not None:
+        pytest.skip("the in-memory API leaves schemas to the API server")
+    with pytest.raises(UnknownField, match="surprise"):
+        await door.kube.apply(pool(door, fresh(), surprise=1), manager="one")
 
 
 async def test_force_takes_the_field(door: Door) -> None:

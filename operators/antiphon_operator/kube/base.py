@@ -5,6 +5,7 @@ KubeError                     an AntiphonError; ``status`` is the HTTP code
 ├── Conflict        409       another manager owns the field, the object changed meanwhile, or it exists already
 ├── Gone            410       the watch's resourceVersion is too old: list again
 ├── Refused         403, 422  not allowed, or not valid; trying again changes nothing
+│   └── UnknownField          the kind's schema lacks a field of what was applied: its controller is of another version
 ├── Throttled       429       try again after ``retry_after_s``
 └── ServerFault     5xx       or no answer at all; try again
 
@@ -21,6 +22,7 @@ from antiphon.core.errors import AntiphonError
 from antiphon_operator.kube.resources import Resource
 
 Object = dict[str, Any]
+_UNKNOWN_FIELD = "field not declared in schema"  # of server-side apply
 Labels = Mapping[str, str | frozenset[str]]  # each label's value, or the values it may have
 
 
@@ -55,6 +57,10 @@ class Refused(KubeError):
     status = 422
 
 
+class UnknownField(Refused):
+    """The kind's schema lacks a field of what was applied."""
+
+
 class Throttled(KubeError):
     """Too many requests."""
 
@@ -77,6 +83,8 @@ def error_of(status: int, message: str, retry_after_s: float | None = None) -> K
     """The error for an HTTP status."""
     if status == 429:
         return Throttled(message, retry_after_s if retry_after_s is not None else 1.0)
+    if _UNKNOWN_FIELD in message:
+        return UnknownField(message)  # with status 500, though trying again changes nothing
     if status >= 500:
         return ServerFault(message)
     kinds: dict[int, type[KubeError]] = {404: NotFound, 409: Conflict, 410: Gone}

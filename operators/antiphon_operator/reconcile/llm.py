@@ -16,7 +16,7 @@ from antiphon.core.policies import ScalingMode
 from antiphon.core.spec import LLMDeployment
 from antiphon_operator.autoscaler import Metrics
 from antiphon_operator.conditions import ConditionSet, Reason
-from antiphon_operator.kube.base import Conflict, Kube, NotFound, Object, controller_of, name_of, owner_reference
+from antiphon_operator.kube.base import Conflict, Kube, NotFound, Object, UnknownField, controller_of, name_of, owner_reference
 from antiphon_operator.kube.resources import (
     CONTROLLER_REVISION,
     DISRUPTION_BUDGET,
@@ -275,13 +275,14 @@ class LLMReconciler:
         elif step.action is Action.RESUME:
             suspend = False
         sizes = {name: plan.asked.get(name, 0) for name in _deployments(revision)}
-        await writer.ensure(
-            render.ray_service(
-                world.document, world.owner, revision, sizes, _limits(world.document, revision),
-                suspend=suspend, new_clusters=step.action is not Action.REPLACE_PENDING and not planned.stale_pending,
-            ),
-            world.service,
+        service = render.ray_service(
+            world.document, world.owner, revision, sizes, _limits(world.document, revision),
+            suspend=suspend, new_clusters=step.action is not Action.REPLACE_PENDING and not planned.stale_pending,
         )  # fmt: skip
+        try:
+            await writer.ensure(service, world.service)
+        except UnknownField as error:
+            raise Refused(Reason.UNSUPPORTED_KUBERAY, f"KubeRay's RayService lacks what is needed, upgrade it: {error}") from error
 
     async def _apply_surroundings(self, writer: Writer, world: _World) -> None:
         document, owner = world.document, world.owner

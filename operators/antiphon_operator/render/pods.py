@@ -98,6 +98,7 @@ def gateway_template(document: LLMDeployment, settings: Settings, runtime: Runti
 def head_template(document: LLMDeployment, settings: Settings, runtime: Runtime) -> Json:
     """The pod template of Ray's head; its autoscaler needs the token of the account KubeRay makes for it."""
     requirements = resource_requirements(Resources(cpu=settings.head_cpu, memory=settings.head_memory))
+    alive = {"httpGet": {"path": RAYLET_HEALTH_PATH, "port": AGENT_PORT}}
     return _template(
         document,
         group=HEAD_GROUP,
@@ -110,7 +111,10 @@ def head_template(document: LLMDeployment, settings: Settings, runtime: Runtime)
                 _port("client", RAY_CLIENT_PORT),
                 _port("metrics", METRICS_PORT),
                 _port("serve", SERVE_PROXY_PORT),
-            ]
+            ],
+            # KubeRay's own probes of older Rays need wget in the image.
+            "readinessProbe": _probe(alive),
+            "livenessProbe": _probe(alive, 12),
         },
         weights=None,
         shm_bytes=_SHM_DEFAULT_BYTES,

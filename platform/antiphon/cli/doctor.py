@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 app = typer.Typer()
-MIN_KUBERAY = (1, 5)
+MIN_KUBERAY = (1, 7)  # the first whose RayService can be suspended
 KINDS = ("llmdeployments", "servingpools", "compositionsofexperts", "modelartifacts")
 _DEADLINE_S = 15.0
 

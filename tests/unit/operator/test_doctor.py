@@ -7,7 +7,7 @@ import json
 from antiphon.cli.doctor import check_cluster, check_machine, line
 
 
-def cluster(image: str = "quay.io/kuberay/operator:v1.6.0", missing: str = "", gpus: str = "8") -> list[str]:
+def cluster(image: str = "quay.io/kuberay/operator:v1.7.0", missing: str = "", gpus: str = "8") -> list[str]:
     def run(arguments: list[str]) -> str | None:
         match arguments[:2]:
             case ["version", _]:
@@ -30,7 +30,7 @@ def test_a_good_cluster_is_all_ok() -> None:
 
 
 def test_an_old_kuberay_is_told_with_the_way_out() -> None:
-    assert "FAIL KubeRay: 1.2.2  -> upgrade KubeRay to 1.5 or newer" in cluster("kuberay/operator:v1.2.2@sha256:abc")
+    assert "FAIL KubeRay: 1.6.2  -> upgrade KubeRay to 1.7 or newer" in cluster("kuberay/operator:v1.6.2@sha256:abc")
 
 
 def test_missing_kinds_are_told() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from antiphon_operator.api.crds import KINDS, definition
-from antiphon_operator.kube.base import Conflict, KubeError, ServerFault, Throttled
+from antiphon_operator.kube.base import Conflict, KubeError, ServerFault, Throttled, error_of
 from antiphon_operator.kube.resources import (
     CONTROLLER_REVISION,
     DISRUPTION_BUDGET,
@@ -435,56 +435,100 @@ def end_state(cluster: Cluster) -> tuple[Any, ...]:
     return service["spec"], cluster.live["status"]["summary"], cluster.condition("Ready"), cluster.condition("Progressing"), pods
 
 
-def rollout(kill_after: int | None) -> tuple[Cluster, bool]:
-    cluster = Cluster()
-    cluster.create(external(gpuBudget=12))
+def nothing(cluster: Cluster) -> None:
+    cluster.now_s += 5
+
+
+def change_pods_and_serve(cluster: Cluster) -> None:
     cluster.run()
-    cluster.edit(lambda s: (s["pools"][0].update(env={"A": "1"}), s.update(scheduler={"maxNumSeqs": 8})))
-    writes, killed = 0, False
-
-    def kill(call: Call) -> KubeError | None:
-        nonlocal writes, killed
-        if call.writes and kill_after is not None and not killed:
-            writes += 1
-            if writes > kill_after:
-                killed = True
-                raise Killed
-        return None
-
-    cluster.api.faults.append(kill)
-    for _ in range(25):
-        with contextlib.suppress(Killed):
-            cluster.reconcile()
-        cluster.kuberay.tick()
-        cluster.now_s += 5
-    return cluster, killed
+    cluster.edit(lambda s: s["pools"][0].update(env={"A": "1"}) or s.update(scheduler={"maxNumSeqs": 8}))
 
 
-def converges(kill_after: int, expected: tuple[Any, ...]) -> bool:
-    """Kill after that many writes; False when the rollout has fewer."""
-    cluster, killed = rollout(kill_after)
-    assert end_state(cluster) == expected, f"killed after {kill_after} writes"
-    assert cluster.kuberay.max_gpus_seen <= 12
-    return killed
+def break_the_image(cluster: Cluster) -> None:
+    cluster.run()
+    cluster.kuberay.broken_images.add("broken")
+    cluster.edit(lambda s: s.update(kubernetes={"image": "broken"}))
+
+
+def suspend_and_shrink(cluster: Cluster) -> None:
+    cluster.run()
+    cluster.edit(lambda s: s.update(suspend=True, pools=[*s["pools"][:1], {**s["pools"][1], "replicas": 2}]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """A document, what happens to it before the first write that counts, and the passes that it takes from there."""
+
+    budget: int
+    begin: Callable[[Cluster], None]
+    passes: int = 25
+    strategy: str = "Surge"
+
+    def run(self, kill_after: int | None) -> tuple[Cluster, bool]:
+        """The world in the end, and whether the operator was killed: after that many writes, before the next."""
+        cluster = Cluster()
+        cluster.create(external(gpuBudget=self.budget, rollout={"strategy": self.strategy, "progressDeadlineS": 60}))
+        self.begin(cluster)
+        writes, killed = 0, False
+
+        def kill(call: Call) -> KubeError | None:
+            nonlocal writes, killed
+            if call.writes and kill_after is not None and not killed:
+                writes += 1
+                if writes > kill_after:
+                    killed = True
+                    raise Killed
+            return None
+
+        cluster.api.faults.append(kill)
+        for _ in range(self.passes):
+            with contextlib.suppress(Killed):
+                cluster.reconcile()
+            cluster.kuberay.tick()
+            cluster.now_s += 5
+        return cluster, killed
+
+    def converges(self, kill_after: int, expected: tuple[Any, ...]) -> bool:
+        """Kill after that many writes; False when the rollout has fewer."""
+        cluster, killed = self.run(kill_after)
+        assert end_state(cluster) == expected, f"killed after {kill_after} writes"
+        assert cluster.kuberay.max_gpus_seen <= self.budget
+        return killed
+
+
+SURGE = Rollout(budget=12, begin=change_pods_and_serve)
+ROLLOUTS = {
+    "the first": Rollout(budget=12, begin=nothing),
+    "Surge": SURGE,
+    "Recreate": Rollout(budget=8, begin=change_pods_and_serve, strategy="Recreate"),
+    "rolled back": Rollout(budget=12, begin=break_the_image, passes=50),
+    "suspended": Rollout(budget=12, begin=suspend_and_shrink),
+}
 
 
 @pytest.fixture(scope="module")
 def undisturbed() -> tuple[Any, ...]:
-    return end_state(rollout(None)[0])
+    return end_state(SURGE.run(None)[0])
 
 
 @pytest.mark.parametrize("kill_after", sorted(random.Random(7).sample(range(20), 4)))
 def test_killed_after_some_write_of_a_rollout_it_converges_to_the_same_end(kill_after: int, undisturbed: tuple[Any, ...]) -> None:
-    assert converges(kill_after, undisturbed)
+    assert SURGE.converges(kill_after, undisturbed)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif("ANTIPHON_ALL_KILLS" not in os.environ, reason="every write in turn, minutes: ANTIPHON_ALL_KILLS=1 asks for it")
-def test_killed_after_any_write_of_a_rollout_it_converges_to_the_same_end(undisturbed: tuple[Any, ...]) -> None:
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_killed_after_any_write_of_a_rollout_it_converges_to_the_same_end(
+    name: str, record_property: Callable[[str, object], None]
+) -> None:
+    expected = end_state(ROLLOUTS[name].run(None)[0])
     kill_after = 0
-    while converges(kill_after, undisturbed):
+    while ROLLOUTS[name].converges(kill_after, expected):
         kill_after += 1
+    record_property("kill points", kill_after)
+    print(f"{name}: {kill_after} kill points")
     assert kill_after > 20
 
 
@@ -502,6 +546,21 @@ def test_an_unsupported_version_of_ray_is_refused_and_what_runs_is_left_alone(cl
     cluster.edit(lambda s: s.update(kubernetes={"rayVersion": "2.60.1"}))
     cluster.run()
     assert cluster.condition("Accepted") == ("True", "Accepted")
+
+
+def test_a_kuberay_that_is_too_old_is_told_and_what_runs_is_left_alone(cluster: Cluster) -> None:
+    def lacks_suspend(call: Call) -> KubeError | None:
+        text = "failed to create typed patch object (default/demo): .spec.suspend: field not declared in schema"
+        return error_of(500, text) if call.writes and call.resource == "rayservices" else None
+
+    cluster.api.faults.append(lacks_suspend)
+    cluster.reconcile()
+    assert cluster.condition("Accepted") == ("False", "UnsupportedKubeRay")
+    assert "spec.suspend" in cluster.message("Accepted")
+    cluster.api.faults.clear()
+    cluster.run()
+    assert cluster.condition("Accepted") == ("True", "Accepted")
+    assert cluster.condition("Ready") == ("True", "Ready")
 
 
 def test_stages_of_a_start_are_timed_once_each(cluster: Cluster) -> None:
