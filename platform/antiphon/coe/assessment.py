@@ -19,7 +19,7 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 NUM_SIGNALS = 4
-_TINY = np.float32(1e-4)
+_ONE_AND_TINY = np.float32(1.0 + 1e-4)  # keeps odds finite
 
 
 def softmax(logits_BC: npt.NDArray[np.floating], temperature: float) -> Floats:
@@ -67,11 +67,15 @@ class Landmarks:
         num_landmarks, D = self.embedding_ND.shape
         similarity_BN = embedding_BD[:, :D] @ self.embedding_ND.T
         k = min(self.num_neighbours, num_landmarks)
-        nearest_BK = np.argpartition(-similarity_BN, k - 1, axis=1)[:, :k]
+        nearest_BK = similarity_BN.argpartition(num_landmarks - k, axis=1)[:, num_landmarks - k :]
+        row_B1 = np.arange(len(nearest_BK))[:, None]
+        # Plain reductions: the means of numpy cost more than the sums for one prompt.
+        part = np.float32(1.0 / k)
+        same_BK = self.category_N[nearest_BK] == category_B[:, None]
         return Neighbourhood(
-            scores_BM=self.scores_NM[nearest_BK].mean(axis=1, dtype=np.float32),
-            agreement_B=(self.category_N[nearest_BK] == category_B[:, None]).mean(axis=1, dtype=np.float32),
-            similarity_B=np.take_along_axis(similarity_BN, nearest_BK, axis=1).mean(axis=1, dtype=np.float32),
+            scores_BM=np.add.reduce(self.scores_NM[nearest_BK], axis=1) * part,
+            agreement_B=np.add.reduce(same_BK, axis=1, dtype=np.float32) * part,
+            similarity_B=np.add.reduce(similarity_BN[row_B1, nearest_BK], axis=1) * part,
         )
 
 
@@ -86,7 +90,8 @@ class Gate:
     def familiarity(self, signals_BS: Floats) -> Floats:
         """0..1 for each prompt."""
         logit_B = signals_BS @ np.array(self.weights, np.float32) + np.float32(self.bias)
-        result: Floats = (1.0 / (1.0 + np.exp(-np.clip(logit_B, -30, 30)))).astype(np.float32)
+        within_B = np.minimum(np.maximum(logit_B, np.float32(-30.0)), np.float32(30.0))
+        result: Floats = np.float32(1.0) / (np.float32(1.0) + np.exp(-within_B))
         return result
 
 
@@ -135,26 +140,50 @@ class Assessment:
     signals_BS: Floats
 
 
-def signals(coarse_BC: Floats, fine_BF: Floats, near: Neighbourhood) -> Floats:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Spread:
+    """Calibrated probabilities of a head, the largest of each row, and the same sharpened."""
+
+    probability_BC: Floats
+    top_B: Floats
+    weight_BC: Floats
+
+
+def _spread(logits_BC: Floats, temperature: float, sharpness: float) -> _Spread:
+    below_BC = (logits_BC - np.maximum.reduce(logits_BC, axis=1, keepdims=True)) * np.float32(1.0 / temperature)
+    raised_BC, sharp_BC = np.exp(below_BC), np.exp(below_BC * np.float32(sharpness))
+    # The largest logit is raised to 1, so that its probability is one over the sum.
+    top_B1: Floats = np.reciprocal(np.add.reduce(raised_BC, axis=1, keepdims=True))
+    return _Spread(
+        probability_BC=raised_BC * top_B1,
+        top_B=top_B1.reshape(-1),
+        weight_BC=sharp_BC / np.add.reduce(sharp_BC, axis=1, keepdims=True),
+    )
+
+
+def _signals(coarse: _Spread, fine: _Spread, near: Neighbourhood) -> Floats:
     """The gate's inputs [B, NUM_SIGNALS] from calibrated probabilities: log-odds of both maxima, agreement, similarity."""
-    top, top_fine = coarse_BC.max(axis=1), fine_BF.max(axis=1)
-    odds = np.log(top / (1.0 - top + _TINY))
-    odds_fine = np.log(top_fine / (1.0 - top_fine + _TINY))
-    return np.stack([odds, odds_fine, near.agreement_B, near.similarity_B], axis=1).astype(np.float32)
+    result_BS = np.empty((len(coarse.top_B), NUM_SIGNALS), np.float32)
+    result_BS[:, 0], result_BS[:, 1] = coarse.top_B, fine.top_B
+    top_B2 = result_BS[:, :2]
+    result_BS[:, :2] = np.log(top_B2 / (_ONE_AND_TINY - top_B2))
+    result_BS[:, 2], result_BS[:, 3] = near.agreement_B, near.similarity_B
+    return result_BS
 
 
 def assess(raw: Raw, fitted: Fitted, mix: Mix, gate: Gate) -> Assessment:
     """Calibrate, mix and gate; pure arithmetic on ``raw``."""
-    coarse_BC = softmax(raw.coarse_BC, fitted.coarse.temperature)
-    fine_BF = softmax(raw.fine_BF, fitted.fine.temperature)
-    weight_BC = softmax(raw.coarse_BC, fitted.coarse.temperature / mix.sharpness)
-    weight_BF = softmax(raw.fine_BF, fitted.fine.temperature / mix.sharpness)
-    heads_BM = (1.0 - mix.fine_share) * (weight_BC @ fitted.coarse_scores_CM)
-    heads_BM += mix.fine_share * (weight_BF @ fitted.fine_scores_FM)
-    signals_BS = signals(coarse_BC, fine_BF, raw.near)
+    coarse = _spread(raw.coarse_BC, fitted.coarse.temperature, mix.sharpness)
+    fine = _spread(raw.fine_BF, fitted.fine.temperature, mix.sharpness)
+    heads, knn = 1.0 - mix.knn_share, mix.knn_share
+    scores_BM = np.float32(heads * (1.0 - mix.fine_share)) * (coarse.weight_BC @ fitted.coarse_scores_CM)
+    scores_BM += np.float32(heads * mix.fine_share) * (fine.weight_BC @ fitted.fine_scores_FM)
+    if knn:
+        scores_BM += np.float32(knn) * raw.near.scores_BM
+    signals_BS = _signals(coarse, fine, raw.near)
     return Assessment(
-        categories_BC=coarse_BC,
-        scores_BM=((1.0 - mix.knn_share) * heads_BM + mix.knn_share * raw.near.scores_BM).astype(np.float32),
+        categories_BC=coarse.probability_BC,
+        scores_BM=scores_BM,
         familiarity_B=gate.familiarity(signals_BS),
         signals_BS=signals_BS,
     )

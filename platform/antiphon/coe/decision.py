@@ -182,7 +182,7 @@ def _block(expert: ExpertSpec, question: Question, view: View) -> Block | None:
         return Block.NOT_ALLOWED
     if expert.context_tokens is not None and question.context_tokens > expert.context_tokens:
         return Block.CONTEXT
-    if not set(question.modalities) <= set(expert.modalities):
+    if question.modalities != expert.modalities and not set(question.modalities) <= set(expert.modalities):
         return Block.MODALITY
     if question.tools and not expert.tools:
         return Block.TOOLS
@@ -206,11 +206,14 @@ def _candidates(
     blocks: Mapping[str, Block | None],
 ) -> tuple[Candidate, ...]:
     found = []
+    scores: Mapping[str, float] = {} if judgement is None else judgement.scores
+    wait_weight = spec.policy.wait_weight
     for expert in spec.experts:
-        name, state = expert.name, view.of(expert.name)
-        score = judgement.scores.get(name, 0.0) if judgement is not None else 0.0
+        name = expert.name
+        state = view.of(name)
+        score = scores.get(name, 0.0)
         cost = terms.cost.get(name, 0.0)
-        wait = spec.policy.wait_weight * (state.expected_wait_s + (0.0 if state.resident else state.load_s))
+        wait = wait_weight * (state.expected_wait_s + (0.0 if state.resident else state.load_s))
         total = score - cost - wait if blocks[name] is None else None
         found.append(Candidate(expert=name, score=score, cost=cost, wait=wait, total=total, block=blocks[name]))
     return tuple(found)

@@ -45,17 +45,22 @@ class SentenceEncoder:
             self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors share no narrower base
             raise CheckpointInvalid(f"sentence encoder {path.name} can't be loaded: {error}") from error
+        self._inputs = [declared.name for declared in self._session.get_inputs()]
 
     def encode(self, text: str) -> Floats:
         """Embedding [384] of the first tokens of ``text`` without its framing, of length 1."""
-        seen = window(without_framing(text), _CHARS_PER_TOKEN * self.max_tokens, 0)
-        embedding: Floats = self.encode_ids([self.tokens.encode(seen, self.max_tokens - 2)])[0]
+        embedding: Floats = self.encode_ids([self.ids(text)])[0]
         return embedding
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens that ``encode`` looks at, without special ones: texts with equal ids have equal embeddings."""
+        seen = window(without_framing(text), _CHARS_PER_TOKEN * self.max_tokens, 0)
+        return self.tokens.encode(seen, self.max_tokens - 2)
 
     def encode_ids(self, rows: Sequence[Sequence[int]]) -> Floats:
         """Embeddings [len(rows), 384] of rows of ids without special tokens; all rows have one length."""
         batch = np.array([[self.tokens.cls_id, *row, self.tokens.sep_id] for row in rows], np.int64)
-        inputs = {"input_ids": batch, "attention_mask": np.ones_like(batch), "token_type_ids": np.zeros_like(batch)}
-        mean: Floats = self._session.run(None, inputs)[0].mean(axis=1)
+        known = {"input_ids": batch, "attention_mask": np.ones_like(batch), "token_type_ids": np.zeros_like(batch)}
+        mean: Floats = self._session.run(None, {name: known[name] for name in self._inputs})[0].mean(axis=1)
         normal: Floats = (mean / np.linalg.norm(mean, axis=1, keepdims=True)).astype(np.float32)
         return normal

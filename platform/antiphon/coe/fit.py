@@ -50,6 +50,7 @@ class Recipe:
     num_variants: int = 6  # augmented forms per prompt in the final model
     num_inner_variants: int = 1  # the same in models that only tune
     inverse_penalty: float = 2.0  # C of logistic regression
+    steadiness: float = 5.0  # how much dearer weights are in directions in which rewording moves prompts
     max_iterations: int = 150
     prior_rows: float = 10.0  # rows of the expert's mean that shrink its mean score in a category
     num_landmarks: int = 1536
@@ -180,8 +181,12 @@ def _fit(examples: Examples, rows: Ints, recipe: Recipe, num_variants: int, memo
     repeats = num_variants + 1
     mean_M = scores_BM[rows].mean(axis=0)
 
+    steady_DD = steadying(examples.embedding_BD[labelled], examples.variants_BVD[labelled], recipe.steadiness)
+    embedding = embedding @ steady_DD
+
     def head(label_B: Ints, num_classes: int) -> Head:
-        return fit_head(embedding, np.tile(label_B[labelled], repeats), num_classes, recipe)
+        found = fit_head(embedding, np.tile(label_B[labelled], repeats), num_classes, recipe)
+        return replace(found, weights_DC=steady_DD @ found.weights_DC)
 
     def means(label_B: Ints, num_classes: int) -> Floats:
         return shrunken_means(label_B[labelled], scores_BM[labelled], num_classes, mean_M, recipe.prior_rows)
@@ -201,6 +206,25 @@ def _fit(examples: Examples, rows: Ints, recipe: Recipe, num_variants: int, memo
         fine_scores_FM=means(labels.source_B, num_sources),
     )
     memo.fitted[key] = result
+    return result
+
+
+def steadying(embedding_BD: Floats, variants_BVD: Floats, steadiness: float) -> Floats:
+    """A map [D, D] that shrinks the directions in which variants differ from their prompts, and keeps the mean length.
+
+    A penalty on weights after it is ``|w|^2 + steadiness * (mean squared change of w·x between a prompt and its variants)``, the
+    change measured against its mean over directions: a head learns from what rewording leaves alone.
+    """
+    D = embedding_BD.shape[1]
+    if steadiness == 0.0 or not variants_BVD.size:
+        return np.eye(D, dtype=np.float32)
+    change = (variants_BVD - embedding_BD[:, None]).reshape(-1, D).astype(np.float64)
+    moment_DD = change.T @ change
+    moment_DD *= D / max(float(np.trace(moment_DD)), 1e-12)
+    values, directions = np.linalg.eigh(np.eye(D) + steadiness * moment_DD)
+    steady_DD = (directions / np.sqrt(values)) @ directions.T
+    steady_DD *= np.linalg.norm(embedding_BD) / max(float(np.linalg.norm(embedding_BD @ steady_DD)), 1e-12)
+    result: Floats = steady_DD.astype(np.float32)
     return result
 
 

@@ -16,7 +16,7 @@ from sklearn.linear_model import Ridge
 from antiphon.coe.assessment import Assessment, Floats, Ints
 from antiphon.coe.augment import PERTURBATIONS, perturbed
 from antiphon.coe.fit import Path, Recipe, folds_of, pick
-from antiphon.coe.static import encode_slow
+from antiphon.coe.sentences import encode_sentences
 from antiphon.coe.train import Memos, Prepared, Router, fit_router, slow_embedding
 
 Doubles = npt.NDArray[np.float64]
@@ -230,7 +230,7 @@ def _embedded(prepared: Prepared, prompts: list[str]) -> _Embedded:
     fast_BD = prepared.embedding.encode_all(prompts)
     if prepared.slow is None or prepared.encoder is None:
         return fast_BD, None
-    return fast_BD, slow_embedding(encode_slow(prepared.encoder, prompts), fast_BD)
+    return fast_BD, slow_embedding(encode_sentences(prepared.encoder, prompts), fast_BD)
 
 
 def _nearest(path: Path, weight: float) -> int:

@@ -8,12 +8,11 @@ the view comes from.
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -160,12 +159,12 @@ class Router:
     @property
     def artifact(self) -> Artifact | None:
         """The artifact that decides now."""
-        return self._decider[0]
+        return self._decider.artifact
 
     @property
     def budget(self) -> DocumentBudget:
         """What the document's limits come to with it."""
-        return self._decider[1]
+        return self._decider.budget
 
     def swap(self, artifact: Artifact) -> None:
         """Decide with another artifact from the next request on; the old one goes on until then.
@@ -191,8 +190,8 @@ class Router:
             Unavailable: nobody who could serve it is healthy.
         """
         began = self._clock()
-        artifact, budget = self._decider
-        judgement = None
+        decider = self._decider
+        artifact, judgement = decider.artifact, None
         if artifact is not None and question.expert is None:
             gate = self.spec.gate
             judgement = judge(
@@ -201,7 +200,7 @@ class Router:
                 strictness=gate.strictness if gate.enabled else 0.0,
                 slow_path=self.spec.router.slow_path == "auto",
             )
-        terms = policy_terms(artifact, self.spec, question.policy or self.spec.policy.name, budget)
+        terms = decider.terms(self.spec, question.policy or self.spec.policy.name)
         decision = decide(question, judgement, self.spec, terms, view, sticky_expert)
         return self._remember(question, judgement, view, sticky_expert, decision, began)
 
@@ -237,8 +236,7 @@ class Router:
         """
         record = self.explain(decision_id)
         question = replace(record.question, policy=policy)
-        artifact, budget = self._decider
-        terms = policy_terms(artifact, self.spec, policy, budget)
+        terms = self._decider.terms(self.spec, policy)
         return decide(question, record.judgement, self.spec, terms, record.view, record.sticky_expert)
 
     def feedback(self, decision_id: DecisionId, score: float) -> None:
@@ -290,13 +288,29 @@ class Router:
 
 
 def _decision_id(replica: str, number: int, question: Question) -> DecisionId:
-    content = json.dumps([replica, number, question.session]).encode() + question.prompt.encode("utf-8", "surrogatepass")
+    content = f"{replica}\0{number}\0{question.session}\0{question.prompt}".encode("utf-8", "surrogatepass")
     return DecisionId(f"rd-{number:x}-{hashlib.sha256(content).hexdigest()[:16]}")
 
 
-def _fitting(artifact: Artifact | None, spec: CompositionSpec) -> tuple[Artifact | None, DocumentBudget]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Decider:
+    """An artifact and what the document's limits and policies come to with it."""
+
+    artifact: Artifact | None
+    budget: DocumentBudget
+    by_policy: dict[Policy, PolicyTerms] = field(default_factory=dict)  # filled when asked; always with the same values
+
+    def terms(self, spec: CompositionSpec, policy: Policy) -> PolicyTerms:
+        """The policy's terms, worked out once."""
+        known = self.by_policy.get(policy)
+        if known is None:
+            known = self.by_policy[policy] = policy_terms(self.artifact, spec, policy, self.budget)
+        return known
+
+
+def _fitting(artifact: Artifact | None, spec: CompositionSpec) -> _Decider:
     if artifact is None:
-        return None, DocumentBudget()
+        return _Decider(artifact=None, budget=DocumentBudget())
     known = set(artifact.expert_names)
     unknown = [expert.name for expert in spec.experts if expert.name not in known]
     if unknown:
@@ -304,4 +318,4 @@ def _fitting(artifact: Artifact | None, spec: CompositionSpec) -> tuple[Artifact
             f"the router artifact does not know expert {unknown[0]!r}; it knows {', '.join(artifact.expert_names)}",
             "spec.experts",
         )
-    return artifact, document_budget(artifact, spec)
+    return _Decider(artifact=artifact, budget=document_budget(artifact, spec))

@@ -8,8 +8,8 @@ Must not know: categories, experts.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,11 +19,10 @@ import numpy.typing as npt
 from scipy.sparse import csr_matrix
 from sklearn.decomposition import TruncatedSVD
 
-from antiphon.coe.assets import cache_directory
+from antiphon.coe.assets import cache_directory, keep
 from antiphon.coe.augment import COURTESY
 from antiphon.coe.embedding import StaticEmbedding, quantised
 from antiphon.coe.encoder import SentenceEncoder
-from antiphon.coe.framing import without_framing
 from antiphon.coe.wordpiece import WordPiece, window
 
 Floats = npt.NDArray[np.float32]
@@ -34,12 +33,12 @@ _BATCH = 512
 _MAX_WORDS = 20_000
 
 
-def from_encoder(encoder: SentenceEncoder) -> StaticEmbedding:
-    """Token vectors of the encoder's vocabulary; cached, since they depend on nothing but its files."""
-    tokens = encoder.tokens
-    key = hashlib.sha256(encoder.path.read_bytes() + "\n".join(tokens.vocabulary).encode()).hexdigest()[:16]
+def from_encoder(published: Path, tokens: WordPiece) -> StaticEmbedding:
+    """Token vectors of the vocabulary by the published encoder; cached, since they depend on nothing but these files."""
+    key = hashlib.sha256(published.read_bytes() + "\n".join(tokens.vocabulary).encode()).hexdigest()[:16]
 
     def compute() -> Floats:
+        encoder = SentenceEncoder(published, tokens, 3)
         ids = range(len(tokens.vocabulary))
         batches = [ids[start : start + _BATCH] for start in range(0, len(ids), _BATCH)]
         return np.concatenate([encoder.encode_ids([[i] for i in batch]) for batch in batches])
@@ -81,16 +80,6 @@ def from_prompts(prompts: Sequence[str], seed: int) -> StaticEmbedding:
     return StaticEmbedding(tokens=tokens, table_VD=table, scale_V=scale)
 
 
-def encode_slow(encoder: SentenceEncoder, texts: Sequence[str]) -> Floats:
-    """Sentence embeddings one by one, as they are served; cached by texts, encoder and length."""
-    state = hashlib.sha256(encoder.path.read_bytes())
-    state.update(f"{encoder.max_tokens}\n".encode())
-    texts = [without_framing(text) for text in texts]
-    for text in texts:
-        state.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
-    return cached_array(f"sentences-{state.hexdigest()[:16]}", lambda: np.stack([encoder.encode(text) for text in texts]))
-
-
 def cached_array(name: str, compute: Callable[[], Floats]) -> Floats:
     """The array of that name from the cache directory, or computed and kept there; a broken file is computed again."""
     path = cache_directory() / "coe" / f"{name}.npy"
@@ -98,19 +87,9 @@ def cached_array(name: str, compute: Callable[[], Floats]) -> Floats:
         kept: Floats = np.load(path, allow_pickle=False)
     except (OSError, ValueError):
         kept = np.asarray(compute(), np.float32)
-        _keep(path, kept)
+        with contextlib.suppress(OSError):  # a read-only cache costs time, not correctness
+            keep(path, kept)
     return kept
-
-
-def _keep(path: Path, array: Floats) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)  # a read-only cache costs time, not correctness
 
 
 def _courtesy(tokens: WordPiece) -> npt.NDArray[np.float64]:

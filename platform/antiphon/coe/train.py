@@ -7,9 +7,11 @@ Must not know: documents, services, plots.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
@@ -25,13 +27,14 @@ from antiphon.coe.encoder import SentenceEncoder
 from antiphon.coe.fit import Examples, FrontierPoint, Memo, Path, Recipe, fit_path
 from antiphon.coe.labels import Labels, label
 from antiphon.coe.mapping import Budget, Mapping, solve
+from antiphon.coe.sentences import encode_sentences, served_encoder
 from antiphon.coe.table import Duplicates, ScoreTable, drop_duplicates, normalised
 from antiphon.coe.wordpiece import WordPiece
 from antiphon.core.errors import CheckpointInvalid, InvalidInput
 
 SLOW_TOKENS = 64  # the slow path is trained at the length it is served at
 MIN_ROWS = 20
-_SLOW_VARIANTS = 2
+_SLOW_VARIANTS = 3
 _CHEAP_LOSS = 0.0  # cheap: as good as the best single expert
 _BALANCED_LOSS = 0.004  # balanced: this much below the best quality
 
@@ -78,10 +81,12 @@ def prepare(table: ScoreTable, options: Options, say: Say) -> Prepared:
         raise InvalidInput(f"the table has {len(table)} different prompts; training needs at least {MIN_ROWS}", "table")
     recipe = options.recipe
     with threadpool_limits(1):
-        encoder = _encoder(options, say)
-        if encoder is not None:
+        published = _published(options, say)
+        encoder = None
+        if published is not None:
             say("token vectors")
-            embedding, embedder = static.from_encoder(encoder), "minilm"
+            embedding, embedder = static.from_encoder(*published), "minilm"
+            encoder = _slow_encoder(*published, say) if options.slow_path else None
         else:
             embedding, embedder = static.from_prompts(table.prompts, recipe.seed), "lsa"
         say(f"embedding {len(table)} prompts and {recipe.num_variants} variants of each")
@@ -99,7 +104,7 @@ def prepare(table: ScoreTable, options: Options, say: Say) -> Prepared:
             scores_BM=table.scores,
         )
         slow = None
-        if encoder is not None and options.slow_path:
+        if encoder is not None:
             say(f"sentence embeddings of {len(table) * (1 + _SLOW_VARIANTS)} texts")
             slow = _slow_examples(table, variants, fast, encoder)
     return Prepared(
@@ -118,18 +123,27 @@ def slow_embedding(sentence_D: Floats, fast_D: Floats) -> Floats:
     return np.concatenate([sentence_D, fast_D], axis=-1)
 
 
-def _encoder(options: Options, say: Say) -> SentenceEncoder | None:
+def _published(options: Options, say: Say) -> tuple[FilePath, WordPiece] | None:
+    """The published encoder and its vocabulary; None when the prompts alone must do."""
     if options.embedder not in ("auto", "minilm", "lsa"):
         raise InvalidInput(f"embedder must be auto, minilm or lsa, not {options.embedder!r}", "embedder")
     if options.embedder == "lsa":
         return None
     try:
-        return SentenceEncoder(resolve(ENCODER), WordPiece.from_file(resolve(VOCABULARY)), SLOW_TOKENS)
+        return resolve(ENCODER), WordPiece.from_file(resolve(VOCABULARY))
     except CheckpointInvalid as error:
         if options.embedder == "minilm":
             raise
         say(f"warning: {error}; training with token vectors from the prompts alone (embedder lsa), without a slow path")
         return None
+
+
+def _slow_encoder(published: FilePath, tokens: WordPiece, say: Say) -> SentenceEncoder:
+    try:
+        return served_encoder(published, tokens, SLOW_TOKENS)
+    except CheckpointInvalid as error:
+        say(f"warning: {error}; the slow path serves the encoder as published, which takes three times as long and more memory")
+        return SentenceEncoder(published, tokens, SLOW_TOKENS)
 
 
 def _variants(table: ScoreTable, recipe: Recipe) -> list[list[str]]:
@@ -142,17 +156,15 @@ def _variants(table: ScoreTable, recipe: Recipe) -> list[list[str]]:
 
 
 def _slow_examples(table: ScoreTable, variants: list[list[str]], fast: Examples, encoder: SentenceEncoder) -> Examples:
-    def embed(prompts: list[str], fast_BD: Floats) -> Floats:
-        return slow_embedding(static.encode_slow(encoder, prompts), fast_BD)
-
-    plain_BD = embed(list(table.prompts), fast.embedding_BD)
-    num = min(_SLOW_VARIANTS, len(variants))
-    more = [embed(variants[v], fast.variants_BVD[:, v]) for v in range(num)]
+    num, num_rows = min(_SLOW_VARIANTS, len(variants)), len(table)
+    sentences = encode_sentences(encoder, [*table.prompts, *itertools.chain.from_iterable(variants[:num])])
+    plain_BD = slow_embedding(sentences[:num_rows], fast.embedding_BD)
+    more = [slow_embedding(sentences[(v + 1) * num_rows : (v + 2) * num_rows], fast.variants_BVD[:, v]) for v in range(num)]
     return replace(
         fast,
         embedding_BD=plain_BD,
-        variants_BVD=np.stack(more, axis=1) if more else np.zeros((len(plain_BD), 0, plain_BD.shape[1]), np.float32),
-        num_near=plain_BD.shape[1] - fast.embedding_BD.shape[1],
+        variants_BVD=np.stack(more, axis=1) if more else np.zeros((num_rows, 0, plain_BD.shape[1]), np.float32),
+        num_near=sentences.shape[1],
     )
 
 
