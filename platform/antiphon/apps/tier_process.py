@@ -10,6 +10,7 @@ belongs to one event loop in the main thread. Must not know: Ray, how requests a
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import shutil
@@ -104,6 +105,7 @@ class TierProcess:
             AntiphonError: what ended the process.
         """
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        gc.freeze()  # what imports made stays; each eviction's collection need not look at it
         asyncio.run(self._run(started_s))
 
     def stop(self) -> None:
