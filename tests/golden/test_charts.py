@@ -184,6 +184,15 @@ def test_pods_meet_the_restricted_profile(helm: Path) -> None:
     assert all(restricted(spec) for spec in specs)
 
 
+def test_the_charts_own_test_reaches_the_operator_whoever_else_may(helm: Path) -> None:
+    values = template(helm, 'networkPolicy={"enabled":true,"metricsNamespaceLabels":{"team":"watch"}}')
+    (policy,) = [value for value in values if value["kind"] == "NetworkPolicy"]
+    (pod,) = [value for value in values if value["kind"] == "Pod"]
+    (rule,) = policy["spec"]["ingress"]
+    own = [peer["podSelector"]["matchLabels"] for peer in rule["from"] if set(peer) == {"podSelector"}]
+    assert any(labels.items() <= pod["metadata"]["labels"].items() for labels in own)
+
+
 @pytest.mark.parametrize(
     "typo",
     [
