@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from antiphon.apps.serve_set import unknown_references
+from antiphon.apps.tier_plan import tier_problems
 from antiphon.core.composition import CompositionOfExperts
 from antiphon.core.documents import Document, read_documents
 from antiphon.core.errors import Problem, SpecInvalid
@@ -34,7 +35,7 @@ def validate(
             problems += error.problems
         else:
             sources += [str(path)] * (len(documents) - len(sources))
-    problems += _unknown_references(documents, sources)
+    problems += _misfits(documents, sources)
     if as_json:
         found = {
             "ok": not problems,
@@ -51,8 +52,11 @@ def validate(
         raise typer.Exit(1)
 
 
-def _unknown_references(documents: list[Document], sources: list[str]) -> list[Problem]:
-    """Experts whose deployment is in none of the files. A call without deployments has nothing to compare with."""
+def _misfits(documents: list[Document], sources: list[str]) -> list[Problem]:
+    """Experts whose deployment is in none of the files, or can't share memory with the others as the composition's tiers ask.
+
+    A call without deployments has nothing to compare with.
+    """
     deployments = [document for document in documents if isinstance(document, LLMDeployment)]
     if not deployments:
         return []
@@ -60,7 +64,7 @@ def _unknown_references(documents: list[Document], sources: list[str]) -> list[P
         dataclasses.replace(problem, source=source)
         for document, source in zip(documents, sources, strict=True)
         if isinstance(document, CompositionOfExperts)
-        for problem in unknown_references(deployments, [document])
+        for problem in (*unknown_references(deployments, [document]), *tier_problems(deployments, [document]))
     ]
 
 

@@ -107,3 +107,20 @@ def test_a_composition_alone_may_name_deployments_that_are_elsewhere(tmp_path: P
     team = tmp_path / "team.yaml"
     team.write_text(COMPOSITION.replace("REF", "anywhere"))
     assert CliRunner().invoke(app, ["-f", str(team)]).exit_code == 0
+
+
+def test_an_expert_that_cannot_share_memory_is_named(good: Path) -> None:
+    composition = """\
+---
+apiVersion: serving.antiphon.dev/v1alpha1
+kind: CompositionOfExperts
+metadata: {name: team}
+spec:
+  experts: [{name: one, deploymentRef: demo}]
+  general: one
+  tiers: {residentMemory: 1Gi}
+"""
+    good.write_text(GOOD + composition)
+    result = CliRunner().invoke(app, ["-f", str(good)])
+    assert result.exit_code == 1
+    assert "spec.experts[0].deploymentRef: an expert of spec.tiers is one monolith" in result.output
