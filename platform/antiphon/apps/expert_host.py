@@ -10,8 +10,6 @@ an expert it does not hold reads it: a moment lost, never a token. Must not know
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
 from collections.abc import Callable, Mapping
 
@@ -24,7 +22,9 @@ from antiphon.rpc.experts import ExpertLoad, PlaceStep, RebalanceWish
 from antiphon.worker.ffn_worker import FFNWorker
 from antiphon.worker.model_runner import AttentionWorker
 
-_NICENESS = 10  # of the thread that reads experts: the loop beside it goes first
+# The thread that reads experts rests this many times as long as it reads, so that the loop beside it hardly notices. A lower
+# priority would be worse: put off while it holds the interpreter's lock, it would keep the loop waiting.
+_REST = 9.0
 
 
 class ExpertHost:
@@ -147,11 +147,9 @@ class ExpertHost:
         return False
 
     def _read(self, number: int, placement: ExpertPlacement) -> None:
-        with contextlib.suppress(OSError, AttributeError):  # where threads have no priority of their own, none is set
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         assert self._ffn is not None  # only FFN workers hold
         try:
-            self._ffn.halves.hold(placement)
+            self._ffn.halves.hold(placement, rest=_REST)
         except BaseException as error:  # noqa: BLE001  # the next HOLD raises it
             self._read_error = error
             return

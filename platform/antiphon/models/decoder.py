@@ -10,6 +10,7 @@ Legend: T rows, D hidden, V vocabulary, K ids per row. Must not know: links, sha
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -121,6 +122,12 @@ class AttentionHalves:
             shortcut=None if layer.shortcut is None else Router(layer.shortcut, weights, layer),
             joins_shortcut=index > 0 and config.layers[index - 1].shortcut is not None,
         )
+
+    @property
+    def first_weights(self) -> list[torch.Tensor | None]:
+        """What each layer's half reads first."""
+        attentions = [half.attention for half in self._layers]
+        return [each.first_weight if isinstance(each, GroupedAttention) else None for each in attentions]
 
     def skip(self, skipping: ExpertSkipping | None) -> None:
         """Skip experts from now on, or (None) no longer; the loop's owner calls it between two steps."""
@@ -259,19 +266,31 @@ class FFNHalves:
         return self._weights.resident_bytes
 
     @property
+    def first_weights(self) -> list[torch.Tensor | None]:
+        """What each FFN reads first, by the layer number on the wire; None for experts, whose first is not known."""
+        return [ffn.first_weight if isinstance(ffn, DenseFFN) else None for ffn in self.ffns]
+
+    @property
     def banks(self) -> Mapping[int, ExpertBank]:
         """Expert banks by the layer number on the wire."""
         return {number: ffn for number, ffn in enumerate(self.ffns) if isinstance(ffn, ExpertBank)}
 
-    def hold(self, placement: ExpertPlacement) -> None:
+    def hold(self, placement: ExpertPlacement, rest: float = 0.0) -> None:
         """Read what ``placement`` wants here beyond what is held; may run on another thread while the loop computes.
+
+        Args:
+            placement: The one wanted.
+            rest: Pause behind every expert, as a multiple of the time that reading it took.
 
         Raises:
             CheckpointInvalid: a tensor can't be read.
         """
         for number, bank in self.banks.items():
-            for expert in placement.held(bank.config, number, self.shard.expert_index):
+            for expert in set(placement.held(bank.config, number, self.shard.expert_index)) - bank.held:
+                start_s = time.perf_counter()
                 bank.hold(expert)
+                if rest > 0.0:
+                    time.sleep(rest * (time.perf_counter() - start_s))
 
     def release(self, placement: ExpertPlacement) -> None:
         """Let go of experts that ``placement`` does not want here; a row that still comes for one brings it back."""

@@ -100,7 +100,7 @@ def test_what_kept_a_worker_from_reading_is_told_and_may_be_tried_again(
 ) -> None:
     host, _ = host_of(cluster, Role.FFN)
 
-    def fail(_placement: ExpertPlacement) -> None:
+    def fail(_placement: ExpertPlacement, **_options: float) -> None:
         raise CheckpointInvalid("the disk is gone")
 
     monkeypatch.setattr(cluster.ffns[0].halves, "hold", fail)
