@@ -175,7 +175,7 @@ class Router:
         self._decider = _fitting(artifact, self.spec)
 
     def is_quick(self, question: Question) -> bool:
-        """Whether a decision takes well under a millisecond: there is nothing to judge, or a short prompt and the fast path alone."""
+        """Whether a decision takes well below a millisecond: nothing to judge, or a short prompt and the fast path alone."""
         artifact = self.artifact
         if artifact is None or question.expert is not None:
             return True
