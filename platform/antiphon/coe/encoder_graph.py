@@ -48,13 +48,16 @@ def served_graph(published: bytes) -> bytes:
         raise CheckpointInvalid("rewriting the sentence encoder needs onnx: pip install onnx") from error
     try:
         model = onnx.load_model_from_string(published)
+    except Exception as error:  # the decoder's errors are not onnx's own
+        raise CheckpointInvalid(f"the sentence encoder is no ONNX model: {error}") from error
+    try:
         arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
         linears = _linears(model.graph, arrays)
         graph = _Graph()
         last = graph.embeddings(arrays)
         for layer in range(sum(name.endswith("attention.self.query.bias") for name in linears)):
             last = graph.layer(layer, last, linears, arrays)
-    except (KeyError, ValueError, IndexError, onnx.checker.ValidationError) as error:
+    except (KeyError, ValueError, IndexError) as error:
         raise CheckpointInvalid(
             f"the sentence encoder has another layout than expected: {type(error).__name__}: {error}"
         ) from error

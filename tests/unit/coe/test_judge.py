@@ -5,7 +5,7 @@ import pytest
 
 from antiphon.coe.augment import PERTURBATIONS, perturbed, training_variants
 from antiphon.coe.example_table import example_table
-from antiphon.coe.fit import Recipe, few_experts, folds_of, shrunken_means
+from antiphon.coe.fit import Recipe, few_experts, fit_head, folds_of, shrunken_means, steadying
 from antiphon.coe.judge import aiq, by_dataset, by_prompt, calibration_error, estimate, two_models
 from antiphon.coe.labels import grow, label
 from antiphon.coe.train import Options, prepare
@@ -52,6 +52,37 @@ def test_experts_that_bring_nothing_are_left_out() -> None:
     scores = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]] * 50)
     expected = scores.astype(np.float32) * 0.9
     assert few_experts(expected, scores, np.zeros(3), 0, 0.003) == (0, 1)
+
+
+def test_steadying_shrinks_only_what_rewording_moves_and_keeps_the_mean_length() -> None:
+    source = np.random.default_rng(0)
+    plain = source.normal(size=(400, 6)).astype(np.float32)
+    variants = np.repeat(plain[:, None], 3, axis=1)
+    variants[:, :, 2] += source.normal(size=(400, 3))
+    steady = steadying(plain, variants, 5.0)
+    lengths = np.linalg.norm(steady, axis=0)
+    assert (lengths[[0, 1, 3, 4, 5]] > 2.0 * lengths[2]).all()
+    assert np.linalg.norm(plain @ steady) == pytest.approx(np.linalg.norm(plain), rel=1e-3)
+    assert (steadying(plain, variants, 0.0) == np.eye(6)).all()
+    assert (steadying(plain, variants[:, :0], 5.0) == np.eye(6)).all()
+
+
+def test_a_head_learnt_after_steadying_changes_its_mind_less_often() -> None:
+    source = np.random.default_rng(1)
+    label = source.integers(0, 2, 600)
+    plain = source.normal(size=(600, 4)).astype(np.float32)
+    plain[:, :2] += label[:, None] - 0.5  # one of two equal signs stays under rewording, the other does not
+    variants = np.repeat(plain[:, None], 2, axis=1)
+    variants[:, :, 1] += source.normal(size=(600, 2)) * 2.0
+
+    def flips(steadiness: float) -> float:
+        steady = steadying(plain, variants, steadiness)
+        head = fit_head(plain @ steady, label, 2, Recipe(inverse_penalty=0.01))
+        said = (plain @ steady @ head.weights_DC + head.bias_C).argmax(axis=1)
+        again = (variants[:, 0] @ steady @ head.weights_DC + head.bias_C).argmax(axis=1)
+        return float((said != again).mean())
+
+    assert flips(20.0) < 0.8 * flips(0.0)
 
 
 def test_folds_are_of_near_equal_size_and_the_same_for_a_seed() -> None:
