@@ -24,7 +24,7 @@ from antiphon.worker.model_runner import AttentionWorker
 
 # The thread that reads experts rests this many times as long as it reads, so that the loop beside it hardly notices. A lower
 # priority would be worse: put off while it holds the interpreter's lock, it would keep the loop waiting.
-_REST = 9.0
+_REST = 3.0
 
 
 class ExpertHost:

@@ -33,7 +33,8 @@ from antiphon.rpc.experts import ExpertsCalls, PlaceStep, RebalanceWish
 logger = logging.getLogger(__name__)
 
 _TURN_S = 0.5
-_POLL_S = 0.01
+_POLL_S = 0.01  # first pause between two questions whether a phase is done; each is twice as long as the one before
+_MAX_POLL_S = 0.2  # questions cost the workers that serve, and reading experts takes seconds
 _PHASE_TIMEOUT_S = 600.0
 _MAX_CALLS = 1024
 _LOOK_S = 0.5  # between two looks into the directory while a phase waits
@@ -217,6 +218,7 @@ class Rebalancer:
         deadline_s = time.monotonic() + _PHASE_TIMEOUT_S
         done: set[tuple[WorkerId, Epoch]] = set()
         waiting, looked_s = self._workers(), time.monotonic()
+        pause_s = _POLL_S
         while True:
             if time.monotonic() - looked_s > _LOOK_S:
                 waiting, looked_s = self._workers(), time.monotonic()
@@ -235,7 +237,8 @@ class Rebalancer:
                 raise Unavailable(
                     f"{', '.join(info.worker_id for info in left)}: {step.phase} of placement {step.number} is not done"
                 )
-            time.sleep(_POLL_S)
+            time.sleep(pause_s)
+            pause_s = min(2.0 * pause_s, _MAX_POLL_S)
 
     def _place(self, info: WorkerInfo, step: PlaceStep) -> bool:
         if info.worker_id == self._worker_id:
