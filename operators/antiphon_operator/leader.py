@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import logging
 from collections.abc import Callable
 
 from antiphon.core.errors import Unavailable
 from antiphon_operator.kube.base import Conflict, Kube, KubeError, NotFound, Object, Refused
 from antiphon_operator.kube.resources import LEASE
+
+_LOG = logging.getLogger(__name__)
 
 
 class LeadershipLost(Unavailable):
@@ -64,7 +67,8 @@ class LeaderElection:
         started = self._clock()
         try:
             taken = await self._take()
-        except KubeError:
+        except KubeError as error:
+            _LOG.warning("the lease can't be asked for: %s", error)
             taken = False
         if taken:
             self._renewed_at, self.leading = started, True
