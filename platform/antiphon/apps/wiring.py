@@ -266,7 +266,7 @@ def build_attention(
     if spec.experts.skip_file is not None:
         halves.skip(ExpertSkipping.load(Path(spec.experts.skip_file), facts.config))
     tuner = UbatchTuner(ubatches) if spec.transport.num_ubatches == "auto" and ubatches > 1 else None
-    worker = AttentionWorker(halves, cache, side, num_ubatches=ubatches, tuner=tuner, kv=connector)
+    worker = AttentionWorker(halves, cache, side, num_ubatches=ubatches, tuner=tuner, kv=connector, warms=not role.holds_ffn)
     scheduler = Scheduler(
         SchedulerConfig(
             max_num_seqs=spec.scheduler.max_num_seqs,

@@ -159,6 +159,13 @@ class AttentionSide:
         times.ffn_wait_s += exchange.wait_us * 1e-6
         return result_TD
 
+    def has_arrived(self, ubatch: int) -> bool:
+        """Whether ``receive`` of this ubatch would return at once."""
+        waiting_for = self._exchanges[ubatch].waiting_for
+        for index in tuple(waiting_for):
+            self._drain(index)
+        return not waiting_for
+
     def rest(self) -> None:
         """No exchange is under way, and no result of one is in use: give everything back, and count the free slots."""
         for exchange in self._exchanges:

@@ -17,7 +17,7 @@ from antiphon.connectors.rows import RowFormat, SlotViews
 from antiphon.core.errors import AntiphonError, CorruptMessage, PeerLost
 from antiphon.core.ids import Epoch
 from antiphon.transport.base import Link, Listener, Message
-from antiphon.transport.waiting import WaitSet
+from antiphon.transport.waiting import WaitSet, any_pending
 
 
 @dataclass(slots=True, kw_only=True)
@@ -137,6 +137,10 @@ class FFNSide:
     def rest(self) -> None:
         """Nothing has arrived, and everything is answered: count the free slots."""
         self.num_free_slots = min((link.num_free_slots for link in self._links), default=-1)
+
+    def pending(self) -> bool:
+        """Whether something may have arrived."""
+        return any_pending(self._waiting.members)
 
     def wait(self, timeout_s: float) -> bool:
         """Sleep until something may have arrived (True) or the time is up."""

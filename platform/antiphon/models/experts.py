@@ -54,6 +54,11 @@ class DenseFFN:
             weights.hold(name + ".weight", gate_up_bytes // 2)
         weights.hold(prefix + names.down + ".weight", down_bytes)
 
+    @property
+    def first_weight(self) -> torch.Tensor | None:
+        """See ``GatedFFN.first_weight``."""
+        return self._ffn.first_weight
+
     def compute(self, rows_TD: torch.Tensor) -> torch.Tensor:
         """This slice's partial sum, [T, D]."""
         return self._ffn(rows_TD)

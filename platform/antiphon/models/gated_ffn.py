@@ -40,6 +40,11 @@ class GatedFFN:
             self._down: AnyLinear = make_linear(down_DI, down_bias, int8=int8_down)
             self.num_bytes = self._gate_up.num_bytes, self._down.num_bytes
 
+    @property
+    def first_weight(self) -> torch.Tensor | None:
+        """What a call reads first, as our matrix kernels take it; None where they don't serve it."""
+        return self._parts[0] if self._has_tiles else None
+
     def __call__(self, rows_TD: torch.Tensor) -> torch.Tensor:
         """[T, D], newly allocated."""
         if not self._has_tiles:

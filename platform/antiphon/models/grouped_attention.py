@@ -61,6 +61,11 @@ class GroupedAttention:
         self._tiles = self._native and self._qkv.tiles is not None and config.head_dim % _TILE_DIMS == 0
 
     @property
+    def first_weight(self) -> torch.Tensor | None:
+        """What ``half`` reads first, as our matrix kernels take it; None where they don't serve it."""
+        return self._qkv.tiles
+
+    @property
     def joins_norms(self) -> bool:
         """Whether ``half`` can be called."""
         return self._tiles and self._out.tiles is not None

@@ -15,6 +15,7 @@ import torch
 from antiphon.connectors.ffn_side import FFNSide, FFNWork
 from antiphon.core.errors import InvalidInput
 from antiphon.models.decoder import FFNHalves
+from antiphon.models.warming import Warming
 from antiphon.telemetry.step_trace import Mark, StepTrace
 from antiphon.transport.base import Link
 from antiphon.worker.gathering import Gathering
@@ -48,6 +49,9 @@ class FFNWorker:
         self._gathering: Gathering[Link] = Gathering(max_batch_wait_s)
         self._held: list[FFNWork] = []  # not answered yet
         self._num_changes = 0  # of the side's links, as last seen
+        self._warming = Warming(halves.first_weights)
+        self._last = (0, 0)  # layer and ubatch answered last
+        self._follows: dict[tuple[int, int], int] = {}  # the layer that came next, the last time
 
     def serve(self, stopped: Callable[[], bool]) -> None:
         """Answer peers until ``stopped`` says so, which is asked at least twice a second."""
@@ -63,6 +67,8 @@ class FFNWorker:
                 self.stats.busy_s += now_s - start_s
                 if due_s > now_s:
                     self.side.wait(due_s - now_s)
+                elif not self._held:
+                    self._warming.warm(self._follows.get(self._last, 0), self.side.pending)
 
     def pump(self) -> bool:
         """Answer everything that has arrived, one batch per layer, and hold nothing; False when nothing had."""
@@ -124,6 +130,8 @@ class FFNWorker:
                 self._answer(layer, [work])
             return
         compute_s = time.perf_counter() - start_s
+        self._follows[self._last] = layer
+        self._last = (layer, batch[-1].header.ubatch)
         num_rows = out_RD.shape[0]
         self.stats.num_rows += num_rows
         self.stats.num_batches += 1

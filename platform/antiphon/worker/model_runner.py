@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -23,6 +24,7 @@ from antiphon.core.step import KVEvents, ModelRunnerOutput, NewRequestData, Sche
 from antiphon.models.attention import AttentionBatch, Chunk
 from antiphon.models.decoder import AttentionHalves, StepState
 from antiphon.models.kv_cache import KVCache
+from antiphon.models.warming import Warming
 from antiphon.telemetry.step_trace import Mark, StepTrace
 from antiphon.worker.sampler import SamplingState, logprobs_of, numbers_only, sample
 from antiphon.worker.ubatch import Half, Segment, plan_ops, split_segments
@@ -87,8 +89,11 @@ class AttentionWorker:
         num_ubatches: int = 1,
         tuner: UbatchTuner | None = None,
         kv: DecodeSide | PrefillSide | None = None,
+        warms: bool = False,
     ) -> None:
-        """``num_ubatches``: in flight at most; ``tuner``: chooses how many each step gets, None = always as many as there are."""
+        """``num_ubatches``: in flight at most; ``tuner``: chooses how many each step gets, None = always as many as there are;
+        ``warms``: waits are for another processor, and this one fetches weights meanwhile.
+        """
         self.halves = halves
         self.cache = cache
         self.afd = afd
@@ -99,6 +104,7 @@ class AttentionWorker:
         self._num_ubatches = num_ubatches
         self._tuner = tuner
         self._plans = {m: plan_ops(halves.config.num_layers, m) for m in range(1, num_ubatches + 1)}
+        self._warming = Warming(halves.first_weights) if warms else None
         self._rows: dict[RequestId, _Row] = {}
         self._experts = afd.experts  # as wanted; the connector takes it between two steps
         self._is_stepping = False
@@ -320,6 +326,9 @@ class AttentionWorker:
                     self._offer(op.layer, batch, runs[op.ubatch], state)
             else:
                 lanes = self.halves.lanes_due(op.layer)
+                if self._warming is not None and op.layer + 1 < self.halves.config.num_layers:
+                    self._warming.warm(op.layer + 1, partial(self.afd.has_arrived, lanes[-1] * self._num_ubatches + op.ubatch))
+                    self.afd.times.blocked_s += time.perf_counter() - start_s  # a wait, whatever it was used for
                 results = [self.afd.receive(lane * self._num_ubatches + op.ubatch) for lane in lanes]
                 received_s = time.perf_counter()
                 self.halves.combine(op.layer, state, results)

@@ -544,6 +544,14 @@ Tensor gated_half(const Tensor& x, const Tensor& gate_up_weight, const Bias& gat
   return out;
 }
 
+// Fetch these bytes of a weight into the calling thread's cache.
+void warm(const Tensor& weight, int64_t first, int64_t bytes) {
+  TORCH_CHECK(weight.is_contiguous() && first >= 0 && bytes >= 0 && first + bytes <= static_cast<int64_t>(weight.nbytes()));
+  Ahead ahead;
+  ahead.start(static_cast<const char*>(weight.const_data_ptr()) + first, bytes);
+  ahead.fetch_all();
+}
+
 Tensor large_zeros(at::IntArrayRef sizes, at::ScalarType dtype) { return LargePages::zeros(sizes, dtype); }
 
 #else
@@ -557,6 +565,7 @@ bool ready() { return false; }
 TORCH_LIBRARY_FRAGMENT(antiphon, m) {
   m.def("tiles_ready() -> bool", &ready);
 #ifdef ANTIPHON_TILES
+  m.def("warm(Tensor weight, int first, int bytes) -> ()");
   m.def("pack_weight(Tensor weight, bool pairs) -> Tensor");
   m.def("large_zeros(int[] sizes, ScalarType dtype) -> Tensor", &large_zeros);
   m.def("tile_linear(Tensor x, Tensor packed, Tensor? scales, Tensor? bias, int outputs) -> Tensor");
@@ -579,6 +588,7 @@ TORCH_LIBRARY_FRAGMENT(antiphon, m) {
 
 #ifdef ANTIPHON_TILES
 TORCH_LIBRARY_IMPL(antiphon, CompositeExplicitAutograd, m) {
+  m.impl("warm", &warm);
   m.impl("pack_weight", &pack_weight);
   m.impl("tile_linear", &tile_linear);
   m.impl("tile_logits", &tile_logits);
