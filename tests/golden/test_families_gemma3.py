@@ -32,8 +32,11 @@ def reference(gemma: Path) -> tuple[list[int], list[int], torch.Tensor]:
     """A prompt, what transformers goes on with, and its logits for every token of that."""
     prompt = Tokenizer.from_file(str(gemma / "tokenizer.json")).encode(TEXT).ids
     model: Any = AutoModelForCausalLM.from_pretrained(gemma, dtype=torch.float32).eval()
+    ids = torch.tensor([prompt])
     with torch.inference_mode():
-        out = model.generate(torch.tensor([prompt]), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
         logits = model(out[:, :-1], logits_to_keep=NUM_TOKENS).logits[0]
     return prompt, out[0, len(prompt) :].tolist(), logits.clone()
 

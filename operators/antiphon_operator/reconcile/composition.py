@@ -23,6 +23,9 @@ from antiphon_operator.render.composition import Address, children, key_of, rout
 from antiphon_operator.render.names import DEFAULT_HTTP_PORT, http_service
 from antiphon_operator.render.settings import Settings
 
+_TIERS_LEFT_OUT = (
+    "spec.tiers has no effect on a cluster: each referenced LLMDeployment has pools of its own, whose memory is its own"
+)
 BUSY_S = 10.0
 REST_S = 600.0
 
@@ -135,7 +138,7 @@ def _status(
         message = f"no LLMDeployment of the name {', '.join(missing)}"
         conditions.set(Type.ACCEPTED, False, Reason.REFERENCE_NOT_FOUND, message)
     else:
-        conditions.set(Type.ACCEPTED, True, Reason.ACCEPTED)
+        conditions.set(Type.ACCEPTED, True, Reason.ACCEPTED, _TIERS_LEFT_OUT if document.spec.tiers is not None else "")
     down = "; ".join(f"{expert.name}: {expert.message}" for expert in experts if not expert.ready)
     all_ready = num_ready == len(experts)
     conditions.set(Type.EXPERTS_READY, all_ready, Reason.ALL_EXPERTS_READY if all_ready else Reason.EXPERT_UNAVAILABLE, down)
