@@ -7,10 +7,13 @@ does not take time from a layer. Must not know: what runs.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+
 from antiphon.core.errors import InvalidInput
+from antiphon.models.native.library import available
 
 _ALL = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
@@ -29,6 +32,20 @@ def pin(cores: Collection[int]) -> None:
         raise InvalidInput(
             f"can't pin to processors {sorted(cores)}, here are {sorted(_ALL)}: {error}", "spec.pools.cores"
         ) from error
+
+
+def pin_each(cores: Sequence[int]) -> None:
+    """Pin this thread and its compute threads to a processor each, where there are enough; else ``pin`` them together.
+
+    Compute threads wait for each other many times a layer: two that share a processor for a while, as the system's scheduler has
+    it, take several times as long.
+
+    Raises:
+        InvalidInput: this machine has no such processors.
+    """
+    pin(cores)
+    if 1 < torch.get_num_threads() <= len(cores) and available():
+        torch.ops.antiphon.pin_threads(list(cores))
 
 
 @contextmanager

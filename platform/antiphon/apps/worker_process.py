@@ -6,6 +6,7 @@ before the pinning, so that they do not inherit it. Must not know: Ray.
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -21,7 +22,7 @@ from antiphon.apps import data_links
 from antiphon.apps.engine_host import EngineHost, RpcThread
 from antiphon.apps.expert_host import ExpertHost
 from antiphon.apps.peers import PeerKeeper, PeerWish
-from antiphon.apps.pinning import pin, unpinned
+from antiphon.apps.pinning import pin_each, unpinned
 from antiphon.apps.rebalancer import ModelShape, Rebalancer, adopt_newest
 from antiphon.apps.wiring import (
     AttentionPart,
@@ -80,8 +81,8 @@ class WorkerProcess:
             attributes={"service.instance.id": config.worker_id, "antiphon.deployment": config.deployment},
         )
         self._closers.append(self._telemetry.close)
-        pin(config.cores)
         torch.set_num_threads(config.threads)
+        pin_each(config.cores)
         with events.timed("weights"):
             self._facts: ModelFacts = resolve_model(config.spec, config.checkpoint, config.revision)
             self._ffn: FFNWorker | None = None
@@ -132,6 +133,8 @@ class WorkerProcess:
                 self._await_peers(peers)
             if self._stop.is_set():
                 return
+            gc.collect()
+            gc.freeze()  # what imports and weights made stays: no collection while serving need look at it
             self._ready, self._message = True, ""
             lease.renew_soon()
             self._balance()

@@ -11,6 +11,11 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#ifdef __linux__
+#include <sched.h>
+#endif
+
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -304,6 +309,21 @@ int64_t read_all(const Tensor& memory) {
   return static_cast<int64_t>(total);
 }
 
+// Pin the calling thread's compute threads to a processor each, itself to the first; how many could not be.
+int64_t pin_threads(at::IntArrayRef cores) {
+  std::atomic<int64_t> num_failed{0};
+#ifdef __linux__
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    const int64_t core = cores[at::get_thread_num() % cores.size()];
+    if (core >= 0 && core < CPU_SETSIZE) CPU_SET(core, &set);
+    num_failed += sched_setaffinity(0, sizeof(set), &set) != 0;
+  });
+#endif
+  return num_failed;
+}
+
 // x @ packed^T + bias by oneDNN, the weight packed by mkldnn::_reorder_linear_weight.
 Tensor packed_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias) {
   using Signature = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view,
@@ -345,6 +365,7 @@ TORCH_LIBRARY(antiphon, m) {
       "float scale, int window) -> Tensor");
   m.def("silu_mul(Tensor gate_up) -> Tensor");
   m.def("read_all(Tensor memory) -> int");
+  m.def("pin_threads(int[] cores) -> int", &pin_threads);
   m.def(
       "attend_decode(Tensor(a!) x, Tensor input_norm, Tensor qkv_weight, Tensor? qkv_bias, Tensor cos, Tensor sin, Tensor positions, "
       "Tensor slots, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor blocks, Tensor lens, int block_size, int num_heads, float scale, "
