@@ -36,7 +36,7 @@ from antiphon.telemetry.stages import attention_figures, difference, ffn_figures
 START_TIMEOUT_S = 180.0
 RUN_TIMEOUT_S = 600.0
 _FFN = "ffn."  # before the names of FFN workers' sums, which attention workers have too
-_LEASE_S = 3.0  # records, and the figures in them, are renewed three times as often; each renewal takes time from what is measured
+_LEASE_S = 1.0  # records, and the figures in them, are renewed three times as often
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
