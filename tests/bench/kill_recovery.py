@@ -32,7 +32,7 @@ from antiphon.testing import write_tiny_llama
 
 VICTIMS = (("ffn", 0), ("ffn", 1), ("attention", 0), ("attention", 1), ("prefill", 0))
 NUM_TOKENS = 120
-START_S, BACK_S = 120.0, 60.0
+START_S, BACK_S = 120.0, 180.0  # a worker that is killed again and again is started ever later
 MIN_SILENCE_S = 0.1
 
 

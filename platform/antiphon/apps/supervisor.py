@@ -63,7 +63,7 @@ class RestartLimits:
     start_timeout_s: float = 600.0  # from process start to ready
     backoff_s: float = 0.2  # before the first restart; doubles with every failure in a row
     max_backoff_s: float = 15.0
-    max_failures: int = 6  # in a row
+    max_failures: int = 6  # in a row without ever being ready: one that was ready and died is started again however often
     stable_s: float = 60.0  # ready for so long, the next exit counts as the first failure
 
 
@@ -189,7 +189,7 @@ class WorkerSupervisor:
         self._set(end, pid=0)
 
     def _supervise(self) -> None:
-        num_failures = 0
+        num_failures = num_unready = 0
         while not self._closing:
             config = self._prepare()
             if config is None:
@@ -200,8 +200,9 @@ class WorkerSupervisor:
             if ready_s is None:  # stopped by us, to take another index
                 continue
             num_failures = 1 if ready_s >= self._limits.stable_s else num_failures + 1
-            if num_failures > self._limits.max_failures:
-                raise Unavailable(f"{config.worker_id} failed {num_failures} times in a row; last: {self.status().message}")
+            num_unready = num_unready + 1 if ready_s == 0.0 else 0
+            if num_unready > self._limits.max_failures:
+                raise Unavailable(f"{config.worker_id} failed {num_unready} times in a row; last: {self.status().message}")
             self._set(SupervisorState.BACKOFF)
             self._sleep(min(self._limits.max_backoff_s, self._limits.backoff_s * 2 ** (num_failures - 1)))
 

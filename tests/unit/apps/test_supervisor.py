@@ -179,6 +179,17 @@ def test_a_worker_that_keeps_failing_is_given_up(hosted: Hosted, tmp_path: Path)
             supervised.check()
 
 
+def test_a_worker_that_was_ready_is_started_again_however_often_it_is_killed(hosted: Hosted, tmp_path: Path) -> None:
+    with supervisor(hosted, tmp_path, template(hosted.address)) as supervised:
+        for _ in range(QUICK.max_failures + 2):
+            killed = supervised.wait_ready(READY_S).pid
+            os.kill(killed, signal.SIGKILL)
+            eventually(
+                lambda killed=killed: supervised.status().state is SupervisorState.READY and supervised.status().pid != killed
+            )
+        supervised.check()
+
+
 def test_a_worker_that_never_gets_ready_is_ended_at_its_deadline(hosted: Hosted, tmp_path: Path) -> None:
     limits = RestartLimits(start_timeout_s=1.0)
     with (
