@@ -151,7 +151,7 @@ class Controller:
         settings = kopf.OperatorSettings()
         settings.scanning.disabled = True  # needs no right to read CustomResourceDefinitions
         settings.posting.enabled = False  # events are ours, once per change
-        settings.watching.server_timeout = 300.0
+        settings.watching.server_timeout = 300  # whole seconds: API servers refuse a fraction
         settings.watching.inactivity_timeout = 330.0  # a watch silent for longer is dead
         settings.watching.connect_timeout = 10.0
         settings.queueing.idle_timeout = 0.2  # a change becomes a key at once: nothing of an object is kept for later

@@ -150,7 +150,8 @@ class HttpApi:
     async def _watch(self, request: web.Request, resource: Resource, namespace: str | None, labels: Labels) -> web.StreamResponse:
         self.api.begin_watch(resource, namespace)
         version = int(request.query.get("resourceVersion") or 0)
-        deadline = time.monotonic() + float(request.query.get("timeoutSeconds") or 300)
+        # Whole seconds: a fraction is an error, as it is to a real API server.
+        deadline = time.monotonic() + int(request.query.get("timeoutSeconds") or 300)
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
         await response.prepare(request)
         wake, cut = asyncio.Event(), self._cut

@@ -1,7 +1,8 @@
 // Rows times packed weights on matrix units (hot): bf16 or int8 in, fp32 or int32 sums, an epilogue per block of results.
 //
 // Packed weights are strips of 16 outputs, each a run of tiles [depth][16][64 bytes]: 16 groups of inputs (2 bf16 or 4 int8) by 16
-// outputs. While four strips are computed the next four are fetched. Every row is summed over the inputs in one order, so it does not depend on the rows beside it or on threads.
+// outputs. While four strips are computed the next four are fetched. Every row is summed over the inputs in one order, so it does not
+// depend on the rows beside it or on threads.
 // T rows, I inputs, O outputs.
 
 #pragma once
