@@ -13,6 +13,7 @@ Without --checkpoint a seeded random Qwen3-MoE of about 160M parameters is writt
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -150,7 +151,9 @@ def measure(config: DecoderConfig, url: str, grpc: str, options: argparse.Namesp
     """Talk in turns, undisturbed and disturbed."""
     calls = ExpertsCalls(grpc)
     Talk(url, options.streams, 16).run()
-    seed, found = 0, {"undisturbed": [], "moving": []}
+    # Made beforehand: the thread that made them would keep those that take the time from running.
+    wishes = itertools.cycle([RebalanceWish(placement_json=placements(config, seed).to_json(config)) for seed in range(1, 61)])
+    found = {"undisturbed": [], "moving": []}
     for number in range(options.rounds):
         texts: dict[str, dict[int, str]] = {}
         for name in ("undisturbed", "moving"):
@@ -160,8 +163,7 @@ def measure(config: DecoderConfig, url: str, grpc: str, options: argparse.Namesp
             runner.start()
             before = calls.expert_load().placement_number
             while name == "moving" and not stop.is_set():
-                seed += 1
-                calls.rebalance(RebalanceWish(placement_json=placements(config, seed).to_json(config)))
+                calls.rebalance(next(wishes))
                 while not stop.is_set() and calls.expert_load().placement_number == before:
                     time.sleep(0.05)
                 after = calls.expert_load().placement_number

@@ -110,13 +110,18 @@ def plain_attention(x: torch.Tensor, w: Tensors, p: str) -> torch.Tensor:
     return attended(rotated(q, 10000.0), rotated(k, 10000.0), v) @ w[p + "o_proj.weight"].T
 
 
+def true_experts(scores: torch.Tensor) -> list[int]:
+    """Top 4 of 8 experts and 6 null experts; only true experts count."""
+    return [e for e in scores.sort(descending=True).indices[:4].tolist() if e < EXPERTS]
+
+
 def adamoe_ffn(x: torch.Tensor, w: Tensors, layer: int) -> torch.Tensor:
-    """Top 4 of 8 experts and 6 null experts; only true experts count, and their weights sum to one."""
+    """True experts' weights sum to one."""
     p = f"model.layers.{layer}.block_sparse_moe."
     out = torch.zeros_like(x)
     for t, row in enumerate(x):
         scores = (w[p + "gate.weight"] @ row).softmax(0)
-        true = [e for e in scores.sort(descending=True).indices[:4].tolist() if e < EXPERTS]
+        true = true_experts(scores)
         for e in true:
             parts = [w[p + f"experts.{e}.{part}.weight"] for part in ("w1", "w3", "w2")]
             out[t] += scores[e] / sum(scores[i] for i in true) * swiglu(row, *parts)
@@ -225,9 +230,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], Callable[[int], Shapes], Half, Half]] 
 }
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
-def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensors, Half, Half]:
-    config, layer, attention, ffn = FAMILIES[request.param]
+def write(family: str, path: Path) -> Tensors:
+    config, layer, _, _ = FAMILIES[family]
     shapes: Shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "lm_head.weight": (VOCAB, HIDDEN)}
     shapes["model.norm.weight"] = (HIDDEN,)
     for i in range(LAYERS):
@@ -238,10 +242,15 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         name: 1.0 + 0.2 * torch.randn(shape) if "norm" in name or "scale" in name else torch.randn(shape) * 0.15
         for name, shape in shapes.items()
     }
-    path = tmp_path_factory.mktemp(request.param)
     save_file(tensors, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps({**COMMON, **config}))
-    return path, tensors, attention, ffn
+    return tensors
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensors, Half, Half]:
+    path = tmp_path_factory.mktemp(request.param)
+    return path, write(request.param, path), *FAMILIES[request.param][2:]
 
 
 @pytest.mark.parametrize("name", WIRINGS)
@@ -260,3 +269,28 @@ def test_tokens_and_logits_equal_the_papers_equations(tiny: tuple[Path, Tensors,
     expected = reference(tensors, prompt + answer, attention, ffn)[len(prompt) - 1 : -1]
     assert answer == expected.argmax(-1).tolist()
     torch.testing.assert_close(torch.cat(seen), expected, atol=1e-4, rtol=0)
+
+
+def test_a_null_expert_costs_no_transfer_and_no_flop(tmp_path: Path) -> None:
+    tensors = write("adamoe", tmp_path)
+    chance = random.Random(8)
+    prompt = [chance.randrange(VOCAB) for _ in range(240)]
+    spec = wiring(tmp_path, "afd", attention=1, expert_groups=3, cache={"numBlocks": 64})
+    with LocalCluster(spec, tmp_path) as cluster:
+        answer = cluster.generate(prompt, max_tokens=20)
+        workers = cluster.ffns
+    chosen: list[tuple[int, list[int]]] = []  # the layer and the true experts of every row that was computed
+
+    def noting(x: torch.Tensor, w: Tensors, layer: int) -> torch.Tensor:
+        scores_TE = (x @ w[f"model.layers.{layer}.block_sparse_moe.gate.weight"].T).softmax(-1)
+        chosen.extend((layer, true_experts(scores)) for scores in scores_TE)
+        return adamoe_ffn(x, w, layer)
+
+    reference(tensors, prompt + answer[:-1], plain_attention, noting)
+    assert any(not experts for _, experts in chosen), "some rows choose null experts alone"
+    for worker in workers:
+        held = {layer: bank.held for layer, bank in worker.halves.banks.items()}
+        sent = [(layer, held[layer] & set(experts)) for layer, experts in chosen]
+        assert worker.stats.num_rows == sum(bool(experts) for _, experts in sent), "rows travel only for an expert held here"
+        counted = {layer: sum(rows) for layer, rows in worker.halves.rows_by_expert().items()}
+        assert counted == {n: sum(len(experts) for layer, experts in sent if layer == n) for n in counted}
