@@ -23,6 +23,7 @@ $(READY): pyproject.toml deploy/constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install --constraint deploy/constraints.txt torch
 	@$(PIP) install --constraint deploy/constraints.txt --editable '.[$(EXTRAS)]'
+	@$(PIP) install --constraint deploy/constraints.txt --editable '.[nixl]' || echo "No NIXL here: its links and tests are left out." >&2
 	@$(BIN)/python -m antiphon.transport.native.build || echo "No native lane: shared memory links will be slower." >&2
 	@$(BIN)/python -m antiphon.models.native.library >/dev/null || echo "No kernels: the slower torch path will serve." >&2
 	@touch $@

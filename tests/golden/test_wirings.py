@@ -200,7 +200,7 @@ def test_each_worker_holds_only_the_tensors_of_its_role_and_shard(tiny: tuple[Pa
 
 @pytest.fixture(scope="module")
 def demo() -> tuple[Path, Any, list[list[int]], list[list[int]]]:
-    """SmolLM2-135M-Instruct, prompts of 1 to 1,500 tokens, and what transformers makes of them."""
+    """SmolLM2-135M-Instruct, prompts of 1 to 1,500 tokens, the longest last, and what transformers makes of them."""
     from tokenizers import Tokenizer
 
     try:
@@ -210,7 +210,7 @@ def demo() -> tuple[Path, Any, list[list[int]], list[list[int]]]:
     text = " ".join(f"In {1000 + 7 * n} the town of Ely built its {n}th bridge, {n * 3} feet long." for n in range(200))
     tokens = Tokenizer.from_file(str(path / "tokenizer.json")).encode(text).ids
     starts = (0, 11, 40, 90, 200, 3)
-    lengths = (1, 9, 64, 257, 600, 1500)
+    lengths = (1, 9, 64, 257, 530, 1500)  # 512 are computed at once
     prompts = [tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     return path, model, prompts, [greedy(model, prompt, 12) for prompt in prompts]
@@ -221,6 +221,8 @@ def demo() -> tuple[Path, Any, list[list[int]], list[list[int]]]:
 @pytest.mark.parametrize("name", WIRINGS)
 def test_the_demo_model_equals_transformers(demo: tuple[Path, Any, list[list[int]], list[list[int]]], name: str) -> None:
     path, _, prompts, expected = demo
+    if name not in ("monolith", "P/D + AFD"):  # the longest prompt takes most of the time
+        prompts, expected = prompts[:-1], expected[:-1]
     topology, counts = WIRINGS[name]
     spec = wiring(
         path,

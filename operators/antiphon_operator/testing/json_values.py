@@ -5,22 +5,32 @@ Must not know: which objects there are.
 
 from __future__ import annotations
 
+import marshal
 from typing import Any, TypeVar, cast
 
 from antiphon_operator.kube.base import Object
 
 _T = TypeVar("_T")
 _SCALARS = frozenset((str, int, float, bool, type(None)))
+_WITHOUT_REFERENCES = 2  # the last version of marshal in which equal parts stay apart
 SERVER_METADATA = ("uid", "resourceVersion", "generation", "creationTimestamp", "managedFields", "deletionTimestamp")
 
 
-def copied(value: _T) -> _T:
-    """A deep copy of JSON; several times faster than copy.deepcopy, which most of a scenario's time would go to."""
+def received(value: _T) -> _T:
+    """A deep copy of what a client gave, as JSON: tuples are lists."""
     if isinstance(value, dict):
-        return cast("_T", {key: inner if type(inner) in _SCALARS else copied(inner) for key, inner in value.items()})
+        return cast("_T", {key: inner if type(inner) in _SCALARS else received(inner) for key, inner in value.items()})
     if isinstance(value, list | tuple):
-        return cast("_T", [inner if type(inner) in _SCALARS else copied(inner) for inner in value])
+        return cast("_T", [inner if type(inner) in _SCALARS else received(inner) for inner in value])
     return value
+
+
+def copied(value: _T) -> _T:
+    """A deep copy of what was received before; most of a scenario's time would go to copy.deepcopy."""
+    try:
+        return cast("_T", marshal.loads(marshal.dumps(cast("Any", value), _WITHOUT_REFERENCES)))  # noqa: S302 - our own bytes
+    except ValueError:  # a string of a class of its own, say
+        return received(value)
 
 
 def appliable(value: Object, subresource: str | None) -> Object:
@@ -35,7 +45,7 @@ def appliable(value: Object, subresource: str | None) -> Object:
             del out["metadata"]
     out.pop("apiVersion", None)
     out.pop("kind", None)
-    return copied(out)
+    return received(out)
 
 
 def comparable(value: Object) -> Object:
@@ -52,7 +62,7 @@ def spec_part(value: Object) -> Object:
 def merge_patch(value: Any, patch: Any) -> Any:
     """``value`` after an RFC 7386 patch; neither is changed."""
     if not isinstance(patch, dict):
-        return copied(patch)
+        return received(patch)
     out = dict(value) if isinstance(value, dict) else {}
     for key, inner in patch.items():
         if inner is None:

@@ -17,7 +17,7 @@ import jsonpatch
 from antiphon_operator.kube.base import Conflict, Gone, KubeError, Labels, Listing, NotFound, Object, Refused, WatchEvent
 from antiphon_operator.kube.resources import Resource
 from antiphon_operator.testing.field_sets import ITEM, Path, exists, leaves, read, remove, to_fields_v1, write
-from antiphon_operator.testing.json_values import SERVER_METADATA, appliable, comparable, copied, merge_patch, spec_part
+from antiphon_operator.testing.json_values import SERVER_METADATA, appliable, comparable, copied, merge_patch, received, spec_part
 
 Key = tuple[str, str, str]  # plural.group, namespace or "", name
 _UNOWNED = (("f:apiVersion",), ("f:kind",), ("f:metadata", "f:name"), ("f:metadata", "f:namespace"))
@@ -243,7 +243,7 @@ class MemoryApi:
 
     def _new(self, resource: Resource, value: Object) -> _Stored:
         self._uid += 1
-        out = copied(value)
+        out = received(value)
         metadata = {k: v for k, v in out.get("metadata", {}).items() if v is not None and k not in SERVER_METADATA}
         metadata |= {"uid": f"{self._uids}-{self._uid}", "generation": 1, "creationTimestamp": self._now()}
         return _Stored(value={**out, "apiVersion": resource.api_version, "kind": resource.kind, "metadata": metadata})
@@ -288,10 +288,10 @@ class MemoryApi:
     def _update(self, resource: Resource, stored: _Stored, value: Object, manager: str, subresource: str) -> Object:
         draft = stored.copied()
         if subresource == "status":
-            draft.value["status"] = copied(value.get("status", {}))
+            draft.value["status"] = received(value.get("status", {}))
         else:
             status = stored.value.get("status")
-            draft.value = copied(value)
+            draft.value = received(value)
             draft.value.pop("status", None)
             if status is not None:
                 draft.value["status"] = copied(status)
