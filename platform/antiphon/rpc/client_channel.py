@@ -16,7 +16,7 @@ import grpc.aio
 
 from antiphon.core.errors import AntiphonError, Cancelled, Overloaded, Unavailable
 from antiphon.rpc.channels import channel_options
-from antiphon.rpc.errors import RETRY_AFTER_KEY, error_from_call
+from antiphon.rpc.errors import RETRY_AFTER_KEY, closed_meanwhile, error_from_call
 from antiphon.rpc.v1 import inference_pb2 as pb
 from antiphon.rpc.v1.inference_pb2_grpc import InferenceStub
 
@@ -71,7 +71,7 @@ class AsyncResponseStream:
         except grpc.RpcError as error:
             raise _translated(error) from error
         except asyncio.CancelledError:
-            if self._cancelled:  # cancelled by cancel() below, not the task
+            if self._cancelled or closed_meanwhile():  # by cancel() below or close(), not the task
                 raise Cancelled("the call was cancelled") from None
             self._call.cancel()
             raise
@@ -174,6 +174,10 @@ class AsyncInferenceCalls:
             raise _translated(error) from error
         except grpc.aio.UsageError as error:
             raise Cancelled("the connection is closed") from error
+        except asyncio.CancelledError:
+            if closed_meanwhile():
+                raise Cancelled("the connection was closed") from None
+            raise
 
 
 def open_client_channel(address: str, tls: Tls | None) -> grpc.Channel:

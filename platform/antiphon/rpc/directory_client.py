@@ -5,6 +5,7 @@ Must not know: which store answers.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ from antiphon.core.directory import WorkerRecord
 from antiphon.core.errors import AntiphonError, InternalError, InvalidInput, Unavailable
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.core.worker_info import WorkerInfo
+from antiphon.rpc.errors import closed_meanwhile
 from antiphon.rpc.v1 import directory_pb2 as pb
 from antiphon.rpc.v1 import directory_pb2_grpc as pb_grpc
 
@@ -104,6 +106,10 @@ class RemoteDirectory:
             reply = await getattr(stub, method)(request, timeout=self._timeout_s, wait_for_ready=True)
         except grpc.aio.AioRpcError as error:
             raise self._translated(error) from error
+        except asyncio.CancelledError:
+            if closed_meanwhile():
+                raise Unavailable(f"the connection to the directory at {self._target} was closed") from None
+            raise
         assert isinstance(reply, answer)
         return reply
 

@@ -20,7 +20,7 @@ from antiphon.core.errors import PeerLost, Unavailable
 from antiphon.core.request import Request, RequestId
 from antiphon.rpc.channels import DEFAULT_LIMITS, ChannelLimits, open_channel, wait_until_connected
 from antiphon.rpc.codec import Answer, decode_update, encode_abort, encode_submit
-from antiphon.rpc.errors import error_from_call
+from antiphon.rpc.errors import closed_meanwhile, error_from_call
 from antiphon.rpc.v1 import engine_pb2 as pb
 from antiphon.rpc.v1 import engine_pb2_grpc
 
@@ -77,8 +77,7 @@ class EngineSession:
                 raise PeerLost(self._address, str(error_from_call(error))) from error
             except asyncio.CancelledError:
                 # grpc cancels readers of a call that was cancelled locally; a cancelled task goes on cancelling.
-                task = asyncio.current_task()
-                if self._closed and task is not None and not task.cancelling():
+                if self._closed and closed_meanwhile():
                     return
                 raise
             if update is EOF:

@@ -9,6 +9,7 @@ Must not know: which service failed.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -130,3 +131,11 @@ def _constructible(kind: type[AntiphonError]) -> type[AntiphonError]:
 
 
 _PLAIN = (AntiphonError.__init__, InvalidInput.__init__, Overloaded.__init__, Unavailable.__init__)
+
+
+def closed_meanwhile() -> bool:
+    """Whether the CancelledError being handled is grpc's word for a connection that was closed under a running call, rather than
+    the cancelling of the task that made it, which must go on.
+    """
+    task = asyncio.current_task()
+    return task is not None and not task.cancelling()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import grpc
@@ -9,7 +10,7 @@ import grpc.aio
 
 from antiphon.core.errors import Cancelled
 from antiphon.rpc.channels import channel_options
-from antiphon.rpc.errors import error_from_call
+from antiphon.rpc.errors import closed_meanwhile, error_from_call
 from antiphon.rpc.v1 import router_pb2 as pb
 from antiphon.rpc.v1.router_pb2_grpc import RouterStub
 
@@ -47,3 +48,7 @@ class RouterCalls:
             raise error_from_call(error) from error
         except grpc.aio.UsageError as error:  # grpc's word for a closed channel
             raise Cancelled("the connection is closed") from error
+        except asyncio.CancelledError:
+            if closed_meanwhile():  # its replica left the directory
+                raise Cancelled("the connection was closed") from None
+            raise
