@@ -268,7 +268,7 @@ def test_overload_is_refused_early_and_what_was_accepted_completes(system: Syste
 def undisturbed(system: System) -> dict[str, str]:
     """What prompts are answered with, one by one, while nothing happens."""
     prompts = [f"stream number {n} " * (1 + n % 5) for n in range(16)]
-    return {prompt: system.complete(prompt, max_tokens=200)["choices"][0]["text"] for prompt in prompts}
+    return {prompt: system.complete(prompt, max_tokens=120)["choices"][0]["text"] for prompt in prompts}
 
 
 @pytest.mark.parametrize(("pool", "index"), [("ffn", 0), ("attention", 0), ("prefill", 0), ("ffn", 1), ("attention", 1)])
@@ -281,7 +281,7 @@ def test_a_worker_killed_under_load_costs_no_stream_a_token(
         body = {
             "model": "tiny",
             "prompt": prompt,
-            "max_tokens": 200,
+            "max_tokens": 120,
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
