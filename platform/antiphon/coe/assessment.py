@@ -50,12 +50,15 @@ class Neighbourhood:
 
     scores_BM: Floats  # mean score per expert
     agreement_B: Floats  # share of neighbours of the prompt's most probable category
-    similarity_B: Floats  # mean cosine of the neighbours, -1..1
+    similarity_B: Floats  # mean product with the neighbours, -1..1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Landmarks:
-    """A fixed sample of training prompts: normalised embeddings, category and score per expert."""
+    """A fixed sample of training prompts: the first numbers of normalised embeddings, category and score per expert.
+
+    They are few and short, so that looking through them leaves what else a decision needs in the processor's cache.
+    """
 
     embedding_ND: Floats
     category_N: Ints

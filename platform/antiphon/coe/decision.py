@@ -152,14 +152,14 @@ def decide(
         Unavailable: every expert that could serve it is unhealthy.
     """
     policy = question.policy if question.policy is not None else spec.policy.name
-    blocks = {expert.name: _block(expert, question, view) for expert in spec.experts}
-    able = [expert.name for expert in spec.experts if blocks[expert.name] is None]
+    candidates = _candidates(question, spec, judgement, terms, view)
+    blocks = {candidate.expert: candidate.block for candidate in candidates}
+    able = [name for name, block in blocks.items() if block is None]
     if question.expert is not None and (question.expert not in blocks or blocks[question.expert] is Block.NOT_ALLOWED):
         # A hidden expert looks like one that does not exist.
         raise InvalidInput(f"there is no expert {question.expert!r} here", "expert")
     if not able:
         _refuse(blocks)
-    candidates = _candidates(spec, judgement, terms, view, blocks)
     expert, reason, detail = _chosen(question, judgement, spec, terms, candidates, blocks, sticky_expert, able, view)
     order = _order(expert, candidates, spec, able)
     return Decision(
@@ -177,7 +177,7 @@ def decide(
     )
 
 
-def _block(expert: ExpertSpec, question: Question, view: View) -> Block | None:
+def _block(expert: ExpertSpec, question: Question, state: ExpertState) -> Block | None:
     if question.allowed is not None and expert.name not in question.allowed:
         return Block.NOT_ALLOWED
     if expert.context_tokens is not None and question.context_tokens > expert.context_tokens:
@@ -186,7 +186,7 @@ def _block(expert: ExpertSpec, question: Question, view: View) -> Block | None:
         return Block.MODALITY
     if question.tools and not expert.tools:
         return Block.TOOLS
-    return None if view.of(expert.name).healthy else Block.UNHEALTHY
+    return None if state.healthy else Block.UNHEALTHY
 
 
 def _refuse(blocks: Mapping[str, Block | None]) -> None:
@@ -199,11 +199,7 @@ def _refuse(blocks: Mapping[str, Block | None]) -> None:
 
 
 def _candidates(
-    spec: CompositionSpec,
-    judgement: Judgement | None,
-    terms: PolicyTerms,
-    view: View,
-    blocks: Mapping[str, Block | None],
+    question: Question, spec: CompositionSpec, judgement: Judgement | None, terms: PolicyTerms, view: View
 ) -> tuple[Candidate, ...]:
     found = []
     scores: Mapping[str, float] = {} if judgement is None else judgement.scores
@@ -211,11 +207,12 @@ def _candidates(
     for expert in spec.experts:
         name = expert.name
         state = view.of(name)
+        block = _block(expert, question, state)
         score = scores.get(name, 0.0)
         cost = terms.cost.get(name, 0.0)
         wait = wait_weight * (state.expected_wait_s + (0.0 if state.resident else state.load_s))
-        total = score - cost - wait if blocks[name] is None else None
-        found.append(Candidate(expert=name, score=score, cost=cost, wait=wait, total=total, block=blocks[name]))
+        total = score - cost - wait if block is None else None
+        found.append(Candidate(expert=name, score=score, cost=cost, wait=wait, total=total, block=block))
     return tuple(found)
 
 

@@ -53,7 +53,8 @@ class Recipe:
     steadiness: float = 5.0  # how much dearer weights are in directions in which rewording moves prompts
     max_iterations: int = 150
     prior_rows: float = 10.0  # rows of the expert's mean that shrink its mean score in a category
-    num_landmarks: int = 1536
+    num_landmarks: int = 1024
+    num_near: int = 128  # numbers of the fast path's embedding that its neighbours are measured in; they come in order of spread
     num_neighbours: int = 30
     num_inner_folds: int = 3
     max_left_out: int = 14  # datasets left out in turn to tune the gate

@@ -98,7 +98,7 @@ def prepare(table: ScoreTable, options: Options, say: Say) -> Prepared:
         fast = Examples(
             embedding_BD=plain_BD,
             variants_BVD=variants_BVD,
-            num_near=num_near,
+            num_near=min(recipe.num_near, num_near),
             labels=labels,
             datasets=np.array(table.datasets),
             scores_BM=table.scores,
