@@ -183,8 +183,9 @@ class Checkpoint:
             return result.copy_(view)
 
     def close(self) -> None:
-        """Unmap the file that was read last; may be called any number of times."""
-        self._open_file = None
+        """Unmap the file that was read last; any thread may, any number of times."""
+        with self._reading:
+            self._open_file = None
 
     def __enter__(self) -> Self:
         return self

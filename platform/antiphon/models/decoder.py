@@ -92,6 +92,7 @@ class AttentionHalves:
             self._embed_VD if config.tie_embeddings else weights.read(names.lm_head + ".weight"),
             weights.read(names.lm_head + ".bias") if config.lm_head_bias else None,
         )
+        weights.rest()
         self.resident_bytes = weights.resident_bytes
 
     def _layer(self, index: int, layer: LayerConfig, weights: Weights, kinds: Sequence[RopeConfig]) -> _AttentionLayer:
@@ -259,6 +260,7 @@ class FFNHalves:
                 self.ffns.append(ExpertBank(ffn, weights, layer, shard, held, int8))
             else:
                 self.ffns.append(None if ffn is None else DenseFFN(ffn, weights, layer, shard, int8))
+        weights.rest()
 
     @property
     def resident_bytes(self) -> Mapping[str, int]:
@@ -291,6 +293,7 @@ class FFNHalves:
                 bank.hold(expert)
                 if rest > 0.0:
                     time.sleep(rest * (time.perf_counter() - start_s))
+        self._weights.rest()
 
     def release(self, placement: ExpertPlacement) -> None:
         """Let go of experts that ``placement`` does not want here; a row that still comes for one brings it back."""

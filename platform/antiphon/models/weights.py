@@ -40,3 +40,7 @@ class Weights:
     def hold(self, name: str, num_bytes: int) -> None:
         """Note how many bytes of a tensor stay, where that is not what was read."""
         self.resident_bytes[name] = num_bytes
+
+    def rest(self) -> None:
+        """Nothing is read for now: the file's pages shall not count as this worker's memory."""
+        self._checkpoint.close()

@@ -8,7 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from antiphon.core.errors import CheckpointInvalid
+from antiphon.core.ids import FFNShard
 from antiphon.models.checkpoint import Checkpoint
+from antiphon.models.decoder import AttentionHalves, FFNHalves
+from antiphon.models.families import describe
+from antiphon.testing import write_tiny_moe
 
 
 @pytest.fixture
@@ -213,3 +217,14 @@ def test_a_type_torch_lacks_is_refused_when_read(directory):
     checkpoint = Checkpoint.open(directory)
     with pytest.raises(CheckpointInvalid, match="'odd' is stored as F8_E8M0"):
         checkpoint.tensor("odd")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not list what a process has mapped")
+def test_loaded_halves_leave_no_file_mapped(tmp_path):
+    checkpoint = Checkpoint.open(write_tiny_moe(tmp_path))
+    config, cpu = describe(checkpoint.config), torch.device("cpu")
+    held = [
+        AttentionHalves(config, checkpoint, torch.float32, cpu, 64),
+        FFNHalves(config, checkpoint, torch.float32, cpu, FFNShard(tensor_index=0, num_tensor=1)),
+    ]
+    assert str(tmp_path / "model.safetensors") not in Path("/proc/self/maps").read_text(), held
