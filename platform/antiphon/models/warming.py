@@ -15,7 +15,7 @@ import torch
 from antiphon.models.native.library import tiles_available
 
 _PIECE_BYTES = 64 * 1024  # a few microseconds of reading: what a peer's answer may wait for at most
-_MAX_BYTES = 20 * _PIECE_BYTES  # fits the second-level cache beside what the thread works on
+_MAX_BYTES = 10 * _PIECE_BYTES  # a third of the second-level cache: what the interpreter needs next stays in it too
 
 
 class Warming:
