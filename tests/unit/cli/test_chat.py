@@ -191,7 +191,7 @@ class Terminal:
         self._master, slave = pty.openpty()
         program = (
             "import fcntl, signal, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-            # As a shell starts it in a terminal; who runs the tests in the background has them ignore Ctrl-C, and so their children.
+            # As a shell starts it in a terminal: tests that run in the background ignore Ctrl-C, and so would their children.
             "signal.signal(signal.SIGINT, signal.default_int_handler); from antiphon.cli.chat import app; "
             f"app(['-e', {address!r}], prog_name='chat')"
         )
