@@ -40,14 +40,14 @@ class Parrot:
             raise InvalidInput("the prompt has 9 tokens, 8 fit", "messages")
         yield pb.GenerateResponse(started=pb.Started(request_id="r", model=request.model, seed=1))
         words = ["\x1b[31mred\x07"] if question == "evil" else question.upper().split()
-        for i, word in enumerate(words):
-            yield pb.GenerateResponse(delta=pb.Delta(text=word if i == 0 else f" {word}", token_ids=[i]))
-        if question == "slow":
-            try:
+        try:
+            for i, word in enumerate(words):
+                yield pb.GenerateResponse(delta=pb.Delta(text=word if i == 0 else f" {word}", token_ids=[i]))
+            if question == "slow":
                 await asyncio.sleep(60)
-            except (asyncio.CancelledError, GeneratorExit):
-                self.cancelled.set()
-                raise
+        except (asyncio.CancelledError, GeneratorExit):  # the reader may leave as soon as it has a word
+            self.cancelled.set()
+            raise
         yield pb.GenerateResponse(delta=pb.Delta(finish_reason=pb.FINISH_REASON_STOP))
         yield pb.GenerateResponse(completed=pb.Completed())
 
