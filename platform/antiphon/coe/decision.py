@@ -111,7 +111,7 @@ class PolicyTerms:
 class Candidate(NamedTuple):
     """One expert in a decision. ``total`` = score − cost − wait; None where a block keeps it out.
 
-    A named tuple, because every decision makes one per expert: a frozen dataclass takes three times as long.
+    A named tuple, because every decision makes one per expert: a frozen dataclass takes twice as long.
     """
 
     expert: str
