@@ -34,18 +34,19 @@ def pin(cores: Collection[int]) -> None:
         ) from error
 
 
-def pin_each(cores: Sequence[int]) -> None:
+def pin_each(cores: Sequence[int], *, share: bool = False) -> None:
     """Pin this thread and its compute threads to a processor each, where there are enough; else ``pin`` them together.
 
     Compute threads wait for each other many times a layer: two that share a processor for a while, as the system's scheduler has
-    it, take several times as long.
+    it, take several times as long. ``share``: other workers have these processors too. This thread then runs on the first of them
+    like any program; its compute threads take only time that nobody else wants.
 
     Raises:
         InvalidInput: this machine has no such processors.
     """
     pin(cores)
     if 1 < torch.get_num_threads() <= len(cores) and available():
-        torch.ops.antiphon.pin_threads(list(cores))
+        torch.ops.antiphon.pin_threads(list(cores), share)
 
 
 @contextmanager

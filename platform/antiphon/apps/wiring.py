@@ -123,6 +123,8 @@ def num_ubatches(spec: LLMDeploymentSpec, role: Role) -> int:
     """Ubatches in flight at most for an attention-side worker."""
     if spec.transport.num_ubatches != "auto":
         return spec.transport.num_ubatches
+    if spec.shared_cores:  # sides that take turns on the same processors hide nothing from each other, and weights are read once
+        return 1
     return MAX_AUTO_UBATCHES if role is Role.ATTENTION else 1
 
 

@@ -60,6 +60,11 @@ class WorkerConfig:
         return worker_id(self.deployment, self.pool, self.index)
 
     @property
+    def shares_cores(self) -> bool:
+        """Whether other workers are pinned to some of the same processors."""
+        return not self.spec.shared_cores.isdisjoint(self.cores)
+
+    @property
     def pool_spec(self) -> PoolSpec:
         """The worker's own pool in the document."""
         return next(pool for pool in self.spec.pools if pool.name == self.pool)

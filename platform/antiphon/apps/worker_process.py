@@ -48,6 +48,7 @@ from antiphon.gateway.lease import BlockingDirectory, LeaseKeeper
 from antiphon.telemetry import configure_logging, setup, step_trace
 from antiphon.telemetry.stages import StageWindow, ffn_figures
 from antiphon.transport.base import Answer, Hello, Link, Listener
+from antiphon.transport.waiting import give_way
 from antiphon.worker.ffn_worker import FFNWorker
 
 _PEERS_TIMEOUT_S = 90.0
@@ -82,7 +83,9 @@ class WorkerProcess:
         )
         self._closers.append(self._telemetry.close)
         torch.set_num_threads(config.threads)
-        pin_each(config.cores)
+        pin_each(config.cores, share=config.shares_cores)
+        if config.shares_cores:
+            give_way()
         with events.timed("weights"):
             self._facts: ModelFacts = resolve_model(config.spec, config.checkpoint, config.revision)
             self._ffn: FFNWorker | None = None

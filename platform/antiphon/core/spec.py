@@ -15,6 +15,7 @@ Must not know: how pools are started, or any transport.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated, Literal
@@ -162,7 +163,9 @@ class PoolSpec(Model):
     threads: int | None = Field(default=None, ge=1, le=1024, description="Compute threads per worker; None = its cpu resource.")
     cores: tuple[Annotated[int, Field(ge=0, le=4095)], ...] | None = Field(
         default=None,
-        description="Processors to pin workers to, dealt out in equal runs over the replicas; None = not pinned.",
+        description="Processors to pin workers to, dealt out in equal runs over the replicas; None = not pinned. Pools that take "
+        "turns, such as attention and FFN, may list the same ones, each beginning with its own: the first is where a worker's own "
+        "thread runs, the others help while nobody else runs there.",
         max_length=4096,
     )
     resources: Resources = Field(default_factory=Resources, description="What one worker asks of its machine.")
@@ -347,6 +350,12 @@ class LLMDeploymentSpec(Model):
     suspend: bool = Field(default=False, description="Stop all pools and keep the document (Kubernetes).")
     kubernetes: KubernetesSpec = Field(default_factory=KubernetesSpec, description="What the pods need that a laptop does not.")
     planning: PlanningSpec | None = Field(default=None, description="Inputs of antiphon plan; serving ignores them. None = none.")
+
+    @property
+    def shared_cores(self) -> frozenset[int]:
+        """Processors that more than one worker is pinned to."""
+        uses = Counter(core for pool in self.pools if pool.replicas for core in pool.cores or ())
+        return frozenset(core for core, count in uses.items() if count > 1)
 
     @field_validator("pools", "ratios", mode="before")
     @classmethod

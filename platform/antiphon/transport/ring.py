@@ -19,7 +19,7 @@ from antiphon.transport.lane import CORRUPT, NOTHING, Lane, can_spin, open_lane,
 from antiphon.transport.segment import Segment
 from antiphon.transport.slots import MessageViews, byte_rows, slots_of
 from antiphon.transport.vigil import Vigil
-from antiphon.transport.waiting import sleep_on, wait_on
+from antiphon.transport.waiting import bounded, sleep_on, wait_on
 
 _PYTHON_SPIN_S = 300e-6
 
@@ -59,7 +59,7 @@ class RingLink(Link):
         self._vigil = vigil
         self._my_bell, self._peer_bell = bells
         # A lane in Python can only spin with the GIL, which other threads of the process need.
-        self._spin_s = spin_s if self._native else min(spin_s, _PYTHON_SPIN_S)
+        self._spin_s = bounded(spin_s if self._native else min(spin_s, _PYTHON_SPIN_S))
         self._moved_s = time.monotonic()  # when a message last came or went: spinning pays for a window after that
 
     @property

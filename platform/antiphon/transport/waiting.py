@@ -9,6 +9,7 @@ Must not know: any one transport.
 
 from __future__ import annotations
 
+import math
 import select
 import time
 from collections.abc import Iterable
@@ -19,6 +20,21 @@ from antiphon.transport.lane import Lane, spin
 _MIN_POLL_S = 1e-3  # poll(2) counts in milliseconds
 _SLICE_S = 20e-6  # of native spinning between two looks at links that can only be asked
 _BELL_SLICE_S = 200e-6  # and at what usually rings
+
+
+_SHARED_SPIN_S = 20e-6
+_longest_spin_s = math.inf
+
+
+def give_way() -> None:
+    """Have links opened from now on hardly spin: the peers of this process need its processors while it waits."""
+    global _longest_spin_s
+    _longest_spin_s = _SHARED_SPIN_S
+
+
+def bounded(spin_s: float) -> float:
+    """Seconds to spin at most, of ``spin_s`` that would pay on processors of one's own."""
+    return min(spin_s, _longest_spin_s)
 
 
 def let_others_run() -> None:

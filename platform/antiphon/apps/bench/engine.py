@@ -36,12 +36,13 @@ from antiphon.telemetry.stages import attention_figures, difference, ffn_figures
 START_TIMEOUT_S = 180.0
 RUN_TIMEOUT_S = 600.0
 _FFN = "ffn."  # before the names of FFN workers' sums, which attention workers have too
+SHARED = "@shared"  # behind a wiring: every worker may use all of the processors, rather than a part of them
 _LEASE_S = 1.0  # records, and the figures in them, are renewed three times as often
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchSetup:
-    """What is measured: a model, a wiring such as monolith, P/D, 1A1F or 2A3F, and the machine's share it gets."""
+    """What is measured: a model, a wiring such as monolith, P/D, 1A1F, 2A3F or 1A1F@shared, and the machine's share it gets."""
 
     uri: str
     wiring: str = "monolith"
@@ -57,13 +58,15 @@ class BenchSetup:
     def document(self) -> LLMDeployment:
         """The deployment document of this set-up."""
         cores = list(self.cores) or sorted(os.sched_getaffinity(0))
-        pools = _pools(self.wiring)
+        pools = _pools(self.wiring.removesuffix(SHARED))
         num_workers = sum(pool["replicas"] for pool in pools)
         share = max(1, len(cores) // num_workers)
+        run = len(cores) if self.wiring.endswith(SHARED) else share
         at = 0
         for pool in pools:
-            pool["cores"] = [cores[(at + i) % len(cores)] for i in range(share * pool["replicas"])]
-            pool["threads"] = share
+            starts = [at + i * share for i in range(pool["replicas"])]
+            pool["cores"] = [cores[(start + i) % len(cores)] for start in starts for i in range(run)]
+            pool["threads"] = run
             at += share * pool["replicas"]
         topology = {1: "monolith", 2: "pd" if pools[0]["role"] == "prefill" else "afd", 3: "pd-afd"}[len(pools)]
         return LLMDeployment.model_validate(
@@ -96,7 +99,10 @@ def _pools(wiring: str) -> list[dict[str, Any]]:
         return [{"name": "prefill", "role": "prefill", "replicas": 1}, {"name": "decode", "role": "decode", "replicas": 1}]
     match = re.fullmatch(r"(P/D\+)?(\d+)A(\d+)F", wiring)
     if match is None:
-        raise InvalidInput(f"no wiring {wiring!r}; expected monolith, P/D, xAyF (1A1F, 2A3F, ...) or P/D+xAyF", "wiring")
+        raise InvalidInput(
+            f"no wiring {wiring!r}; expected monolith, P/D, xAyF (1A1F, 2A3F, ...) or P/D+xAyF, with {SHARED} behind it or not",
+            "wiring",
+        )
     attention, ffn = int(match[2]), int(match[3])
     pools: list[dict[str, Any]] = [{"name": "prefill", "role": "prefill", "replicas": 1}] if match[1] else []
     pools.append({"name": "attention", "role": "attention", "replicas": attention})
@@ -263,7 +269,7 @@ class BenchDeployment:
             "model": self.setup.uri.rsplit("/", 1)[-1],
             "wiring": self.setup.wiring,
             "dtype": self.setup.dtype,
-            "threads": sum(pool.replicas * pool.num_threads for pool in pools),
+            "threads": len({core for pool in pools for core in pool.cores or ()}),
         }
 
     def _request(self, num_prompt: int, num_generated: int) -> Request:

@@ -13,7 +13,6 @@
 // Every row is computed by itself in a fixed order (experts ascending), so a row's result depends neither on its batch nor on the
 // number of threads: threads share out columns, never sums. T rows, K ids per row, M pairs of them, D hidden, W expert width.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
@@ -30,6 +29,7 @@
 #include <vector>
 
 #include "ahead.h"
+#include "crew.h"
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -51,6 +51,7 @@ constexpr int64_t kLanes = 16;         // outputs of half a block
 constexpr int64_t kBlock = 2 * kLanes;  // outputs of a block; widths are padded to it
 constexpr int64_t kPanelRows = 128;    // rows that go through all blocks together: they stay in L2
 constexpr int64_t kAhead = 4;          // blocks that are fetched while as many are computed
+constexpr int64_t kRunsAThread = 2;    // of columns: each thread takes as many as it gets to
 constexpr int64_t kSlackRows = 16;     // tiles may read this many rows behind the last
 
 typedef float Lanes __attribute__((vector_size(64)));
@@ -139,7 +140,7 @@ inline int64_t padded(int64_t size) { return (size + kBlock - 1) / kBlock * kBlo
 // are the even and odd runs of 16 rows of first. What lies beyond either size is zero.
 template <typename T>
 void pack_as(T* out, const T* first, const T* second, int64_t rows, int64_t cols, int64_t num_blocks, int64_t k, int64_t pair) {
-  at::parallel_for(0, num_blocks, 4, [&](int64_t begin, int64_t end) {
+  antiphon::parallel_for(0, num_blocks, 4, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       T* block = out + b * k * kBlock;
       std::memset(static_cast<void*>(block), 0, k * kBlock * sizeof(T));
@@ -416,10 +417,10 @@ class Layer {
       std::memcpy(static_cast<void*>(to), rows_ + pairs[m].row * row_stride_, d_ * sizeof(T));
       std::memset(static_cast<void*>(to + d_), 0, (dp_ - d_) * sizeof(T));
     }
-    at::parallel_for(0, widest / kLanes, 1, [&](int64_t begin, int64_t end) {
+    antiphon::parallel_for(0, widest / kLanes, 1, [&](int64_t begin, int64_t end) {
       gate_up(experts, {kGateUp, kGateUpScale, begin, end}, activation);
-    });
-    at::parallel_for(0, dp_ / kBlock, 1, [&](int64_t begin, int64_t end) {
+    }, kRunsAThread);
+    antiphon::parallel_for(0, dp_ / kBlock, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = 0; t < num_rows_; ++t) {
         std::memset(sum_ + t * dp_ + begin * kBlock, 0, (end - begin) * kBlock * sizeof(float));
       }
@@ -433,7 +434,7 @@ class Layer {
           store(to[i], from[i]);
         }
       }
-    });
+    }, kRunsAThread);
   }
 
  private:
@@ -753,7 +754,7 @@ int64_t route(const Tensor& ids, const Tensor& weights, const Tensor& rows, cons
   float* to_weights = weights.mutable_data_ptr<float>();
   const float* packed = weight.const_data_ptr<float>();
   std::atomic<int64_t> num_bad{0};
-  at::parallel_for(0, num_rows, 16, [&](int64_t begin, int64_t end) {
+  antiphon::parallel_for(0, num_rows, 16, [&](int64_t begin, int64_t end) {
     static thread_local Scratch<float> memory;
     constexpr int64_t kRows = 8;
     float* x = memory.take(kRows * dp + kRows * outputs + 2 * outputs);

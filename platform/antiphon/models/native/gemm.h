@@ -8,6 +8,7 @@
 #pragma once
 
 #include "ahead.h"
+#include "crew.h"
 #include "tiles.h"
 
 namespace antiphon {
@@ -38,7 +39,7 @@ Tensor pack_as(const Tensor& weight, bool pairs) {
   Tensor packed = LargePages::zeros({strips, depth, kLanes, kWidth}, weight.scalar_type());
   const T* from = static_cast<const T*>(weight.const_data_ptr());
   T* to = static_cast<T*>(packed.data_ptr());
-  at::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
       for (int64_t lane = 0; lane < kLanes; ++lane) {
         const int64_t within = (pairs ? s / 2 : s) * kLanes + lane;

@@ -57,7 +57,7 @@ void norm_row(const bits16* x, const bits16* w, bits16* out, int64_t d, float ep
 
 // Rows [T, width] of stride ``stride`` in int8 with one scale each; behind the width they are zero.
 void quantize_rows(const bits16* x, int64_t rows, int64_t width, int64_t stride, int8_t* out, int64_t out_stride, float* scales) {
-  at::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const bits16* row = x + t * stride;
       __m512 largest = _mm512_setzero_ps();
@@ -80,7 +80,7 @@ void quantize_rows(const bits16* x, int64_t rows, int64_t width, int64_t stride,
 }
 
 void norm_rows(const bits16* x, const bits16* w, bits16* out, int64_t rows, int64_t d, int64_t out_stride, float eps) {
-  at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) norm_row(x + t * d, w, out + t * out_stride, d, eps);
   });
 }
@@ -140,7 +140,7 @@ template <typename Make>
 void multiply(const Rows& rows, const Packed& w, const float* scales, const Packed* next, const Make& make_epilogue) {
   const int64_t row_bytes = w.row_bytes();
   const int64_t chunk = std::max<int64_t>(2 * kLanes, kCachedBytes / row_bytes / (2 * kLanes) * (2 * kLanes));
-  at::parallel_for(0, divide_up(w.strips, 2), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, divide_up(w.strips, 2), 1, [&](int64_t begin, int64_t end) {
     const auto epilogue = make_epilogue();
     gemm::Soon after;
     if (next != nullptr) {  // its strips fall to threads as these do
@@ -233,7 +233,7 @@ std::tuple<Tensor, Tensor> tile_best(const Tensor& x, const Tensor& packed, cons
     std::fill_n(table[i].index, kLanes, static_cast<int32_t>(outputs));
   }
   multiply(rows_for(w, x), w, nullptr, nullptr, [&] {
-    Best* mine = table + at::get_thread_num() * rows;
+    Best* mine = table + Crew::thread() * rows;
     return each_sixteen(outputs, bias_data(bias), [=](int64_t t, int64_t o, __mmask16 m, __m512 v) {
       Best& best = mine[t];
       // Outputs come in ascending order, so an equal one later on does not win; NaN does, and stays.
@@ -278,7 +278,7 @@ void rotate_and_cache(bits16* rows, int64_t count, const Heads& heads, const Ten
   const int64_t half = heads.rotated_half, kv_width = heads.keys * heads.dim;
   const float *cos_table = cos.const_data_ptr<float>(), *sin_table = sin.const_data_ptr<float>();
   const bits16 *q_weight = bias_data(q_norm), *k_weight = bias_data(k_norm);
-  at::parallel_for(0, count, 8, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count, 8, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       bits16* row = rows + t * heads.width();
       const float *c = cos_table + positions[t] * half, *s = sin_table + positions[t] * half;
@@ -368,7 +368,7 @@ void attend_chunk(const bits16* q, int64_t width, int64_t rows, const paged::Cac
   if (cache.whole_blocks) context.lay_out(workspace.starts.get<int64_t>(divide_up(context.tokens, kLanes)));
   static thread_local Scratch interleaved;
   bits16* values = interleaved.get<bits16>(heads.keys * spans * span_size);
-  at::parallel_for(0, heads.keys * spans, 8, [&](int64_t begin, int64_t end) {
+  parallel_for(0, heads.keys * spans, 8, [&](int64_t begin, int64_t end) {
     paged::Feed nothing;
     for (int64_t i = begin; i < end; ++i) {
       paged::interleave_values(cache, context, from + i % spans * paged::kSpan, i / spans, values + i * span_size, nothing, 0);
@@ -376,7 +376,7 @@ void attend_chunk(const bits16* q, int64_t width, int64_t rows, const paged::Cac
   });
   const int64_t tiles = divide_up(rows * groups, kLanes), num_tasks = tiles * heads.keys;
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), num_tasks), 1, [&](int64_t, int64_t) {
+  parallel_for(0, std::min<int64_t>(at::get_num_threads(), num_tasks), 1, [&](int64_t, int64_t) {
     Workspace& ws = workspace;
     bits16* queries = ws.queries.get<bits16>(depth * kTile);
     bits16* keys = ws.keys.get<bits16>(4 * kLanes * heads.dim);
@@ -429,7 +429,7 @@ void attend_rows(const bits16* qkv, const Tensor& k_cache, const Tensor& v_cache
     const int32_t* table = batch.blocks->const_data_ptr<int32_t>();
     const int64_t* lens = batch.lens->const_data_ptr<int64_t>();
     const int64_t parts = decodes >= 2 * at::get_num_threads() ? 1 : std::min<int64_t>(heads.keys, at::get_num_threads());
-    at::parallel_for(0, decodes * parts, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, decodes * parts, 1, [&](int64_t begin, int64_t end) {
       const auto context_of = [&](int64_t task, Scratch& starts) {
         const int64_t b = task / parts;
         paged::Context context{table + b * stride, batch.block_size, nullptr, lens[b]};

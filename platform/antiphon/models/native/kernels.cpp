@@ -5,11 +5,12 @@
 // T rows, D hidden, N query heads, K KV heads, G = N/K, H head dim, R rotary dim, P blocks, S slots per block.
 // bfloat16 is read and written with round-to-nearest-even; all arithmetic is fp32. The torch path in models/ is the reference.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
+
+#include "crew.h"
 
 #ifdef __linux__
 #include <sched.h>
@@ -94,7 +95,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double shift)
   const int64_t d = x.size(-1), rows = x.numel() / d;
   dispatch(x, [&](auto tag) {
     using T = decltype(tag);
-    at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+    antiphon::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         norm_row(data<T>(x) + t * d, data<T>(weight), data<T>(out) + t * d, d, eps, shift);
       }
@@ -110,7 +111,7 @@ Tensor add_rms_norm(const Tensor& x, const Tensor& added, const Tensor& weight, 
   const int64_t d = x.size(-1), rows = x.numel() / d;
   dispatch(x, [&](auto tag) {
     using T = decltype(tag);
-    at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+    antiphon::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         T* row = data<T>(x) + t * d;
         const T* more = data<T>(added) + t * d;
@@ -139,7 +140,7 @@ void rope_and_cache(const Tensor& qkv, const Tensor& cos, const Tensor& sin, con
   const float *cos_table = cos.const_data_ptr<float>(), *sin_table = sin.const_data_ptr<float>();
   dispatch(qkv, [&](auto tag) {
     using T = decltype(tag);
-    at::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
+    antiphon::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         T* row = data<T>(qkv) + t * width;
         const float *c = cos_table + position[t] * half, *s = sin_table + position[t] * half;
@@ -246,7 +247,7 @@ Tensor decode_attention(const Tensor& qkv, const Tensor& k_cache, const Tensor& 
   const int64_t* len = lens.const_data_ptr<int64_t>();
   dispatch(qkv, [&](auto tag) {
     using T = decltype(tag);
-    at::parallel_for(0, batch * kv_heads, 1, [&](int64_t begin, int64_t end) {
+    antiphon::parallel_for(0, batch * kv_heads, 1, [&](int64_t begin, int64_t end) {
       thread_local std::vector<float> scratch;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t b = task / kv_heads, k = task % kv_heads;
@@ -267,7 +268,7 @@ Tensor silu_mul(const Tensor& gate_up) {
   Tensor out = at::empty({rows, width}, gate_up.options());
   dispatch(gate_up, [&](auto tag) {
     using T = decltype(tag);
-    at::parallel_for(0, rows, 4, [&](int64_t begin, int64_t end) {
+    antiphon::parallel_for(0, rows, 4, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const T *gate = data<T>(gate_up) + t * 2 * width, *up = gate + width;
         T* to = data<T>(out) + t * width;
@@ -290,7 +291,7 @@ int64_t read_all(const Tensor& memory) {
   const int64_t words = static_cast<int64_t>(memory.nbytes()) / 8, threads = at::get_num_threads();
   const uint64_t* from = data<uint64_t>(memory);
   std::vector<uint64_t> sums(threads, 0);
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  antiphon::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       const int64_t run = words / threads / 4 / 8 * 8;
       const uint64_t* at = from + k * 4 * run;
@@ -309,9 +310,10 @@ int64_t read_all(const Tensor& memory) {
   return static_cast<int64_t>(total);
 }
 
-// Pin the calling thread's compute threads to a processor each, itself to the first; how many could not be.
-int64_t pin_threads(at::IntArrayRef cores) {
-  std::atomic<int64_t> num_failed{0};
+// Pin the calling thread's compute threads, this library's and torch's, to a processor each, itself to the first; how many could not
+// be. ``share``: see Crew::pin.
+int64_t pin_threads(at::IntArrayRef cores, bool share) {
+  std::atomic<int64_t> num_failed{antiphon::Crew::here().pin(cores, share)};
 #ifdef __linux__
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
     cpu_set_t set;
@@ -365,7 +367,7 @@ TORCH_LIBRARY(antiphon, m) {
       "float scale, int window) -> Tensor");
   m.def("silu_mul(Tensor gate_up) -> Tensor");
   m.def("read_all(Tensor memory) -> int");
-  m.def("pin_threads(int[] cores) -> int", &pin_threads);
+  m.def("pin_threads(int[] cores, bool share) -> int", &pin_threads);
   m.def(
       "attend_decode(Tensor(a!) x, Tensor input_norm, Tensor qkv_weight, Tensor? qkv_bias, Tensor cos, Tensor sin, Tensor positions, "
       "Tensor slots, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor blocks, Tensor lens, int block_size, int num_heads, float scale, "

@@ -4,7 +4,6 @@
 // finds the bucket that a cut falls into, and only that bucket is sorted. A row's token depends on its own row alone.
 // R rows, V vocabulary. The torch path in worker/sampler.py is the reference.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -14,6 +13,8 @@
 #include <cmath>
 #include <cstdint>
 #include <vector>
+
+#include "crew.h"
 
 namespace {
 
@@ -128,7 +129,7 @@ Tensor draw(const Tensor& logits, const Tensor& rows, const Tensor& settings, co
   const double* s = settings.const_data_ptr<double>();
   Tensor out = at::empty({count}, rows.options());
   int64_t* to = out.data_ptr<int64_t>();
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  antiphon::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     static thread_local Row state;
     for (int64_t i = begin; i < end; ++i) {
       to[i] = state.draw(logits.const_data_ptr<float>() + row[i] * vocabulary, vocabulary, static_cast<float>(s[4 * i]), k[i], s[4 * i + 1],
