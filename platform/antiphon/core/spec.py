@@ -251,7 +251,10 @@ class TransportSpec(Model):
     return_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Format of F2A rows; auto = the compute format."
     )
-    num_ubatches: int | Literal["auto"] = Field(default="auto", description="Micro-batches in flight per attention worker, 1 to 8.")
+    num_ubatches: int | Literal["auto"] = Field(
+        default="auto",
+        description="Micro-batches in flight per attention worker, 1 to 8; 1 where auto and workers share processors.",
+    )
     batch_wait_us: float = Field(
         default=2000.0,
         ge=0,

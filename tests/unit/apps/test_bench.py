@@ -79,6 +79,14 @@ def test_processors_are_dealt_out_without_overlap():
     assert [pool.num_threads for pool in pools] == [2, 2]
 
 
+def test_workers_of_a_shared_wiring_each_have_all_processors_and_begin_with_their_own():
+    setup = BenchSetup(uri="m", wiring="1A1F@shared", cores=(4, 5, 6, 7))
+    pools = setup.document().spec.pools
+    assert [list(pool.cores) for pool in pools] == [[4, 5, 6, 7], [6, 7, 4, 5]]
+    assert [pool.num_threads for pool in pools] == [4, 4]
+    assert setup.document().spec.shared_cores == {4, 5, 6, 7}
+
+
 def test_an_unknown_wiring_is_refused_with_the_known_ones():
     with pytest.raises(InvalidInput, match="monolith, P/D, xAyF"):
         BenchSetup(uri="m", wiring="A1F1").document()

@@ -3,6 +3,7 @@
 import pytest
 
 from antiphon.apps.serve_plan import PoolPlan, PoolTemplate, ServeSettings, cores_of, plan_serve, revision_of
+from antiphon.apps.wiring import num_ubatches
 from antiphon.apps.worker_config import CONFIG_VARIABLE, LogSettings, WorkerConfig
 from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import Epoch, FFNShard, Role
@@ -91,6 +92,25 @@ def test_processors_are_dealt_out_in_equal_runs() -> None:
     assert [cores_of(pool, i) for i in range(3)] == [(0, 1), (2, 3), (4, 5)]
     assert cores_of(pool, 6) == (0, 1)
     assert cores_of(document().spec.pools[0], 0) == ()
+
+
+def test_workers_that_list_the_same_processors_are_told_that_they_share_them() -> None:
+    pools = [
+        {"name": "attention", "role": "attention", "threads": 2, "cores": [0, 1]},
+        {"name": "ffn", "role": "ffn", "replicas": 2, "threads": 2, "cores": [1, 0, 2, 3]},
+    ]
+    shared = document(pools=pools)
+
+    def shares(pool: str, index: int) -> bool:
+        whole = PoolTemplate(
+            document=shared, pool=pool, checkpoint="/c", directory="grpc://h:1", host="h", drain_s=3.0, log=LogSettings()
+        )
+        return whole.worker(index, Epoch(1)).shares_cores
+
+    assert [shares("attention", 0), shares("ffn", 0), shares("ffn", 1)] == [True, True, False]
+    assert num_ubatches(shared.spec, Role.ATTENTION) == 1  # sides that take turns hide nothing from each other
+    assert num_ubatches(document().spec, Role.ATTENTION) > 1
+    assert not template().worker(0, Epoch(1)).shares_cores
 
 
 def test_the_revision_changes_with_what_peers_must_agree_on() -> None:

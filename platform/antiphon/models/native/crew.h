@@ -106,7 +106,7 @@ class Crew {
  private:
   static constexpr int64_t kTurnsAlone = 256;
   using Clock = std::chrono::steady_clock;
-  static constexpr auto kPatience = std::chrono::milliseconds(2);  // longer than the pauses between the halves of layers
+  static constexpr auto kPatience = std::chrono::milliseconds(10);  // longer than the pauses between layers, and between steps
   static constexpr auto kLate = std::chrono::microseconds(500);    // longer than a part takes
   static constexpr int kRests = 4;                                 // times the wait for a late helper
 
