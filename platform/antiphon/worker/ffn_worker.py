@@ -170,6 +170,8 @@ class FFNWorker:
         rows_RD = first.rows_RD if len(batch) == 1 else torch.cat([work.rows_RD for work in batch])
         if first.ids_RK is None:
             return self.halves.compute(layer, rows_RD)
+        if len(batch) == 1:
+            return self.halves.compute(layer, rows_RD, first.ids_RK, first.weights_RK)
         ids_RK = torch.cat([work.ids_RK for work in batch if work.ids_RK is not None])
         weights_RK = torch.cat([work.weights_RK for work in batch if work.weights_RK is not None])
         return self.halves.compute(layer, rows_RD, ids_RK, weights_RK)
