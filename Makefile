@@ -1,8 +1,11 @@
-# Every target sets itself up: a virtual environment in .venv, made once and again only when the dependencies change.
+# Every target sets itself up: a virtual environment in .venv, made once and again only when the dependencies change;
+# kernels are built again when their sources change.
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BUILT := $(VENV)/.built
+NATIVE := $(wildcard platform/antiphon/*/native/*.c platform/antiphon/*/native/*.cpp platform/antiphon/*/native/*.h)
 EXTRAS := convert,coe,plan,operator,dev
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
 SHELL := /bin/sh
@@ -24,15 +27,18 @@ $(READY): pyproject.toml deploy/constraints.txt
 	@$(PIP) install --constraint deploy/constraints.txt torch
 	@$(PIP) install --constraint deploy/constraints.txt --editable '.[$(EXTRAS)]'
 	@$(PIP) install --constraint deploy/constraints.txt --editable '.[nixl]' || echo "No NIXL here: its links and tests are left out." >&2
+	@touch $@
+
+$(BUILT): $(READY) $(NATIVE)
 	@$(BIN)/python -m antiphon.transport.native.build || echo "No native lane: shared memory links will be slower." >&2
 	@$(BIN)/python -m antiphon.models.native.library >/dev/null || echo "No kernels: the slower torch path will serve." >&2
 	@touch $@
 
-demo: $(READY)  ## Serve the demo model on three pools, ask it a question, stop.
+demo: $(BUILT)  ## Serve the demo model on three pools, ask it a question, stop.
 	@$(BIN)/antiphon serve -f deploy/examples/smollm2-pd-afd.yaml --http-port 0 --grpc-port 0 \
 		--ask "What is the capital of France?"
 
-test: $(READY)  ## Run all tests: in parallel first, then those that start clusters.
+test: $(BUILT)  ## Run all tests: in parallel first, then those that start clusters.
 	@start=$$(date +%s); failed=""; \
 	echo "== tests of parts, in parallel"; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster" -n 2 --dist worksteal || failed="$$failed parts"; \
@@ -55,7 +61,7 @@ lint: $(READY)  ## Check style, format, types and the direction of imports.
 types: $(READY)  ## Check types alone.
 	@$(BIN)/mypy
 
-bench: $(READY)  ## Measure transports, prefill, decode and mixed load.
+bench: $(BUILT)  ## Measure transports, prefill, decode and mixed load.
 	@$(BIN)/antiphon bench transports
 	@$(BIN)/antiphon bench decode
 	@$(BIN)/antiphon bench prefill

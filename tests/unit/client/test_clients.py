@@ -275,7 +275,7 @@ def test_what_is_asked_arrives_as_asked(server: Server, connect: Connect) -> Non
     assert request.HasField("num_logprobs")
     assert request.request_id == "mine"
     assert server.script.calls[0].metadata["traceparent"].startswith("00-aaaa")
-    assert 0 < (server.script.calls[0].deadline_left_s or 0) <= 20
+    assert 0 < (server.script.calls[0].deadline_left_s or 0) <= 21  # gRPC rounds what it sends up
 
 
 def test_closing_a_stream_cancels_on_the_server(server: Server, connect: Connect) -> None:
