@@ -61,7 +61,9 @@ class Crew {
   // has the crew, on this one alone. Throws what a part threw.
   template <typename Work>
   void run(int64_t parts, int64_t threads, const Work& work) {
-    if (parts <= 1 || threads <= 1 || parts > kMaxParts || is_resting() || busy_.test_and_set(std::memory_order_acquire)) {
+    const bool has_crew = parts > 1 && threads > 1 && parts <= kMaxParts && !busy_.test_and_set(std::memory_order_acquire);
+    if (!has_crew || is_resting()) {
+      if (has_crew) busy_.clear(std::memory_order_release);
       for (int64_t part = 0; part < parts; ++part) work(part);
       return;
     }
