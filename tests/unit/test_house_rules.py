@@ -45,3 +45,9 @@ def test_no_source_file_outgrows_its_room() -> None:
         if "_pb2" not in path.name and (lines := len(path.read_text().splitlines())) > 480
     }
     assert not long, long
+
+
+def test_a_worker_on_the_cpu_loads_no_kernel_compiler_for_cards() -> None:
+    code = "import sys, antiphon.apps.worker_process, antiphon.testing; print('triton' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "False", result.stdout + result.stderr

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
+from antiphon.core.device import device_problems
 from antiphon.core.spec import LLMDeployment
 from antiphon_operator.conditions import Reason
 from antiphon_operator.kube.base import Object
@@ -30,7 +31,7 @@ def accept(live: Object, runtime: Runtime) -> LLMDeployment:
     """The typed document of ``live``, to be run with ``runtime`` where it leaves that open.
 
     Raises:
-        Refused: it is not valid, or asks for a version of Ray that the workers can't run with.
+        Refused: it is not valid, asks for devices that workers can't compute on, or for a version of Ray that they can't run with.
     """
     try:
         document = LLMDeployment.model_validate({k: live[k] for k in ("apiVersion", "kind", "metadata", "spec") if k in live})
@@ -41,6 +42,9 @@ def accept(live: Object, runtime: Runtime) -> LLMDeployment:
     if ports[0] == ports[1] or set(ports) & set(RESERVED_PORTS):
         message = f"endpoint: ports {ports[0]} and {ports[1]} must differ and not be one of {RESERVED_PORTS}"
         raise Refused(Reason.INVALID_SPEC, message)
+    misfits = [f"spec.{path}: {why}" for path, why in device_problems(document.spec)]
+    if misfits:
+        raise Refused(Reason.INVALID_SPEC, "; ".join(misfits)[:900])
     why = unsupported_ray(document.spec.kubernetes.ray_version or runtime.ray_version)
     if why:
         raise Refused(Reason.UNSUPPORTED_RAY_VERSION, why)

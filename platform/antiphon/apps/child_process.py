@@ -18,6 +18,7 @@ from pathlib import Path
 from antiphon.apps.worker_config import CONFIG_VARIABLE, WorkerConfig
 from antiphon.apps.worker_events import EVENTS_VARIABLE, WorkerEvent
 from antiphon.core.errors import CorruptMessage
+from antiphon.device.driver import CARDS_VARIABLE
 
 _LAUNCHER = str(Path(__file__).with_name("child_launcher.py"))
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -54,6 +55,7 @@ class ChildProcess:
             "GOMP_SPINCOUNT": _SPIN_COUNT,
             **dict.fromkeys(_THREAD_VARIABLES, str(config.threads)),
             **config.pool_spec.env,
+            **({CARDS_VARIABLE: config.card} if config.card else {}),
             **(environment or {}),
             CONFIG_VARIABLE: str(config_path),
             EVENTS_VARIABLE: str(events_of_child),

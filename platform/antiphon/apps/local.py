@@ -119,6 +119,7 @@ class DirectDeployment:
                 drain_s=self._settings.drain_s,
                 log=self._settings.log,
                 shelf=shelf,
+                cards=self._settings.cards.get((name, pool.name), ()),
             )
             for replica in range(pool.num_replicas):
                 self._supervisors.append(

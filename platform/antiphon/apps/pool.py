@@ -72,6 +72,7 @@ class PoolReplica:
             drain_s=settings.drain_s,
             log=settings.log,
             shelf=self._shelf,
+            cards=settings.cards.get((self._document.metadata.name, self._pool), ()),
         )
         self._supervisor = WorkerSupervisor(
             template,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,7 @@ class ServeSettings:
     max_start_attempts: int = 20  # of a pool's replicas, before Serve gives the application up
     drain_s: float = 20.0
     log: LogSettings = field(default_factory=LogSettings)
+    cards: Mapping[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)  # see apps.devices; empty = Ray deals them out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +135,7 @@ class PoolTemplate:
     drain_s: float
     log: LogSettings
     shelf: TierShelf | None = None  # see WorkerConfig
+    cards: tuple[str, ...] = ()  # of workers 0, 1, ...; empty = not dealt out here
 
     @property
     def spec(self) -> PoolSpec:
@@ -163,6 +166,7 @@ class PoolTemplate:
             shard=FFNShard.of(index % sharding.num_shards, num_tensor=sharding.tensor, num_expert=sharding.expert),
             threads=spec.num_threads,
             cores=cores_of(spec, index),
+            card=self.cards[index % len(self.cards)] if self.cards else "",
             drain_s=self.drain_s,
             log=self.log,
             shelf=self.shelf,

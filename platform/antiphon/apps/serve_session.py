@@ -22,6 +22,7 @@ from typing import Self
 
 import httpx
 
+from antiphon.apps.devices import deal
 from antiphon.apps.host import adopt_orphans, end_descendants, make_run_dir, remove_tree, sweep_run_dirs
 from antiphon.apps.journal import Journal, JournalEntry
 from antiphon.apps.local import DirectDeployment, RayDeployment, read_journals, running_of
@@ -31,6 +32,7 @@ from antiphon.apps.serve_set import Serving
 from antiphon.apps.stop_signals import StopSignals
 from antiphon.core.directory import WorkerRecord
 from antiphon.core.errors import Unavailable
+from antiphon.device.driver import look_for_cards
 from antiphon.gateway.config import BoundPorts
 from antiphon.gateway.directory import open_directory
 from antiphon.gateway.lease import BlockingDirectory
@@ -94,7 +96,7 @@ class ServeSession:
         """Start everything and wait until it is ready; ``say`` gets what is being done.
 
         Raises:
-            AntiphonError: the model can't be had, or something could not be started; the message has the end of its log.
+            AntiphonError: cards or the model can't be had, or something could not be started; the message has the end of its log.
             StopRequested: a signal came.
         """
         deadline = time.monotonic() + self._settings.start_timeout_s
@@ -104,6 +106,7 @@ class ServeSession:
             self._signals.check()
             say(text)
 
+        settings = replace(self._settings, cards=deal(self._serving.deployments, look_for_cards))
         checkpoints = {}
         with self._journal.timed("checkpoint"):
             for document in self._serving.deployments:
@@ -113,7 +116,7 @@ class ServeSession:
         self._serving = replace(self._serving, checkpoints=checkpoints)
         self._check_artifacts(step)
         kind = RayDeployment if self._with_ray else DirectDeployment
-        deployment = kind(self._serving, run_dir=self.run_dir, settings=self._settings)
+        deployment = kind(self._serving, run_dir=self.run_dir, settings=settings)
         self._deployment = deployment
         deployment.start(step)
         num_processes = self._serving.num_processes

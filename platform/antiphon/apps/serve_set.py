@@ -14,6 +14,7 @@ from typing import Any
 
 from antiphon.apps.tier_plan import TierShelf, shelves_of, tier_problems
 from antiphon.core.composition import CompositionOfExperts
+from antiphon.core.device import device_problems
 from antiphon.core.documents import Document
 from antiphon.core.errors import Problem, SpecInvalid
 from antiphon.core.spec import EndpointSpec, LLMDeployment
@@ -116,6 +117,7 @@ def serving_of(documents: Sequence[Document], source: str) -> Serving:
         *_repeated(deployments, compositions),
         *unknown_references(deployments, compositions),
         *tier_problems(deployments, compositions),
+        *_devices(deployments),
     ]
     endpoint, redis_url = EndpointSpec(), None
     if deployments:
@@ -147,6 +149,10 @@ def _nothing(
         for pool in document.spec.pools
         if pool.replicas == 0
     ]
+
+
+def _devices(deployments: Sequence[LLMDeployment]) -> list[Problem]:
+    return [_problem(document, f"spec.{path}", why) for document in deployments for path, why in device_problems(document.spec)]
 
 
 def _repeated(deployments: Sequence[LLMDeployment], compositions: Sequence[CompositionOfExperts]) -> list[Problem]:

@@ -132,6 +132,9 @@ def tier_problems(deployments: Sequence[LLMDeployment], compositions: Sequence[C
             if len(pools) != 1 or pools[0].role != "monolith" or pools[0].replicas != 1:
                 message = f"an expert of spec.tiers is one monolith; {expert.deployment_ref} has other pools or replicas"
                 problems.append(Problem(path=f"{path}.deploymentRef", message=message))
+            if any(pool.worker_device != "cpu" for pool in pools):
+                message = f"experts of spec.tiers share a process that computes on the CPU; {expert.deployment_ref} asks for a card"
+                problems.append(Problem(path=f"{path}.deploymentRef", message=message))
             if expert.deployment_ref in taken:
                 message = f"{expert.deployment_ref} shares memory already, as {taken[expert.deployment_ref]}"
                 problems.append(Problem(path=f"{path}.deploymentRef", message=message))

@@ -23,6 +23,7 @@ from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
 from antiphon.core.kv import KVLayout
 from antiphon.core.spec import LLMDeploymentSpec, parse_quantity
+from antiphon.device.device import CPU, Device
 from antiphon.engine.core import EngineCore, Outbox
 from antiphon.engine.limits import SchedulerConfig
 from antiphon.engine.scheduler import Scheduler
@@ -74,8 +75,8 @@ class ModelFacts:
         return placement
 
 
-def resolve_model(spec: LLMDeploymentSpec, checkpoint_dir: str, revision: str) -> ModelFacts:
-    """Resolve every "auto" of the document.
+def resolve_model(spec: LLMDeploymentSpec, checkpoint_dir: str, revision: str, device: Device = CPU) -> ModelFacts:
+    """Resolve every "auto" of the document. ``device``: the worker's own; everything else is equal for all workers.
 
     Raises:
         CheckpointInvalid, UnsupportedModel: the checkpoint can't be served.
@@ -107,7 +108,7 @@ def resolve_model(spec: LLMDeploymentSpec, checkpoint_dir: str, revision: str) -
         dtype=dtype,
         activation_dtype=_wire_dtype(spec.transport.activation_dtype, dtype),
         return_dtype=_wire_dtype(spec.transport.return_dtype, dtype),
-        device=torch.device("cpu"),
+        device=device.torch,
         max_model_len=max_model_len,
         kv=layout,
         num_blocks=num_blocks,

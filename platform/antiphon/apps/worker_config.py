@@ -50,6 +50,9 @@ class WorkerConfig:
     shard: FFNShard = field(default_factory=FFNShard)
     threads: int = 1
     cores: tuple[int, ...] = ()  # processors the process is pinned to; empty = not pinned
+    card: str = (
+        ""  # the one card that the process may see; "" = whatever its environment says, which is Ray's to write on a cluster
+    )
     drain_s: float = 5.0  # after SIGTERM: time for requests in flight, then exit
     log: LogSettings = field(default_factory=LogSettings)
     shelf: TierShelf | None = None  # the experts that this process serves together; None = its own model alone

@@ -39,10 +39,12 @@ from antiphon.apps.worker_config import WorkerConfig
 from antiphon.apps.worker_events import EventWriter
 from antiphon.connectors.kv_decode import DecodeSide
 from antiphon.connectors.kv_prefill import PrefillSide
+from antiphon.core.device import memory_share
 from antiphon.core.errors import InternalError, LayoutMismatch, Unavailable
 from antiphon.core.ids import Endpoint, Role
 from antiphon.core.request import RequestOutput
 from antiphon.core.worker_info import WorkerInfo, WorkerLoad
+from antiphon.device.device import Device, open_device
 from antiphon.gateway.directory import open_directory
 from antiphon.gateway.lease import BlockingDirectory, LeaseKeeper
 from antiphon.telemetry import configure_logging, setup, step_trace
@@ -58,6 +60,13 @@ _READY_POLL_S = 0.02
 # How long another thread may keep the GIL that the loop wants back, after every operator and every wait. Python's own 5 ms would be
 # a stall of several layers whenever the rpc thread or the lease has something to do.
 _SWITCH_INTERVAL_S = 200e-6
+
+
+def device_of(config: WorkerConfig) -> Device:
+    """Open the device that the worker's pool asks for. Raises InvalidInput, which names the field."""
+    pool = config.pool_spec
+    field = f"spec.pools[{config.spec.pools.index(pool)}].resources.gpu"
+    return open_device(pool.worker_device, memory_share(pool), field)
 
 
 class WorkerProcess:
@@ -87,7 +96,7 @@ class WorkerProcess:
         if config.shares_cores:
             give_way()
         with events.timed("weights"):
-            self._facts: ModelFacts = resolve_model(config.spec, config.checkpoint, config.revision)
+            self._facts: ModelFacts = resolve_model(config.spec, config.checkpoint, config.revision, device_of(config))
             self._ffn: FFNWorker | None = None
             self._part: AttentionPart | None = None
             self._host: EngineHost | None = None

@@ -16,6 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
+from antiphon.device.driver import Cards, look_for_cards
+
 app = typer.Typer()
 MIN_KUBERAY = (1, 7)  # the first whose RayService can be suspended
 KINDS = ("llmdeployments", "servingpools", "compositionsofexperts", "modelartifacts")
@@ -56,6 +58,31 @@ def check_machine() -> list[Finding]:
         free_gib = shutil.disk_usage(shm).free / 2**30
         findings.append(
             Finding(name="shared memory", ok=free_gib >= 0.25, found=f"{free_gib:.1f} GiB free", advice="enlarge /dev/shm")
+        )
+    return findings
+
+
+def check_cards(found: Cards) -> list[Finding]:
+    """The cards of this machine; none is no fault, a card that the installed torch can't use is one."""
+    if not found.cards:
+        advice = "pools without resources.gpu need none"
+        return [Finding(name="cards", ok=None, found=f"none: {found.why_none}", advice=advice)]
+    findings = [
+        Finding(
+            name=f"card {card.visible}",
+            ok=True,
+            found=f"{card.name}, {card.memory_bytes / 2**30:.0f} GiB, compute {card.capability[0]}.{card.capability[1]}, "
+            f"driver {found.driver}",
+        )
+        for card in found.cards
+    ]
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return findings
+    if version.endswith("+cpu"):
+        findings.append(
+            Finding(name="torch on cards", ok=False, found=f"{version} computes on CPUs only", advice="install torch's CUDA build")
         )
     return findings
 
@@ -135,7 +162,7 @@ def doctor(
     cluster: Annotated[bool, typer.Option(help="Check the cluster that kubectl speaks to as well.")] = True,
 ) -> None:
     """Check this machine and cluster; exits with 1 when something needed is missing."""
-    findings = check_machine()
+    findings = [*check_machine(), *check_cards(look_for_cards())]
     if cluster:
         if shutil.which("kubectl") is None:
             findings.append(Finding(name="cluster", ok=None, found="kubectl is not installed"))

@@ -12,6 +12,7 @@ import typer
 from antiphon.apps.serve_set import unknown_references
 from antiphon.apps.tier_plan import tier_problems
 from antiphon.core.composition import CompositionOfExperts
+from antiphon.core.device import device_problems
 from antiphon.core.documents import Document, read_documents
 from antiphon.core.errors import Problem, SpecInvalid
 from antiphon.core.spec import LLMDeployment
@@ -35,6 +36,7 @@ def validate(
             problems += error.problems
         else:
             sources += [str(path)] * (len(documents) - len(sources))
+    problems += _devices(documents, sources)
     problems += _misfits(documents, sources)
     if as_json:
         found = {
@@ -50,6 +52,16 @@ def validate(
             print(f"ok: {describe(document)}")
     if problems:
         raise typer.Exit(1)
+
+
+def _devices(documents: list[Document], sources: list[str]) -> list[Problem]:
+    """Cards asked for in ways that no worker can use, whatever the machine."""
+    return [
+        Problem(path=f"spec.{path}", message=why, source=source)
+        for document, source in zip(documents, sources, strict=True)
+        if isinstance(document, LLMDeployment)
+        for path, why in device_problems(document.spec)
+    ]
 
 
 def _misfits(documents: list[Document], sources: list[str]) -> list[Problem]:

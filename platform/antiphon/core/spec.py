@@ -64,6 +64,7 @@ ROLES_OF: dict[Topology, tuple[Role, ...]] = {
 
 PoolRole = Literal["monolith", "prefill", "decode", "attention", "ffn"]
 DType = Literal["auto", "float32", "bfloat16"]
+DeviceName = Literal["auto", "cpu", "cuda"]
 TransportName = Literal["auto", "loopback", "shm", "nixl", "grpc"]
 
 
@@ -149,7 +150,15 @@ class Resources(Model):
 
     cpu: Quantity = Field(default="1", description="Processors, as a Kubernetes quantity.")
     memory: Quantity | None = Field(default=None, description="Memory, as a Kubernetes quantity; None = not requested.")
-    gpu: int = Field(default=0, ge=0, le=16, description="Accelerators per worker.")
+    gpu: int = Field(
+        default=0, ge=0, le=16, description="Cards per worker; 1 = the worker computes on it. More than 1 is refused when served."
+    )
+    gpu_memory_utilization: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Share of its card's memory that one worker may fill; None = 0.9. Workers on one card share it: 0.45 for two.",
+    )
     gpu_resource: str = Field(default="nvidia.com/gpu", description="Kubernetes resource name of the accelerator.", max_length=128)
 
 
@@ -169,6 +178,9 @@ class PoolSpec(Model):
         max_length=4096,
     )
     resources: Resources = Field(default_factory=Resources, description="What one worker asks of its machine.")
+    device: DeviceName = Field(
+        default="auto", description="What its workers compute on; auto = cuda where resources.gpu is 1, else cpu."
+    )
     node_selector: dict[str, str] = Field(default_factory=dict, description="Labels of the nodes it may run on (Kubernetes).")
     env: dict[str, str] = Field(default_factory=dict, description="Environment variables of its workers.")
     scaling: ScalingSpec = Field(default_factory=ScalingSpec, description="How its size is decided (Kubernetes).")
@@ -196,6 +208,13 @@ class PoolSpec(Model):
         if self.threads is not None:
             return self.threads
         return max(1, int(parse_quantity(self.resources.cpu)))
+
+    @property
+    def worker_device(self) -> Literal["cpu", "cuda"]:
+        """What its workers compute on, resolved."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if self.resources.gpu else "cpu"
 
     @property
     def floor(self) -> int:

@@ -1,0 +1,63 @@
+"""A worker's device, opened once when the worker is built: the CPU, or the one card that it may see (control speed).
+
+Asking for a card where none can be used is refused in one sentence; nothing falls back to the CPU. Must not know: what is computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from antiphon.core.errors import InvalidInput
+
+MIN_CAPABILITY = (8, 0)  # the oldest that our kernels are compiled for: bfloat16 matrix units and asynchronous copies
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """Where a worker computes. ``memory_share``: of a card's whole memory, what this worker may fill."""
+
+    torch: torch.device
+    memory_share: float = 1.0
+
+    @property
+    def is_card(self) -> bool:
+        """Whether it is a card."""
+        return self.torch.type == "cuda"
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory of the card, other workers' and the driver's part included."""
+        return int(torch.cuda.get_device_properties(self.torch).total_memory)
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory of the card that nobody uses now."""
+        return int(torch.cuda.mem_get_info(self.torch)[0])
+
+
+CPU = Device(torch=torch.device("cpu"))
+
+
+def open_device(kind: Literal["cpu", "cuda"], memory_share: float, field: str) -> Device:
+    """The device of one worker. ``field``: the document's field that asks for it.
+
+    Raises:
+        InvalidInput: it asks for a card, and none can be used by this process.
+    """
+    if kind == "cpu":
+        return CPU
+    if not torch.cuda.is_available():
+        why = "shows it no card" if torch.version.cuda else f"{torch.__version__} computes on CPUs only"
+        raise InvalidInput(f"{field}: the worker asks for a card and its torch {why}; with gpu: 0 it computes on the CPU", field)
+    capability = torch.cuda.get_device_capability(0)
+    if capability < MIN_CAPABILITY:
+        name, (major, minor) = torch.cuda.get_device_name(0), capability
+        needed = ".".join(map(str, MIN_CAPABILITY))
+        raise InvalidInput(f"{field}: {name} has compute capability {major}.{minor}, {needed} or newer is needed", field)
+    torch.cuda.set_device(0)
+    torch.backends.cuda.matmul.allow_tf32 = False  # fp32 weights are served in fp32
+    torch.backends.cudnn.allow_tf32 = False
+    return Device(torch=torch.device("cuda", 0), memory_share=memory_share)
