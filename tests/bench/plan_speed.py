@@ -7,12 +7,12 @@ import argparse
 import json
 import time
 
+from antiphon.planner.cost.hardware import Catalogue
+from antiphon.planner.cost.library import find_model
 from antiphon.planner.fleet import assign
-from antiphon.planner.hardware import Catalogue
-from antiphon.planner.library import find_model
 from antiphon.planner.options import Assumptions, Demand, Planner
 from antiphon.planner.plan import make_plan
-from antiphon.planner.simulation import SimulationInput, simulate_option
+from antiphon.planner.simulation.deployment import SimulationInput, simulate_option
 from antiphon.planner.traffic import RequestShape, Traffic
 
 PLAN_LIMIT_S, HOUR_LIMIT_S = 2.0, 60.0

@@ -6,11 +6,11 @@ arXiv 2507.19427, tables 2 to 7 and sections 4.2 and 5.1; sizes of models: their
 
 import pytest
 
-from antiphon.planner.fabric import min_sparsity
-from antiphon.planner.hardware import Catalogue, roofline
-from antiphon.planner.library import find_model
-from antiphon.planner.model_cost import model_cost
-from antiphon.planner.token_cost import token_cost, unit_cost
+from antiphon.planner.cost.hardware import Catalogue, roofline
+from antiphon.planner.cost.library import find_model
+from antiphon.planner.cost.model_cost import model_cost
+from antiphon.planner.cost.token_cost import token_cost, unit_cost
+from antiphon.planner.pipeline.fabric import min_sparsity
 
 CARDS = ("H800", "H20", "A800", "910B")
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from antiphon.core.errors import InvalidInput
-from antiphon.planner.formats import Formats
-from antiphon.planner.hardware import Accelerator
-from antiphon.planner.library import Model
-from antiphon.planner.model_cost import prefill_cost
+from antiphon.planner.cost.formats import Formats
+from antiphon.planner.cost.hardware import Accelerator
+from antiphon.planner.cost.library import Model
+from antiphon.planner.cost.model_cost import prefill_cost
+from antiphon.planner.cost.token_cost import token_cost, unit_cost
 from antiphon.planner.options import Cards
-from antiphon.planner.token_cost import token_cost, unit_cost
 
 ROLES = ("colocated", "prefill", "decode", "attention", "ffn")
 

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from antiphon.planner.decode import Contexts, DecodeModel, GroupPoint, Layout, largest
-from antiphon.planner.formats import Formats, bytes_per_value
-from antiphon.planner.hardware import Accelerator, Efficiency
-from antiphon.planner.prefill import TAIL, PrefillModel, PrefillPool, waiting_chance, waiting_quantile_s
-from antiphon.planner.shape import ModelShape
-from antiphon.planner.stages import Roofline
+from antiphon.planner.cost.formats import Formats, bytes_per_value
+from antiphon.planner.cost.hardware import Accelerator, Efficiency
+from antiphon.planner.cost.shape import ModelShape
+from antiphon.planner.pipeline.group import Contexts, DecodeModel, GroupPoint, Layout, largest
+from antiphon.planner.pipeline.prefill import TAIL, PrefillModel, PrefillPool, waiting_chance, waiting_quantile_s
+from antiphon.planner.pipeline.stages import Roofline
 from antiphon.planner.traffic import Traffic
 
 PROMPT_ROOM = 1.25  # colocated steps have room for this many times the mean prompt rows, so that prompts don't queue up

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from antiphon.core.errors import InvalidInput
-from antiphon.planner.formula import Derivation
-from antiphon.planner.hardware import Accelerator
-from antiphon.planner.model_cost import ModelCost, model_cost
+from antiphon.planner.cost.formula import Derivation
+from antiphon.planner.cost.hardware import Accelerator
+from antiphon.planner.cost.model_cost import ModelCost, model_cost
+from antiphon.planner.cost.shape import FLOPS_PER_WEIGHT
 from antiphon.planner.options import Option, Planner, Wiring
-from antiphon.planner.ratio import LinearTimes, optimal_ratio, optimal_ratio_with_barrier
-from antiphon.planner.shape import FLOPS_PER_WEIGHT
+from antiphon.planner.pipeline.ratio import LinearTimes, optimal_ratio, optimal_ratio_with_barrier
 from antiphon.planner.verdict import (
     FabricCheck,
     Violation,

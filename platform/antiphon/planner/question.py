@@ -14,11 +14,11 @@ from pathlib import Path
 from antiphon.core.errors import InvalidInput
 from antiphon.core.planning import PlanningSpec
 from antiphon.core.spec import LLMDeployment
+from antiphon.planner.cost.formats import Formats
+from antiphon.planner.cost.hardware import Accelerator, Catalogue
+from antiphon.planner.cost.library import Model, find_model, model_names, read_model
+from antiphon.planner.cost.local_machine import measure_local
 from antiphon.planner.fleet import assign
-from antiphon.planner.formats import Formats
-from antiphon.planner.hardware import Accelerator, Catalogue
-from antiphon.planner.library import Model, find_model, model_names, read_model
-from antiphon.planner.local_machine import measure_local
 from antiphon.planner.options import Assumptions, Demand, Planner
 from antiphon.planner.traffic import RequestShape, Traffic
 

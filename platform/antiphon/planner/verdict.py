@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from antiphon.planner.decode import GroupPoint, Layout
-from antiphon.planner.fabric import dense_batch, min_sparsity, moe_batch
-from antiphon.planner.formats import bytes_per_value
-from antiphon.planner.model_cost import cache_bytes
+from antiphon.planner.cost.formats import bytes_per_value
+from antiphon.planner.cost.model_cost import cache_bytes
+from antiphon.planner.cost.shape import FLOPS_PER_WEIGHT
 from antiphon.planner.options import Option, Planner, Wiring
-from antiphon.planner.prefill import TAIL
-from antiphon.planner.shape import FLOPS_PER_WEIGHT
+from antiphon.planner.pipeline.fabric import dense_batch, min_sparsity, moe_batch
+from antiphon.planner.pipeline.group import GroupPoint, Layout
+from antiphon.planner.pipeline.prefill import TAIL
 
 WORTH_IT = 1.03  # a wiring with more parts must be this much better than a simpler one
 SIMPLEST_FIRST = (Wiring.COLOCATED, Wiring.PD, Wiring.AFD)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from antiphon.core.errors import InvalidInput
-from antiphon.planner.fabric import exchange, min_sparsity
+from antiphon.planner.cost.hardware import Catalogue
+from antiphon.planner.cost.library import find_model
+from antiphon.planner.cost.local_machine import measure_local
 from antiphon.planner.fleet import assign
-from antiphon.planner.hardware import Catalogue
-from antiphon.planner.library import find_model
-from antiphon.planner.local_machine import measure_local
+from antiphon.planner.pipeline.fabric import exchange, min_sparsity
 from antiphon.planner.traffic import RequestShape, Traffic
 
 CATALOGUE = Catalogue.built_in()

@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antiphon.core.errors import InvalidInput
-from antiphon.planner.decode import Contexts, DecodeModel, Layout, largest, last_within
+from antiphon.planner.cost.hardware import Catalogue, Efficiency
+from antiphon.planner.cost.library import find_model
+from antiphon.planner.cost.token_cost import token_cost
 from antiphon.planner.fleet import assign
-from antiphon.planner.hardware import Catalogue, Efficiency
-from antiphon.planner.html_report import report
-from antiphon.planner.library import find_model
 from antiphon.planner.options import Assumptions, Demand, Planner, Wiring
-from antiphon.planner.pipeline import simulate_layers
+from antiphon.planner.pipeline.group import Contexts, DecodeModel, Layout, largest, last_within
+from antiphon.planner.pipeline.stages import Roofline
+from antiphon.planner.pipeline.ubatches import simulate_layers
 from antiphon.planner.plan import explain, make_plan
-from antiphon.planner.stages import Roofline
-from antiphon.planner.token_cost import token_cost
+from antiphon.planner.report.html_report import report
 from antiphon.planner.traffic import RequestShape, Traffic
 from antiphon.planner.verdict import Constraint, step_floor, violations
 

@@ -1,0 +1,45 @@
+"""``antiphon plan deploy`` (control speed)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from antiphon.cli.plan.options import AsJson, CardOptions, Explain, PlanOptions, spread
+from antiphon.cli.plan.show import show
+
+
+@spread
+def deploy(
+    asked: PlanOptions,
+    cards: CardOptions,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a report with pictures to this file.")] = None,
+    explain: Explain = False,
+    as_json: AsJson = False,
+) -> None:
+    """What to run on which hardware, how many of each, and whether AFD pays. Exits with 1 when nothing is feasible."""
+    from antiphon.planner.plan import explain as derive
+    from antiphon.planner.plan import make_plan
+    from antiphon.planner.report import html_report, tables
+    from antiphon.planner.report.as_json import derivation_json, plan_json
+
+    question = asked.question(cards)
+    plan = make_plan(question.planner)
+    if html is not None:
+        html.write_text(html_report.report(plan, question.model, question.fleet, derive(plan)))
+    if as_json:
+        value = plan_json(plan)
+        if explain:
+            value["explanation"] = derivation_json(derive(plan))
+        print(json.dumps(value, indent=2))
+    else:
+        if plan.options:
+            show([tables.roles_table(plan), tables.option_table(plan)])
+        print("\n".join(tables.verdict_lines(plan)))
+        if explain:
+            print("\n".join(tables.derivation_lines(derive(plan))))
+    if plan.chosen is None:
+        raise typer.Exit(1)

@@ -1,0 +1,1 @@
+"""Predictions fitted to what was measured, and held against it (control speed)."""

@@ -1,0 +1,1 @@
+"""What a token costs: shapes of models, number formats, accelerators, bytes, operations and dollars (control speed)."""

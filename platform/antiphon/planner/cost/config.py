@@ -1,0 +1,192 @@
+"""Reads a checkpoint's ``config.json`` into a ``ModelShape`` (control speed).
+
+Families differ in what they call things more than in what they do, so this reads by field, not by ``model_type``. Must not
+know: files, number formats, or hardware.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from antiphon.core.errors import InvalidInput, UnsupportedModel
+from antiphon.planner.cost.shape import FFN, Attention, Layer, LinearAttention, ModelShape, SoftmaxAttention
+
+# The names that families give to one dimension, in order of precedence.
+NUM_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+EXPERTS_PER_ROW = ("num_experts_per_tok", "moe_top_k", "moe_k", "moe_topk")
+NUM_KV_HEADS = ("num_key_value_heads", "num_attention_groups", "num_attention_heads")
+NOT_MODELLED = ("ssm_cfg", "mamba_d_state", "linear_num_value_heads", "index_topk", "altup_num_inputs")
+
+
+def shape_of(config: Mapping[str, Any], name: str) -> ModelShape:
+    """The shape of the (text) decoder that ``config`` describes.
+
+    Raises:
+        InvalidInput: a field that is needed is missing or is no positive integer; ``field`` names it.
+        UnsupportedModel: the model has a kind of layer whose cost is not modelled.
+    """
+    fields = _Fields(_decoder_part(config))
+    for field in NOT_MODELLED:
+        if fields.raw.get(field) is not None:
+            raise UnsupportedModel(f"{name}: {field} describes layers whose cost is not modelled", field)
+    num_layers = fields.integer("num_hidden_layers")
+    attention_at, is_mixture = _attention(fields, name), _mixture_layers(fields, num_layers)
+    mixture = _mixture(fields) if any(is_mixture) else None
+    dense = None if all(is_mixture) else _dense(fields)
+    layers = []
+    for index in range(num_layers):
+        ffn = mixture if is_mixture[index] else dense
+        assert ffn is not None
+        layers.append(Layer(attention=attention_at(index), ffn=ffn))
+    return ModelShape(
+        name=name,
+        hidden_size=fields.integer("hidden_size"),
+        vocab_size=fields.integer("vocab_size"),
+        tied_embeddings=bool(fields.raw.get("tie_word_embeddings", False)),
+        layers=tuple(layers),
+    )
+
+
+def _decoder_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    for key in ("text_config", "llm_config", "language_config"):
+        part = config.get(key)
+        if isinstance(part, Mapping):
+            return {"tie_word_embeddings": config.get("tie_word_embeddings", False), **part}
+    return config
+
+
+class _Fields:
+    def __init__(self, raw: Mapping[str, Any]) -> None:
+        self.raw = raw
+
+    def integer(self, *names: str, default: int | None = None) -> int:
+        for name in names:
+            value = self.raw.get(name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise InvalidInput(f"{name}: {value!r} is not a count", name)
+            return value
+        if default is None:
+            raise InvalidInput(f"config has no {' or '.join(names)}", names[0])
+        return default
+
+    def optional(self, *names: str) -> int | None:
+        value = self.integer(*names, default=0)
+        return value if value else None
+
+
+def _attention(fields: _Fields, name: str) -> Callable[[int], Attention]:
+    hidden, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    if fields.optional("kv_lora_rank") is not None:
+        latent = SoftmaxAttention.latent(
+            hidden=hidden,
+            num_heads=num_heads,
+            q_rank=fields.optional("q_lora_rank"),
+            kv_rank=fields.integer("kv_lora_rank"),
+            nope_dim=fields.integer("qk_nope_head_dim"),
+            rope_dim=fields.integer("qk_rope_head_dim"),
+            value_dim=fields.integer("v_head_dim"),
+        )
+        return lambda _index: latent
+    if num_heads == 0:
+        raise InvalidInput("num_attention_heads: must not be 0", "num_attention_heads")
+    num_kv_heads = fields.integer(*NUM_KV_HEADS)
+    head_dim = fields.integer("head_dim", default=hidden // num_heads)
+    if fields.optional("share_q_dim") is not None:
+        factorised = SoftmaxAttention.factorised(
+            hidden=hidden,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            q_rank=fields.integer("share_q_dim"),
+        )
+        return lambda _index: factorised
+
+    def grouped(window: int | None) -> SoftmaxAttention:
+        return SoftmaxAttention.grouped(
+            hidden=hidden, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=window
+        )
+
+    linear = LinearAttention.gated(hidden=hidden, num_heads=num_heads, head_dim=head_dim)
+    windows = _layer_windows(fields, name)
+    return lambda index: linear if windows(index) == "linear" else grouped(_as_window(windows(index)))
+
+
+def _as_window(window: int | str | None) -> int | None:
+    return window if isinstance(window, int) else None
+
+
+def _layer_windows(fields: _Fields, name: str) -> Callable[[int], int | str | None]:
+    """What each layer sees: None = all, a number of tokens, or "linear"."""
+    raw = fields.raw
+    sliding, chunk = fields.optional("sliding_window"), fields.optional("attention_chunk_size")
+    if raw.get("attn_type_list") is not None:  # 0 = linear, 1 = softmax over everything
+        kinds = tuple(raw["attn_type_list"])
+        return lambda index: None if kinds[index] == 1 else "linear"
+    if raw.get("layer_types") is not None:
+        meaning: dict[str, int | str | None] = {
+            "full_attention": None,
+            "sliding_attention": sliding,
+            "chunked_attention": chunk,
+            "linear_attention": "linear",
+        }
+        for kind in raw["layer_types"]:
+            if kind not in meaning:
+                raise UnsupportedModel(f"{name}: the cost of {kind!r} layers is not modelled", "layer_types")
+        types = tuple(raw["layer_types"])
+        return lambda index: meaning[types[index]]
+    if chunk is not None:  # layers without rotary positions see the whole context
+        no_rope = raw.get("no_rope_layers") or None
+        interval = fields.integer("no_rope_layer_interval", default=4)
+        if no_rope is not None:
+            return lambda index: None if not no_rope[index] else chunk
+        return lambda index: None if (index + 1) % interval == 0 else chunk
+    if sliding is not None and raw.get("use_sliding_window", True):
+        first = fields.integer("max_window_layers", default=0) if "use_sliding_window" in raw else 0
+        return lambda index: sliding if index >= first else None
+    return lambda _index: None
+
+
+def _mixture_layers(fields: _Fields, num_layers: int) -> list[bool]:
+    raw = fields.raw
+    if fields.integer(*NUM_EXPERTS, default=0) <= 1:
+        return [False] * num_layers
+    listed = raw.get("moe_layers_enum") or raw.get("moe_layers")
+    if listed is not None:
+        indices = {int(item) for item in (listed.split(",") if isinstance(listed, str) else listed)}
+        return [index in indices for index in range(num_layers)]
+    first = fields.integer("first_k_dense_replace", "moe_layer_start_index", default=0)
+    last = fields.integer("moe_layer_end_index", default=num_layers - 1)
+    every = fields.integer("interleave_moe_layer_step", "decoder_sparse_step", "moe_layer_freq", "moe_layer_interval", default=1)
+    dense = set(raw.get("mlp_only_layers") or ())
+    return [
+        first <= index <= last and index not in dense and (every <= 1 or (index + 1) % every == 0) for index in range(num_layers)
+    ]
+
+
+def _mixture(fields: _Fields) -> FFN:
+    hidden = fields.integer("hidden_size")
+    intermediate = fields.integer("moe_intermediate_size", "intermediate_size")
+    shared = fields.integer("shared_expert_intermediate_size", "share_expert_dim", "shared_intermediate_size", default=0)
+    if not shared:
+        shared = intermediate * fields.integer("n_shared_experts", "moe_num_shared_experts", default=0)
+    if fields.optional("intermediate_size_mlp") is not None:  # one shared expert of an expert's size beside the routed ones
+        shared = intermediate
+    return FFN.experts(
+        hidden=hidden,
+        intermediate=intermediate,
+        num=fields.integer(*NUM_EXPERTS),
+        per_row=fields.integer(*EXPERTS_PER_ROW),
+        shared_intermediate=shared,
+    )
+
+
+def _dense(fields: _Fields) -> FFN:
+    gated = fields.raw.get("hidden_act", "silu") in ("silu", "swish", "gelu_pytorch_tanh", "swiglu", "gelu_tanh")
+    return FFN.dense(
+        fields.integer("hidden_size"),
+        fields.integer("intermediate_size_mlp", "intermediate_size"),
+        num_matrices=3 if gated else 2,
+    )

@@ -1,0 +1,190 @@
+"""Accelerators: what a card computes, reads, holds, sends and costs, and the file that lists them (control speed).
+
+Bandwidths of links are per card and direction. Must not know: models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from antiphon.core.errors import InvalidInput
+from antiphon.planner.cost.formats import BYTES_PER_VALUE, FALLBACK
+from antiphon.planner.cost.formula import formula
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accelerator:
+    """One kind of card."""
+
+    key: str
+    title: str
+    flops: Mapping[str, float]  # flop/s by number format, dense
+    memory_bytes: float
+    bandwidth: float  # byte/s, memory
+    scale_up_bandwidth: float  # byte/s to cards of the same node
+    nic_bandwidth: float  # byte/s to other nodes
+    cards_per_node: int = 8
+    usd_per_hour: float | None = None  # None = unknown
+    source: str = ""
+
+    def compute_format(self, wanted: str) -> str:
+        """``wanted``, or the format it computes in instead.
+
+        Raises:
+            InvalidInput: it has neither.
+        """
+        name = wanted
+        while name not in self.flops:
+            if name not in FALLBACK:
+                raise InvalidInput(f"{self.key} computes neither in {wanted} nor in a wider format", "hardware")
+            name = FALLBACK[name]
+        return name
+
+    def flops_in(self, wanted: str) -> float:
+        """Peak flop/s in ``wanted`` or the format it computes in instead."""
+        return self.flops[self.compute_format(wanted)]
+
+    def priced(self, usd_per_hour: float | None) -> Accelerator:
+        """The same card at another price; None keeps the price."""
+        return self if usd_per_hour is None else dataclasses.replace(self, usd_per_hour=usd_per_hour)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Efficiency:
+    """Shares of the peaks that are reached, and the fixed cost of one stage.
+
+    The defaults: 281 us published for Step-3's attention on H800 at 64 rows of 8K are 0.75 of the bandwidth; 40 of 50 GB/s are
+    published for DeepEP on H800; 0.6 is what tuned FP8 products reach at decode sizes. ``antiphon plan calibrate`` measures.
+    """
+
+    compute: float = 0.6
+    memory: float = 0.75
+    network: float = 0.8
+    stage_overhead_s: float = 5e-6  # launches of one stage of one layer
+    link_latency_s: float = 5e-6  # first byte, one way
+
+    @classmethod
+    def ideal(cls) -> Efficiency:
+        """Peaks, and nothing fixed: what published cost tables assume."""
+        return cls(compute=1.0, memory=1.0, network=1.0, stage_overhead_s=0.0, link_latency_s=0.0)
+
+
+@formula("usd/flop", usd_per_s="usd/card/s", flops="flop/card/s")
+def usd_per_flop(*, usd_per_s: float, flops: float) -> float:
+    """Price of one operation at full use."""
+    return usd_per_s / flops
+
+
+@formula("usd/byte", usd_per_s="usd/card/s", bandwidth="byte/card/s")
+def usd_per_byte(*, usd_per_s: float, bandwidth: float) -> float:
+    """Price of one byte of memory traffic at full use."""
+    return usd_per_s / bandwidth
+
+
+@formula("flop/byte", flops="flop/card/s", bandwidth="byte/card/s")
+def roofline(*, flops: float, bandwidth: float) -> float:
+    """Operations a card can do per byte it reads."""
+    return flops / bandwidth
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """The accelerators known to one plan."""
+
+    accelerators: Mapping[str, Accelerator] = field(default_factory=dict)
+
+    @classmethod
+    def built_in(cls) -> Catalogue:
+        """The file that ships with the planner."""
+        text = resources.files("antiphon.planner").joinpath("data", "accelerators.json").read_text()
+        return cls().extended(json.loads(text))
+
+    def extended(self, entries: Mapping[str, Any]) -> Catalogue:
+        """With further entries; those of a known key replace it, and may give only the fields that differ.
+
+        Raises:
+            InvalidInput: an entry lacks a field or has a wrong one.
+        """
+        accelerators = dict(self.accelerators)
+        for key, entry in entries.items():
+            accelerators[key] = _parse(key, entry, accelerators.get(key))
+        return Catalogue(accelerators)
+
+    def including(self, card: Accelerator) -> Catalogue:
+        """With one more accelerator."""
+        return Catalogue({**self.accelerators, card.key: card})
+
+    def with_file(self, path: Path) -> Catalogue:
+        """With the entries of a JSON or YAML file.
+
+        Raises:
+            InvalidInput: the file can't be read or is wrong.
+        """
+        try:
+            entries = yaml.safe_load(path.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise InvalidInput(f"{path}: {error}", "hardware_file") from error
+        if not isinstance(entries, Mapping):
+            raise InvalidInput(f"{path}: must map names of accelerators to their figures", "hardware_file")
+        return self.extended(entries)
+
+    def get(self, key: str) -> Accelerator:
+        """The accelerator called ``key``.
+
+        Raises:
+            InvalidInput: there is none.
+        """
+        try:
+            return self.accelerators[key]
+        except KeyError:
+            known = ", ".join(self.accelerators)
+            raise InvalidInput(f"no accelerator {key!r}; known are {known}, and local", "hardware") from None
+
+    @property
+    def priced(self) -> tuple[Accelerator, ...]:
+        """Those with a price."""
+        return tuple(card for card in self.accelerators.values() if card.usd_per_hour is not None)
+
+
+def _parse(key: str, entry: Any, known: Accelerator | None) -> Accelerator:
+    where = f"hardware.{key}"
+    if not isinstance(entry, Mapping):
+        raise InvalidInput(f"{where}: must be a mapping", where)
+    fields = {f.name for f in dataclasses.fields(Accelerator)} - {"key"}
+    for name in entry:
+        if name not in fields:
+            raise InvalidInput(f"{where}: unknown field {name!r}; expected {', '.join(sorted(fields))}", where)
+    merged: dict[str, Any] = {} if known is None else {f: getattr(known, f) for f in fields}
+    merged.update(entry)
+    merged.setdefault("title", key)
+    flops = merged.get("flops")
+    if not isinstance(flops, Mapping) or not flops or not set(flops) <= set(BYTES_PER_VALUE):
+        raise InvalidInput(f"{where}.flops: must map number formats ({', '.join(BYTES_PER_VALUE)}) to flop/s", where)
+    merged["flops"] = {name: _positive(f"{where}.flops.{name}", value) for name, value in flops.items()}
+    for name in ("memory_bytes", "bandwidth", "scale_up_bandwidth", "nic_bandwidth"):
+        merged[name] = _positive(f"{where}.{name}", merged.get(name))
+    merged["cards_per_node"] = int(_positive(f"{where}.cards_per_node", merged.get("cards_per_node", 8)))
+    if merged.get("usd_per_hour") is not None:
+        merged["usd_per_hour"] = _positive(f"{where}.usd_per_hour", merged["usd_per_hour"])
+    return Accelerator(key=key, **merged)
+
+
+def _positive(where: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise InvalidInput(f"{where}: {value!r} is not a number", where) from None
+    if not number > 0 or number == float("inf"):
+        raise InvalidInput(f"{where}: must be above 0, is {number:g}", where)
+    return number

@@ -1,0 +1,228 @@
+"""Plans, costs and simulations as tables of text: what a terminal and the report show (control speed).
+
+Must not know: terminals or HTML.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from antiphon.planner.calibration.fit import Comparison
+from antiphon.planner.cost.formula import Derivation
+from antiphon.planner.cost.hardware import Accelerator
+from antiphon.planner.cost.library import Model
+from antiphon.planner.cost.token_cost import TokenCost
+from antiphon.planner.options import Option
+from antiphon.planner.plan import Plan
+from antiphon.planner.simulation.deployment import SimulationResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Text in rows; the first column names the row."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def si(value: float, unit: str = "") -> str:
+    """Three digits with an SI prefix."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g} {unit}".strip()
+    power = min(max(math.floor(math.log10(abs(value)) / 3), -3), 6)
+    prefix = {-3: "n", -2: "u", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P", 6: "E"}[power]
+    return f"{value / 1000**power:.3g} {prefix}{unit}".strip()
+
+
+def cost_tables(cost: TokenCost) -> list[Table]:
+    """What one token costs, and its price by accelerator."""
+    model, row = cost.model, cost.model.decode
+    facts = (
+        ("KV or state moved", si(row.kv_bytes, "B")),
+        ("attention", si(row.attention_flops, "FLOP")),
+        ("projections", si(row.linear_flops, "FLOP")),
+        ("FFN", si(row.ffn_flops, "FLOP")),
+        ("router", si(row.router_flops, "FLOP")),
+        ("LM head", si(model.head_flops, "FLOP")),
+        ("arithmetic intensity of attention", f"{model.arithmetic_intensity:.0f} FLOP/B"),
+        ("KV kept per context token", si(model.kv_bytes_per_cached_token, "B")),
+        ("cache of one request", si(model.cache_bytes, "B")),
+        ("prefill, per prompt token", si(model.prefill.flops, "FLOP")),
+    )
+    prices = tuple(
+        (key, f"{cost.attention[key]:.3f}", f"{cost.ffn[key]:.3f}", f"{cost.colocated_usd(key):.3f}") for key in cost.attention
+    )
+    mix = f"AFD: {cost.best_attention} + {cost.best_ffn}"
+    best = (mix, f"{cost.attention[cost.best_attention]:.3f}", f"{cost.ffn[cost.best_ffn]:.3f}", f"{cost.afd_usd:.3f}")
+    return [
+        Table(title=f"{model.model}, one decoded token at context {model.context:.0f}", columns=("part", "cost"), rows=facts),
+        Table(
+            title="USD per million decoded tokens, at full utilisation",
+            columns=("hardware", "attention", "FFN", "both"),
+            rows=(*prices, best),
+        ),
+    ]
+
+
+def roles_table(plan: Plan) -> Table:
+    """Cards of the chosen option."""
+    rows = tuple((role, str(count), card.key) for role, (count, card) in plan.roles.items())
+    return Table(title="cards", columns=("role", "cards", "hardware"), rows=rows)
+
+
+def option_table(plan: Plan) -> Table:
+    """Every wiring side by side."""
+    options = list(plan.options.items())
+
+    def line(name: str, cells: Sequence[str]) -> tuple[str, ...]:
+        return (name, *cells)
+
+    def each(name: str, show: str) -> tuple[str, ...]:
+        return line(name, [_cell(option, show, plan) for _, option in options])
+
+    rows = [
+        each("group", "group"),
+        each("groups", "groups"),
+        each("cards, prefill included", "cards"),
+        each("ubatches x rows per attention card", "ubatches"),
+        each("rows that meet at the FFN", "ffn_rows"),
+        each("T_a / T_f per layer and ubatch", "stages"),
+        each("A2F / F2A", "links"),
+        each("exchange through a node's NICs", "exchange"),
+        each("memory per attention / FFN card", "memory"),
+        each("TPOT", "tpot"),
+        each("TTFT, 95 %", "ttft"),
+        each("output tokens/s", "tokens"),
+        each("output tokens/s per card", "per_card"),
+        each("USD per million output tokens", "usd"),
+        each("prefill : decode cards", "ratio"),
+        each("bound by", "binding"),
+    ]
+    names = [("* " if option is plan.chosen else "") + wiring.value for wiring, option in options]
+    return Table(title=f"options (* {plan.verdict})", columns=("", *names), rows=tuple(rows))
+
+
+def _cell(option: Option, show: str, plan: Plan) -> str:
+    point, times = option.point, option.point.main.times
+    usd = option.usd_per_mtok
+    cells = {
+        "group": point.layout.name,
+        "groups": str(option.num_groups),
+        "cards": str(option.num_cards),
+        "ubatches": f"{point.layout.num_ubatches} x {point.rows}",
+        "ffn_rows": str(point.rows_per_ffn_ubatch),
+        "stages": f"{1e6 * times.attention_s:.0f} / {1e6 * times.ffn_s:.0f} us",
+        "links": f"{1e6 * times.a2f_s:.0f} / {1e6 * times.f2a_s:.0f} us",
+        "exchange": si(point.main.exchange.node_bytes, "B"),
+        "memory": f"{si(point.attention_bytes, 'B')} / {si(point.ffn_bytes, 'B')}",
+        "tpot": f"{1e3 * option.tpot_s:.1f} ms",
+        "ttft": f"{1e3 * option.ttft_s:.0f} ms",
+        "tokens": f"{option.tokens_per_s:,.0f}",
+        "per_card": f"{option.tokens_per_s_per_card:,.0f}",
+        "usd": "no price" if usd is None else f"{usd:.3f}",
+        "ratio": f"{option.prefill_decode_ratio:.2f}",
+        "binding": plan.bindings[option.wiring],
+    }
+    return cells[show]
+
+
+def verdict_lines(plan: Plan) -> list[str]:
+    """The verdict, its reason, and whether the fabric feeds the FFN."""
+    lines = [f"{plan.verdict}: {plan.reason}"]
+    if plan.fabric is not None:
+        feeds = "feeds" if plan.fabric.feeds else "is too slow to fill"
+        lines.append(
+            f"fabric: sparsity {plan.fabric.sparsity:.3f} of the model, {plan.fabric.min_sparsity:.3f} the least that "
+            f"fills its FFN cards in three stages; it {feeds} them"
+        )
+    return lines
+
+
+def simulation_table(result: SimulationResult) -> Table:
+    """What a simulation saw."""
+    rows = [
+        ("simulated", f"{result.duration_s:.0f} s"),
+        ("requests arrived / finished", f"{result.num_requests} / {result.num_finished}"),
+        ("goodput", f"{result.goodput:.1f} requests/s"),
+        ("within both targets", f"{result.within_slo:.1%}"),
+        ("output tokens/s", f"{result.tokens_per_s:,.0f}"),
+        ("batch of a decode worker", f"{result.mean_batch:.1f}"),
+        ("requests prefilled again", str(result.num_reprefilled)),
+    ]
+    rows += [(f"TTFT, {q:g} %", f"{1e3 * value:.0f} ms") for q, value in result.ttft_quantiles_s]
+    rows += [(f"TPOT, {q:g} %", f"{1e3 * value:.1f} ms") for q, value in result.tpot_quantiles_s]
+    return Table(title="simulation", columns=("", "seen"), rows=tuple(rows))
+
+
+def hardware_table(cards: Sequence[Accelerator]) -> Table:
+    """Known accelerators."""
+    rows = tuple(
+        (
+            card.key,
+            card.title,
+            ", ".join(f"{name} {si(flops)}" for name, flops in card.flops.items()),
+            si(card.memory_bytes, "B"),
+            si(card.bandwidth, "B/s"),
+            si(card.nic_bandwidth, "B/s"),
+            "-" if card.usd_per_hour is None else f"{card.usd_per_hour:g}",
+            card.source,
+        )
+        for card in cards
+    )
+    columns = ("key", "name", "FLOP/s", "memory", "bandwidth", "NIC", "USD/h", "source")
+    return Table(title="accelerators", columns=columns, rows=rows)
+
+
+def models_table(models: Sequence[Model]) -> Table:
+    """Models of the library."""
+    rows = tuple(
+        (
+            model.name,
+            si(model.shape.total_weights),
+            si(model.shape.activated_weights),
+            str(model.shape.num_layers),
+            f"{1.0 if model.shape.experts is None else model.shape.experts.sparsity:.3f}",
+            model.source,
+        )
+        for model in models
+    )
+    columns = ("name", "parameters", "activated", "layers", "FFN sparsity", "source")
+    return Table(title="models", columns=columns, rows=rows)
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> Table:
+    """Predictions against measurements."""
+    rows = tuple(
+        (
+            c.measurement.model,
+            c.measurement.wiring,
+            str(c.measurement.batch),
+            f"{c.measurement.context:.0f}",
+            f"{1e3 * c.measurement.decode_step_s:.2f}",
+            f"{1e3 * c.predicted_s:.2f}",
+            f"{c.error:+.1%}",
+            "held out" if c.held_out else "fitted",
+        )
+        for c in comparisons
+    )
+    columns = ("model", "wiring", "batch", "context", "measured ms", "predicted ms", "error", "")
+    return Table(title="decode step, predicted against measured", columns=columns, rows=rows)
+
+
+def derivation_lines(derivation: Derivation) -> list[str]:
+    """Each step: meaning, formula, values, result."""
+    lines, section = [], ""
+    for step in derivation.steps:
+        if step.section != section:
+            section = step.section
+            lines += ["", f"== {section}"]
+        values = ", ".join(f"{name} = {value:.6g}{f' {unit}' if unit else ''}" for name, value, unit in step.values)
+        lines += [
+            f"{step.name} = {step.result:.6g}{f' {step.unit}' if step.unit else ''}   {step.prose}",
+            f"    = {step.text}",
+            f"    {values}",
+        ]
+    return lines

@@ -1,0 +1,1 @@
+"""Planned pools under arrivals, failures and stragglers (control speed)."""
