@@ -53,8 +53,8 @@ def run_command(
     ] = "",
 ) -> None:
     """Watch and reconcile until stopped; exits non-zero when the lease is lost."""
-    from antiphon_operator.observability import configure_logs
-    from antiphon_operator.run import Options, run
+    from antiphon_operator.controller.observability import configure_logs
+    from antiphon_operator.controller.run import Options, run
 
     configure_logs(log_level.upper())
     labels = dict(pair.split("=", 1) for pair in metrics_namespace_labels.split(",") if pair)
@@ -105,7 +105,7 @@ def plan(
     output: Annotated[str, typer.Option(help="text or json.")] = "text",
 ) -> None:
     """Print the steps of a rollout before it happens."""
-    from antiphon_operator.preview import preview_documents
+    from antiphon_operator.planning.preview import preview_documents
 
     settings = Settings(runtime=Runtime(image=image, ray_version=ray_version))
     lines = preview_documents(None if from_ is None else load(from_), load(to), settings)

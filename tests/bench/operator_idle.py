@@ -26,7 +26,7 @@ import httpx
 import psutil
 
 from antiphon_operator.kube.resources import LLM_DEPLOYMENT
-from antiphon_operator.reconcile.llm import REST_S, LLMReconciler
+from antiphon_operator.reconcile.llm.reconciler import REST_S, LLMReconciler
 from antiphon_operator.render.settings import Runtime, Settings
 from antiphon_operator.testing.http_api import HttpApi
 from antiphon_operator.testing.kuberay import KubeRay

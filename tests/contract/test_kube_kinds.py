@@ -20,7 +20,7 @@ from antiphon_operator.kube.resources import COMPOSITION, LLM_DEPLOYMENT, MODEL_
 from antiphon_operator.kube.rest import RestKube, load_config
 from antiphon_operator.reconcile.artifact import ArtifactReconciler
 from antiphon_operator.reconcile.composition import CompositionReconciler
-from antiphon_operator.reconcile.llm import LLMReconciler
+from antiphon_operator.reconcile.llm.reconciler import LLMReconciler
 from antiphon_operator.render.settings import Runtime, Settings
 from antiphon_operator.testing.ray_kinds import ray_definitions
 from antiphon_operator.testing.real_api import ApiServer, find_assets

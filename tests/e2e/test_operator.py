@@ -15,7 +15,11 @@ from typing import Any
 import httpx
 import pytest
 
-from antiphon_operator.handlers import Controller
+from antiphon_operator.controller.handlers import Controller
+from antiphon_operator.controller.leader import LeaderElection, LeadershipLost
+from antiphon_operator.controller.observability import HealthServer, OperatorMetrics
+from antiphon_operator.controller.resync import Resync
+from antiphon_operator.controller.run import LEASE_NAME, Options, connection_of, run
 from antiphon_operator.kube.base import Kube, KubeError, ServerFault
 from antiphon_operator.kube.resources import (
     COMPOSITION,
@@ -29,14 +33,10 @@ from antiphon_operator.kube.resources import (
     SERVING_POOL,
 )
 from antiphon_operator.kube.rest import RestKube, load_config
-from antiphon_operator.leader import LeaderElection, LeadershipLost
-from antiphon_operator.observability import HealthServer, OperatorMetrics
 from antiphon_operator.reconcile.artifact import ArtifactReconciler
 from antiphon_operator.reconcile.composition import CompositionReconciler
-from antiphon_operator.reconcile.llm import LLMReconciler
+from antiphon_operator.reconcile.llm.reconciler import LLMReconciler
 from antiphon_operator.render.settings import Runtime, Settings
-from antiphon_operator.resync import Resync
-from antiphon_operator.run import LEASE_NAME, Options, connection_of, run
 from antiphon_operator.testing.http_api import HttpApi
 from antiphon_operator.testing.kuberay import KubeRay
 from antiphon_operator.testing.memory_api import Call, MemoryApi

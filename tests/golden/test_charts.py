@@ -24,13 +24,13 @@ from antiphon.core.ids import Endpoint, Epoch, Role, WorkerId
 from antiphon.core.worker_info import WorkerInfo, WorkerLoad
 from antiphon.gateway.metrics import GatewayMetrics
 from antiphon.telemetry import setup
-from antiphon_operator.handlers import WATCHED
+from antiphon_operator.controller.handlers import WATCHED
+from antiphon_operator.controller.observability import OperatorMetrics
 from antiphon_operator.kube.resources import COMPOSITION, JOB, LLM_DEPLOYMENT, MODEL_ARTIFACT, NETWORK_POLICY
-from antiphon_operator.observability import OperatorMetrics
 from antiphon_operator.reconcile import scrape
 from antiphon_operator.reconcile.artifact import ArtifactReconciler
 from antiphon_operator.reconcile.composition import CompositionReconciler
-from antiphon_operator.reconcile.llm import LLMReconciler
+from antiphon_operator.reconcile.llm.reconciler import LLMReconciler
 from antiphon_operator.render.settings import Runtime, Settings
 from antiphon_operator.testing.kuberay import KubeRay
 from antiphon_operator.testing.memory_api import MemoryApi

@@ -12,7 +12,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from antiphon.apps.serve_plan import GATEWAY, plan_serve
 from antiphon.core.spec import LLMDeployment
-from antiphon_operator.preview import preview_documents
+from antiphon_operator.planning.preview import preview_documents
 from antiphon_operator.render import children
 from antiphon_operator.render.canonical import canonical, parse_yaml
 from antiphon_operator.render.ray_cluster import bounds

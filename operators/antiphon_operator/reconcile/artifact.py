@@ -17,13 +17,13 @@ from pydantic import ValidationError
 
 from antiphon.core.artifact import ModelArtifact
 from antiphon.core.spec import GROUP, LLMDeployment
+from antiphon_operator.api.conditions import ConditionSet, Reason, Type
 from antiphon_operator.api.status import ModelArtifactStatus
-from antiphon_operator.conditions import ConditionSet, Reason, Type
 from antiphon_operator.kube.base import Kube, Object, name_of, owner_reference
 from antiphon_operator.kube.resources import CLAIM, JOB, LLM_DEPLOYMENT, MODEL_ARTIFACT, POD
 from antiphon_operator.log_fields import note_object
-from antiphon_operator.reconcile.llm_status import Refusal, refused_status
-from antiphon_operator.reconcile.weights import place_of, uses
+from antiphon_operator.reconcile.llm.status import Refusal, refused_status
+from antiphon_operator.reconcile.llm.weights import place_of, uses
 from antiphon_operator.reconcile.writer import NotOurs, Writer
 from antiphon_operator.render.artifact import claim, download_job
 from antiphon_operator.render.names import LABEL_ARTIFACT, MANAGER

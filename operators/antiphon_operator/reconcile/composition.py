@@ -12,12 +12,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from antiphon.core.composition import CompositionOfExperts, ExpertSpec, SecretKeyRef
+from antiphon_operator.api.conditions import ConditionSet, Reason, Type
 from antiphon_operator.api.status import CompositionStatus, ExpertStatus
-from antiphon_operator.conditions import ConditionSet, Reason, Type
 from antiphon_operator.kube.base import Kube, Object, name_of, owner_reference
 from antiphon_operator.kube.resources import COMPOSITION, DEPLOYMENT, LLM_DEPLOYMENT
 from antiphon_operator.log_fields import note_object
-from antiphon_operator.reconcile.llm_status import Refusal, refused_status
+from antiphon_operator.reconcile.llm.status import Refusal, refused_status
 from antiphon_operator.reconcile.writer import NotOurs, Writer
 from antiphon_operator.render.composition import Address, children, key_of, router_name
 from antiphon_operator.render.names import DEFAULT_HTTP_PORT, http_service

@@ -14,7 +14,7 @@ import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
 from antiphon.core.spec import LLMDeployment
-from antiphon_operator.autoscaler import Metrics
+from antiphon_operator.planning.autoscaler import Metrics
 from antiphon_operator.render.names import http_port, http_service
 
 TTFT = "gen_ai_server_time_to_first_token_seconds"

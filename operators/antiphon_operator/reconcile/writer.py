@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from antiphon.core.errors import AntiphonError
+from antiphon_operator.api.conditions import timestamp
 from antiphon_operator.api.status import Condition
-from antiphon_operator.conditions import timestamp
 from antiphon_operator.kube.base import Conflict, Kube, Object, controller_of, name_of, namespace_of
 from antiphon_operator.kube.resources import resource_of
 from antiphon_operator.render.canonical import fingerprint

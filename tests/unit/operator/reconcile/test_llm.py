@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from antiphon_operator.api.crds import KINDS, definition
+from antiphon_operator.controller.observability import JsonFormatter
+from antiphon_operator.controller.work_queue import WorkQueue
 from antiphon_operator.kube.base import Conflict, KubeError, ServerFault, Throttled, error_of
 from antiphon_operator.kube.resources import (
     CONTROLLER_REVISION,
@@ -30,13 +32,11 @@ from antiphon_operator.kube.resources import (
     SERVING_POOL,
     Resource,
 )
-from antiphon_operator.observability import JsonFormatter
-from antiphon_operator.reconcile.llm import LLMReconciler
+from antiphon_operator.reconcile.llm.reconciler import LLMReconciler
 from antiphon_operator.render.settings import Runtime, Settings
 from antiphon_operator.testing.kuberay import KubeRay
 from antiphon_operator.testing.memory_api import Call, MemoryApi
 from antiphon_operator.testing.memory_kube import MemoryKube
-from antiphon_operator.work_queue import WorkQueue
 
 SETTINGS = Settings(runtime=Runtime(image="antiphon/worker:1", ray_version="2.60.0"))
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from antiphon.core.errors import InvalidInput
 from antiphon.core.spec import LLMDeployment
+from antiphon_operator.planning.rollout import Action, RevisionRef, World, preview
 from antiphon_operator.render.revision import Revision, render_revision
 from antiphon_operator.render.serve import sizes_of
 from antiphon_operator.render.settings import Settings
-from antiphon_operator.rollout import Action, RevisionRef, World, preview
 
 _TEXT = {
     Action.CREATE: "create the pools",

@@ -9,9 +9,9 @@ from pydantic import ValidationError
 
 from antiphon.core.device import device_problems
 from antiphon.core.spec import LLMDeployment
-from antiphon_operator.conditions import Reason
+from antiphon_operator.api.conditions import Reason
 from antiphon_operator.kube.base import Object
-from antiphon_operator.reconcile.llm_status import Refusal
+from antiphon_operator.reconcile.llm.status import Refusal
 from antiphon_operator.render.names import RESERVED_PORTS, grpc_port, http_port
 from antiphon_operator.render.settings import Runtime
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from antiphon.core.spec import LLMDeployment
-from antiphon_operator.conditions import Reason
+from antiphon_operator.api.conditions import Reason
 from antiphon_operator.kube.base import Object, name_of
-from antiphon_operator.reconcile.llm_status import ModelState
+from antiphon_operator.reconcile.llm.status import ModelState
 from antiphon_operator.render.settings import Weights
 
 

@@ -11,14 +11,14 @@ from typing import Any
 
 from antiphon.core.policies import ScalingMode
 from antiphon.core.spec import LLMDeployment, PoolSpec
+from antiphon_operator.api.conditions import ConditionSet, Reason, Type, seconds, timestamp
 from antiphon_operator.api.status import PoolStatus, ServingPoolStatus
-from antiphon_operator.autoscaler import Metrics, PoolMemory, PoolView, Wish, wish
-from antiphon_operator.conditions import ConditionSet, Reason, Type, seconds, timestamp
 from antiphon_operator.kube.base import Object
+from antiphon_operator.planning.autoscaler import Metrics, PoolMemory, PoolView, Wish, wish
+from antiphon_operator.planning.sizing import Limit, Sizes, bounds_of, constraints_of, next_sizes, plan_sizes
 from antiphon_operator.reconcile.observe import Observed
 from antiphon_operator.render.children import pool_selector
 from antiphon_operator.render.names import GATEWAY
-from antiphon_operator.sizing import Limit, Sizes, bounds_of, constraints_of, next_sizes, plan_sizes
 
 _REASONS = {
     Limit.GPU_BUDGET: (Reason.GPU_BUDGET, "the accelerator budget allows no more"),

@@ -14,8 +14,7 @@ from typing import Any, Protocol
 
 from antiphon.core.policies import ScalingMode
 from antiphon.core.spec import LLMDeployment
-from antiphon_operator.autoscaler import Metrics
-from antiphon_operator.conditions import ConditionSet, Reason
+from antiphon_operator.api.conditions import ConditionSet, Reason
 from antiphon_operator.kube.base import Conflict, Kube, NotFound, Object, UnknownField, controller_of, name_of, owner_reference
 from antiphon_operator.kube.resources import (
     CONTROLLER_REVISION,
@@ -31,9 +30,12 @@ from antiphon_operator.kube.resources import (
     Resource,
 )
 from antiphon_operator.log_fields import note, note_object
-from antiphon_operator.reconcile.accept import Refused, accept
-from antiphon_operator.reconcile.llm_rollout import plan_rollout, rollout_status
-from antiphon_operator.reconcile.llm_status import (
+from antiphon_operator.planning.autoscaler import Metrics
+from antiphon_operator.planning.rollout import Action, Step, World, next_step
+from antiphon_operator.reconcile.llm.accept import Refused, accept
+from antiphon_operator.reconcile.llm.pools import PoolsPlan, plan_pools, serving_pool_status
+from antiphon_operator.reconcile.llm.rollout import plan_rollout, rollout_status
+from antiphon_operator.reconcile.llm.status import (
     ModelState,
     Refusal,
     llm_status,
@@ -41,9 +43,8 @@ from antiphon_operator.reconcile.llm_status import (
     refused_status,
     waiting_status,
 )
+from antiphon_operator.reconcile.llm.weights import Found, find_weights
 from antiphon_operator.reconcile.observe import Observed, view_cluster, view_pods, view_service
-from antiphon_operator.reconcile.pools import PoolsPlan, plan_pools, serving_pool_status
-from antiphon_operator.reconcile.weights import Found, find_weights
 from antiphon_operator.reconcile.writer import NotOurs, Writer
 from antiphon_operator.render import children as render
 from antiphon_operator.render.names import (
@@ -57,7 +58,6 @@ from antiphon_operator.render.names import (
 from antiphon_operator.render.ray_cluster import bounds
 from antiphon_operator.render.revision import Revision, from_object, render_revision, to_object
 from antiphon_operator.render.settings import Settings
-from antiphon_operator.rollout import Action, Step, World, next_step
 
 BUSY_S = 5.0  # while something moves
 METRICS_S = 15.0  # while a pool follows its metrics

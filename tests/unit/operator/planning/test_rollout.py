@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from antiphon.core.policies import RolloutStrategy
-from antiphon_operator.rollout import Action, RevisionRef, World, next_step, preview
+from antiphon_operator.planning.rollout import Action, RevisionRef, World, next_step, preview
 
 OLD = RevisionRef(name="old", cluster="c1", num_gpus=4)
 NEW = RevisionRef(name="new", cluster="c2", num_gpus=4)

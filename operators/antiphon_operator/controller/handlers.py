@@ -13,11 +13,11 @@ from typing import Any
 import kopf
 
 from antiphon.core.spec import API_VERSION
+from antiphon_operator.controller.observability import OperatorMetrics
+from antiphon_operator.controller.resync import Resync
+from antiphon_operator.controller.work_queue import Pass, WorkQueue
 from antiphon_operator.kube.resources import COMPOSITION, LLM_DEPLOYMENT, MODEL_ARTIFACT, RAY_SERVICE, SERVING_POOL
-from antiphon_operator.observability import OperatorMetrics
-from antiphon_operator.reconcile.llm import REST_S
-from antiphon_operator.resync import Resync
-from antiphon_operator.work_queue import Pass, WorkQueue
+from antiphon_operator.reconcile.llm.reconciler import REST_S
 
 Key = tuple[str, str, str]  # kind, namespace, name
 Reconcile = Callable[[str, str], Awaitable[float | None]]

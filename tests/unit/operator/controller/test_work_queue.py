@@ -7,8 +7,8 @@ import logging
 
 import pytest
 
+from antiphon_operator.controller.work_queue import Pass, WorkQueue
 from antiphon_operator.kube.base import Conflict, ServerFault, Throttled
-from antiphon_operator.work_queue import Pass, WorkQueue
 
 DEADLINE_S = 10.0
 
@@ -46,7 +46,7 @@ async def test_a_failure_is_put_off_longer_each_time_or_as_long_as_the_server_as
         count[0] += 1
         assert done.error == type(error).__name__
 
-    with caplog.at_level(logging.WARNING, logger="antiphon_operator.work_queue"):
+    with caplog.at_level(logging.WARNING, logger="antiphon_operator.controller.work_queue"):
         await passes(WorkQueue(fail, on_pass=passed), count, 3)
     told = [record.getMessage() for record in caplog.records]
     assert [wait in text for wait, text in zip(waits, told, strict=False)] == [True, True, True]

@@ -15,9 +15,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from antiphon.core.errors import AntiphonError
+from antiphon_operator.controller.work_queue import Pass
 from antiphon_operator.kube.base import Kube, Throttled
 from antiphon_operator.reconcile.rest_view import Unsettled, read_at_once
-from antiphon_operator.work_queue import Pass
 
 MOST_AT_ONCE = 50  # bounds the memory of a look and the length of a label selector
 SHORTEST_REST_S = 15.0  # what is due earlier is busy

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from antiphon.core.policies import RatioSpec
 from antiphon.core.spec import LLMDeployment
-from antiphon_operator.sizing import (
+from antiphon_operator.planning.sizing import (
     Limit,
     PoolBounds,
     bounds_of,

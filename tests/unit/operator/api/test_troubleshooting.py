@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from antiphon_operator.conditions import Reason
+from antiphon_operator.api.conditions import Reason
 
-PAGE = Path(__file__).parents[3] / "deploy/docs/troubleshooting.md"
+PAGE = Path(__file__).parents[4] / "deploy/docs/troubleshooting.md"
 
 
 def test_every_reason_is_a_heading_and_every_heading_a_reason() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from antiphon.core.policies import SloSpec
 from antiphon.core.spec import PoolSpec
-from antiphon_operator.autoscaler import Metrics, PoolMemory, PoolView, wish
+from antiphon_operator.planning.autoscaler import Metrics, PoolMemory, PoolView, wish
 
 SLO = SloSpec(ttft_ms=500.0, tpot_ms=50.0)
 

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from antiphon.core.spec import LLMDeployment
+from antiphon_operator.api.conditions import ConditionSet, Reason, Type, seconds, timestamp
 from antiphon_operator.api.status import LLMDeploymentStatus, RolloutStatus, StageTimes
-from antiphon_operator.conditions import ConditionSet, Reason, Type, seconds, timestamp
 from antiphon_operator.kube.base import Object
+from antiphon_operator.planning.rollout import Action, Step
+from antiphon_operator.reconcile.llm.pools import PoolsPlan, pool_statuses
 from antiphon_operator.reconcile.observe import Observed
-from antiphon_operator.reconcile.pools import PoolsPlan, pool_statuses
 from antiphon_operator.render.canonical import fingerprint
 from antiphon_operator.render.names import GATEWAY, grpc_port, grpc_service, http_port, http_service
-from antiphon_operator.rollout import Action, Step
 
 _ROLE_SHORT = {"attention": "attn"}
 

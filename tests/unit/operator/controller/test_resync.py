@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from antiphon_operator.controller.resync import MOST_AT_ONCE, Resync
 from antiphon_operator.kube.base import Kube, KubeError, NotFound, ServerFault, Throttled
 from antiphon_operator.kube.resources import (
     CONTROLLER_REVISION,
@@ -23,10 +24,9 @@ from antiphon_operator.kube.resources import (
     SERVING_POOL,
     Resource,
 )
-from antiphon_operator.reconcile.llm import REST_S, LLMReconciler
+from antiphon_operator.reconcile.llm.reconciler import REST_S, LLMReconciler
 from antiphon_operator.reconcile.rest_view import NUM_LISTS
 from antiphon_operator.render.settings import Runtime, Settings
-from antiphon_operator.resync import MOST_AT_ONCE, Resync
 from antiphon_operator.testing.kuberay import KubeRay
 from antiphon_operator.testing.memory_api import MemoryApi
 from antiphon_operator.testing.memory_kube import MemoryKube
@@ -151,7 +151,7 @@ async def test_a_failing_api_server_is_asked_again_later_and_wakes_nobody(
     api = MemoryApi(clock=lambda: NOW_S)
     api.faults.append(lambda call: error if call.verb == "list" else None)
     looking = Looking(api)
-    with caplog.at_level(logging.WARNING, logger="antiphon_operator.resync"):
+    with caplog.at_level(logging.WARNING, logger="antiphon_operator.controller.resync"):
         await looking.look()
     assert (looking.unsettled, len(looking.resync)) == ([], 3)
     (record,) = caplog.records

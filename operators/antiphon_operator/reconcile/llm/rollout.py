@@ -10,14 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 from antiphon.core.spec import LLMDeployment
+from antiphon_operator.api.conditions import seconds, timestamp
 from antiphon_operator.api.status import RolloutStatus
-from antiphon_operator.conditions import seconds, timestamp
 from antiphon_operator.kube.base import Object
-from antiphon_operator.reconcile.llm_status import complete, progress_marker
+from antiphon_operator.planning.rollout import Action, RevisionRef, Step, World, target_of
+from antiphon_operator.reconcile.llm.pools import PoolsPlan
+from antiphon_operator.reconcile.llm.status import complete, progress_marker
 from antiphon_operator.reconcile.observe import Observed
-from antiphon_operator.reconcile.pools import PoolsPlan
 from antiphon_operator.render.revision import Revision, from_object
-from antiphon_operator.rollout import Action, RevisionRef, Step, World, target_of
 
 
 def plan_rollout(

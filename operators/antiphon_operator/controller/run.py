@@ -20,18 +20,18 @@ from dataclasses import dataclass
 import kopf
 from lightkube.config.kubeconfig import SingleConfig
 
-from antiphon_operator.handlers import Controller
+from antiphon_operator.controller.handlers import Controller
+from antiphon_operator.controller.leader import LeaderElection
+from antiphon_operator.controller.observability import HealthServer, OperatorMetrics
+from antiphon_operator.controller.resync import Resync
 from antiphon_operator.kube.base import Kube, KubeError
 from antiphon_operator.kube.resources import COMPOSITION, LLM_DEPLOYMENT, MODEL_ARTIFACT
 from antiphon_operator.kube.rest import RestKube, load_config
-from antiphon_operator.leader import LeaderElection
-from antiphon_operator.observability import HealthServer, OperatorMetrics
 from antiphon_operator.reconcile.artifact import ArtifactReconciler
 from antiphon_operator.reconcile.composition import CompositionReconciler
-from antiphon_operator.reconcile.llm import LLMReconciler
+from antiphon_operator.reconcile.llm.reconciler import LLMReconciler
 from antiphon_operator.reconcile.scrape import ScrapedMetrics
 from antiphon_operator.render.settings import Settings
-from antiphon_operator.resync import Resync
 
 _LOG = logging.getLogger(__name__)
 LEASE_NAME = "antiphon-operator"

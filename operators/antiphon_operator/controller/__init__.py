@@ -1,0 +1,1 @@
+"""The process: leadership, watches, the queue of keys, rest, health and logs (control speed)."""

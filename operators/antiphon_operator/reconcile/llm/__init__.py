@@ -1,0 +1,1 @@
+"""Reconciles LLMDeployments: acceptance, pools, rollout, status (control speed)."""
