@@ -14,7 +14,7 @@ from antiphon.core.device import device_problems, memory_share
 from antiphon.core.documents import parse_documents
 from antiphon.core.errors import SpecInvalid
 from antiphon.core.spec import LLMDeployment
-from antiphon_operator.reconcile.accept import Refused, accept
+from antiphon_operator.reconcile.llm.accept import Refused, accept
 from antiphon_operator.render.settings import Runtime
 
 RUNTIME = Runtime(image="x", ray_version="2.60.0")
