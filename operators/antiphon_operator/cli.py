@@ -16,8 +16,8 @@ import typer
 import yaml
 from pydantic import ValidationError
 
+from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import AntiphonError, InvalidInput, Problem, SpecInvalid
-from antiphon.core.spec import LLMDeployment
 from antiphon_operator.render.settings import Runtime, Settings
 
 app = typer.Typer(help="The Kubernetes operator of Antiphon.", no_args_is_help=True, add_completion=False)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from antiphon.apps.wiring import (
+from antiphon.apps.process.wiring import (
     AttentionPart,
     ModelFacts,
     afd_layout,
@@ -26,14 +26,14 @@ from antiphon.apps.wiring import (
     num_ubatches,
     resolve_model,
 )
-from antiphon.connectors.expert_map import ExpertMap
-from antiphon.connectors.kv_decode import DecodeSide
-from antiphon.connectors.kv_prefill import PrefillSide
+from antiphon.connectors.afd.expert_map import ExpertMap
+from antiphon.connectors.kv.decode_side import DecodeSide
+from antiphon.connectors.kv.prefill_side import PrefillSide
+from antiphon.core.document.spec import LLMDeploymentSpec
 from antiphon.core.errors import DeadlineExceeded
 from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
 from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput, SamplingParams, TokenLogprob
-from antiphon.core.spec import LLMDeploymentSpec
-from antiphon.models.placement import ExpertPlacement
+from antiphon.models.experts.placement import ExpertPlacement
 from antiphon.transport.base import Hello
 from antiphon.transport.loopback import loopback_pair
 from antiphon.worker.ffn_worker import FFNWorker

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from along_text import against, logits_along, tokens_of
 
-from antiphon.connectors.rows import RowFormat
+from antiphon.connectors.afd.rows import RowFormat
 from antiphon.testing import LocalCluster, wiring
 
 FORMATS = (  # compute format, rows out, rows back

@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 
-from antiphon.apps.wiring import afd_layout, build_attention, build_ffn, num_ubatches, resolve_model
+from antiphon.apps.process.wiring import afd_layout, build_attention, build_ffn, num_ubatches, resolve_model
+from antiphon.core.document.spec import LLMDeploymentSpec
 from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
 from antiphon.core.request import Request, RequestId, RequestOutput, SamplingParams
-from antiphon.core.spec import LLMDeploymentSpec
 from antiphon.testing import wiring
 from antiphon.transport.base import Hello
-from antiphon.transport.choose import connect_auto, open_transport
+from antiphon.transport.connect.choose import connect_auto, open_transport
 
 START_TIMEOUT_S = 120.0
 RUN_TIMEOUT_S = 280.0

@@ -33,8 +33,8 @@ def serve(checkpoint: str, threads: int) -> None:
     import torch
 
     from antiphon.models.config import AttentionConfig
+    from antiphon.models.loading.source import resolve
     from antiphon.models.native.library import available, tiles_available
-    from antiphon.models.source import resolve
     from antiphon.testing import LocalCluster, wiring
 
     torch.set_num_threads(threads)

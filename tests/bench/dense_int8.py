@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from along_text import against, logits_along, tokens_of
 
-from antiphon.models.source import resolve
+from antiphon.models.loading.source import resolve
 from antiphon.testing import LocalCluster, wiring
 
 CHOICES: dict[str, tuple[str, dict[str, str], dict[str, list[str]]]] = {

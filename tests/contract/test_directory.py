@@ -15,8 +15,8 @@ from antiphon.core.directory import Directory
 from antiphon.core.errors import Unavailable
 from antiphon.core.ids import Endpoint, Epoch, FFNShard, Role, WorkerId
 from antiphon.core.worker_info import WorkerInfo, WorkerLoad
-from antiphon.gateway.directory import MemoryDirectory, open_directory
-from antiphon.rpc.directory_service import DirectoryServer
+from antiphon.directory.memory import MemoryDirectory, open_directory
+from antiphon.rpc.directory.service import DirectoryServer
 
 LONG_S = 30.0
 SHORT_S = 0.2

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from antiphon.connectors.afd import AttentionSide
-from antiphon.connectors.ffn_side import FFNSide
+from antiphon.connectors.afd.attention_side import AttentionSide
+from antiphon.connectors.afd.ffn_side import FFNSide
 from antiphon.connectors.headers import Header, Kind
 from antiphon.core.errors import CorruptMessage, PeerLost
 from antiphon.core.ids import Epoch, WorkerId

@@ -25,14 +25,14 @@ import torch
 from antiphon.core.errors import LayoutMismatch, PeerLost, Unavailable
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.transport.base import HEADER_BYTES, Answer, Hello, Link, LinkLayout, Listener, Message, Transport
-from antiphon.transport.choose import open_transport
+from antiphon.transport.connect.choose import open_transport
 from antiphon.transport.faults import Faults, FaultyLink
 from antiphon.transport.loopback import LoopbackTransport
-from antiphon.transport.shm import ShmTransport
+from antiphon.transport.shm.transport import ShmTransport
 from antiphon.transport.waiting import WaitSet
 
 T = TypeVar("T")
-PATIENCE_S = 10.0  # how long a test waits before it fails; nothing here takes long on an idle machine
+TIMEOUT_S = 10.0  # how long a test waits before it fails; nothing here takes long on an idle machine
 PEER = Path(__file__).with_name("link_peer.py")
 LOSS_S = 3.0  # a killed peer must be noticed within this on a busy machine
 
@@ -89,7 +89,7 @@ def mirrored(of: LinkLayout) -> LinkLayout:
     return replace(of, send_slot_bytes=of.recv_slot_bytes, recv_slot_bytes=of.send_slot_bytes)
 
 
-def eventually(get: Callable[[], T | None], timeout_s: float = PATIENCE_S) -> T:
+def eventually(get: Callable[[], T | None], timeout_s: float = TIMEOUT_S) -> T:
     deadline = time.monotonic() + timeout_s
     while (found := get()) is None or found is False:
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -110,7 +110,7 @@ def listening(transport: Transport, answer: Answer) -> Iterator[Listener]:
 def pair(transport: Transport, of: LinkLayout) -> Iterator[tuple[Link, Link]]:
     """The connecting end, whose layout is ``of``, and the accepted end."""
     with listening(transport, lambda _: hello("ffn/0", mirrored(of), epoch=5)) as listener:
-        near = transport.connect(listener.address, hello("attention/0", of, epoch=3), PATIENCE_S)
+        near = transport.connect(listener.address, hello("attention/0", of, epoch=3), TIMEOUT_S)
         far = eventually(listener.accept)
         try:
             yield near, far
@@ -150,7 +150,7 @@ def test_a_layout_mismatch_is_named_on_both_ends(transport: Transport) -> None:
     near, far = layout(model="a", dtype="bfloat16"), layout(send=8192, model="b", dtype="bfloat16")
     with listening(transport, lambda _: hello("ffn/0", far)) as listener:
         with pytest.raises(LayoutMismatch) as here:
-            transport.connect(listener.address, hello("attention/0", near), PATIENCE_S)
+            transport.connect(listener.address, hello("attention/0", near), TIMEOUT_S)
         there = eventually(listener.refused)
         assert listener.accept() is None
     assert isinstance(there, LayoutMismatch)
@@ -167,7 +167,7 @@ def test_a_listener_can_refuse_a_peer_with_its_reason(transport: Transport) -> N
 
     with listening(transport, answer) as listener:
         with pytest.raises(Unavailable, match="draining"):
-            transport.connect(listener.address, hello("attention/0", layout()), PATIENCE_S)
+            transport.connect(listener.address, hello("attention/0", layout()), TIMEOUT_S)
         assert "draining" in str(eventually(listener.refused))
 
 
@@ -177,7 +177,7 @@ def test_a_bug_in_the_answer_is_raised_to_the_listeners_owner_and_turns_the_peer
 
     with listening(transport, answer) as listener:
         with pytest.raises(Unavailable):
-            transport.connect(listener.address, hello("attention/0", layout()), PATIENCE_S)
+            transport.connect(listener.address, hello("attention/0", layout()), TIMEOUT_S)
         with pytest.raises(ZeroDivisionError):
             eventually(listener.accept)
         assert listener.accept() is None
@@ -193,7 +193,7 @@ def test_connecting_to_nobody_is_unavailable(transport: Transport) -> None:
 def test_many_links_share_one_listener(transport: Transport) -> None:
     of = layout(num_slots=1, send=64, recv=64)
     with listening(transport, lambda _: hello("ffn/0", of)) as listener:
-        near = [transport.connect(listener.address, hello(f"attention/{i}", of), PATIENCE_S) for i in range(6)]
+        near = [transport.connect(listener.address, hello(f"attention/{i}", of), TIMEOUT_S) for i in range(6)]
         far = {link.peer: link for link in (eventually(listener.accept) for _ in near)}
         for i, link in enumerate(near):
             send(link, noise(64, i), i)
@@ -207,7 +207,7 @@ def test_many_links_share_one_listener(transport: Transport) -> None:
 def test_links_outlive_their_listener(transport: Transport) -> None:
     of = layout()
     with listening(transport, lambda _: hello("ffn/0", of)) as listener:
-        near = transport.connect(listener.address, hello("attention/0", of), PATIENCE_S)
+        near = transport.connect(listener.address, hello("attention/0", of), TIMEOUT_S)
         far = eventually(listener.accept)
     send(near, noise(100, 1))
     assert torch.equal(receive(far).data, noise(100, 1))
@@ -343,8 +343,8 @@ def test_wait_ends_when_a_message_comes(transport: Transport) -> None:
         assert far.wait(0.02) is False  # asleep, no longer spinning
         sender = threading.Thread(target=send, args=(near, noise(10, 1)))
         sender.start()
-        deadline = time.monotonic() + PATIENCE_S
-        while not far.wait(PATIENCE_S):
+        deadline = time.monotonic() + TIMEOUT_S
+        while not far.wait(TIMEOUT_S):
             assert time.monotonic() < deadline
         assert torch.equal(receive(far).data, noise(10, 1))
         sender.join()
@@ -359,9 +359,9 @@ def test_wait_ends_when_the_slot_that_was_lacking_comes_back(transport: Transpor
         releaser.start()
         started = time.monotonic()
         while (slot := near.acquire()) is None:
-            near.wait(PATIENCE_S)
+            near.wait(TIMEOUT_S)
         assert slot is not None
-        assert time.monotonic() - started < PATIENCE_S
+        assert time.monotonic() - started < TIMEOUT_S
         releaser.join()
 
 
@@ -372,14 +372,14 @@ def test_a_wait_set_wakes_for_any_link_and_for_a_new_one(transport: Transport) -
         assert waiting.wait(0.02) is False
         near, far = [], list[Link]()
         for i in range(3):
-            near.append(transport.connect(listener.address, hello(f"attention/{i}", of), PATIENCE_S))
+            near.append(transport.connect(listener.address, hello(f"attention/{i}", of), TIMEOUT_S))
             assert eventually(lambda: waiting.wait(1.0))
             far.append(eventually(listener.accept))
             waiting.add(far[-1])
         assert waiting.wait(0.02) is False
         sender = threading.Thread(target=send, args=(near[1], noise(10, 1)))
         sender.start()
-        assert eventually(lambda: waiting.wait(PATIENCE_S))
+        assert eventually(lambda: waiting.wait(TIMEOUT_S))
         message = eventually(lambda: next((m for link in far if (m := link.poll()) is not None), None))
         assert torch.equal(message.data, noise(10, 1))
         sender.join()
@@ -482,7 +482,7 @@ def test_nothing_is_left_after_close(transport: Transport) -> None:
     def once() -> None:
         with pair(transport, layout(num_slots=2)) as (near, far):
             send(near, noise(10, 1))
-            far.wait(PATIENCE_S)
+            far.wait(TIMEOUT_S)
             message = receive(far)
             far.wait(0.001)
             far.release(message)

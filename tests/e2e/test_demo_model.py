@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from antiphon.core.errors import CheckpointInvalid, DeadlineExceeded
-from antiphon.models.checkpoint import Checkpoint
-from antiphon.models.source import resolve
+from antiphon.models.loading.checkpoint import Checkpoint
+from antiphon.models.loading.source import resolve
 
 transformers = pytest.importorskip("transformers")
 

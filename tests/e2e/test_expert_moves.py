@@ -16,10 +16,10 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from antiphon.apps.local import DirectDeployment, running
-from antiphon.core.spec import LLMDeployment
+from antiphon.apps.serve.local import DirectDeployment, running
+from antiphon.core.document.spec import LLMDeployment
+from antiphon.models.experts.placement import ExpertPlacement
 from antiphon.models.families import describe
-from antiphon.models.placement import ExpertPlacement
 from antiphon.rpc.experts import ExpertsCalls, RebalanceWish
 from antiphon.testing import write_tiny_moe
 
@@ -169,7 +169,7 @@ def test_moves_while_serving_change_no_token_and_meet_no_row_of_an_older_map(sys
 
 
 def test_rows_are_counted_shown_and_balanced_by_command(system: System, undisturbed: list[list[str]], tmp_path: Path) -> None:
-    from antiphon.cli.experts import app
+    from antiphon.cli.models.experts import app
 
     system.complete(PROMPTS[0])
     body = httpx.get(f"{system.url}/experts", timeout=10).json()

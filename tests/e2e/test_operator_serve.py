@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import CheckpointInvalid, DeadlineExceeded
-from antiphon.core.spec import LLMDeployment
-from antiphon.models.source import resolve
+from antiphon.models.loading.source import resolve
 from antiphon_operator.render import children
 from antiphon_operator.render.ray_cluster import bounds
 from antiphon_operator.render.revision import render_revision
@@ -30,7 +30,7 @@ SCRIPT = textwrap.dedent("""
     import json, sys, time
     from pathlib import Path
     import httpx
-    from antiphon.apps.ray_runtime import RayRuntime
+    from antiphon.apps.serve.ray_runtime import RayRuntime
 
     config, run_dir = json.loads(sys.argv[1]), Path(sys.argv[2])
     (application,) = config["applications"]

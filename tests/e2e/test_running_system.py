@@ -19,8 +19,8 @@ import psutil
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
-from antiphon.apps.local import DirectDeployment
-from antiphon.core.spec import LLMDeployment
+from antiphon.apps.serve.local import DirectDeployment
+from antiphon.core.document.spec import LLMDeployment
 from antiphon.testing import write_tiny_llama
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]

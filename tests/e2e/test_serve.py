@@ -27,7 +27,7 @@ import yaml
 
 from antiphon.client import Client
 from antiphon.core.errors import CheckpointInvalid, DeadlineExceeded
-from antiphon.models.source import default_cache, resolve
+from antiphon.models.loading.source import default_cache, resolve
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 

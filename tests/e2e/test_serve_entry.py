@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from antiphon.core.errors import CheckpointInvalid, DeadlineExceeded
-from antiphon.models.source import resolve
+from antiphon.models.loading.source import resolve
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
@@ -22,7 +22,7 @@ SCRIPT = textwrap.dedent("""
     import json, sys, time
     from pathlib import Path
     import httpx
-    from antiphon.apps.ray_runtime import RayRuntime
+    from antiphon.apps.serve.ray_runtime import RayRuntime
 
     document, run_dir = json.loads(sys.argv[1]), Path(sys.argv[2])
     port = document["spec"]["endpoint"]["httpPort"]
@@ -31,11 +31,11 @@ SCRIPT = textwrap.dedent("""
     runtime.start_serve()
 
     import ray
-    from antiphon.apps.directory_actor import NAMESPACE, ensure_directory
+    from antiphon.apps.serve.directory_actor import NAMESPACE, ensure_directory
     from antiphon.apps.serve_entry import build
     from antiphon.core.errors import Unavailable
-    from antiphon.gateway.directory import open_directory
-    from antiphon.gateway.lease import BlockingDirectory
+    from antiphon.directory.memory import open_directory
+    from antiphon.directory.lease import BlockingDirectory
 
     def until(what, within_s=150):
         deadline = time.monotonic() + within_s

@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from antiphon.apps.local import DirectDeployment, running
-from antiphon.core.spec import LLMDeployment
+from antiphon.apps.serve.local import DirectDeployment, running
+from antiphon.core.document.spec import LLMDeployment
 from antiphon.testing import write_tiny_moe
 
 pytestmark = [

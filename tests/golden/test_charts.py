@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from antiphon.core.ids import Endpoint, Epoch, Role, WorkerId
 from antiphon.core.worker_info import WorkerInfo, WorkerLoad
-from antiphon.gateway.metrics import GatewayMetrics
+from antiphon.gateway.metrics.instruments import GatewayMetrics
 from antiphon.telemetry import setup
 from antiphon_operator.controller.handlers import WATCHED
 from antiphon_operator.controller.observability import OperatorMetrics
@@ -362,7 +362,7 @@ def test_the_operator_may_do_what_it_does_and_nothing_else(helm: Path) -> None:
 
 
 def test_rendered_pods_of_deployments_meet_the_restricted_profile() -> None:
-    from antiphon.core.spec import LLMDeployment
+    from antiphon.core.document.spec import LLMDeployment
     from antiphon_operator.render.ray_cluster import ray_cluster
 
     document = LLMDeployment.model_validate(

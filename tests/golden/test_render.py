@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.serve.schema import ServeDeploySchema
 
-from antiphon.apps.serve_plan import GATEWAY, plan_serve
-from antiphon.core.spec import LLMDeployment
+from antiphon.apps.serve.plan import GATEWAY, plan_serve
+from antiphon.core.document.spec import LLMDeployment
 from antiphon_operator.planning.preview import preview_documents
 from antiphon_operator.render import children
 from antiphon_operator.render.canonical import canonical, parse_yaml

@@ -14,13 +14,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from antiphon.apps.wiring import AttentionPart, afd_layout, build_attention, build_ffn, num_ubatches, resolve_model
+from antiphon.apps.process.wiring import AttentionPart, afd_layout, build_attention, build_ffn, num_ubatches, resolve_model
 from antiphon.core.errors import Unavailable
 from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
 from antiphon.core.request import Request, RequestId, RequestOutput, SamplingParams
 from antiphon.testing import LocalCluster, wiring
 from antiphon.transport.base import Answer, Hello
-from antiphon.transport.choose import open_transport
+from antiphon.transport.connect.choose import open_transport
 from antiphon.worker.ffn_worker import FFNWorker
 
 VOCAB = 151

@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers as hf
 
+from antiphon.models.experts.placement import ExpertPlacement
 from antiphon.models.native.library import available
-from antiphon.models.placement import ExpertPlacement
 from antiphon.testing import LocalCluster, wiring
 
 EXPERTS, VOCAB = 12, 199

@@ -48,6 +48,6 @@ def test_no_source_file_outgrows_its_room() -> None:
 
 
 def test_a_worker_on_the_cpu_loads_no_kernel_compiler_for_cards() -> None:
-    code = "import sys, antiphon.apps.worker_process, antiphon.testing; print('triton' in sys.modules)"
+    code = "import sys, antiphon.apps.process.worker_process, antiphon.testing; print('triton' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.stdout.strip() == "False", result.stdout + result.stderr

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 
-from antiphon.core.artifact import ModelArtifact
-from antiphon.core.composition import CompositionOfExperts
-from antiphon.core.serving_pool import ServingPool
-from antiphon.core.spec import GROUP, VERSION, LLMDeployment
+from antiphon.core.document.artifact import ModelArtifact
+from antiphon.core.document.composition import CompositionOfExperts
+from antiphon.core.document.serving_pool import ServingPool
+from antiphon.core.document.spec import GROUP, VERSION, LLMDeployment
 from antiphon_operator.api import status
 from antiphon_operator.api.rules import ARTIFACT_RULES, COMPOSITION_RULES, LLM_RULES, POOL_RULES, Rule
 from antiphon_operator.api.schema import Json, structural_schema

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from antiphon.core.policies import RESERVED_POOL_NAMES
-from antiphon.core.spec import MAX_NAME_LENGTH
+from antiphon.core.document.policies import RESERVED_POOL_NAMES
+from antiphon.core.document.spec import MAX_NAME_LENGTH
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

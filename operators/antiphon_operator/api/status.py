@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from antiphon.core.document_part import Model
+from antiphon.core.document.part import Model
 
 Timestamp = str  # RFC 3339, UTC, whole seconds
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import kopf
 
-from antiphon.core.spec import API_VERSION
+from antiphon.core.document.spec import API_VERSION
 from antiphon_operator.controller.observability import OperatorMetrics
 from antiphon_operator.controller.resync import Resync
 from antiphon_operator.controller.work_queue import Pass, WorkQueue

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from antiphon.core.spec import GROUP, VERSION
+from antiphon.core.document.spec import GROUP, VERSION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

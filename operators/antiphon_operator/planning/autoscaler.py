@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from antiphon.core.policies import ScalingMode, ScalingSpec, SloSpec
-from antiphon.core.spec import PoolRole, PoolSpec
+from antiphon.core.document.policies import ScalingMode, ScalingSpec, SloSpec
+from antiphon.core.document.spec import PoolRole, PoolSpec
 
 TOLERANCE = 0.1  # a measure within this share of its target changes nothing
 _TTFT_ROLES: tuple[PoolRole, ...] = ("prefill", "monolith")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import InvalidInput
-from antiphon.core.spec import LLMDeployment
 from antiphon_operator.planning.rollout import Action, RevisionRef, World, preview
 from antiphon_operator.render.revision import Revision, render_revision
 from antiphon_operator.render.serve import sizes_of

@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from antiphon.core.policies import RolloutStrategy
+from antiphon.core.document.policies import RolloutStrategy
 
 
 class Action(StrEnum):

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from antiphon.core.policies import RatioSpec
-from antiphon.core.spec import LLMDeploymentSpec
+from antiphon.core.document.policies import RatioSpec
+from antiphon.core.document.spec import LLMDeploymentSpec
 
 _EPSILON = 1e-9  # quotients such as 3/0.1 that miss an integer by rounding
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from antiphon.core.artifact import ModelArtifact
-from antiphon.core.spec import GROUP, LLMDeployment
+from antiphon.core.document.artifact import ModelArtifact
+from antiphon.core.document.spec import GROUP, LLMDeployment
 from antiphon_operator.api.conditions import ConditionSet, Reason, Type
 from antiphon_operator.api.status import ModelArtifactStatus
 from antiphon_operator.kube.base import Kube, Object, name_of, owner_reference

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from antiphon.core.composition import CompositionOfExperts, ExpertSpec, SecretKeyRef
+from antiphon.core.document.composition import CompositionOfExperts, ExpertSpec, SecretKeyRef
 from antiphon_operator.api.conditions import ConditionSet, Reason, Type
 from antiphon_operator.api.status import CompositionStatus, ExpertStatus
 from antiphon_operator.kube.base import Kube, Object, name_of, owner_reference

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
-from antiphon.core.spec import LLMDeployment
+from antiphon.core.document.spec import LLMDeployment
 from antiphon_operator.planning.autoscaler import Metrics
 from antiphon_operator.render.names import http_port, http_service
 

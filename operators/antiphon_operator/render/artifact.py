@@ -6,7 +6,7 @@ download is never taken for a whole one. Must not know: how fetching works.
 
 from __future__ import annotations
 
-from antiphon.core.artifact import ModelArtifact
+from antiphon.core.document.artifact import ModelArtifact
 from antiphon_operator.render.canonical import Json
 from antiphon_operator.render.names import LABEL_ARTIFACT, MANAGER
 from antiphon_operator.render.pods import CONTAINER_SECURITY, POD_SECURITY

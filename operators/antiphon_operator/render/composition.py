@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from antiphon.core.composition import CompositionOfExperts, ExpertSpec, SecretKeyRef
+from antiphon.core.document.composition import CompositionOfExperts, ExpertSpec, SecretKeyRef
 from antiphon_operator.render.canonical import Json, fingerprint, to_yaml
 from antiphon_operator.render.names import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT, HEALTH_PATH, LABEL_COMPOSITION, MANAGER
 from antiphon_operator.render.pods import CONTAINER_SECURITY, POD_SECURITY, resource_requirements

@@ -5,7 +5,7 @@ Must not know: how any of it is built.
 
 from __future__ import annotations
 
-from antiphon.core.spec import GROUP, LLMDeployment
+from antiphon.core.document.spec import GROUP, LLMDeployment
 
 MANAGER = "antiphon-operator"  # field manager of everything we write
 SEED_MANAGER = "antiphon-operator-seed"  # writes replicas of a pool once, so that leaving them out later deletes nothing

@@ -5,8 +5,8 @@ Every field the API server would default inside a list is written out where comp
 
 from __future__ import annotations
 
-from antiphon.core.policies import KubernetesSpec, TolerationSpec
-from antiphon.core.spec import LLMDeployment, PoolSpec, Resources, parse_quantity
+from antiphon.core.document.policies import KubernetesSpec, TolerationSpec
+from antiphon.core.document.spec import LLMDeployment, PoolSpec, Resources, parse_quantity
 from antiphon_operator.render.canonical import Json
 from antiphon_operator.render.names import (
     AGENT_PORT,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from antiphon.core.spec import LLMDeployment, PoolSpec, Resources, parse_quantity
+from antiphon.core.document.spec import LLMDeployment, PoolSpec, Resources, parse_quantity
 from antiphon_operator.render.canonical import Json, fingerprint
 from antiphon_operator.render.names import (
     GATEWAY,

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import InvalidInput
-from antiphon.core.spec import LLMDeployment
 from antiphon_operator.render.canonical import Json
 from antiphon_operator.render.names import common_labels
 from antiphon_operator.render.ray_cluster import cluster_revision, ray_cluster

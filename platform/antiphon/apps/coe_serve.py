@@ -18,11 +18,11 @@ from pydantic import Field, ValidationError, field_validator
 from ray import serve
 from ray.serve import Application
 
-from antiphon.core.composition import CompositionOfExperts, ExternalEndpoint
-from antiphon.core.document_part import Model
+from antiphon.coe.serving.app import CoeConfig, run_coe
+from antiphon.core.document.composition import CompositionOfExperts, ExternalEndpoint
+from antiphon.core.document.part import Model
 from antiphon.core.errors import DeadlineExceeded, InvalidInput, Unavailable
 from antiphon.gateway.auth import keys_from
-from antiphon.gateway.coe_app import CoeConfig, run_coe
 from antiphon.gateway.config import BoundPorts
 
 ROUTER = "router"  # Serve name of the deployment

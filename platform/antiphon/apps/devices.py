@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from antiphon.core.device import memory_share
+from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import InvalidInput
-from antiphon.core.spec import LLMDeployment
 from antiphon.device.driver import Cards
 
 _ROUNDING = 1e-9  # shares such as 0.45 + 0.55 need not add up to 1 exactly

@@ -18,15 +18,15 @@ from ray import serve
 from ray.serve import Application
 
 from antiphon.apps.coe_serve import CoeArgs, router_deployment
-from antiphon.apps.gateway_app import GatewayReplica, Routing, SetGatewayReplica
-from antiphon.apps.pool import PoolReplica
-from antiphon.apps.serve_plan import GATEWAY, GATEWAY_CPU, ServeSettings, plan_serve
-from antiphon.apps.serve_set import Serving
-from antiphon.apps.worker_config import LogSettings
-from antiphon.core.document_part import Model
-from antiphon.core.documents import parse_object
+from antiphon.apps.process.config import LogSettings
+from antiphon.apps.serve.deployment_set import Serving
+from antiphon.apps.serve.gateway_app import GatewayReplica, Routing, SetGatewayReplica
+from antiphon.apps.serve.plan import GATEWAY, GATEWAY_CPU, ServeSettings, plan_serve
+from antiphon.apps.serve.pool import PoolReplica
+from antiphon.core.document.loading import parse_object
+from antiphon.core.document.part import Model
+from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import InvalidInput
-from antiphon.core.spec import LLMDeployment
 
 _STOP_MARGIN_S = 10.0  # a replica gets this much longer than its worker, before Serve kills it
 
@@ -113,10 +113,10 @@ def application_of(serving: Serving, settings: ServeSettings, run_dirs: Mapping[
     others: list[Application] = []
     for document in serving.deployments:
         name = document.metadata.name
-        shelf = serving.shelf_of(name)
-        if shelf is not None and shelf.first.deployment != name:
+        tier_pool = serving.tier_pool_of(name)
+        if tier_pool is not None and tier_pool.first.deployment != name:
             continue  # the first one's process serves it too
-        shelf_json = "" if shelf is None else json.dumps(shelf.to_value())
+        tier_pool_json = "" if tier_pool is None else json.dumps(tier_pool.to_value())
         mine = dataclasses.replace(settings, checkpoint=serving.checkpoints[name], run_dir=run_dirs[name])
         for pool in plan_serve(document).pools:
             deployment = serve.deployment(
@@ -125,7 +125,7 @@ def application_of(serving: Serving, settings: ServeSettings, run_dirs: Mapping[
                 ray_actor_options=pool.actor_options(pinned=False, sized=False),
                 **limits,
             )(PoolReplica)
-            others.append(deployment.bind(document.model_dump_json(by_alias=True), pool.name, mine, shelf_json))
+            others.append(deployment.bind(document.model_dump_json(by_alias=True), pool.name, mine, tier_pool_json))
     routing: Routing = "here"
     if any(composition.spec.router.artifact is not None for composition in serving.compositions):
         routing = "replicas"

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import click
 import typer
 
-from antiphon.core.composition import Policy
+from antiphon.core.document.composition import Policy
 
 _PLAIN_WIDTH = 160  # where the output is no terminal
 
@@ -65,14 +65,14 @@ def train(
     ] = None,
 ) -> None:
     """Train a router from a score table."""
-    from antiphon.coe.artifact import write_artifact
-    from antiphon.coe.fit import Recipe
-    from antiphon.coe.mapping import Budget
-    from antiphon.coe.model_card import model_card
-    from antiphon.coe.report import judge_table, plots
-    from antiphon.coe.table import read_table
-    from antiphon.coe.train import Options
-    from antiphon.coe.train import train as train_router
+    from antiphon.coe.judging.model_card import model_card
+    from antiphon.coe.judging.report import judge_table, plots
+    from antiphon.coe.routing.artifact import write_artifact
+    from antiphon.coe.training.fit import Recipe
+    from antiphon.coe.training.mapping import Budget
+    from antiphon.coe.training.table import read_table
+    from antiphon.coe.training.train import Options
+    from antiphon.coe.training.train import train as train_router
 
     options = Options(
         recipe=Recipe(seed=seed),
@@ -104,11 +104,11 @@ def evaluate(
     ] = None,
 ) -> None:
     """Judge a router: the artifact on rows it has not seen, and its recipe by cross-validation on the table."""
-    from antiphon.coe.artifact import load_artifact
-    from antiphon.coe.held_out import judge_artifact, unseen_rows
-    from antiphon.coe.report import broken_promises, judge_table, plots, rows_for_people
-    from antiphon.coe.table import drop_duplicates, read_table
-    from antiphon.coe.train import Options, prepare, recipe_of
+    from antiphon.coe.judging.held_out import judge_artifact, unseen_rows
+    from antiphon.coe.judging.report import broken_promises, judge_table, plots, rows_for_people
+    from antiphon.coe.routing.artifact import load_artifact
+    from antiphon.coe.training.table import drop_duplicates, read_table
+    from antiphon.coe.training.train import Options, prepare, recipe_of
 
     loaded = load_artifact(artifact)
     rows, _ = drop_duplicates(read_table(table))
@@ -150,10 +150,10 @@ def route(
     policy: Annotated[PolicyName, typer.Option(help="What to weigh against quality.")] = PolicyName.QUALITY,
 ) -> None:
     """Show which expert would serve a prompt, and why."""
-    from antiphon.coe.artifact import load_artifact
-    from antiphon.coe.decision import Question
-    from antiphon.coe.record_json import record_json
-    from antiphon.coe.router import Router, spec_of
+    from antiphon.coe.routing.artifact import load_artifact
+    from antiphon.coe.routing.decision import Question
+    from antiphon.coe.routing.record_json import record_json
+    from antiphon.coe.routing.router import Router, spec_of
 
     if prompt == "-":
         prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
@@ -174,10 +174,10 @@ def add_expert(
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the new artifact.")],
 ) -> None:
     """Let a new expert join from a few scored probes, without training again."""
-    from antiphon.coe.artifact import load_artifact, write_artifact
-    from antiphon.coe.join import join_expert
-    from antiphon.coe.model_card import model_card
-    from antiphon.coe.table import read_table
+    from antiphon.coe.judging.model_card import model_card
+    from antiphon.coe.routing.artifact import load_artifact, write_artifact
+    from antiphon.coe.training.join import join_expert
+    from antiphon.coe.training.table import read_table
 
     joined = join_expert(load_artifact(artifact), read_table(probes))
     click.echo(f"{out}: {write_artifact(joined, out, {'model_card.md': model_card(joined, None).encode()})}")
@@ -207,11 +207,11 @@ def serve(
     import os
     import signal
 
-    from antiphon.core.composition import CompositionOfExperts, ExternalEndpoint
-    from antiphon.core.documents import read_documents
+    from antiphon.coe.serving.app import CoeConfig, run_coe
+    from antiphon.core.document.composition import CompositionOfExperts, ExternalEndpoint
+    from antiphon.core.document.loading import read_documents
     from antiphon.core.errors import InvalidInput, Unavailable
     from antiphon.gateway.auth import keys_from
-    from antiphon.gateway.coe_app import CoeConfig, run_coe
     from antiphon.gateway.config import BoundPorts
 
     documents = tuple(d for d in read_documents(file) if isinstance(d, CompositionOfExperts))
@@ -269,7 +269,7 @@ def demo(
     from rich.markup import escape
     from rich.table import Table as RichTable
 
-    from antiphon.apps.coe_demo import SHOWN, run
+    from antiphon.apps.demo.composition import SHOWN, run
 
     result = run(_say, prompts=prompt or SHOWN)
     if as_json:
@@ -300,8 +300,8 @@ def example(
     seed: Annotated[int, typer.Option(help="Another seed, other rows.")] = 0,
 ) -> None:
     """Write a made-up score table to try the other commands with."""
-    from antiphon.coe.example_table import example_table
-    from antiphon.coe.table import write_table
+    from antiphon.coe.training.example_table import example_table
+    from antiphon.coe.training.table import write_table
 
     write_table(example_table(seed=seed), out)
     click.echo(str(out))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from antiphon.core.spec import LLMDeploymentSpec, PoolSpec
+from antiphon.core.document.spec import LLMDeploymentSpec, PoolSpec
 
 DEFAULT_MEMORY_UTILIZATION = 0.9  # the driver, other processes' contexts and fragments of the allocator take the rest
 

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING
 
 from antiphon.core.directory import Notes
 from antiphon.core.errors import AntiphonError
+from antiphon.directory.memory import MemoryDirectory
+from antiphon.directory.workers import WorkerSource
 from antiphon.gateway.config import BoundPorts, GatewayConfig
-from antiphon.gateway.directory import MemoryDirectory
 from antiphon.gateway.experts import GatewayExperts
-from antiphon.gateway.experts_http import add_expert_routes
 from antiphon.gateway.gateway import Gateway
-from antiphon.gateway.grpc_door import GrpcDoor
-from antiphon.gateway.http_server import HttpServer
-from antiphon.gateway.openai_http import make_app
-from antiphon.gateway.tokenizer import TextModel
-from antiphon.gateway.workers import WorkerSource
+from antiphon.gateway.grpc.servicer import GrpcDoor
+from antiphon.gateway.openai.experts_routes import add_expert_routes
+from antiphon.gateway.openai.http_server import HttpServer
+from antiphon.gateway.openai.routes import make_app
+from antiphon.gateway.text.tokenizer import TextModel
 from antiphon.rpc.channels import ChannelLimits
 from antiphon.rpc.experts import ExpertsServicer
 from antiphon.rpc.inference import InferenceServicer
@@ -32,7 +32,7 @@ from antiphon.rpc.services import RpcServer
 from antiphon.telemetry import Telemetry, setup
 
 if TYPE_CHECKING:  # without compositions a gateway needs no router and its numpy
-    from antiphon.gateway.coe_gateway import GatewayCompositions
+    from antiphon.coe.serving.gateway import GatewayCompositions
 
 _log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ async def _run(
 async def _compositions(gateway: Gateway, notes: Notes) -> GatewayCompositions | None:
     if not gateway.config.compositions:
         return None
-    from antiphon.gateway.coe_gateway import GatewayCompositions
+    from antiphon.coe.serving.gateway import GatewayCompositions
 
     return await GatewayCompositions.open(gateway, notes)
 

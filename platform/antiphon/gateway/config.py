@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from antiphon.core.composition import CompositionOfExperts, ExternalEndpoint
+from antiphon.core.document.composition import CompositionOfExperts, ExternalEndpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

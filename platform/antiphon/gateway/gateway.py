@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING
 
 from antiphon import __version__
 from antiphon.core.errors import Unavailable, UnknownModel
+from antiphon.directory.workers import WorkerSource, WorkerView
 from antiphon.gateway.auth import ApiKeys
 from antiphon.gateway.config import GatewayConfig
-from antiphon.gateway.engine_client import EngineClient
-from antiphon.gateway.generation import Generator
-from antiphon.gateway.generation_request import Event, GenerationRequest
-from antiphon.gateway.metrics import GatewayMetrics
-from antiphon.gateway.placement import Placement
+from antiphon.gateway.generation.generator import Generator
+from antiphon.gateway.generation.request import Event, GenerationRequest
+from antiphon.gateway.metrics.instruments import GatewayMetrics
+from antiphon.gateway.routing.engine_client import EngineClient
+from antiphon.gateway.routing.placement import Placement
 from antiphon.gateway.status import Status, pools_of, workers_of
-from antiphon.gateway.tokenizer import TextModel
-from antiphon.gateway.workers import WorkerSource, WorkerView
+from antiphon.gateway.text.tokenizer import TextModel
 from antiphon.telemetry import Telemetry
 
 if TYPE_CHECKING:  # without compositions a gateway needs no router and its numpy
-    from antiphon.gateway.coe_composition import Composition
+    from antiphon.coe.serving.composition import Composition
 
 
 class Gateway:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from antiphon.core.directory import WorkerRecord
 from antiphon.core.ids import Role, WorkerId
 from antiphon.core.worker_info import WorkerInfo
-from antiphon.gateway.metrics import kv_usage
+from antiphon.gateway.metrics.instruments import kv_usage
 
 if TYPE_CHECKING:  # without compositions a gateway needs no router and its numpy
-    from antiphon.gateway.coe_composition import CompositionStatus
+    from antiphon.coe.serving.composition import CompositionStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

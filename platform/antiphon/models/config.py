@@ -19,7 +19,7 @@ from hashlib import blake2b
 from typing import Literal
 
 from antiphon.core.kv import KVPlane
-from antiphon.models.rope_config import RopeConfig
+from antiphon.models.layers.rope_config import RopeConfig
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 NormKind = Literal["rms", "rms_plus_one", "layer"]  # weight; 1 + weight (Gemma); mean and variance, weight and bias
@@ -218,7 +218,7 @@ class DecoderConfig:
         return max((ffn.gate.num_experts for ffn in self.ffns if isinstance(ffn, MoEConfig)), default=0)
 
     @property
-    def num_lanes(self) -> int:
+    def num_streams(self) -> int:
         """Exchanges of one ubatch that may be in flight at once."""
         return 1 if len(self.ffns) == self.num_layers else 2
 

@@ -4,7 +4,7 @@
     FFN half of layer i:        f = down(act(gate(rows)) * up(rows)), or the chosen experts'   -> F2A (partial sums)
     next attention half:        x += ffn_out_norm(f)
 
-Rows of a shortcut leave on a lane of their own and join one layer later.
+Rows of a shortcut leave on a stream of their own and join one layer later.
 Legend: T rows, D hidden, V vocabulary, K ids per row. Must not know: links, shards other than its own.
 """
 
@@ -18,21 +18,21 @@ import torch
 
 from antiphon.core.ids import FFNShard
 from antiphon.core.kv import KVLayout
-from antiphon.models.attention import AttentionBatch
-from antiphon.models.checkpoint import Checkpoint
+from antiphon.models.attention.grouped_query import GroupedAttention
+from antiphon.models.attention.kv_cache import KVCache
+from antiphon.models.attention.latent import LatentAttention
+from antiphon.models.attention.paged import AttentionBatch
 from antiphon.models.config import AttentionConfig, DecoderConfig, LayerConfig, MoEConfig, NormPlace
-from antiphon.models.experts import DenseFFN, ExpertBank
-from antiphon.models.grouped_attention import GroupedAttention
-from antiphon.models.kv_cache import KVCache
-from antiphon.models.latent_attention import LatentAttention
-from antiphon.models.layers import Norm, RMSNorm, Rope, read_norm
-from antiphon.models.linear import Linear
-from antiphon.models.placement import ExpertPlacement
-from antiphon.models.quantized import Int8Choice
-from antiphon.models.rope_config import RopeConfig
-from antiphon.models.routing import Router, Routing
-from antiphon.models.skipping import ExpertSkipping
-from antiphon.models.weights import Weights
+from antiphon.models.experts.placement import ExpertPlacement
+from antiphon.models.experts.routing import Router, Routing
+from antiphon.models.experts.shard import DenseFFN, ExpertBank
+from antiphon.models.experts.skipping import ExpertSkipping
+from antiphon.models.layers.functional import Norm, RMSNorm, Rope, read_norm
+from antiphon.models.layers.linear import Linear
+from antiphon.models.layers.quantized import Int8Choice
+from antiphon.models.layers.rope_config import RopeConfig
+from antiphon.models.loading.checkpoint import Checkpoint
+from antiphon.models.loading.weights import Weights
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class Outgoing:
     """Rows that leave for the FFN side. They must not change until their result is combined."""
 
     ffn: int  # the layer number on the wire: DecoderConfig.ffns
-    lane: int
+    stream: int
     rows_TD: torch.Tensor
     routing: Routing | None  # None: a dense FFN
 
@@ -52,7 +52,7 @@ class StepState:
     x_TD: torch.Tensor
     batch: AttentionBatch
     rope_tables: Sequence[tuple[torch.Tensor, torch.Tensor]]  # by distinct rotation
-    away: list[Outgoing | None] = field(default_factory=lambda: [None, None])  # by lane
+    away: list[Outgoing | None] = field(default_factory=lambda: [None, None])  # by stream
     bad_rows: dict[int, str] = field(default_factory=dict)  # row -> the first gate that found it not to be numbers
 
 
@@ -179,25 +179,25 @@ class AttentionHalves:
             return norm(state.x_TD)
         return state.x_TD if half.shortcut is None else state.x_TD.clone()  # x itself changes while a shortcut's rows are away
 
-    def _leave(self, layer: int, ffn: int, lane: int, rows_TD: torch.Tensor, router: Router | None, state: StepState) -> Outgoing:
+    def _leave(self, layer: int, ffn: int, stream: int, rows_TD: torch.Tensor, router: Router | None, state: StepState) -> Outgoing:
         routing = None if router is None else router(rows_TD)
         if routing is not None:
             for row in routing.bad_rows:
                 state.bad_rows.setdefault(row, f"the gate of {self.config.layers[layer].prefix.rstrip('.')}")
-        leaving = state.away[lane] = Outgoing(ffn=ffn, lane=lane, rows_TD=rows_TD, routing=routing)
+        leaving = state.away[stream] = Outgoing(ffn=ffn, stream=stream, rows_TD=rows_TD, routing=routing)
         return leaving
 
-    def lanes_due(self, layer: int) -> tuple[int, ...]:
-        """Lanes whose results ``combine`` of this layer takes, in order."""
+    def streams_due(self, layer: int) -> tuple[int, ...]:
+        """Streams whose results ``combine`` of this layer takes, in order."""
         return (0, 1) if self._layers[layer].joins_shortcut else (0,)
 
     def combine(self, layer: int, state: StepState, results: Sequence[torch.Tensor]) -> None:
-        """Add the FFN side's results (one [T, D] per lane due) to the residual stream."""
+        """Add the FFN side's results (one [T, D] per stream due) to the residual stream."""
         norm = self._layers[layer].norms.get("ffn_out")
-        for lane, result_TD in zip(self.lanes_due(layer), results, strict=True):
-            left = state.away[lane]
-            assert left is not None  # attend() filled the lane before its rows could be sent
-            state.away[lane] = None
+        for stream, result_TD in zip(self.streams_due(layer), results, strict=True):
+            left = state.away[stream]
+            assert left is not None  # attend() filled the stream before its rows could be sent
+            state.away[stream] = None
             if left.routing is not None and left.routing.identity_T is not None:
                 result_TD = result_TD + left.rows_TD * left.routing.identity_T[:, None].to(left.rows_TD.dtype)
             state.x_TD.add_(result_TD if norm is None else norm(result_TD.to(state.x_TD.dtype)))

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from antiphon.core.document.planning import PlanningSpec
+from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import InvalidInput
-from antiphon.core.planning import PlanningSpec
-from antiphon.core.spec import LLMDeployment
 from antiphon.planner.cost.formats import Formats
 from antiphon.planner.cost.hardware import Accelerator, Catalogue
 from antiphon.planner.cost.library import Model, find_model, model_names, read_model

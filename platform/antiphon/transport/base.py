@@ -97,7 +97,7 @@ class Message:
 class Waitable(Protocol):
     """What a ``WaitSet`` needs from a link or a listener to spin on it and then to sleep on it.
 
-    Two more properties are optional: ``spin_lane``, the native lane to spin on without the GIL (shared memory), and ``nap_s``,
+    Two more properties are optional: ``spin_channel``, the native control channel to spin on without the GIL (shared memory), and ``nap_s``,
     seconds after which a sleeper has to ask ``pending`` again because nothing rings (NIXL).
     """
 

@@ -1,6 +1,6 @@
 """Links over gRPC bidirectional streams: the portable fallback, anywhere two processes reach each other (hot).
 
-A frame is ledger.py's, with the payload behind it. A slot stays taken until its credit arrives, so at most num_slots messages
+A frame is credits.py's, with the payload behind it. A slot stays taken until its credit arrives, so at most num_slots messages
 are under way in each direction. A received payload is the very bytes object gRPC made, seen as a tensor: never write into it.
 Two threads an end per link, both blocked when idle.
 Must not know: gRPC itself, which lives behind ``antiphon.rpc.raw_stream``.
@@ -20,14 +20,14 @@ import torch
 from antiphon.core.errors import AntiphonError, CorruptMessage, PeerLost, Unavailable
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.rpc.raw_stream import RawServer, RawStream, open_stream
-from antiphon.transport.address import join_host, split_host
 from antiphon.transport.base import HEADER_BYTES, Answer, Hello, Link, Listener, Message, Slot, Transport
-from antiphon.transport.bell import Bell
-from antiphon.transport.hello import Greeting, check_layouts, decode_greeting, encode_greeting, encode_refusal
-from antiphon.transport.ledger import FRAME_BYTES, PREFIX, DamageError, Ledger, is_credit
-from antiphon.transport.reception import Reception
+from antiphon.transport.connect.address import join_host, split_host
+from antiphon.transport.connect.hello import Greeting, check_layouts, decode_greeting, encode_greeting, encode_refusal
+from antiphon.transport.connect.listener import QueuedListener
+from antiphon.transport.credits import FRAME_BYTES, PREFIX, Credits, DamageError, is_credit
 from antiphon.transport.slots import byte_rows, slots_of
 from antiphon.transport.waiting import wait_on
+from antiphon.transport.wakeup import Wakeup
 
 SCHEME = "grpc://"
 _MAX_FRAME_BYTES = 1 << 30  # what a listener takes before it knows the peer's layout
@@ -51,7 +51,7 @@ class GrpcLink(Link):
         self._stream = stream
         self._theirs = theirs
         self._num_slots = layout.num_slots
-        self._ledger = Ledger(layout.num_slots, layout.recv_slot_bytes)
+        self._slot_credits = Credits(layout.num_slots, layout.recv_slot_bytes)
         memory = bytearray(layout.num_slots * layout.send_slot_bytes)
         whole = memoryview(memory)
         self._rows = [whole[i * layout.send_slot_bytes : (i + 1) * layout.send_slot_bytes] for i in range(layout.num_slots)]
@@ -62,7 +62,7 @@ class GrpcLink(Link):
         self._gone = False  # set by the reader thread; what arrived before is still handed out
         self._lost: str | None = None
         self._starved = self._parked = False
-        self._bell = Bell()
+        self._wakeup = Wakeup()
         stream.attach(self._take)
 
     @property
@@ -78,16 +78,16 @@ class GrpcLink(Link):
     @property
     def num_free_slots(self) -> int:
         """Slots not in flight, those whose credit is still to be looked at included."""
-        return len(self._ledger.free) + len(self._credits)
+        return len(self._slot_credits.free) + len(self._credits)
 
     def acquire(self) -> Slot | None:
         """A free slot, or None. Raises PeerLost, CorruptMessage."""
         if self._gone or self._lost is not None:
             self._raise_lost()
-        free = self._ledger.free
+        free = self._slot_credits.free
         while self._credits:
             try:
-                free.append(self._ledger.take_credit(self._credits.popleft()))
+                free.append(self._slot_credits.take_credit(self._credits.popleft()))
             except DamageError as error:
                 self._corrupt(error)
         if free:
@@ -103,7 +103,7 @@ class GrpcLink(Link):
         if len(header) != HEADER_BYTES:
             raise ValueError(f"a header has {HEADER_BYTES} bytes")
         index = slot.index
-        prefix = self._ledger.send(index, num_bytes)
+        prefix = self._slot_credits.send(index, num_bytes)
         self._stream.send(b"".join((prefix, header, self._rows[index][:num_bytes])))
 
     def poll(self) -> Message | None:
@@ -118,7 +118,7 @@ class GrpcLink(Link):
 
     def release(self, message: Message) -> None:
         """Send the slot's credit."""
-        credit = self._ledger.release(message.slot)
+        credit = self._slot_credits.release(message.slot)
         if self._lost is None:
             self._stream.send(credit)
 
@@ -137,7 +137,7 @@ class GrpcLink(Link):
         if self._lost is None:
             self._lost = "closed here"
         self._stream.close()
-        self._bell.close()
+        self._wakeup.close()
 
     def pending(self) -> bool:
         """True when a message, a loss or the slot that was lacking is there."""
@@ -146,13 +146,13 @@ class GrpcLink(Link):
     def park(self) -> Sequence[int]:
         """Ask the reader thread to ring."""
         self._parked = True
-        return (self._bell.fd,) if self._bell.fd >= 0 else ()
+        return (self._wakeup.fd,) if self._wakeup.fd >= 0 else ()
 
     def unpark(self, *, woken: bool) -> None:
         """Ask no longer."""
         self._parked = False
         if woken:
-            self._bell.clear()
+            self._wakeup.clear()
 
     def _take(self, frame: bytes | None) -> None:
         if frame is None:
@@ -162,11 +162,11 @@ class GrpcLink(Link):
         elif len(self._arrived) <= self._num_slots:  # one more than allowed is kept, to be found and told
             self._arrived.append(frame)
         if self._parked:
-            self._bell.ring()
+            self._wakeup.ring()
 
     def _open(self, frame: bytes) -> Message:
         try:
-            slot, num_bytes = self._ledger.receive(frame)
+            slot, num_bytes = self._slot_credits.receive(frame)
             if num_bytes != len(frame) - FRAME_BYTES:
                 raise DamageError(f"{len(frame) - FRAME_BYTES} bytes came, {num_bytes} were announced")
         except DamageError as error:
@@ -198,14 +198,14 @@ class GrpcTransport(Transport):
         After the listener's close the port stays bound until its last link closes. Raises Unavailable.
         """
         name, port = split_host(host)
-        reception = Reception(answer)
+        listener = QueuedListener(answer)
         try:
-            server = RawServer(join_host(name, port), functools.partial(_greet, reception), max_receive_bytes=_MAX_FRAME_BYTES)
+            server = RawServer(join_host(name, port), functools.partial(_greet, listener), max_receive_bytes=_MAX_FRAME_BYTES)
         except Unavailable:
-            reception.close()
+            listener.close()
             raise
-        reception.open(SCHEME + join_host(name, server.port), stop=server.close)
-        return reception
+        listener.open(SCHEME + join_host(name, server.port), stop=server.close)
+        return listener
 
     def connect(self, address: str, hello: Hello, timeout_s: float) -> GrpcLink:
         """Open a link. Raises Unavailable, LayoutMismatch, PeerLost."""
@@ -228,15 +228,15 @@ class GrpcTransport(Transport):
         return GrpcLink(stream, hello, theirs)
 
 
-def _greet(reception: Reception, stream: RawStream) -> None:
+def _greet(listener: QueuedListener, stream: RawStream) -> None:
     try:
         theirs = decode_greeting(stream.receive(_GREETING_S), stream.peer).hello
-        mine = reception.answer(theirs)
+        mine = listener.answer(theirs)
         stream.send(encode_greeting(Greeting(hello=mine)))
         check_layouts(mine, theirs)
     except AntiphonError as error:
-        reception.refuse(error)
+        listener.refuse(error)
         stream.send(encode_refusal(error))
         stream.end()
     else:
-        reception.arrive(GrpcLink(stream, mine, theirs))
+        listener.arrive(GrpcLink(stream, mine, theirs))

@@ -19,17 +19,17 @@ import torch
 from antiphon.core.errors import AntiphonError, InvalidInput, LayoutMismatch, PeerLost, Unavailable
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.transport.base import HEADER_BYTES, Answer, Hello, Link, Listener, Message, Slot, Transport
-from antiphon.transport.bell import Bell
-from antiphon.transport.hello import check_layouts
-from antiphon.transport.reception import Reception
+from antiphon.transport.connect.hello import check_layouts
+from antiphon.transport.connect.listener import QueuedListener
 from antiphon.transport.slots import MessageViews, slots_of
 from antiphon.transport.waiting import wait_on
+from antiphon.transport.wakeup import Wakeup
 
 SCHEME = "loopback://"
 _INLINE_SLEEP_S = 0.001  # between two calls of on_poll while waiting: the inline peer may be waiting for a third party
 
 
-class _Lane:
+class _Direction:
     """One direction: slots of the sender, messages to the receiver. Deques are safe between two threads."""
 
     __slots__ = ("arrived", "free", "headers", "slots", "views")
@@ -49,7 +49,7 @@ class LoopbackLink(Link):
 
     spin_s = 0.0
 
-    def __init__(self, mine: Hello, theirs: Hello, send: _Lane, recv: _Lane) -> None:
+    def __init__(self, mine: Hello, theirs: Hello, send: _Direction, recv: _Direction) -> None:
         """``send`` and ``recv`` are the peer's ``recv`` and ``send``; ``loopback_pair`` makes both ends."""
         self.on_poll: Callable[[], None] | None = None
         self._mine = mine.worker_id
@@ -62,7 +62,7 @@ class LoopbackLink(Link):
         self._parked = False
         self._lost: str | None = None  # why every further call raises
         self._gone = False  # the peer closed; what it sent before is still handed out
-        self._bell: Bell | None = None
+        self._wakeup: Wakeup | None = None
 
     @property
     def peer(self) -> WorkerId:
@@ -93,9 +93,9 @@ class LoopbackLink(Link):
         """Hand the slot's memory to the peer. Raises PeerLost."""
         if self._lost is not None or self._gone:
             self._raise_lost()
-        lane = self._send
-        lane.headers[slot.index][:] = header
-        lane.arrived.append(lane.views.view(slot.index, num_bytes))
+        direction = self._send
+        direction.headers[slot.index][:] = header
+        direction.arrived.append(direction.views.view(slot.index, num_bytes))
         self._wake_peer()
 
     def poll(self) -> Message | None:
@@ -140,9 +140,9 @@ class LoopbackLink(Link):
         if other is not None:
             other._gone = True
             other._ring()
-        bell, self._bell = self._bell, None
-        if bell is not None:
-            bell.close()
+        wakeup, self._wakeup = self._wakeup, None
+        if wakeup is not None:
+            wakeup.close()
 
     def pending(self) -> bool:
         """True when a message, a loss or the slot that was lacking is there."""
@@ -152,16 +152,16 @@ class LoopbackLink(Link):
         """Ask to be rung."""
         if self._lost is not None:
             return ()
-        if self._bell is None:
-            self._bell = Bell()
+        if self._wakeup is None:
+            self._wakeup = Wakeup()
         self._parked = True
-        return (self._bell.fd,)
+        return (self._wakeup.fd,)
 
     def unpark(self, *, woken: bool) -> None:
         """Ask no longer."""
         self._parked = False
-        if woken and self._bell is not None:
-            self._bell.clear()
+        if woken and self._wakeup is not None:
+            self._wakeup.clear()
 
     def _pump(self) -> None:
         # The peer's pump may poll its own end, whose on_poll may be this side's pump: one level is enough.
@@ -178,9 +178,9 @@ class LoopbackLink(Link):
             other._ring()
 
     def _ring(self) -> None:
-        bell = self._bell
-        if bell is not None:
-            bell.ring()
+        wakeup = self._wakeup
+        if wakeup is not None:
+            wakeup.ring()
 
     def _raise_lost(self) -> None:
         if self._lost is None:
@@ -192,8 +192,8 @@ def loopback_pair(hello_a: Hello, hello_b: Hello) -> tuple[LoopbackLink, Loopbac
     """Both ends of a link, a's first. Raises LayoutMismatch when the layouts differ."""
     check_layouts(hello_a, hello_b)
     layout = hello_a.layout
-    a_to_b = _Lane(layout.num_slots, layout.send_slot_bytes)
-    b_to_a = _Lane(layout.num_slots, layout.recv_slot_bytes)
+    a_to_b = _Direction(layout.num_slots, layout.send_slot_bytes)
+    b_to_a = _Direction(layout.num_slots, layout.recv_slot_bytes)
     a, b = LoopbackLink(hello_a, hello_b, a_to_b, b_to_a), LoopbackLink(hello_b, hello_a, b_to_a, a_to_b)
     a._other, b._other = b, a
     return a, b
@@ -207,37 +207,37 @@ class LoopbackTransport(Transport):
     def __init__(self) -> None:
         """No listener yet."""
         self._lock = threading.Lock()
-        self._receptions: dict[str, Reception] = {}
+        self._listeners: dict[str, QueuedListener] = {}
 
     def listen(self, host: str, answer: Answer) -> Listener:
         """Accept links on ``loopback://<host>``. Raises InvalidInput if the name is taken."""
-        reception = Reception(answer)
+        listener = QueuedListener(answer)
         with self._lock:
-            if host in self._receptions:
+            if host in self._listeners:
                 raise InvalidInput(f"{SCHEME}{host} is already listened on", "host")
-            self._receptions[host] = reception
-        reception.open(SCHEME + host, stop=lambda: self._forget(host))
-        return reception
+            self._listeners[host] = listener
+        listener.open(SCHEME + host, stop=lambda: self._forget(host))
+        return listener
 
     def connect(self, address: str, hello: Hello, timeout_s: float) -> LoopbackLink:
         """Open a link at once; ``timeout_s`` is never needed. Raises Unavailable, LayoutMismatch."""
         with self._lock:
-            reception = self._receptions.get(address.removeprefix(SCHEME))
-        if reception is None or not address.startswith(SCHEME):
+            listener = self._listeners.get(address.removeprefix(SCHEME))
+        if listener is None or not address.startswith(SCHEME):
             raise Unavailable(f"nobody listens on {address}")
         try:
-            theirs = reception.answer(hello)
+            theirs = listener.answer(hello)
         except AntiphonError as error:
-            reception.refuse(error)
+            listener.refuse(error)
             raise
         try:
             check_layouts(theirs, hello)
         except LayoutMismatch as error:
-            reception.refuse(error)  # this end raises its own, just below
+            listener.refuse(error)  # this end raises its own, just below
         near, far = loopback_pair(hello, theirs)
-        reception.arrive(far)
+        listener.arrive(far)
         return near
 
     def _forget(self, name: str) -> None:
         with self._lock:
-            del self._receptions[name]
+            del self._listeners[name]

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable
 
 from antiphon.transport.base import Waitable
-from antiphon.transport.lane import Lane, spin
+from antiphon.transport.shm.control_channel import ControlChannel, spin
 
 _MIN_POLL_S = 1e-3  # poll(2) counts in milliseconds
 _SLICE_S = 20e-6  # of native spinning between two looks at links that can only be asked
@@ -83,32 +83,32 @@ def any_pending(members: Iterable[Waitable]) -> bool:
 
 
 def _spin(members: tuple[Waitable, ...], window_s: float) -> bool:
-    """Spin on all native lanes at once, and ask the others in between: often those that want spinning, now and then the rest."""
-    lanes: tuple[Lane, ...] = ()
+    """Spin on all native channels at once, and ask the others in between: often those that want spinning, now and then the rest."""
+    channels: tuple[ControlChannel, ...] = ()
     asked: tuple[Waitable, ...] = ()
     slice_s = _BELL_SLICE_S
     for member in members:
-        lane: Lane | None = getattr(member, "spin_lane", None)  # only links over shared memory have one
-        if lane is not None:
-            lanes = (*lanes, lane)
+        channel: ControlChannel | None = getattr(member, "spin_channel", None)  # only links over shared memory have one
+        if channel is not None:
+            channels = (*channels, channel)
             continue
         asked = (*asked, member)
         if member.spin_s > 0:
             slice_s = _SLICE_S
     if not asked:
-        return spin(lanes, window_s)
+        return spin(channels, window_s)
     end = time.monotonic() + window_s
     while (left := end - time.monotonic()) > 0:
-        if any_pending(asked) or (lanes and spin(lanes, min(slice_s, left))):
+        if any_pending(asked) or (channels and spin(channels, min(slice_s, left))):
             return True
-        if not lanes:
+        if not channels:
             let_others_run()
     return False
 
 
 def sleep_on(members: tuple[Waitable, ...], deadline: float) -> bool:
     """Sleep until a member is pending (True) or ``deadline`` (time.monotonic) has come (False)."""
-    while not _sleep_once(members, deadline):  # a bell also rings for what is no news, such as a slot nobody lacked
+    while not _sleep_once(members, deadline):  # a wakeup also rings for what is no news, such as a slot nobody lacked
         if time.monotonic() >= deadline:
             return False
     return True

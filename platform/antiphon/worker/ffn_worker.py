@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from antiphon.connectors.ffn_side import FFNSide, FFNWork
+from antiphon.connectors.afd.ffn_side import FFNSide, FFNWork
 from antiphon.core.errors import InvalidInput
 from antiphon.models.decoder import FFNHalves
-from antiphon.models.warming import Warming
+from antiphon.models.prefetch import WeightPrefetch
 from antiphon.telemetry.step_trace import Mark, StepTrace
 from antiphon.transport.base import Link
-from antiphon.worker.gathering import Gathering
+from antiphon.worker.batching import Batching
 
 _IDLE_WAIT_S = 0.5
 
@@ -46,10 +46,10 @@ class FFNWorker:
         self.stats = FFNStats()
         self.trace: StepTrace | None = None  # set before the loop by who wants one
         self.placement = 0  # number of the placement that was settled last: experts of older ones may be gone
-        self._gathering: Gathering[Link] = Gathering(max_batch_wait_s)
+        self._batching: Batching[Link] = Batching(max_batch_wait_s)
         self._held: list[FFNWork] = []  # not answered yet
         self._num_changes = 0  # of the side's links, as last seen
-        self._warming = Warming(halves.first_weights)
+        self._prefetch = WeightPrefetch(halves.first_weights)
         self._last = (0, 0)  # layer and ubatch answered last
         self._follows: dict[tuple[int, int], int] = {}  # the layer that came next, the last time
 
@@ -68,7 +68,7 @@ class FFNWorker:
                 if due_s > now_s:
                     self.side.wait(due_s - now_s)
                 elif not self._held:
-                    self._warming.warm(self._follows.get(self._last, 0), self.side.pending)
+                    self._prefetch.warm(self._follows.get(self._last, 0), self.side.pending)
 
     def pump(self) -> bool:
         """Answer everything that has arrived, one batch per layer, and hold nothing; False when nothing had."""
@@ -87,18 +87,18 @@ class FFNWorker:
         if self.side.num_changes != self._num_changes:
             self._num_changes = self.side.num_changes
             self._held = [work for work in self._held if self.side.serves(work.link)]
-            self._gathering.keep(self.side.serves)
+            self._batching.keep(self.side.serves)
         for work in works:
             if work.header.spare < self.placement:
                 self.stats.num_stale_messages += 1
             if self._gathers:
-                self._gathering.arrived(work.link, work.header.ubatch, work.header.layer, work.arrived_s)
+                self._batching.arrived(work.link, work.header.ubatch, work.header.layer, work.arrived_s)
         self._held += works
         return bool(self._held)
 
     @property
     def _gathers(self) -> bool:
-        return self._gathering.max_wait_s > 0 and self.side.num_peers > 1
+        return self._batching.max_wait_s > 0 and self.side.num_peers > 1
 
     def _answer_due(self) -> float:
         """Answer what is not worth holding; when (``time.perf_counter``) the first of the rest is, or 0."""
@@ -107,7 +107,7 @@ class FFNWorker:
         if self._gathers:
             ready = []
             for work in works:
-                until_s = self._gathering.hold_until(work.link, work.header.ubatch, now_s)
+                until_s = self._batching.hold_until(work.link, work.header.ubatch, now_s)
                 if until_s > now_s:
                     self._held.append(work)
                     due_s = until_s if due_s == 0.0 else min(due_s, until_s)
@@ -144,7 +144,7 @@ class FFNWorker:
             self.stats.num_messages += 1
             part_RD = out_RD if len(batch) == 1 else out_RD[at:end]
             self.side.reply(work, part_RD, compute_us=int(compute_s * 1e6), wait_us=int(wait_s * 1e6), batch_rows=num_rows)
-            self._gathering.answered(work.link, work.header.ubatch, time.perf_counter(), compute_s)
+            self._batching.answered(work.link, work.header.ubatch, time.perf_counter(), compute_s)
             at = end
         if self.trace is not None:
             self._trace(layer, batch, start_s, compute_s, num_rows)

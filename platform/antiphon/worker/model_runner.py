@@ -13,18 +13,18 @@ from functools import partial
 
 import torch
 
-from antiphon.connectors.afd import AttentionSide
-from antiphon.connectors.expert_map import ExpertMap
-from antiphon.connectors.kv_decode import DecodeSide
-from antiphon.connectors.kv_prefill import PrefillSide
+from antiphon.connectors.afd.attention_side import AttentionSide
+from antiphon.connectors.afd.expert_map import ExpertMap
+from antiphon.connectors.kv.decode_side import DecodeSide
+from antiphon.connectors.kv.prefill_side import PrefillSide
 from antiphon.core.errors import PeerLost
 from antiphon.core.kv import KVTarget
 from antiphon.core.request import RequestId, TokenLogprob
 from antiphon.core.step import KVEvents, ModelRunnerOutput, NewRequestData, SchedulerOutput
-from antiphon.models.attention import AttentionBatch, Chunk
+from antiphon.models.attention.kv_cache import KVCache
+from antiphon.models.attention.paged import AttentionBatch, Chunk
 from antiphon.models.decoder import AttentionHalves, StepState
-from antiphon.models.kv_cache import KVCache
-from antiphon.models.warming import Warming
+from antiphon.models.prefetch import WeightPrefetch
 from antiphon.telemetry.step_trace import Mark, StepTrace
 from antiphon.worker.sampler import SamplingState, logprobs_of, numbers_only, sample
 from antiphon.worker.ubatch import Half, Segment, plan_ops, split_segments
@@ -104,7 +104,7 @@ class AttentionWorker:
         self._num_ubatches = num_ubatches
         self._tuner = tuner
         self._plans = {m: plan_ops(halves.config.num_layers, m) for m in range(1, num_ubatches + 1)}
-        self._warming = Warming(halves.first_weights) if warms else None
+        self._prefetch = WeightPrefetch(halves.first_weights) if warms else None
         self._rows: dict[RequestId, _Row] = {}
         self._experts = afd.experts  # as wanted; the connector takes it between two steps
         self._is_stepping = False
@@ -226,12 +226,12 @@ class AttentionWorker:
         return output
 
     def _refuse(self, row: _Row) -> str:
-        """Why a request of rows that are not numbers ends. What this step wrote of it may be none either and is zeroed; what steps
+        """Why a request of rows that are non-finite ends. What this step wrote of it may be none either and is zeroed; what steps
         before it wrote are numbers, and others may share those blocks.
         """
         self.cache.scrub(row.block_ids[row.num_computed_tokens // self.cache.layout.block_size_tokens :])
         where = "" if row.bad_at is None else f", first seen at {row.bad_at}"
-        return f"internal_error: the model's logits are not numbers{where}"
+        return f"internal_error: the model's logits are non-finite{where}"
 
     def _forward_all(
         self, step_id: int, batch: list[tuple[_Row, int]], segments: list[Segment]
@@ -315,9 +315,9 @@ class AttentionWorker:
                 attended_s = time.perf_counter()
                 self.stats.attention_s += attended_s - start_s
                 for out in leaving:
-                    self.afd.send(step_id, out.ffn, out.lane * self._num_ubatches + op.ubatch, out.rows_TD, out.routing)
+                    self.afd.send(step_id, out.ffn, out.stream * self._num_ubatches + op.ubatch, out.rows_TD, out.routing)
                     if self.trace is not None:
-                        self._trace_send(step_id, out.ffn, out.lane * self._num_ubatches + op.ubatch, attended_s)
+                        self._trace_send(step_id, out.ffn, out.stream * self._num_ubatches + op.ubatch, attended_s)
                 self.stats.send_s += time.perf_counter() - attended_s
                 if self.trace is not None:
                     rows = state.x_TD.shape[0]
@@ -325,18 +325,18 @@ class AttentionWorker:
                 if hands_over:
                     self._offer(op.layer, batch, runs[op.ubatch], state)
             else:
-                lanes = self.halves.lanes_due(op.layer)
-                if self._warming is not None and op.layer + 1 < self.halves.config.num_layers:
-                    self._warming.warm(op.layer + 1, partial(self.afd.has_arrived, lanes[-1] * self._num_ubatches + op.ubatch))
+                streams = self.halves.streams_due(op.layer)
+                if self._prefetch is not None and op.layer + 1 < self.halves.config.num_layers:
+                    self._prefetch.warm(op.layer + 1, partial(self.afd.has_arrived, streams[-1] * self._num_ubatches + op.ubatch))
                     self.afd.times.blocked_s += time.perf_counter() - start_s  # a wait, whatever it was used for
-                results = [self.afd.receive(lane * self._num_ubatches + op.ubatch) for lane in lanes]
+                results = [self.afd.receive(stream * self._num_ubatches + op.ubatch) for stream in streams]
                 received_s = time.perf_counter()
                 self.halves.combine(op.layer, state, results)
                 combined_s = time.perf_counter()
                 self.stats.attention_s += combined_s - received_s
                 if self.trace is not None:
-                    for lane in lanes:
-                        place = lane * self._num_ubatches + op.ubatch
+                    for stream in streams:
+                        place = stream * self._num_ubatches + op.ubatch
                         self.trace.add(Mark.RECEIVE, start_s, received_s, step_id, self._away[place], place)
                     self.trace.add(Mark.COMBINE, received_s, combined_s, step_id, op.layer, op.ubatch)
 

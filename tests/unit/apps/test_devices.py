@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from antiphon.apps.devices import deal
-from antiphon.apps.serve_plan import PoolTemplate
-from antiphon.apps.worker_config import LogSettings, WorkerConfig
-from antiphon.apps.worker_process import device_of
+from antiphon.apps.process.config import LogSettings, WorkerConfig
+from antiphon.apps.process.worker_process import device_of
+from antiphon.apps.serve.plan import PoolTemplate
+from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import Epoch
-from antiphon.core.spec import LLMDeployment
 from antiphon.device.driver import Card, Cards
 
 

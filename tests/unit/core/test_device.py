@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from antiphon.apps.serve_set import serving_of
+from antiphon.apps.serve.deployment_set import serving_of
 from antiphon.cli.validate import app
 from antiphon.core.device import device_problems, memory_share
-from antiphon.core.documents import parse_documents
+from antiphon.core.document.loading import parse_documents
+from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import SpecInvalid
-from antiphon.core.spec import LLMDeployment
 from antiphon_operator.reconcile.llm.accept import Refused, accept
 from antiphon_operator.render.settings import Runtime
 

@@ -12,8 +12,8 @@ import pytest
 
 from antiphon.core.errors import AntiphonError, Cancelled, Unavailable
 from antiphon.rpc.client_channel import AsyncInferenceCalls
-from antiphon.rpc.directory_client import RemoteDirectory
-from antiphon.rpc.router_client import RouterCalls
+from antiphon.rpc.directory.client import RemoteDirectory
+from antiphon.rpc.router.client import RouterCalls
 from antiphon.rpc.v1 import inference_pb2, router_pb2
 
 DEADLINE_S = 20.0

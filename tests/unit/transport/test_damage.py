@@ -13,11 +13,11 @@ from antiphon.core.errors import CorruptMessage, PeerLost, Unavailable
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.rpc.raw_stream import open_stream
 from antiphon.transport.base import HEADER_BYTES, Hello, Link, LinkLayout, Listener
+from antiphon.transport.connect.hello import Greeting, decode_greeting, encode_greeting
+from antiphon.transport.credits import CREDIT, DATA, PREFIX
 from antiphon.transport.grpc import GrpcTransport
-from antiphon.transport.hello import Greeting, decode_greeting, encode_greeting
-from antiphon.transport.ledger import CREDIT, DATA, PREFIX
-from antiphon.transport.ring import RingLink
-from antiphon.transport.shm import ShmTransport
+from antiphon.transport.shm.ring import RingLink
+from antiphon.transport.shm.transport import ShmTransport
 
 HEADER = bytes(HEADER_BYTES)
 LAYOUT = LinkLayout(channel="afd", num_slots=2, send_slot_bytes=64, recv_slot_bytes=64, fields=())
@@ -93,7 +93,7 @@ def test_a_ring_entry_longer_than_its_slot_is_found_and_ends_the_link(native: bo
     near = ShmTransport(native=native).connect(listener.address, hello("liar"), 10.0)
     far = eventually(listener.accept)
     assert isinstance(near, RingLink)
-    near._lane.publish(0, HEADER, 65)
+    near._channel.publish(0, HEADER, 65)
     error = poll_until_raised(far.poll)
     assert isinstance(error, CorruptMessage)
     assert error.peer == "liar"
@@ -108,8 +108,8 @@ def test_a_ring_slot_published_twice_is_found() -> None:
     listener = ShmTransport().listen("", lambda _: hello("b"))
     near = ShmTransport().connect(listener.address, hello("liar"), 10.0)
     far = eventually(listener.accept)
-    near._lane.publish(0, HEADER, 1)
-    near._lane.publish(0, HEADER, 1)
+    near._channel.publish(0, HEADER, 1)
+    near._channel.publish(0, HEADER, 1)
     assert far.poll() is not None
     with pytest.raises(CorruptMessage):
         far.poll()

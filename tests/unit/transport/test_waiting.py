@@ -10,8 +10,8 @@ import pytest
 
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.transport.base import HEADER_BYTES, Hello, Link, LinkLayout, Listener
-from antiphon.transport.reception import Reception
-from antiphon.transport.shm import ShmTransport
+from antiphon.transport.connect.listener import QueuedListener
+from antiphon.transport.shm.transport import ShmTransport
 from antiphon.transport.waiting import WaitSet, let_others_run
 
 LONG_S = 5.0
@@ -61,37 +61,37 @@ def test_a_quiet_peer_is_heard_while_another_is_spun_on(listener: Listener) -> N
 
 def test_an_arrival_is_noticed_while_a_link_is_spun_on(listener: Listener) -> None:
     busy, busy_far = link_pair(listener, "busy", 60.0)
-    reception = Reception(lambda _theirs: hello("near"))
-    waiting = WaitSet([reception, busy])
+    listener = QueuedListener(lambda _theirs: hello("near"))
+    waiting = WaitSet([listener, busy])
     guest, guest_far = link_pair(listener, "guest", 60.0)
-    arrival = threading.Timer(0.05, reception.arrive, [guest])
+    arrival = threading.Timer(0.05, listener.arrive, [guest])
     arrival.start()
     assert waiting.wait(LONG_S)
-    assert reception.accept() is guest
+    assert listener.accept() is guest
     arrival.join()
-    reception.close()
+    listener.close()
     for link in (busy, busy_far, guest, guest_far):
         link.close()
 
 
-def test_a_bell_that_rang_for_what_was_collected_already_wakes_once(listener: Listener) -> None:
-    reception = Reception(lambda _theirs: hello("near"))
+def test_a_wakeup_that_came_for_what_was_collected_already_wakes_once(listener: Listener) -> None:
+    listener = QueuedListener(lambda _theirs: hello("near"))
     near, far = link_pair(listener, "guest", 0.0)
-    reception.arrive(near)
-    assert reception.accept() is near
-    reception._bell.ring()  # as an arrival does whose link was collected between its two steps
+    listener.arrive(near)
+    assert listener.accept() is near
+    listener._wakeup.ring()  # as an arrival does whose link was collected between its two steps
     naps = 0
-    park = reception.park
+    park = listener.park
 
     def counted() -> object:
         nonlocal naps
         naps += 1
         return park()
 
-    reception.park = counted  # type: ignore[method-assign, assignment]
-    assert not WaitSet([reception]).wait(0.2)
+    listener.park = counted  # type: ignore[method-assign, assignment]
+    assert not WaitSet([listener]).wait(0.2)
     assert naps <= 3
-    reception.close()
+    listener.close()
     near.close()
     far.close()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pydantic import ValidationError
 
 from antiphon.core.device import device_problems
-from antiphon.core.spec import LLMDeployment
+from antiphon.core.document.spec import LLMDeployment
 from antiphon_operator.api.conditions import Reason
 from antiphon_operator.kube.base import Object
 from antiphon_operator.reconcile.llm.status import Refusal

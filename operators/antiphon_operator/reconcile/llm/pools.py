@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from antiphon.core.policies import ScalingMode
-from antiphon.core.spec import LLMDeployment, PoolSpec
+from antiphon.core.document.policies import ScalingMode
+from antiphon.core.document.spec import LLMDeployment, PoolSpec
 from antiphon_operator.api.conditions import ConditionSet, Reason, Type, seconds, timestamp
 from antiphon_operator.api.status import PoolStatus, ServingPoolStatus
 from antiphon_operator.kube.base import Object

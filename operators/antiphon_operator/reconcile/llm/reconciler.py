@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from antiphon.core.policies import ScalingMode
-from antiphon.core.spec import LLMDeployment
+from antiphon.core.document.policies import ScalingMode
+from antiphon.core.document.spec import LLMDeployment
 from antiphon_operator.api.conditions import ConditionSet, Reason
 from antiphon_operator.kube.base import Conflict, Kube, NotFound, Object, UnknownField, controller_of, name_of, owner_reference
 from antiphon_operator.kube.resources import (

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from antiphon.core.spec import LLMDeployment
+from antiphon.core.document.spec import LLMDeployment
 from antiphon_operator.api.conditions import seconds, timestamp
 from antiphon_operator.api.status import RolloutStatus
 from antiphon_operator.kube.base import Object

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from antiphon.core.spec import LLMDeployment
+from antiphon.core.document.spec import LLMDeployment
 from antiphon_operator.api.conditions import ConditionSet, Reason, Type, seconds, timestamp
 from antiphon_operator.api.status import LLMDeploymentStatus, RolloutStatus, StageTimes
 from antiphon_operator.kube.base import Object

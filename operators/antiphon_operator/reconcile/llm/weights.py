@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from antiphon.core.spec import LLMDeployment
+from antiphon.core.document.spec import LLMDeployment
 from antiphon_operator.api.conditions import Reason
 from antiphon_operator.kube.base import Object, name_of
 from antiphon_operator.reconcile.llm.status import ModelState

@@ -12,7 +12,7 @@ import torch
 
 from antiphon.apps.bench.links import hello
 from antiphon.core.errors import PeerLost
-from antiphon.transport.choose import connect_auto
+from antiphon.transport.connect.choose import connect_auto
 
 CONNECT_TIMEOUT_S = 30.0
 

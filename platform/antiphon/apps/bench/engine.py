@@ -19,17 +19,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from antiphon.apps.local import DirectDeployment
+from antiphon.apps.serve.local import DirectDeployment
+from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import DeadlineExceeded, InvalidInput, Unavailable
 from antiphon.core.ids import Role
 from antiphon.core.request import Request, RequestId, SamplingParams
-from antiphon.core.spec import LLMDeployment
 from antiphon.core.worker_info import WorkerInfo
-from antiphon.gateway.directory import open_directory
-from antiphon.models.checkpoint import Checkpoint
+from antiphon.directory.memory import open_directory
 from antiphon.models.families import describe
-from antiphon.models.source import resolve
-from antiphon.rpc.engine_session import EngineSession
+from antiphon.models.loading.checkpoint import Checkpoint
+from antiphon.models.loading.source import resolve
+from antiphon.rpc.engine.session import EngineSession
 from antiphon.telemetry import step_timeline, step_trace
 from antiphon.telemetry.stages import attention_figures, difference, ffn_figures
 

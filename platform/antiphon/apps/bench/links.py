@@ -19,7 +19,7 @@ import torch
 from antiphon.core.errors import Unavailable
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.transport.base import HEADER_BYTES, Hello, Link, LinkLayout, Listener
-from antiphon.transport.choose import open_transport
+from antiphon.transport.connect.choose import open_transport
 
 NUM_SLOTS = 4
 START_TIMEOUT_S = 40.0

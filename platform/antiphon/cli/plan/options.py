@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from antiphon.core.documents import read_documents
+from antiphon.core.document.loading import read_documents
+from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import InvalidInput
-from antiphon.core.spec import LLMDeployment
 
 if TYPE_CHECKING:
     from antiphon.planner.cost.hardware import Catalogue

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from antiphon.core.errors import UnsupportedModel
-from antiphon.models.block_scales import check_quantization
 from antiphon.models.config import DecoderConfig
 from antiphon.models.families import (
     adamoe,
@@ -32,6 +31,7 @@ from antiphon.models.families import (
     step3,
 )
 from antiphon.models.families.fields import Fields
+from antiphon.models.loading.block_scales import check_quantization
 
 _MODULES = (
     adamoe,

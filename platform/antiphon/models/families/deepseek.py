@@ -11,7 +11,7 @@ from antiphon.models.config import DecoderConfig, GateConfig, LatentAttentionCon
 from antiphon.models.families.dense import decoder, dense_ffn
 from antiphon.models.families.fields import activation, refuse
 from antiphon.models.families.sparse import DEEPSEEK_NAMES, first_dense_layers, mixed_layers, num_experts
-from antiphon.models.rope_config import rope_config
+from antiphon.models.layers.rope_config import rope_config
 
 ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 

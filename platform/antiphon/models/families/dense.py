@@ -9,7 +9,7 @@ from typing import Any, Literal
 from antiphon.core.errors import UnsupportedModel
 from antiphon.models.config import AttentionConfig, DecoderConfig, FFNConfig, LayerConfig, LayerNames, NormPlace
 from antiphon.models.families.fields import activation, eos_ids, refuse
-from antiphon.models.rope_config import RopeConfig, rope_config
+from antiphon.models.layers.rope_config import RopeConfig, rope_config
 
 PREFIX = "model.layers.{i}."
 

@@ -10,7 +10,7 @@ from antiphon.core.errors import UnsupportedModel
 from antiphon.models.config import DecoderConfig, FFNConfig, LayerConfig, LayerNames
 from antiphon.models.families.dense import decoder, grouped_attention, layer_windows
 from antiphon.models.families.fields import activation, refuse
-from antiphon.models.rope_config import RopeConfig, rope_config
+from antiphon.models.layers.rope_config import RopeConfig, rope_config
 
 ARCHITECTURES = ("Gemma3ForCausalLM",)
 

@@ -28,8 +28,8 @@
 #include <optional>
 #include <vector>
 
-#include "ahead.h"
-#include "crew.h"
+#include "prefetch.h"
+#include "thread_pool.h"
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -44,13 +44,13 @@
 
 namespace {
 
-using antiphon::Ahead;
+using antiphon::Prefetch;
 using at::Tensor;
 
 constexpr int64_t kLanes = 16;         // outputs of half a block
 constexpr int64_t kBlock = 2 * kLanes;  // outputs of a block; widths are padded to it
 constexpr int64_t kPanelRows = 128;    // rows that go through all blocks together: they stay in L2
-constexpr int64_t kAhead = 4;          // blocks that are fetched while as many are computed
+constexpr int64_t kPrefetch = 4;          // blocks that are fetched while as many are computed
 constexpr int64_t kRunsAThread = 2;    // of columns: each thread takes as many as it gets to
 constexpr int64_t kSlackRows = 16;     // tiles may read this many rows behind the last
 
@@ -289,7 +289,7 @@ class Tiles {
 };
 
 template <bool kTwo>
-void sums_by_tiles(const bf16* x, int64_t stride, const bf16* block, int64_t k, float (*sums)[2][kLanes], Ahead& ahead) {
+void sums_by_tiles(const bf16* x, int64_t stride, const bf16* block, int64_t k, float (*sums)[2][kLanes], Prefetch& ahead) {
   asm volatile("" ::: "memory");  // the intrinsics do not say what they read: what was written before must be in place
   _tile_zero(0);
   _tile_zero(1);
@@ -331,7 +331,7 @@ class Tiles {
 // sums of up to 32 rows with one block.
 template <typename T>
 void multiply(const Tiles& tiles, const T* x, int64_t stride, int64_t rows, const T* block, int64_t k, float (*sums)[2][kLanes],
-              Ahead& ahead) {
+              Prefetch& ahead) {
 #if ANTIPHON_AMX
   if constexpr (std::is_same_v<T, bf16>) {
     if (tiles.on()) {
@@ -355,7 +355,7 @@ void multiply(const Tiles& tiles, const T* x, int64_t stride, int64_t rows, cons
 
 // One block of int8 weights in the format of the rows; exact, as bfloat16 has eight bits of mantissa.
 template <typename T>
-const T* widen(const int8_t* from, int64_t count, T* to, Ahead& ahead) {
+const T* widen(const int8_t* from, int64_t count, T* to, Prefetch& ahead) {
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, bf16>) {
     for (int64_t i = 0; i < count; i += 64) {
@@ -450,13 +450,13 @@ class Layer {
   }
 
   // Have the few blocks from this one on fetched.
-  void expect(Ahead& ahead, const Expert& expert, const Share& share, int64_t block) const {
+  void expect(Prefetch& ahead, const Expert& expert, const Share& share, int64_t block) const {
     const int64_t bytes = depth(expert, share) * kBlock * (expert.held[share.scale] == 0 ? sizeof(T) : 1);
-    ahead.start(expert.at<char>(share.weight) + block * bytes, std::min(kAhead, end_of(expert, share) - block) * bytes);
+    ahead.start(expert.at<char>(share.weight) + block * bytes, std::min(kPrefetch, end_of(expert, share) - block) * bytes);
   }
 
   // The block as the rows' format, and where its scales are (nullptr: it has none).
-  const T* block_of(const Expert& expert, const Share& share, int64_t block, const float*& scales, Ahead& ahead) const {
+  const T* block_of(const Expert& expert, const Share& share, int64_t block, const float*& scales, Prefetch& ahead) const {
     const int64_t count = depth(expert, share) * kBlock;
     if (expert.held[share.scale] == 0) {
       scales = nullptr;
@@ -472,7 +472,7 @@ class Layer {
   void products(const std::vector<Expert>& experts, const Share& share, const T* x, int64_t stride, Done done) const {
     alignas(64) Sums sums;
     const Tiles tiles(std::is_same_v<T, bf16>);
-    Ahead ahead;
+    Prefetch ahead;
     if (!experts.empty()) {
       expect(ahead, experts[0], share, share.begin);
       ahead.fetch_all();
@@ -483,9 +483,9 @@ class Layer {
       for (int64_t panel = 0; panel < expert.rows; panel += kPanelRows) {
         const int64_t last = std::min(panel + kPanelRows, expert.rows);
         for (int64_t b = share.begin; b < end; ++b) {
-          if (panel == 0 && (b - share.begin) % kAhead == 0) {
-            if (b + kAhead < end) {
-              expect(ahead, expert, share, b + kAhead);
+          if (panel == 0 && (b - share.begin) % kPrefetch == 0) {
+            if (b + kPrefetch < end) {
+              expect(ahead, expert, share, b + kPrefetch);
             } else if (e + 1 < experts.size()) {
               expect(ahead, experts[e + 1], share, share.begin);
             }
@@ -651,7 +651,7 @@ inline int64_t largest(const float* values, int64_t count) {
 }
 
 // Ids and weights of one row from its logits, which become scores; ranks and groups are scratch. False where the row's weights
-// are not numbers.
+// are non-finite.
 bool choose(const Gate& gate, float* logits, float* ranks, float* groups, int64_t* ids, float* weights) {
   const int64_t num = gate.num_experts;
   constexpr float kNever = -std::numeric_limits<float>::infinity();
@@ -735,7 +735,7 @@ bool choose(const Gate& gate, float* logits, float* ranks, float* groups, int64_
 }
 
 // Experts of every row: ids_TK int64 and weights_TK fp32, with the shared expert (id num_experts) last where K > top_k. weight: the
-// gate's rows and, behind them, the shared expert's own gate where it has one, packed. Rows whose weights are not numbers get ids
+// gate's rows and, behind them, the shared expert's own gate where it has one, packed. Rows whose weights are non-finite get ids
 // of -1; returns how many there are.
 int64_t route(const Tensor& ids, const Tensor& weights, const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias,
               const std::optional<Tensor>& expert_scale, int64_t num_experts, int64_t top_k, bool has_shared_gate, bool sigmoid,
@@ -761,7 +761,7 @@ int64_t route(const Tensor& ids, const Tensor& weights, const Tensor& rows, cons
     float *logits = x + kRows * dp, *ranks = logits + kRows * outputs, *groups = ranks + outputs;
     alignas(64) Sums sums;
     const Tiles none(false);
-    Ahead nothing;
+    Prefetch nothing;
     for (int64_t t = begin; t < end; t += kRows) {
       const int64_t count = std::min(kRows, end - t);
       for (int64_t r = 0; r < count; ++r) {

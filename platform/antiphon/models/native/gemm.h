@@ -7,8 +7,8 @@
 
 #pragma once
 
-#include "ahead.h"
-#include "crew.h"
+#include "prefetch.h"
+#include "thread_pool.h"
 #include "tiles.h"
 
 namespace antiphon {
@@ -83,7 +83,7 @@ struct Soon {
 
 // One block of rows times up to four strips: registers 0-3 results, 4 rows, 5-7 weights.
 template <bool Int8, int Strips>
-inline void one_by(const char* rows, int64_t row_bytes, const Packed& w, int64_t strip, float* sums, Ahead& ahead) {
+inline void one_by(const char* rows, int64_t row_bytes, const Packed& w, int64_t strip, float* sums, Prefetch& ahead) {
   const char* at = w.strip(strip);
   const int64_t stride = w.depth * kTileBytes;
   _tile_zero(0);
@@ -119,7 +119,7 @@ inline void one_by(const char* rows, int64_t row_bytes, const Packed& w, int64_t
 }
 
 template <bool Int8>
-inline void one_by(int64_t strips, const char* rows, int64_t row_bytes, const Packed& w, int64_t strip, float* sums, Ahead& ahead) {
+inline void one_by(int64_t strips, const char* rows, int64_t row_bytes, const Packed& w, int64_t strip, float* sums, Prefetch& ahead) {
   switch (strips) {
     case 4: return one_by<Int8, 4>(rows, row_bytes, w, strip, sums, ahead);
     case 3: return one_by<Int8, 3>(rows, row_bytes, w, strip, sums, ahead);
@@ -130,7 +130,7 @@ inline void one_by(int64_t strips, const char* rows, int64_t row_bytes, const Pa
 
 // Two blocks of rows times two strips: registers 0-3 results, 4 and 5 rows, 6 and 7 weights.
 template <bool Int8>
-inline void two_by_two(const char* rows, int64_t row_bytes, const Packed& w, int64_t strip, float* sums, Ahead& ahead) {
+inline void two_by_two(const char* rows, int64_t row_bytes, const Packed& w, int64_t strip, float* sums, Prefetch& ahead) {
   const char *at = w.strip(strip), *beside = w.strip(strip + 1), *below = rows + kLanes * row_bytes;
   _tile_zero(0);
   _tile_zero(1);
@@ -172,7 +172,7 @@ void run(const char* rows, int64_t row_bytes, int64_t first, int64_t count, cons
   const auto use = [&](const TileShapes& shapes) {
     if (loaded != &shapes) (loaded = &shapes)->load();
   };
-  Ahead ahead;
+  Prefetch ahead;
   const auto expect = [&](const Soon& soon) { ahead.start(soon.at, soon.bytes); };
   expect(Soon(w, begin, std::min(kStrips, end - begin)));
   ahead.fetch_all();

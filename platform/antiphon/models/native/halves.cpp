@@ -233,7 +233,7 @@ std::tuple<Tensor, Tensor> tile_best(const Tensor& x, const Tensor& packed, cons
     std::fill_n(table[i].index, kLanes, static_cast<int32_t>(outputs));
   }
   multiply(rows_for(w, x), w, nullptr, nullptr, [&] {
-    Best* mine = table + Crew::thread() * rows;
+    Best* mine = table + ThreadPool::thread() * rows;
     return each_sixteen(outputs, bias_data(bias), [=](int64_t t, int64_t o, __mmask16 m, __m512 v) {
       Best& best = mine[t];
       // Outputs come in ascending order, so an equal one later on does not win; NaN does, and stays.
@@ -547,7 +547,7 @@ Tensor gated_half(const Tensor& x, const Tensor& gate_up_weight, const Bias& gat
 // Fetch these bytes of a weight into the calling thread's cache.
 void warm(const Tensor& weight, int64_t first, int64_t bytes) {
   TORCH_CHECK(weight.is_contiguous() && first >= 0 && bytes >= 0 && first + bytes <= static_cast<int64_t>(weight.nbytes()));
-  Ahead ahead;
+  Prefetch ahead;
   ahead.start(static_cast<const char*>(weight.const_data_ptr()) + first, bytes);
   ahead.fetch_all();
 }

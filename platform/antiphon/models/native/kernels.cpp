@@ -10,7 +10,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "crew.h"
+#include "thread_pool.h"
 
 #ifdef __linux__
 #include <sched.h>
@@ -311,9 +311,9 @@ int64_t read_all(const Tensor& memory) {
 }
 
 // Pin the calling thread's compute threads, this library's and torch's, to a processor each, itself to the first; how many could not
-// be. ``share``: see Crew::pin.
+// be. ``share``: see ThreadPool::pin.
 int64_t pin_threads(at::IntArrayRef cores, bool share) {
-  std::atomic<int64_t> num_failed{antiphon::Crew::here().pin(cores, share)};
+  std::atomic<int64_t> num_failed{antiphon::ThreadPool::here().pin(cores, share)};
 #ifdef __linux__
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
     cpu_set_t set;

@@ -64,7 +64,7 @@ struct Sight {
 };
 
 // Fetches one plane of a context into the L2 cache a few lines at a time, so that memory works while the caller computes: a burst
-// would fill the processor's miss buffers and make it wait. Up to eight blocks are fetched side by side, as in ahead.h.
+// would fill the processor's miss buffers and make it wait. Up to eight blocks are fetched side by side, as in prefetch.h.
 class Feed {
  public:
   Feed() = default;

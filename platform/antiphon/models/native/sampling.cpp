@@ -14,7 +14,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "crew.h"
+#include "thread_pool.h"
 
 namespace {
 

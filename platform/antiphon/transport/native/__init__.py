@@ -1,1 +1,1 @@
-"""C source of the shared-memory lane, and the loader that compiles it once (control)."""
+"""C source of the shared-memory channel, and the loader that compiles it once (control)."""

@@ -1,4 +1,4 @@
-"""Compiles the native lane once per machine and Python, and loads it (control).
+"""Compiles the native control channel once per machine and Python, and loads it (control).
 
 The module is cached under ``$ANTIPHON_CACHE/native/<hash of source, flags and Python>``, by default ``~/.cache/antiphon``.
 Builders racing each other each write their own file and rename it into place. ``python -m antiphon.transport.native.build``
@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-_MODULE = "antiphon_lane"
+_MODULE = "antiphon_channel"
 _SOURCE = Path(__file__).with_name(f"{_MODULE}.c")
 _FLAGS = ("-std=gnu11", "-O2", "-shared", "-fPIC")
 _COMPILE_S = 60.0
@@ -63,20 +63,20 @@ def load() -> ModuleType | None:
     names = (os.environ.get("CC"), "cc", "gcc", "clang")
     compiler = next((found for name in names if name and (found := shutil.which(name))), None)
     if compiler is None:
-        _log.warning("no C compiler: shared-memory links use their Python lane")
+        _log.warning("no C compiler: shared-memory links use their Python control channel")
         return None
     try:
         try:
             return _import(build(cache_directory(), compiler))
         except (OSError, ImportError) as error:  # a home that can't be written to, or where nothing may be executed
-            _log.info("the native lane can't be cached: %s", error)
+            _log.info("the native control channel can't be cached: %s", error)
             with tempfile.TemporaryDirectory() as private:
                 return _import(build(Path(private), compiler))
     except subprocess.CalledProcessError as error:
         why: object = error.stderr
     except (OSError, ImportError, subprocess.SubprocessError) as error:
         why = error
-    _log.warning("shared-memory links use their Python lane: %s", why)
+    _log.warning("shared-memory links use their Python control channel: %s", why)
     return None
 
 

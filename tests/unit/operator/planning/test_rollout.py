@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from antiphon.core.policies import RolloutStrategy
+from antiphon.core.document.policies import RolloutStrategy
 from antiphon_operator.planning.rollout import Action, RevisionRef, World, next_step, preview
 
 OLD = RevisionRef(name="old", cluster="c1", num_gpus=4)

@@ -7,8 +7,8 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from antiphon.core.policies import RatioSpec
-from antiphon.core.spec import LLMDeployment
+from antiphon.core.document.policies import RatioSpec
+from antiphon.core.document.spec import LLMDeployment
 from antiphon_operator.planning.sizing import (
     Limit,
     PoolBounds,

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from antiphon.core.composition import CompositionOfExperts
+from antiphon.coe.serving.doors.attempt import key_headers
+from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.core.errors import CheckpointInvalid, Unavailable
 from antiphon.gateway.auth import ApiKeys, keys_from
-from antiphon.gateway.coe_attempt import key_headers
 from antiphon_operator.fetch import digest_of, fetch
 from antiphon_operator.kube.resources import (
     CLAIM,

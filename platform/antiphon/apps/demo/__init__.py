@@ -1,0 +1,1 @@
+"""What ``antiphon coe demo`` makes and asks (control speed)."""

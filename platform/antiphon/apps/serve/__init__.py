@@ -1,0 +1,1 @@
+"""``antiphon serve``: Ray Serve deployments of a document, on one machine (control speed)."""

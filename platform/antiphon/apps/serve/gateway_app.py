@@ -1,0 +1,215 @@
+"""The gateway of a deployment: its thread, and its replica on Ray Serve (control speed).
+
+The gateway opens its own ports, past Serve's proxies: tokens stream and disconnects arrive without a hop between. Its event
+loop is a thread's own, so that neither Serve's control traffic nor the host's other work delays a token.
+Must not know: how requests are answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, Protocol
+
+from antiphon.apps.serve.deployment_set import Serving
+from antiphon.apps.serve.plan import GATEWAY, ServeSettings
+from antiphon.apps.supervision.event_log import EventLog, Fact
+from antiphon.core.document.composition import ExternalEndpoint
+from antiphon.core.document.spec import LLMDeployment
+from antiphon.core.errors import DeadlineExceeded, Unavailable
+from antiphon.directory.memory import open_directory
+from antiphon.directory.workers import WorkerSource
+from antiphon.gateway.config import BoundPorts, GatewayConfig
+from antiphon.models.loading.source import resolve
+
+
+class RunGateway(Protocol):
+    """``gateway.app.run_gateway``, or what stands in for it."""
+
+    async def __call__(
+        self, config: GatewayConfig, workers: WorkerSource, stop: asyncio.Event, *, on_bound: Callable[[BoundPorts], None]
+    ) -> None:
+        """Serve until ``stop`` is set; call ``on_bound`` once when the doors are open."""
+        ...
+
+
+_STOP_MARGIN_S = 5.0
+
+Routing = Literal["here", "replicas"]
+
+
+def gateway_config(document: LLMDeployment, checkpoint: str, *, drain_s: float) -> GatewayConfig:
+    """The gateway's part of a document.
+
+    Raises:
+        Unavailable: the environment variable that should hold the API keys is missing or empty.
+    """
+    return serving_config(Serving.alone(document, checkpoint), drain_s=drain_s)
+
+
+def serving_config(serving: Serving, *, drain_s: float, routing: Routing = "here") -> GatewayConfig:
+    """The gateway's part of documents that are served together.
+
+    Raises:
+        Unavailable: an environment variable that should hold API keys is missing or empty.
+    """
+    endpoint = serving.endpoint
+    keys: frozenset[str] = frozenset()
+    if endpoint.api_keys_env is not None:
+        keys = frozenset(key.strip() for key in os.environ.get(endpoint.api_keys_env, "").split(",") if key.strip())
+        if not keys:
+            raise Unavailable(f"spec.endpoint.apiKeysEnv: no API keys in the environment variable {endpoint.api_keys_env}")
+    for composition in serving.compositions:
+        for index, expert in enumerate(composition.spec.experts):
+            _check_key(expert.external, f"{composition.model_name}: spec.experts[{index}].external")
+    thresholds = {d.model_name: d.spec.scheduler.remote_prefill_min_tokens for d in serving.deployments}
+    return GatewayConfig(
+        models={d.model_name: Path(serving.checkpoints[d.metadata.name]) for d in serving.deployments},
+        host=endpoint.host,
+        http_port=endpoint.http_port,
+        grpc_port=endpoint.grpc_port,
+        reuse_port=endpoint.replicas > 1,
+        api_keys=keys,
+        max_request_bytes=endpoint.max_request_bytes,
+        default_deadline_s=endpoint.default_deadline_s,
+        remote_prefill_min_tokens_by_model=thresholds,
+        drain_timeout_s=drain_s,
+        compositions=serving.compositions,
+        deployment_models=serving.models,
+        routing=routing,
+    )
+
+
+def _check_key(external: ExternalEndpoint | None, where: str) -> None:
+    if external is None:
+        return
+    if external.api_key_secret is not None:
+        raise Unavailable(f"{where}.apiKeySecret: secrets are the cluster's; use apiKeyEnv here")
+    if external.api_key_env is not None and not os.environ.get(external.api_key_env):
+        raise Unavailable(f"{where}.apiKeyEnv: no API key in the environment variable {external.api_key_env}")
+
+
+def port_facts(bound: BoundPorts) -> dict[str, Fact]:
+    """Where the gateway listens, as the event log has it."""
+    return {"host": bound.host, "http_port": bound.http_port, "grpc_port": bound.grpc_port}
+
+
+class GatewayThread:
+    """A gateway on a thread and event loop of its own, until closed.
+
+    Args:
+        config: addresses, models and limits.
+        directory: address of the directory of workers.
+        run_gateway: what runs; None = the real one.
+    """
+
+    def __init__(self, config: GatewayConfig, directory: str, run_gateway: RunGateway | None = None) -> None:
+        self._config = config
+        self._directory = directory
+        self._run_gateway = run_gateway
+        self._bound: BoundPorts | None = None
+        self._error: BaseException | None = None
+        self._opened = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="gateway", daemon=True)
+        self._thread.start()
+
+    def wait_open(self, timeout_s: float) -> BoundPorts:
+        """Where it listens, once it does.
+
+        Raises:
+            Unavailable: it could not open its doors, e.g. because a port is taken.
+            DeadlineExceeded: it has not after ``timeout_s`` seconds.
+        """
+        if not self._opened.wait(timeout_s):
+            raise DeadlineExceeded(f"the gateway has not opened its doors after {timeout_s:g} s")
+        self.check()
+        assert self._bound is not None
+        return self._bound
+
+    @property
+    def is_open(self) -> bool:
+        """It has opened its doors, or failed to."""
+        return self._opened.is_set()
+
+    def check(self) -> None:
+        """Raise what ended the gateway, if anything did."""
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Let open streams end within the drain time, then close the doors; idempotent."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(self._config.drain_timeout_s + _STOP_MARGIN_S)
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_until_complete(self._serve())
+        except BaseException as error:  # noqa: BLE001  # stored; wait_open() and check() raise it
+            self._error = error
+        finally:
+            self._opened.set()
+            self._loop.close()
+
+    async def _serve(self) -> None:
+        directory = open_directory(self._directory)
+        try:
+            if self._run_gateway is not None:
+                await self._run_gateway(self._config, directory, self._stop, on_bound=self._set_bound)
+            else:
+                from antiphon.gateway.app import run_gateway
+
+                await run_gateway(self._config, directory, self._stop, on_bound=self._set_bound, notes=directory)
+        finally:
+            await directory.close()
+
+    def _set_bound(self, bound: BoundPorts) -> None:
+        self._bound = bound
+        self._opened.set()
+
+
+class GatewayReplica:
+    """The Serve deployment's class. Its constructor returns when the doors are open."""
+
+    def __init__(self, document_json: str, settings: ServeSettings, *_pools: object) -> None:
+        from antiphon.apps.serve.directory_actor import directory_address  # needs Ray, which the direct kind leaves out
+
+        document = LLMDeployment.model_validate_json(document_json)
+        model = document.spec.model
+        checkpoint = settings.checkpoint or str(resolve(model.uri, model.revision))
+        config = gateway_config(document, checkpoint, drain_s=settings.drain_s)
+        self._open(config, directory_address(document, settings), settings)
+
+    def _open(self, config: GatewayConfig, directory: str, settings: ServeSettings) -> None:
+        event_log = None if settings.run_dir is None else EventLog(Path(settings.run_dir))
+        self._gateway = GatewayThread(config, directory)
+        try:
+            bound = self._gateway.wait_open(settings.start_timeout_s)
+        except BaseException as error:
+            if event_log is not None:
+                event_log.write("failed", GATEWAY, pid=os.getpid(), message=str(error))
+            self._gateway.close()
+            raise
+        if event_log is not None:
+            event_log.write("ready", GATEWAY, pid=os.getpid(), facts=port_facts(bound))
+
+    async def check_health(self) -> None:
+        """Serve's probe: raises when the gateway has stopped by itself."""
+        self._gateway.check()
+
+    async def __del__(self) -> None:
+        await asyncio.to_thread(self._gateway.close)
+
+
+class SetGatewayReplica(GatewayReplica):
+    """The same for documents that are served together; ``settings.directory`` is given."""
+
+    def __init__(self, serving_json: str, settings: ServeSettings, routing: Routing, *_others: object) -> None:
+        assert settings.directory is not None
+        config = serving_config(Serving.from_json(serving_json), drain_s=settings.drain_s, routing=routing)
+        self._open(config, settings.directory, settings)

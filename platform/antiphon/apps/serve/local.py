@@ -1,0 +1,333 @@
+"""A deployment on this machine: worker processes, directory and gateway, over Ray Serve or directly (control speed).
+
+Both kinds run the same supervisors, workers and gateway; the direct one leaves Ray out, for debugging and for tests. Who is
+ready, where, and what went wrong stands in the event log of the run directory. Must not know: terminals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+from antiphon.apps.serve.deployment_set import Serving
+from antiphon.apps.serve.gateway_app import GatewayThread, RunGateway, port_facts, serving_config
+from antiphon.apps.serve.plan import GATEWAY, GATEWAY_CPU, PoolTemplate, ServeSettings, plan_serve
+from antiphon.apps.serve.ray_runtime import ApplicationState, RayRuntime
+from antiphon.apps.supervision.event_log import EventLog, EventLogEntry
+from antiphon.apps.supervision.supervisor import DEFAULT_ARGV, RestartLimits, SupervisorState, WorkerSupervisor
+from antiphon.core.document.spec import LLMDeployment
+from antiphon.core.errors import AntiphonError, InvalidInput, Unavailable
+from antiphon.directory.lease import BlockingDirectory
+from antiphon.directory.memory import MemoryDirectory, open_directory
+from antiphon.gateway.config import BoundPorts
+from antiphon.rpc.directory.service import DirectoryServer
+
+Say = Callable[[str], None]
+
+_APPLICATION = "antiphon"
+_LOOK_S = 5.0  # between two questions to Serve
+_HOSTING_DEADLINE_S = 10.0
+
+
+class LocalDeployment(Protocol):
+    """A deployment of this machine. ``start`` once, ``poll`` until it is ready and while it serves, ``close`` at the end."""
+
+    @property
+    def directory_address(self) -> str:
+        """Where its workers register, once it was started."""
+        ...
+
+    def start(self, say: Say) -> None:
+        """Start everything, without waiting for it to be ready; ``say`` gets what is being done. Raises AntiphonError."""
+        ...
+
+    def poll(self) -> bool:
+        """True when every pool and the gateway are ready. Raises what keeps them from it for good."""
+        ...
+
+    def close(self, *, graceful: bool = True) -> None:
+        """Stop everything; ``graceful`` lets requests in flight end within the drain time. Idempotent."""
+        ...
+
+
+class DirectDeployment:
+    """Supervisors, directory and gateway in this process; workers are its children.
+
+    Args:
+        document: what to serve: one deployment, or several documents together.
+        checkpoint: directory of its model; None where ``document`` has them.
+        run_dir: takes logs, configurations and the event log.
+        settings: how processes are run.
+        run_gateway: what runs as the gateway; None = the real one.
+    """
+
+    def __init__(
+        self,
+        document: LLMDeployment | Serving,
+        *,
+        checkpoint: str | None = None,
+        run_dir: Path,
+        settings: ServeSettings = ServeSettings(),
+        run_gateway: RunGateway | None = None,
+    ) -> None:
+        self._serving = _as_serving(document, checkpoint)
+        self._run_dir = run_dir
+        self._settings = settings
+        self._run_gateway = run_gateway
+        self._host = DirectoryHosting(self._serving.redis_url)
+        self._directory: BlockingDirectory | None = None
+        self._supervisors: list[WorkerSupervisor] = []
+        self._gateway: GatewayThread | None = None
+        self._gateway_ready = False
+
+    @property
+    def directory_address(self) -> str:
+        """See ``LocalDeployment``."""
+        return self._host.address
+
+    def start(self, say: Say = lambda _text: None) -> None:
+        """See ``LocalDeployment``."""
+        self._directory = BlockingDirectory(open_directory(self.directory_address))
+        for document in self._serving.deployments:
+            self._supervise(document, self._directory)
+        config = serving_config(self._serving, drain_s=self._settings.drain_s)
+        self._gateway = GatewayThread(config, self.directory_address, self._run_gateway)
+
+    def _supervise(self, document: LLMDeployment, directory: BlockingDirectory) -> None:
+        name = document.metadata.name
+        tier_pool = self._serving.tier_pool_of(name)
+        if tier_pool is not None and tier_pool.first.deployment != name:
+            return  # the first one's process serves it too
+        run_dir = self._serving.run_dir_of(name, self._run_dir)
+        run_dir.mkdir(exist_ok=True)
+        for pool in plan_serve(document).pools:
+            template = PoolTemplate(
+                document=document,
+                pool=pool.name,
+                checkpoint=self._serving.checkpoints[name],
+                directory=self.directory_address,
+                host=self._settings.host or "127.0.0.1",
+                drain_s=self._settings.drain_s,
+                log=self._settings.log,
+                tier_pool=tier_pool,
+                cards=self._settings.cards.get((name, pool.name), ()),
+            )
+            for replica in range(pool.num_replicas):
+                self._supervisors.append(
+                    WorkerSupervisor(
+                        template,
+                        directory=directory,
+                        owner=f"direct-{id(self)}-{replica}",
+                        run_dir=run_dir,
+                        argv=self._settings.worker_argv or DEFAULT_ARGV,
+                        limits=RestartLimits(start_timeout_s=self._settings.start_timeout_s),
+                    )
+                )
+
+    def poll(self) -> bool:
+        """See ``LocalDeployment``."""
+        for supervisor in self._supervisors:
+            supervisor.check()
+        assert self._gateway is not None
+        self._gateway.check()
+        if not self._gateway_ready and self._gateway.is_open:
+            bound = self._gateway.wait_open(0.0)
+            EventLog(self._run_dir).write("ready", GATEWAY, pid=os.getpid(), facts=port_facts(bound))
+            self._gateway_ready = True
+        return self._gateway_ready and all(s.status().state is SupervisorState.READY for s in self._supervisors)
+
+    def close(self, *, graceful: bool = True) -> None:
+        """See ``LocalDeployment``."""
+        if self._gateway is not None:
+            self._gateway.close()
+        stoppers = [threading.Thread(target=s.close) for s in self._supervisors]
+        for stopper in stoppers:
+            stopper.start()
+        for stopper in stoppers:
+            stopper.join()
+        if self._directory is not None:
+            self._directory.close()
+        self._host.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class RayDeployment:
+    """One Serve application on a private Ray, whatever the number of documents; the arguments are those of ``DirectDeployment``.
+
+    The directory is in this process unless the document names a Redis: it outlives every gateway and worker.
+    """
+
+    def __init__(
+        self,
+        document: LLMDeployment | Serving,
+        *,
+        checkpoint: str | None = None,
+        run_dir: Path,
+        settings: ServeSettings = ServeSettings(),
+    ) -> None:
+        self._serving = _as_serving(document, checkpoint)
+        self._settings = dataclasses.replace(settings, run_dir=str(run_dir), host=settings.host or "127.0.0.1")
+        self._run_dir = run_dir
+        self._event_log = EventLog(run_dir)
+        plans = [plan_serve(one) for one in self._serving.deployments]
+        num_routers = max((c.spec.router.replicas for c in self._serving.compositions), default=0)
+        num_cpus = sum(plan.num_cpus for plan in plans) + (num_routers + self._serving.endpoint.replicas) * GATEWAY_CPU
+        # One processor more than the replicas reserve is for Serve's own actors.
+        self._runtime = RayRuntime(run_dir, num_cpus=num_cpus + 1, resources={})
+        self._host = DirectoryHosting(self._serving.redis_url)
+        self._deployed = False
+        self._next_look_s = 0.0
+        self._state = ApplicationState(status="NOT_STARTED")
+
+    @property
+    def directory_address(self) -> str:
+        """See ``LocalDeployment``."""
+        return self._host.address
+
+    def start(self, say: Say = lambda _text: None) -> None:
+        """See ``LocalDeployment``."""
+        say("Starting Ray")
+        with self._event_log.timed("ray"):
+            self._runtime.start()
+        say("Starting Ray Serve")
+        with self._event_log.timed("serve"):
+            self._runtime.start_serve()
+        from antiphon.apps.serve_entry import application_of
+
+        settings = dataclasses.replace(self._settings, directory=self._host.address)
+        run_dirs = {}
+        for document in self._serving.deployments:
+            run_dir = self._serving.run_dir_of(document.metadata.name, self._run_dir)
+            run_dir.mkdir(exist_ok=True)
+            run_dirs[document.metadata.name] = str(run_dir)
+        self._runtime.deploy(_APPLICATION, application_of(self._serving, settings, run_dirs))
+        self._deployed = True
+
+    def poll(self) -> bool:
+        """See ``LocalDeployment``."""
+        entries = read_event_logs(self._serving, self._run_dir)
+        failed = [entry for entry in entries if entry.kind == "failed"]
+        if failed:
+            raise Unavailable(failed[-1].message)
+        # Serve's answer costs a hundred times what the event log costs: it is asked when it may have changed, and now and then.
+        num_ready = len({entry.subject for entry in entries if entry.kind == "ready"})
+        complete = num_ready >= self._serving.num_processes + 1
+        if time.monotonic() >= self._next_look_s or (complete and not self._state.running):
+            self._state = self._runtime.state(_APPLICATION)
+            self._next_look_s = time.monotonic() + _LOOK_S
+        if self._state.failed:
+            raise Unavailable("; ".join([self._state.message, *self._state.deployments.values()]))
+        return self._state.running
+
+    def close(self, *, graceful: bool = True) -> None:
+        """See ``LocalDeployment``."""
+        if graceful and self._deployed:
+            with contextlib.suppress(AntiphonError):  # what does not end by itself is ended with Ray
+                self._runtime.delete(_APPLICATION)
+        self._deployed = False
+        self._runtime.stop()
+        self._host.close()
+
+
+def _as_serving(document: LLMDeployment | Serving, checkpoint: str | None) -> Serving:
+    if isinstance(document, Serving):
+        return document
+    if checkpoint is None:
+        raise InvalidInput("the model's directory is missing", "checkpoint")
+    return Serving.alone(document, checkpoint)
+
+
+def read_event_logs(serving: Serving, run_dir: Path) -> list[EventLogEntry]:
+    """What has happened to all processes, oldest first; where there are several deployments, subjects begin with their name."""
+    entries = EventLog(run_dir).read()
+    if len(serving.deployments) == 1:
+        return entries
+    for document in serving.deployments:
+        name = document.metadata.name
+        found = EventLog(serving.run_dir_of(name, run_dir)).read()
+        entries += [dataclasses.replace(entry, subject=f"{name}/{entry.subject}") for entry in found]
+    return sorted(entries, key=lambda entry: entry.time_s)
+
+
+class DirectoryHosting:
+    """A deployment's directory: the Redis it names, or a store of this process, served to the others.
+
+    Args:
+        redis_url: None = a store of this process.
+    """
+
+    def __init__(self, redis_url: str | None) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        if redis_url is not None:
+            self.address = redis_url
+            return
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="directory-server", daemon=True)
+        self._thread.start()
+        starting = asyncio.run_coroutine_threadsafe(DirectoryServer.start(MemoryDirectory()), self._loop)
+        self._server = starting.result(_HOSTING_DEADLINE_S)
+        self.address = self._server.address
+
+    def close(self) -> None:
+        """Stop serving; idempotent."""
+        loop, self._loop = self._loop, None
+        if loop is not None and self._thread is not None:
+            asyncio.run_coroutine_threadsafe(self._server.close(0.0), loop).result(_HOSTING_DEADLINE_S)
+            loop.call_soon_threadsafe(loop.stop)
+            self._thread.join(_HOSTING_DEADLINE_S)
+            loop.close()
+
+
+def wait_ready(deployment: LocalDeployment, timeout_s: float) -> None:
+    """Poll until it is ready.
+
+    Raises:
+        Unavailable: something could not be started, or is not ready after ``timeout_s`` seconds.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not deployment.poll():
+        if time.monotonic() > deadline:
+            raise Unavailable(f"not ready after {timeout_s:g} s")
+        time.sleep(0.1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """What the event log says runs now."""
+
+    ports: BoundPorts | None
+    workers: tuple[EventLogEntry, ...]  # the latest "ready" of each worker, ordered
+
+
+def running(run_dir: Path) -> Running:
+    """Read the event log of a run directory."""
+    return running_of(EventLog(run_dir).read())
+
+
+def running_of(entries: Iterable[EventLogEntry]) -> Running:
+    """What the event log's entries say."""
+    ports, workers = None, {}
+    for entry in entries:
+        if entry.subject == GATEWAY and entry.kind == "ready":
+            facts = entry.facts
+            ports = BoundPorts(host=str(facts["host"]), http_port=int(facts["http_port"]), grpc_port=int(facts["grpc_port"]))
+        elif entry.kind == "ready":
+            workers[entry.subject] = entry
+        elif entry.kind == "exited":
+            workers.pop(entry.subject, None)
+    return Running(ports=ports, workers=tuple(workers[subject] for subject in sorted(workers)))

@@ -1,0 +1,1 @@
+"""Keeps worker processes running, and writes down what happened to them (control speed)."""

@@ -1,0 +1,1 @@
+"""Processes whose models share memory: plan, process, model pool (control speed)."""

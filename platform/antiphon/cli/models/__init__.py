@@ -1,0 +1,1 @@
+"""Verbs about models and their experts (control speed)."""

@@ -1,0 +1,1 @@
+"""Verbs around a running deployment (control speed)."""

@@ -1,0 +1,210 @@
+"""``antiphon serve``: documents' pools and compositions on this machine, until Ctrl-C (control speed).
+
+Must not know: how anything is started or stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import psutil
+import typer
+from rich.markup import escape
+
+from antiphon.core.errors import AntiphonError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from antiphon.apps.serve.deployment_set import Serving
+    from antiphon.apps.serve.session import Ready, ServeSession
+    from antiphon.apps.supervision.event_log import EventLogEntry
+    from antiphon.client import Client
+
+app = typer.Typer(add_completion=False)
+
+
+_PLAIN_WIDTH = 160  # where the output is no terminal
+_VIEW_DEADLINE_S = 2.5
+
+
+class LogLevel(StrEnum):
+    """Levels of process logs."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@app.command()
+def serve(
+    files: Annotated[
+        list[Path],
+        typer.Option("--file", "-f", help="YAML file with LLMDeployments and CompositionOfExperts; may be given several times."),
+    ],
+    ask: Annotated[str | None, typer.Option(help="Ask this once everything is ready, print the answer, and stop.")] = None,
+    http_port: Annotated[int | None, typer.Option(help="HTTP port instead of the document's; 0 = any.", min=0, max=65_535)] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="gRPC port instead of the document's; 0 = any.", min=0, max=65_535)] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds until everything must be ready.", min=1)] = 300.0,
+    drain: Annotated[float, typer.Option(help="Seconds that requests in flight get at the end.", min=0)] = 5.0,
+    log_dir: Annotated[Path | None, typer.Option(help="Keep the logs of all processes here.")] = None,
+    log_level: Annotated[LogLevel, typer.Option(help="Level of those logs.")] = LogLevel.INFO,
+    no_ray: Annotated[bool, typer.Option("--no-ray", help="Start the same processes without Ray.", hidden=True)] = False,
+) -> None:
+    """Serve documents' pools, and compositions over them, on this machine until Ctrl-C."""
+    serving = read_serving(files).with_ports(
+        http_port, grpc_port
+    )  # before anything slow is imported: a typing error is told at once
+    from antiphon.apps.process.config import LogSettings
+    from antiphon.apps.serve.plan import ServeSettings
+    from antiphon.apps.serve.session import ServeSession
+
+    settings = ServeSettings(start_timeout_s=timeout, drain_s=drain, max_start_attempts=1, log=LogSettings(level=log_level.upper()))
+    with ServeSession(serving, settings, with_ray=not no_ray, log_dir=log_dir) as session:
+        status = _run(session, serving, ask)
+    raise SystemExit(status)
+
+
+def read_serving(files: Sequence[Path]) -> Serving:
+    """What the files ask for together.
+
+    Raises:
+        SpecInvalid: a document is wrong, or they don't fit together.
+    """
+    from antiphon.apps.serve.deployment_set import serving_of
+    from antiphon.core.document.loading import Document, read_documents
+
+    documents: list[Document] = []
+    for file in files:
+        documents += read_documents(file)
+    return serving_of(documents, ", ".join(map(str, files)))
+
+
+def _run(session: ServeSession, serving: Serving, ask: str | None) -> int:
+    """Start, serve, say what happens; the exit status."""
+    from rich.console import Console
+
+    from antiphon.apps.serve.stop_signals import StopRequested
+    from antiphon.cli.serving.serve_view import Progress, composition_line
+
+    terminal = session.streams.terminal
+    console = Console(file=terminal, highlight=False, soft_wrap=True, width=None if terminal.isatty() else _PLAIN_WIDTH)
+    for document in serving.deployments:
+        spec = document.spec
+        console.print(f"[bold]{document.metadata.name}[/] serves {spec.model.uri}, topology {spec.topology.value}")
+    for composition in serving.compositions:
+        console.print(composition_line(composition))
+    progress = Progress(console)
+    try:
+        ready = session.start(lambda entries: progress.update(entries, serving.num_processes), progress.say)
+        progress.close()
+        _print_ready(console, serving, ready)
+        if ask is not None:
+            _ask(console, serving, ready, ask)
+        else:
+            console.print("Ctrl-C stops it.", style="dim")
+            _watch(console, session)
+    except StopRequested:
+        progress.close()
+        console.print("Interrupted while starting.")
+        return 130
+    except AntiphonError as error:
+        progress.close()
+        console.print(f"[red]error:[/] {escape(str(error))}")
+        return 1
+    finally:
+        progress.close()
+        console.print("Stopping (a second Ctrl-C does not wait) ...", style="dim")
+    return 0
+
+
+def _print_ready(console: Console, serving: Serving, ready: Ready) -> None:
+    from antiphon.cli.serving.serve_view import endpoints, expert_table, times_line, worker_table
+
+    if serving.deployments:
+        console.print(worker_table(serving.deployments, ready.workers))
+    for composition in serving.compositions:
+        console.print()
+        console.print(expert_table(composition, serving.models))
+    console.print(times_line(ready.entries, time.time() - psutil.Process().create_time()))
+    console.print()
+    console.print(endpoints(serving, ready.ports))
+    console.print()
+
+
+def _watch(console: Console, session: ServeSession) -> None:
+    from antiphon.cli.serving.serve_view import later_line
+
+    num_seen = len(session.entries())
+
+    def show(entries: Sequence[EventLogEntry]) -> None:
+        nonlocal num_seen
+        for entry in entries[num_seen:]:
+            line = later_line(entry)
+            if line is not None:
+                console.print(f"{time.strftime('%H:%M:%S')}  {line}", markup=False)
+        num_seen = len(entries)
+
+    session.watch(show)
+
+
+def _ask(console: Console, serving: Serving, ready: Ready, question: str) -> None:
+    from antiphon.cli.serving.serve_view import first_model
+    from antiphon.client import Client
+
+    ports = ready.ports
+    console.print(f"[bold]>[/] {escape(question)}")
+    with Client(f"{ports.host}:{ports.grpc_port}", api_key=_api_key(serving)) as client:
+        _await_view(client, serving)
+        messages = [{"role": "user", "content": question}]
+        with client.stream(first_model(serving), messages=messages, max_tokens=64, temperature=0.0) as stream:
+            for chunk in stream:
+                console.print(chunk.text, end="", markup=False)
+            console.print()
+            usage = stream.usage
+            routed = stream.routed
+    if routed:
+        told = ", ".join(f"{key.removeprefix('x-antiphon-')} {value}" for key, value in routed.items() if value)
+        console.print(told, style="dim")
+    if usage is None or serving.compositions or len(serving.deployments) != 1:
+        return
+    pools = {pool.role: pool.name for pool in serving.deployments[0].spec.pools}
+    remote = usage.num_remote_tokens
+    generated = usage.num_completion_tokens
+    parts = [f"{usage.num_prompt_tokens} prompt tokens"]
+    if remote:
+        parts.append(f"{remote} of them prefilled by pool {pools['prefill']}")
+    by = " + ".join(pools[role] for role in ("monolith", "decode", "attention", "ffn") if role in pools)
+    parts.append(f"{generated} tokens generated by {'pools' if '+' in by else 'pool'} {by}")
+    decode_s = usage.finished_s - usage.first_token_s
+    rate = f", then {(generated - 1) / decode_s:.1f} tokens/s" if generated > 1 and decode_s > 0 else ""
+    console.print("; ".join(parts), style="dim")
+    console.print(f"first token after {usage.first_token_s:.2f} s{rate}", style="dim")
+
+
+def _await_view(client: Client, serving: Serving) -> None:
+    """Give the gateway and the workers a moment to have seen each other, so that the question takes the whole path."""
+    num_peers = {}
+    for document in serving.deployments:
+        num_by_role = Counter({pool.role: pool.replicas for pool in document.spec.pools})
+        num_peers[document.metadata.name] = num_by_role["prefill"] + num_by_role["ffn"]
+    deadline = time.monotonic() + _VIEW_DEADLINE_S
+    while time.monotonic() < deadline:
+        workers = client.status().workers
+        generating = [worker for worker in workers if worker.role in ("monolith", "decode", "attention")]
+        linked = all(w.load.num_peers >= num_peers[w.deployment] for w in generating)
+        if sum(worker.ready for worker in workers) >= serving.num_workers and linked:
+            return
+        time.sleep(0.1)
+
+
+def _api_key(serving: Serving) -> str | None:
+    variable = serving.endpoint.api_keys_env
+    return None if variable is None else os.environ.get(variable, "").partition(",")[0].strip() or None

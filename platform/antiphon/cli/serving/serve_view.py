@@ -1,0 +1,178 @@
+"""What ``antiphon serve`` shows: progress, the table of what runs where, times, and what happens later (control speed).
+
+Must not know: how anything is started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from antiphon.apps.serve.deployment_set import Serving
+from antiphon.apps.serve.plan import GATEWAY, cores_of
+from antiphon.apps.supervision.event_log import EventLogEntry
+from antiphon.core.directory import WorkerRecord
+from antiphon.core.document.composition import CompositionOfExperts
+from antiphon.core.document.spec import LLMDeployment
+from antiphon.gateway.config import BoundPorts
+
+_HOST_STAGES = {"checkpoint": "checkpoint", "ray": "Ray", "serve": "Ray Serve", "directory": "directory"}
+
+
+def composition_line(composition: CompositionOfExperts) -> str:
+    """What a composition is made of."""
+    spec = composition.spec
+    artifact = "no router artifact: rules, then the general expert" if spec.router.artifact is None else spec.router.artifact.uri
+    experts = ", ".join(expert.name for expert in spec.experts)
+    return f"[bold]{composition.model_name}[/] composes {escape(experts)}, policy {spec.policy.name}, router {escape(artifact)}"
+
+
+def expert_table(composition: CompositionOfExperts, models: Mapping[str, str]) -> Table:
+    """One line per expert: who answers for it, and what the router may assume."""
+    spec = composition.spec
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in (f"EXPERT OF {composition.model_name}", "ANSWERED BY"):
+        table.add_column(name, no_wrap=True)
+    for name in ("ACTIVE", "CONTEXT"):
+        table.add_column(name, no_wrap=True, justify="right")
+    for expert in spec.experts:
+        general = " (general)" if expert.name == spec.general else ""
+        if expert.external is not None:
+            answered = f"{expert.external.model} at {expert.external.url}"
+        else:
+            answered = models.get(expert.deployment_ref or "", "")
+        table.add_row(
+            escape(expert.name + general),
+            escape(answered),
+            "" if expert.active_params_b is None else f"{expert.active_params_b:g}B",
+            "" if expert.context_tokens is None else str(expert.context_tokens),
+        )
+    return table
+
+
+def first_model(serving: Serving) -> str:
+    """The model to try first: a composition, or the first deployment's."""
+    if serving.compositions:
+        return serving.compositions[0].model_name
+    return serving.deployments[0].model_name
+
+
+def worker_table(documents: Sequence[LLMDeployment], records: Sequence[WorkerRecord]) -> Table:
+    """One line per worker: who it is, what it holds, on how many threads and which processors, where."""
+    pools = {(document.metadata.name, pool.name): pool for document in documents for pool in document.spec.pools}
+    several = len(documents) > 1
+    sharded = any(record.info.shard.num_shards > 1 for record in records)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("WORKER", "ROLE", *(["SHARD"] if sharded else []), "CPU"):
+        table.add_column(name, no_wrap=True)
+    for name in ("BLOCKS", "WEIGHTS", "PID"):
+        table.add_column(name, no_wrap=True, justify="right")
+    table.add_column("ADDRESS", no_wrap=True)
+    for record in records:
+        info, load = record.info, record.info.load
+        pool = pools[info.deployment, info.pool]
+        index = int(info.worker_id.rpartition("/")[2])
+        shard = f"{info.shard.index + 1} of {info.shard.num_shards}" if info.shard.num_shards > 1 else ""
+        cores = ",".join(map(str, cores_of(pool, index)))
+        table.add_row(
+            f"{info.deployment}/{info.pool}/{index}" if several else f"{info.pool}/{index}",
+            info.role.value,
+            *([shard] if sharded else []),
+            f"{pool.num_threads} on {cores}" if cores else str(pool.num_threads),
+            str(load.num_total_blocks) if load.num_total_blocks else "",
+            f"{load.resident_weight_bytes / 1e6:.0f} MB" if load.resident_weight_bytes else "",
+            str(info.pid),
+            info.endpoint.rpc,
+        )
+    return table
+
+
+def times_line(entries: Sequence[EventLogEntry], since_process_start_s: float) -> str:
+    """How long the start took, by stages: those of the host, then the slowest worker's own.
+
+    Args:
+        entries: the event log.
+        since_process_start_s: seconds from the start of this process to ready.
+    """
+    host = [f"{_HOST_STAGES.get(e.stage, e.stage)} {e.seconds:.1f}" for e in entries if e.kind == "stage" and e.subject == "host"]
+    slowest: dict[str, float] = {}
+    for entry in entries:
+        if entry.kind == "stage" and entry.subject not in ("host", GATEWAY):
+            slowest[entry.stage] = max(slowest.get(entry.stage, 0.0), entry.seconds)
+    total = slowest.pop("total", None)
+    inner = ", ".join(f"{name} {seconds:.1f}" for name, seconds in slowest.items())
+    if total is not None:
+        host.append(f"workers {total:.1f}" + (f" ({inner})" if inner else ""))
+    elif inner:
+        host.append(f"workers ({inner})")
+    return f"Ready {since_process_start_s:.1f} s after the start of the command: " + ", ".join(host)
+
+
+def endpoints(serving: Serving, ports: BoundPorts) -> Text:
+    """Where clients connect, and a first request."""
+    model = first_model(serving)
+    url = f"http://{ports.host}:{ports.http_port}"
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    return Text.assemble(
+        ("HTTP  ", "bold"), f"{url}/v1\n", ("gRPC  ", "bold"), f"{ports.host}:{ports.grpc_port}\n",
+        (f"try   curl -s {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'", "dim"),
+    )  # fmt: skip
+
+
+class Progress:
+    """Says what has happened since it was last asked: on a terminal in one changing line, elsewhere line by line."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._spinner = Spinner("dots", style="green")
+        # Without redirection: rich would show on the terminal what libraries write to the standard streams.
+        self._live = Live(
+            self._spinner, console=console, transient=True, redirect_stdout=False, redirect_stderr=False, refresh_per_second=10
+        )
+        self._num_seen = 0
+        self._ready: set[str] = set()
+        if console.is_terminal:
+            self._live.start()
+
+    def update(self, entries: Sequence[EventLogEntry], num_workers: int) -> None:
+        """Show the entries that are new."""
+        for entry in entries[self._num_seen :]:
+            self._show(entry, num_workers)
+        self._num_seen = len(entries)
+
+    def say(self, text: str) -> None:
+        """Show what is being done now."""
+        if self._live.is_started:
+            self._spinner.update(text=text)
+        else:
+            self._console.print(text, style="dim", highlight=False)
+
+    def close(self) -> None:
+        """Leave the terminal clean; idempotent."""
+        self._live.stop()
+
+    def _show(self, entry: EventLogEntry, num_workers: int) -> None:
+        if entry.kind == "ready" and entry.subject != GATEWAY:
+            self._ready.add(entry.subject)
+            self.say(f"{entry.subject} is ready ({len(self._ready)} of {num_workers})")
+        elif entry.kind == "started" and self._live.is_started:
+            self.say(f"{entry.subject} is starting ({len(self._ready)} of {num_workers} ready)")
+
+
+def later_line(entry: EventLogEntry) -> str | None:
+    """What to tell about an entry that came while serving; None = nothing."""
+    match entry.kind:
+        case "exited":
+            return f"{entry.subject} (pid {entry.pid}) is gone: {entry.message}; restarting it"
+        case "ready" if entry.subject != GATEWAY:
+            return f"{entry.subject} (pid {entry.pid}) is ready, epoch {entry.epoch}"
+        case "failed":
+            return f"{entry.subject}: {entry.message}"
+        case _:
+            return None

@@ -1,0 +1,1 @@
+"""How good a router is on a table (control speed, offline)."""

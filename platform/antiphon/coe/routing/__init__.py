@@ -1,0 +1,1 @@
+"""What a router needs to decide: artifact, embedding, decision (request speed)."""

@@ -1,0 +1,335 @@
+"""The router artifact: one directory, checked file by file, no pickle (control speed).
+
+    manifest.json    format, version, digest, and sha256 and size of every other file
+    router.json      experts, categories, policies, gates, figures of training
+    router.safetensors  token table, heads, landmarks, mean scores
+    vocab.txt        the tokenizer's vocabulary
+    encoder.onnx     the slow path's sentence encoder, when it has one
+    model_card.md, *.png  for people
+
+The digest covers names and contents, so equal training gives an equal digest. Must not know: how it was trained, who serves it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from antiphon.coe.routing.assessment import Fitted, Gate, Head, Landmarks, Mix
+from antiphon.coe.routing.embedding import StaticEmbedding
+from antiphon.coe.routing.encoder import SentenceEncoder
+from antiphon.coe.routing.wordpiece import WordPiece
+from antiphon.core.errors import CheckpointInvalid
+
+FORMAT = "antiphon-coe-router"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+_JSON, _ARRAYS, _VOCABULARY, _ENCODER = "router.json", "router.safetensors", "vocab.txt", "encoder.onnx"
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactExpert:
+    """An expert as the artifact knows it."""
+
+    name: str
+    active_params_b: float | None
+    mean_score: float
+    added_from_probes: int = 0  # probes it joined with after training; 0 = in the table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyPoint:
+    """A cost weight and what it gave on unseen rows in training."""
+
+    weight: float  # score given up for the most expensive expert against a free one
+    avg_cost: float
+    score: float
+    experts: tuple[int, ...]  # the experts worth having at this weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedPath:
+    """A path as it is served."""
+
+    fitted: Fitted
+    mix: Mix
+    gate: Gate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """A loaded router."""
+
+    digest: str
+    experts: tuple[ArtifactExpert, ...]
+    categories: tuple[str, ...]
+    sources: tuple[str, ...]
+    general: int  # index of the expert that uncertain prompts go to
+    mapping: tuple[int, ...]  # category → expert under the budget of training
+    allowed: tuple[bool, ...]  # experts that the subset of training keeps
+    costs: tuple[float, ...]  # of each expert, in the cost unit of the frontier
+    policies: Mapping[str, int]  # policy → point of the frontier
+    frontier: tuple[PolicyPoint, ...]
+    embedding: StaticEmbedding
+    fast: ServedPath
+    slow: ServedPath | None
+    encoder: SentenceEncoder | None  # with a slow path
+    training: Mapping[str, Any]  # seed, recipe, digests and figures, for people and for judging
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """Names in the order of every per-expert array."""
+        return tuple(expert.name for expert in self.experts)
+
+
+def _head_arrays(prefix: str, head: Head) -> dict[str, Array]:
+    return {f"{prefix}.weights": head.weights_DC, f"{prefix}.bias": head.bias_C}
+
+
+def _path_arrays(prefix: str, path: ServedPath) -> dict[str, Array]:
+    fitted = path.fitted
+    return {
+        **_head_arrays(f"{prefix}.coarse", fitted.coarse),
+        **_head_arrays(f"{prefix}.fine", fitted.fine),
+        f"{prefix}.coarse_scores": fitted.coarse_scores_CM,
+        f"{prefix}.fine_scores": fitted.fine_scores_FM,
+        f"{prefix}.landmarks": fitted.landmarks.embedding_ND.astype(np.float16),
+        f"{prefix}.landmark_category": fitted.landmarks.category_N,
+        f"{prefix}.landmark_scores": fitted.landmarks.scores_NM.astype(np.float16),
+    }
+
+
+def _path_json(path: ServedPath) -> dict[str, Any]:
+    return {
+        "coarse_temperature": path.fitted.coarse.temperature,
+        "fine_temperature": path.fitted.fine.temperature,
+        "num_neighbours": path.fitted.landmarks.num_neighbours,
+        "mix": asdict(path.mix),
+        "gate": asdict(path.gate),
+    }
+
+
+def as_stored(path: ServedPath) -> ServedPath:
+    """The path with the rounding that storing brings, so that figures of training are those of the served router."""
+    return _read_path("path", {k: np.asarray(v) for k, v in _path_arrays("path", path).items()}, _path_json(path))
+
+
+def _read_path(prefix: str, arrays: Mapping[str, Array], value: Mapping[str, Any]) -> ServedPath:
+    def head(name: str) -> Head:
+        return Head(
+            weights_DC=arrays[f"{prefix}.{name}.weights"],
+            bias_C=arrays[f"{prefix}.{name}.bias"],
+            temperature=float(value[f"{name}_temperature"]),
+        )
+
+    gate = value["gate"]
+    return ServedPath(
+        fitted=Fitted(
+            coarse=head("coarse"),
+            fine=head("fine"),
+            landmarks=Landmarks(
+                embedding_ND=arrays[f"{prefix}.landmarks"].astype(np.float32),
+                category_N=arrays[f"{prefix}.landmark_category"],
+                scores_NM=arrays[f"{prefix}.landmark_scores"].astype(np.float32),
+                num_neighbours=int(value["num_neighbours"]),
+            ),
+            coarse_scores_CM=arrays[f"{prefix}.coarse_scores"],
+            fine_scores_FM=arrays[f"{prefix}.fine_scores"],
+        ),
+        mix=Mix(**value["mix"]),
+        gate=Gate(weights=tuple(gate["weights"]), bias=gate["bias"], threshold=gate["threshold"]),
+    )
+
+
+def write_artifact(artifact: Artifact, directory: Path, extra: Mapping[str, bytes]) -> str:
+    """Write all files, the manifest last, and return the digest. ``extra`` are files for people. Replaces an older artifact whole.
+
+    Raises:
+        CheckpointInvalid: the directory holds something that is no artifact, or can't be written.
+    """
+    if directory.exists() and any(directory.iterdir()) and not (directory / MANIFEST).is_file():
+        raise CheckpointInvalid(f"{directory} is not empty and no router artifact; it is left alone")
+    arrays = {
+        "embedding.table": artifact.embedding.table_VD,
+        "embedding.scale": artifact.embedding.scale_V,
+        **_path_arrays("fast", artifact.fast),
+    }
+    if artifact.slow is not None:
+        arrays |= _path_arrays("slow", artifact.slow)
+    files = {
+        _JSON: _router_json(artifact),
+        _ARRAYS: save({name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}),
+        _VOCABULARY: ("\n".join(artifact.embedding.tokens.vocabulary) + "\n").encode(),
+        **extra,
+    }
+    if artifact.slow is not None and artifact.encoder is not None:
+        files[_ENCODER] = artifact.encoder.path.read_bytes()
+    manifest = _manifest(files)
+    staging = directory.with_name(f".{directory.name}.{os.getpid()}.part")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        for name, data in files.items():
+            (staging / name).write_bytes(data)
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        if directory.exists():
+            old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            directory.rename(old)
+            staging.rename(directory)
+            shutil.rmtree(old)
+        else:
+            staging.rename(directory)
+    except OSError as error:
+        raise CheckpointInvalid(f"artifact {directory} can't be written: {error}") from error
+    return str(manifest["digest"])
+
+
+def _router_json(artifact: Artifact) -> bytes:
+    value = {
+        "experts": [asdict(expert) for expert in artifact.experts],
+        "categories": artifact.categories,
+        "sources": artifact.sources,
+        "general": artifact.general,
+        "mapping": artifact.mapping,
+        "allowed": artifact.allowed,
+        "costs": artifact.costs,
+        "policies": dict(artifact.policies),
+        "frontier": [asdict(point) for point in artifact.frontier],
+        "embedding": {
+            "num_head_chars": artifact.embedding.num_head_chars,
+            "num_tail_chars": artifact.embedding.num_tail_chars,
+            "max_tokens": artifact.embedding.max_tokens,
+        },
+        "fast": _path_json(artifact.fast),
+        "slow": None if artifact.slow is None else _path_json(artifact.slow),
+        "encoder_max_tokens": None if artifact.encoder is None else artifact.encoder.max_tokens,
+        "training": dict(artifact.training),
+    }
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def _manifest(files: Mapping[str, bytes]) -> dict[str, Any]:
+    listed = {name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()}
+    return {"format": FORMAT, "version": FORMAT_VERSION, "digest": _digest(listed), "files": listed}
+
+
+def _digest(listed: Mapping[str, Mapping[str, Any]]) -> str:
+    text = json.dumps({name: listed[name]["sha256"] for name in sorted(listed)}, sort_keys=True)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_artifact(directory: Path, *, slow_path: bool = True, digest: str | None = None) -> Artifact:
+    """Check every file and load. ``slow_path=False`` leaves the sentence encoder out; ``digest`` is the one it must have.
+
+    Raises:
+        CheckpointInvalid: something is missing, truncated, changed, of another version or digest; the message names the artifact.
+    """
+    listed = _checked_manifest(directory, digest)
+    try:
+        value = json.loads((directory / _JSON).read_bytes())
+        arrays: dict[str, Array] = load_file(directory / _ARRAYS)
+        tokens = WordPiece.from_file(directory / _VOCABULARY)
+        encoder = None
+        if slow_path and value["slow"] is not None and _ENCODER in listed["files"]:
+            encoder = SentenceEncoder(directory / _ENCODER, tokens, int(value["encoder_max_tokens"]))
+        artifact = Artifact(
+            digest=str(listed["digest"]),
+            experts=tuple(ArtifactExpert(**expert) for expert in value["experts"]),
+            categories=tuple(value["categories"]),
+            sources=tuple(value["sources"]),
+            general=int(value["general"]),
+            mapping=tuple(value["mapping"]),
+            allowed=tuple(value["allowed"]),
+            costs=tuple(value["costs"]),
+            policies={name: int(point) for name, point in value["policies"].items()},
+            frontier=tuple(PolicyPoint(**{**point, "experts": tuple(point["experts"])}) for point in value["frontier"]),
+            embedding=StaticEmbedding(
+                tokens=tokens,
+                table_VD=arrays["embedding.table"],
+                scale_V=arrays["embedding.scale"],
+                **value["embedding"],
+            ),
+            fast=_read_path("fast", arrays, value["fast"]),
+            slow=None if encoder is None else _read_path("slow", arrays, value["slow"]),
+            encoder=encoder,
+            training=value["training"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointInvalid(f"artifact {directory}: {type(error).__name__}: {error}") from error
+    _check_shapes(artifact, directory)
+    return artifact
+
+
+def _checked_manifest(directory: Path, digest: str | None) -> dict[str, Any]:
+    try:
+        manifest = json.loads((directory / MANIFEST).read_bytes())
+    except OSError as error:
+        raise CheckpointInvalid(f"artifact {directory}: {MANIFEST} can't be read: {error}") from error
+    except ValueError as error:
+        raise CheckpointInvalid(f"artifact {directory}: {MANIFEST} is not JSON: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointInvalid(f"artifact {directory}: is no router artifact")
+    if manifest.get("version") != FORMAT_VERSION:
+        raise CheckpointInvalid(
+            f"artifact {directory}: has format version {manifest.get('version')}, this router reads {FORMAT_VERSION}; "
+            "train it again"
+        )
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not {_JSON, _ARRAYS, _VOCABULARY} <= files.keys():
+        raise CheckpointInvalid(f"artifact {directory}: {MANIFEST} lacks files")
+    for name, entry in files.items():
+        path = directory / name
+        if path.name != name or not path.is_file():
+            raise CheckpointInvalid(f"artifact {directory}: {name} is missing")
+        if path.stat().st_size != entry["bytes"]:
+            raise CheckpointInvalid(f"artifact {directory}: {name} is truncated: {path.stat().st_size} of {entry['bytes']} bytes")
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                raise CheckpointInvalid(f"artifact {directory}: {name} has been changed: its digest differs")
+    if _digest(files) != manifest.get("digest"):
+        raise CheckpointInvalid(f"artifact {directory}: {MANIFEST} has been changed: its digest differs")
+    if digest is not None and digest != manifest["digest"]:
+        raise CheckpointInvalid(f"artifact {directory}: has digest {manifest['digest']}, expected {digest}")
+    return manifest
+
+
+def _check_shapes(artifact: Artifact, directory: Path) -> None:
+    num_experts, num_categories = len(artifact.experts), len(artifact.categories)
+    for name, path in (("fast", artifact.fast), ("slow", artifact.slow)):
+        if path is None:
+            continue
+        fitted = path.fitted
+        good = (
+            fitted.coarse_scores_CM.shape == (num_categories, num_experts)
+            and fitted.fine_scores_FM.shape == (len(artifact.sources), num_experts)
+            and fitted.coarse.bias_C.shape == (num_categories,)
+            and fitted.fine.bias_C.shape == (len(artifact.sources),)
+            and fitted.landmarks.scores_NM.shape == (len(fitted.landmarks.category_N), num_experts)
+            and fitted.coarse.weights_DC.shape[0] == fitted.fine.weights_DC.shape[0]
+        )
+        if not good:
+            raise CheckpointInvalid(f"artifact {directory}: arrays of the {name} path don't fit {_JSON}")
+    dimensions = artifact.fast.fitted.coarse.weights_DC.shape[0]
+    if dimensions != artifact.embedding.num_dimensions or len(artifact.embedding.scale_V) != len(
+        artifact.embedding.tokens.vocabulary
+    ):
+        raise CheckpointInvalid(f"artifact {directory}: the embedding doesn't fit heads or vocabulary")
+    points = artifact.policies.values()
+    if not all(0 <= point < len(artifact.frontier) for point in points) or len(artifact.costs) != num_experts:
+        raise CheckpointInvalid(f"artifact {directory}: policies or costs don't fit the frontier")
+    if not (len(artifact.allowed) == num_experts > artifact.general >= 0 and len(artifact.mapping) == num_categories):
+        raise CheckpointInvalid(f"artifact {directory}: {_JSON} doesn't fit its experts and categories")

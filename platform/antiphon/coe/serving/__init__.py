@@ -1,0 +1,1 @@
+"""Compositions behind the doors: who decides, experts' health, falling back (request speed)."""

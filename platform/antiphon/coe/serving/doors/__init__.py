@@ -1,0 +1,1 @@
+"""A composition's HTTP and gRPC doors (request speed)."""

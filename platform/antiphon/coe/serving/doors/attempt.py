@@ -1,0 +1,190 @@
+"""One expert's try at an HTTP request: passed on, or held back while another expert may do better (request speed).
+
+Must not know: which expert comes next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Awaitable, Coroutine, Mapping
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+from starlette.datastructures import MutableHeaders
+from starlette.types import Message, Receive, Scope, Send
+
+from antiphon.coe.routing.router import Record
+from antiphon.core.document.composition import ExternalEndpoint
+
+TRY_NEXT = frozenset({404, 429, 500, 502, 503, 504})
+_HEADER_SAFE = " !#$&'()*+,-./:;<=>?@[]^_`{|}~"
+
+
+class Attempt:
+    """What one expert sends. ``take_any``: nobody comes after it, so that its refusal is the answer, too."""
+
+    def __init__(self, send: Send, headers: Mapping[str, str], *, take_any: bool) -> None:
+        self._send = send
+        self._headers = headers
+        self._take_any = take_any
+        self.started = False  # the client has seen the beginning
+        self.failed = False
+        self.why = ""
+        self.begun = asyncio.Event()  # started, or known not to be
+
+    async def send(self, message: Message) -> None:
+        """The expert's side of ASGI."""
+        if message["type"] == "http.response.start":
+            status = message["status"]
+            self.failed = status >= 500
+            if status in TRY_NEXT and not self._take_any:
+                self.why = self.why or f"status {status}"
+                self.begun.set()
+                return
+            MutableHeaders(scope=message).update(dict(self._headers))
+            self.started = True
+            self.begun.set()
+        if self.started:
+            await self._send(message)
+
+    def fail(self, why: str) -> None:
+        """It could not be reached or was silent."""
+        self.failed, self.why = True, why
+        self.begun.set()
+
+
+async def until_started(work: Awaitable[None], attempt: Attempt, start_timeout_s: float | None) -> None:
+    """Run an attempt; give up when nothing was begun within ``start_timeout_s`` seconds.
+
+    Raises:
+        TimeoutError: it was silent for so long.
+    """
+    task = asyncio.ensure_future(work)
+    begun = asyncio.ensure_future(attempt.begun.wait())
+    try:
+        await asyncio.wait({task, begun}, timeout=start_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if not attempt.begun.is_set() and not task.done():
+            raise TimeoutError
+        if attempt.started or not attempt.begun.is_set():
+            await task
+    finally:
+        for pending in (task, begun):
+            pending.cancel()
+        await asyncio.gather(task, begun, return_exceptions=True)
+
+
+class Client:
+    """The client's side of a request whose body has been read; several attempts may listen in turn."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.gone = False
+
+    async def receive(self) -> Message:
+        """What the client does next: as long as it stays, nothing."""
+        message = await self._receive()
+        self.gone = self.gone or message["type"] == "http.disconnect"
+        return message
+
+
+async def while_connected(work: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """Run ``work`` until it ends or the client has left."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+    finally:
+        for pending in (task, watch):
+            pending.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        continue
+
+
+async def forward(
+    client: httpx.AsyncClient,
+    endpoint: ExternalEndpoint,
+    body: Mapping[str, Any],
+    attempt: Attempt,
+    path: str,
+    *,
+    connect_s: float,
+    idle_s: float,
+) -> None:
+    """Stream an external endpoint's answer through. Raises httpx.HTTPError."""
+    timeout = httpx.Timeout(idle_s, connect=connect_s)
+    url = endpoint.url + path.removeprefix("/v1")
+    sent = {**body, "model": endpoint.model}
+    async with client.stream("POST", url, json=sent, headers=key_headers(endpoint), timeout=timeout) as answer:
+        content_type = answer.headers.get("content-type", "application/json").encode("latin-1")
+        await attempt.send(
+            {"type": "http.response.start", "status": answer.status_code, "headers": [(b"content-type", content_type)]}
+        )
+        if not attempt.started:
+            return
+        async for chunk in answer.aiter_bytes():
+            await attempt.send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await attempt.send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def key_headers(endpoint: ExternalEndpoint) -> dict[str, str]:
+    """The key of an endpoint, from the environment; the first where it lists several, as a deployment of ours does."""
+    keys = os.environ.get(endpoint.api_key_env, "") if endpoint.api_key_env is not None else ""
+    key = next((part.strip() for part in keys.split(",") if part.strip()), "")  # no key that a header can carry has a comma
+    return {"authorization": f"Bearer {key}"} if key else {}
+
+
+def answer_headers(record: Record, expert: str, failures: list[str]) -> dict[str, str]:
+    """Who answers and why, as headers or gRPC metadata."""
+    decision = record.decision
+    reason = "fallback" if failures else decision.reason.value
+    headers = {
+        "x-antiphon-expert": quote(expert, safe=_HEADER_SAFE),
+        "x-antiphon-category": quote(decision.category, safe=_HEADER_SAFE),
+        "x-antiphon-confidence": f"{decision.confidence:.4f}",
+        "x-antiphon-reason": reason,
+        "x-antiphon-decision-id": record.decision_id,
+    }
+    if failures:
+        headers["x-antiphon-fallback"] = quote("; ".join(failures), safe=_HEADER_SAFE)
+    elif reason == "fallback":
+        headers["x-antiphon-fallback"] = quote(decision.detail, safe=_HEADER_SAFE)
+    return headers
+
+
+def body_scope(scope: Scope, num_bytes: int, state: Mapping[str, Any]) -> Scope:
+    """The scope of another body for the same request; ``state`` is added to the request's."""
+    headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
+    headers.append((b"content-length", str(num_bytes).encode()))
+    return {**scope, "headers": headers, "state": {**scope.get("state", {}), **state}}
+
+
+def replayed(raw: bytes, receive: Receive) -> Receive:
+    """A receive that gives the body again, then whatever the client does next."""
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if not given:
+            given = True
+            return {"type": "http.request", "body": raw, "more_body": False}
+        return await receive()
+
+    return again
+
+
+def json_object(raw: bytes) -> dict[str, Any] | None:
+    """The JSON object that a body is, or None."""
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

@@ -1,0 +1,193 @@
+"""Answers a GenerationRequest for a composition: route, let the expert generate, fall back before its first word (request speed).
+
+The gRPC door's way to the experts. Which expert answers a request is noted in the directory, so that a client which lost its
+connection goes on with the same one, at whichever gateway. Must not know: grpc, how the router decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+import httpx
+
+from antiphon.coe.routing.decision import Question
+from antiphon.coe.serving.composition import Composition
+from antiphon.coe.serving.doors.attempt import answer_headers
+from antiphon.coe.serving.doors.external import external_events
+from antiphon.coe.serving.doors.http import PLACEMENT_TIMEOUT_S
+from antiphon.coe.serving.doors.question import question_of
+from antiphon.core.directory import Notes
+from antiphon.core.document.composition import split_model_name
+from antiphon.core.errors import (
+    AntiphonError,
+    DeadlineExceeded,
+    InternalError,
+    InvalidInput,
+    Overloaded,
+    Unavailable,
+    UnknownModel,
+)
+from antiphon.gateway.generation.request import ChatPrompt, Event, GenerationRequest, TextPrompt
+
+Generate = Callable[[GenerationRequest], AsyncGenerator[Event, None]]
+Announce = Callable[[Mapping[str, str]], Awaitable[None]]
+
+_NOTE_TIMEOUT_S = 0.2
+_RESUMABLE_S = 600.0  # how long a broken answer can be asked for
+_TRY_NEXT = (Overloaded, Unavailable, DeadlineExceeded, InternalError, UnknownModel)
+
+
+class CoeGenerator:
+    """Generates for compositions. Belongs to one event loop; ``close`` is idempotent.
+
+    Args:
+        compositions: by metadata.name.
+        generate: the gateway's own, for experts that are served here.
+        notes: remembers which expert answers a request.
+    """
+
+    def __init__(self, compositions: Mapping[str, Composition], generate: Generate, notes: Notes) -> None:
+        self._compositions = compositions
+        self._generate = generate
+        self._notes = notes
+        self._client = httpx.AsyncClient(follow_redirects=False, limits=httpx.Limits(max_connections=None))
+
+    async def close(self) -> None:
+        """Close connections to external experts."""
+        await self._client.aclose()
+
+    async def generate(
+        self, request: GenerationRequest, headers: Mapping[str, str], announce: Announce
+    ) -> AsyncGenerator[Event, None]:
+        """The answer of the expert that the router picks; ``announce`` is told who it is before the first event.
+
+        Raises:
+            UnknownModel: there is no such composition or policy.
+            InvalidInput: no expert can be asked for this, or a broken answer can't be gone on with.
+            Unavailable: no expert could answer.
+        """
+        named = split_model_name(request.model)
+        if named is None or named[0] not in self._compositions:
+            raise UnknownModel(f"the model {request.model!r} does not exist", "model")
+        name, policy = named
+        composition = self._compositions[name]
+        if any(request.resume.values()):
+            expert = await self._resumed(composition, request)
+            await announce({"x-antiphon-expert": expert, "x-antiphon-reason": "resumed"})
+            async for event in self._generate(replace(request, model=composition.model_of(expert))):
+                yield event
+            return
+        question = question_of(_body(request), headers, composition.document.spec, policy)
+        record = await composition.route(question)
+        experts = (record.decision.expert, *(() if question.expert is not None else record.decision.alternatives))
+        async for event in self._first_to_answer(
+            composition, request, question, experts, lambda e, f: announce(answer_headers(record, e, f))
+        ):
+            yield event
+
+    async def _first_to_answer(
+        self,
+        composition: Composition,
+        request: GenerationRequest,
+        question: Question,
+        experts: tuple[str, ...],
+        announce: Callable[[str, list[str]], Awaitable[None]],
+    ) -> AsyncGenerator[Event, None]:
+        failures: list[str] = []
+        end_s = None if request.deadline_s is None else time.monotonic() + request.deadline_s
+        for index, expert in enumerate(experts):
+            if index and composition.breakers[expert].is_open:
+                continue
+            last = index == len(experts) - 1
+            left_s = None if end_s is None else end_s - time.monotonic()
+            started = False
+            try:
+                asked = replace(request, deadline_s=left_s, placement_timeout_s=None if last else PLACEMENT_TIMEOUT_S)
+                async with aclosing(self._ask(composition, expert, asked)) as events:
+                    async for event in events:
+                        if not started:
+                            started = True
+                            await announce(expert, failures)
+                            await self._note(composition, request, expert)
+                        yield event
+            except _TRY_NEXT as error:
+                if started or last or (left_s is not None and end_s is not None and time.monotonic() >= end_s):
+                    raise
+                failures.append(f"{expert}: {error}")
+                continue
+            await composition.served(question, expert, failures)
+            return
+        raise Unavailable("no expert could answer (" + "; ".join(failures) + ")")
+
+    async def _ask(self, composition: Composition, expert: str, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """One expert's events; its first must come in time. Its circuit learns how it went."""
+        breaker, limits = composition.breakers[expert], composition.document.spec.limits
+        endpoint = composition.external(expert)
+        if endpoint is not None and composition.num_running[expert] >= limits.max_concurrent_per_expert:
+            raise Overloaded(f"{composition.num_running[expert]} requests are at expert {expert} already", retry_after_s=1.0)
+        breaker.begin()
+        composition.num_running[expert] += 1
+        if endpoint is None:
+            events = self._generate(replace(request, model=composition.model_of(expert)))
+        else:
+            events = external_events(self._client, endpoint, request, limits)
+        try:
+            async with aclosing(events):
+                async with asyncio.timeout(limits.first_token_timeout_s):
+                    first = await anext(events)
+                breaker.succeeded()
+                yield first
+                async for event in events:
+                    yield event
+        except TimeoutError as error:
+            breaker.failed()
+            raise Unavailable("sent nothing in time") from error
+        except (Unavailable, InternalError):
+            breaker.failed()
+            raise
+        finally:
+            composition.num_running[expert] -= 1
+
+    async def _resumed(self, composition: Composition, request: GenerationRequest) -> str:
+        """The expert that the client has the beginning of."""
+        expert = None
+        try:
+            async with asyncio.timeout(_NOTE_TIMEOUT_S):
+                expert = await self._notes.note(_topic(composition), request.request_id)
+        except (AntiphonError, TimeoutError) as error:
+            raise Unavailable(f"which expert answered {request.request_id} can't be looked up: {error}") from error
+        if expert is None or expert not in composition.breakers:
+            raise InvalidInput(f"there is no record of an answer to {request.request_id}", "resume")
+        if composition.external(expert) is not None:
+            raise InvalidInput(f"expert {expert} is external: its answers can't be gone on with", "resume")
+        return expert
+
+    async def _note(self, composition: Composition, request: GenerationRequest, expert: str) -> None:
+        try:
+            async with asyncio.timeout(_NOTE_TIMEOUT_S):
+                await self._notes.put_note(_topic(composition), request.request_id, expert, _RESUMABLE_S)
+        except (AntiphonError, TimeoutError):
+            return  # a lost connection then means a new request
+
+
+def _topic(composition: Composition) -> str:
+    return f"coe/{composition.document.metadata.name}/requests"
+
+
+def _body(request: GenerationRequest) -> dict[str, Any]:
+    """The request in the form that questions are made of."""
+    prompt = request.prompts[0]
+    body: dict[str, Any] = {"max_tokens": request.sampling.max_tokens}
+    match prompt:
+        case TextPrompt():
+            body["prompt"] = prompt.text
+        case ChatPrompt():
+            body["messages"] = [{"role": m.role, "content": m.content} for m in prompt.messages]
+        case _:
+            raise InvalidInput("a composition takes text: token ids mean another text to every expert", "tokens")
+    return body

@@ -1,0 +1,319 @@
+"""The composition-of-experts door in front of the OpenAI door (request speed).
+
+    POST /v1/chat/completions, /v1/completions  with "model": "coe/<name>" or "coe/<name>:<policy>": route, let the expert answer
+    GET  /v1/models             compositions are listed too     GET  /v1/models/coe/<name>     one of them
+    POST /v1/route              decide only                     GET  /v1/experts               experts and their state
+    GET  /v1/decisions/{id}     explain, ?policy= replays       POST /v1/feedback              how good an answer was
+
+Everything else passes through. An expert that refuses, fails or stays silent before its first byte is left for the next one; what a
+client has seen is never taken back. Must not know: how the router decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import httpx
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from antiphon.coe.routing.decision import DecisionId, Question
+from antiphon.coe.routing.record_json import record_json
+from antiphon.coe.routing.router import Record
+from antiphon.coe.serving.composition import Composition, explained
+from antiphon.coe.serving.doors.attempt import (
+    Attempt,
+    Client,
+    answer_headers,
+    body_scope,
+    forward,
+    json_object,
+    replayed,
+    until_started,
+    while_connected,
+)
+from antiphon.coe.serving.doors.question import question_of
+from antiphon.core.document.composition import Policy, policy_named, split_model_name
+from antiphon.core.errors import DeadlineExceeded, InvalidInput, Unavailable, UnknownModel
+from antiphon.gateway.auth import ApiKeys
+from antiphon.gateway.openai.http_io import RequestTooLarge, deadline_of, error_response
+
+_COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
+_MODEL = "/v1/models/"
+PLACEMENT_TIMEOUT_S = 0.5  # how long a lost worker of an expert is waited for while other experts can answer
+
+
+class CoeDoor:
+    """ASGI application that serves compositions and hands the rest to ``inner``. ``close`` is idempotent."""
+
+    def __init__(self, inner: ASGIApp, compositions: Mapping[str, Composition], *, keys: ApiKeys, max_request_bytes: int) -> None:
+        """``compositions`` by metadata.name."""
+        self._inner = inner
+        self._compositions = compositions
+        self._keys = keys
+        self._max_bytes = max_request_bytes
+        self._created = int(time.time())
+        self._client = httpx.AsyncClient(follow_redirects=False, limits=httpx.Limits(max_connections=None))
+
+    async def close(self) -> None:
+        """Close connections to external experts."""
+        await self._client.aclose()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._inner(scope, receive, send)
+            return
+        method, path = scope["method"], scope["path"]
+        if method == "POST" and path in _COMPLETIONS:
+            await self._complete(scope, receive, send)
+            return
+        if method == "GET" and path == "/v1/models":
+            await self._models(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        handler = None
+        if method == "POST" and path == "/v1/route":
+            handler = self._route
+        elif method == "GET" and path == "/v1/experts":
+            handler = self._experts
+        elif method == "POST" and path == "/v1/feedback":
+            handler = self._feedback
+        elif method == "GET" and path.startswith("/v1/decisions/"):
+            handler = self._explain
+        elif method == "GET" and path.startswith(f"{_MODEL}coe/"):
+            handler = self._model
+        if handler is None:
+            await self._inner(scope, receive, send)
+            return
+        try:
+            self._keys.check(request.headers.get("authorization"))
+            response: Response = JSONResponse(await handler(request))
+        except Exception as error:  # noqa: BLE001 - the door: whatever happens, the client gets OpenAI's error shape
+            response = error_response(error)
+        await response(scope, receive, send)
+
+    async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        try:
+            raw = await _read(request, self._max_bytes)
+        except Exception as error:  # noqa: BLE001 - the door, as above
+            await error_response(error)(scope, receive, send)
+            return
+        body = json_object(raw)
+        named = split_model_name(body["model"]) if body is not None and isinstance(body.get("model"), str) else None
+        if body is None or named is None:
+            await self._inner(scope, replayed(raw, receive), send)
+            return
+        try:
+            self._keys.check(request.headers.get("authorization"))
+            composition, policy = self._composition(*named)
+            deadline_s = deadline_of(request)
+            question = question_of(body, dict(request.headers), composition.document.spec, policy)
+            record = await composition.route(question)
+        except Exception as error:  # noqa: BLE001 - the door, as above
+            await error_response(error)(scope, receive, send)
+            return
+        await self._answer(composition, question, record, body, deadline_s, scope, receive, send)
+
+    async def _answer(
+        self,
+        composition: Composition,
+        question: Question,
+        record: Record,
+        body: dict[str, Any],
+        deadline_s: float | None,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """Try the decision's experts in order until one has begun to answer."""
+        explicit = question.expert is not None
+        experts = (record.decision.expert, *(() if explicit else record.decision.alternatives))
+        failures: list[str] = []
+        started = False
+        client = Client(receive)
+        try:
+            async with asyncio.timeout(deadline_s):
+                for index, expert in enumerate(experts):
+                    if index and composition.breakers[expert].is_open:
+                        continue
+                    last = index == len(experts) - 1
+                    attempt = Attempt(send, answer_headers(record, expert, failures), take_any=last)
+                    try:
+                        await self._try(composition, expert, body, attempt, scope, client.receive, last=last)
+                    finally:
+                        started = attempt.started
+                    if attempt.started:
+                        if not attempt.failed:
+                            await composition.served(question, expert, failures)
+                        return
+                    if client.gone:
+                        return
+                    failures.append(f"{expert}: {attempt.why}")
+        except TimeoutError:
+            if started:
+                raise  # the connection is broken off: the client has seen a part
+            await error_response(DeadlineExceeded("the request's deadline has passed"))(scope, receive, send)
+            return
+        error = Unavailable("no expert could answer (" + "; ".join(failures) + ")")
+        await error_response(error)(scope, receive, send)
+
+    async def _try(
+        self,
+        composition: Composition,
+        expert: str,
+        body: dict[str, Any],
+        attempt: Attempt,
+        scope: Scope,
+        receive: Receive,
+        *,
+        last: bool,
+    ) -> None:
+        breaker, limits = composition.breakers[expert], composition.document.spec.limits
+        endpoint = composition.external(expert)
+        if endpoint is not None and composition.num_running[expert] >= limits.max_concurrent_per_expert:
+            attempt.why = "busy"
+            return
+        breaker.begin()
+        composition.num_running[expert] += 1
+        start_timeout_s = limits.first_token_timeout_s if body.get("stream") or endpoint is not None else None
+        try:
+            if endpoint is None:
+                raw = json.dumps({**body, "model": composition.model_of(expert)}).encode()
+                state = {} if last else {"placement_timeout_s": PLACEMENT_TIMEOUT_S}
+                work = self._inner(body_scope(scope, len(raw), state), replayed(raw, receive), attempt.send)
+            else:
+                forwarding = forward(
+                    self._client,
+                    endpoint,
+                    body,
+                    attempt,
+                    scope["path"],
+                    connect_s=limits.connect_timeout_s,
+                    idle_s=limits.idle_timeout_s,
+                )
+                work = while_connected(forwarding, receive)
+            await until_started(work, attempt, start_timeout_s)
+        except TimeoutError:
+            attempt.fail("sent nothing in time")
+        except httpx.HTTPError as error:
+            attempt.fail(type(error).__name__)
+            if attempt.started:
+                raise Unavailable(f"expert {expert} broke off its answer") from error
+        finally:
+            composition.num_running[expert] -= 1
+            if attempt.failed:
+                breaker.failed()
+            elif attempt.started:
+                breaker.succeeded()
+
+    async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
+        messages: list[Message] = []
+
+        async def keep(message: Message) -> None:
+            messages.append(message)
+
+        await self._inner(scope, receive, keep)
+        start = messages[0]
+        listed = json_object(b"".join(m.get("body", b"") for m in messages[1:]))
+        if start["status"] != 200 or listed is None:
+            for message in messages:
+                await send(message)
+            return
+        cards = [self._card(composition) for composition in self._compositions.values()]
+        await JSONResponse({**listed, "data": [*listed["data"], *cards]})(scope, receive, send)
+
+    async def _model(self, request: Request) -> dict[str, Any]:
+        named = split_model_name(request.url.path.removeprefix(_MODEL))
+        assert named is not None  # the path begins with coe/
+        return self._card(self._composition(*named)[0])
+
+    def _card(self, composition: Composition) -> dict[str, Any]:
+        lengths = [expert.context_tokens for expert in composition.document.spec.experts if expert.context_tokens is not None]
+        return {
+            "id": composition.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "antiphon",
+            "max_model_len": max(lengths, default=None),
+            "experts": [expert.name for expert in composition.document.spec.experts],
+        }
+
+    async def _route(self, request: Request) -> dict[str, Any]:
+        body = json_object(await _read(request, self._max_bytes))
+        if body is None:
+            raise InvalidInput("the body must be a JSON object")
+        named = split_model_name(body["model"]) if isinstance(body.get("model"), str) else None
+        if named is None:
+            raise InvalidInput("model must be coe/<name> or coe/<name>:<policy>", "model")
+        composition, policy = self._composition(*named)
+        record = await composition.route(question_of(body, dict(request.headers), composition.document.spec, policy))
+        return record_json(record)
+
+    async def _experts(self, request: Request) -> dict[str, Any]:
+        found = []
+        for composition in self._compositions.values():
+            view = composition.view()
+            for expert in composition.document.spec.experts:
+                state = view.of(expert.name)
+                found.append(
+                    {
+                        "composition": composition.name,
+                        "name": expert.name,
+                        "external": expert.external is not None,
+                        "general": expert.name == composition.document.spec.general,
+                        "active_params_b": expert.active_params_b,
+                        "context_tokens": expert.context_tokens,
+                        "modalities": list(expert.modalities),
+                        "tools": expert.tools,
+                        "healthy": state.healthy,
+                        "resident": state.resident,
+                        "load_s": round(state.load_s, 3),
+                        "num_waiting": state.num_waiting,
+                        "expected_wait_s": state.expected_wait_s,
+                    }
+                )
+        return {"object": "list", "data": found}
+
+    async def _explain(self, request: Request) -> dict[str, Any]:
+        decision_id = DecisionId(request.url.path.removeprefix("/v1/decisions/"))
+        wanted = request.query_params.get("policy")
+        policy = None if wanted is None else policy_named(wanted)
+        composition, record, replay = await explained(self._compositions.values(), decision_id, policy)
+        result = {"composition": composition.name, "decided_s": record.decided_s, **record_json(record)}
+        if replay is not None:
+            result["replay"] = {"policy": wanted, "expert": replay.expert, "reason": replay.reason.value}
+        return result
+
+    async def _feedback(self, request: Request) -> dict[str, Any]:
+        body = json_object(await _read(request, self._max_bytes))
+        if body is None or not isinstance(body.get("decision_id"), str):
+            raise InvalidInput("decision_id must be the id of a decision", "decision_id")
+        score = body.get("score")
+        if isinstance(score, bool) or not isinstance(score, int | float):
+            raise InvalidInput("score must be a number between 0 and 1", "score")
+        decision_id = DecisionId(body["decision_id"])
+        composition, _, _ = await explained(self._compositions.values(), decision_id, None)
+        await composition.feedback(decision_id, float(score))
+        return {"decision_id": decision_id, "score": float(score)}
+
+    def _composition(self, name: str, policy: Policy | None) -> tuple[Composition, Policy | None]:
+        if name not in self._compositions:
+            raise UnknownModel(f"the model 'coe/{name}' does not exist", "model")
+        return self._compositions[name], policy
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > max_bytes:
+            raise RequestTooLarge(f"the body is larger than {max_bytes} bytes")
+        chunks.append(chunk)
+    return b"".join(chunks)

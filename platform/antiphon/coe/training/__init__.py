@@ -1,0 +1,1 @@
+"""From score tables to a router artifact (control speed, offline)."""

@@ -1,0 +1,415 @@
+"""A2F and F2A, the attention side: rows out to the FFN shards, partial sums back (hot). ``ffn_side`` is the other end.
+
+One exchange, attention side, for a layer and ubatch:
+
+    IDLE ──send()──► SENT to every shard ──receive(): all partial sums in──► IDLE
+                       │  ▲
+            PeerLost   ▼  │ another replica of the shard, or the same one back: the rows go out again
+                     HOLDING ──nobody within hold_s──► PeerLost to the caller
+
+A dense FFN's rows go to every shard. Rows of a mixture of experts go only to shards that hold one of their experts, with ids and
+weights, and come back as one partial sum per row and shard. The rows stay with the attention side until their answer is in, so a
+lost FFN worker costs no recompute. Links come and go through ``add_link``, which other threads may call.
+
+Answers are used where they arrived: the message of the last one is given back when the ubatch's next rows leave. ``rows`` knows how
+payloads are laid out.
+
+Legend: T rows, R rows that go to one shard, D hidden, K ids per row. Must not know: what is computed on either side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+
+from antiphon.connectors.afd.expert_map import ExpertMap, Share
+from antiphon.connectors.afd.inflight import Exchange, Peer, StageTimes
+from antiphon.connectors.afd.rows import RowFormat, SlotViews
+from antiphon.connectors.headers import WIRE_DTYPES, Header, Kind, unpack
+from antiphon.core.errors import AntiphonError, CorruptMessage, PeerLost
+from antiphon.core.ids import Epoch, WorkerId
+from antiphon.models.experts.routing import Routing
+from antiphon.transport.base import Link, Message, Slot
+from antiphon.transport.waiting import WaitSet
+
+_WAIT_SLICE_S = 0.05
+
+
+class AttentionSide:
+    """The attention worker's end. ``send`` then ``receive`` per layer and ubatch, several ubatches in flight at once."""
+
+    def __init__(
+        self,
+        *,
+        epoch: Epoch,
+        num_shards: int,
+        num_ubatches: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        return_dtype: torch.dtype,
+        answer_timeout_s: float,
+        hold_s: float,
+        preferred_replica: int = 0,
+        experts: ExpertMap | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """``num_ubatches``: exchanges in flight at most (streams included); ``answer_timeout_s``: a peer silent this long while it
+        owes is lost; ``hold_s``: wait this long for a replacement; ``experts``: needed for mixtures of experts.
+        """
+        self.times = StageTimes()
+        self.experts = experts  # may be set to another map of as many groups by the worker's loop, between exchanges
+        self.num_free_slots = -1  # fewest over all links when last at rest; a ring at rest has all of its slots. -1: not known yet
+        self.losses: deque[AntiphonError] = deque(maxlen=64)  # peers dropped, and why
+        self._epoch = epoch
+        self._out = RowFormat(dtype, hidden_size)
+        self._back = RowFormat(return_dtype, hidden_size)
+        self._answer_timeout_s = answer_timeout_s
+        self._hold_s = hold_s
+        self._preferred = preferred_replica
+        self._clock = clock
+        self._shards: list[list[Peer]] = [[] for _ in range(num_shards)]  # the first of a shard's replicas is in use
+        self._exchanges = [Exchange(parts=[None] * num_shards) for _ in range(num_ubatches)]
+        self._dense = _dense_shares(0, num_shards)
+        self._arrivals: deque[tuple[int, Link]] = deque()
+        self._waiting = WaitSet()
+
+    # ---- links -------------------------------------------------------------------------------------------------
+
+    def add_link(self, shard: int, link: Link) -> None:
+        """Offer an open link to a worker of ``shard``; safe from any thread, taken up when no rows are away or it is needed."""
+        self._arrivals.append((shard, link))
+
+    def peers(self) -> set[tuple[WorkerId, Epoch]]:
+        """Workers linked now, links still to be taken up included; safe from any thread."""
+        linked = [peer.link for peers in self._shards for peer in tuple(peers)]
+        return {(link.peer, link.peer_epoch) for link in [*linked, *(link for _, link in tuple(self._arrivals))]}
+
+    @property
+    def complete(self) -> bool:
+        """True when every shard has a link."""
+        self._take_arrivals()
+        return all(self._shards)
+
+    # ---- the exchange ------------------------------------------------------------------------------------------
+
+    def send(self, step: int, layer: int, ubatch: int, rows_TD: torch.Tensor, routing: Routing | None = None) -> None:
+        """Start the exchange of rows_TD; they must not change until ``receive`` of the same ubatch returns.
+
+        What ``receive`` of this ubatch returned before is no longer valid.
+
+        Args:
+            step: The step's number; answers to another are dropped.
+            layer: The layer's number on the wire (DecoderConfig.ffns).
+            ubatch: The exchange's place among those in flight.
+            rows_TD: The rows, in any float type.
+            routing: Experts of each row; None for a dense FFN.
+
+        Raises:
+            PeerLost: a shard has no worker and none came back in time.
+        """
+        if self._arrivals and not any(other.is_away for other in self._exchanges):
+            self._take_arrivals()
+        exchange = self._exchanges[ubatch]
+        exchange.give_back()
+        exchange.step, exchange.layer, exchange.num_rows = step, layer, rows_TD.shape[0]
+        exchange.coded = self._out.encode(rows_TD)
+        exchange.shares = shares = self._shares(layer, exchange.num_rows, routing)
+        exchange.sent_s = self._clock()
+        exchange.overdue_s = exchange.sent_s + self._answer_timeout_s
+        exchange.compute_us = exchange.wait_us = 0
+        exchange.waiting_for.clear()
+        for index, share in enumerate(shares):
+            exchange.parts[index] = None
+            if share is not None:
+                exchange.waiting_for.add(index)
+        exchange.is_away = True
+        for index, share in enumerate(shares):
+            if share is not None:
+                self._post(index, ubatch, exchange, share)
+
+    def receive(self, ubatch: int) -> torch.Tensor:
+        """The FFN's result for the ubatch's rows, summed over shards, [T, D] in the return format.
+
+        It lies where it arrived: use it before the ubatch's next ``send``, and do not write to it.
+
+        Raises:
+            PeerLost: a shard has no worker and none came back in time.
+        """
+        exchange = self._exchanges[ubatch]
+        assert exchange.is_away, "receive() without send()"
+        start_s = self._clock()
+        waiting_for = exchange.waiting_for
+        while waiting_for:
+            for index in tuple(waiting_for):
+                self._drain(index)
+            if waiting_for:
+                self._wait(exchange)
+        exchange.is_away = False
+        result_TD = self._result(exchange)
+        now_s = self._clock()
+        times = self.times
+        times.num_exchanges += 1
+        times.round_trip_s += now_s - exchange.sent_s
+        times.blocked_s += now_s - start_s
+        times.ffn_compute_s += exchange.compute_us * 1e-6
+        times.ffn_wait_s += exchange.wait_us * 1e-6
+        return result_TD
+
+    def has_arrived(self, ubatch: int) -> bool:
+        """Whether ``receive`` of this ubatch would return at once."""
+        waiting_for = self._exchanges[ubatch].waiting_for
+        for index in tuple(waiting_for):
+            self._drain(index)
+        return not waiting_for
+
+    def rest(self) -> None:
+        """No exchange is under way, and no result of one is in use: give everything back, and count the free slots."""
+        for exchange in self._exchanges:
+            exchange.give_back()
+        for index, peers in enumerate(self._shards):
+            for spare in peers[1:]:
+                self._look_after(index, spare)
+        free = [peer.link.num_free_slots for peers in self._shards for peer in peers]
+        self.num_free_slots = min(free, default=-1)
+
+    def abandon(self) -> None:
+        """Give up all exchanges in flight (the step failed); late answers are dropped by their step number."""
+        for exchange in self._exchanges:
+            exchange.is_away = False
+            exchange.waiting_for.clear()
+            exchange.give_back()
+
+    def close(self) -> None:
+        """Close all links; idempotent."""
+        self._take_arrivals()
+        self.abandon()
+        for peers in self._shards:
+            for peer in peers:
+                self._waiting.remove(peer.link)
+                peer.link.close()
+            peers.clear()
+
+    # ---- inside ------------------------------------------------------------------------------------------------
+
+    def _shares(self, layer: int, num_rows: int, routing: Routing | None) -> Sequence[Share | None]:
+        if routing is None:
+            if self._dense[0].num_rows != num_rows:
+                self._dense = _dense_shares(num_rows, len(self._shards))
+            return self._dense
+        assert self.experts is not None  # the composition root gives a map where the model has experts
+        by_group = self.experts.split(layer, routing)
+        num_tensor = len(self._shards) // self.experts.num_groups
+        return by_group if num_tensor == 1 else [share for share in by_group for _ in range(num_tensor)]
+
+    def _result(self, exchange: Exchange) -> torch.Tensor:
+        """The sum in the order of shards, not of arrival: it must not depend on timing."""
+        shares, parts = exchange.shares, exchange.parts
+        first = parts[0]
+        if len(parts) == 1 and first is not None and shares[0] is not None and shares[0].rows_R is None:
+            return first
+        out_TD = torch.empty(exchange.num_rows, self._back.width, dtype=self._back.dtype)
+        fresh = True
+        for share, part in zip(shares, parts, strict=True):
+            if share is None or part is None:
+                continue  # a part is None here only where its share is: receive() waits for the others
+            if share.rows_R is None:
+                if fresh:
+                    out_TD.copy_(part)
+                else:
+                    out_TD.add_(part)
+            else:
+                if fresh:
+                    out_TD.zero_()
+                out_TD.index_add_(0, share.rows_R, part)
+            fresh = False
+        if fresh:
+            out_TD.zero_()
+        exchange.give_back()
+        return out_TD
+
+    def _take_arrivals(self, only: int | None = None) -> None:
+        """Take up links that were offered; of shards other than ``only`` none while their rows may be away: the first link of a
+        shard is the one that answers are expected from.
+        """
+        for _ in range(len(self._arrivals)):
+            index, link = self._arrivals.popleft()
+            if only is not None and index != only:
+                self._arrivals.append((index, link))
+                continue
+            peers = self._shards[index]
+            for old in [old for old in peers if old.link.peer == link.peer]:
+                old.link.close()  # the peer restarted: its older epoch answers no more
+                peers.remove(old)
+                self._waiting.remove(old.link)
+            peers.append(Peer(link, SlotViews(self._out), SlotViews(self._back)))
+            self._waiting.add(link)
+            peers.sort(key=lambda each: each.link.peer)
+            # Attention workers spread over the replicas of a shard instead of all using the first.
+            turn = self._preferred % len(peers)
+            peers[:] = peers[turn:] + peers[:turn]
+
+    def _peer(self, index: int) -> Peer:
+        """A worker of the shard, waiting for one to come (back) for at most hold_s."""
+        peers = self._shards[index]
+        if not peers:
+            deadline = time.monotonic() + self._hold_s
+            while not peers:
+                self._take_arrivals(only=index)
+                if peers:
+                    break
+                if time.monotonic() > deadline:
+                    last = f"; lost before: {self.losses[-1]}" if self.losses else ""
+                    raise PeerLost(f"FFN shard {index}", f"no worker holds it and none came within {self._hold_s:g} s{last}")
+                time.sleep(0.002)
+        return peers[0]
+
+    def _post(self, index: int, ubatch: int, exchange: Exchange, share: Share) -> None:
+        num_rows = share.num_rows
+        num_ids = 0 if share.ids_RK is None else share.ids_RK.shape[1]
+        num_bytes = self._out.num_bytes(num_rows, num_ids)
+        header = Header(
+            kind=Kind.A2F,
+            epoch=self._epoch,
+            step=exchange.step,
+            layer=exchange.layer,
+            ubatch=ubatch,
+            dtype=WIRE_DTYPES[self._out.dtype],
+            experts_per_row=num_ids,
+            rows=num_rows,
+            num_bytes=num_bytes,
+            spare=0 if self.experts is None else self.experts.number,
+        ).pack()
+        while True:
+            peer = self._peer(index)
+            try:
+                slot = self._slot(index, peer)
+                if slot is None:
+                    continue  # lost while waiting for a slot
+                views = peer.out.of(slot.index, slot.data, num_rows, num_ids)
+                if share.ids_RK is not None and share.weights_RK is not None:
+                    assert views.ids_RK is not None  # made for as many ids
+                    assert views.weights_RK is not None
+                    views.ids_RK.copy_(share.ids_RK)
+                    views.weights_RK.copy_(share.weights_RK)
+                assert exchange.coded is not None  # send() fills it before it posts
+                self._out.write(views, exchange.coded, share.rows_R)
+                self.times.num_rows_sent += num_rows
+                peer.link.commit(slot, header, num_bytes)
+                peer.num_owed += 1
+            except (PeerLost, CorruptMessage) as error:
+                self._drop(index, peer, error)
+                continue
+            return
+
+    def _slot(self, index: int, peer: Peer) -> Slot | None:
+        """A slot to write into, waiting for the peer's answers; None when the peer was lost meanwhile. Raises PeerLost."""
+        # A peer that owes answers to rows which were given up has slots for no more than it owes.
+        slot = peer.link.acquire() if peer.num_owed < len(self._exchanges) else None
+        if slot is not None:
+            return slot
+        deadline = time.monotonic() + self._answer_timeout_s
+        while slot is None:
+            if time.monotonic() > deadline:
+                raise PeerLost(peer.link.peer, f"took no rows for {self._answer_timeout_s:g} s")
+            peer.link.wait(_WAIT_SLICE_S)
+            self._drain(index)
+            if self._shards[index][:1] != [peer]:
+                return None  # lost while draining, and everything in flight is re-sent by then
+            if peer.num_owed < len(self._exchanges):
+                slot = peer.link.acquire()
+        return slot
+
+    def _drain(self, index: int) -> None:
+        """Take every answer that has arrived from the shard's worker."""
+        peers = self._shards[index]
+        if not peers:
+            self._resend(index)
+            return
+        peer = peers[0]
+        try:
+            while (message := peer.link.poll()) is not None:
+                self._accept(index, peer, message)
+        except (PeerLost, CorruptMessage) as error:
+            self._drop(index, peer, error)
+            self._resend(index)
+
+    def _accept(self, index: int, peer: Peer, message: Message) -> None:
+        link = peer.link
+        header = unpack(message.header, link.peer)
+        if header.kind is not Kind.F2A or header.ubatch >= len(self._exchanges):
+            raise CorruptMessage(link.peer, f"unexpected {header.kind.name} for ubatch {header.ubatch}")
+        exchange = self._exchanges[header.ubatch]
+        if (
+            header.epoch != link.peer_epoch  # a zombie's late answer
+            or header.step != exchange.step  # or one to rows that were given up
+            or header.layer != exchange.layer
+            or index not in exchange.waiting_for  # or that another replica has answered
+        ):
+            link.release(message)
+            peer.num_owed -= header.epoch == link.peer_epoch
+            return
+        share = exchange.shares[index]
+        assert share is not None  # it is waited for
+        if header.dtype != WIRE_DTYPES[self._back.dtype] or header.rows != share.num_rows:
+            raise CorruptMessage(link.peer, f"{header.rows} rows of dtype code {header.dtype}")
+        num_bytes = self._back.num_bytes(share.num_rows)
+        if header.num_bytes != num_bytes or message.data.shape[0] != num_bytes:
+            raise CorruptMessage(link.peer, f"{message.data.shape[0]} bytes where its header says {header.num_bytes}")
+        peer.num_owed -= 1
+        exchange.parts[index] = peer.back.of(message.slot, message.data, share.num_rows).rows_RD
+        exchange.messages.append((link, message))
+        exchange.waiting_for.remove(index)
+        exchange.compute_us = max(exchange.compute_us, header.compute_us)
+        exchange.wait_us = max(exchange.wait_us, header.wait_us)
+
+    def _wait(self, exchange: Exchange) -> None:
+        now_s = self._clock()
+        if now_s > exchange.overdue_s:
+            exchange.overdue_s = now_s + self._answer_timeout_s
+            for index in tuple(exchange.waiting_for):
+                peers = self._shards[index]
+                if peers:
+                    silent = PeerLost(peers[0].link.peer, f"owed an answer for {self._answer_timeout_s:g} s")
+                    self._drop(index, peers[0], silent)
+                    self._resend(index)
+            return
+        peers = self._shards[0]
+        if len(self._shards) == 1 and peers:
+            with contextlib.suppress(PeerLost):  # the next drain sees it again and re-sends
+                peers[0].link.wait(_WAIT_SLICE_S)
+        elif self._waiting.wait(_WAIT_SLICE_S):
+            for index, peers in enumerate(self._shards):  # what came may be for another ubatch, from a shard not waited for here
+                if peers:
+                    self._drain(index)
+
+    def _look_after(self, index: int, spare: Peer) -> None:
+        """Nothing comes from a replica that is not in use, but its loss."""
+        try:
+            while (message := spare.link.poll()) is not None:
+                spare.link.release(message)
+                spare.num_owed = max(0, spare.num_owed - 1)
+        except (PeerLost, CorruptMessage) as error:
+            self._drop(index, spare, error)
+
+    def _drop(self, index: int, peer: Peer, error: AntiphonError) -> None:
+        peers = self._shards[index]
+        if peer in peers:
+            self.losses.append(error)
+            peers.remove(peer)
+            self._waiting.remove(peer.link)
+        peer.link.close()
+
+    def _resend(self, index: int) -> None:
+        for ubatch, exchange in enumerate(self._exchanges):
+            share = exchange.shares[index] if exchange.is_away else None
+            if share is not None and index in exchange.waiting_for:
+                self.times.num_resent += 1
+                self._post(index, ubatch, exchange, share)
+
+
+def _dense_shares(num_rows: int, num_shards: int) -> list[Share]:
+    return [Share(rows_R=None, num_rows=num_rows)] * num_shards

@@ -1,0 +1,63 @@
+"""What the attention side keeps of a peer and of rows that are away, and the sums of their times (hot).
+
+Must not know: how rows travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from antiphon.connectors.afd.expert_map import Share
+from antiphon.connectors.afd.rows import Coded, SlotViews
+from antiphon.transport.base import Link, Message
+
+
+@dataclass(slots=True, kw_only=True)
+class StageTimes:
+    """Sums since start, in seconds on the attention side's own clock, and what the FFN side reported of itself."""
+
+    num_exchanges: int = 0
+    round_trip_s: float = 0.0  # from send to the last partial sum
+    blocked_s: float = 0.0  # of it, waiting inside receive()
+    ffn_compute_s: float = 0.0  # the slowest shard's, as reported
+    ffn_wait_s: float = 0.0  # the slowest shard's queueing, as reported
+    num_resent: int = 0
+    num_rows_sent: int = 0  # over all shards
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """One FFN worker as this end sees it."""
+
+    link: Link
+    out: SlotViews
+    back: SlotViews
+    num_owed: int = 0  # messages it has not answered
+
+
+@dataclass(slots=True, kw_only=True)
+class Exchange:
+    """Rows of one ubatch and lane; used again for its next ones."""
+
+    step: int = 0
+    layer: int = 0
+    num_rows: int = 0
+    coded: Coded | None = None
+    is_away: bool = False
+    sent_s: float = 0.0
+    overdue_s: float = 0.0  # when whoever still owes is taken for lost
+    shares: Sequence[Share | None] = ()  # by shard; None: the shard gets no row
+    waiting_for: set[int] = field(default_factory=set)  # shard indices whose partial sum is not in
+    parts: list[torch.Tensor | None]  # partial sums by shard, views of the messages they came in
+    messages: list[tuple[Link, Message]] = field(default_factory=list)  # to be given back
+    compute_us: int = 0
+    wait_us: int = 0
+
+    def give_back(self) -> None:
+        """Give the answers' slots back; their parts are no longer valid."""
+        for link, message in self.messages:
+            link.release(message)
+        self.messages.clear()

@@ -1,0 +1,1 @@
+"""KV hand-off from prefill workers to the workers that decode (hot)."""

@@ -1,0 +1,228 @@
+"""The decode worker's end of KV hand-offs (hot); connectors.kv draws them.
+
+Must not know: who schedules.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from antiphon.connectors.headers import Header, Kind, unpack
+from antiphon.connectors.kv.handoff import NOTHING_HAPPENED, TEXT_BYTES, Sender
+from antiphon.core.errors import AntiphonError, CorruptMessage, PeerLost
+from antiphon.core.ids import Epoch, WorkerId
+from antiphon.core.kv import KVLoad, TransferId
+from antiphon.core.request import RequestId
+from antiphon.core.step import KVEvents
+from antiphon.models.attention.kv_cache import KVCache
+from antiphon.transport.base import Link, Message
+from antiphon.transport.waiting import WaitSet
+
+
+@dataclass(slots=True, kw_only=True)
+class _Load:
+    """A transfer that the decode side waits for."""
+
+    load: KVLoad
+    sender: Sender
+    num_missing: int  # tokens x layers
+    progress_s: float
+    slots: torch.Tensor  # int64, of tokens from load.first_token on
+
+
+class DecodeSide:
+    """The decode worker's end. Only ``add_link`` may be called from other threads."""
+
+    def __init__(self, *, epoch: Epoch, cache: KVCache, clock: Callable[[], float] = time.monotonic) -> None:
+        self._epoch = epoch
+        self._cache = cache
+        self._clock = clock
+        self._senders: dict[WorkerId, Sender] = {}
+        self._arrivals: deque[Link] = deque()
+        self._loads: dict[TransferId, _Load] = {}
+        self._by_request: dict[RequestId, TransferId] = {}
+        self._next_transfer = 1
+        self._loaded: list[RequestId] = []
+        self._failed: list[tuple[RequestId, str]] = []
+        self._aborts: deque[tuple[Sender, TransferId]] = deque()
+        self.waiting = WaitSet()
+
+    def add_link(self, link: Link) -> None:
+        """Offer an open link to a prefill worker; safe from any thread."""
+        self._arrivals.append(link)
+
+    def peers(self) -> set[tuple[WorkerId, Epoch]]:
+        """Prefill workers linked now, links still to be taken up included; safe from any thread."""
+        return {
+            (link.peer, link.peer_epoch)
+            for link in [*(sender.link for sender in tuple(self._senders.values())), *tuple(self._arrivals)]
+        }
+
+    @property
+    def num_transfers(self) -> int:
+        """Transfers under way."""
+        return len(self._loads)
+
+    def start(self, load: KVLoad) -> None:
+        """Ask for KV; the outcome comes with ``poll``."""
+        self._take_arrivals()
+        sender = self._senders.get(load.prefill_worker)
+        if sender is None:
+            self._failed.append((load.request_id, f"{load.prefill_worker} is not connected"))
+            return
+        transfer = TransferId(self._next_transfer)
+        self._next_transfer += 1
+        try:
+            sent = self._ask(sender, transfer, load)
+        except PeerLost as error:
+            self._drop(sender.link, error)
+            sent = False
+        if not sent:
+            self._failed.append((load.request_id, f"{load.prefill_worker} takes no requests"))
+            return
+        self._loads[transfer] = _Load(
+            load=load,
+            sender=sender,
+            num_missing=load.num_tokens * self._cache.layout.num_layers,
+            progress_s=self._clock(),
+            slots=self._cache.slots(load.block_ids, load.first_token, load.num_tokens),
+        )
+        self._by_request[load.request_id] = transfer
+
+    def abort(self, request_id: RequestId) -> None:
+        """Want it no longer; its blocks may be reused when this returns."""
+        transfer = self._by_request.pop(request_id, None)
+        if transfer is None:
+            return
+        self._aborts.append((self._loads.pop(transfer).sender, transfer))
+        self._send_aborts()
+
+    def poll(self) -> KVEvents:
+        """Take in what has arrived; transfers that ended since the last call."""
+        self._take_arrivals()
+        if self._aborts:
+            self._send_aborts()
+        for sender in tuple(self._senders.values()):
+            link = sender.link
+            try:
+                if not self._aborts:
+                    sender.settle()
+                while (message := link.poll()) is not None:
+                    try:
+                        self._accept(link, message)
+                    finally:
+                        link.release(message)
+            except (PeerLost, CorruptMessage) as error:
+                self._drop(link, error)
+        if self._loads:
+            now_s = self._clock()
+            for transfer, load in tuple(self._loads.items()):
+                if now_s - load.progress_s > load.load.deadline_s:
+                    self.abort(load.load.request_id)
+                    self._loads.pop(transfer, None)
+                    self._failed.append((load.load.request_id, f"no KV for {load.load.deadline_s:g} s"))
+        if not self._loaded and not self._failed:
+            return NOTHING_HAPPENED
+        events = KVEvents(loaded=tuple(self._loaded), failed=tuple(self._failed))
+        self._loaded, self._failed = [], []
+        return events
+
+    def close(self) -> None:
+        """Close all links; idempotent."""
+        self._take_arrivals()
+        for sender in self._senders.values():
+            sender.link.close()
+        self._senders.clear()
+
+    def _take_arrivals(self) -> None:
+        while self._arrivals:
+            link = self._arrivals.popleft()
+            old = self._senders.get(link.peer)
+            if old is not None:
+                self._drop(old.link, PeerLost(link.peer, "it restarted"))
+            self._senders[link.peer] = Sender(link)
+            self.waiting.add(link)
+
+    def _send_aborts(self) -> None:
+        for _ in range(len(self._aborts)):
+            sender, transfer = self._aborts.popleft()
+            try:
+                slot = sender.take()
+                if slot is None:
+                    self._aborts.append((sender, transfer))
+                else:
+                    sender.link.commit(slot, Header(kind=Kind.PREFILL_ABORT, epoch=self._epoch, step=transfer).pack(), 0)
+            except PeerLost as error:
+                self._drop(sender.link, error)
+
+    def _ask(self, sender: Sender, transfer: TransferId, load: KVLoad) -> bool:
+        slot = sender.take()
+        if slot is None:
+            return False
+        tokens = torch.tensor(load.token_ids, dtype=torch.int32).view(torch.uint8)
+        text = f"{load.cache_salt}\0{load.traceparent or ''}".encode()[:TEXT_BYTES]
+        num_bytes = tokens.numel() + len(text)
+        slot.data[: tokens.numel()].copy_(tokens)
+        slot.data[tokens.numel() : num_bytes].copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        header = Header(
+            kind=Kind.PREFILL,
+            epoch=self._epoch,
+            step=transfer,
+            rows=len(load.token_ids),
+            num_bytes=num_bytes,
+            first=load.first_token,
+            spare=int(load.deadline_s * 1000),
+        )
+        sender.link.commit(slot, header.pack(), num_bytes)
+        return True
+
+    def _accept(self, link: Link, message: Message) -> None:
+        header = unpack(message.header, link.peer)
+        if header.epoch != link.peer_epoch:
+            return  # a zombie's late message
+        load = self._loads.get(TransferId(header.step))
+        if load is None or load.sender.link is not link:
+            return  # aborted meanwhile
+        load.progress_s = self._clock()
+        match header.kind:
+            case Kind.KV:
+                layout = self._cache.layout
+                at = header.first - load.load.first_token
+                expected = header.rows * layout.layer_token_bytes
+                if not (at >= 0 and at + header.rows <= load.load.num_tokens and header.layer < layout.num_layers):
+                    raise CorruptMessage(link.peer, f"KV of tokens {header.first}+{header.rows}, layer {header.layer}")
+                if message.data.numel() != expected:
+                    raise CorruptMessage(link.peer, f"{message.data.numel()} bytes of KV where {expected} belong")
+                self._cache.load(header.layer, load.slots[at : at + header.rows], message.data)
+                load.num_missing -= header.rows
+            case Kind.KV_DONE:
+                self._end(TransferId(header.step))
+                if load.num_missing == 0:
+                    self._loaded.append(load.load.request_id)
+                else:
+                    self._failed.append((load.load.request_id, f"{load.num_missing} rows of KV did not arrive"))
+            case Kind.KV_FAILED:
+                self._end(TransferId(header.step))
+                self._failed.append((load.load.request_id, bytes(message.data.numpy()).decode(errors="replace")))
+            case _:
+                raise CorruptMessage(link.peer, f"unexpected {header.kind.name}")
+
+    def _end(self, transfer: TransferId) -> None:
+        load = self._loads.pop(transfer)
+        self._by_request.pop(load.load.request_id, None)
+
+    def _drop(self, link: Link, error: AntiphonError) -> None:
+        linked = self._senders.get(link.peer)
+        if linked is not None and linked.link is link:
+            del self._senders[link.peer]
+        self.waiting.remove(link)
+        link.close()
+        for transfer, load in tuple(self._loads.items()):
+            if load.sender.link is link:
+                self._end(transfer)
+                self._failed.append((load.load.request_id, str(error)))

@@ -1,0 +1,347 @@
+"""The composition document, ``CompositionOfExperts`` (serving.antiphon.dev/v1alpha1), as one typed model (control speed).
+
+Several whole models behind one name, ``coe/<metadata.name>``; a router picks one per request. Field names are camelCase in
+documents and snake_case here; unknown keys are refused. Must not know: how a router decides, or any transport.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from antiphon.core.document.part import Model
+from antiphon.core.document.spec import Metadata, Quantity, Resources, parse_quantity
+from antiphon.core.errors import InvalidInput
+
+Policy = Literal["quality", "balanced", "cheap", "budget"]
+POLICIES: tuple[Policy, ...] = ("quality", "balanced", "cheap", "budget")
+Modality = Literal["text", "image", "audio", "video"]
+EXTERNAL_SCHEMES = ("http://", "https://")
+
+
+def _tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([-_.:/A-Za-z0-9]*[A-Za-z0-9])?$", min_length=1, max_length=128)]
+
+
+class SecretKeyRef(Model):
+    """One key of a Kubernetes secret."""
+
+    name: str = Field(description="Name of the secret.", min_length=1, max_length=253)
+    key: str = Field(description="Key within the secret.", min_length=1, max_length=253)
+
+
+class ExternalEndpoint(Model):
+    """An OpenAI-compatible endpoint that Antiphon does not run. At most one of the two key references is given."""
+
+    url: str = Field(description="Base URL, with the /v1 when the endpoint has one.", min_length=8, max_length=1024)
+    model: str = Field(description="Model name that the endpoint expects.", min_length=1, max_length=256)
+    api_key_env: str | None = Field(
+        default=None, description="Environment variable with the API key; None = none is sent.", max_length=128
+    )
+    api_key_secret: SecretKeyRef | None = Field(
+        default=None, description="Kubernetes secret with the API key; None = none is sent."
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _is_http(cls, url: str) -> str:
+        if not url.startswith(EXTERNAL_SCHEMES):
+            raise ValueError("must start with http:// or https://")
+        return url.rstrip("/")
+
+    @model_validator(mode="after")
+    def _one_key(self) -> ExternalEndpoint:
+        if self.api_key_env is not None and self.api_key_secret is not None:
+            raise ValueError("apiKeySecret: give apiKeyEnv or apiKeySecret, not both")
+        return self
+
+
+class Price(Model):
+    """What an expert costs, in any one currency used throughout the document."""
+
+    input_per_mtok: float = Field(default=0.0, ge=0, le=1e6, description="Per million prompt tokens.")
+    output_per_mtok: float = Field(default=0.0, ge=0, le=1e6, description="Per million output tokens.")
+
+
+class ExpertSpec(Model):
+    """One expert: a deployment of this platform or an external endpoint, and what the router may assume of it."""
+
+    name: Name = Field(description="Name of the expert; the same as in the router artifact.")
+    deployment_ref: str | None = Field(
+        default=None, description="metadata.name of an LLMDeployment; None = external.", min_length=1, max_length=63
+    )
+    external: ExternalEndpoint | None = Field(default=None, description="An endpoint run by others; None = deploymentRef.")
+    api_key_secret: SecretKeyRef | None = Field(
+        default=None,
+        description="Kubernetes secret with a key that the referenced deployment accepts; None = the first key of its own secret.",
+    )
+    active_params_b: float | None = Field(
+        default=None, gt=0, le=100_000,
+        description="Parameters used per token, in 1e9; None = as the artifact says, else 1.",
+    )  # fmt: skip
+    memory: Quantity | None = Field(default=None, description="Memory of its weights when resident; None = unknown.")
+    context_tokens: int | None = Field(
+        default=None, ge=1, le=100_000_000, description="Longest prompt plus output; None = as its deployment says."
+    )
+    modalities: tuple[Modality, ...] = Field(default=("text",), description="What it can read.", min_length=1, max_length=4)
+    tools: bool = Field(default=False, description="Whether it can call tools.")
+    price: Price = Field(default_factory=Price, description="What it costs.")
+
+    _lists = field_validator("modalities", mode="before")(_tuple)
+
+    @model_validator(mode="after")
+    def _served_one_way(self) -> ExpertSpec:
+        if (self.deployment_ref is None) == (self.external is None):
+            raise ValueError("deploymentRef: exactly one of deploymentRef and external is needed")
+        if self.api_key_secret is not None and self.external is not None:
+            raise ValueError("apiKeySecret: is for a deploymentRef; an external expert has external.apiKeySecret")
+        return self
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Memory of its weights in bytes, or None when unknown."""
+        return None if self.memory is None else int(parse_quantity(self.memory))
+
+
+class CategorySpec(Model):
+    """A class of requests. Categories of the artifact that are not listed keep the artifact's mapping."""
+
+    name: str = Field(description="Name of the category, as in the artifact.", min_length=1, max_length=128)
+    description: str = Field(default="", description="What belongs to it, for people.", max_length=1024)
+    expert: Name | None = Field(default=None, description="The expert that serves it always; None = the router weighs.")
+
+
+class ArtifactRef(Model):
+    """Where the trained router is."""
+
+    uri: str = Field(description="Directory path, file:// or pvc://claim/path.", min_length=1, max_length=1024)
+    digest: str | None = Field(
+        default=None, pattern=r"^sha256:[0-9a-f]{64}$", description="Digest that it must have; None = not checked."
+    )
+
+
+class RouterSpec(Model):
+    """The router's own pool and limits."""
+
+    artifact: ArtifactRef | None = Field(default=None, description="The trained router; None = rules, then the general expert.")
+    replicas: int = Field(default=1, ge=1, le=1000, description="Router replicas; they are stateless.")
+    resources: Resources = Field(default_factory=Resources, description="What one replica asks of its machine.")
+    slow_path: Literal["auto", "never"] = Field(
+        default="auto", description="Ask the sentence encoder when the fast path is unsure (auto), or never."
+    )
+    timeout_s: float = Field(default=0.25, gt=0, le=10, description="A decision that takes longer goes to the general expert.")
+    record_decisions: int = Field(default=10_000, ge=0, le=10_000_000, description="Decisions kept for Explain, per replica.")
+
+
+class PolicySpec(Model):
+    """What to weigh against quality. ``coe/<name>:<policy>`` overrides ``name`` for one request."""
+
+    name: Policy = Field(default="balanced", description="The default policy.")
+    max_avg_active_params_b: float | None = Field(
+        default=None, gt=0, le=100_000, description="budget: average active parameters, in 1e9; None = not limited."
+    )
+    max_avg_cost: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description="budget: average price per million tokens, prompt and output in equal parts; None = not limited.",
+    )
+    max_memory: Quantity | None = Field(default=None, description="Memory for all resident experts; None = not limited.")
+    wait_weight: float = Field(
+        default=0.002, ge=0, le=1, description="Score given up per second of expected wait or expert switch."
+    )
+
+    @model_validator(mode="after")
+    def _budget_is_given(self) -> PolicySpec:
+        given = self.max_avg_active_params_b is not None or self.max_avg_cost is not None
+        if self.name == "budget" and not given:
+            raise ValueError("name: policy budget needs maxAvgActiveParamsB or maxAvgCost")
+        if self.max_avg_active_params_b is not None and self.max_avg_cost is not None:
+            raise ValueError("maxAvgCost: give maxAvgActiveParamsB or maxAvgCost, not both")
+        return self
+
+
+class GateSpec(Model):
+    """Sends uncertain requests to the general expert."""
+
+    enabled: bool = Field(default=True, description="Whether uncertain requests go to the general expert.")
+    strictness: float = Field(
+        default=1.0, ge=0, le=10,
+        description="1 = the thresholds chosen in training; above 1 gates more requests, below 1 fewer, 0 none.",
+    )  # fmt: skip
+
+
+class StickinessSpec(Model):
+    """Keeps the requests of one session at one expert while that costs little."""
+
+    enabled: bool = Field(default=True, description="Whether sessions stick.")
+    margin: float = Field(default=0.03, ge=0, le=1, description="Score given up to stay with the session's expert.")
+    ttl_s: float = Field(default=900.0, gt=0, le=86_400, description="A session idle this long is forgotten.")
+
+
+class RuleMatch(Model):
+    """All that is given must hold. At least one condition is needed."""
+
+    category: str | None = Field(default=None, description="The request asks for this category.", min_length=1, max_length=128)
+    header: str | None = Field(
+        default=None, pattern=r"^[a-z0-9][-a-z0-9]{0,63}$", description="A request header, in lower case, that must be present."
+    )
+    value: str | None = Field(default=None, description="The header's value; None = any.", max_length=1024)
+    language: str | None = Field(default=None, pattern=r"^[a-z]{2,3}$", description="Language of the prompt, as an ISO 639 code.")
+    min_context_tokens: int | None = Field(default=None, ge=1, le=100_000_000, description="Prompt at least this long, in tokens.")
+    max_context_tokens: int | None = Field(default=None, ge=1, le=100_000_000, description="Prompt at most this long, in tokens.")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> RuleMatch:
+        conditions = (self.category, self.header, self.language, self.min_context_tokens, self.max_context_tokens)
+        if all(condition is None for condition in conditions):
+            raise ValueError("needs at least one of category, header, language, minContextTokens, maxContextTokens")
+        if self.value is not None and self.header is None:
+            raise ValueError("value: needs a header")
+        return self
+
+
+class RuleSpec(Model):
+    """A rule that comes before the router: the first that matches and whose expert can serve the request decides."""
+
+    name: Name = Field(description="Name of the rule, shown in the decision's reason.")
+    when: RuleMatch = Field(description="What must hold.")
+    expert: Name = Field(description="The expert that serves it.")
+
+
+class LimitsSpec(Model):
+    """Bounds that protect experts from each other."""
+
+    connect_timeout_s: float = Field(default=2.0, gt=0, le=60, description="Connecting to an external expert.")
+    first_token_timeout_s: float = Field(
+        default=30.0, gt=0, le=3600, description="An expert that has sent nothing by then is left for a fallback."
+    )
+    idle_timeout_s: float = Field(default=30.0, gt=0, le=3600, description="Silence between two parts of an answer.")
+    max_concurrent_per_expert: int = Field(
+        default=256, ge=1, le=1_000_000, description="Requests at one external expert at once, per gateway, before 429."
+    )
+    breaker_failures: int = Field(default=3, ge=1, le=1000, description="Failures in a row that open an expert's circuit.")
+    breaker_open_s: float = Field(default=10.0, gt=0, le=3600, description="An open circuit tries again after this.")
+
+
+class AuthSpec(Model):
+    """Which experts a caller may reach."""
+
+    allow_experts_header: str | None = Field(
+        default=None, description="Trusted header (set by a proxy) that lists the allowed experts, comma-separated; None = all."
+    )
+
+
+class TiersSpec(Model):
+    """Experts that share memory: a resident tier, a host-memory tier and the disk below it."""
+
+    resident_memory: Quantity = Field(description="Memory for resident experts.")
+    host_memory: Quantity = Field(default="0", description="Memory for experts kept in host memory, ready to load.")
+    fairness_window_s: float = Field(default=5.0, gt=0, le=3600, description="Grouping by expert delays nobody longer than this.")
+    prefetch: bool = Field(default=True, description="Bring a likely next expert from disk to host memory ahead of time.")
+
+    @property
+    def resident_memory_bytes(self) -> int:
+        """Memory for resident experts, in bytes."""
+        return int(parse_quantity(self.resident_memory))
+
+    @property
+    def host_memory_bytes(self) -> int:
+        """Memory for copies in host memory, in bytes."""
+        return int(parse_quantity(self.host_memory))
+
+
+class CompositionSpec(Model):
+    """Which experts answer, and how one is picked."""
+
+    experts: tuple[ExpertSpec, ...] = Field(description="The experts.", min_length=1, max_length=256)
+    general: Name = Field(description="The expert for uncertain requests, and the last fallback.")
+    categories: tuple[CategorySpec, ...] = Field(default=(), description="Categories with a fixed mapping.", max_length=1024)
+    router: RouterSpec = Field(default_factory=RouterSpec, description="The router's artifact, pool and limits.")
+    policy: PolicySpec = Field(default_factory=PolicySpec, description="What to weigh against quality.")
+    gate: GateSpec = Field(default_factory=GateSpec, description="What happens to uncertain requests.")
+    stickiness: StickinessSpec = Field(default_factory=StickinessSpec, description="How sessions keep their expert.")
+    rules: tuple[RuleSpec, ...] = Field(default=(), description="Rules that come first, in order.", max_length=256)
+    fallbacks: tuple[Name, ...] = Field(
+        default=(), description="Experts to try, in order, when the chosen one fails; then the runner-up, then the general expert.",
+        max_length=256,
+    )  # fmt: skip
+    limits: LimitsSpec = Field(default_factory=LimitsSpec, description="Bounds that protect experts from each other.")
+    auth: AuthSpec = Field(default_factory=AuthSpec, description="Which experts a caller may reach.")
+    tiers: TiersSpec | None = Field(default=None, description="Experts that share memory; None = each has its own.")
+
+    _lists = field_validator("experts", "categories", "rules", "fallbacks", mode="before")(_tuple)
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> CompositionSpec:
+        names = [expert.name for expert in self.experts]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"experts: the name {name!r} is used more than once")
+        for where, name in self._references():
+            if name not in names:
+                raise ValueError(f"{where}: there is no expert {name!r}; experts are {', '.join(names)}")
+        categories = [category.name for category in self.categories]
+        for category in categories:
+            if categories.count(category) > 1:
+                raise ValueError(f"categories: the name {category!r} is used more than once")
+        rules = [rule.name for rule in self.rules]
+        for rule in rules:
+            if rules.count(rule) > 1:
+                raise ValueError(f"rules: the name {rule!r} is used more than once")
+        return self
+
+    def _references(self) -> list[tuple[str, str]]:
+        found = [("general", self.general)]
+        found += [(f"categories.{i}.expert", c.expert) for i, c in enumerate(self.categories) if c.expert is not None]
+        found += [(f"rules.{i}.expert", rule.expert) for i, rule in enumerate(self.rules)]
+        found += [(f"fallbacks.{i}", name) for i, name in enumerate(self.fallbacks)]
+        return found
+
+    def expert(self, name: str) -> ExpertSpec:
+        """The expert of that name; names are checked when the document is parsed."""
+        return next(expert for expert in self.experts if expert.name == name)
+
+
+class CompositionOfExperts(Model):
+    """The whole document."""
+
+    api_version: Literal["serving.antiphon.dev/v1alpha1"] = Field(description="Group and version of the kind.")
+    kind: Literal["CompositionOfExperts"] = Field(description="The kind.")
+    metadata: Metadata = Field(description="Name, namespace, labels and annotations.", strict=False)
+    spec: CompositionSpec = Field(description="Which experts answer, and how one is picked.")
+
+    @property
+    def model_name(self) -> str:
+        """The name that clients send."""
+        return f"coe/{self.metadata.name}"
+
+
+def split_model_name(model: str) -> tuple[str, Policy | None] | None:
+    """``coe/<name>[:<policy>]`` as (name, policy or None); None when ``model`` names no composition.
+
+    An unknown policy is kept as part of the name, so that the caller answers that no such model is served.
+    """
+    if not model.startswith("coe/"):
+        return None
+    name, _, suffix = model.removeprefix("coe/").partition(":")
+    for policy in POLICIES:
+        if suffix == policy:
+            return name, policy
+    return (f"{name}:{suffix}" if suffix else name), None
+
+
+def policy_named(text: str) -> Policy:
+    """A policy by its name.
+
+    Raises:
+        InvalidInput: there is no such policy.
+    """
+    for policy in POLICIES:
+        if text == policy:
+            return policy
+    raise InvalidInput(f"policy must be one of {', '.join(POLICIES)}", "policy")

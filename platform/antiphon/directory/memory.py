@@ -1,0 +1,173 @@
+"""The embedded directory store, and the one place that opens a directory by its address (control speed).
+
+Addresses: ``redis://`` / ``rediss://`` / ``unix://`` (Redis), ``grpc://host:port`` (DirectoryService). ``antiphon.core.directory``
+has the contract. Must not know: who routes on the records.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from antiphon.core.directory import Directory, WorkerRecord
+from antiphon.core.errors import InvalidInput, Unavailable
+from antiphon.core.ids import Epoch, WorkerId
+from antiphon.core.worker_info import WorkerInfo
+
+__all__ = ["Directory", "MemoryDirectory", "WorkerRecord", "open_directory"]
+
+_NOTES_SWEPT_AT = 1024
+
+
+@dataclass(slots=True)
+class _Lease:
+    info: WorkerInfo
+    renewed_s: float
+    lease_s: float
+
+
+@dataclass(slots=True)
+class _Claim:
+    owner: str
+    until_s: float
+
+
+@dataclass(slots=True)
+class _Note:
+    text: str
+    until_s: float
+
+
+class MemoryDirectory:
+    """The store in this process; belongs to one event loop.
+
+    Args:
+        clock: monotonic seconds.
+        epoch_base: epochs start above it; a store that lost its memory is given a base above all it handed out before.
+        settle_s: a store that lost its memory is given a lease's time, in which everybody who is alive renews. Until then it
+            lists nobody and gives no index to newcomers (Unavailable): those who ask keep what they know.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic, epoch_base: int = 0, settle_s: float = 0.0) -> None:
+        self._clock = clock
+        self._settled_s = clock() + settle_s
+        self._epoch_base = epoch_base
+        self._leases: dict[WorkerId, _Lease] = {}
+        self._claims: dict[tuple[str, str], dict[int, _Claim]] = {}
+        self._epochs: dict[WorkerId, int] = {}
+        self._notes: dict[str, dict[str, _Note]] = {}
+        self._num_notes_kept = _NOTES_SWEPT_AT
+
+    async def register(self, info: WorkerInfo, lease_s: float) -> bool:
+        """See ``Directory``."""
+        self._expire()
+        held = self._leases.get(info.worker_id)
+        if held is not None and held.info.epoch > info.epoch:
+            return False
+        self._leases[info.worker_id] = _Lease(info=info, renewed_s=self._clock(), lease_s=lease_s)
+        self._epochs[info.worker_id] = max(self._epochs.get(info.worker_id, 0), info.epoch)
+        return True
+
+    async def remove(self, worker_id: WorkerId, epoch: Epoch) -> bool:
+        """See ``Directory``."""
+        held = self._leases.get(worker_id)
+        if held is None or held.info.epoch != epoch:
+            return False
+        del self._leases[worker_id]
+        return True
+
+    async def workers(self, deployment: str | None = None) -> tuple[WorkerRecord, ...]:
+        """See ``Directory``."""
+        self._check_settled()
+        self._expire()
+        now = self._clock()
+        return tuple(
+            WorkerRecord(info=lease.info, age_s=now - lease.renewed_s, lease_s=lease.lease_s)
+            for _, lease in sorted(self._leases.items())
+            if deployment is None or lease.info.deployment == deployment
+        )
+
+    async def claim_index(self, deployment: str, pool: str, owner: str, lease_s: float, preferred: int | None = None) -> int:
+        """See ``Directory``."""
+        self._expire()
+        claims = self._claims.setdefault((deployment, pool), {})
+        if preferred is None and all(claim.owner != owner for claim in claims.values()):
+            self._check_settled()
+        index = next((index for index, claim in claims.items() if claim.owner == owner), preferred)
+        if index is None or (index in claims and claims[index].owner != owner):
+            index = next(index for index in range(len(claims) + 1) if index not in claims)
+        claims[index] = _Claim(owner=owner, until_s=self._clock() + lease_s)
+        return index
+
+    async def release_index(self, deployment: str, pool: str, owner: str) -> None:
+        """See ``Directory``."""
+        claims = self._claims.get((deployment, pool), {})
+        for index in [index for index, claim in claims.items() if claim.owner == owner]:
+            del claims[index]
+
+    async def next_epoch(self, worker_id: WorkerId, after: Epoch = Epoch(0)) -> Epoch:
+        """See ``Directory``."""
+        epoch = max(self._epochs.get(worker_id, 0), self._epoch_base, after) + 1
+        self._epochs[worker_id] = epoch
+        return Epoch(epoch)
+
+    async def put_note(self, topic: str, key: str, text: str, lease_s: float) -> None:
+        """See ``Notes``."""
+        notes = self._notes.setdefault(topic, {})
+        notes[key] = _Note(text=text, until_s=self._clock() + lease_s)
+        if len(notes) > self._num_notes_kept:  # swept each time their number has doubled: O(1) per note
+            self._sweep_notes(topic)
+            self._num_notes_kept = max(_NOTES_SWEPT_AT, 2 * max((len(held) for held in self._notes.values()), default=0))
+
+    async def note(self, topic: str, key: str) -> str | None:
+        """See ``Notes``."""
+        held = self._notes.get(topic, {}).get(key)
+        return None if held is None or self._clock() >= held.until_s else held.text
+
+    async def notes(self, topic: str) -> Mapping[str, str]:
+        """See ``Notes``."""
+        self._sweep_notes(topic)
+        return {key: held.text for key, held in sorted(self._notes.get(topic, {}).items())}
+
+    async def close(self) -> None:
+        """See ``Directory``."""
+
+    def _sweep_notes(self, topic: str) -> None:
+        now = self._clock()
+        kept = {key: held for key, held in self._notes.get(topic, {}).items() if now < held.until_s}
+        if kept:
+            self._notes[topic] = kept
+        else:
+            self._notes.pop(topic, None)
+
+    def _check_settled(self) -> None:
+        left = self._settled_s - self._clock()
+        if left > 0:
+            raise Unavailable("the directory has restarted and waits for renewals", retry_after_s=left)
+
+    def _expire(self) -> None:
+        now = self._clock()
+        for worker_id in [w for w, lease in self._leases.items() if now - lease.renewed_s >= lease.lease_s]:
+            del self._leases[worker_id]
+        for claims in self._claims.values():
+            for index in [index for index, claim in claims.items() if now >= claim.until_s]:
+                del claims[index]
+
+
+def open_directory(address: str, *, timeout_s: float = 5.0) -> Directory:
+    """The directory at ``address``; nothing is sent yet. Each of its calls takes ``timeout_s`` seconds at most.
+
+    Raises:
+        InvalidInput: the address has no known scheme.
+    """
+    scheme, separator, rest = address.partition("://")
+    if separator and scheme in ("redis", "rediss", "unix"):
+        from antiphon.directory.redis import RedisDirectory
+
+        return RedisDirectory(address, timeout_s=timeout_s)
+    if separator and scheme == "grpc":
+        from antiphon.rpc.directory.client import RemoteDirectory
+
+        return RemoteDirectory(rest, timeout_s=timeout_s)
+    raise InvalidInput(f"{address!r} is no directory: expected redis://, rediss://, unix:// or grpc://host:port", "directory")

@@ -1,0 +1,1 @@
+"""From a request to its answer, whichever door it came through (request speed)."""

@@ -1,0 +1,382 @@
+"""Answers a GenerationRequest: tokenize, fan out over choices, merge, count, trace (request speed).
+
+    prompts ─► token ids ─► ChoiceRun per choice (tasks) ─► one queue ─► Started, ChoiceDelta ..., Completed
+
+Started comes with the first thing a worker says, so that whatever fails before can still be answered with a status of its own.
+Closing the generator, or the deadline, aborts every choice at its engine.
+
+Must not know: HTTP or grpc.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from antiphon.core.errors import (
+    AntiphonError,
+    Cancelled,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    InternalError,
+    InvalidInput,
+    Overloaded,
+    UnknownModel,
+)
+from antiphon.directory.workers import WorkerView
+from antiphon.gateway.config import GatewayConfig
+from antiphon.gateway.generation.choice_run import ChoiceRun, ChoiceSpec
+from antiphon.gateway.generation.request import (
+    ChatMessage,
+    ChatPrompt,
+    ChoiceDelta,
+    Completed,
+    Event,
+    GenerationRequest,
+    Prompt,
+    Started,
+    TextPrompt,
+    TokenPrompt,
+    Usage,
+)
+from antiphon.gateway.generation.span import RequestSpan
+from antiphon.gateway.metrics.instruments import GatewayMetrics
+from antiphon.gateway.routing.engine_client import EngineClient
+from antiphon.gateway.routing.placement import Placement
+from antiphon.gateway.text.tokenizer import TextModel, in_thread
+from antiphon.telemetry import Tracer, log_context
+
+_log = logging.getLogger(__name__)
+
+_Item = ChoiceDelta | AntiphonError
+
+
+@dataclass(slots=True)
+class _Job:
+    """One request while it is answered."""
+
+    request: GenerationRequest
+    arrival_s: float
+    deadline_s: float
+    prompts: tuple[tuple[int, ...], ...]
+    runs: list[ChoiceRun]
+    seed: int
+    committed: bool = False
+    first_token_s: float | None = None
+    last_token_s: dict[int, float] = field(default_factory=dict)
+
+
+class Generator:
+    """Answers requests. Belongs to one event loop.
+
+    Args:
+        config: limits.
+        models: tokenizers by the name clients send.
+        view: registered workers.
+        client: sessions to them.
+        placement: chooses among them.
+        metrics: counts.
+        tracer: one span per request.
+        executor: tokenizes long prompts.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        *,
+        models: Mapping[str, TextModel],
+        view: WorkerView,
+        client: EngineClient,
+        placement: Placement,
+        metrics: GatewayMetrics,
+        tracer: Tracer,
+        executor: Executor,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._models = models
+        self._view = view
+        self._client = client
+        self._placement = placement
+        self._metrics = metrics
+        self._tracer = tracer
+        self._executor = executor
+        self._clock = clock
+        self.num_active = 0
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """The answer.
+
+        Raises:
+            UnknownModel, InvalidInput, ContextLengthExceeded, Overloaded, Unavailable: before anything else was yielded.
+            DeadlineExceeded, Unavailable, InternalError: at any time.
+        """
+        if self.num_active >= self._config.max_concurrent_requests:
+            raise Overloaded(f"this gateway answers {self.num_active} requests already", retry_after_s=1.0)
+        arrival_s = self._clock()
+        self.num_active += 1
+        span = RequestSpan(self._tracer, request)
+        try:
+            job = await self._prepare(request, arrival_s, span)
+            try:
+                async for event in self._answer(job):
+                    span.event(event)
+                    yield event
+            finally:
+                span.routed(job.runs)
+        except AntiphonError as error:
+            self._failed(request, error, span)
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            self._failed(request, Cancelled("the client left"), span)
+            raise
+        finally:
+            self.num_active -= 1
+            span.end()
+
+    def _failed(self, request: GenerationRequest, error: AntiphonError, span: RequestSpan) -> None:
+        self._metrics.request_failed(self._known(request.model), error.code)
+        span.failed(error)
+        level = logging.ERROR if isinstance(error, InternalError) else logging.INFO
+        _log.log(level, "request failed: %s", error, extra={"request_id": request.request_id, "code": error.code})
+
+    def _known(self, model: str) -> str:
+        """Names that clients make up don't become labels."""
+        return model if model in self._models else "unknown"
+
+    # ---- before a worker is asked --------------------------------------------------------------------------------
+
+    async def _prepare(self, request: GenerationRequest, arrival_s: float, span: RequestSpan) -> _Job:
+        text_model = self._models.get(request.model)
+        if text_model is None:
+            raise UnknownModel(f"the model {request.model!r} does not exist", "model")
+        asked_s = self._config.default_deadline_s if request.deadline_s is None else request.deadline_s
+        left_s = min(asked_s, self._config.max_deadline_s)
+        if left_s <= 0:
+            raise DeadlineExceeded("the deadline has passed already")
+        prompts = []
+        for prompt in request.prompts:
+            prompts.append(await self._encode(text_model, prompt))
+        max_model_len, vocab_size = self._limits(request.model)
+        _check_ids(request, prompts, vocab_size)
+        max_tokens = [
+            _max_tokens(request, prompt, ids, max_model_len) for prompt, ids in zip(request.prompts, prompts, strict=True)
+        ]
+        seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
+        deadline_s = arrival_s + left_s
+        job = _Job(request=request, arrival_s=arrival_s, deadline_s=deadline_s, prompts=tuple(prompts), runs=[], seed=seed)
+        for index in range(len(prompts) * request.n):
+            which = index // request.n
+            spec = ChoiceSpec(
+                index=index,
+                request_id=request.request_id,
+                model=request.model,
+                prompt_token_ids=prompts[which],
+                sampling=request.sampling.resolve(max_tokens=max_tokens[which], seed=seed + index),
+                eos_token_ids=text_model.eos_token_ids,
+                client_stop_token_ids=request.sampling.stop_token_ids,
+                stops=request.stop,
+                include_stop=request.include_stop,
+                skip_special_tokens=request.skip_special_tokens,
+                deadline_s=deadline_s,
+                priority=request.priority,
+                cache_salt=request.cache_salt,
+                traceparent=span.traceparent,
+                resume=request.resume.get(index, ()),
+            )
+            job.runs.append(
+                ChoiceRun(
+                    spec,
+                    text_model=text_model,
+                    placement=self._placement,
+                    client=self._client,
+                    view=self._view,
+                    committed=lambda: job.committed,
+                    clock=self._clock,
+                    placement_timeout_s=(
+                        self._config.placement_timeout_s if request.placement_timeout_s is None else request.placement_timeout_s
+                    ),
+                )
+            )
+        return job
+
+    async def _encode(self, text_model: TextModel, prompt: Prompt) -> tuple[int, ...]:
+        ids: tuple[int, ...]
+        try:
+            match prompt:
+                case TextPrompt():
+                    ids = await in_thread(self._executor, len(prompt.text), text_model.encode, prompt.text)
+                case ChatPrompt():
+                    messages = [_message(message) for message in prompt.messages]
+                    num_chars = sum(len(m.content) for m in prompt.messages)
+                    ids = await in_thread(self._executor, num_chars, _encode_chat, text_model, messages, prompt)
+                case TokenPrompt():
+                    ids = prompt.token_ids
+        except InvalidInput as error:
+            raise type(error)(str(error), prompt.field) from error
+        if not ids:
+            raise InvalidInput("the prompt is empty: it has no tokens", prompt.field)
+        return ids
+
+    def _limits(self, model: str) -> tuple[int | None, int | None]:
+        """The model's context and vocabulary, in tokens, as its workers have it; None while none is registered."""
+        infos = [info for info in self._view.workers if info.model == model and info.role.generates]
+        lengths = [info.max_model_len for info in infos if info.max_model_len > 0]
+        vocab_sizes = [info.vocab_size for info in infos if info.vocab_size > 0]
+        return min(lengths, default=None), min(vocab_sizes, default=None)
+
+    # ---- while workers answer ------------------------------------------------------------------------------------
+
+    async def _answer(self, job: _Job) -> AsyncGenerator[Event, None]:
+        request = job.request
+        items: asyncio.Queue[_Item] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        late = DeadlineExceeded("the request's deadline has passed")
+        timer = loop.call_later(max(0.0, job.deadline_s - self._clock()), items.put_nowait, late)
+        tasks = [asyncio.create_task(_feed(run, items, request.request_id)) for run in job.runs]
+        num_open = len(tasks)
+        try:
+            while num_open:
+                item = await items.get()
+                if isinstance(item, AntiphonError):
+                    raise item
+                if not job.committed:
+                    job.committed = True
+                    yield self._started(job)
+                self._count(job, item)
+                if item.finish_reason is not None:
+                    num_open -= 1
+                yield item
+            yield Completed(usage=self._usage(job))
+        finally:
+            timer.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for run in job.runs:
+                for _ in range(run.progress.num_resumptions):
+                    self._metrics.resumed(request.model)
+
+    def _started(self, job: _Job) -> Started:
+        text_model = self._models[job.request.model]
+        return Started(
+            request_id=job.request.request_id,
+            model=job.request.model,
+            seed=job.seed,
+            num_prompt_tokens=sum(len(ids) for ids in job.prompts),
+            created=int(time.time()),
+            prompt_texts=tuple(_prompt_text(text_model, p, ids) for p, ids in zip(job.request.prompts, job.prompts, strict=True)),
+        )
+
+    def _count(self, job: _Job, delta: ChoiceDelta) -> None:
+        model = job.request.model
+        num_tokens = len(delta.token_ids)
+        if num_tokens:
+            now_s = self._clock()
+            self._metrics.generated(model, num_tokens)
+            if job.first_token_s is None:
+                job.first_token_s = now_s - job.arrival_s
+                self._metrics.first_token(model, job.first_token_s)
+            before_s = job.last_token_s.get(delta.index)
+            if before_s is not None:
+                self._metrics.tokens(model, num_tokens, now_s - before_s)
+            job.last_token_s[delta.index] = now_s
+        if delta.finish_reason is not None:
+            self._metrics.choice_finished(model, delta.finish_reason.value, job.runs[delta.index].progress.queue_s)
+
+    def _usage(self, job: _Job) -> Usage:
+        finished_s = self._clock() - job.arrival_s
+        progress = [run.progress for run in job.runs]
+        # A prompt's first choice says what was cached before this request; its siblings find what the first one left.
+        first_of_prompt = progress[:: job.request.n]
+        usage = Usage(
+            num_prompt_tokens=sum(len(ids) for ids in job.prompts),
+            num_completion_tokens=sum(len(p.token_ids) for p in progress),
+            num_cached_tokens=sum(p.num_cached_tokens for p in first_of_prompt),
+            num_remote_tokens=sum(p.num_remote_tokens for p in first_of_prompt),
+            num_resumptions=sum(p.num_resumptions for p in progress),
+            first_token_s=finished_s if job.first_token_s is None else job.first_token_s,
+            finished_s=finished_s,
+        )
+        self._metrics.request_finished(job.request.model, finished_s, usage.num_prompt_tokens, usage.num_cached_tokens)
+        _log.info(
+            "request finished",
+            extra={
+                "request_id": job.request.request_id,
+                "model": job.request.model,
+                "num_prompt_tokens": usage.num_prompt_tokens,
+                "num_completion_tokens": usage.num_completion_tokens,
+                "first_token_s": round(usage.first_token_s, 4),
+                "finished_s": round(usage.finished_s, 4),
+            },
+        )
+        return usage
+
+
+async def _feed(run: ChoiceRun, items: asyncio.Queue[_Item], request_id: str) -> None:
+    """A choice's task: everything it has to say, also how it failed, goes into the queue."""
+    try:
+        with log_context(request_id=request_id):
+            async with aclosing(run.deltas()) as deltas:
+                async for delta in deltas:
+                    items.put_nowait(delta)
+    except AntiphonError as error:
+        items.put_nowait(error)
+    except Exception as error:  # noqa: BLE001 - a background task: its owner raises what it stores
+        _log.exception("a choice failed")
+        items.put_nowait(InternalError(f"{type(error).__name__}: {error}"))
+
+
+def _message(message: ChatMessage) -> dict[str, str]:
+    named = {} if message.name is None else {"name": message.name}
+    return {"role": message.role, "content": message.content, **named}
+
+
+def _encode_chat(text_model: TextModel, messages: Sequence[Mapping[str, str]], prompt: ChatPrompt) -> tuple[int, ...]:
+    return text_model.encode_chat(messages, add_generation_prompt=prompt.add_generation_prompt, variables=prompt.variables)
+
+
+def _prompt_text(text_model: TextModel, prompt: Prompt, ids: Sequence[int]) -> str:
+    return prompt.text if isinstance(prompt, TextPrompt) else text_model.decode(ids)
+
+
+def _check_ids(request: GenerationRequest, prompts: Sequence[Sequence[int]], vocab_size: int | None) -> None:
+    """Token ids that clients name exist."""
+    if vocab_size is None:
+        return
+    named: list[tuple[str, Iterable[int]]] = [
+        (f"{request.sampling_prefix}logit_bias", request.sampling.logit_bias),
+        (f"{request.sampling_prefix}stop_token_ids", request.sampling.stop_token_ids),
+    ]
+    named += [(p.field, ids) for p, ids in zip(request.prompts, prompts, strict=True) if isinstance(p, TokenPrompt)]
+    named += [("resume", ids) for ids in request.resume.values()]
+    for field_name, ids in named:
+        wrong = next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)
+        if wrong is not None:
+            raise InvalidInput(f"token id {wrong} is not in the model's vocabulary of {vocab_size}", field_name)
+
+
+def _max_tokens(request: GenerationRequest, prompt: Prompt, ids: Sequence[int], max_model_len: int | None) -> int:
+    """What the choice may generate: asked for, or the room that the prompt leaves."""
+    asked = request.sampling.max_tokens
+    if max_model_len is None:  # no worker is registered; placing will say so
+        return 1 if asked is None else asked
+    room = max_model_len - len(ids)
+    if room < 1:
+        raise ContextLengthExceeded(
+            f"the model's context is {max_model_len} tokens, prompt and output together; the prompt has {len(ids)}", prompt.field
+        )
+    if asked is not None and asked > room:
+        raise ContextLengthExceeded(
+            f"the model's context is {max_model_len} tokens, prompt and output together; the prompt has {len(ids)} and "
+            f"{asked} were asked for: at most {room} fit",
+            request.max_tokens_field,
+        )
+    return room if asked is None else asked

@@ -1,0 +1,84 @@
+"""The one span of a request at the gateway, after the GenAI semantic conventions (request speed).
+
+Prompts and answers are not recorded. Must not know: how requests are answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from antiphon.core.errors import AntiphonError
+from antiphon.gateway.generation.choice_run import ChoiceRun
+from antiphon.gateway.generation.request import ChoiceDelta, Completed, Event, GenerationRequest
+from antiphon.telemetry import SpanKind, Status, StatusCode, Tracer, context_of, semconv, traceparent_of
+
+
+class RequestSpan:
+    """Opened with the request, ended with it. Belongs to the request's task."""
+
+    def __init__(self, tracer: Tracer, request: GenerationRequest) -> None:
+        sampling = request.sampling
+        self._span = tracer.start_span(
+            f"{request.operation} {request.model}",
+            context_of(request.traceparent),
+            SpanKind.SERVER,
+            {
+                semconv.OPERATION_NAME: request.operation,
+                semconv.PROVIDER_NAME: semconv.PROVIDER_ANTIPHON,
+                semconv.REQUEST_MODEL: request.model,
+                semconv.REQUEST_TEMPERATURE: sampling.temperature,
+                semconv.REQUEST_TOP_P: sampling.top_p,
+                semconv.REQUEST_STREAM: request.stream,
+                semconv.REQUEST_ID: request.request_id,
+            },
+        )
+        if self._span.is_recording():
+            for name, value, unset in (
+                (semconv.REQUEST_MAX_TOKENS, sampling.max_tokens, None),
+                (semconv.REQUEST_SEED, sampling.seed, None),
+                (semconv.REQUEST_TOP_K, sampling.top_k, 0),
+                (semconv.REQUEST_CHOICE_COUNT, request.n, 1),
+                (semconv.REQUEST_FREQUENCY_PENALTY, sampling.frequency_penalty, 0.0),
+                (semconv.REQUEST_PRESENCE_PENALTY, sampling.presence_penalty, 0.0),
+            ):
+                # Attributes are signed 64-bit.
+                if value is not None and value != unset and abs(value) < 2**63:
+                    self._span.set_attribute(name, value)
+            if request.stop:
+                self._span.set_attribute(semconv.REQUEST_STOP_SEQUENCES, request.stop)
+        # Without tracing here, the caller's context still reaches the workers.
+        self.traceparent = traceparent_of(self._span) or request.traceparent
+        self._finish_reasons: dict[int, str] = {}
+
+    def event(self, event: Event) -> None:
+        """Note what the answer says about itself."""
+        if isinstance(event, ChoiceDelta):
+            if event.finish_reason is not None:
+                self._finish_reasons[event.index] = event.finish_reason.value
+        elif isinstance(event, Completed):
+            usage = event.usage
+            self._span.set_attributes(
+                {
+                    semconv.USAGE_INPUT_TOKENS: usage.num_prompt_tokens,
+                    semconv.USAGE_OUTPUT_TOKENS: usage.num_completion_tokens,
+                    semconv.USAGE_CACHE_READ_INPUT_TOKENS: usage.num_cached_tokens,
+                    semconv.NUM_REMOTE_TOKENS: usage.num_remote_tokens,
+                    semconv.RESPONSE_TIME_TO_FIRST_CHUNK: usage.first_token_s,
+                    semconv.RESPONSE_FINISH_REASONS: [self._finish_reasons[i] for i in sorted(self._finish_reasons)],
+                }
+            )
+
+    def routed(self, runs: Sequence[ChoiceRun]) -> None:
+        """Note where the choices went."""
+        workers = [plan.worker for run in runs for plan in run.progress.plans]
+        if workers:
+            self._span.set_attribute(semconv.WORKER, workers)
+
+    def failed(self, error: AntiphonError) -> None:
+        """Note how it failed."""
+        self._span.set_attribute(semconv.ERROR_TYPE, error.code)
+        self._span.set_status(Status(StatusCode.ERROR, str(error)))
+
+    def end(self) -> None:
+        """The request is over."""
+        self._span.end()

@@ -1,0 +1,1 @@
+"""The gateway's instruments (request speed)."""

@@ -1,0 +1,221 @@
+"""Answers in OpenAI's shapes (request speed). Must not know: HTTP, or where the events come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from antiphon.core.errors import AntiphonError, InternalError, InvalidInput
+from antiphon.core.request import FinishReason
+from antiphon.gateway.generation.request import ChoiceDelta, Logprob, Started, TokenProbability, Usage
+
+Json = dict[str, Any]
+
+
+def error_body(error: AntiphonError) -> Json:
+    """{"error": {...}} for any error of the tree."""
+    status = error.http_status
+    if status in (401, 403):
+        kind = "authentication_error"
+    elif status == 429:
+        kind = "rate_limit_error"
+    elif status < 500:
+        kind = "invalid_request_error"
+    elif status == 504:
+        kind = "timeout_error"
+    else:
+        kind = "server_error"
+    message = "internal error" if isinstance(error, InternalError) else str(error)
+    param = error.field if isinstance(error, InvalidInput) else None
+    return {
+        "error": {
+            "message": _printable(message),
+            "type": kind,
+            "param": None if param is None else _printable(param),
+            "code": error.code,
+        }
+    }
+
+
+def _printable(text: str) -> str:
+    """What clients sent may come back in a message, also what has no UTF-8 form."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def model_card(name: str, *, created: int, max_model_len: int | None) -> Json:
+    """One entry of /v1/models."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "antiphon", "max_model_len": max_model_len}
+
+
+def usage_body(usage: Usage) -> Json:
+    """The usage object."""
+    return {
+        "prompt_tokens": usage.num_prompt_tokens,
+        "completion_tokens": usage.num_completion_tokens,
+        "total_tokens": usage.num_prompt_tokens + usage.num_completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.num_cached_tokens},
+    }
+
+
+@dataclass(slots=True)
+class _Choice:
+    text: list[str] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+class Answer:
+    """One request's answer, streamed or whole.
+
+    Args:
+        chat: chat.completion shapes, otherwise text_completion.
+        with_logprobs: whether the client asked for log-probabilities.
+        include_usage: whether a stream ends with the usage.
+        echo: begin each text with its prompt (completions).
+        n: choices per prompt.
+    """
+
+    def __init__(self, *, chat: bool, with_logprobs: bool, include_usage: bool = False, echo: bool = False, n: int = 1) -> None:
+        self._chat = chat
+        self._with_logprobs = with_logprobs
+        self._include_usage = include_usage
+        self._echo = echo
+        self._n = n
+        self._started: Started | None = None
+        self._choices: dict[int, _Choice] = {}
+        self._offsets: dict[int, int] = {}
+
+    # ---- whole ---------------------------------------------------------------------------------------------------
+
+    def start(self, started: Started) -> None:
+        """The first event."""
+        self._started = started
+
+    def add(self, delta: ChoiceDelta) -> None:
+        """A delta, for ``body``."""
+        choice = self._choices.setdefault(delta.index, _Choice())
+        choice.text.append(delta.text)
+        choice.logprobs.extend(delta.logprobs)
+        if delta.finish_reason is not None:
+            choice.finish_reason = delta.finish_reason
+            choice.stop_reason = _stop_reason(delta)
+
+    def body(self, usage: Usage) -> Json:
+        """The whole answer."""
+        choices = [self._whole_choice(index, choice) for index, choice in sorted(self._choices.items())]
+        return {
+            **self._head("chat.completion" if self._chat else "text_completion"),
+            "choices": choices,
+            "usage": usage_body(usage),
+        }
+
+    def _whole_choice(self, index: int, choice: _Choice) -> Json:
+        text = self._prompt_text(index) + "".join(choice.text)
+        ending = {"finish_reason": _finish(choice.finish_reason), "stop_reason": choice.stop_reason}
+        if self._chat:
+            message = {"role": "assistant", "content": text, "refusal": None}
+            return {"index": index, "message": message, "logprobs": self._logprobs(index, choice.logprobs), **ending}
+        return {"index": index, "text": text, "logprobs": self._logprobs(index, choice.logprobs), **ending}
+
+    # ---- streamed ------------------------------------------------------------------------------------------------
+
+    def chunks(self, delta: ChoiceDelta) -> list[Json]:
+        """What a delta is in a stream: a choice's first has the role (or the echo) before it, silent ones are left out."""
+        chunks = []
+        if delta.index not in self._choices:
+            self._choices[delta.index] = _Choice()
+            if self._chat:
+                chunks.append(self._chunk({"delta": {"role": "assistant", "content": "", "refusal": None}}, delta.index, None))
+            elif self._echo:
+                chunks.append(self._chunk({"text": self._prompt_text(delta.index)}, delta.index, None))
+        if delta.text or delta.logprobs:
+            content = {"delta": {"content": delta.text}} if self._chat else {"text": delta.text}
+            chunks.append(self._chunk(content, delta.index, self._logprobs(delta.index, delta.logprobs)))
+        if delta.finish_reason is not None:
+            last = self._chunk({"delta": {}} if self._chat else {"text": ""}, delta.index, None)
+            last["choices"][0].update(finish_reason=_finish(delta.finish_reason), stop_reason=_stop_reason(delta))
+            chunks.append(last)
+        return chunks
+
+    def usage_chunk(self, usage: Usage) -> Json | None:
+        """The stream's last chunk, when it was asked for."""
+        if not self._include_usage:
+            return None
+        return {
+            **self._head("chat.completion.chunk" if self._chat else "text_completion"),
+            "choices": [],
+            "usage": usage_body(usage),
+        }
+
+    def _chunk(self, content: Json, index: int, logprobs: Json | None) -> Json:
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": None}
+        body = {**self._head(self._chunk_kind), "choices": [choice]}
+        if self._include_usage:
+            body["usage"] = None
+        return body
+
+    # ---- both ----------------------------------------------------------------------------------------------------
+
+    def _head(self, kind: str) -> Json:
+        assert self._started is not None, "start() comes first"
+        started = self._started
+        return {
+            "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{started.request_id}",
+            "object": kind,
+            "created": started.created,
+            "model": started.model,
+            "system_fingerprint": None,
+        }
+
+    @property
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self._chat else "text_completion"
+
+    def _prompt_text(self, index: int) -> str:
+        if not self._echo or self._started is None:
+            return ""
+        return self._started.prompt_texts[index // self._n]
+
+    def _logprobs(self, index: int, logprobs: Sequence[Logprob]) -> Json | None:
+        if not self._with_logprobs:
+            return None
+        if self._chat:
+            return {"content": [_chat_logprob(logprob) for logprob in logprobs], "refusal": None}
+        offset = self._offsets.get(index, 0)
+        offsets = []
+        for logprob in logprobs:
+            offsets.append(offset)
+            offset += len(logprob.chosen.text)
+        self._offsets[index] = offset
+        return {
+            "tokens": [_token_name(logprob.chosen) for logprob in logprobs],
+            "token_logprobs": [logprob.chosen.logprob for logprob in logprobs],
+            "top_logprobs": [{_token_name(p): p.logprob for p in logprob.top} for logprob in logprobs],
+            "text_offset": offsets,
+        }
+
+
+def _finish(reason: FinishReason | None) -> str | None:
+    return None if reason is None else reason.value
+
+
+def _stop_reason(delta: ChoiceDelta) -> str | int | None:
+    return delta.stop_string if delta.stop_string is not None else delta.stop_token_id
+
+
+def _chat_logprob(logprob: Logprob) -> Json:
+    return {**_chat_token(logprob.chosen), "top_logprobs": [_chat_token(p) for p in logprob.top]}
+
+
+def _chat_token(probability: TokenProbability) -> Json:
+    return {"token": probability.text, "logprob": probability.logprob, "bytes": list(probability.raw)}
+
+
+def _token_name(probability: TokenProbability) -> str:
+    """A token that is no text by itself is named by its bytes, so that two such tokens stay apart."""
+    try:
+        return probability.raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in probability.raw)

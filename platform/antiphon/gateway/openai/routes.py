@@ -1,0 +1,218 @@
+"""The OpenAI-compatible HTTP door (request speed).
+
+    /v1/models  /v1/models/{id}  /v1/chat/completions  /v1/completions  /health  /ready  /metrics  /status
+
+Whatever goes wrong is answered in OpenAI's error shape. The header x-request-id is taken over and returned,
+x-request-timeout-s is the request's deadline, traceparent its trace. A client that leaves cancels its request at the engine.
+
+Must not know: how requests are answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from antiphon import __version__
+from antiphon.core.errors import InvalidInput
+from antiphon.gateway.gateway import Gateway
+from antiphon.gateway.generation.request import ChoiceDelta, Completed, GenerationRequest, Started
+from antiphon.gateway.openai.answers import Answer, model_card
+from antiphon.gateway.openai.http_io import (
+    ClientBound,
+    MethodNotAllowed,
+    NotFound,
+    RequestIds,
+    deadline_of,
+    error_response,
+    read_json,
+)
+from antiphon.gateway.openai.schema import ChatBody, CompletionBody, parse
+from antiphon.gateway.status import Status
+from antiphon.telemetry import CONTENT_TYPE
+
+_SEND_GRACE_S = 5.0  # a client that doesn't read is let go so long after its deadline
+
+_SSE_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+def make_app(gateway: Gateway) -> FastAPI:
+    """The application over a gateway."""
+    app = FastAPI(title="Antiphon", version=__version__, docs_url=None, redoc_url=None)
+    app.add_middleware(RequestIds)
+    app.add_exception_handler(HTTPException, _routing_error)
+    app.add_exception_handler(Exception, _any_error)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await _complete(gateway, request, ChatBody)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await _complete(gateway, request, CompletionBody)
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        return _guarded(gateway, request, lambda: {"object": "list", "data": [_card(gateway, name) for name in gateway.models]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(request: Request, name: str) -> Response:
+        return _guarded(gateway, request, lambda: _card(gateway, name))
+
+    @app.get("/status")
+    async def status(request: Request) -> Response:
+        return _guarded(gateway, request, lambda: status_body(gateway.status(request.query_params.get("deployment", ""))))
+
+    @app.get("/health")
+    async def health() -> Response:
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        why = gateway.why_not_ready()
+        body = {"status": "ready" if why is None else why, "ready_workers": gateway.num_ready_workers}
+        return JSONResponse(body, status_code=200 if why is None else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        text = await asyncio.to_thread(gateway.telemetry.prometheus_text)
+        return Response(text, media_type=CONTENT_TYPE)
+
+    return app
+
+
+def _guarded(gateway: Gateway, request: Request, make: Any) -> Response:
+    try:
+        gateway.keys.check(request.headers.get("authorization"))
+        return JSONResponse(make())
+    except Exception as error:  # noqa: BLE001 - the door: whatever happens, the client gets OpenAI's error shape
+        return error_response(error)
+
+
+def _card(gateway: Gateway, name: str) -> dict[str, Any]:
+    return model_card(name, created=gateway.created, max_model_len=gateway.max_model_len(name))
+
+
+def status_body(status: Status) -> dict[str, Any]:
+    """A status as JSON; workers as they stand in the directory, with lease and session."""
+    body = dataclasses.asdict(status)
+    body["pools"] = [{**dataclasses.asdict(pool), "role": pool.role.value} for pool in status.pools]
+    body["workers"] = [
+        {
+            **json.loads(worker.info.to_json()),
+            "lease_remaining_s": round(worker.lease_remaining_s, 3),
+            "connected": worker.connected,
+            "num_requests": worker.num_requests,
+        }
+        for worker in status.workers
+    ]
+    return body
+
+
+async def _complete(gateway: Gateway, request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
+    try:
+        gateway.keys.check(request.headers.get("authorization"))
+        body = parse(kind, await read_json(request, gateway.config.max_request_bytes))
+        generation = body.request(
+            request_id=request.state.request_id, deadline_s=deadline_of(request), traceparent=request.headers.get("traceparent")
+        )
+        generation = dataclasses.replace(generation, placement_timeout_s=getattr(request.state, "placement_timeout_s", None))
+    except Exception as error:  # noqa: BLE001 - the door, as above
+        return error_response(error)
+    include_usage = bool(body.stream_options is not None and body.stream_options.include_usage)
+    answer = Answer(
+        chat=isinstance(body, ChatBody),
+        with_logprobs=generation.sampling.num_logprobs is not None,
+        include_usage=include_usage,
+        echo=isinstance(body, CompletionBody) and bool(body.echo),
+        n=generation.n,
+    )
+    produce = _stream if generation.stream else _whole
+    limit_s = gateway.config.max_deadline_s if generation.deadline_s is None else generation.deadline_s
+
+    async def bounded(scope: Scope, receive: Receive, send: Send) -> None:
+        async with asyncio.timeout(limit_s + _SEND_GRACE_S):
+            await produce(gateway, generation, answer, scope, receive, send)
+
+    return ClientBound(bounded)
+
+
+async def _whole(
+    gateway: Gateway, generation: GenerationRequest, answer: Answer, scope: Scope, receive: Receive, send: Send
+) -> None:
+    try:
+        async with aclosing(gateway.generate(generation)) as events:
+            async for event in events:
+                match event:
+                    case Started():
+                        answer.start(event)
+                    case ChoiceDelta():
+                        answer.add(event)
+                    case Completed():
+                        response: Response = JSONResponse(answer.body(event.usage))
+    except Exception as error:  # noqa: BLE001 - the door, as above
+        response = error_response(error)
+    await response(scope, receive, send)
+
+
+async def _stream(
+    gateway: Gateway, generation: GenerationRequest, answer: Answer, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Server-sent events. Errors before the first token have a status of their own, later ones are an event."""
+    started = False
+    try:
+        async with aclosing(gateway.generate(generation)) as events:
+            async for event in events:
+                match event:
+                    case Started():
+                        answer.start(event)
+                        await send({"type": "http.response.start", "status": 200, "headers": list(_SSE_HEADERS)})
+                        started = True
+                    case ChoiceDelta():
+                        await _send_events(send, answer.chunks(event))
+                    case Completed():
+                        usage = answer.usage_chunk(event.usage)
+                        await _send_events(send, [] if usage is None else [usage])
+                        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+    except OSError:
+        raise  # the client is gone
+    except Exception as error:  # noqa: BLE001 - the door, as above
+        response = error_response(error)
+        if not started:
+            await response(scope, receive, send)
+            return
+        await send({"type": "http.response.body", "body": b"data: " + bytes(response.body) + b"\n\n", "more_body": False})
+
+
+async def _send_events(send: Send, chunks: list[dict[str, Any]]) -> None:
+    if chunks:
+        body = b"".join(b"data: " + json.dumps(c, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n" for c in chunks)
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+async def _routing_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path}"
+    if error.status_code == 404:
+        return error_response(NotFound(f"there is no {where}"))
+    if error.status_code == 405:
+        response = error_response(MethodNotAllowed(f"there is no {where}; allowed: {(error.headers or {}).get('allow', '')}"))
+        response.headers.update(error.headers or {})
+        return response
+    return error_response(InvalidInput(str(error.detail)))
+
+
+async def _any_error(request: Request, error: Exception) -> Response:
+    return error_response(error)

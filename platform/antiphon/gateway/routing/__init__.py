@@ -1,0 +1,1 @@
+"""Which workers serve a request, and the sessions to them (request speed)."""

@@ -1,0 +1,1 @@
+"""Between text and tokens: templates, tokenizer, stop strings (request speed)."""

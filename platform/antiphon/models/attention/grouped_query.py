@@ -1,0 +1,146 @@
+"""Grouped-query attention of one layer (arXiv 2305.13245) and its low-rank relative MFA (arXiv 2412.19255) (hot).
+
+Legend: T rows, D hidden, N query heads, K KV heads, H head dim. Must not know: families, the residual stream.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from antiphon.models.attention.kv_cache import KVCache
+from antiphon.models.attention.paged import AttentionBatch, paged_attention, prefill_attention
+from antiphon.models.config import AttentionConfig, LayerConfig, NormKind
+from antiphon.models.layers.functional import Norm, RMSNorm, Rope, read_norm
+from antiphon.models.layers.linear import Linear
+from antiphon.models.loading.weights import Weights
+from antiphon.models.native.library import available
+
+_TILE_DIMS = 32  # our matrix kernels read whole runs of this many dimensions of a head
+
+
+class GroupedAttention:
+    """q, k and v in one projection, rotation, paged attention, output projection."""
+
+    def __init__(
+        self, config: AttentionConfig, weights: Weights, layer: LayerConfig, rope: Rope, norm: NormKind, eps: float
+    ) -> None:
+        self._config = config
+        self._rope = rope
+        names, prefix = layer.names, layer.prefix + layer.names.attention
+        parts = [prefix + "q_proj", prefix + "k_proj", prefix + "v_proj"]
+        weight = torch.cat([weights.read(part + ".weight") for part in parts])
+        bias = torch.cat([weights.read(part + ".bias") for part in parts]) if config.qkv_bias else None
+        self._qkv = Linear(weight, bias)
+        out_bias = weights.read(prefix + "o_proj.bias") if config.output_bias else None
+        self._out = Linear(weights.read(prefix + "o_proj.weight"), out_bias)
+        q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self._widths = [q_width if config.q_rank is None else config.q_rank, kv_width, kv_width]
+        self._q_norm: Norm | None = None
+        self._k_norm: Norm | None = None
+        if config.qk_norm != "none":
+            self._q_norm = read_norm(norm, weights, prefix + names.q_norm, eps)
+            self._k_norm = read_norm(norm, weights, prefix + names.k_norm, eps)
+        self._rank_norm: Norm | None = None
+        self._expand: Linear | None = None
+        if config.q_rank is not None:
+            self._rank_norm = read_norm(norm, weights, prefix + names.q_rank_norm, eps)
+            self._expand = Linear(weights.read(prefix + names.q_expand + ".weight"))
+        self._eps = eps
+        self._head_norms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        if isinstance(self._q_norm, RMSNorm) and isinstance(self._k_norm, RMSNorm):
+            self._head_norms = (self._q_norm.weight_D, self._k_norm.weight_D)
+        self._native = (
+            available()
+            and weight.device.type == "cpu"
+            and config.q_rank is None
+            and config.qkv_clip is None
+            and config.qk_norm in ("none", "head")
+            and all(w is None or w.dtype is weight.dtype for w in self._head_norms)
+            and (config.qk_norm == "none") == (self._head_norms[0] is None)
+        )
+        self._tiles = self._native and self._qkv.tiles is not None and config.head_dim % _TILE_DIMS == 0
+
+    @property
+    def first_weight(self) -> torch.Tensor | None:
+        """What ``half`` reads first, as our matrix kernels take it; None where they don't serve it."""
+        return self._qkv.tiles
+
+    @property
+    def joins_norms(self) -> bool:
+        """Whether ``half`` can be called."""
+        return self._tiles and self._out.tiles is not None
+
+    def half(
+        self, x_TD: torch.Tensor, batch: AttentionBatch, layer: int, cache: KVCache, input_norm: RMSNorm, ffn_norm: RMSNorm
+    ) -> torch.Tensor:
+        """The attention half in one call, ffn_norm(x += attention(input_norm(x))), newly allocated; both norms in bfloat16."""
+        c = self._config
+        k_cache, v_cache = cache.planes[layer]
+        rows: torch.Tensor = torch.ops.antiphon.attention_half(
+            *(x_TD, input_norm.weight_D, self._qkv.tiles, self._qkv.bias, self._rope.cos, self._rope.sin),
+            *(batch.positions_T, batch.slots_T, k_cache, v_cache, batch.decode_blocks_BM, batch.decode_lens_B),
+            *(batch.block_size_tokens, batch.chunk_slots, batch.chunk_rows, c.num_heads, c.scale, c.sliding_window or 0),
+            *(*self._head_norms, self._out.tiles, self._out.bias, ffn_norm.weight_D, self._eps),
+        )
+        return rows
+
+    def __call__(
+        self, x_TD: torch.Tensor, batch: AttentionBatch, tables: tuple[torch.Tensor, torch.Tensor], layer: int, cache: KVCache
+    ) -> torch.Tensor:
+        """[T, D], newly allocated; the rows' K and V are in the cache afterwards."""
+        if self._native:
+            return self._attend_natively(x_TD, batch, layer, cache)
+        c = self._config
+        num_rows = x_TD.shape[0]
+        q, k, v = torch.split_with_sizes(self._qkv(x_TD), self._widths, dim=1)
+        if self._rank_norm is not None and self._expand is not None:
+            q = self._expand(self._rank_norm(q))
+        if c.qk_norm == "whole" and self._q_norm is not None and self._k_norm is not None:
+            q, k = self._q_norm(q), self._k_norm(k)
+        if c.qkv_clip is not None:
+            q, k, v = (each.clamp(-c.qkv_clip, c.qkv_clip) for each in (q, k, v))
+        q_TNH = q.view(num_rows, c.num_heads, c.head_dim)
+        k_TKH = k.view(num_rows, c.num_kv_heads, c.head_dim)
+        v_TKH = v.view(num_rows, c.num_kv_heads, c.head_dim)
+        if c.qk_norm == "head" and self._q_norm is not None and self._k_norm is not None:
+            q_TNH, k_TKH = self._q_norm(q_TNH), self._k_norm(k_TKH)
+        q_TNH = self._rope.rotate(q_TNH, tables)
+        k_TKH = self._rope.rotate(k_TKH, tables)
+        cache.write(layer, batch.slots_T, (k_TKH, v_TKH))
+        k_cache, v_cache = cache.planes[layer]
+        out_TNH = paged_attention(q_TNH, k_cache, v_cache, batch, c.scale, c.sliding_window)
+        return self._out(out_TNH.reshape(num_rows, c.num_heads * c.head_dim))
+
+    def _attend_natively(self, x_TD: torch.Tensor, batch: AttentionBatch, layer: int, cache: KVCache) -> torch.Tensor:
+        """The same by the compiled kernels; without matrix units, prefill chunks go through torch's own attention."""
+        c = self._config
+        kernels = torch.ops.antiphon
+        k_cache, v_cache = cache.planes[layer]
+        qkv = self._qkv(x_TD)
+        if self._tiles:
+            return self._out(
+                kernels.tile_attention(
+                    *(qkv, self._rope.cos, self._rope.sin, batch.positions_T, batch.slots_T, k_cache, v_cache),
+                    *(batch.decode_blocks_BM, batch.decode_lens_B, batch.block_size_tokens, batch.chunk_slots, batch.chunk_rows),
+                    *(c.num_heads, c.scale, c.sliding_window or 0, *self._head_norms, self._eps),
+                )
+            )
+        kernels.rope_and_cache(
+            *(qkv, self._rope.cos, self._rope.sin, batch.positions_T, batch.slots_T, k_cache, v_cache),
+            *(c.num_heads, *self._head_norms, self._eps, 0.0),
+        )
+        num_decodes = batch.num_decodes
+        parts = []
+        if num_decodes:
+            parts.append(
+                kernels.decode_attention(
+                    *(qkv[:num_decodes], k_cache, v_cache, batch.decode_blocks_BM, batch.decode_lens_B),
+                    *(batch.block_size_tokens, c.num_heads, c.scale, c.sliding_window or 0),
+                )
+            )
+        if batch.chunks:
+            q_TNH = qkv[:, : c.num_heads * c.head_dim].reshape(-1, c.num_heads, c.head_dim)
+            parts += [
+                prefill_attention(q_TNH, k_cache, v_cache, chunk, c.scale, c.sliding_window).flatten(1) for chunk in batch.chunks
+            ]
+        return self._out(parts[0] if len(parts) == 1 else torch.cat(parts))

@@ -1,0 +1,1 @@
+"""Experts of a layer: gates, shards, placement, and where rows go (hot)."""

@@ -1,0 +1,1 @@
+"""Parts of layers: norms, activations, linear layers, rotary tables (hot)."""

@@ -1,0 +1,95 @@
+"""Norms, rotary embedding and activations (hot).
+
+Legend: T tokens, D hidden, N heads, H head dim, R rotary dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from antiphon.models.config import Activation, NormKind
+from antiphon.models.layers.rope_config import RopeConfig
+from antiphon.models.loading.weights import Weights
+from antiphon.models.native.library import available
+
+
+class RMSNorm:
+    """Root mean square norm (arXiv 1910.07467) over the last dimension; statistics in fp32."""
+
+    def __init__(self, weight_D: torch.Tensor, eps: float) -> None:
+        self.weight_D = weight_D
+        self._shape = (weight_D.shape[0],)
+        self._eps = self.eps = eps
+        self._native = weight_D.device.type == "cpu" and weight_D.is_contiguous() and available()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Same shape and dtype as x."""
+        if self._native and self.weight_D.dtype is x.dtype and x.is_contiguous():
+            out: torch.Tensor = torch.ops.antiphon.rms_norm(x, self.weight_D, self._eps, 0.0)
+            return out
+        if self.weight_D.dtype is not x.dtype:  # a weight of more precision than the rows: round once, at the end
+            return F.rms_norm(x.to(self.weight_D.dtype), self._shape, self.weight_D, self._eps).to(x.dtype)
+        return F.rms_norm(x, self._shape, self.weight_D, self._eps)
+
+
+class LayerNorm:
+    """Mean and variance norm with weight and bias (arXiv 1607.06450) over the last dimension; statistics in fp32."""
+
+    def __init__(self, weight_D: torch.Tensor, bias_D: torch.Tensor, eps: float) -> None:
+        self._weight = weight_D
+        self._bias = bias_D
+        self._shape = (weight_D.shape[0],)
+        self._eps = eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Same shape and dtype as x."""
+        return F.layer_norm(x, self._shape, self._weight, self._bias, self._eps)
+
+
+Norm = RMSNorm | LayerNorm
+
+
+def read_norm(kind: NormKind, weights: Weights, name: str, eps: float) -> Norm:
+    """The norm whose tensors begin with ``name``. Raises CheckpointInvalid."""
+    if kind == "layer":
+        return LayerNorm(weights.read(name + ".weight"), weights.read(name + ".bias"), eps)
+    if kind == "rms_plus_one":
+        return RMSNorm(weights.read(name + ".weight", dtype=torch.float32) + 1.0, eps)
+    return RMSNorm(weights.read(name + ".weight"), eps)
+
+
+class Rope:
+    """Rotary position embedding (arXiv 2104.09864), halves rotated against each other as Hugging Face checkpoints expect."""
+
+    def __init__(self, config: RopeConfig, max_position: int, dtype: torch.dtype, device: torch.device) -> None:
+        inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32, device=device)
+        angles = torch.outer(torch.arange(max_position, dtype=torch.float32, device=device), inv_freq)
+        self.cos = angles.cos() * config.attention_factor  # fp32 [max_position, R/2]
+        self.sin = angles.sin() * config.attention_factor
+        self._cos, self._sin = self.cos.to(dtype), self.sin.to(dtype)
+        self._half = len(config.inv_freq)
+
+    def tables(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cos and sin, each [T, 1, R/2], for one step; every layer of the step reuses them."""
+        return self._cos[positions_T].unsqueeze(1), self._sin[positions_T].unsqueeze(1)
+
+    def rotate(self, x_TNH: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Rotate the leading R dimensions of each head."""
+        cos, sin = tables
+        first, second = x_TNH[..., : self._half], x_TNH[..., self._half : 2 * self._half]
+        rotated = [first * cos - second * sin, second * cos + first * sin]
+        if x_TNH.shape[-1] > 2 * self._half:
+            rotated.append(x_TNH[..., 2 * self._half :])
+        return torch.cat(rotated, dim=-1)
+
+
+def gated(gate_up_TI: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """act(gate) * up, from both side by side: [T, 2I] -> [T, I]."""
+    if activation == "silu" and gate_up_TI.is_contiguous() and gate_up_TI.device.type == "cpu" and available():
+        out: torch.Tensor = torch.ops.antiphon.silu_mul(gate_up_TI)
+        return out
+    gate, up = gate_up_TI.chunk(2, dim=-1)
+    if activation == "silu":
+        return F.silu(gate).mul_(up)
+    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none").mul_(up)

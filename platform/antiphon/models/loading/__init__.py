@@ -1,0 +1,1 @@
+"""From a model's uri to tensors by name (control speed)."""

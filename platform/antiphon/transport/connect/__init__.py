@@ -1,0 +1,1 @@
+"""How a link comes about: addresses, listening, the hello, choosing a transport (control)."""

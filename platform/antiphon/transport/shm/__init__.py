@@ -1,0 +1,1 @@
+"""Links through memory both ends map (hot)."""

@@ -1,0 +1,157 @@
+"""Three experts with room for two behind one name: real processes, asked over HTTP."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tokenizers import Tokenizer
+
+from antiphon.apps.serve.deployment_set import serving_of
+from antiphon.apps.serve.local import DirectDeployment, running, wait_ready
+from antiphon.apps.serve.plan import ServeSettings
+from antiphon.core.document.loading import parse_object
+from antiphon.core.errors import SpecInvalid
+from antiphon.testing import LocalCluster, wiring, write_tiny_llama
+
+NAMES = ("red", "green", "blue")
+PROMPT = "What is that over there?"
+NUM_TOKENS = 6
+WAIT_S = 60.0
+
+
+def _deployment(name: str, checkpoint: Path, **pool: Any) -> dict[str, Any]:
+    return {
+        "apiVersion": "serving.antiphon.dev/v1alpha1",
+        "kind": "LLMDeployment",
+        "metadata": {"name": name},
+        "spec": {
+            "model": {"uri": str(checkpoint), "dtype": "float32"},
+            "pools": [{"name": "monolith", "role": "monolith", **pool}],
+            "cache": {"numBlocks": 64},
+            "endpoint": {"httpPort": 0, "grpcPort": 0},
+        },
+    }
+
+
+def _composition(**tiers: Any) -> dict[str, Any]:
+    return {
+        "apiVersion": "serving.antiphon.dev/v1alpha1",
+        "kind": "CompositionOfExperts",
+        "metadata": {"name": "colours"},
+        "spec": {
+            "experts": [{"name": name, "deploymentRef": name, "memory": "100Ki"} for name in NAMES],
+            "general": "red",
+            "tiers": {"residentMemory": "250Ki", "hostMemory": "1Mi", **tiers},
+        },
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    http: httpx.Client
+    expected: dict[str, str]
+
+    def ask(self, expert: str) -> httpx.Response:
+        body = {"model": "coe/colours", "prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0}
+        answer = self.http.post("/v1/completions", json=body, headers={"x-antiphon-expert": expert})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"][0]["text"] == self.expected[expert]
+        return answer
+
+    def experts(self) -> dict[str, dict[str, Any]]:
+        return {e["name"]: e for e in self.http.get("/v1/experts").json()["data"]}
+
+    def away(self) -> list[str]:
+        return [name for name, expert in self.experts().items() if not expert["resident"]]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    root = tmp_path_factory.mktemp("tiers")
+    checkpoints = {name: write_tiny_llama(root / name, seed=seed) for seed, name in enumerate(NAMES)}
+    expected = {}
+    for name, path in checkpoints.items():
+        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        with LocalCluster(wiring(path, "monolith", cache={"numBlocks": 64}), path) as cluster:
+            tokens = cluster.generate(tuple(tokenizer.encode(PROMPT).ids), max_tokens=NUM_TOKENS)
+        expected[name] = tokenizer.decode(list(tokens))
+    documents = [_deployment(name, path) for name, path in checkpoints.items()]
+    serving = serving_of([parse_object(d, "test") for d in [*documents, _composition()]], "test")
+    serving = replace(serving, checkpoints={name: str(path) for name, path in checkpoints.items()})
+    run_dir = root / "run"
+    run_dir.mkdir()
+    with DirectDeployment(serving, run_dir=run_dir, settings=ServeSettings(drain_s=1.0)) as deployment:
+        deployment.start()
+        wait_ready(deployment, WAIT_S)
+        ports = running(run_dir).ports
+        assert ports is not None
+        with httpx.Client(base_url=f"http://{ports.host}:{ports.http_port}", timeout=WAIT_S, trust_env=False) as http:
+            made = World(http=http, expected=expected)
+            _eventually(lambda: len(made.away()) == 1)
+            yield made
+
+
+def _eventually(true: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < end_s
+        time.sleep(0.02)
+
+
+@pytest.mark.cluster
+def test_one_process_serves_all_and_every_answer_is_its_experts_own(world: World) -> None:
+    for expert in [*NAMES, *reversed(NAMES)]:
+        assert world.ask(expert).headers["x-antiphon-expert"] == expert
+    workers = world.http.get("/status").json()["workers"]
+    assert len({worker["pid"] for worker in workers}) == 1
+    assert len(workers) == 3
+
+
+@pytest.mark.cluster
+def test_the_router_sees_who_is_away_and_what_a_switch_costs(world: World) -> None:
+    _eventually(lambda: len(world.away()) == 1)
+    (away,) = world.away()
+    assert world.experts()[away]["load_s"] > 0
+    decision = world.http.post("/v1/route", json={"model": "coe/colours", "prompt": PROMPT}).json()
+    waits = {candidate["expert"]: candidate["wait"] for candidate in decision["candidates"]}
+    assert [name for name, wait in waits.items() if wait > 0] == [away]
+    world.ask(away)
+    _eventually(lambda: len(world.away()) == 1 and away not in world.away())
+
+
+@pytest.mark.cluster
+def test_what_the_gateway_decided_is_expected_by_the_pool_so_that_it_stays(world: World) -> None:
+    for _ in range(12):
+        world.ask("blue")
+    _eventually(lambda: "blue" not in world.away())
+    for other in ("red", "green", "red", "green"):
+        world.ask(other)
+        _eventually(lambda other=other: other not in world.away())
+        assert "blue" not in world.away()
+
+
+@pytest.mark.cluster
+def test_load_times_of_every_stage_are_in_the_metrics(world: World) -> None:
+    for expert in NAMES:
+        world.ask(expert)
+    _eventually(lambda: all(f'antiphon_deployment="{name}"' in _lines(world, "antiphon_tier_load_time_seconds") for name in NAMES))
+    text = _lines(world, "antiphon_tier_load_time_seconds")
+    assert all(f'stage="{stage}"' in text for stage in ("evict", "read", "convert", "ready"))
+    assert "antiphon_tier_loads_total" in _lines(world, "antiphon_tier_loads_total")
+
+
+def _lines(world: World, name: str) -> str:
+    return "\n".join(line for line in world.http.get("/metrics").text.splitlines() if line.startswith(name))
+
+
+def test_experts_that_are_more_than_one_monolith_or_larger_than_the_pool_are_refused(tmp_path: Path) -> None:
+    documents = [_deployment(name, tmp_path, replicas=2 if name == "green" else 1) for name in NAMES]
+    with pytest.raises(SpecInvalid) as refused:
+        serving_of([parse_object(d, "test") for d in [*documents, _composition(residentMemory="50Ki")]], "test")
+    said = [f"{problem.path}: {problem.message}" for problem in refused.value.problems]
+    assert any("experts[1].deploymentRef" in line and "monolith" in line for line in said)
+    assert sum("residentMemory" in line for line in said) == 3

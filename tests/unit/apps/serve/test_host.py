@@ -1,0 +1,120 @@
+"""What a serving process leaves on its machine, and how it goes."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from antiphon.apps.process.quiet_streams import QuietStreams
+from antiphon.apps.serve.host import make_run_dir, remove_tree, sweep_run_dirs
+from antiphon.apps.serve.stop_signals import StopRequested, StopSignals
+
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="orphans are adopted on Linux only")
+
+
+def test_a_run_directory_is_private_short_and_says_whose_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/var/folders/zz/zyxvpxvq6csfxvn_n0000000000000/T")
+    path = make_run_dir()
+    try:
+        assert path.stat().st_mode & 0o077 == 0
+        assert path.name.startswith(f"antiphon-{os.getpid()}-")
+        assert len(str(path)) <= 43
+    finally:
+        remove_tree(path)
+    assert not path.exists()
+
+
+def test_only_directories_of_processes_that_are_gone_are_swept(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    mine, dead, other = (tmp_path / f"antiphon-{n}" for n in (f"{os.getpid()}-ab", f"{gone.pid}-cd", "prefill-ef"))
+    for path in (mine, dead, other):
+        path.mkdir()
+    assert sweep_run_dirs(tmp_path) == [dead]
+    assert mine.exists()
+    assert other.exists()
+
+
+@LINUX
+def test_descendants_end_even_when_orphaned_stubborn_and_in_sessions_of_their_own() -> None:
+    script = textwrap.dedent("""
+        import subprocess, sys, time
+        from antiphon.apps.serve.host import adopt_orphans, end_descendants
+        adopt_orphans()
+        stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+        parent = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {stubborn!r}], start_new_session=True,"
+        parent += " stdout=subprocess.PIPE); p.stdout.readline(); print(p.pid, flush=True)"
+        orphan = int(subprocess.run([sys.executable, "-c", parent], stdout=subprocess.PIPE, check=True).stdout)
+        print(orphan, end_descendants(0.2))
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    orphan, number = map(int, done.stdout.split())
+    assert number == 1
+    assert not psutil.pid_exists(orphan)
+
+
+def test_streams_are_taken_away_and_given_back() -> None:
+    script = textwrap.dedent("""
+        import os, sys, tempfile
+        from pathlib import Path
+        from antiphon.apps.process.quiet_streams import QuietStreams
+        log = Path(tempfile.mkdtemp()) / "log"
+        print("before")
+        with QuietStreams(log) as streams:
+            os.write(1, b"native noise"); print("python noise", file=sys.stderr)
+            print("for people", file=streams.terminal)
+        print("after", sorted(log.read_text().replace("noise", "noise ").split()))
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines() == ["before", "for people", "after ['native', 'noise', 'noise', 'python']"]
+    assert done.stderr == ""
+
+
+@pytest.fixture
+def handlers():
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    saved = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, saved, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_starting_interrupts_the_start(number: signal.Signals) -> None:
+    signals = StopSignals(lambda: None)
+    signals.install()
+    with pytest.raises(StopRequested):
+        os.kill(os.getpid(), number)
+    assert signals.requested
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_signal_while_serving_ends_the_wait_and_the_next_insists() -> None:
+    forced = []
+    signals = StopSignals(lambda: forced.append(True))
+    signals.install()
+    signals.serving()
+    assert not signals.wait(0.0)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert signals.wait(10.0)
+    signals.stopping()
+    assert not forced
+    os.kill(os.getpid(), signal.SIGINT)
+    deadline = time.monotonic() + 10
+    while not forced and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert forced == [True]
+
+
+def test_quiet_streams_close_twice(tmp_path: Path) -> None:
+    streams = QuietStreams(tmp_path / "log")
+    streams.close()
+    streams.close()

@@ -1,0 +1,134 @@
+import random
+
+import numpy as np
+import pytest
+
+from antiphon.coe.judging.judge import aiq, by_dataset, by_prompt, calibration_error, estimate, two_models
+from antiphon.coe.training.augment import PERTURBATIONS, perturbed, training_variants
+from antiphon.coe.training.example_table import example_table
+from antiphon.coe.training.fit import Recipe, few_experts, fit_head, folds_of, shrunken_means, steadying
+from antiphon.coe.training.labels import grow, label
+from antiphon.coe.training.train import Options, prepare
+
+
+def test_calibration_error_is_the_gap_weighted_by_bins() -> None:
+    confidence = np.array([0.95] * 10 + [0.55] * 10)
+    right = np.array([True] * 9 + [False] + [True] * 5 + [False] * 5)
+    assert calibration_error(confidence, right) == pytest.approx(0.5 * 0.05 + 0.5 * 0.05)
+    assert calibration_error(np.ones(4), np.ones(4, bool)) == 0.0
+
+
+def test_the_interval_of_a_mean_is_that_of_its_standard_error() -> None:
+    values = np.random.default_rng(0).normal(1.0, 2.0, 4000)
+    found = estimate(values, 0)
+    half = 1.96 * 2.0 / np.sqrt(4000)
+    assert found.mean == pytest.approx(values.mean())
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.1)
+
+
+def test_aiq_is_the_mean_height_of_the_upper_hull() -> None:
+    assert aiq([(1.0, 0.5), (3.0, 0.9)]) == pytest.approx(0.7)
+    assert aiq([(1.0, 0.5), (2.0, 0.6), (3.0, 0.9)]) == pytest.approx(0.7)  # below the hull
+    assert aiq([(1.0, 0.5), (2.0, 0.9), (3.0, 0.4)]) == pytest.approx((0.7 + 0.9) / 2)  # never falls
+    assert aiq([(2.0, 0.4)]) == pytest.approx(0.4)
+
+
+def test_a_perfect_order_of_two_models_recovers_early_and_a_random_one_half() -> None:
+    scores = np.zeros((1000, 2))
+    scores[:500, 1] = 1.0  # the strong one is better on the first half
+    perfect = two_models(scores[:, 1] - scores[:, 0], scores, 0, 1)
+    assert perfect.cpt_50 == pytest.approx(0.25, abs=0.01)
+    assert perfect.apgr == pytest.approx(0.75, abs=0.01)
+    chance = two_models(np.random.default_rng(0).random(1000), scores, 0, 1)
+    assert chance.apgr == pytest.approx(0.5, abs=0.05)
+
+
+def test_shrunken_means_draw_few_rows_to_the_prior() -> None:
+    means = shrunken_means(np.array([0, 0, 1]), np.array([[1.0], [1.0], [0.0]]), 3, np.array([0.5]), 2.0)
+    assert means[:, 0].tolist() == pytest.approx([(2 + 1) / 4, 1 / 3, 0.5])
+
+
+def test_experts_that_bring_nothing_are_left_out() -> None:
+    scores = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]] * 50)
+    expected = scores.astype(np.float32) * 0.9
+    assert few_experts(expected, scores, np.zeros(3), 0, 0.003) == (0, 1)
+
+
+def test_steadying_shrinks_only_what_rewording_moves_and_keeps_the_mean_length() -> None:
+    source = np.random.default_rng(0)
+    plain = source.normal(size=(400, 6)).astype(np.float32)
+    variants = np.repeat(plain[:, None], 3, axis=1)
+    variants[:, :, 2] += source.normal(size=(400, 3))
+    steady = steadying(plain, variants, 5.0)
+    lengths = np.linalg.norm(steady, axis=0)
+    assert (lengths[[0, 1, 3, 4, 5]] > 2.0 * lengths[2]).all()
+    assert np.linalg.norm(plain @ steady) == pytest.approx(np.linalg.norm(plain), rel=1e-3)
+    assert (steadying(plain, variants, 0.0) == np.eye(6)).all()
+    assert (steadying(plain, variants[:, :0], 5.0) == np.eye(6)).all()
+
+
+def test_a_head_learnt_after_steadying_changes_its_mind_less_often() -> None:
+    source = np.random.default_rng(1)
+    label = source.integers(0, 2, 600)
+    plain = source.normal(size=(600, 4)).astype(np.float32)
+    plain[:, :2] += label[:, None] - 0.5  # one of two equal signs stays under rewording, the other does not
+    variants = np.repeat(plain[:, None], 2, axis=1)
+    variants[:, :, 1] += source.normal(size=(600, 2)) * 2.0
+
+    def flips(steadiness: float) -> float:
+        steady = steadying(plain, variants, steadiness)
+        head = fit_head(plain @ steady, label, 2, Recipe(inverse_penalty=0.01))
+        said = (plain @ steady @ head.weights_DC + head.bias_C).argmax(axis=1)
+        again = (variants[:, 0] @ steady @ head.weights_DC + head.bias_C).argmax(axis=1)
+        return float((said != again).mean())
+
+    assert flips(20.0) < 0.8 * flips(0.0)
+
+
+def test_folds_are_of_near_equal_size_and_the_same_for_a_seed() -> None:
+    fold = folds_of(103, 5, 1)
+    assert sorted(np.bincount(fold)) == [20, 20, 21, 21, 21]
+    assert (fold == folds_of(103, 5, 1)).all()
+
+
+def test_labels_grow_from_seeds_only_where_neighbours_agree() -> None:
+    near = [[1.0, 0.0]] * 6 + [[0.0, 1.0]] * 6
+    embedding = np.array([*near, [0.7, 0.7]], np.float32)
+    seeds = ["x", "x", "x", None, None, None, "y", "y", "y", None, None, None, None]
+    assert grow(seeds, embedding)[:12] != [""] * 12
+
+
+def test_partly_labelled_tables_are_grown() -> None:
+    table = example_table()
+    some = table.rows(range(len(table)))
+    categories = tuple(c if i % 3 == 0 else None for i, c in enumerate(some.categories))
+    partly = type(some)(
+        experts=some.experts, prompts=some.prompts, datasets=some.datasets, categories=categories, scores=some.scores
+    )
+    prepared = prepare(partly, Options(recipe=Recipe(num_variants=1), embedder="lsa"), lambda _: None)
+    found = label(partly, prepared.fast.embedding_BD[:, : prepared.fast.num_near], 0)
+    assert found.how == "grown"
+    given = np.array([found.categories[c] if c >= 0 else "" for c in found.category_B])
+    right = given == np.array(table.categories)
+    assert right[given != ""].mean() > 0.95
+
+
+def test_judged_perturbations_repeat_for_a_seed_and_differ_from_training_variants() -> None:
+    prompts = ["What is the capital of France?", "Write a function that adds two numbers."]
+    for name in PERTURBATIONS:
+        assert perturbed(prompts, name, 0) == perturbed(prompts, name, 0)
+        assert perturbed(prompts, name, 0) != prompts
+    variants = {v for seed in range(50) for v in training_variants(prompts[0], 6, random.Random(seed))}
+    assert not variants & {perturbed(prompts, "polite wrapper", seed)[0] for seed in range(50)}
+
+
+@pytest.mark.slow
+def test_judging_beats_the_best_single_expert_and_the_gate_does_no_harm() -> None:
+    recipe = Recipe(num_variants=1)
+    prepared = prepare(example_table(), Options(recipe=recipe, embedder="lsa"), lambda _: None)
+    judged = by_prompt(prepared, recipe, lambda _: None)
+    gain = estimate(judged.verdict.score_B - judged.verdict.single_B, 0)
+    assert gain.low > 0.15
+    left = by_dataset(prepared, recipe, lambda _: None)
+    assert left is not None
+    assert estimate(left.score_B - left.single_B, 0).mean > 0.0

@@ -1,0 +1,57 @@
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from antiphon.coe.routing.framing import without_framing
+
+ASKED = "what part of the cell makes energy"
+
+
+@pytest.mark.parametrize(
+    "framed",
+    [
+        f"Hi there! I hope you are having a great day. {ASKED}",
+        f"Could you please help me with the following question?\n{ASKED}",
+        f"{ASKED}\n\nThank you so much for your help, I really appreciate it!",
+        f"### Question:\n{ASKED}\n### Answer:\n",
+        f"Good evening, {ASKED}? Please explain your answer step by step.",
+    ],
+)
+def test_courtesies_come_off_both_ends(framed: str) -> None:
+    assert without_framing(framed).strip(" ?\n") == ASKED
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        "",
+        "Hello!",
+        "Who are you? How do you do?",
+        "Lily has 3 apples. I give her 2. How many do I have to buy?",
+        "def add(a, b):\n    return a + b",
+        "What would you do with a broken lamp?",
+        "Explain gravity. I know nothing of physics.",
+    ],
+)
+def test_what_is_asked_is_never_taken_for_framing(whole: str) -> None:
+    assert without_framing(whole) == whole
+
+
+def test_framing_that_is_all_there_is_stays() -> None:
+    assert without_framing("Please help me. Thank you!") == "Please help me. Thank you!"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(), max_size=300))
+def test_the_rest_is_a_part_of_the_prompt_and_has_no_more_framing_to_lose_than_itself(text: str) -> None:
+    rest = without_framing(text)
+    assert rest in text
+    assert rest or not text
+
+
+def test_a_very_long_prompt_is_looked_at_only_at_its_ends() -> None:
+    source = random.Random(0)
+    long = "".join(source.choice("ab .,!?\n") for _ in range(200_000))
+    assert len(without_framing(f"Hi! {long}")) > 190_000

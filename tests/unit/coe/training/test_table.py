@@ -1,0 +1,90 @@
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from antiphon.coe.training.example_table import example_table
+from antiphon.coe.training.table import drop_duplicates, leaked, read_table, write_table
+from antiphon.core.errors import InvalidInput
+
+
+def _write(path: Path, lines: list[object]) -> Path:
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return path
+
+
+HEAD = {"experts": [{"name": "a"}, {"name": "b", "active_params_b": 7}], "source": "s"}
+
+
+def test_a_table_survives_writing_and_reading(tmp_path: Path) -> None:
+    table = example_table()
+    write_table(table, tmp_path / "t.jsonl.gz")
+    again = read_table(tmp_path / "t.jsonl.gz")
+    assert again.prompts == table.prompts
+    assert again.experts == table.experts
+    assert again.digest() == table.digest()
+
+
+def test_equal_tables_give_equal_bytes(tmp_path: Path) -> None:
+    for name in ("a.jsonl.gz", "b.jsonl.gz"):
+        write_table(example_table(), tmp_path / name)
+    assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([], "expected a line with experts"),
+        ([{"experts": []}], "at least one expert"),
+        ([{"experts": [{"name": "a"}, {"name": "a"}]}], "more than once"),
+        ([{"experts": [{"name": "a", "active_params_b": -1}]}], "active_params_b of a"),
+        ([HEAD, {"prompt": 1, "scores": [0, 1]}], "line 2: expected 'prompt'"),
+        ([HEAD, {"prompt": "p", "scores": [0]}], "a list of 2 numbers"),
+        ([HEAD, {"prompt": "p", "scores": [0, 1.5]}], "not a number between 0 and 1"),
+        ([HEAD, {"prompt": "p", "scores": [0, float("nan")]}], "not a number between 0 and 1"),
+        ([HEAD, {"prompt": "p", "scores": [0, True]}], "not a number between 0 and 1"),
+        ([HEAD, {"prompt": "p", "category": 3, "scores": [0, 1]}], "'category' must be a string"),
+        ([HEAD, [1]], "expected an object"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path: Path, lines: list[object], said: str) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        read_table(_write(tmp_path / "t.jsonl", lines))
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    write_table(example_table(), tmp_path / "t.jsonl.gz")
+    (tmp_path / "t.jsonl.gz").write_bytes((tmp_path / "t.jsonl.gz").read_bytes()[:-50])
+    with pytest.raises(InvalidInput, match=r"t\.jsonl\.gz can't be read"):
+        read_table(tmp_path / "t.jsonl.gz")
+
+
+def test_costs_are_one_each_unless_every_expert_says_its_own(tmp_path: Path) -> None:
+    table = read_table(_write(tmp_path / "t.jsonl", [HEAD, {"prompt": "p", "scores": [0, 1]}]))
+    assert not table.has_params
+    assert table.params_b.tolist() == [1.0, 1.0]
+
+
+def test_gzip_and_plain_tables_read_the_same(tmp_path: Path) -> None:
+    plain = _write(tmp_path / "t.jsonl", [HEAD, {"prompt": "p", "dataset": "d", "scores": [0, 1]}])
+    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    assert read_table(plain).digest() == read_table(tmp_path / "t.jsonl.gz").digest()
+
+
+def test_prompts_that_differ_in_case_or_space_are_one_with_the_mean_score(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Hello  World", "dataset": "x", "scores": [0, 1]},
+        {"prompt": "hello world", "dataset": "y", "scores": [1, 1]},
+        {"prompt": "other", "dataset": "y", "scores": [0, 0]},
+    ]
+    table, found = drop_duplicates(read_table(_write(tmp_path / "t.jsonl", [HEAD, *rows])))
+    assert table.prompts == ("Hello  World", "other")
+    assert np.allclose(table.scores, [[0.5, 1.0], [0.0, 0.0]])
+    assert (found.num_exact, found.num_conflicting, found.num_across_datasets) == (1, 1, 1)
+
+
+def test_leaked_rows_are_found(tmp_path: Path) -> None:
+    table = example_table()
+    assert leaked(table.rows([0, 1, 2]), table.rows([2, 3, 1])).tolist() == [0, 2]

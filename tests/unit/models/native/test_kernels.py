@@ -1,0 +1,117 @@
+"""The compiled kernels against their plain torch twins."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from antiphon.core.errors import Unavailable
+from antiphon.models.attention.paged import AttentionBatch, paged_attention
+from antiphon.models.layers.functional import Rope
+from antiphon.models.layers.rope_config import RopeConfig
+from antiphon.models.native.library import available, build_kernels
+
+BLOCK = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels() -> None:
+    try:
+        build_kernels()
+    except Unavailable as error:
+        pytest.skip(f"the kernels can't be compiled here: {error}")
+    if not available():
+        pytest.skip("the kernels are turned off here")
+
+
+DTYPES = [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 50])
+def test_norm_equals_torch(dtype: torch.dtype, tolerance: float, rows: int) -> None:
+    x, w = torch.randn(rows, 100).to(dtype), torch.randn(100).to(dtype)
+    got = torch.ops.antiphon.rms_norm(x, w, 1e-5, 0.0)
+    torch.testing.assert_close(got, F.rms_norm(x.float(), (100,), w.float(), 1e-5).to(dtype), atol=tolerance, rtol=tolerance)
+    shifted = torch.ops.antiphon.rms_norm(x, w, 1e-5, 1.0)
+    expected = F.rms_norm(x.float(), (100,), w.float() + 1.0, 1e-5).to(dtype)
+    torch.testing.assert_close(shifted, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_adding_and_norming_advances_the_residual_stream(dtype: torch.dtype, tolerance: float) -> None:
+    x, more, w = torch.randn(9, 64).to(dtype), torch.randn(9, 64).to(dtype), torch.randn(64).to(dtype)
+    expected_x = x + more
+    got = torch.ops.antiphon.add_rms_norm(x, more, w, 1e-5, 0.0)
+    torch.testing.assert_close(x, expected_x)
+    expected = F.rms_norm(expected_x.float(), (64,), w.float(), 1e-5).to(dtype)
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_gated_activation_equals_torch(dtype: torch.dtype, tolerance: float) -> None:
+    x = (torch.randn(5, 96) * 8).to(dtype)
+    x[0, 0], x[0, 1] = 100.0, -100.0
+    expected = (F.silu(x[:, :48].float()) * x[:, 48:].float()).to(dtype)
+    torch.testing.assert_close(torch.ops.antiphon.silu_mul(x), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (9, 3, 64), (8, 1, 32), (2, 2, 8)])
+@pytest.mark.parametrize("window", [None, 5])
+def test_rope_cache_and_decode_attention_equal_the_reference(
+    dtype: torch.dtype, tolerance: float, heads: int, kv_heads: int, head_dim: int, window: int | None
+) -> None:
+    torch.manual_seed(0)
+    lens = torch.tensor([1, 7, 30, 12])
+    num_blocks = -(-int(lens.max()) // BLOCK)
+    tables = torch.randperm(4 * num_blocks).view(4, num_blocks).to(torch.int32)
+    num_slots = 4 * num_blocks * BLOCK
+    k_cache = torch.randn(num_slots, kv_heads, head_dim).to(dtype)
+    v_cache = torch.randn(num_slots, kv_heads, head_dim).to(dtype)
+    qkv = torch.randn(4, (heads + 2 * kv_heads) * head_dim).to(dtype)
+    rope = RopeConfig(inv_freq=tuple(100.0 ** (-i / head_dim) for i in range(head_dim // 2)))
+    angles = torch.outer(torch.arange(64.0), torch.tensor(rope.inv_freq))
+    positions = lens - 1
+    rows = torch.arange(4)
+    slots = tables[rows, positions // BLOCK].long() * BLOCK + positions % BLOCK
+
+    plain = qkv.view(4, heads + 2 * kv_heads, head_dim).float()
+    reference = Rope(rope, 64, torch.float32, torch.device("cpu"))
+    cos_sin = reference.tables(positions)
+    q = reference.rotate(plain[:, :heads], cos_sin).to(dtype)
+    k = reference.rotate(plain[:, heads : heads + kv_heads], cos_sin).to(dtype)
+    expected_k, expected_v = k_cache.clone(), v_cache.clone()
+    expected_k[slots], expected_v[slots] = k, plain[:, heads + kv_heads :].to(dtype)
+
+    torch.ops.antiphon.rope_and_cache(
+        qkv, angles.cos(), angles.sin(), positions, slots, k_cache, v_cache, heads, None, None, 1e-6, 0.0
+    )
+    torch.testing.assert_close(k_cache, expected_k, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(v_cache, expected_v)
+    got = torch.ops.antiphon.decode_attention(qkv, k_cache, v_cache, tables, lens, BLOCK, heads, head_dim**-0.5, window or 0)
+    batch = AttentionBatch(
+        positions_T=positions,
+        slots_T=slots,
+        block_size_tokens=BLOCK,
+        decode_blocks_BM=tables,
+        decode_lens_B=lens,
+        chunks=(),
+    )
+    expected = paged_attention(q.float(), k_cache.float(), v_cache.float(), batch, head_dim**-0.5, window)
+    torch.testing.assert_close(got.float(), expected.reshape(4, -1), atol=4 * tolerance, rtol=4 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_s_attention_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    lens = torch.tensor([9, 33, 20])
+    tables = torch.randperm(27).view(3, 9).to(torch.int32)
+    caches = [torch.randn(27 * BLOCK, 2, 16).to(dtype) for _ in range(2)]
+    qkv = torch.randn(3, 8 * 16).to(dtype)
+    together = torch.ops.antiphon.decode_attention(qkv, *caches, tables, lens, BLOCK, 4, 0.25, 0)
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone = torch.ops.antiphon.decode_attention(qkv[one], *caches, tables[one], lens[one], BLOCK, 4, 0.25, 0)
+        assert torch.equal(alone, together[one])
