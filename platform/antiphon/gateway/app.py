@@ -11,12 +11,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from antiphon.core.directory import Notes
-from antiphon.core.errors import AntiphonError
+from antiphon.core.errors import AntiphonError, InvalidInput
 from antiphon.directory.memory import MemoryDirectory
 from antiphon.directory.workers import WorkerSource
+from antiphon.gateway.compositions import Compositions, OpenCompositions
 from antiphon.gateway.config import BoundPorts, GatewayConfig
 from antiphon.gateway.experts import GatewayExperts
 from antiphon.gateway.gateway import Gateway
@@ -31,9 +31,6 @@ from antiphon.rpc.inference import InferenceServicer
 from antiphon.rpc.services import RpcServer
 from antiphon.telemetry import Telemetry, setup
 
-if TYPE_CHECKING:  # without compositions a gateway needs no router and its numpy
-    from antiphon.coe.serving.gateway import GatewayCompositions
-
 _log = logging.getLogger(__name__)
 
 
@@ -45,6 +42,7 @@ async def run_gateway(
     on_bound: Callable[[BoundPorts], None] | None = None,
     telemetry: Telemetry | None = None,
     notes: Notes | None = None,
+    open_compositions: OpenCompositions | None = None,
 ) -> None:
     """Serve until ``stop`` is set, then drain.
 
@@ -55,6 +53,7 @@ async def run_gateway(
         on_bound: called once with the ports, when both doors are open.
         telemetry: traces and metrics; None = made here from the environment, and closed here.
         notes: where gateways and routers tell each other about experts and sessions; None = this gateway is alone.
+        open_compositions: makes the configuration's compositions; None = a configuration that has some is refused.
 
     Raises:
         CheckpointInvalid: a model's tokenizer or a composition's artifact can't be read.
@@ -63,11 +62,11 @@ async def run_gateway(
     """
     notes = MemoryDirectory() if notes is None else notes
     if telemetry is not None:
-        await _run(config, workers, stop, on_bound, telemetry, notes)
+        await _run(config, workers, stop, on_bound, telemetry, notes, open_compositions)
         return
     owned = setup("antiphon-gateway")
     try:
-        await _run(config, workers, stop, on_bound, owned, notes)
+        await _run(config, workers, stop, on_bound, owned, notes, open_compositions)
     finally:
         await asyncio.to_thread(owned.close)
 
@@ -79,10 +78,11 @@ async def _run(
     on_bound: Callable[[BoundPorts], None] | None,
     telemetry: Telemetry,
     notes: Notes,
+    open_compositions: OpenCompositions | None,
 ) -> None:
     models = {name: await asyncio.to_thread(TextModel.load, path) for name, path in config.models.items()}
     gateway = Gateway(config, models=models, source=workers, telemetry=telemetry)
-    compositions = await _compositions(gateway, notes)
+    compositions = await _compositions(gateway, notes, open_compositions)
     experts = GatewayExperts(workers=lambda: gateway.view.workers, keys=gateway.keys, telemetry=telemetry)
     application = make_app(gateway)
     add_expert_routes(application, experts)
@@ -137,12 +137,12 @@ async def _run(
         await gateway.close()
 
 
-async def _compositions(gateway: Gateway, notes: Notes) -> GatewayCompositions | None:
+async def _compositions(gateway: Gateway, notes: Notes, open_compositions: OpenCompositions | None) -> Compositions | None:
     if not gateway.config.compositions:
         return None
-    from antiphon.coe.serving.gateway import GatewayCompositions
-
-    return await GatewayCompositions.open(gateway, notes)
+    if open_compositions is None:
+        raise InvalidInput("this gateway was given compositions and nothing that serves them", "compositions")
+    return await open_compositions(gateway, notes)
 
 
 async def _wait(stop: asyncio.Event) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 from antiphon import __version__
 from antiphon.core.errors import Unavailable, UnknownModel
 from antiphon.directory.workers import WorkerSource, WorkerView
 from antiphon.gateway.auth import ApiKeys
+from antiphon.gateway.compositions import ServedComposition
 from antiphon.gateway.config import GatewayConfig
 from antiphon.gateway.generation.generator import Generator
 from antiphon.gateway.generation.request import Event, GenerationRequest
@@ -23,9 +23,6 @@ from antiphon.gateway.routing.placement import Placement
 from antiphon.gateway.status import Status, pools_of, workers_of
 from antiphon.gateway.text.tokenizer import TextModel
 from antiphon.telemetry import Telemetry
-
-if TYPE_CHECKING:  # without compositions a gateway needs no router and its numpy
-    from antiphon.coe.serving.composition import Composition
 
 
 class Gateway:
@@ -51,7 +48,7 @@ class Gateway:
         self.config = config
         self.keys = ApiKeys(config.api_keys)
         self.models = models
-        self.compositions: Mapping[str, Composition] = {}  # by metadata.name; set once, before the doors open
+        self.compositions: Mapping[str, ServedComposition] = {}  # by metadata.name; set once, before the doors open
         self.created = int(time.time())
         self.draining = False
         self.telemetry = telemetry

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from antiphon.core.directory import WorkerRecord
 from antiphon.core.ids import Role, WorkerId
 from antiphon.core.worker_info import WorkerInfo
+from antiphon.gateway.compositions import CompositionStatus
 from antiphon.gateway.metrics.instruments import kv_usage
-
-if TYPE_CHECKING:  # without compositions a gateway needs no router and its numpy
-    from antiphon.coe.serving.composition import CompositionStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

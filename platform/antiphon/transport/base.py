@@ -97,8 +97,8 @@ class Message:
 class Waitable(Protocol):
     """What a ``WaitSet`` needs from a link or a listener to spin on it and then to sleep on it.
 
-    Two more properties are optional: ``spin_channel``, the native control channel to spin on without the GIL (shared memory), and ``nap_s``,
-    seconds after which a sleeper has to ask ``pending`` again because nothing rings (NIXL).
+    Two more properties are optional: ``spin_channel``, the native control channel to spin on without the GIL (shared memory), and
+    ``nap_s``, seconds after which a sleeper has to ask ``pending`` again because nothing rings (NIXL).
     """
 
     @property

@@ -25,6 +25,7 @@ from fastapi.responses import StreamingResponse
 
 from antiphon.client import AsyncClient
 from antiphon.coe.routing.artifact import write_artifact
+from antiphon.coe.serving.gateway import GatewayCompositions
 from antiphon.coe.training.example_table import example_table
 from antiphon.coe.training.fit import Recipe
 from antiphon.coe.training.train import Options, train
@@ -125,7 +126,15 @@ async def world(
                 routing=routing,  # type: ignore[arg-type]
             )
             task = asyncio.create_task(
-                run_gateway(config, made.directory, stop, on_bound=bound.set_result, telemetry=disabled(), notes=made.directory)
+                run_gateway(
+                    config,
+                    made.directory,
+                    stop,
+                    on_bound=bound.set_result,
+                    telemetry=disabled(),
+                    notes=made.directory,
+                    open_compositions=GatewayCompositions.open,
+                )
             )
             serving.append(task)
             await asyncio.wait({task, bound}, return_when=asyncio.FIRST_COMPLETED, timeout=WAIT_S)

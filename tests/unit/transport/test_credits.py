@@ -38,18 +38,18 @@ def test_a_damaged_frame_is_refused(frame: bytes) -> None:
 
 
 def test_a_slot_sent_again_before_its_release_is_damage() -> None:
-    credits = Credits(2, 100)
-    credits.receive(data(1, 0))
+    mine = Credits(2, 100)
+    mine.receive(data(1, 0))
     with pytest.raises(DamageError, match="before its release"):
-        credits.receive(data(1, 1))
+        mine.receive(data(1, 1))
 
 
 def test_a_credit_for_a_slot_that_is_not_in_flight_is_damage() -> None:
-    credits = Credits(2, 100)
+    mine = Credits(2, 100)
     with pytest.raises(DamageError):
-        credits.take_credit(PREFIX.pack(CREDIT, 0, 0, 0))
+        mine.take_credit(PREFIX.pack(CREDIT, 0, 0, 0))
     with pytest.raises(DamageError):
-        credits.take_credit(PREFIX.pack(CREDIT, 0, 0, 0) + b"x")
+        mine.take_credit(PREFIX.pack(CREDIT, 0, 0, 0) + b"x")
 
 
 def test_sequence_numbers_wrap_around() -> None:

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from antiphon.apps.serve.deployment_set import Serving
 from antiphon.apps.serve.plan import GATEWAY, ServeSettings
@@ -24,6 +24,17 @@ from antiphon.directory.memory import open_directory
 from antiphon.directory.workers import WorkerSource
 from antiphon.gateway.config import BoundPorts, GatewayConfig
 from antiphon.models.loading.source import resolve
+
+if TYPE_CHECKING:
+    from antiphon.core.directory import Notes
+    from antiphon.gateway.compositions import Compositions
+    from antiphon.gateway.gateway import Gateway
+
+
+async def _open_compositions(gateway: Gateway, notes: Notes) -> Compositions:
+    from antiphon.coe.serving.gateway import GatewayCompositions  # with its router and numpy, where compositions are served
+
+    return await GatewayCompositions.open(gateway, notes)
 
 
 class RunGateway(Protocol):
@@ -164,7 +175,14 @@ class GatewayThread:
             else:
                 from antiphon.gateway.app import run_gateway
 
-                await run_gateway(self._config, directory, self._stop, on_bound=self._set_bound, notes=directory)
+                await run_gateway(
+                    self._config,
+                    directory,
+                    self._stop,
+                    on_bound=self._set_bound,
+                    notes=directory,
+                    open_compositions=_open_compositions,
+                )
         finally:
             await directory.close()
 

@@ -11,10 +11,9 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Literal
 
-from antiphon.coe.routing.decision import Decision, DecisionId, ExpertState, Question, View
+from antiphon.coe.routing.decision import Decision, DecisionId, Question, View
 from antiphon.coe.routing.router import Record
 from antiphon.coe.serving.circuit_breaker import Breaker
 from antiphon.coe.serving.deciders import Routes
@@ -22,32 +21,11 @@ from antiphon.coe.serving.expert_health import ExpertHealth
 from antiphon.core.directory import Notes
 from antiphon.core.document.composition import CompositionOfExperts, ExternalEndpoint, Policy
 from antiphon.core.errors import AntiphonError, InvalidInput
+from antiphon.gateway.compositions import CompositionStatus, ExpertStanding
 
 _log = logging.getLogger(__name__)
 
 _NOTE_TIMEOUT_S = 0.2  # what looking up or noting a session may cost a request
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertStanding:
-    """An expert of a composition now."""
-
-    name: str
-    external: bool
-    general: bool
-    state: ExpertState
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompositionStatus:
-    """How a composition stands: degraded = an expert is down, and others answer for it."""
-
-    name: str
-    state: Literal["ready", "degraded", "unavailable"]
-    message: str
-    experts: tuple[ExpertStanding, ...]
-    num_fallbacks: int  # answers that another than the chosen expert gave, at this gateway
-    last_fallback: str  # why, and when; "" = none so far
 
 
 class Composition:

@@ -8,9 +8,10 @@
        least expected
     beside all this: copy the expert that is likeliest to be loaded next into host memory
 
-A load is due when those who want it have waited, in sum, for ``load_wait_factor`` times as long as it takes, weighed by how likely whoever
-is evicted for it is wanted back soon: at once into free room or over experts that nobody asks for, later over busy ones, so that
-one switch serves more. A host copy of a resident expert is worth nothing until that one is evicted, so it is the first to give
+A load is due when those who want it have waited, in sum, for ``load_wait_factor`` times as long as it takes, weighed by how likely
+whoever is evicted for it is wanted back soon: at once into free room or over experts that nobody asks for, later over busy ones,
+so that one switch serves more. A host copy of a resident expert is worth nothing until that one is evicted, so it is the first to
+give
 way. Must not know: how weights move, clocks, which engine serves.
 """
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from antiphon.core.document.composition import split_model_name
 from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import FFNShard, Role
 from antiphon.core.request import MAX_LOGPROBS, FinishReason
+from antiphon.gateway.compositions import CompositionGenerator, CompositionStatus, ServedComposition
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.generation.request import (
     MAX_CHOICES,
@@ -38,10 +39,6 @@ from antiphon.gateway.status import PoolStatus, WorkerStatus
 from antiphon.rpc.inference import CallInfo
 from antiphon.rpc.v1 import inference_pb2 as pb
 
-if TYPE_CHECKING:  # without compositions a gateway needs no router and its numpy
-    from antiphon.coe.serving.composition import Composition, CompositionStatus
-    from antiphon.coe.serving.doors.generate import CoeGenerator
-
 _ROLES = ("system", "developer", "user", "assistant")
 _FINISH = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
 
@@ -49,7 +46,7 @@ _FINISH = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FIN
 class GrpcDoor:
     """antiphon.rpc.inference.InferencePort over a gateway."""
 
-    def __init__(self, gateway: Gateway, compositions: CoeGenerator | None = None) -> None:
+    def __init__(self, gateway: Gateway, compositions: CompositionGenerator | None = None) -> None:
         self._gateway = gateway
         self._compositions = compositions
 
@@ -256,7 +253,7 @@ def _probability(probability: TokenProbability) -> pb.TokenProbability:
     )
 
 
-def _composition_card(composition: Composition, created: int) -> pb.ModelCard:
+def _composition_card(composition: ServedComposition, created: int) -> pb.ModelCard:
     lengths = [expert.context_tokens for expert in composition.document.spec.experts if expert.context_tokens is not None]
     return pb.ModelCard(
         id=composition.name,

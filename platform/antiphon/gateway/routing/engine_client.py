@@ -201,8 +201,8 @@ class EngineClient:
     async def stream(
         self, worker_id: WorkerId, request: Request, *, deadline_left_s: float | None, connect_timeout_s: float | None = None
     ) -> AsyncGenerator[Answer, None]:
-        """Run a request on a worker; see ``WorkerConnection.stream``. Waits for a session that is being opened, ``connect_timeout_s``
-        seconds at most.
+        """Run a request on a worker; see ``WorkerConnection.stream``. Waits for a session that is being opened,
+        ``connect_timeout_s`` seconds at most.
         """
         connection = self._connections.get(worker_id)
         if connection is None:

@@ -1,7 +1,8 @@
 """One end's words in a shared segment: what was sent, what came back, who sleeps (hot).
 
-The native control channel is native/antiphon_channel.c, which describes the protocol. ``PythonControlChannel`` is its twin for machines without a C
-compiler; plain Python stores are ordered only on x86, so elsewhere there is no shared memory without the native one.
+The native control channel is native/antiphon_channel.c, which describes the protocol. ``PythonControlChannel`` is its twin for
+machines without a C compiler; plain Python stores are ordered only on x86, so elsewhere there is no shared memory without the
+native one.
 Must not know: sockets, links, what slots hold.
 """
 

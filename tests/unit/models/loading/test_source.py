@@ -201,7 +201,10 @@ def test_a_local_gguf_file_is_converted_anew_when_it_changes(tmp_path):
 
 
 def test_resolving_a_path_imports_no_torch(tmp_path):
-    program = f"import sys; from antiphon.models.loading.source import resolve; resolve({str(tmp_path)!r}); sys.exit('torch' in sys.modules)"
+    program = (
+        "import sys; from antiphon.models.loading.source import resolve; "
+        f"resolve({str(tmp_path)!r}); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
 
 

@@ -33,9 +33,9 @@ from antiphon.core.errors import (
     UnknownModel,
 )
 from antiphon.gateway.generation.request import ChatPrompt, Event, GenerationRequest, TextPrompt
+from antiphon.rpc.inference import Announce
 
 Generate = Callable[[GenerationRequest], AsyncGenerator[Event, None]]
-Announce = Callable[[Mapping[str, str]], Awaitable[None]]
 
 _NOTE_TIMEOUT_S = 0.2
 _RESUMABLE_S = 600.0  # how long a broken answer can be asked for
