@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -51,3 +52,17 @@ def test_a_worker_on_the_cpu_loads_no_kernel_compiler_for_cards() -> None:
     code = "import sys, antiphon.apps.process.worker_process, antiphon.testing; print('triton' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.stdout.strip() == "False", result.stdout + result.stderr
+
+
+def test_no_pattern_takes_a_line_end_for_the_end_of_a_string() -> None:
+    """In Python's patterns ``$`` also stands before a last line end: ``fullmatch`` or ``\\Z`` say what is meant."""
+    found = []
+    for path in [*ROOT.glob("platform/**/*.py"), *ROOT.glob("operators/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args):
+                continue
+            pattern = node.args[0]
+            is_re = isinstance(node.func.value, ast.Name) and node.func.value.id == "re"
+            if is_re and isinstance(pattern, ast.Constant) and str(pattern.value).endswith("$"):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not found, found

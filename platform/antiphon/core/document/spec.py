@@ -43,7 +43,7 @@ VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
 MAX_NAME_LENGTH = 40  # a RayService of the same name with its suffix must stay within 47 characters
 
-_DNS_LABEL = re.compile(r"^[a-z]([-a-z0-9]*[a-z0-9])?$")
+_DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 
 
 class Topology(StrEnum):
@@ -97,7 +97,7 @@ class Metadata(BaseModel):
     @field_validator("name")
     @classmethod
     def _is_dns_label(cls, name: str) -> str:
-        if not _DNS_LABEL.match(name):
+        if not _DNS_LABEL.fullmatch(name):
             raise ValueError("must be a DNS label: lower-case letters, digits and '-', starting with a letter")
         return name
 
@@ -191,7 +191,7 @@ class PoolSpec(Model):
     @field_validator("name")
     @classmethod
     def _is_dns_label(cls, name: str) -> str:
-        if not _DNS_LABEL.match(name):
+        if not _DNS_LABEL.fullmatch(name):
             raise ValueError("must be a DNS label: lower-case letters, digits and '-', starting with a letter")
         if name in RESERVED_POOL_NAMES:
             raise ValueError(f"{name!r} is reserved")

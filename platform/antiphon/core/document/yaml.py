@@ -1,13 +1,15 @@
 """YAML text as plain values with the lines they stand on; refuses what JSON could not hold (control speed).
 
 Documents are read by Kubernetes too, so they stay within what both understand the same way: string keys, no key twice, no
-tags, no infinite structures. Dates stay text.
+tags, no merge keys, no infinite structures. A plain word is a number, a boolean or null where Kubernetes' reader takes it for one
+(``y`` and ``1e3`` are, ``1:30`` and ``=`` are not); dates stay text.
 
 Must not know: any kind of document.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,15 +25,78 @@ _MAX_VALUES = 200_000  # counts what aliases repeat, so that a few lines can't u
 Value = dict[str, "Value"] | list["Value"] | str | int | float | bool | None
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader without dates."""
+_TAG = "tag:yaml.org,2002:"
+_SCALARS = {f"{_TAG}{name}" for name in ("str", "int", "float", "bool", "null")}
+_MERGE = f"{_TAG}merge"
 
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+# What sigs.k8s.io/yaml makes of plain words; it takes sexagesimal numbers (YAML 1.1) for text.
+_WORDS: dict[str, Value] = {
+    **dict.fromkeys(("y", "Y", "yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON"), True),
+    **dict.fromkeys(("n", "N", "no", "No", "NO", "false", "False", "FALSE", "off", "Off", "OFF"), False),
+    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
+    **dict.fromkeys((".nan", ".NaN", ".NAN"), math.nan),
+    **dict.fromkeys((".inf", ".Inf", ".INF", "+.inf", "+.Inf", "+.INF"), math.inf),
+    **dict.fromkeys(("-.inf", "-.Inf", "-.INF"), -math.inf),
 }
-_SCALARS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null")}
+_INT = re.compile(r"[-+]?(0[xX][0-9a-fA-F]+|0[bB][01]+|0[oO]?[0-7]+|0|[1-9][0-9]*)")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_KINDS = ((bool, "bool"), (int, "int"), (float, "float"), (str, "str"))
+
+
+def plain_value(text: str) -> Value:
+    """What a plain word stands for.
+
+    Raises:
+        ValueError: an integer of more digits than anybody reads.
+    """
+    if text in _WORDS:
+        return _WORDS[text]
+    if text[0] not in "+-.0123456789":
+        return text
+    digits = text if text[0] == "." else text.replace("_", "")
+    if _INT.fullmatch(digits) is not None:
+        sign, magnitude = (-1, digits[1:]) if digits[0] == "-" else (1, digits.lstrip("+"))
+        is_old_octal = len(magnitude) > 1 and magnitude[0] == "0" and magnitude[1].isdigit()
+        return sign * (int(magnitude, 8) if is_old_octal else int(magnitude, 0))
+    if _FLOAT.fullmatch(digits) is not None and math.isfinite(float(digits)):
+        return float(digits)
+    return text
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader whose plain words are those of Kubernetes."""
+
+    def resolve(self, kind: type[yaml.Node], value: str | None, implicit: tuple[bool, bool] | bool | None) -> str:
+        """The tag of a node that has none."""
+        if kind is not yaml.ScalarNode:
+            return str(super().resolve(kind, value, implicit))  # type: ignore[no-untyped-call]
+        text = "" if value is None else value
+        if not (isinstance(implicit, tuple) and implicit[0]):
+            return f"{_TAG}str"  # it stands in quotes
+        if text == "<<":
+            return _MERGE
+        try:
+            found = plain_value(text)
+        except ValueError:
+            return f"{_TAG}int"
+        return _TAG + next((name for kind, name in _KINDS if isinstance(found, kind)), "null")
+
+
+def _scalar(node: yaml.ScalarNode) -> Value:
+    """The value of a scalar whose tag is known.
+
+    Raises:
+        ValueError: its text is not of that kind.
+    """
+    name = node.tag.removeprefix(_TAG)
+    if name == "str":
+        return str(node.value)
+    found = plain_value(node.value)
+    if name == "float" and isinstance(found, int) and not isinstance(found, bool):
+        return float(found)
+    if name != next((kind for type_, kind in _KINDS if isinstance(found, type_)), "null"):
+        raise ValueError(name)
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +135,7 @@ def load_yaml(text: str | bytes, source: str) -> list[YamlDocument]:
         while loader.check_node():
             root = loader.get_node()
             assert root is not None  # check_node said so
-            reader = _Reader(loader, source)
+            reader = _Reader(source)
             value = reader.value(root, (), 0)
             problems += reader.problems
             if value is not None:
@@ -103,8 +168,7 @@ def path_text(path: Sequence[str | int]) -> str:
 
 
 class _Reader:
-    def __init__(self, loader: yaml.SafeLoader, source: str) -> None:
-        self._loader = loader
+    def __init__(self, source: str) -> None:
         self._source = source
         self._num_values = 0
         self.problems: list[Problem] = []
@@ -113,25 +177,29 @@ class _Reader:
         self._num_values += 1
         if depth > _MAX_DEPTH or self._num_values > _MAX_VALUES:
             raise RecursionError
-        if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
+        if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":
             return self._mapping(node, path, depth)
-        if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
+        if isinstance(node, yaml.SequenceNode) and node.tag == f"{_TAG}seq":
             return [self.value(item, (*path, i), depth + 1) for i, item in enumerate(node.value)]
         if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
             try:
-                scalar: Value = self._loader.construct_object(node)
-            except (ValueError, KeyError, IndexError, OverflowError, yaml.constructor.ConstructorError):
-                self._problem(node, path, f"{node.value[:60]!r} is not a {node.tag.rpartition(':')[2]}")
+                return _scalar(node)
+            except (ValueError, OverflowError):
+                self._problem(node, path, f"{node.value[:60]!r} is not a {node.tag.removeprefix(_TAG)}")
                 return None
-            return scalar
-        self._problem(node, path, f"the tag {node.tag.removeprefix('tag:yaml.org,2002:')!r} is not allowed")
+        if isinstance(node, yaml.ScalarNode) and node.tag == _MERGE:
+            return str(node.value)
+        self._problem(node, path, f"the tag {node.tag.removeprefix(_TAG)!r} is not allowed")
         return None
 
     def _mapping(self, node: yaml.MappingNode, path: tuple[str | int, ...], depth: int) -> Value:
         lines: dict[str, int] = {}
         found: dict[str, Value] = {}
         for key_node, value_node in node.value:
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
+            if key_node.tag == _MERGE:
+                self._problem(key_node, path, "merge keys (<<) are not taken: write the fields out here")
+                continue
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != f"{_TAG}str":
                 shown = repr(key_node.value[:60]) if isinstance(key_node, yaml.ScalarNode) else "this key"
                 self._problem(key_node, path, f"{shown} is not a string: put keys in quotes")
                 continue

@@ -212,6 +212,7 @@ class ChoiceRun:
             text=piece.text,
             token_ids=token_ids,
             logprobs=tuple(self._logprob(logprob) for logprob in output.logprobs[: piece.num_tokens]),
+            text_offsets=piece.offsets,
             finish_reason=finish_reason,
             stop_string=self._text.stop_string,
             stop_token_id=output.stop_token_id if named else None,

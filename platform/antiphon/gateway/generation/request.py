@@ -160,6 +160,7 @@ class ChoiceDelta:
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[Logprob, ...] = ()  # one per token id when asked for
+    text_offsets: tuple[int, ...] = ()  # one per token id: where it stands in the choice's text
     finish_reason: FinishReason | None = None  # STOP or LENGTH, on the last one
     stop_string: str | None = None
     stop_token_id: int | None = None  # set only when the client named it

@@ -62,6 +62,7 @@ def usage_body(usage: Usage) -> Json:
 class _Choice:
     text: list[str] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
@@ -85,7 +86,6 @@ class Answer:
         self._n = n
         self._started: Started | None = None
         self._choices: dict[int, _Choice] = {}
-        self._offsets: dict[int, int] = {}
 
     # ---- whole ---------------------------------------------------------------------------------------------------
 
@@ -98,6 +98,7 @@ class Answer:
         choice = self._choices.setdefault(delta.index, _Choice())
         choice.text.append(delta.text)
         choice.logprobs.extend(delta.logprobs)
+        choice.offsets.extend(delta.text_offsets)
         if delta.finish_reason is not None:
             choice.finish_reason = delta.finish_reason
             choice.stop_reason = _stop_reason(delta)
@@ -114,10 +115,11 @@ class Answer:
     def _whole_choice(self, index: int, choice: _Choice) -> Json:
         text = self._prompt_text(index) + "".join(choice.text)
         ending = {"finish_reason": _finish(choice.finish_reason), "stop_reason": choice.stop_reason}
+        offsets = [min(offset, len(text)) for offset in choice.offsets]
         if self._chat:
             message = {"role": "assistant", "content": text, "refusal": None}
-            return {"index": index, "message": message, "logprobs": self._logprobs(index, choice.logprobs), **ending}
-        return {"index": index, "text": text, "logprobs": self._logprobs(index, choice.logprobs), **ending}
+            return {"index": index, "message": message, "logprobs": self._logprobs(choice.logprobs, offsets), **ending}
+        return {"index": index, "text": text, "logprobs": self._logprobs(choice.logprobs, offsets), **ending}
 
     # ---- streamed ------------------------------------------------------------------------------------------------
 
@@ -132,7 +134,7 @@ class Answer:
                 chunks.append(self._chunk({"text": self._prompt_text(delta.index)}, delta.index, None))
         if delta.text or delta.logprobs:
             content = {"delta": {"content": delta.text}} if self._chat else {"text": delta.text}
-            chunks.append(self._chunk(content, delta.index, self._logprobs(delta.index, delta.logprobs)))
+            chunks.append(self._chunk(content, delta.index, self._logprobs(delta.logprobs, delta.text_offsets)))
         if delta.finish_reason is not None:
             last = self._chunk({"delta": {}} if self._chat else {"text": ""}, delta.index, None)
             last["choices"][0].update(finish_reason=_finish(delta.finish_reason), stop_reason=_stop_reason(delta))
@@ -178,22 +180,17 @@ class Answer:
             return ""
         return self._started.prompt_texts[index // self._n]
 
-    def _logprobs(self, index: int, logprobs: Sequence[Logprob]) -> Json | None:
+    def _logprobs(self, logprobs: Sequence[Logprob], offsets: Sequence[int]) -> Json | None:
         if not self._with_logprobs:
             return None
         if self._chat:
             return {"content": [_chat_logprob(logprob) for logprob in logprobs], "refusal": None}
-        offset = self._offsets.get(index, 0)
-        offsets = []
-        for logprob in logprobs:
-            offsets.append(offset)
-            offset += len(logprob.chosen.text)
-        self._offsets[index] = offset
         return {
             "tokens": [_token_name(logprob.chosen) for logprob in logprobs],
             "token_logprobs": [logprob.chosen.logprob for logprob in logprobs],
-            "top_logprobs": [{_token_name(p): p.logprob for p in logprob.top} for logprob in logprobs],
-            "text_offset": offsets,
+            # The sampled token is always among them, as OpenAI promises: up to one more than was asked for.
+            "top_logprobs": [{_token_name(p): p.logprob for p in (*logprob.top, logprob.chosen)} for logprob in logprobs],
+            "text_offset": list(offsets),
         }
 
 

@@ -15,10 +15,15 @@ from antiphon.gateway.text.tokenizer import TextModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """What tokens gave: final text, and how many of them count (fewer than were fed when a stop string ended it)."""
+    """What tokens gave: final text, how many of them count (fewer than were fed when a stop string ended it), and where they stand.
+
+    A token's offset is the place in the choice's text of the first character it has a part in; a stop string's own tokens stand at
+    the text's end.
+    """
 
     text: str
     num_tokens: int
+    offsets: tuple[int, ...] = ()  # one per token that counts
 
 
 class ChoiceText:
@@ -45,6 +50,8 @@ class ChoiceText:
         self._matcher = StopMatcher(stops, include_stop=include_stop)
         self._include_stop = include_stop
         self._min_tokens = min_tokens
+        self._num_chars = 0  # that the detokenizer has given out
+        self._num_given = 0  # of these, known to be outside any stop string
         self.num_tokens = 0
 
     @property
@@ -54,13 +61,14 @@ class ChoiceText:
 
     def feed(self, token_ids: Sequence[int]) -> Piece:
         """Take tokens; after a stop string the rest of them, and all that follow, don't count."""
-        parts = []
-        for position, token_id in enumerate(token_ids):
+        parts, offsets = [], []
+        for token_id in token_ids:
             self.num_tokens += 1
+            offsets.append(self._num_chars)
             parts.append(self._take(self._detokenizer.feed(token_id)))
             if self._matcher.matched is not None:
-                return Piece(text="".join(parts), num_tokens=position + 1)
-        return Piece(text="".join(parts), num_tokens=len(token_ids))
+                break
+        return self._piece("".join(parts), offsets)
 
     def finish(self, token_ids: Sequence[int], *, stop_token: bool) -> Piece:
         """Take the last tokens; with ``stop_token`` the last of them ended the choice and gives text only if asked for."""
@@ -69,10 +77,21 @@ class ChoiceText:
         if self._matcher.matched is not None:
             return piece
         self.num_tokens += num_silent
-        text = piece.text + self._take(self._detokenizer.flush())
+        offsets = [*piece.offsets, *[self._num_chars] * num_silent]
+        text = self._take(self._detokenizer.flush())
         if self._matcher.matched is None:
-            text += self._matcher.flush()
-        return Piece(text=text, num_tokens=len(token_ids))
+            rest = self._matcher.flush()
+            self._num_given += len(rest)
+            text += rest
+        return self._piece(piece.text + text, offsets)
 
     def _take(self, text: str) -> str:
-        return text if self.num_tokens <= self._min_tokens else self._matcher.feed(text)
+        self._num_chars += len(text)
+        given = self._matcher.feed(text, muted=self.num_tokens <= self._min_tokens)
+        self._num_given += len(given)
+        return given
+
+    def _piece(self, text: str, offsets: list[int]) -> Piece:
+        # Beyond a stop string there is no text to stand in.
+        end = self._num_chars if self._matcher.matched is None else self._num_given
+        return Piece(text=text, num_tokens=len(offsets), offsets=tuple(min(offset, end) for offset in offsets))

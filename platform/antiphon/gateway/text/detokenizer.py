@@ -46,7 +46,7 @@ _BYTE_OF = byte_alphabet()
 
 
 def byte_level_bytes(token: str) -> bytes:
-    """The bytes a token of such a vocabulary stands for; a token outside the alphabet (an added one) stands for its own text."""
+    """The bytes a token of such a vocabulary stands for; one outside the alphabet stands for its own text."""
     try:
         return bytes([_BYTE_OF[char] for char in token])
     except KeyError:
@@ -59,17 +59,21 @@ class ByteLevelDetokenizer:
     Args:
         tokenizer: names the tokens.
         skipped: ids that give no text (special tokens).
+        literal: ids of added tokens that are their own text, though it may look like bytes of the alphabet ("café").
     """
 
-    def __init__(self, tokenizer: Tokenizer, skipped: Collection[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, skipped: Collection[int], literal: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._skipped = skipped
+        self._literal = literal
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token_id: int) -> str:
         """See ``Detokenizer``."""
         token = None if token_id in self._skipped else self._tokenizer.id_to_token(token_id)
-        return "" if token is None else self._decoder.decode(byte_level_bytes(token))
+        if token is None:
+            return ""
+        return self._decoder.decode(token.encode() if token_id in self._literal else byte_level_bytes(token))
 
     def flush(self) -> str:
         """See ``Detokenizer``."""

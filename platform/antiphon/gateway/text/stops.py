@@ -28,6 +28,11 @@ class _Automaton:
             self.matched += 1
         return self.matched == len(self.pattern)
 
+    def passed_over(self) -> None:
+        """A complete match that doesn't count: what of it may begin the next one stays."""
+        if self.matched == len(self.pattern):
+            self.matched = self.fallback[-1]
+
 
 class StopMatcher:
     """Watches one choice's text. After a match nothing more may be fed.
@@ -43,15 +48,21 @@ class StopMatcher:
         self._held = ""
         self.matched: str | None = None
 
-    def feed(self, text: str) -> str:
-        """Take the next piece; returns what is now known to be outside any stop string."""
+    def feed(self, text: str, *, muted: bool = False) -> str:
+        """Take the next piece; returns what is now known to be outside any stop string.
+
+        A stop string that ends within a ``muted`` piece doesn't count; one that only begins there does.
+        """
         if not self._automata:
             return text
         buffer = self._held + text
         for position in range(len(self._held), len(buffer)):
             char = buffer[position]
             complete = [automaton.pattern for automaton in self._automata if automaton.feed(char)]
-            if complete:
+            if complete and muted:
+                for automaton in self._automata:
+                    automaton.passed_over()
+            elif complete:
                 self.matched = max(complete, key=len)
                 self._held = ""
                 end = position + 1

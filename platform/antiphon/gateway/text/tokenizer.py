@@ -57,6 +57,7 @@ class TextModel:
         self.special_token_ids = frozenset(
             token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
         )
+        self._literal_ids = _literal_ids(tokenizer) if self._byte_level else frozenset()
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
 
     @classmethod
@@ -129,20 +130,27 @@ class TextModel:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of tokens; ids outside the vocabulary give none."""
+        if self._byte_level:
+            detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
+            return "".join(detokenizer.feed(token_id) for token_id in token_ids) + detokenizer.flush()
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
         """A new choice's detokenizer."""
         skipped = self.special_token_ids if skip_special_tokens else frozenset()
-        return (ByteLevelDetokenizer if self._byte_level else WindowDetokenizer)(self._tokenizer, skipped)
+        if self._byte_level:
+            return ByteLevelDetokenizer(self._tokenizer, skipped, self._literal_ids)
+        return WindowDetokenizer(self._tokenizer, skipped)
 
     def token_text(self, token_id: int) -> TokenText:
         """One token by itself."""
         token = self._tokenizer.id_to_token(token_id)
         if token is None:
             return TokenText(text="", raw=b"")
-        if self._byte_level:
+        if token_id in self._literal_ids:
+            raw = token.encode()
+        elif self._byte_level:
             raw = byte_level_bytes(token)
         elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             raw = bytes([int(token[3:5], 16)])
@@ -165,16 +173,32 @@ def _is_byte_level(tokenizer: Tokenizer) -> bool:
     return isinstance(decoder, dict) and decoder.get("type") == "ByteLevel"
 
 
+def _literal_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Added tokens that are found in a text as they are written, before it becomes bytes: they stand for their own text."""
+    normalised_to_bytes = '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str()).get("normalizer"))
+    added = tokenizer.get_added_tokens_decoder().items()
+    return frozenset(token_id for token_id, token in added if not (normalised_to_bytes and token.normalized))
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointInvalid(f"{path}: {error}") from error
+        value = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointInvalid(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointInvalid(f"{path}: expected an object")
     return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointInvalid(f"{path}: not UTF-8: byte {error.start}") from error
+    except OSError as error:
+        raise CheckpointInvalid(f"{path}: can't be read: {error.strerror or error}") from error
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -191,17 +215,16 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 def _eos_token_ids(directory: Path) -> set[int]:
     for name in ("generation_config.json", "config.json"):
         value = _read_json(directory / name).get("eos_token_id")
-        if isinstance(value, int):
-            return {value}
-        if isinstance(value, list):
-            return {item for item in value if isinstance(item, int)}
+        found = value if isinstance(value, list) else [value]
+        if ids := {item for item in found if isinstance(item, int) and not isinstance(item, bool)}:
+            return ids  # an empty list says nothing, and leaves it to the next file
     return set()
 
 
 def _chat_template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return _read_text(path)
     value = config.get("chat_template")
     if isinstance(value, list):  # several by name
         named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}

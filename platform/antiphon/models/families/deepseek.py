@@ -11,7 +11,7 @@ from antiphon.models.config import DecoderConfig, GateConfig, LatentAttentionCon
 from antiphon.models.families.dense import decoder, dense_ffn
 from antiphon.models.families.fields import activation, refuse
 from antiphon.models.families.sparse import DEEPSEEK_NAMES, first_dense_layers, mixed_layers, num_experts
-from antiphon.models.layers.rope_config import rope_config
+from antiphon.models.layers.rope_config import rope_config, rope_settings, rope_type
 
 ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 
@@ -39,9 +39,9 @@ def latent_attention(
     rope_dim, nope_dim = int(raw["qk_rope_head_dim"]), int(raw["qk_nope_head_dim"])
     _ = raw.get("head_dim"), raw.get("qk_head_dim")  # follow from the two above
     scale = (rope_dim + nope_dim) ** -0.5
-    rope_scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope_scaling = rope_settings(raw)
     weight = float(rope_scaling.get("mscale_all_dim") or 0.0)
-    if weight and str(rope_scaling.get("rope_type") or rope_scaling.get("type") or "default") != "default":
+    if weight and rope_type(rope_scaling) != "default":
         factor = float(rope_scaling["factor"])
         scale *= (0.1 * weight * math.log(factor) + 1.0) ** 2 if factor > 1.0 else 1.0
     q_rank = raw.get("q_lora_rank")

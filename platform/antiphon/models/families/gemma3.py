@@ -10,7 +10,7 @@ from antiphon.core.errors import UnsupportedModel
 from antiphon.models.config import DecoderConfig, FFNConfig, LayerConfig, LayerNames
 from antiphon.models.families.dense import decoder, grouped_attention, layer_windows
 from antiphon.models.families.fields import activation, refuse
-from antiphon.models.layers.rope_config import RopeConfig, rope_config
+from antiphon.models.layers.rope_config import RopeConfig, rope_config, rope_settings
 
 ARCHITECTURES = ("Gemma3ForCausalLM",)
 
@@ -55,8 +55,12 @@ def _ropes(raw: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig]:
         if kind not in ("sliding_attention", "full_attention"):
             raise UnsupportedModel(f"rope_parameters of {kind!r} layers are not supported", f"rope_parameters.{kind}")
     flat_local, flat_full, flat_scaling = raw.get("rope_local_base_freq"), raw.get("rope_theta"), raw.get("rope_scaling")
-    local = sections.get("sliding_attention") or {"rope_theta": flat_local or 10_000.0}
-    full = sections.get("full_attention") or {"rope_theta": flat_full or 1_000_000.0, **(flat_scaling or {})}
+    # A flat field gives what the section leaves open, and scaling for full layers is often added to a config that has sections.
+    local = {"rope_theta": flat_local or 10_000.0, **(sections.get("sliding_attention") or {})}
+    full = {
+        "rope_theta": flat_full or 1_000_000.0,
+        **rope_settings({"rope_parameters": sections.get("full_attention"), "rope_scaling": flat_scaling}),
+    }
     return (
         rope_config({}, head_dim, max_position, default_theta=10_000.0, scaling=local),
         rope_config({}, head_dim, max_position, default_theta=1_000_000.0, scaling=full),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from antiphon.core.errors import UnsupportedModel
 from antiphon.models.config import AttentionConfig, FFNConfig, LatentAttentionConfig, LayerConfig, LayerNames, MoEConfig
 
 MIXTRAL_NAMES = LayerNames(
@@ -19,11 +20,14 @@ DEEPSEEK_NAMES = LayerNames(shared="mlp.shared_experts.")
 
 
 def num_experts(raw: Mapping[str, Any]) -> int:
-    """Routed experts, under any of the names in use."""
-    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if raw.get(key) is not None:
-            return int(raw[key])
-    raise KeyError("num_experts")
+    """Routed experts, under any of the names in use; two names that disagree are refused."""
+    found = {key: int(raw[key]) for key in ("num_experts", "num_local_experts", "n_routed_experts") if raw.get(key) is not None}
+    if not found:
+        raise KeyError("num_experts")
+    if len(set(found.values())) > 1:
+        said = ", ".join(f"{key} = {count}" for key, count in found.items())
+        raise UnsupportedModel(f"the number of experts is said twice, and differently: {said}", next(iter(found)))
+    return next(iter(found.values()))
 
 
 def qwen_sparse_layers(raw: Mapping[str, Any]) -> list[bool]:

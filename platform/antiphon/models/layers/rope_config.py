@@ -45,6 +45,53 @@ class RopeConfig:
         return 2 * len(self.inv_freq)
 
 
+def rope_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary parameters of a config, of both spellings together.
+
+    Newer configs write ``rope_parameters``, older ones ``rope_scaling``, and many carry both: one of them often only says "default"
+    beside the other, which scales. That one then counts, as in transformers; what the two say differently is refused.
+
+    Raises:
+        UnsupportedModel: one is no mapping, or they contradict each other; the message names the parameter.
+    """
+    newer, classic = _section(raw, "rope_parameters"), _section(raw, "rope_scaling")
+    kinds = [rope_type(section) for section in (newer, classic)]
+    settings = {key: value for key, value in newer.items() if key not in ("type", "rope_type")}
+    for key, value in classic.items():
+        if key in ("type", "rope_type") or value is None:
+            continue
+        if settings.get(key) is not None and settings[key] != value:
+            raise UnsupportedModel(
+                f"rope_parameters.{key} is {settings[key]!r}, but rope_scaling.{key} is {value!r}: keep one of them",
+                f"rope_scaling.{key}",
+            )
+        settings[key] = value
+    named = [kind for kind in dict.fromkeys(kinds) if kind != "default"]
+    if len(named) > 1:
+        raise UnsupportedModel(
+            f"rope_parameters say {kinds[0]!r}, rope_scaling says {kinds[1]!r}: keep one of them", "rope_scaling.rope_type"
+        )
+    if newer or classic:
+        settings["rope_type"] = named[0] if named else "default"
+    return settings
+
+
+def rope_type(section: Mapping[str, Any]) -> str:
+    """The kind of scaling that parameters name; older configs call it ``type``."""
+    kinds = [str(section[key]) for key in ("rope_type", "type") if section.get(key) is not None]
+    # A file that was written by one program and edited for another has both; "default" says nothing.
+    return next((kind for kind in kinds if kind != "default"), "default")
+
+
+def _section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = raw.get(name)
+    if section is None:
+        return {}
+    if not isinstance(section, Mapping):
+        raise UnsupportedModel(f"{name} is {section!r}, not a mapping", name)
+    return section
+
+
 def rope_config(
     raw: Mapping[str, Any],
     head_dim: int,
@@ -65,19 +112,17 @@ def rope_config(
         scaling: The parameters where they are not the config's ``rope_parameters`` or ``rope_scaling``.
 
     Raises:
-        UnsupportedModel: another rope type, or a parameter that is not known.
+        UnsupportedModel: another rope type, a parameter that is not known or no number, or two that contradict each other.
     """
     if scaling is None:
-        # Both spellings are read, since configs often carry the newer and, for older readers, the classic one.
-        newer, classic = raw.get("rope_parameters"), raw.get("rope_scaling")
-        scaling = newer or classic or {}
+        scaling = rope_settings(raw)
     unknown = sorted(scaling.keys() - _KNOWN)
     if unknown:
         raise UnsupportedModel(f"rope parameter {unknown[0]!r} is not supported", f"rope_scaling.{unknown[0]}")
     classic_theta = raw.get("rope_theta")
     theta = float(scaling.get("rope_theta") or classic_theta or default_theta)
     rotary_dim = int(head_dim * float(scaling.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0))
-    kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
+    kind = rope_type(scaling)
     inv_freq = [theta ** (-2.0 * i / rotary_dim) for i in range(rotary_dim // 2)]
     if kind == "default":
         return RopeConfig(inv_freq=tuple(inv_freq))

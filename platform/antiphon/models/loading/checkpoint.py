@@ -223,7 +223,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointInvalid(f"{path.parent}: has no {path.name}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointInvalid(f"{path}: can't be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointInvalid(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -259,7 +259,7 @@ def _read_header(path: Path, file: str, digest: hashlib.blake2b) -> dict[str, _E
             header = stream.read(min(int.from_bytes(stream.read(8), "little"), _MAX_HEADER_BYTES))
         parsed: dict[str, Any] = json.loads(header)
         size_bytes = full.stat().st_size
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointInvalid(f"{full}: not a whole safetensors file: {error}") from error
     digest.update(f"{file}:{size_bytes}:".encode() + header)
     return {

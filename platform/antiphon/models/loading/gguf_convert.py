@@ -16,21 +16,24 @@ from typing import Any, Final, Literal
 import torch
 from safetensors.torch import save_file
 
-from antiphon.core.errors import InvalidInput
+from antiphon.core.errors import CheckpointInvalid, InvalidInput
 from antiphon.models.loading.checkpoint import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS
 from antiphon.models.loading.gguf_families import PlannedTensor, family_of, hf_config, plan_tensors
 from antiphon.models.loading.gguf_file import GgufFile
 from antiphon.models.loading.tokenizer_files import write_tokenizer
 
 MAX_SHARD_BYTES: Final = 4 * 2**30  # also bounds the memory a conversion needs
+OutputType = Literal["exact", "float32", "bfloat16"]
 _TORCH_DTYPES: Final[Mapping[str, torch.dtype]] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# The smallest type that holds every value of a stored one; dequantised values need all of float32.
+_EXACT: Final[Mapping[str, torch.dtype]] = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def convert_gguf(
     gguf: Path,
     out: Path,
     *,
-    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    dtype: OutputType = "exact",
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write ``out`` as a checkpoint directory with the weights, config and tokenizer of a GGUF file.
@@ -38,7 +41,7 @@ def convert_gguf(
     Args:
         gguf: The file; quantised weights are dequantised.
         out: Directory to make; it must not exist, or be empty. Its parents are made.
-        dtype: Type of the written weights.
+        dtype: Type of the written weights; exact = for each tensor the smallest that loses nothing: loading rounds.
         max_shard_bytes: Larger models are written as several files of about this size.
 
     Raises:
@@ -51,20 +54,33 @@ def convert_gguf(
         raise InvalidInput(f"{out} exists already and is not an empty directory", field="out")
     file = GgufFile.open(gguf)
     family = family_of(file)
-    config = hf_config(file, family, dtype)
-    planned = plan_tensors(file, family, config)
+    try:
+        config = hf_config(file, family, _compute_dtype(file) if dtype == "exact" else dtype)
+        planned = plan_tensors(file, family, config)
+    except (ArithmeticError, ValueError) as error:
+        raise CheckpointInvalid(f"{gguf}: its fields contradict each other: {error}") from error
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         _write_json(unfinished / CONFIG, config)
         _write_json(unfinished / GENERATION_CONFIG, _generation_config(file, config))
         write_tokenizer(file, unfinished)
-        _write_weights(file, planned, unfinished, _TORCH_DTYPES[dtype], max_shard_bytes)
+        dtypes = {tensor.name: _exact(file, tensor) if dtype == "exact" else _TORCH_DTYPES[dtype] for tensor in planned}
+        _write_weights(file, planned, unfinished, dtypes, max_shard_bytes)
         _make_readable(unfinished)
         os.replace(unfinished, out)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _exact(file: GgufFile, planned: PlannedTensor) -> torch.dtype:
+    return torch.float32 if planned.shift else _EXACT.get(file.stored_type(planned.source), torch.float32)
+
+
+def _compute_dtype(file: GgufFile) -> str:
+    """What "auto" computes in: float32 where the file is, else what the quantised weights are precise enough for."""
+    return "float32" if {file.stored_type(name) for name in file.tensor_names} == {"F32"} else "bfloat16"
 
 
 def _generation_config(file: GgufFile, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,13 +92,15 @@ def _generation_config(file: GgufFile, config: Mapping[str, Any]) -> dict[str, A
     return ids
 
 
-def _write_weights(file: GgufFile, planned: Sequence[PlannedTensor], out: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
-    shards = _shards(planned, dtype.itemsize, max_shard_bytes)
+def _write_weights(
+    file: GgufFile, planned: Sequence[PlannedTensor], out: Path, dtypes: Mapping[str, torch.dtype], max_shard_bytes: int
+) -> None:
+    shards = _shards(planned, dtypes, max_shard_bytes)
     weight_map: dict[str, str] = {}
     num_bytes = 0
     for number, shard in enumerate(shards, start=1):
         name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {tensor.name: _values(file, tensor).to(dtype) for tensor in shard}
+        tensors = {tensor.name: _values(file, tensor).to(dtypes[tensor.name]) for tensor in shard}
         save_file(tensors, out / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         num_bytes += sum(tensor.nbytes for tensor in tensors.values())
@@ -90,11 +108,11 @@ def _write_weights(file: GgufFile, planned: Sequence[PlannedTensor], out: Path, 
         _write_json(out / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
 
 
-def _shards(planned: Sequence[PlannedTensor], itemsize: int, max_bytes: int) -> list[list[PlannedTensor]]:
+def _shards(planned: Sequence[PlannedTensor], dtypes: Mapping[str, torch.dtype], max_bytes: int) -> list[list[PlannedTensor]]:
     shards: list[list[PlannedTensor]] = [[]]
     filled_bytes = 0
     for tensor in planned:
-        size_bytes = torch.Size(tensor.shape).numel() * itemsize
+        size_bytes = torch.Size(tensor.shape).numel() * dtypes[tensor.name].itemsize
         if shards[-1] and filled_bytes + size_bytes > max_bytes:
             shards.append([])
             filled_bytes = 0
@@ -111,6 +129,8 @@ def _values(file: GgufFile, planned: PlannedTensor) -> torch.Tensor:
         return values
     # Within a head, GGUF pairs row 2i with 2i+1 for rotation, Hugging Face row i with i + head_dim/2.
     heads = planned.num_reordered_heads
+    if values.shape[0] % (2 * heads):
+        raise CheckpointInvalid(f"{file.path}: tensor {planned.source!r} has {values.shape[0]} rows, which are no {heads} heads")
     pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
     return pairs.transpose(1, 2).reshape(values.shape).contiguous()
 

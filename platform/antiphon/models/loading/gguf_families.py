@@ -141,9 +141,17 @@ def hf_config(gguf: GgufFile, family: Family, dtype: str) -> dict[str, Any]:
     a = family.architecture
     num_heads = gguf.integer(f"{a}.attention.head_count")
     hidden_size = gguf.integer(f"{a}.embedding_length")
+    for key, value in (("attention.head_count", num_heads), ("embedding_length", hidden_size)):
+        if value < 1:
+            raise CheckpointInvalid(f"{gguf.path}: field '{a}.{key}' is {value}")
+    if gguf.integer(f"{a}.block_count") > len(gguf.tensor_names):
+        raise CheckpointInvalid(f"{gguf.path}: field '{a}.block_count' is above the number of tensors")
     head_dim = gguf.integer(f"{a}.attention.key_length", hidden_size // num_heads)
     _refuse_unsupported(gguf, a, head_dim)
-    vocab_size, embedding_width = gguf.shape("token_embd.weight")
+    embedding = gguf.shape("token_embd.weight")
+    if len(embedding) != 2:
+        raise CheckpointInvalid(f"{gguf.path}: token_embd.weight has shape {list(embedding)}, not two dimensions")
+    vocab_size, embedding_width = embedding
     if embedding_width != hidden_size:
         raise CheckpointInvalid(
             f"{gguf.path}: field '{a}.embedding_length' is {hidden_size}, but token_embd.weight is {embedding_width} wide"

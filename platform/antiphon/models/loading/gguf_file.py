@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from antiphon.core.errors import CheckpointInvalid, UnsupportedModel
+from antiphon.models.gguf_header import check_header
 
 _LIBRARY_MISSING: Final = "reading GGUF files needs the gguf library: install antiphon[convert]"
 
@@ -45,9 +46,10 @@ class GgufFile:
         path = Path(path)
         if not path.is_file():
             raise CheckpointInvalid(f"{path}: no such file")
+        check_header(path)
         try:
             file = cls(path, gguf.GGUFReader(path))
-        except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
+        except (ValueError, IndexError, KeyError, TypeError, ArithmeticError, OSError) as error:
             raise CheckpointInvalid(f"{path}: not a whole GGUF file: {error}") from error
         num_parts = file.integer("split.count", 1)
         if num_parts > 1:
@@ -131,12 +133,22 @@ class GgufFile:
         tensor = self._tensor(name)
         try:
             values = dequantize(tensor.data, tensor.tensor_type)
+            owned: npt.NDArray[np.float32] = np.array(values, dtype=np.float32, order="C").reshape(self.shape(name))
         except NotImplementedError as error:
             raise UnsupportedModel(
                 f"{self.path}: tensor {name!r} is of type {tensor.tensor_type.name}, which can't be dequantised"
             ) from error
-        owned: npt.NDArray[np.float32] = np.array(values, dtype=np.float32, order="C").reshape(self.shape(name))
+        except (ValueError, IndexError) as error:
+            raise CheckpointInvalid(f"{self.path}: tensor {name!r} is damaged: {error}") from error
         return owned
+
+    def stored_type(self, name: str) -> str:
+        """How a tensor is stored, in GGUF's words: F32, F16, BF16, Q4_1, ...
+
+        Raises:
+            CheckpointInvalid: there is no such tensor.
+        """
+        return str(self._tensor(name).tensor_type.name)
 
     def _tensor(self, name: str) -> Any:
         tensor = self._tensors.get(name)
@@ -147,7 +159,10 @@ class GgufFile:
     def _value(self, key: str, default: object) -> object:
         field = self._reader.fields.get(key)
         if field is not None:
-            value: object = field.contents()
+            try:
+                value: object = field.contents()
+            except (ValueError, IndexError, TypeError) as error:
+                raise CheckpointInvalid(f"{self.path}: field {key!r} can't be read: {error}") from error
             return value
         if default is None:
             raise CheckpointInvalid(f"{self.path}: has no field {key!r}")

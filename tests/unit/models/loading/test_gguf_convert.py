@@ -4,12 +4,14 @@ The forward direction (names, order of rotary rows, quantising) is written out i
 """
 
 import json
+import random
+import time
 
 import numpy as np
 import pytest
 import torch
 
-from antiphon.core.errors import CheckpointInvalid, InvalidInput, UnsupportedModel
+from antiphon.core.errors import AntiphonError, CheckpointInvalid, InvalidInput, UnsupportedModel
 from antiphon.models.loading.checkpoint import Checkpoint
 from antiphon.models.loading.gguf_convert import convert_gguf
 
@@ -80,7 +82,9 @@ def interleaved(rows, num_heads):
     return result
 
 
-def write_gguf(path, model, architecture, *, quantisation="F32", fields=(), drop=(), extra_tensors=None, pre="smollm"):
+def write_gguf(
+    path, model, architecture, *, quantisation="F32", fields=(), drop=(), extra_tensors=None, pre="smollm", stored=np.float32
+):
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
@@ -96,6 +100,7 @@ def write_gguf(path, model, architecture, *, quantisation="F32", fields=(), drop
         writer.add_value_length(config.head_dim)
     write_tokenizer(writer, pre)
     for key, value in fields:
+        writer.kv_data[0].pop(key, None)  # said once only
         (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
     tied = config.tie_word_embeddings
     for name, weight in model.state_dict().items():
@@ -110,7 +115,7 @@ def write_gguf(path, model, architecture, *, quantisation="F32", fields=(), drop
             kind = gguf.GGMLQuantizationType[quantisation]
             writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, kind), raw_dtype=kind)
         else:
-            writer.add_tensor(gguf_name(name), values)
+            writer.add_tensor(gguf_name(name), values.astype(stored))
     for name, values in (extra_tensors or {}).items():
         writer.add_tensor(name, values)
     writer.write_header_to_file()
@@ -319,3 +324,77 @@ def test_an_existing_directory_is_not_overwritten(tmp_path):
     with pytest.raises(InvalidInput, match="exists already"):
         converted(tmp_path, tiny_model("llama"), "llama")
     assert (tmp_path / "out" / "mine").read_text() == "precious"
+
+
+@pytest.mark.parametrize("quantisation", ["Q8_0", "Q4_1"])
+def test_by_default_nothing_of_the_dequantised_weights_is_lost(tmp_path, quantisation):
+    path = write_gguf(tmp_path / "model.gguf", tiny_model("llama"), "llama", quantisation=quantisation)
+    convert_gguf(path, tmp_path / "out")
+    convert_gguf(path, tmp_path / "in32", dtype="float32")
+    exact, in32 = Checkpoint.open(tmp_path / "out"), Checkpoint.open(tmp_path / "in32")
+    for name in in32.names:
+        assert torch.equal(exact.tensor(name, dtype=torch.float32), in32.tensor(name)), name
+        assert torch.equal(exact.tensor(name, dtype=torch.bfloat16), in32.tensor(name).bfloat16()), name
+    assert exact.config["torch_dtype"] == "bfloat16"  # what "auto" computes in
+
+
+@pytest.mark.parametrize(("stored", "expected"), [(np.float16, torch.float16), (np.float32, torch.float32)])
+def test_a_type_that_holds_the_values_is_kept(tmp_path, stored, expected):
+    model = tiny_model("qwen2")
+    path = write_gguf(tmp_path / "model.gguf", model, "qwen2", stored=stored)
+    convert_gguf(path, tmp_path / "out")
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert checkpoint.dtype(name) == expected
+    assert torch.equal(checkpoint.tensor(name), model.state_dict()[name].to(expected))
+
+
+def test_no_damage_to_a_file_hangs_the_reader_or_leaves_the_error_tree(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", tiny_model("llama"), "llama", quantisation="Q4_1")
+    whole = path.read_bytes()
+    header_bytes = whole.index(b"token_embd.weight") + 2000
+    rng = random.Random(7)
+    slowest_s, num_refused = 0.0, 0
+    damaged = tmp_path / "damaged.gguf"
+    for number in range(400):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 3)):
+            place = rng.randrange(header_bytes)
+            match rng.randrange(4):
+                case 0:
+                    data[place] = rng.randrange(256)
+                case 1:
+                    data[place : place + 8] = rng.choice([0, 1, 2**31, 2**40, 2**63, 2**64 - 1]).to_bytes(8, "little")
+                case 2:
+                    data[place : place + 4] = rng.choice([0, 8, 9, 2**32 - 1]).to_bytes(4, "little")
+                case 3:
+                    del data[place : place + rng.randint(1, 40)]
+        damaged.write_bytes(data)
+        started_s = time.process_time()
+        try:
+            convert_gguf(damaged, tmp_path / f"out{number}")
+        except AntiphonError:
+            num_refused += 1
+        slowest_s = max(slowest_s, time.process_time() - started_s)
+    assert num_refused > 200
+    assert slowest_s < 5
+
+
+def test_counts_the_file_can_not_hold_are_refused_at_once(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", tiny_model("llama"), "llama")
+    whole = path.read_bytes()
+    for place in (8, 16):  # number of tensors, number of fields
+        path.write_bytes(whole[:place] + (2**40).to_bytes(8, "little") + whole[place + 8 :])
+        with pytest.raises(CheckpointInvalid, match="are promised, which are not there"):
+            convert_gguf(path, tmp_path / "out")
+    key = b"tokenizer.ggml.token_type"
+    place = whole.index(key) + len(key) + 4 + 4
+    path.write_bytes(whole[:place] + (2**50).to_bytes(8, "little") + whole[place + 8 :])
+    with pytest.raises(CheckpointInvalid, match="an array has"):
+        convert_gguf(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("field", ["llama.attention.head_count", "llama.embedding_length"])
+def test_a_size_of_zero_is_named(tmp_path, field):
+    with pytest.raises(CheckpointInvalid, match=rf"{field}' is 0"):
+        converted(tmp_path, tiny_model("llama"), "llama", fields=[(field, 0)])

