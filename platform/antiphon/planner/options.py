@@ -78,17 +78,23 @@ class Option:
     point: GroupPoint
     num_groups: int
     prefill: PrefillPool | None
-    num_cards: int
+    num_cards: int  # that work
+    num_idle: int  # cards of the budget that stay over: they are paid for too
+    idle_card: Accelerator
     tokens_per_s: float  # output tokens of the whole deployment at full batch; at the planned rate when one is given
-    usd_per_hour: float | None
+    usd_per_hour: float | None  # idle cards too; None when a card of the question has no price
     tpot_s: float
     ttft_s: float
-    score: float  # greater is better; comparable within one demand
+
+    @property
+    def num_paid(self) -> int:
+        """Cards that are paid for, working or idle."""
+        return self.num_cards + self.num_idle
 
     @property
     def tokens_per_s_per_card(self) -> float:
-        """Every card counted, prefill too."""
-        return self.tokens_per_s / self.num_cards
+        """Every card counted, prefill and idle ones too."""
+        return self.tokens_per_s / self.num_paid
 
     @property
     def usd_per_mtok(self) -> float | None:
@@ -96,6 +102,12 @@ class Option:
         if self.usd_per_hour is None:
             return None
         return self.usd_per_hour / SECONDS_PER_HOUR / self.tokens_per_s * 1e6
+
+    @property
+    def score(self) -> float:
+        """What the verdict compares, greater is better: nothing but the price shown or, without prices, the rate per card shown."""
+        usd = self.usd_per_mtok
+        return self.tokens_per_s_per_card if usd is None else 1 / usd
 
     @property
     def prefill_decode_ratio(self) -> float:
@@ -167,8 +179,14 @@ class Planner:
         options = [option for point in [*ranked, *small] if (option := self._option(wiring, point)) is not None]
         return max(options, key=lambda option: option.score, default=None)
 
+    @property
+    def unpriced(self) -> tuple[Accelerator, ...]:
+        """Cards of the question without a price: one of them, and wirings are compared by the card instead of by the dollar."""
+        cards = (self.cards.colocated, self.cards.prefill, self.cards.decode, self.cards.attention, self.cards.ffn)
+        return tuple(dict.fromkeys(card for card in cards if card.usd_per_hour is None))
+
     def _price(self, card: Accelerator) -> float:
-        return 1.0 if card.usd_per_hour is None else card.usd_per_hour
+        return 1.0 if card.usd_per_hour is None or self.unpriced else card.usd_per_hour
 
     def _usd_per_token(self, point: GroupPoint) -> float:
         layout = point.layout
@@ -263,21 +281,21 @@ class Planner:
             return None
         num_cards = sum(count for count, _ in prices)
         usd = sum(count * self._price(card) for count, card in prices)
-        # Cards of the budget that stay unused are paid for as well, at the cheapest role's price.
+        # Without a rate the budget is bought whole: what stays idle is of the cheapest kind among the roles.
         idle = 0 if demand.rate is not None or demand.budget_cards is None else demand.budget_cards - num_cards
-        paid = usd + idle * min(self._price(card) for _, card in prices)
-        tokens_per_s = rate * demand.traffic.mean_output
+        idle_card = min((card for _, card in prices), key=self._price)
         return Option(
             wiring=wiring,
             point=point,
             num_groups=num_groups,
             prefill=pool,
             num_cards=num_cards,
-            tokens_per_s=tokens_per_s,
-            usd_per_hour=None if any(card.usd_per_hour is None for _, card in prices) else usd,
+            num_idle=idle,
+            idle_card=idle_card,
+            tokens_per_s=rate * demand.traffic.mean_output,
+            usd_per_hour=None if self.unpriced else usd + idle * self._price(idle_card),
             tpot_s=point.step_s,
             ttft_s=ttft_s,
-            score=tokens_per_s / paid,
         )
 
     def _colocated_ttft_s(self, point: GroupPoint, num_groups: int) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 from antiphon.core.document.planning import PlanningSpec
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import InvalidInput
+from antiphon.planner.bounds import checked
 from antiphon.planner.cost.formats import Formats
 from antiphon.planner.cost.hardware import Accelerator, Catalogue
 from antiphon.planner.cost.library import Model, find_model, model_names, read_model
@@ -24,6 +25,7 @@ from antiphon.planner.traffic import RequestShape, Traffic
 
 DEFAULT_CONTEXT = 8192.0
 LOCAL = "local"
+BOUNDED = ("tpot_ms", "ttft_ms", "gpu_budget", "rate", "context", "prompt_tokens", "output_tokens", "expert_skew", "price")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,17 @@ class Wishes:
     expert_skew: float | None = None
     price: float | None = None  # of the local machine
 
+    def __post_init__(self) -> None:
+        for name in BOUNDED:
+            value = getattr(self, name)
+            if value is not None:
+                checked(name, value)
+        said = [name for name in ("trace", "prompt_tokens", "context") if getattr(self, name) is not None]
+        if len(said) > 1:
+            raise InvalidInput(f"{' and '.join(said)} both say what requests look like; give one", said[-1])
+        if self.output_tokens is not None and said not in (["prompt_tokens"], ["context"]):
+            raise InvalidInput("output_tokens: give prompt_tokens or context with it", "output_tokens")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
@@ -66,7 +79,14 @@ def resolve_model(name: str, base: Path | None = None) -> Model:
     if name in model_names():
         return find_model(name)
     path = Path(name) if base is None else base / name
-    return read_model(path) if path.exists() else find_model(name)
+    return read_model(path) if _exists(path) else find_model(name)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # longer than a name may be, or with a NUL
+        return False
 
 
 def question(wishes: Wishes, catalogue: Catalogue, document: LLMDeployment | None, folder: Path) -> Question:
@@ -95,6 +115,8 @@ def question(wishes: Wishes, catalogue: Catalogue, document: LLMDeployment | Non
     fleet: Sequence[Accelerator] = [card(key) for key in wishes.fleet or hardware.fleet]
     if not fleet and not fixed:
         fleet = catalogue.priced
+    if wishes.price is not None and LOCAL not in measured:
+        raise InvalidInput("price: is that of the local machine, which no role may use here; see hardware_file", "price")
     cards = assign(model, formats, traffic.mean_context, fleet, fixed)
     slo = None if document is None else document.spec.slo
     budget = wishes.gpu_budget
@@ -131,7 +153,7 @@ def _model(wishes: Wishes, planning: PlanningSpec, document: LLMDeployment | Non
         raise InvalidInput("give a document or a model", "model")
     uri = document.spec.model.uri
     path = uri.removeprefix("file://")
-    if "://" not in path and (folder / path).exists():
+    if "://" not in path and _exists(folder / path):
         return read_model(folder / path)
     names = {uri.rstrip("/").split("/")[-1].lower(), document.model_name.lower()}
     for name in model_names():

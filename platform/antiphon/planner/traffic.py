@@ -7,13 +7,14 @@ know: models or hardware.
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from antiphon.core.errors import InvalidInput
+from antiphon.planner.bounds import checked, count, number, parse_json, read_text
 
 DEFAULT_OUTPUT_TOKENS = 512
 MAX_POINTS = 32  # prompt lengths that stand for all of a trace's
@@ -45,8 +46,9 @@ class Traffic:
         if not requests:
             raise InvalidInput("there are no requests to plan for", "traffic")
         for request in requests:
-            if request.prompt_tokens < 1 or request.output_tokens < 1 or not request.weight > 0:
-                raise InvalidInput(f"a request needs a prompt, an output and a weight: {request}", "traffic")
+            checked("prompt_tokens", request.prompt_tokens, "traffic.prompt_tokens")
+            checked("output_tokens", request.output_tokens, "traffic.output_tokens")
+            checked("weight", request.weight, "traffic.weight")
         return cls(tuple(requests))
 
     @classmethod
@@ -62,30 +64,15 @@ class Traffic:
         Raises:
             InvalidInput: the file can't be read, or a line lacks a field; the message names the line.
         """
+        lines = [line for line in read_text(path, "trace").splitlines() if line.strip()]
+        if lines and lines[0].lstrip().startswith("{"):
+            rows = [parse_json(line, f"{path}, line {at}", "trace") for at, line in enumerate(lines, start=1)]
+            return cls.of([_request(row, f"{path}, line {at}") for at, row in enumerate(rows, start=1)])
         try:
-            text = path.read_text()
-        except OSError as error:
+            table = list(csv.DictReader(lines))
+        except csv.Error as error:
             raise InvalidInput(f"{path}: {error}", "trace") from error
-        lines = [line for line in text.splitlines() if line.strip()]
-        is_json = bool(lines) and lines[0].lstrip().startswith("{")
-        requests = []
-        try:
-            rows = [json.loads(line) for line in lines] if is_json else list(csv.DictReader(lines))
-        except ValueError as error:
-            raise InvalidInput(f"{path}: {error}", "trace") from error
-        for number, row in enumerate(rows, start=1 if is_json else 2):
-            try:
-                arrival = row.get("arrival_s")
-                requests.append(
-                    RequestShape(
-                        prompt_tokens=int(row["prompt_tokens"]),
-                        output_tokens=int(row["output_tokens"]),
-                        arrival_s=None if arrival in (None, "") else float(arrival),
-                    )
-                )
-            except (KeyError, TypeError, ValueError) as error:
-                raise InvalidInput(f"{path}, line {number}: {error!r} in {row}", "trace") from error
-        return cls.of(requests)
+        return cls.of([_request(row, f"{path}, line {at}") for at, row in enumerate(table, start=2)])
 
     def _mean(self, values: Sequence[float]) -> float:
         weights = [request.weight for request in self.requests]
@@ -142,3 +129,17 @@ class Traffic:
             for r in self.requests
         ]
         return math.sqrt(max(0.0, self._mean(squares) / self.mean_output - self.mean_context**2))
+
+
+def _request(row: Any, where: str) -> RequestShape:
+    if not isinstance(row, dict):
+        raise InvalidInput(f"{where}: is no JSON object", "trace")
+    for name in ("prompt_tokens", "output_tokens"):
+        if row.get(name) is None:
+            raise InvalidInput(f"{where}: has no {name}", "trace")
+    arrival = row.get("arrival_s")
+    return RequestShape(
+        prompt_tokens=count(row["prompt_tokens"], "prompt_tokens", f"{where}, prompt_tokens"),
+        output_tokens=count(row["output_tokens"], "output_tokens", f"{where}, output_tokens"),
+        arrival_s=None if arrival in (None, "") else number(arrival, "arrival_s", f"{where}, arrival_s"),
+    )

@@ -266,13 +266,10 @@ def binding(planner: Planner, option: Option) -> str:
 
 
 def choose(options: Sequence[Option]) -> Option:
-    """The best option, a simpler wiring winning unless a richer one is worth its parts."""
+    """The simplest wiring that no other one beats by what further parts must bring."""
     ordered = sorted(options, key=lambda option: SIMPLEST_FIRST.index(option.wiring))
-    chosen = ordered[0]
-    for option in ordered[1:]:
-        if option.score > chosen.score * WORTH_IT:
-            chosen = option
-    return chosen
+    best = max(option.score for option in options)
+    return next(option for option in ordered if option.score * WORTH_IT >= best)
 
 
 def reason(planner: Planner, chosen: Option, options: Mapping[Wiring, Option], failed: Mapping[Wiring, Sequence[Violation]]) -> str:
@@ -282,11 +279,13 @@ def reason(planner: Planner, chosen: Option, options: Mapping[Wiring, Option], f
     if others:
         rival = max(others, key=lambda option: option.score)
         gain = chosen.score / rival.score - 1
+        unpriced = ", ".join(card.key for card in planner.unpriced)
+        per = f"card (no price: {unpriced})" if unpriced else "dollar"
         if gain >= 0:
-            parts.append(f"{chosen.wiring.value} serves {gain:.1%} more per dollar than {rival.wiring.value}")
+            parts.append(f"{chosen.wiring.value} serves {gain:.1%} more per {per} than {rival.wiring.value}")
         else:
             parts.append(
-                f"{rival.wiring.value} would serve {-gain / (1 + gain):.1%} more per dollar than {chosen.wiring.value}, "
+                f"{rival.wiring.value} would serve {-gain / (1 + gain):.1%} more per {per} than {chosen.wiring.value}, "
                 f"less than the {WORTH_IT - 1:.0%} that its further parts must bring"
             )
     afd = options.get(Wiring.AFD)

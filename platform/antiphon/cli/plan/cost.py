@@ -9,6 +9,7 @@ import typer
 
 from antiphon.cli.plan.options import AsJson, CardOptions, Explain, spread
 from antiphon.cli.plan.show import show
+from antiphon.core.errors import InvalidInput
 
 
 @spread
@@ -20,6 +21,7 @@ def cost(
     as_json: AsJson = False,
 ) -> None:
     """What a decoded token costs a model, and a million of them on each accelerator with a price."""
+    from antiphon.planner.bounds import checked
     from antiphon.planner.cost.formula import Derivation
     from antiphon.planner.cost.local_machine import measure_local
     from antiphon.planner.cost.token_cost import token_cost
@@ -27,6 +29,11 @@ def cost(
     from antiphon.planner.report.as_json import cost_json, derivation_json
     from antiphon.planner.report.tables import cost_tables, derivation_lines
 
+    checked("context", context)
+    if cards.price is not None:
+        checked("price", cards.price)
+        if LOCAL not in (cards.hardware or ()):
+            raise InvalidInput("price: is that of the local machine; name it with --hardware local", "price")
     found, catalogue = resolve_model(model), cards.catalogue()
     if cards.hardware and LOCAL in cards.hardware and LOCAL not in catalogue.accelerators:
         catalogue = catalogue.including(measure_local(cards.price))

@@ -10,6 +10,7 @@ import typer
 
 from antiphon.cli.plan.options import AsJson, CardOptions, Explain, PlanOptions, spread
 from antiphon.cli.plan.show import show
+from antiphon.core.errors import InvalidInput
 
 
 @spread
@@ -29,13 +30,18 @@ def deploy(
     question = asked.question(cards)
     plan = make_plan(question.planner)
     if html is not None:
-        html.write_text(html_report.report(plan, question.model, question.fleet, derive(plan)))
+        page = html_report.report(plan, question.model, question.fleet, derive(plan))
+        try:
+            html.write_text(page, encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InvalidInput(f"{html}: {error}", "html") from error
     if as_json:
         value = plan_json(plan)
         if explain:
             value["explanation"] = derivation_json(derive(plan))
         print(json.dumps(value, indent=2))
     else:
+        print(tables.traffic_line(question.planner.demand.traffic))
         if plan.options:
             show([tables.roles_table(plan), tables.option_table(plan)])
         print("\n".join(tables.verdict_lines(plan)))

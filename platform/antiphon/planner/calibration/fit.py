@@ -12,7 +12,6 @@ Must not know: what runs the models.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from antiphon.core.errors import InvalidInput
+from antiphon.planner.bounds import count, number, parse_json, read_text
 from antiphon.planner.calibration.curves import MIN_BATCHES, Curve, Point, fit_curve, solve
 from antiphon.planner.pipeline.ubatches import StageTimes, step_s
 
@@ -58,54 +58,46 @@ def read_measurements(path: Path) -> list[Measurement]:
     Raises:
         InvalidInput: the file can't be read, a line is no JSON object, or a field has the wrong kind of value.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise InvalidInput(f"{path}: {error}", "input") from error
     found = []
-    for number, line in enumerate(lines, start=1):
+    for at, line in enumerate(read_text(path, "input").splitlines(), start=1):
         if not line.strip():
             continue
-        try:
-            raw = json.loads(line)
-        except ValueError as error:
-            raise InvalidInput(f"{path}, line {number}: {error}", "input") from error
+        raw = parse_json(line, f"{path}, line {at}", "input")
         if not isinstance(raw, dict):
-            raise InvalidInput(f"{path}, line {number}: is no JSON object", "input")
+            raise InvalidInput(f"{path}, line {at}: is no JSON object", "input")
         if raw.get("decode_step_s") is None:
             continue
-        found.append(_measurement(raw, f"{path}, line {number}"))
+        found.append(_measurement(raw, f"{path}, line {at}"))
     if not found:
         raise InvalidInput(f"{path}: has no decode measurement (a line with decode_step_s)", "input")
     return found
 
 
 def _measurement(raw: dict[str, Any], where: str) -> Measurement:
-    def number(name: str) -> float | None:
-        value = raw.get(name)
-        return None if value is None else float(value)
+    for name in ("model", "wiring", "batch", "context"):
+        if raw.get(name) is None:
+            raise InvalidInput(f"{where}: has no {name}", "input")
 
-    def count(name: str) -> int | None:
-        value = raw.get(name)
-        return None if value is None else int(value)
+    def seconds(name: str) -> float | None:
+        return None if raw.get(name) is None else number(raw[name], "stage_s", f"{where}, {name}")
 
-    try:
-        return Measurement(
-            model=str(raw["model"]),
-            wiring=str(raw["wiring"]),
-            batch=int(raw["batch"]),
-            context=float(raw["context"]),
-            decode_step_s=float(raw["decode_step_s"]),
-            t_attention_s=number("t_attention_s"),
-            t_ffn_s=number("t_ffn_s"),
-            t_transfer_s=number("t_transfer_s"),
-            num_layers=count("num_layers"),
-            num_ubatches=count("num_ubatches") or 1,
-            rows=number("rows"),
-            threads=count("threads"),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InvalidInput(f"{where}: {error!r}", "input") from error
+    def whole(name: str) -> int | None:
+        return None if raw.get(name) is None else count(raw[name], name, f"{where}, {name}")
+
+    return Measurement(
+        model=str(raw["model"]),
+        wiring=str(raw["wiring"]),
+        batch=count(raw["batch"], "batch", f"{where}, batch"),
+        context=number(raw["context"], "context", f"{where}, context"),
+        decode_step_s=number(raw["decode_step_s"], "step_s", f"{where}, decode_step_s"),
+        t_attention_s=seconds("t_attention_s"),
+        t_ffn_s=seconds("t_ffn_s"),
+        t_transfer_s=seconds("t_transfer_s"),
+        num_layers=whole("num_layers"),
+        num_ubatches=1 if raw.get("num_ubatches") in (None, 0) else whole("num_ubatches") or 1,
+        rows=None if raw.get("rows") is None else number(raw["rows"], "rows", f"{where}, rows"),
+        threads=whole("threads"),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

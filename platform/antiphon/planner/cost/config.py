@@ -16,6 +16,8 @@ from antiphon.planner.cost.shape import FFN, Attention, Layer, LinearAttention, 
 NUM_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 EXPERTS_PER_ROW = ("num_experts_per_tok", "moe_top_k", "moe_k", "moe_topk")
 NUM_KV_HEADS = ("num_key_value_heads", "num_attention_groups", "num_attention_heads")
+MAX_DIMENSION = 1_000_000_000
+MAX_LAYERS = 100_000
 NOT_MODELLED = ("ssm_cfg", "mamba_d_state", "linear_num_value_heads", "index_topk", "altup_num_inputs")
 
 
@@ -30,7 +32,8 @@ def shape_of(config: Mapping[str, Any], name: str) -> ModelShape:
     for field in NOT_MODELLED:
         if fields.raw.get(field) is not None:
             raise UnsupportedModel(f"{name}: {field} describes layers whose cost is not modelled", field)
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = fields.integer("num_hidden_layers", least=1)
+    fields.integer("hidden_size", least=1)
     attention_at, is_mixture = _attention(fields, name), _mixture_layers(fields, num_layers)
     mixture = _mixture(fields) if any(is_mixture) else None
     dense = None if all(is_mixture) else _dense(fields)
@@ -60,17 +63,28 @@ class _Fields:
     def __init__(self, raw: Mapping[str, Any]) -> None:
         self.raw = raw
 
-    def integer(self, *names: str, default: int | None = None) -> int:
+    def integer(self, *names: str, default: int | None = None, least: int = 0) -> int:
         for name in names:
             value = self.raw.get(name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise InvalidInput(f"{name}: {value!r} is not a count", name)
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MAX_DIMENSION:
+                raise InvalidInput(f"{name}: {str(value)[:64]!r} is not a count from {least} to {MAX_DIMENSION}", name)
+            if name == "num_hidden_layers" and value > MAX_LAYERS:
+                raise InvalidInput(f"{name}: {value} layers are more than {MAX_LAYERS}", name)
             return value
         if default is None:
             raise InvalidInput(f"config has no {' or '.join(names)}", names[0])
         return default
+
+    def listed(self, name: str, length: int | None = None) -> tuple[Any, ...]:
+        """The list of that name, of ``length`` items where one is needed for each layer."""
+        value = self.raw.get(name)
+        if not isinstance(value, list | tuple):
+            raise InvalidInput(f"{name}: {str(value)[:64]!r} is not a list", name)
+        if length is not None and len(value) < length:
+            raise InvalidInput(f"{name}: has {len(value)} items for {length} layers", name)
+        return tuple(value)
 
     def optional(self, *names: str) -> int | None:
         value = self.integer(*names, default=0)
@@ -92,8 +106,8 @@ def _attention(fields: _Fields, name: str) -> Callable[[int], Attention]:
         return lambda _index: latent
     if num_heads == 0:
         raise InvalidInput("num_attention_heads: must not be 0", "num_attention_heads")
-    num_kv_heads = fields.integer(*NUM_KV_HEADS)
-    head_dim = fields.integer("head_dim", default=hidden // num_heads)
+    num_kv_heads = fields.integer(*NUM_KV_HEADS, least=1)
+    head_dim = fields.integer("head_dim", default=max(1, hidden // num_heads), least=1)
     if fields.optional("share_q_dim") is not None:
         factorised = SoftmaxAttention.factorised(
             hidden=hidden,
@@ -120,10 +134,10 @@ def _as_window(window: int | str | None) -> int | None:
 
 def _layer_windows(fields: _Fields, name: str) -> Callable[[int], int | str | None]:
     """What each layer sees: None = all, a number of tokens, or "linear"."""
-    raw = fields.raw
+    raw, num_layers = fields.raw, fields.integer("num_hidden_layers")
     sliding, chunk = fields.optional("sliding_window"), fields.optional("attention_chunk_size")
     if raw.get("attn_type_list") is not None:  # 0 = linear, 1 = softmax over everything
-        kinds = tuple(raw["attn_type_list"])
+        kinds = fields.listed("attn_type_list", num_layers)
         return lambda index: None if kinds[index] == 1 else "linear"
     if raw.get("layer_types") is not None:
         meaning: dict[str, int | str | None] = {
@@ -132,14 +146,14 @@ def _layer_windows(fields: _Fields, name: str) -> Callable[[int], int | str | No
             "chunked_attention": chunk,
             "linear_attention": "linear",
         }
-        for kind in raw["layer_types"]:
-            if kind not in meaning:
-                raise UnsupportedModel(f"{name}: the cost of {kind!r} layers is not modelled", "layer_types")
-        types = tuple(raw["layer_types"])
+        types = fields.listed("layer_types", num_layers)
+        for kind in types:
+            if not isinstance(kind, str) or kind not in meaning:
+                raise UnsupportedModel(f"{name}: the cost of {str(kind)[:64]!r} layers is not modelled", "layer_types")
         return lambda index: meaning[types[index]]
     if chunk is not None:  # layers without rotary positions see the whole context
-        no_rope = raw.get("no_rope_layers") or None
-        interval = fields.integer("no_rope_layer_interval", default=4)
+        no_rope = fields.listed("no_rope_layers", num_layers) if raw.get("no_rope_layers") else None
+        interval = fields.integer("no_rope_layer_interval", default=4, least=1)
         if no_rope is not None:
             return lambda index: None if not no_rope[index] else chunk
         return lambda index: None if (index + 1) % interval == 0 else chunk
@@ -155,12 +169,17 @@ def _mixture_layers(fields: _Fields, num_layers: int) -> list[bool]:
         return [False] * num_layers
     listed = raw.get("moe_layers_enum") or raw.get("moe_layers")
     if listed is not None:
-        indices = {int(item) for item in (listed.split(",") if isinstance(listed, str) else listed)}
+        name = "moe_layers_enum" if raw.get("moe_layers_enum") else "moe_layers"
+        items = listed.split(",") if isinstance(listed, str) else fields.listed(name)
+        try:
+            indices = {int(item) for item in items}
+        except (TypeError, ValueError, OverflowError):
+            raise InvalidInput(f"{name}: {str(listed)[:64]!r} is no list of layers", name) from None
         return [index in indices for index in range(num_layers)]
     first = fields.integer("first_k_dense_replace", "moe_layer_start_index", default=0)
     last = fields.integer("moe_layer_end_index", default=num_layers - 1)
     every = fields.integer("interleave_moe_layer_step", "decoder_sparse_step", "moe_layer_freq", "moe_layer_interval", default=1)
-    dense = set(raw.get("mlp_only_layers") or ())
+    dense = fields.listed("mlp_only_layers") if raw.get("mlp_only_layers") else ()
     return [
         first <= index <= last and index not in dense and (every <= 1 or (index + 1) % every == 0) for index in range(num_layers)
     ]
@@ -174,11 +193,14 @@ def _mixture(fields: _Fields) -> FFN:
         shared = intermediate * fields.integer("n_shared_experts", "moe_num_shared_experts", default=0)
     if fields.optional("intermediate_size_mlp") is not None:  # one shared expert of an expert's size beside the routed ones
         shared = intermediate
+    num, per_row = fields.integer(*NUM_EXPERTS), fields.integer(*EXPERTS_PER_ROW, least=1)
+    if per_row > num:
+        raise InvalidInput(f"{EXPERTS_PER_ROW[0]}: {per_row} experts a token are more than the {num} there are", EXPERTS_PER_ROW[0])
     return FFN.experts(
         hidden=hidden,
         intermediate=intermediate,
-        num=fields.integer(*NUM_EXPERTS),
-        per_row=fields.integer(*EXPERTS_PER_ROW),
+        num=num,
+        per_row=per_row,
         shared_intermediate=shared,
     )
 

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from antiphon.core.errors import InvalidInput
+from antiphon.planner.bounds import read_text
 from antiphon.planner.cost.formats import BYTES_PER_VALUE, FALLBACK
 from antiphon.planner.cost.formula import formula
 
@@ -131,9 +132,10 @@ class Catalogue:
         Raises:
             InvalidInput: the file can't be read or is wrong.
         """
+        text = read_text(path, "hardware_file")
         try:
-            entries = yaml.safe_load(path.read_text())
-        except (OSError, yaml.YAMLError) as error:
+            entries = yaml.safe_load(text)
+        except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date or number that is none
             raise InvalidInput(f"{path}: {error}", "hardware_file") from error
         if not isinstance(entries, Mapping):
             raise InvalidInput(f"{path}: must map names of accelerators to their figures", "hardware_file")
@@ -159,6 +161,8 @@ class Catalogue:
 
 def _parse(key: str, entry: Any, known: Accelerator | None) -> Accelerator:
     where = f"hardware.{key}"
+    if not isinstance(key, str):
+        raise InvalidInput(f"{where}: a name must be text; quote it", where)
     if not isinstance(entry, Mapping):
         raise InvalidInput(f"{where}: must be a mapping", where)
     fields = {f.name for f in dataclasses.fields(Accelerator)} - {"key"}
@@ -168,13 +172,16 @@ def _parse(key: str, entry: Any, known: Accelerator | None) -> Accelerator:
     merged: dict[str, Any] = {} if known is None else {f: getattr(known, f) for f in fields}
     merged.update(entry)
     merged.setdefault("title", key)
+    for name in ("title", "source"):
+        if not isinstance(merged.get(name, ""), str):
+            raise InvalidInput(f"{where}.{name}: must be text", where)
     flops = merged.get("flops")
     if not isinstance(flops, Mapping) or not flops or not set(flops) <= set(BYTES_PER_VALUE):
         raise InvalidInput(f"{where}.flops: must map number formats ({', '.join(BYTES_PER_VALUE)}) to flop/s", where)
     merged["flops"] = {name: _positive(f"{where}.flops.{name}", value) for name, value in flops.items()}
     for name in ("memory_bytes", "bandwidth", "scale_up_bandwidth", "nic_bandwidth"):
         merged[name] = _positive(f"{where}.{name}", merged.get(name))
-    merged["cards_per_node"] = int(_positive(f"{where}.cards_per_node", merged.get("cards_per_node", 8)))
+    merged["cards_per_node"] = max(1, min(1_000_000, int(_positive(f"{where}.cards_per_node", merged.get("cards_per_node", 8)))))
     if merged.get("usd_per_hour") is not None:
         merged["usd_per_hour"] = _positive(f"{where}.usd_per_hour", merged["usd_per_hour"])
     return Accelerator(key=key, **merged)
@@ -183,8 +190,10 @@ def _parse(key: str, entry: Any, known: Accelerator | None) -> Accelerator:
 def _positive(where: str, value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
-        raise InvalidInput(f"{where}: {value!r} is not a number", where) from None
-    if not number > 0 or number == float("inf"):
-        raise InvalidInput(f"{where}: must be above 0, is {number:g}", where)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidInput(f"{where}: {str(value)[:64]!r} is not a number", where) from None
+    if isinstance(value, bool) or not number > 0:
+        raise InvalidInput(f"{where}: must be above 0, is {value}", where)
+    if not 1e-9 <= number <= 1e24:  # far beyond any card, and no sum of them overflows
+        raise InvalidInput(f"{where}: must be from 1e-09 to 1e+24, is {number:g}", where)
     return number

@@ -72,8 +72,8 @@ def read_model(path: Path) -> Model:
     """
     file = path / "config.json" if path.is_dir() else path
     try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointInvalid(f"{file}: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointInvalid(f"{file}: is no JSON object")
@@ -83,10 +83,10 @@ def read_model(path: Path) -> Model:
 
 def formats_of(config: dict[str, Any]) -> Formats:
     """The formats that a config says: its dtype, and the weight format of its quantisation."""
-    inner = config.get("text_config") or config
+    inner = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     dtype = str(config.get("dtype") or config.get("torch_dtype") or inner.get("torch_dtype") or "bfloat16")
     base = {"float32": "fp32", "float16": "fp16"}.get(dtype.removeprefix("torch."), "bf16")
-    quantisation = config.get("quantization_config") or {}
+    quantisation = config["quantization_config"] if isinstance(config.get("quantization_config"), dict) else {}
     weights = QUANTISATIONS.get(str(quantisation.get("quant_method", "")), base)
     compute = weights if weights in ("fp8", "int8") else base
     return Formats(weights=weights, compute=compute, kv=base, local_kv=base, a2f=base, f2a=base)

@@ -71,6 +71,7 @@ def option_json(option: Option, binding: str) -> Json:
         "ffn_rows_per_ubatch": point.rows_per_ffn_ubatch,
         "num_groups": option.num_groups,
         "num_cards": option.num_cards,
+        "idle_cards": {"cards": option.num_idle, "hardware": option.idle_card.key},
         "tokens_per_s": option.tokens_per_s,
         "tokens_per_s_per_card": option.tokens_per_s_per_card,
         "usd_per_hour": option.usd_per_hour,

@@ -98,18 +98,12 @@ def _cost_picture(plan: Plan, model: Model, priced: Sequence[Accelerator]) -> st
 
 def _pareto_picture(plan: Plan) -> str:
     chosen = plan.chosen
-    priced = all(option.usd_per_hour is not None for option in plan.options.values())
     return plots.pareto(
         {wiring.value: frontier(plan.planner, wiring) for wiring in Wiring},
         finite(plan.planner.demand.tpot_s),
-        None if chosen is None else (chosen.tpot_s, _worth(chosen)),
-        "million output tokens per USD" if priced else "output tokens/s per card",
+        None if chosen is None else (chosen.tpot_s, chosen.score),
+        "output tokens/s per card" if plan.planner.unpriced else "million output tokens per USD",
     )
-
-
-def _worth(option: Option) -> float:
-    usd = option.usd_per_mtok
-    return option.tokens_per_s_per_card if usd is None else 1 / usd
 
 
 def frontier(planner: Planner, wiring: Wiring) -> list[tuple[float, float]]:
@@ -119,7 +113,7 @@ def frontier(planner: Planner, wiring: Wiring) -> list[tuple[float, float]]:
     for factor in TARGET_FACTORS:
         option = planner.with_tpot(target * factor).best(wiring)
         if option is not None:
-            points[round(option.tpot_s, 5)] = _worth(option)
+            points[round(option.tpot_s, 5)] = option.score
     return sorted(points.items())
 
 

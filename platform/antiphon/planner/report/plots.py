@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from antiphon.core.errors import InvalidInput
 from antiphon.planner.pipeline.ubatches import PipelineRun
 
 INK = "#010203"  # replaced by currentColor
@@ -19,8 +20,11 @@ STAGE_ROWS = (("attention", "A"), ("a2f", "A2F"), ("ffn", "F"), ("f2a", "F2A"))
 
 
 def _figure(width: float, height: float, name: str) -> tuple[Any, Any]:
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InvalidInput("pictures need matplotlib: pip install 'antiphon[plan]'", "html") from error
 
     style: Any = {
         "svg.fonttype": "none",

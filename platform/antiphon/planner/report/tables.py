@@ -17,6 +17,7 @@ from antiphon.planner.cost.token_cost import TokenCost
 from antiphon.planner.options import Option
 from antiphon.planner.plan import Plan
 from antiphon.planner.simulation.deployment import SimulationResult
+from antiphon.planner.traffic import Traffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,11 @@ def si(value: float, unit: str = "") -> str:
     power = min(max(math.floor(math.log10(abs(value)) / 3), -3), 6)
     prefix = {-3: "n", -2: "u", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P", 6: "E"}[power]
     return f"{value / 1000**power:.3g} {prefix}{unit}".strip()
+
+
+def digits(value: float) -> str:
+    """Four significant digits, all of those before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:#.4g}".rstrip(".")
 
 
 def cost_tables(cost: TokenCost) -> list[Table]:
@@ -69,8 +75,20 @@ def cost_tables(cost: TokenCost) -> list[Table]:
 
 def roles_table(plan: Plan) -> Table:
     """Cards of the chosen option."""
-    rows = tuple((role, str(count), card.key) for role, (count, card) in plan.roles.items())
-    return Table(title="cards", columns=("role", "cards", "hardware"), rows=rows)
+    rows = [(role, str(count), card.key) for role, (count, card) in plan.roles.items()]
+    if plan.chosen is not None and plan.chosen.num_idle:
+        rows.append(("idle, paid for", str(plan.chosen.num_idle), plan.chosen.idle_card.key))
+    return Table(title="cards", columns=("role", "cards", "hardware"), rows=tuple(rows))
+
+
+def traffic_line(traffic: Traffic) -> str:
+    """What the plan is for, in a sentence."""
+    kinds = len(traffic.requests)
+    each = "" if kinds == 1 else f" on average over {kinds} kinds of requests"
+    return (
+        f"traffic: prompts of {traffic.mean_prompt:,.0f} and outputs of {traffic.mean_output:,.0f} tokens{each}; "
+        f"a decode row sees a context of {traffic.mean_context:,.0f} tokens (its prompt and the output so far)"
+    )
 
 
 def option_table(plan: Plan) -> Table:
@@ -87,6 +105,7 @@ def option_table(plan: Plan) -> Table:
         each("group", "group"),
         each("groups", "groups"),
         each("cards, prefill included", "cards"),
+        each("idle cards of the budget, paid for", "idle"),
         each("ubatches x rows per attention card", "ubatches"),
         each("rows that meet at the FFN", "ffn_rows"),
         each("T_a / T_f per layer and ubatch", "stages"),
@@ -96,7 +115,7 @@ def option_table(plan: Plan) -> Table:
         each("TPOT", "tpot"),
         each("TTFT, 95 %", "ttft"),
         each("output tokens/s", "tokens"),
-        each("output tokens/s per card", "per_card"),
+        each("output tokens/s per card, idle ones too", "per_card"),
         each("USD per million output tokens", "usd"),
         each("prefill : decode cards", "ratio"),
         each("bound by", "binding"),
@@ -112,6 +131,7 @@ def _cell(option: Option, show: str, plan: Plan) -> str:
         "group": point.layout.name,
         "groups": str(option.num_groups),
         "cards": str(option.num_cards),
+        "idle": f"{option.num_idle} {option.idle_card.key}" if option.num_idle else "0",
         "ubatches": f"{point.layout.num_ubatches} x {point.rows}",
         "ffn_rows": str(point.rows_per_ffn_ubatch),
         "stages": f"{1e6 * times.attention_s:.0f} / {1e6 * times.ffn_s:.0f} us",
@@ -120,9 +140,9 @@ def _cell(option: Option, show: str, plan: Plan) -> str:
         "memory": f"{si(point.attention_bytes, 'B')} / {si(point.ffn_bytes, 'B')}",
         "tpot": f"{1e3 * option.tpot_s:.1f} ms",
         "ttft": f"{1e3 * option.ttft_s:.0f} ms",
-        "tokens": f"{option.tokens_per_s:,.0f}",
-        "per_card": f"{option.tokens_per_s_per_card:,.0f}",
-        "usd": "no price" if usd is None else f"{usd:.3f}",
+        "tokens": digits(option.tokens_per_s),
+        "per_card": digits(option.tokens_per_s_per_card),
+        "usd": "no price" if usd is None else digits(usd),
         "ratio": f"{option.prefill_decode_ratio:.2f}",
         "binding": plan.bindings[option.wiring],
     }

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from antiphon.core.errors import InvalidInput
+from antiphon.planner.bounds import checked
 from antiphon.planner.options import Option, Planner, colocated_chunk
 from antiphon.planner.pipeline.group import Contexts, DecodeModel, Layout
 from antiphon.planner.simulation.event_loop import EventLoop, Fault, Request, Service
 from antiphon.planner.traffic import Traffic
 
 QUANTILES = (50.0, 90.0, 95.0, 99.0)
+MAX_REQUESTS = 20_000_000  # what memory of a laptop holds
 NUM_ROWS, NUM_CONTEXTS = 24, 24  # grid of the step-time table
 
 
@@ -71,6 +73,20 @@ def simulate_option(planner: Planner, option: Option, inputs: SimulationInput) -
     Raises:
         InvalidInput: there is neither a rate nor a trace with arrivals, or the warm-up leaves nothing.
     """
+    for name, value in (
+        ("duration_s", inputs.duration_s),
+        ("warm_up_s", inputs.warm_up_s),
+        ("failures", inputs.failures_per_card_hour),
+        ("repair_s", inputs.repair_s),
+        ("failover_s", inputs.ffn_failover_s),
+        ("stragglers", inputs.stragglers_per_card_hour),
+        ("straggle_factor", inputs.straggle_factor),
+        ("seed", inputs.seed),
+    ):
+        checked(name, value)
+    expected = (inputs.rate or 0.0) * inputs.duration_s
+    if expected > MAX_REQUESTS:
+        raise InvalidInput(f"{expected:.3g} requests are more than {MAX_REQUESTS:,} to simulate; shorten duration_s", "duration_s")
     if inputs.warm_up_s >= inputs.duration_s:
         raise InvalidInput("the warm-up leaves nothing of the simulated time", "warm_up_s")
     requests = arrivals(planner.demand.traffic, inputs)
