@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from antiphon.core.directory import Directory
-from antiphon.core.errors import Unavailable
+from antiphon.core.errors import InvalidInput, Unavailable
 from antiphon.core.ids import Endpoint, Epoch, FFNShard, Role, WorkerId
 from antiphon.core.worker_info import WorkerInfo, WorkerLoad
 from antiphon.directory.memory import MemoryDirectory, open_directory
@@ -294,4 +294,52 @@ async def test_a_directory_that_is_not_there_is_unavailable_within_its_deadline(
     with pytest.raises(Unavailable):
         await client.workers()
     assert time.monotonic() - start < 5
+    await client.close()
+
+
+@pytest.mark.parametrize("lease_s", [float("nan"), float("inf"), 1e308, 0.0, -1.0])
+async def test_a_lease_that_never_ends_is_refused(directory: Directory, lease_s: float) -> None:
+    for call in (
+        directory.register(info(0), lease_s),
+        directory.claim_index("d", "p", "owner", lease_s),
+        directory.put_note("t", "k", "text", lease_s),
+    ):
+        with pytest.raises(InvalidInput):
+            await call
+    assert await directory.workers() == ()
+
+
+async def test_no_call_uses_up_the_epochs_of_an_id(directory: Directory) -> None:
+    real = info(0)
+    for far in (2**63 - 1, 2**62, 2**53, 2**45):
+        with pytest.raises(InvalidInput):
+            await directory.next_epoch(real.worker_id, Epoch(far))
+    first = await directory.next_epoch(real.worker_id)
+    assert await directory.register(dataclasses.replace(real, epoch=first), 5.0)
+    for far in (2**52, 2**45):
+        with pytest.raises(InvalidInput):
+            await directory.register(dataclasses.replace(real, epoch=Epoch(far)), 5.0)
+    assert await directory.register(dataclasses.replace(real, epoch=first), 5.0), "the real one must not be superseded"
+    assert await directory.next_epoch(real.worker_id) > first
+
+
+async def test_names_that_are_none_are_refused(directory: Directory) -> None:
+    for name in ("p" * 10_000, "a\nb", "\0"):
+        with pytest.raises(InvalidInput):
+            await directory.claim_index("d", name, "owner", 5.0)
+        with pytest.raises(InvalidInput):
+            await directory.put_note("t", name, "text", 5.0)
+    with pytest.raises(InvalidInput):
+        await directory.put_note("t", "k", "x" * 1_000_000, 5.0)
+
+
+async def test_a_wrong_record_in_redis_does_not_hide_the_others(redis_server: RedisServer) -> None:
+    client = open_directory(redis_server.url)
+    store = client._redis  # type: ignore[attr-defined]
+    await store.flushall()
+    await client.register(info(0), 30.0)
+    prefix = next(key.decode().rpartition("worker:")[0] for key in await store.keys("*worker:demo/*"))
+    await store.hset(f"{prefix}worker:demo/ffn/9", mapping={"info": '{"worker_id": 7}', "epoch": "1", "lease_ms": "30000"})
+    await store.sadd(f"{prefix}workers:demo", "demo/ffn/9")
+    assert [record.info.worker_id for record in await client.workers()] == [info(0).worker_id]
     await client.close()

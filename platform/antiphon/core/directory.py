@@ -6,15 +6,19 @@ re-creates what the store has lost, so that a store may restart empty: within on
     a replica:  claim_index() ──► next_epoch() ──► starts a worker     claims again every third of a lease
     a worker:   register() ──► register() ... ──► remove()             registers again every third of a lease
 
+Every store keeps to the bounds at the end of this file: nobody can make it grow without end, or hold a record for ever.
+
 Must not know: Redis, gRPC, or where the store runs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.core.worker_info import WorkerInfo
 
@@ -86,3 +90,35 @@ class Directory(Notes, Protocol):
     async def close(self) -> None:
         """Give back connections; idempotent. Records stay until their leases end."""
         ...
+
+
+MAX_LEASE_S = 3600.0
+MAX_NAME_CHARS = 512
+MAX_NOTE_BYTES = 1 << 18
+MAX_WORKERS = 8192  # live records, and ids whose epochs are remembered times eight
+MAX_POOLS = 4096
+MAX_INDICES = 8192  # of one pool
+MAX_TOPICS = 1024
+MAX_NOTES = 1 << 16  # of one topic; the oldest go
+# Epochs are seconds of the clock or count from one. One call moves an id by so many at most, so that no call can use up its epochs.
+MAX_EPOCH_STEP = 1_000_000
+MAX_EPOCH = 1 << 52  # the stores' numbers are doubles in part
+
+
+def check_lease(lease_s: float) -> None:
+    """Raise InvalidInput unless it is a time that ends."""
+    if not (math.isfinite(lease_s) and 0 < lease_s <= MAX_LEASE_S):
+        raise InvalidInput(f"a lease of {lease_s} s, expected more than 0 and at most {MAX_LEASE_S:g}", "lease_s")
+
+
+def check_names(**names: str) -> None:
+    """Raise InvalidInput unless each can be a key."""
+    for field, name in names.items():
+        if len(name) > MAX_NAME_CHARS or not name.isprintable():
+            raise InvalidInput(f"{name[:64]!r} of {len(name)} characters is no name", field)
+
+
+def check_epoch(epoch: int, highest: float, field: str) -> None:
+    """Raise InvalidInput where ``epoch`` is further than one step above ``highest``, which is the clock or what was handed out."""
+    if not 0 <= epoch <= min(MAX_EPOCH, highest + MAX_EPOCH_STEP):
+        raise InvalidInput(f"epoch {epoch} is out of range", field)

@@ -1,17 +1,27 @@
 """What a worker tells the directory about itself: identity, addresses, layout and load (control speed).
 
-The gateway routes on it, peers pair on it, ``antiphon status`` prints it. JSON is its wire form (``to_json`` / ``from_json``).
+The gateway routes on it, peers pair on it, ``antiphon status`` prints it. JSON is its wire form (``to_json`` / ``from_json``); what
+is read is checked field by field, since whoever wrote it may have been anybody.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import Endpoint, Epoch, FFNShard, Role, WorkerId
+
+MAX_RECORD_BYTES = 1 << 18
+_MAX_NAME_CHARS = 512
+_MAX_TEXT_CHARS = 8192  # of messages and of lists of addresses
+_MAX_GAUGES = 512
+_MAX_COUNT = (1 << 53) - 1  # what a JSON number, or a script of Redis, holds without loss
+_TEXTS = frozenset({"message", "data"})  # longer than a name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,20 +90,56 @@ class WorkerInfo:
         """Parse the wire form; unknown keys of a newer version are ignored.
 
         Raises:
-            InvalidInput: the text is not a worker's record.
+            InvalidInput: the text is not a worker's record, or a field has another type or is out of bounds.
         """
+        if len(text) > MAX_RECORD_BYTES:
+            raise InvalidInput(f"not a worker record: {len(text)} bytes, at most {MAX_RECORD_BYTES} are taken", "worker_info")
         try:
             raw = json.loads(text)
-            value = _known(cls, raw)
+            value = _checked(cls, raw)
             value["role"] = Role(raw["role"])
-            value["endpoint"] = Endpoint(**_known(Endpoint, raw["endpoint"]))
-            value["shard"] = FFNShard(**_known(FFNShard, raw.get("shard", {})))
-            value["load"] = WorkerLoad(**_known(WorkerLoad, raw.get("load", {})))
+            value["endpoint"] = Endpoint(**_checked(Endpoint, raw["endpoint"]))
+            value["shard"] = FFNShard(**_checked(FFNShard, raw.get("shard", {})))
+            value["load"] = WorkerLoad(**_checked(WorkerLoad, raw.get("load", {})))
             return cls(**value)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except InvalidInput:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise InvalidInput(f"not a worker record: {error}", "worker_info") from error
 
 
-def _known(kind: type[Any], raw: dict[str, Any]) -> dict[str, Any]:
-    names = {f.name for f in dataclasses.fields(kind)}
-    return {key: value for key, value in raw.items() if key in names}
+def _checked(kind: type[Any], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The known fields of ``raw``, those with a type of our own left to the caller."""
+    if not isinstance(raw, dict):
+        raise TypeError(f"{kind.__name__} is not an object")
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(kind):
+        if f.name not in raw:
+            continue
+        value = found[f.name] = raw[f.name]
+        match f.type:
+            case "int" | "Epoch":
+                fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_COUNT
+            case "bool":
+                fits = isinstance(value, bool)
+            case "str" | "WorkerId":
+                fits = isinstance(value, str) and _is_text(value, f.name)
+            case "dict[str, float]":
+                fits = isinstance(value, dict) and len(value) <= _MAX_GAUGES and all(map(_is_gauge, value.items()))
+            case _:
+                fits = True
+        if not fits:
+            raise InvalidInput(f"not a worker record: {f.name} is {str(value)[:64]!r}", f"worker_info.{f.name}")
+    return found
+
+
+def _is_text(value: str, name: str) -> bool:
+    if name in _TEXTS:  # a message is for people; whatever it is, it must be text that can be written
+        return len(value) <= _MAX_TEXT_CHARS and not any("\ud800" <= c <= "\udfff" for c in value)
+    return len(value) <= _MAX_NAME_CHARS and value.isprintable()
+
+
+def _is_gauge(item: tuple[str, object]) -> bool:
+    name, value = item
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return len(name) <= _MAX_NAME_CHARS and name.isprintable() and number and abs(value) < 1e300 and math.isfinite(value)  # type: ignore[arg-type]

@@ -10,7 +10,19 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from antiphon.core.directory import Directory, WorkerRecord
+from antiphon.core.directory import (
+    MAX_INDICES,
+    MAX_NOTE_BYTES,
+    MAX_NOTES,
+    MAX_POOLS,
+    MAX_TOPICS,
+    MAX_WORKERS,
+    Directory,
+    WorkerRecord,
+    check_epoch,
+    check_lease,
+    check_names,
+)
 from antiphon.core.errors import InvalidInput, Unavailable
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.core.worker_info import WorkerInfo
@@ -44,13 +56,22 @@ class MemoryDirectory:
 
     Args:
         clock: monotonic seconds.
+        wall: seconds since 1970; no epoch is much above.
         epoch_base: epochs start above it; a store that lost its memory is given a base above all it handed out before.
         settle_s: a store that lost its memory is given a lease's time, in which everybody who is alive renews. Until then it
             lists nobody and gives no index to newcomers (Unavailable): those who ask keep what they know.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic, epoch_base: int = 0, settle_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        epoch_base: int = 0,
+        settle_s: float = 0.0,
+    ) -> None:
         self._clock = clock
+        self._wall = wall
         self._settled_s = clock() + settle_s
         self._epoch_base = epoch_base
         self._leases: dict[WorkerId, _Lease] = {}
@@ -61,12 +82,16 @@ class MemoryDirectory:
 
     async def register(self, info: WorkerInfo, lease_s: float) -> bool:
         """See ``Directory``."""
+        check_lease(lease_s)
+        self._check_epoch(info.worker_id, info.epoch, "epoch")
         self._expire()
         held = self._leases.get(info.worker_id)
         if held is not None and held.info.epoch > info.epoch:
             return False
+        if held is None and len(self._leases) >= MAX_WORKERS:
+            raise Unavailable(f"the directory is full: {MAX_WORKERS} workers are registered")
         self._leases[info.worker_id] = _Lease(info=info, renewed_s=self._clock(), lease_s=lease_s)
-        self._epochs[info.worker_id] = max(self._epochs.get(info.worker_id, 0), info.epoch)
+        self._remember(info.worker_id, max(self._epochs.get(info.worker_id, 0), info.epoch))
         return True
 
     async def remove(self, worker_id: WorkerId, epoch: Epoch) -> bool:
@@ -90,12 +115,20 @@ class MemoryDirectory:
 
     async def claim_index(self, deployment: str, pool: str, owner: str, lease_s: float, preferred: int | None = None) -> int:
         """See ``Directory``."""
+        check_lease(lease_s)
+        check_names(deployment=deployment, pool=pool, owner=owner)
         self._expire()
+        if preferred is not None and not 0 <= preferred < MAX_INDICES:
+            raise InvalidInput(f"index {preferred}, at most {MAX_INDICES} are given", "preferred")
+        if (deployment, pool) not in self._claims and len(self._claims) >= MAX_POOLS:
+            raise Unavailable(f"the directory is full: {MAX_POOLS} pools have claims")
         claims = self._claims.setdefault((deployment, pool), {})
         if preferred is None and all(claim.owner != owner for claim in claims.values()):
             self._check_settled()
         index = next((index for index, claim in claims.items() if claim.owner == owner), preferred)
         if index is None or (index in claims and claims[index].owner != owner):
+            if len(claims) >= MAX_INDICES:
+                raise Unavailable(f"all {MAX_INDICES} indices of {deployment}/{pool} are claimed")
             index = next(index for index in range(len(claims) + 1) if index not in claims)
         claims[index] = _Claim(owner=owner, until_s=self._clock() + lease_s)
         return index
@@ -108,13 +141,26 @@ class MemoryDirectory:
 
     async def next_epoch(self, worker_id: WorkerId, after: Epoch = Epoch(0)) -> Epoch:
         """See ``Directory``."""
+        check_names(worker_id=worker_id)
+        self._check_epoch(worker_id, after, "after")
         epoch = max(self._epochs.get(worker_id, 0), self._epoch_base, after) + 1
-        self._epochs[worker_id] = epoch
+        self._remember(worker_id, epoch)
         return Epoch(epoch)
 
     async def put_note(self, topic: str, key: str, text: str, lease_s: float) -> None:
         """See ``Notes``."""
+        check_lease(lease_s)
+        check_names(topic=topic, key=key)
+        if len(text) > MAX_NOTE_BYTES:
+            raise InvalidInput(f"a note of {len(text)} characters, at most {MAX_NOTE_BYTES} are kept", "text")
+        if topic not in self._notes and len(self._notes) >= MAX_TOPICS:
+            for each in tuple(self._notes):
+                self._sweep_notes(each)
+            if len(self._notes) >= MAX_TOPICS:
+                raise Unavailable(f"the directory is full: {MAX_TOPICS} topics have notes")
         notes = self._notes.setdefault(topic, {})
+        if key not in notes and len(notes) >= MAX_NOTES:
+            del notes[next(iter(notes))]
         notes[key] = _Note(text=text, until_s=self._clock() + lease_s)
         if len(notes) > self._num_notes_kept:  # swept each time their number has doubled: O(1) per note
             self._sweep_notes(topic)
@@ -150,9 +196,23 @@ class MemoryDirectory:
         now = self._clock()
         for worker_id in [w for w, lease in self._leases.items() if now - lease.renewed_s >= lease.lease_s]:
             del self._leases[worker_id]
-        for claims in self._claims.values():
+        for key, claims in tuple(self._claims.items()):
             for index in [index for index, claim in claims.items() if now >= claim.until_s]:
                 del claims[index]
+            if not claims:
+                del self._claims[key]
+
+    def _check_epoch(self, worker_id: WorkerId, epoch: Epoch, field: str) -> None:
+        check_epoch(epoch, max(self._epochs.get(worker_id, 0), self._epoch_base, self._wall()), field)
+
+    def _remember(self, worker_id: WorkerId, epoch: int) -> None:
+        """Keep the highest epoch of an id; of too many, those who have no record are forgotten first."""
+        if worker_id not in self._epochs and len(self._epochs) >= 8 * MAX_WORKERS:
+            gone = next((known for known in self._epochs if known not in self._leases), None)
+            if gone is None:
+                raise Unavailable("the directory is full: it remembers no more ids")
+            self._epoch_base = max(self._epoch_base, self._epochs.pop(gone))  # whoever it was, its epochs go on above
+        self._epochs[worker_id] = epoch
 
 
 def open_directory(address: str, *, timeout_s: float = 5.0) -> Directory:

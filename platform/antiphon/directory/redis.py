@@ -14,6 +14,7 @@ The braces keep all keys in one slot of a Redis Cluster. Time is Redis' own, so 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -22,15 +23,17 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from antiphon.core.directory import WorkerRecord
+from antiphon.core.directory import MAX_EPOCH_STEP, MAX_NOTE_BYTES, WorkerRecord, check_lease, check_names
 from antiphon.core.errors import AntiphonError, InternalError, InvalidInput, Unavailable
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.core.worker_info import WorkerInfo
 
 _PREFIX = "antiphon:{directory}:"
 
-# KEYS worker, epoch, workers of the deployment, deployments; ARGV info, lease_ms, epoch, worker id, deployment
+# KEYS worker, epoch, workers of the deployment, deployments; ARGV info, lease_ms, epoch, worker id, deployment, epoch step
 _REGISTER = """
+local known = math.max(tonumber(redis.call('GET', KEYS[2]) or 0), tonumber(redis.call('TIME')[1]))
+if tonumber(ARGV[3]) > known + tonumber(ARGV[6]) then return redis.error_reply('EPOCH out of range') end
 local held = redis.call('HGET', KEYS[1], 'epoch')
 if held and tonumber(held) > tonumber(ARGV[3]) then return 0 end
 redis.call('HSET', KEYS[1], 'info', ARGV[1], 'epoch', ARGV[3], 'lease_ms', ARGV[2])
@@ -110,15 +113,19 @@ end
 return found
 """
 
-# KEYS epoch; ARGV after. An unknown worker starts at Redis' time in seconds: a store that was emptied must not go back.
+# KEYS epoch; ARGV after, epoch step. An unknown worker starts at Redis' time in seconds: a store that was emptied must not go back.
 _EPOCH = """
-local epoch = tonumber(redis.call('GET', KEYS[1]) or redis.call('TIME')[1])
+local now = tonumber(redis.call('TIME')[1])
+local epoch = tonumber(redis.call('GET', KEYS[1]) or now)
+if tonumber(ARGV[1]) > math.max(epoch, now) + tonumber(ARGV[2]) then return redis.error_reply('EPOCH out of range') end
 epoch = math.max(epoch, tonumber(ARGV[1])) + 1
 redis.call('SET', KEYS[1], string.format('%.0f', epoch))
 return epoch
 """
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class RedisDirectory:
@@ -142,6 +149,8 @@ class RedisDirectory:
 
     async def register(self, info: WorkerInfo, lease_s: float) -> bool:
         """See ``Directory``."""
+        check_lease(lease_s)
+        check_names(worker_id=info.worker_id, deployment=info.deployment)
         keys = [
             f"{_PREFIX}worker:{info.worker_id}",
             f"{_PREFIX}epoch:{info.worker_id}",
@@ -149,6 +158,7 @@ class RedisDirectory:
             f"{_PREFIX}deployments",
         ]
         args: list[str | int] = [info.to_json(), _milliseconds(lease_s), info.epoch, info.worker_id, info.deployment]
+        args.append(MAX_EPOCH_STEP)
         return bool(await _translated(self._register(keys=keys, args=args)))
 
     async def remove(self, worker_id: WorkerId, epoch: Epoch) -> bool:
@@ -159,14 +169,20 @@ class RedisDirectory:
         """See ``Directory``."""
         args = [_PREFIX] if deployment is None else [_PREFIX, deployment]
         rows = await _translated(self._workers(keys=[f"{_PREFIX}deployments"], args=args))
-        records = [
-            WorkerRecord(info=WorkerInfo.from_json(info), age_s=max(0.0, (lease - left) / 1000), lease_s=lease / 1000)
-            for info, lease, left in rows
-        ]
+        records = []
+        for text, lease, left in rows:
+            try:
+                info = WorkerInfo.from_json(text)
+            except InvalidInput as error:  # whoever wrote it: it must not hide the others
+                logger.warning("a record is left out: %s", error)
+                continue
+            records.append(WorkerRecord(info=info, age_s=max(0.0, (lease - left) / 1000), lease_s=lease / 1000))
         return tuple(sorted(records, key=lambda record: record.info.worker_id))
 
     async def claim_index(self, deployment: str, pool: str, owner: str, lease_s: float, preferred: int | None = None) -> int:
         """See ``Directory``."""
+        check_lease(lease_s)
+        check_names(deployment=deployment, pool=pool, owner=owner)
         args: list[str | int] = [f"{_PREFIX}index:{deployment}/{pool}:", owner, _milliseconds(lease_s)]
         if preferred is not None:
             args.append(preferred)
@@ -179,10 +195,15 @@ class RedisDirectory:
 
     async def next_epoch(self, worker_id: WorkerId, after: Epoch = Epoch(0)) -> Epoch:
         """See ``Directory``."""
-        return Epoch(int(await _translated(self._epoch(keys=[f"{_PREFIX}epoch:{worker_id}"], args=[after]))))
+        check_names(worker_id=worker_id)
+        return Epoch(int(await _translated(self._epoch(keys=[f"{_PREFIX}epoch:{worker_id}"], args=[after, MAX_EPOCH_STEP]))))
 
     async def put_note(self, topic: str, key: str, text: str, lease_s: float) -> None:
         """See ``Notes``."""
+        check_lease(lease_s)
+        check_names(topic=topic, key=key)
+        if len(text) > MAX_NOTE_BYTES:
+            raise InvalidInput(f"a note of {len(text)} characters, at most {MAX_NOTE_BYTES} are kept", "text")
         keys = [f"{_PREFIX}note:{topic}:{key}", f"{_PREFIX}notes:{topic}"]
         await _translated(self._put_note(keys=keys, args=[text, _milliseconds(lease_s), key]))
 
@@ -220,6 +241,8 @@ async def _translated(call: Awaitable[T]) -> Any:
 
 def _unexpected(error: RedisError) -> AntiphonError:
     text = str(error)
+    if text.startswith("EPOCH"):
+        return InvalidInput(f"the directory's Redis: {text}", "epoch")
     if text.startswith(("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "BUSY")):
         return Unavailable(f"the directory's Redis can't serve now: {text}")
     return InternalError(f"the directory's Redis refused a command: {text}")

@@ -13,6 +13,7 @@ from typing import Protocol
 from antiphon.core.errors import AntiphonError, Overloaded
 from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput
 from antiphon.core.step import KVEvents, ModelRunnerOutput, SchedulerOutput
+from antiphon.engine.limits import check_request
 from antiphon.engine.scheduler import Scheduler
 
 
@@ -43,7 +44,7 @@ class EngineCore:
         self.wake: Callable[[], None] = _nobody_sleeps  # called, from any thread, when the inbox got something
         self._executor = executor
         self._outbox = outbox
-        self._inbox: deque[Request | RequestId] = deque()
+        self._inbox: deque[Request | RequestId | RequestOutput] = deque()
         self.num_steps = 0
 
     # ---- any thread ----------------------------------------------------------------------------------------------
@@ -56,7 +57,12 @@ class EngineCore:
         """
         if len(self._inbox) > 2 * self.scheduler.config.max_queued_requests + 64:
             raise Overloaded("the engine's inbox is full")
-        self._inbox.append(request)
+        try:
+            check_request(request, self.scheduler.config)  # here, and not in the loop: its time is the steps'
+        except AntiphonError as error:
+            self._inbox.append(_refusal(request, f"{error.code}: {error}"))
+        else:
+            self._inbox.append(request)
         self.wake()
 
     def abort(self, request_id: RequestId) -> None:
@@ -94,12 +100,15 @@ class EngineCore:
             if isinstance(item, str):
                 self.scheduler.abort([item])
                 continue
+            if isinstance(item, RequestOutput):
+                refused.append(item)
+                continue
             try:
                 self.scheduler.add(item)
             except AntiphonError as error:
-                refused.append(
-                    RequestOutput(request_id=item.request_id, finish_reason=FinishReason.ERROR, error=f"{error.code}: {error}")
-                )
+                refused.append(_refusal(item, f"{error.code}: {error}"))
+            except Exception as error:  # noqa: BLE001 - a request that can't even be queued ends alone
+                refused.append(_refusal(item, f"internal_error: {type(error).__name__} while it was queued"))
         if refused:
             self._outbox(refused)
 
@@ -107,3 +116,7 @@ class EngineCore:
         events = self._executor.poll_kv()
         if not events.empty:
             self.scheduler.take_kv_events(events)
+
+
+def _refusal(request: Request, error: str) -> RequestOutput:
+    return RequestOutput(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=error)

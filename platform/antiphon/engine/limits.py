@@ -1,11 +1,20 @@
-"""An engine's limits and counters (pure values).
+"""An engine's limits and counters (pure values), and what it takes of a request (request speed).
 
 Must not know: who enforces them.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from antiphon.core.errors import InvalidInput
+from antiphon.core.request import MAX_LOGPROBS, Request, SamplingParams
+
+# Of texts that come with a request; the public doors allow less.
+_MAX_ID_CHARS = 512
+_MAX_TEXT_CHARS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +30,7 @@ class SchedulerConfig:
     prefix_caching: bool = True
     remote_prefill_min_tokens: int = 64
     kv_lease_s: float = 30.0
+    vocab_size: int | None = None  # token ids below it are known; None = the executor takes any
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,3 +44,60 @@ class SchedulerStats:
     num_prefix_hit_tokens: int = 0
     num_kv_transfers: int = 0
     num_kv_failures: int = 0
+
+
+def check_request(request: Request, config: SchedulerConfig) -> None:
+    """Refuse what this engine can't compute; a pure function, to be called before the request reaches the loop.
+
+    The public doors check what users send with fields' names of their own. This is what the engine relies on, whoever asks.
+
+    Raises:
+        InvalidInput: the message names the field.
+    """
+    if not 0 < len(request.request_id) <= _MAX_ID_CHARS:
+        raise InvalidInput(f"a request id of {len(request.request_id)} characters", "request_id")
+    for name, text in (("cache_salt", request.cache_salt), ("traceparent", request.traceparent or "")):
+        if len(text) > _MAX_TEXT_CHARS:
+            raise InvalidInput(f"{len(text)} characters, at most {_MAX_TEXT_CHARS} are taken", name)
+    if len(request.prefill_worker or "") > _MAX_ID_CHARS:
+        raise InvalidInput(f"a worker id of {len(request.prefill_worker or '')} characters", "prefill_worker")
+    if request.deadline_s is not None and not math.isfinite(request.deadline_s):
+        raise InvalidInput(f"{request.deadline_s} is no deadline", "deadline")
+    num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+    if num_tokens == 0:
+        raise InvalidInput("the prompt has no tokens", "prompt")
+    if num_tokens > config.max_model_len:
+        raise InvalidInput(f"{num_tokens} tokens leave no room in the model's {config.max_model_len}", "prompt")
+    _check_ids(request.prompt_token_ids, "prompt_token_ids", config.vocab_size)
+    _check_ids(request.output_token_ids, "output_token_ids", config.vocab_size)
+    _check_sampling(request.sampling)
+
+
+def _check_ids(ids: Sequence[int], name: str, vocab_size: int | None) -> None:
+    if ids and (min(ids) < 0 or (vocab_size is not None and max(ids) >= vocab_size)):
+        wrong = next(i for i in ids if i < 0 or (vocab_size is not None and i >= vocab_size))
+        raise InvalidInput(f"token id {wrong} is not in the model's vocabulary of {vocab_size}", name)
+
+
+def _check_sampling(sampling: SamplingParams) -> None:
+    if sampling.max_tokens < 1:
+        raise InvalidInput(f"{sampling.max_tokens} tokens are asked for", "max_tokens")
+    ranges = (
+        ("temperature", sampling.temperature, 0.0, math.inf),
+        ("top_p", sampling.top_p, 0.0, 1.0),
+        ("min_p", sampling.min_p, 0.0, 1.0),
+        ("presence_penalty", sampling.presence_penalty, -math.inf, math.inf),
+        ("frequency_penalty", sampling.frequency_penalty, -math.inf, math.inf),
+        ("repetition_penalty", sampling.repetition_penalty, 0.0, math.inf),
+    )
+    for name, value, low, high in ranges:
+        if not (math.isfinite(value) and low <= value <= high):
+            raise InvalidInput(f"{value} is out of range", name)
+    if sampling.repetition_penalty == 0.0:
+        raise InvalidInput("0 is out of range", "repetition_penalty")
+    if sampling.num_logprobs is not None and not 0 <= sampling.num_logprobs <= MAX_LOGPROBS:
+        raise InvalidInput(
+            f"{sampling.num_logprobs} log-probabilities are asked for, at most {MAX_LOGPROBS} are given", "num_logprobs"
+        )
+    if not all(map(math.isfinite, sampling.logit_bias.values())):
+        raise InvalidInput("a bias is not finite", "logit_bias")

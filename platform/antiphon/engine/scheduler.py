@@ -24,7 +24,7 @@ from antiphon.core.kv import KVLoad, KVTarget
 from antiphon.core.request import Request, RequestId, RequestOutput, RequestStatus
 from antiphon.core.step import CachedRequestData, KVEvents, ModelRunnerOutput, NewRequestData, SchedulerOutput
 from antiphon.engine.block_manager import KVBlockManager
-from antiphon.engine.limits import SchedulerConfig, SchedulerStats
+from antiphon.engine.limits import SchedulerConfig, SchedulerStats, check_request
 from antiphon.engine.outcome import end_output, stop_status, token_output
 from antiphon.engine.request_state import RequestState
 
@@ -196,6 +196,7 @@ class Scheduler:
                 self._end(state, RequestStatus.FINISHED_STOPPED, None)
         for request in events.arrived:
             try:
+                check_request(request, self.config)
                 self.add(request, events.targets[request.request_id])
             except (InvalidInput, Overloaded) as error:
                 # The asker's lease on this hand-off ends by the runner's "forget", which tells it to compute by itself.

@@ -6,6 +6,7 @@ Legend: R rows, D hidden, K expert ids per row. Must not know: requests, tokens,
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ from antiphon.transport.base import Link
 from antiphon.worker.batching import Batching
 
 _IDLE_WAIT_S = 0.5
+# So many messages in a row that could not be computed, and the worker is to blame: its supervisor starts a new one.
+_MAX_FAULTS = 8
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,6 +39,7 @@ class FFNStats:
     wait_s: float = 0.0  # sum over messages, from arrival to the start of their batch
     busy_s: float = 0.0  # computing, and taking and answering messages; the rest is waiting for peers
     num_stale_messages: int = 0  # routed by a placement whose experts had been let go already; computed all the same
+    num_faults: int = 0  # messages whose rows could not be computed, and were answered with NaN
 
 
 class FFNWorker:
@@ -49,6 +55,7 @@ class FFNWorker:
         self._batching: Batching[Link] = Batching(max_batch_wait_s)
         self._held: list[FFNWork] = []  # not answered yet
         self._num_changes = 0  # of the side's links, as last seen
+        self._num_faults = 0  # messages in a row that could not be computed
         self._prefetch = WeightPrefetch(halves.first_weights)
         self._last = (0, 0)  # layer and ubatch answered last
         self._follows: dict[tuple[int, int], int] = {}  # the layer that came next, the last time
@@ -129,6 +136,14 @@ class FFNWorker:
             for work in batch:  # find the peer whose rows are wrong; the others get their answer
                 self._answer(layer, [work])
             return
+        except Exception as error:  # noqa: BLE001 - answered, or raised by _fault
+            if len(batch) > 1:
+                for work in batch:
+                    self._answer(layer, [work])
+                return
+            out_RD = self._fault(layer, batch[0], error)
+        else:
+            self._num_faults = 0
         compute_s = time.perf_counter() - start_s
         self._follows[self._last] = layer
         self._last = (layer, batch[-1].header.ubatch)
@@ -148,6 +163,19 @@ class FFNWorker:
             at = end
         if self.trace is not None:
             self._trace(layer, batch, start_s, compute_s, num_rows)
+
+    def _fault(self, layer: int, work: FFNWork, error: Exception) -> torch.Tensor:
+        """What rows that could not be computed are answered with: NaN, by which their requests end, and nobody else's.
+
+        Raises:
+            Exception: the fault, once so many messages in a row had one that this worker is to blame.
+        """
+        self.stats.num_faults += 1
+        self._num_faults += 1
+        if self._num_faults >= _MAX_FAULTS:
+            raise error
+        logger.error("%d rows of %s can't be computed in layer %d", work.header.rows, work.link.peer, layer, exc_info=error)
+        return torch.full((work.header.rows, work.rows_RD.shape[1]), float("nan"))
 
     def _trace(self, layer: int, batch: list[FFNWork], start_s: float, compute_s: float, num_rows: int) -> None:
         assert self.trace is not None

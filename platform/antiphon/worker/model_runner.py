@@ -7,6 +7,7 @@ Legend: T rows, D hidden, R sampled rows. Must not know: queues, budgets, text.
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,13 @@ from antiphon.worker.ubatch import Half, Segment, plan_ops, split_segments
 from antiphon.worker.ubatch_tuning import UbatchTuner
 
 _NO_KV = KVEvents()
+
+# The same step is computed in other batches after a fault: answers to an earlier attempt must not be taken for the new one's.
+_ATTEMPT_SHIFT = 40
+# So many requests in a row ended by a fault, and none got a token between: the worker is to blame, and a new one is started.
+_MAX_FAULTS = 8
+
+logger = logging.getLogger(__name__)
 
 
 class _Row:
@@ -108,6 +116,7 @@ class AttentionWorker:
         self._rows: dict[RequestId, _Row] = {}
         self._experts = afd.experts  # as wanted; the connector takes it between two steps
         self._is_stepping = False
+        self._num_faults = 0  # requests that ended by a fault since one last got a token
 
     def rebalance(self, experts: ExpertMap) -> None:
         """Send rows by another map from the next step on; safe from any thread."""
@@ -144,17 +153,13 @@ class AttentionWorker:
     def _execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         start_s = time.perf_counter()
         self.afd.experts = self._experts  # between two steps no exchange is in flight
-        self._take_changes(step)
+        refused = self._take_changes(step)
         if not step.num_scheduled_tokens:
             return ModelRunnerOutput()
-        batch = [(self._rows[request_id], n) for request_id, n in step.num_scheduled_tokens.items()]
+        batch = [(self._rows[request_id], n) for request_id, n in step.num_scheduled_tokens.items() if request_id not in refused]
         batch.sort(key=lambda item: item[1] != 1)  # decodes first; the sort is stable
-        try:
-            with torch.inference_mode():
-                output = self._run(step.step_id, batch)
-        except PeerLost as error:
-            self.afd.abandon()
-            return ModelRunnerOutput(errors={row.request_id: f"{error.code}: {error}" for row, _ in batch})
+        output = self._run_contained(step.step_id, batch)
+        output.errors.update(refused)
         self.stats.num_steps += 1
         self.stats.num_rows += step.num_tokens
         end_s = time.perf_counter()
@@ -163,9 +168,51 @@ class AttentionWorker:
             self.trace.add(Mark.STEP, start_s, end_s, step.step_id, rows=step.num_tokens)
         return output
 
+    # ---- faults ------------------------------------------------------------------------------------------------
+
+    def _run_contained(self, step_id: int, batch: list[tuple[_Row, int]], attempt: int = 0) -> ModelRunnerOutput:
+        """One step; a fault in it ends the request it comes of, found by halving the batch, and nobody else's.
+
+        Raises:
+            Exception: the fault, once so many requests in a row ended by one that the worker itself is to blame.
+        """
+        try:
+            with torch.inference_mode():
+                output = self._run(step_id | attempt << _ATTEMPT_SHIFT, batch)
+        except PeerLost as error:
+            self.afd.abandon()
+            return ModelRunnerOutput(errors={row.request_id: f"{error.code}: {error}" for row, _ in batch})
+        except Exception as error:  # noqa: BLE001 - _divide finds out whose it is
+            self.afd.abandon()
+            return self._divide(step_id, batch, attempt, error)
+        if output.sampled_token_ids:
+            self._num_faults = 0
+        return output
+
+    def _divide(self, step_id: int, batch: list[tuple[_Row, int]], attempt: int, error: Exception) -> ModelRunnerOutput:
+        if len(batch) == 1 or any(row.kv_target is not None for row, _ in batch):
+            # A hand-over has told its asker of layers already: it can't be computed twice, and the asker computes by itself.
+            self._num_faults += len(batch)
+            if self._num_faults >= _MAX_FAULTS:
+                raise error
+            logger.error("a step of %d requests failed, they end", len(batch), exc_info=error)
+            for row, _ in batch:
+                self.cache.scrub(row.block_ids[row.num_computed_tokens // self.cache.layout.block_size_tokens :])
+            return ModelRunnerOutput(errors={row.request_id: f"internal_error: {type(error).__name__}" for row, _ in batch})
+        middle = len(batch) // 2
+        first = self._run_contained(step_id, batch[:middle], 2 * attempt + 1)
+        second = self._run_contained(step_id, batch[middle:], 2 * attempt + 2)
+        return ModelRunnerOutput(
+            sampled_token_ids={**first.sampled_token_ids, **second.sampled_token_ids},
+            logprobs={**first.logprobs, **second.logprobs},
+            errors={**first.errors, **second.errors},
+        )
+
     # ---- inside ------------------------------------------------------------------------------------------------
 
-    def _take_changes(self, step: SchedulerOutput) -> None:
+    def _take_changes(self, step: SchedulerOutput) -> dict[RequestId, str]:
+        """Take in what changed since the last step; new requests that can't be taken in, and why."""
+        refused: dict[RequestId, str] = {}
         for request_id in step.finished_request_ids:
             self._rows.pop(request_id, None)
             if isinstance(self.kv, PrefillSide):
@@ -176,13 +223,19 @@ class AttentionWorker:
             for load in step.kv_loads:
                 self.kv.start(load)
         for new in step.new_requests:
-            row = self._rows[new.request_id] = _Row(new, self.halves.config.vocab_size)
+            try:
+                row = self._rows[new.request_id] = _Row(new, self.halves.config.vocab_size)
+            except Exception as error:
+                logger.exception("request %s can't be taken in", new.request_id)
+                refused[new.request_id] = f"internal_error: {type(error).__name__}"
+                continue
             if row.kv_target is not None:
                 self._offer_cached(row, row.kv_target)
         for cached in step.cached_requests:
             row = self._rows[cached.request_id]
             row.block_ids += cached.new_block_ids
             row.num_computed_tokens = cached.num_computed_tokens
+        return refused
 
     def _offer_cached(self, row: _Row, target: KVTarget) -> None:
         num_cached = row.num_computed_tokens - target.first_token
@@ -380,7 +433,11 @@ class AttentionWorker:
         chosen: dict[RequestId, int] = {}
         logprobs: dict[RequestId, TokenLogprob] = {}
         errors: dict[RequestId, str] = {}
-        for index, (row, token_id) in enumerate(zip(rows, tokens, strict=True)):
+        for index, (row, token_id) in enumerate(zip(rows, tokens, strict=True)):  # before any row changes: this may fail
+            num_top = row.sampling.params.num_logprobs
+            if num_top is not None and token_id is not None and row.bad_at is None:
+                logprobs[row.request_id] = logprobs_of(logits_RV[index], token_id, num_top)
+        for row, token_id in zip(rows, tokens, strict=True):
             # Rows of such a gate take no expert, so that their logits may well be numbers, of another model.
             if token_id is None or row.bad_at is not None:
                 errors[row.request_id] = self._refuse(row)
@@ -388,9 +445,6 @@ class AttentionWorker:
             chosen[row.request_id] = token_id
             row.token_ids.append(token_id)
             row.sampling.append(token_id)
-            num_top = row.sampling.params.num_logprobs
-            if num_top is not None:
-                logprobs[row.request_id] = logprobs_of(logits_RV[index], token_id, num_top)
         end_s = time.perf_counter()
         self.stats.sample_s += end_s - sample_s
         if self.trace is not None:

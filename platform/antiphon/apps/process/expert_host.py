@@ -25,6 +25,7 @@ from antiphon.worker.model_runner import AttentionWorker
 # The thread that reads experts rests this many times as long as it reads, so that the loop beside it hardly notices. A lower
 # priority would be worse: put off while it holds the interpreter's lock, it would keep the loop waiting.
 _REST = 3.0
+_MAX_NUMBER = 2**31 - 1  # it travels with every message in 32 bits, and the next one must fit, too
 
 
 class ExpertHost:
@@ -106,6 +107,8 @@ class ExpertHost:
             raise Unavailable(f"{self._worker_id} is a {self._role.value} worker, attention workers balance experts")
         if wish.placement_json:
             self._parsed(wish.placement_json)
+        if wish.num_redundant is not None and not 0 <= wish.num_redundant <= self._config.num_experts * self._placement.num_groups:
+            raise InvalidInput(f"{wish.num_redundant} more copies of {self._config.num_experts} experts", "num_redundant")
         self.wish(wish)
         return self._worker_id
 
@@ -123,6 +126,8 @@ class ExpertHost:
             InvalidInput: the phase is not for this role, or the placement is not for this model and these groups.
             CheckpointInvalid: an expert can't be read.
         """
+        if not 0 <= step.number <= _MAX_NUMBER:
+            raise InvalidInput(f"placement number {step.number}, expected 0 to {_MAX_NUMBER}", "number")
         match step.phase, self._role:
             case "HOLD", Role.FFN:
                 return self._hold(step)

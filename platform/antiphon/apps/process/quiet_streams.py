@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from antiphon.apps.serve.host import open_private
+
 
 class QuietStreams:
     """While open, what anybody writes to stdout or stderr lands in ``log``; ``terminal`` is the former stdout."""
@@ -20,7 +22,7 @@ class QuietStreams:
         sys.stderr.flush()
         self._saved = (os.dup(1), os.dup(2))
         self.terminal: IO[str] = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
-        target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        target = open_private(log, append=True)
         os.dup2(target, 1)
         os.dup2(target, 2)
         os.close(target)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from antiphon.apps.process.expert_host import ExpertHost
 from antiphon.core.document.experts import RebalanceSpec
-from antiphon.core.errors import AntiphonError, Unavailable
+from antiphon.core.errors import AntiphonError, Overloaded, Unavailable
 from antiphon.core.ids import Epoch, Role, WorkerId
 from antiphon.core.worker_info import WorkerInfo
 from antiphon.directory.lease import BlockingDirectory
@@ -36,6 +36,7 @@ _TURN_S = 0.5
 _POLL_S = 0.01  # first pause between two questions whether a phase is done; each is twice as long as the one before
 _MAX_POLL_S = 0.2  # questions cost the workers that serve, and reading experts takes seconds
 _PHASE_TIMEOUT_S = 600.0
+_MAX_WISHES = 16
 _MAX_CALLS = 1024
 _LOOK_S = 0.5  # between two looks into the directory while a phase waits
 
@@ -111,6 +112,8 @@ class Rebalancer:
     # ---- the thread --------------------------------------------------------------------------------------------
 
     def _take_wish(self, wish: RebalanceWish) -> None:
+        if len(self._wishes) >= _MAX_WISHES:
+            raise Overloaded(f"{len(self._wishes)} moves of experts are wished for already")
         self._wishes.append(wish)
         self._wake.set()
 
@@ -142,7 +145,12 @@ class Rebalancer:
             self._bring(number, placement)
         if self._wishes:
             wish = self._wishes.pop(0)
-            self._look(placement, wish)
+            try:
+                self._look(placement, wish)
+            except AntiphonError:
+                raise
+            except Exception:
+                logger.exception("a wish to move experts failed; it is dropped")
         elif self._spec is not None and self._clock() - self._looked_s >= self._spec.interval_s:
             self._look(placement, None)
 

@@ -282,6 +282,7 @@ def build_attention(
             prefix_caching=spec.cache.prefix_caching,
             remote_prefill_min_tokens=spec.scheduler.remote_prefill_min_tokens,
             kv_lease_s=spec.scheduler.kv_lease_s,
+            vocab_size=facts.config.vocab_size,
         ),
         clock,
     )

@@ -10,7 +10,9 @@ import contextlib
 import ctypes
 import os
 import re
+import secrets
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -19,17 +21,57 @@ from pathlib import Path
 
 import psutil
 
+from antiphon.core.errors import Unavailable
+
 _PREFIX = "antiphon"
 _PR_SET_CHILD_SUBREAPER = 36
 _MAX_BASE_LENGTH = 17  # characters; 90 more make the path of Ray's longest socket, and unix allows 107
+_RAY_DIR = "r"  # short, for the same reason
 
 
 def make_run_dir() -> Path:
     """A private directory for logs, sockets and configurations; its short name tells whose it is."""
     base = tempfile.gettempdir()
     if len(base) > _MAX_BASE_LENGTH:
-        base = "/tmp"  # noqa: S108  # mkdtemp makes it private
-    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}-{os.getpid()}-", dir=base))
+        base = "/tmp"  # noqa: S108  # what is made there is private
+    while True:
+        path = Path(base) / f"{_PREFIX}-{os.getpid()}-{secrets.token_hex(3)}"
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+            return path
+
+
+def ray_dir(run_dir: Path) -> Path:
+    """Ray's own directory within ours: Ray opens the directory that it is given to everybody, which must not be ours."""
+    path = run_dir / _RAY_DIR
+    path.mkdir(mode=0o700, exist_ok=True)
+    return path
+
+
+def check_private(directory: Path) -> None:
+    """Raise Unavailable unless ``directory`` is a real directory of this user that nobody else may enter."""
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise Unavailable(
+            f"{directory} is not private (mode {stat.S_IMODE(found.st_mode):04o}, user {found.st_uid}): others could replace "
+            "what workers are configured with"
+        )
+
+
+def open_private(path: Path, *, append: bool = False) -> int:
+    """A descriptor to write ``path``, a file of this user alone; never through a link that somebody put there.
+
+    Without ``append`` the file is a new one, whatever stood there before. Raises OSError.
+    """
+    if not append:
+        path.unlink(missing_ok=True)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink != 1:
+        os.close(descriptor)
+        raise PermissionError(f"{path} is not a file of this user alone")
+    return descriptor
 
 
 def sweep_run_dirs(base: Path | None = None) -> list[Path]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from antiphon.apps.serve.host import end_descendants
+from antiphon.apps.serve.host import check_private, end_descendants, ray_dir
 from antiphon.core.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -65,13 +65,13 @@ class RayRuntime:
     """The cluster; one per process at a time.
 
     Args:
-        run_dir: takes Ray's own files.
+        run_dir: takes Ray's own files, in a directory of their own.
         num_cpus: processors that Ray may hand out; more than the machine has is fine, Ray only counts.
         resources: custom resources of the node.
     """
 
     def __init__(self, run_dir: Path, *, num_cpus: float, resources: Mapping[str, float]) -> None:
-        self._temp_dir = run_dir
+        self._run_dir = run_dir
         self._num_cpus = math.ceil(num_cpus)
         self._resources = dict(resources)
         self._ray: ModuleType | None = None
@@ -96,7 +96,7 @@ class RayRuntime:
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                     namespace="antiphon",
-                    _temp_dir=str(self._temp_dir),
+                    _temp_dir=str(ray_dir(self._run_dir)),
                     _node_ip_address="127.0.0.1",
                 )
             except Exception as error:
@@ -106,6 +106,7 @@ class RayRuntime:
                 ray.shutdown()
                 end_descendants(_LEFTOVER_GRACE_S)
             else:
+                check_private(self._run_dir)
                 return
 
     def start_serve(self) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from antiphon.apps.process.config import CONFIG_VARIABLE, WorkerConfig
 from antiphon.apps.process.events import EVENTS_VARIABLE, WorkerEvent
+from antiphon.apps.serve.host import open_private
 from antiphon.core.errors import CorruptMessage
 from antiphon.device.driver import CARDS_VARIABLE
 
@@ -45,9 +46,8 @@ class ChildProcess:
         name = f"{config.pool}-{config.index}"
         self.log_path = run_dir / f"{name}.log"
         config_path = run_dir / f"{name}.json"
-        with os.fdopen(os.open(config_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        with os.fdopen(open_private(config_path), "w") as file:
             file.write(config.to_json())
-        self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         self._buffer = b""
         self._events, events_of_child = os.pipe()
         child_environment = {
@@ -62,7 +62,8 @@ class ChildProcess:
             "PYTHONUNBUFFERED": "1",
         }
         try:
-            with self.log_path.open("ab") as log:
+            with os.fdopen(open_private(self.log_path, append=True), "ab") as log:
+                self._log_start = log.tell()
                 self._process = subprocess.Popen(
                     [sys.executable, "-I", "-S", _LAUNCHER, str(os.getpid()), *argv],
                     stdin=subprocess.DEVNULL,

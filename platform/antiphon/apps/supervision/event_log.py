@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from antiphon.apps.serve.host import open_private
+
 EventKind = Literal["started", "stage", "ready", "exited", "failed"]
 Fact = str | int | float
 
@@ -72,7 +74,7 @@ class EventLog:
             facts=dict(facts or {}),
         )
         line = json.dumps(asdict(entry), separators=(",", ":")).encode() + b"\n"
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        descriptor = open_private(self._path, append=True)
         try:
             os.write(descriptor, line)
         finally:

@@ -25,9 +25,9 @@ from typing import TypeVar
 from antiphon.apps.process.wiring import AttentionPart, build_attention, resolve_model
 from antiphon.coe.tiers.policy import Load, LoadTimes, Prefetch, Tier
 from antiphon.core.document.spec import LLMDeploymentSpec
-from antiphon.core.errors import CheckpointInvalid, DeadlineExceeded, Unavailable
+from antiphon.core.errors import AntiphonError, CheckpointInvalid, DeadlineExceeded, Unavailable
 from antiphon.core.ids import Epoch, Role, WorkerId
-from antiphon.core.request import Request, RequestId, RequestOutput, SamplingParams
+from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput, SamplingParams
 from antiphon.engine.core import Outbox
 
 _COPY_BYTES = 8 << 20
@@ -264,7 +264,11 @@ class ModelPool:
             return
         engine.groups |= {request.request_id: group for request in requests}
         for request in requests:
-            engine.part.engine.submit(request)
+            try:
+                engine.part.engine.submit(request)
+            except AntiphonError as error:  # it ends alone; the others of its group are answered
+                reason = f"{error.code}: {error}"
+                engine.take([RequestOutput(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=reason)])
         if not self._active:
             self._submit(self._pump)
         self._active[expert] = engine

@@ -99,6 +99,9 @@ class FFNSide:
             except (PeerLost, CorruptMessage) as error:
                 self._drop(link, error)
                 works = [work for work in works if work.link is not link]
+            except Exception as error:  # noqa: BLE001 - whatever one peer's bytes do, the others are served
+                self._drop(link, CorruptMessage(link.peer, f"{type(error).__name__}: {error}"))
+                works = [work for work in works if work.link is not link]
         return works
 
     def reply(self, work: FFNWork, out_RD: torch.Tensor, *, compute_us: int, wait_us: int, batch_rows: int) -> bool:

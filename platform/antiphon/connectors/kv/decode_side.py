@@ -119,6 +119,8 @@ class DecodeSide:
                         link.release(message)
             except (PeerLost, CorruptMessage) as error:
                 self._drop(link, error)
+            except Exception as error:  # noqa: BLE001 - whatever one peer's bytes do, the others are heard
+                self._drop(link, CorruptMessage(link.peer, f"{type(error).__name__}: {error}"))
         if self._loads:
             now_s = self._clock()
             for transfer, load in tuple(self._loads.items()):

@@ -138,6 +138,8 @@ class PrefillSide:
                         peer.link.release(message)
             except (PeerLost, CorruptMessage) as error:
                 self._drop(number, error)
+            except Exception as error:  # noqa: BLE001 - whatever one peer's bytes do, the others are served
+                self._drop(number, CorruptMessage(peer.link.peer, f"{type(error).__name__}: {error}"))
         self.pump()
         if not (self._arrived or self._sent or self._aborted):
             return NOTHING_HAPPENED

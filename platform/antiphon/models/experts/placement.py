@@ -99,7 +99,7 @@ class ExpertPlacement:
             groups = tuple(tuple(tuple(int(g) for g in held) for held in layer) for layer in raw["groups"])
             placement = cls(num_groups=int(raw["numGroups"]), groups=groups)
             made_for = raw["model"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise InvalidInput(f"{source}: not a placement file: {error!r}", "placement") from error
         if made_for != config.fingerprint:
             raise InvalidInput(f"{source}: made for model {made_for}, this one is {config.fingerprint}", "placement")

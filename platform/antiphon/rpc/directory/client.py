@@ -6,6 +6,7 @@ Must not know: which store answers.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -22,6 +23,8 @@ from antiphon.rpc.v1 import directory_pb2 as pb
 from antiphon.rpc.v1 import directory_pb2_grpc as pb_grpc
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 # A directory that restarts on its port must be found again well within a lease.
 _OPTIONS = [
@@ -57,10 +60,15 @@ class RemoteDirectory:
         """See ``Directory``."""
         request = pb.ListWorkersRequest(deployment=deployment)
         answer = await self._call("ListWorkers", request, pb.ListWorkersResponse)
-        return tuple(
-            WorkerRecord(info=WorkerInfo.from_json(row.worker_info_json), age_s=row.age_s, lease_s=row.lease_s)
-            for row in answer.workers
-        )
+        records = []
+        for row in answer.workers:
+            try:
+                info = WorkerInfo.from_json(row.worker_info_json)
+            except InvalidInput as error:  # of a newer version, or wrong: it must not hide the others
+                logger.warning("a record is left out: %s", error)
+                continue
+            records.append(WorkerRecord(info=info, age_s=row.age_s, lease_s=row.lease_s))
+        return tuple(records)
 
     async def claim_index(self, deployment: str, pool: str, owner: str, lease_s: float, preferred: int | None = None) -> int:
         """See ``Directory``."""

@@ -122,6 +122,9 @@ async def _or_abort(call: Awaitable[T], context: Context) -> T:
     except AntiphonError as error:
         await context.abort(_status(error), str(error))
         raise  # abort has raised already; this line tells the type checker
+    except (ValueError, OverflowError) as error:  # a number that the answer has no room for
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        raise
 
 
 def _status(error: AntiphonError) -> grpc.StatusCode:

@@ -13,8 +13,9 @@ import psutil
 import pytest
 
 from antiphon.apps.process.quiet_streams import QuietStreams
-from antiphon.apps.serve.host import make_run_dir, remove_tree, sweep_run_dirs
+from antiphon.apps.serve.host import check_private, make_run_dir, open_private, ray_dir, remove_tree, sweep_run_dirs
 from antiphon.apps.serve.stop_signals import StopRequested, StopSignals
+from antiphon.core.errors import Unavailable
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="orphans are adopted on Linux only")
 
@@ -29,6 +30,45 @@ def test_a_run_directory_is_private_short_and_says_whose_it_is(monkeypatch: pyte
     finally:
         remove_tree(path)
     assert not path.exists()
+
+
+def test_ray_opening_its_directory_to_everybody_leaves_ours_private() -> None:
+    path = make_run_dir()
+    try:
+        ray_dir(path).chmod(0o777)
+        check_private(path)
+        assert os.path.dirname(ray_dir(path)) == str(path)
+    finally:
+        remove_tree(path)
+
+
+def test_a_run_directory_that_others_may_enter_or_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    (tmp_path / "private").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "private")
+    for path in (open_to_all, tmp_path / "link"):
+        with pytest.raises(Unavailable, match="not private"):
+            check_private(path)
+
+
+def test_files_are_never_written_through_a_link_that_somebody_left(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for name in ("attention-0.json", "attention-0.log"):
+        (tmp_path / name).symlink_to(victim)
+    with os.fdopen(open_private(tmp_path / "attention-0.json"), "w") as file:
+        file.write("configuration")
+    with pytest.raises(OSError):
+        open_private(tmp_path / "attention-0.log", append=True)
+    os.link(victim, tmp_path / "journal.jsonl")
+    with pytest.raises(PermissionError):
+        open_private(tmp_path / "journal.jsonl", append=True)
+    assert victim.read_text() == "precious"
+    assert not (tmp_path / "attention-0.json").is_symlink()
+    assert (tmp_path / "attention-0.json").read_text() == "configuration"
+    assert (tmp_path / "attention-0.json").stat().st_mode & 0o077 == 0
 
 
 def test_only_directories_of_processes_that_are_gone_are_swept(tmp_path: Path) -> None:
