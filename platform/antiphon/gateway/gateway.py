@@ -17,6 +17,7 @@ from antiphon.gateway.compositions import ServedComposition
 from antiphon.gateway.config import GatewayConfig
 from antiphon.gateway.generation.generator import Generator
 from antiphon.gateway.generation.request import Event, GenerationRequest
+from antiphon.gateway.http.bodies import Bodies
 from antiphon.gateway.metrics.instruments import GatewayMetrics
 from antiphon.gateway.routing.engine_client import EngineClient
 from antiphon.gateway.routing.placement import Placement
@@ -47,6 +48,7 @@ class Gateway:
     ) -> None:
         self.config = config
         self.keys = ApiKeys(config.api_keys)
+        self.bodies = Bodies()
         self.models = models
         self.compositions: Mapping[str, ServedComposition] = {}  # by metadata.name; set once, before the doors open
         self.created = int(time.time())

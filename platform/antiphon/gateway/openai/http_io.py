@@ -6,13 +6,11 @@ Must not know: OpenAI's bodies, or how requests are answered.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import re
 import secrets
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -32,14 +30,6 @@ TIMEOUT_HEADER = "x-request-timeout-s"
 
 # Also part of ids that other protocols carry, so only what needs no quoting anywhere.
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_CHARS}}}")
-
-
-class RequestTooLarge(InvalidInput):
-    """The body is larger than this gateway takes."""
-
-    code = "request_too_large"
-    http_status = 413
-    grpc_status = "RESOURCE_EXHAUSTED"
 
 
 class NotFound(InvalidInput):
@@ -109,34 +99,6 @@ def error_response(error: Exception) -> Response:
     return JSONResponse(error_body(error), status_code=error.http_status, headers=headers)
 
 
-async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
-    """The request's body, a JSON object.
-
-    Raises:
-        RequestTooLarge: it has more than ``max_bytes`` bytes.
-        InvalidInput: it isn't UTF-8, JSON or an object.
-    """
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > max_bytes:
-        raise RequestTooLarge(f"the body has {length} bytes, above the limit of {max_bytes}")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise RequestTooLarge(f"the body is above the limit of {max_bytes} bytes")
-    try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"the body is not valid UTF-8: byte {error.start}") from error
-    except RecursionError as error:
-        raise InvalidInput("the body is nested too deeply") from error
-    except ValueError as error:
-        raise InvalidInput(f"the body is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InvalidInput("the body must be a JSON object")
-    return value
-
-
 def deadline_of(request: Request) -> float | None:
     """Seconds the client gives its request, from its header; None = it doesn't say.
 
@@ -153,10 +115,6 @@ def deadline_of(request: Request) -> float | None:
     if not (math.isfinite(seconds) and seconds > 0):
         raise InvalidInput(f"{TIMEOUT_HEADER} must be a positive number of seconds", TIMEOUT_HEADER)
     return seconds
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 class ClientBound(Response):

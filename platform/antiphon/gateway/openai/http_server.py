@@ -11,6 +11,11 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from antiphon.core.errors import Unavailable
+from antiphon.gateway.http.protocol import BoundedProtocol, max_connections
+
+
+class _Protocol(BoundedProtocol):
+    max_connections = max_connections()
 
 
 class _Server(uvicorn.Server):
@@ -36,7 +41,7 @@ class HttpServer:
         self._reuse_port = reuse_port
         self._config = uvicorn.Config(
             app,
-            http="auto",
+            http=_Protocol,
             ws="none",
             lifespan="off",
             log_config=None,

@@ -25,15 +25,14 @@ from antiphon import __version__
 from antiphon.core.errors import InvalidInput
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.generation.request import ChoiceDelta, Completed, GenerationRequest, Started
+from antiphon.gateway.http.manners import Manners
 from antiphon.gateway.openai.answers import Answer, model_card
 from antiphon.gateway.openai.http_io import (
     ClientBound,
-    MethodNotAllowed,
     NotFound,
     RequestIds,
     deadline_of,
     error_response,
-    read_json,
 )
 from antiphon.gateway.openai.schema import ChatBody, CompletionBody, parse
 from antiphon.gateway.status import Status
@@ -51,6 +50,7 @@ _SSE_HEADERS = [
 def make_app(gateway: Gateway) -> FastAPI:
     """The application over a gateway."""
     app = FastAPI(title="Antiphon", version=__version__, docs_url=None, redoc_url=None)
+    app.add_middleware(Manners, routes=app.routes)
     app.add_middleware(RequestIds)
     app.add_exception_handler(HTTPException, _routing_error)
     app.add_exception_handler(Exception, _any_error)
@@ -124,7 +124,7 @@ def status_body(status: Status) -> dict[str, Any]:
 async def _complete(gateway: Gateway, request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
     try:
         gateway.keys.check(request.headers.get("authorization"))
-        body = parse(kind, await read_json(request, gateway.config.max_request_bytes))
+        body = parse(kind, await gateway.bodies.read_json(request, gateway.config.max_request_bytes))
         generation = body.request(
             request_id=request.state.request_id, deadline_s=deadline_of(request), traceparent=request.headers.get("traceparent")
         )
@@ -207,10 +207,6 @@ async def _routing_error(request: Request, error: Exception) -> Response:
     where = f"{request.method} {request.url.path}"
     if error.status_code == 404:
         return error_response(NotFound(f"there is no {where}"))
-    if error.status_code == 405:
-        response = error_response(MethodNotAllowed(f"there is no {where}; allowed: {(error.headers or {}).get('allow', '')}"))
-        response.headers.update(error.headers or {})
-        return response
     return error_response(InvalidInput(str(error.detail)))
 
 

@@ -12,7 +12,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from antiphon.core.errors import InvalidInput
 from antiphon.core.request import MAX_LOGPROBS
@@ -35,6 +44,8 @@ _M = TypeVar("_M", bound=BaseModel)
 MAX_TOKEN_ID = 2**31 - 1
 MAX_LOGIT_BIASES = 1024
 MAX_MESSAGES = 4096
+MAX_FIELDS = 256  # of a body
+MAX_BODY_VALUES = 100_000  # in all its lists and objects, the prompt left out
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 
 
@@ -66,6 +77,37 @@ def _as_token_biases(value: object) -> object:
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+_PROMPT_FORMS = "must be a string, a list of strings, a list of token ids or a list of such lists"
+
+
+def _checked_prompt(value: object) -> object:
+    """A prompt in any of its forms. Looked at by its first item: trying one form after the other costs seconds for a long list."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise InvalidInput(f"prompt: {_PROMPT_FORMS}", "prompt")
+    first = value[0] if value else ""
+    if isinstance(first, int) and not isinstance(first, bool):
+        _check_token_ids(value, "prompt")
+        return value
+    if len(value) > MAX_CHOICES:
+        raise InvalidInput(f"prompt: {len(value)} prompts are more than {MAX_CHOICES} choices", "prompt")
+    for index, item in enumerate(value):
+        if type(item) is not type(first) or not isinstance(item, str | list):
+            raise InvalidInput(f"prompt: {_PROMPT_FORMS}", "prompt")
+        if isinstance(item, list):
+            _check_token_ids(item, f"prompt[{index}]")
+    return value
+
+
+def _check_token_ids(ids: list[object], field: str) -> None:
+    if set(map(type, ids)) <= {int} and (not ids or (min(ids) >= 0 and max(ids) <= MAX_TOKEN_ID)):  # type: ignore[type-var, operator]
+        return
+    for index, item in enumerate(ids):
+        if type(item) is not int or not 0 <= item <= MAX_TOKEN_ID:
+            raise InvalidInput(f"prompt: {_PROMPT_FORMS}; {field}[{index}] is not a token id", "prompt")
 
 
 class SamplingFields(BaseModel):
@@ -261,7 +303,7 @@ class CompletionBody(_Body):
         "suffix": ("",),
     }
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_checked_prompt)]
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
     best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
@@ -343,10 +385,28 @@ def parse(kind: type[_M], value: object, *, prefix: str = "") -> _M:
     Raises:
         InvalidInput: the first wrong field, named; UnknownField for one that doesn't exist.
     """
+    _check_sizes(value, prefix)
     try:
         return kind.model_validate(value)
     except ValidationError as error:
         raise _translate(error, prefix) from error
+
+
+def _check_sizes(value: object, prefix: str) -> None:
+    """Refuse bodies with more values than any request has: validation describes each wrong one before the first can be told."""
+    if not isinstance(value, dict):
+        return
+    if len(value) > MAX_FIELDS:
+        raise InvalidInput(f"the body has {len(value)} fields, more than {MAX_FIELDS}")
+    num_values = 0
+    open_values = [item for name, item in value.items() if name != "prompt"]  # it is checked by hand
+    while open_values:
+        item = open_values.pop()
+        if isinstance(item, dict | list):
+            num_values += len(item)
+            if num_values > MAX_BODY_VALUES:
+                raise InvalidInput(f"{prefix}the body holds more than {MAX_BODY_VALUES} values besides its prompt")
+            open_values += item.values() if isinstance(item, dict) else item
 
 
 def _translate(error: ValidationError, prefix: str) -> InvalidInput:
@@ -356,8 +416,6 @@ def _translate(error: ValidationError, prefix: str) -> InvalidInput:
         return UnknownField(f"unknown parameter: {field[:200]}", field)
     field = prefix + _path(first["loc"])
     message = first["msg"].removeprefix("Value error, ")
-    if first["loc"][:1] == ("prompt",) and first["type"] != "missing":
-        message = "must be a string, a list of strings, a list of token ids or a list of such lists"
     if first["type"] == "missing":
         return InvalidInput(f"missing required parameter: {field}", field)
     return InvalidInput(f"{field}: {message[:1].lower()}{message[1:]}" if field else message, field or None)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from antiphon.core.errors import CheckpointInvalid, UnsupportedModel
-from antiphon.models.gguf_header import check_header
+from antiphon.models.loading.gguf_header import check_header
 
 _LIBRARY_MISSING: Final = "reading GGUF files needs the gguf library: install antiphon[convert]"
 

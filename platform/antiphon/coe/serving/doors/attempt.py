@@ -18,6 +18,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from antiphon.coe.routing.router import Record
 from antiphon.core.document.composition import ExternalEndpoint
+from antiphon.core.errors import InvalidInput
+from antiphon.gateway.http.bodies import check_structure
 
 TRY_NEXT = frozenset({404, 429, 500, 502, 503, 504})
 _HEADER_SAFE = " !#$&'()*+,-./:;<=>?@[]^_`{|}~"
@@ -182,9 +184,10 @@ def replayed(raw: bytes, receive: Receive) -> Receive:
 
 
 def json_object(raw: bytes) -> dict[str, Any] | None:
-    """The JSON object that a body is, or None."""
+    """The JSON object that a body is, or None; also None where it holds more values than any door takes."""
     try:
+        check_structure(raw)
         value = json.loads(raw)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, InvalidInput):
         return None
     return value if isinstance(value, dict) else None

@@ -41,7 +41,8 @@ from antiphon.coe.serving.doors.question import question_of
 from antiphon.core.document.composition import Policy, policy_named, split_model_name
 from antiphon.core.errors import DeadlineExceeded, InvalidInput, Unavailable, UnknownModel
 from antiphon.gateway.auth import ApiKeys
-from antiphon.gateway.openai.http_io import RequestTooLarge, deadline_of, error_response
+from antiphon.gateway.http.bodies import RequestTooLarge
+from antiphon.gateway.openai.http_io import deadline_of, error_response
 
 _COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
 _MODEL = "/v1/models/"

@@ -1,0 +1,130 @@
+"""Reads bodies within limits: bytes of one and of all, values in one, large ones few at once (request speed).
+
+    bytes ─► few enough? ─► few enough values? ─► JSON, large ones off the event loop ─► an object
+
+Parsing costs memory and time by the number of values, not by bytes: the number is bounded before anything is made of them.
+Must not know: what is in a body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+from fastapi import Request
+
+from antiphon.core.errors import InvalidInput, Overloaded
+
+MAX_CONTAINERS: Final = 100_000  # lists and objects in one body
+MAX_VALUES: Final = 1_500_000  # token ids of many prompts are the most that makes sense
+MAX_BUFFERED_BYTES: Final = 256 * 2**20  # of all bodies that are being read
+LARGE_BYTES: Final = 64 * 2**10
+_LARGE_AT_ONCE: Final = 2
+
+# Strings, the last one also without its end: what is left is the structure. Each byte is looked at once.
+_STRINGS: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+
+
+class RequestTooLarge(InvalidInput):
+    """The body is larger than this gateway takes."""
+
+    code = "request_too_large"
+    http_status = 413
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+
+class Bodies:
+    """What the bodies of one gateway may cost together. Belongs to one event loop."""
+
+    def __init__(self, max_buffered_bytes: int = MAX_BUFFERED_BYTES) -> None:
+        self._max_buffered_bytes = max_buffered_bytes
+        self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
+        self.buffered_bytes = 0
+
+    async def read(self, request: Request, max_bytes: int) -> bytes:
+        """The body, whole.
+
+        Raises:
+            RequestTooLarge: it has more than ``max_bytes`` bytes.
+            Overloaded: too many bodies are being read at once.
+        """
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and int(length) > max_bytes:
+            raise RequestTooLarge(f"the body has {length} bytes, above the limit of {max_bytes}")
+        body = bytearray()
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                self.buffered_bytes += len(chunk)
+                if len(body) > max_bytes:
+                    raise RequestTooLarge(f"the body is above the limit of {max_bytes} bytes")
+                if self.buffered_bytes > self._max_buffered_bytes:
+                    raise Overloaded("too many large requests at once", retry_after_s=1.0)
+        finally:
+            self.buffered_bytes -= len(body)
+        return bytes(body)
+
+    async def read_json(self, request: Request, max_bytes: int) -> dict[str, Any]:
+        """The body, a JSON object.
+
+        Raises:
+            RequestTooLarge, Overloaded: as ``read``.
+            InvalidInput: it isn't UTF-8, JSON or an object, or holds too many values.
+        """
+        body = await self.read(request, max_bytes)
+        if len(body) <= LARGE_BYTES:
+            return parse_object(body)
+        async with self.turn(len(body)):
+            return await asyncio.to_thread(parse_object, body)
+
+    @asynccontextmanager
+    async def turn(self, num_bytes: int) -> AsyncIterator[None]:
+        """Wait until few other large bodies are worked on; small ones need no turn."""
+        if num_bytes <= LARGE_BYTES:
+            yield
+            return
+        async with self._large:
+            yield
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """JSON text as an object.
+
+    Raises:
+        InvalidInput: it isn't UTF-8, JSON or an object, or holds too many values.
+    """
+    check_structure(body)
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"the body is not valid UTF-8: byte {error.start}") from error
+    except RecursionError as error:
+        raise InvalidInput("the body is nested too deeply") from error
+    except ValueError as error:
+        raise InvalidInput(f"the body is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidInput("the body must be a JSON object")
+    return value
+
+
+def check_structure(body: bytes) -> None:
+    """Refuse what would be too many values, before they are made.
+
+    Raises:
+        InvalidInput: it holds more than MAX_CONTAINERS lists and objects, or MAX_VALUES values.
+    """
+    if body.count(b"[") + body.count(b"{") <= MAX_CONTAINERS and body.count(b",") <= MAX_VALUES:
+        return
+    structure = _STRINGS.sub(b"", body)  # brackets and commas within texts are no structure
+    if structure.count(b"[") + structure.count(b"{") > MAX_CONTAINERS:
+        raise InvalidInput(f"the body holds more than {MAX_CONTAINERS} lists and objects")
+    if structure.count(b",") > MAX_VALUES:
+        raise InvalidInput(f"the body holds more than {MAX_VALUES} values")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,0 +1,61 @@
+"""HTTP's manners for every route of the door: HEAD, OPTIONS, 405, a slash at the end of a path (request speed).
+
+Must not know: what a route answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastapi.responses import Response
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from antiphon.gateway.openai.http_io import MethodNotAllowed, error_response
+
+
+class Manners:
+    """Middleware.
+
+    Args:
+        app: what is served.
+        routes: its routes, to say which methods a path has.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
+        self._app = app
+        self._routes = routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = str(scope["path"])
+        if len(path) > 1 and path.endswith("/"):
+            path = path.rstrip("/") or "/"
+            scope = {**scope, "path": path, "raw_path": path.encode()}
+        method = scope["method"]
+        allowed = self.allowed(scope)
+        if method == "OPTIONS" and allowed:
+            await Response(status_code=204, headers={"allow": ", ".join(allowed)})(scope, receive, send)
+            return
+        if allowed and method not in allowed:
+            named = ", ".join(allowed)
+            response = error_response(MethodNotAllowed(f"there is no {method} {path}; allowed: {named}"))
+            response.headers["allow"] = named
+            await response(scope, receive, send)
+            return
+        if method == "HEAD":
+            scope = {**scope, "method": "GET"}  # the server leaves out the body
+        await self._app(scope, receive, send)
+
+    def allowed(self, scope: Scope) -> list[str]:
+        """The methods that the path has; empty where there is no such path."""
+        found: set[str] = set()
+        for route in self._routes:
+            if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE:
+                found |= set(route.methods or ())
+        if "GET" in found:
+            found.add("HEAD")
+        return sorted(found | {"OPTIONS"}) if found else []

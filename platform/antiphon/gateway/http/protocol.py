@@ -1,0 +1,184 @@
+"""uvicorn's HTTP protocol with limits: headers in bytes, number and time, bodies in time, connections (request speed).
+
+uvicorn on httptools has none of these: a client may send headers without end, or open connections and stay silent. What is over a
+limit is answered in OpenAI's error shape and closed. Must not know: any route.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+from http import HTTPStatus
+from typing import Any, Final
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEADER_BYTES: Final = 64 * 2**10
+MAX_HEADERS: Final = 256
+HEADER_TIMEOUT_S: Final = 20.0  # from the connection, or a further request's first byte, to the end of its headers
+BODY_TIMEOUT_S: Final = 60.0
+MAX_CONNECTIONS: Final = 8192
+_FILES_FOR_OTHERS: Final = 96  # descriptors kept for workers, the directory and files
+_LINGER_S: Final = 1.0
+_MAX_DISCARDED_BYTES: Final = 2**20
+_MAX_BODY_BYTES: Final = 256 * 2**20  # on the wire, chunks' own bytes included; doors have limits of their own, below this
+
+
+def max_connections() -> int:
+    """How many connections this process can hold, by its limit of open files."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return max(8, min(MAX_CONNECTIONS, soft - _FILES_FOR_OTHERS))
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One connection. Belongs to the server's event loop."""
+
+    # Class attributes, so that a test can tighten them in a class of its own.
+    header_timeout_s: float = HEADER_TIMEOUT_S
+    body_timeout_s: float = BODY_TIMEOUT_S
+    max_connections: int = MAX_CONNECTIONS
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._in_headers = True
+        self._begun = False  # a request's first byte is here, its last is not
+        self._refused = False
+        self._num_headers = 0
+        self._header_bytes = 0  # of whole headers
+        self._received_bytes = 0  # since the last part of a request was complete
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client connected."""
+        super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "this gateway holds as many connections as it can", "overloaded")
+            return
+        self._start(self.header_timeout_s, "the request's headers")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It left."""
+        self._stop()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of a request."""
+        self._received_bytes += len(data)
+        if self._refused:
+            if self._received_bytes > _MAX_DISCARDED_BYTES:
+                self.transport.abort()
+            return
+        if self._in_headers and self._timer is None:  # a further request of this connection
+            self._start(self.header_timeout_s, "the request's headers")
+        super().data_received(data)
+        if self._refused or self.transport.is_closing():
+            return
+        if self._begun and self._in_headers and self._timer is None:  # its first bytes came with the end of the one before
+            self._start(self.header_timeout_s, "the request's headers")
+        if self._in_headers and self._received_bytes > MAX_HEADER_BYTES:
+            self._refuse_headers()
+        elif self._received_bytes > _MAX_BODY_BYTES:
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the body is too large", "request_too_large")
+
+    def on_message_begin(self) -> None:
+        """A request's first byte."""
+        self._num_headers = self._header_bytes = 0
+        self._begun = True
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """A part of its target."""
+        self._header_bytes += len(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header, or a trailer after the body."""
+        self._num_headers += 1
+        self._header_bytes += len(name) + len(value) + 4
+        if not self._over:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """All headers are here."""
+        self._stop()
+        self._in_headers = False
+        self._received_bytes = 0
+        if self._over:
+            self._refuse_headers()
+            return
+        version = self.parser.get_http_version()
+        num_hosts = sum(name == b"host" for name, _ in self.headers)
+        if version not in ("1.0", "1.1"):
+            self._refuse(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, f"HTTP {version} is not spoken here", "bad_request")
+            return
+        if num_hosts != 1 and (version == "1.1" or num_hosts):
+            self._refuse(HTTPStatus.BAD_REQUEST, "expected one Host header", "bad_request")
+            return
+        self._start(self.body_timeout_s, "the request's body")
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body."""
+        if not self._refused:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        self._stop()
+        self._in_headers, self._begun = True, False
+        self._received_bytes = 0
+        if not self._refused:
+            super().on_message_complete()
+
+    @property
+    def _over(self) -> bool:
+        return self._header_bytes > MAX_HEADER_BYTES or self._num_headers > MAX_HEADERS
+
+    def _refuse_headers(self) -> None:
+        message = f"the request's headers are above the limit of {MAX_HEADERS}, or of {MAX_HEADER_BYTES} bytes"
+        self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message, "headers_too_large")
+
+    def _start(self, timeout_s: float, what: str) -> None:
+        self._timer = self.loop.call_later(timeout_s, self._late, what, timeout_s)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _late(self, what: str, timeout_s: float) -> None:
+        self._timer = None
+        message = f"{what} did not come within {timeout_s:g} s"
+        self._refuse(HTTPStatus.REQUEST_TIMEOUT, message, "request_timeout")
+
+    def _refuse(self, status: HTTPStatus, message: str, code: str) -> None:
+        """Answer and close; where an answer is under way already, close."""
+        self._stop()
+        self._refused = True
+        if self.transport.is_closing():
+            return
+        self._unset_keepalive_if_required()
+        if self.cycle is not None and not self.cycle.response_complete and self.cycle.response_started:
+            self.transport.abort()
+            return
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        kind = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+        body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
+        lines = [
+            f"HTTP/1.1 {status.value} {status.phrase}",
+            "content-type: application/json",
+            f"content-length: {len(body)}",
+            "connection: close",
+            *(["retry-after: 1"] if status is HTTPStatus.SERVICE_UNAVAILABLE else []),
+        ]
+        self.transport.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+        # Closing with unread bytes resets the connection, and the answer is lost: what still comes is thrown away for a moment.
+        self._received_bytes = 0
+        self._timer = self.loop.call_later(_LINGER_S, self.transport.close)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()

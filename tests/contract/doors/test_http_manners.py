@@ -1,0 +1,51 @@
+"""HEAD, OPTIONS, 405 and a slash at the end, through a whole gateway."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+_spec = importlib.util.spec_from_file_location("doors_fake_engine", Path(__file__).with_name("fake_engine.py"))
+assert _spec is not None
+assert _spec.loader is not None
+fake = sys.modules.setdefault(_spec.name, importlib.util.module_from_spec(_spec))
+if not hasattr(fake, "world"):
+    _spec.loader.exec_module(fake)
+
+PATHS = ("/health", "/ready", "/v1/models", "/status", "/metrics")
+
+
+async def test_head_is_get_without_its_body(tmp_path: Path) -> None:
+    async with fake.world(tmp_path) as world, httpx.AsyncClient(base_url=world.url, trust_env=False) as client:
+        for path in PATHS:
+            head, get = await client.head(path), await client.get(path)
+            assert (head.status_code, head.content) == (200, b""), path
+            assert head.headers["content-type"] == get.headers["content-type"]
+        assert (await client.head("/v1/completions")).status_code == 405
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [("/health", "GET, HEAD, OPTIONS"), ("/v1/chat/completions", "OPTIONS, POST"), ("/v1/models/tiny", "GET, HEAD, OPTIONS")],
+)
+async def test_options_and_405_name_what_is_allowed(tmp_path: Path, path: str, allowed: str) -> None:
+    async with fake.world(tmp_path) as world, httpx.AsyncClient(base_url=world.url, trust_env=False) as client:
+        options = await client.options(path)
+        assert (options.status_code, options.headers["allow"]) == (204, allowed)
+        refused = await client.delete(path)
+        assert refused.status_code == 405
+        assert refused.headers["allow"] == allowed
+        assert allowed in refused.json()["error"]["message"]
+        assert (await client.options("/nowhere")).status_code == 404
+
+
+async def test_a_slash_at_the_end_changes_nothing(tmp_path: Path) -> None:
+    async with fake.world(tmp_path) as world, httpx.AsyncClient(base_url=world.url, trust_env=False) as client:
+        listed = await client.get("/v1/models/")
+        assert listed.json()["object"] == "list"
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 1}
+        assert (await client.post("/v1/completions/", json=body)).status_code == 200

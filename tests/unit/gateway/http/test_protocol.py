@@ -1,0 +1,129 @@
+"""Connections, headers and bodies end within their limits, and the server goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from antiphon.gateway.http.protocol import MAX_HEADER_BYTES, MAX_HEADERS, BoundedProtocol, max_connections
+from antiphon.gateway.openai import http_server
+from antiphon.gateway.openai.http_server import HttpServer
+
+
+class Tight(BoundedProtocol):
+    header_timeout_s = 0.3
+    body_timeout_s = 0.3
+    max_connections = 3
+
+
+async def application(scope: dict[str, Any], receive: Any, send: Any) -> None:
+    size = 0
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        size += len(message.get("body", b""))
+        more = message.get("more_body", False)
+    text = f"{scope['method']} {size}".encode()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", str(len(text)).encode())]})
+    await send({"type": "http.response.body", "body": text})
+
+
+@asynccontextmanager
+async def serving(monkeypatch: pytest.MonkeyPatch, protocol: type[BoundedProtocol] = Tight) -> AsyncIterator[int]:
+    monkeypatch.setattr(http_server, "_Protocol", protocol)
+    server = HttpServer(application, host="127.0.0.1", port=0)
+    async with asyncio.timeout(30):
+        await server.start()
+        try:
+            yield server.port
+        finally:
+            await server.close()
+
+
+async def said(port: int, *parts: bytes) -> bytes:
+    """Everything the server answers until it closes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+        return await reader.read()
+    except ConnectionError:
+        return b""
+    finally:
+        writer.close()
+
+
+GOOD = b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"GET / HTTP/1.1\r\nhost: a\r\n" + b"x: " + b"a" * (MAX_HEADER_BYTES + 1) + b"\r\n\r\n", b"431"),
+        (b"GET / HTTP/1.1\r\nhost: a\r\n" + b"x: a\r\n" * (MAX_HEADERS + 1) + b"\r\n", b"431"),
+        (b"GET /" + b"a" * (MAX_HEADER_BYTES + 1) + b" HTTP/1.1\r\nhost: a\r\n\r\n", b"431"),
+        (b"GET / HTTP/1.1\r\nhost: a\r\nx: " + b"a" * 4 * MAX_HEADER_BYTES, b"431"),  # without an end
+        (b"GET / HTTP/1.1\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n", b"400"),
+        (b"GET /\r\n\r\n", b"505"),
+        (b"", b"408"),
+        (b"GET / HT", b"408"),
+        (b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 10\r\n\r\nabc", b"408"),
+        (GOOD, b"200"),
+        (b"GET / HTTP/1.0\r\n\r\n", b"200"),
+        (b"POST / HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: 3\r\n\r\nabc", b"200"),
+    ],
+)
+async def test_each_request_ends_within_its_limits(monkeypatch: pytest.MonkeyPatch, sent: bytes, status: bytes) -> None:
+    async with serving(monkeypatch) as port:
+        answer = await said(port, sent)
+        assert answer.startswith(b"HTTP/1.1 " + status), answer[:200]
+        if status != b"200" and status != b"505":
+            assert b'"error": {"message": "' in answer
+        assert (await said(port, GOOD)).startswith(b"HTTP/1.1 200")
+
+
+async def test_a_kept_connection_is_bounded_for_each_of_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(monkeypatch) as port:
+        request = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\n\r\nok"
+        answer = await said(port, request, request, b"GET / HTTP/1.1\r\nhos")
+        assert answer.count(b"HTTP/1.1 200") == 2
+        assert b"HTTP/1.1 408" in answer
+
+
+async def test_connections_beyond_the_limit_are_refused_and_leave_room_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Few(Tight):
+        header_timeout_s = 20.0
+
+    async with serving(monkeypatch, Few) as port:
+        held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        answer = await said(port)
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"retry-after: 1" in answer
+        held[0][1].write(GOOD)
+        assert (await held[0][0].read()).startswith(b"HTTP/1.1 200")
+        assert (await said(port, GOOD)).startswith(b"HTTP/1.1 200")
+        for _, writer in held:
+            writer.close()
+
+
+async def test_endless_trailers_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(monkeypatch) as port:
+        head = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\n"
+        answer = await said(port, head, *[b"x: " + b"a" * 1000 + b"\r\n"] * 200)
+        assert b"HTTP/1.1 200" not in answer
+        assert (await said(port, GOOD)).startswith(b"HTTP/1.1 200")
+
+
+def test_the_limit_of_connections_follows_that_of_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    from antiphon.gateway.http import protocol
+
+    monkeypatch.setattr(protocol.resource, "getrlimit", lambda which: (256, 256))
+    assert max_connections() == 160
