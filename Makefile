@@ -43,8 +43,7 @@ test: $(BUILT)  ## Run all tests: in parallel first, then those that start clust
 	echo "== tests of parts, in parallel"; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster" -n 2 --dist worksteal || failed="$$failed parts"; \
 	echo "== tests of whole systems, one by one"; \
-	$(BIN)/python -m pytest -m cluster || { echo "== those that failed, once more"; \
-		$(BIN)/python -m pytest -m cluster --last-failed --last-failed-no-failures none || failed="$$failed systems"; }; \
+	$(BIN)/python -m pytest -m cluster || failed="$$failed systems"; \
 	took=$$(($$(date +%s) - start)); \
 	if [ -n "$$failed" ]; then echo "make test: FAILED after $$took s in:$$failed"; exit 1; fi; \
 	echo "make test: everything passed in $$took s"

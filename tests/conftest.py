@@ -1,13 +1,17 @@
-"""Fixtures for tests of more than one folder: the official helm and kubectl, downloaded once (start-up speed)."""
+"""For tests of all folders: the official helm and kubectl, downloaded once; an account of what is skipped (start-up speed)."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,3 +55,38 @@ def helm(tools: Path) -> Path:
 @pytest.fixture(scope="session")
 def kubectl(tools: Path) -> Path:
     return tools / "kubectl/kubectl"
+
+
+# ---- what is skipped: counted by reason at the end of a run, which fails where tests/skips.toml allows no such reason
+
+
+def skipped(config: pytest.Config) -> Counter[str]:
+    """How often tests, or whole files of them, were skipped, by reason."""
+    reporter: Any = config.pluginmanager.getplugin("terminalreporter")
+    reports = reporter.stats.get("skipped", []) if reporter is not None else []
+    return Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports if isinstance(report.longrepr, tuple))
+
+
+def not_allowed(reasons: Counter[str]) -> list[str]:
+    """The reasons that tests/skips.toml does not name."""
+    listed = tomllib.loads(Path(__file__).with_name("skips.toml").read_text(encoding="utf-8"))["allowed"]
+    patterns = [re.compile(entry["pattern"], re.DOTALL) for entry in listed]
+    return [reason for reason in reasons if not any(pattern.fullmatch(reason) for pattern in patterns)]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    is_worker = hasattr(session.config, "workerinput")  # xdist: the reports come together in the process that was started
+    if not is_worker and not_allowed(skipped(session.config)) and session.exitstatus in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    reasons = skipped(config)
+    if not reasons:
+        return
+    unknown = not_allowed(reasons)
+    terminalreporter.section("skipped, by reason")
+    for reason, num in reasons.most_common():
+        terminalreporter.line(f"{num:5d}  {'NOT ALLOWED: ' if reason in unknown else ''}{reason}")
+    if unknown:
+        terminalreporter.line("Have the tests run, or name the reason in tests/skips.toml and say why it costs nothing.", red=True)

@@ -39,7 +39,7 @@ from antiphon.rpc.v1 import inference_pb2, inference_pb2_grpc, router_pb2, route
 from antiphon.telemetry import disabled
 
 _spec = importlib.util.spec_from_file_location(
-    "doors_fake_engine", Path(__file__).resolve().parents[1] / "contract" / "fake_engine.py"
+    "doors_fake_engine", Path(__file__).resolve().parents[2] / "contract" / "doors" / "fake_engine.py"
 )
 assert _spec is not None
 assert _spec.loader is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from antiphon.core.document.spec import LLMDeploymentSpec
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 PAGE = (ROOT / "deploy/docs/families.md").read_text(encoding="utf-8")
 FAMILIES = ROOT / "platform/antiphon/models/families"
 
