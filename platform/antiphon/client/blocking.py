@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TypeVar, Unpack
 
-from antiphon.client.answer import Answer
 from antiphon.client.retry import Attempts, RetryPolicy
 from antiphon.client.settings import DEFAULT_ENDPOINT, UNARY_TIMEOUT_S, Settings
 from antiphon.client.status_values import ServiceStatus
+from antiphon.client.stream_state import StreamState
 from antiphon.client.values import Chunk, Completion, ModelInfo, Usage
 from antiphon.client.wire import GenerateOptions, generate_request, models_of, status_of
 from antiphon.core.errors import AntiphonError, Cancelled
@@ -36,43 +36,39 @@ class Stream:
 
     def __init__(self, start: Start, request: pb.GenerateRequest, attempts: Attempts) -> None:
         self._start = start
-        self._request = request
-        self._attempts = attempts
+        self._state = StreamState(request, attempts)
         self._call: ResponseStream | None = None
-        self._answer = Answer()
         self._closed = threading.Event()
-        self._ended = False
-        self._routed: dict[str, str] | None = None
 
     @property
     def request_id(self) -> str:
         """The request's id; empty until the server has said it."""
-        return self._answer.started.request_id
+        return self._state.request_id
 
     @property
     def routed(self) -> Mapping[str, str]:
         """What a composition says of its answer (x-antiphon-expert, -category, -confidence, -reason, -decision-id), once a
         chunk has come; empty for other models.
         """
-        return {} if self._routed is None else self._routed
+        return self._state.routed
 
     @property
     def usage(self) -> Usage | None:
         """Tokens and times; None until the end."""
-        return self._answer.usage
+        return self._state.usage
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> Chunk:
-        while not self._ended:
+        while not self._state.ended:
             try:
                 chunk = self._receive()
             except AntiphonError as error:
                 self._drop_call()
                 if self._closed.is_set():
                     raise Cancelled("the stream is closed") from error
-                self._closed.wait(self._pause_s(error))
+                self._closed.wait(self._state.pause_after(error))
                 continue
             if chunk is not None:
                 return chunk
@@ -82,13 +78,13 @@ class Stream:
         """Read to the end and return the whole answer; after ``close``, what had come by then."""
         for _ in self:
             pass
-        return self._answer.completion()
+        return self._state.completion()
 
     def close(self) -> None:
         """Cancel the request unless it has ended. Idempotent."""
         self._closed.set()
-        if not self._ended:
-            self._ended = True
+        if not self._state.ended:
+            self._state.ended = True
             self._drop_call()
 
     def __enter__(self) -> Stream:
@@ -99,31 +95,11 @@ class Stream:
 
     def _receive(self) -> Chunk | None:
         if self._call is None:
-            self._call = self._start(self._request, self._attempts.timeout_s())
+            self._call = self._start(self._state.request, self._state.attempts.timeout_s())
         response = self._call.receive()
-        if response is not None:
-            if self._routed is None:
-                self._routed = self._call.routed()
-            chunk = self._answer.feed(response)
-            if chunk is not None:
-                self._attempts.progressed()
-            return chunk
-        self._answer.check_whole()
-        self._ended = True
-        return None
-
-    def _pause_s(self, error: AntiphonError) -> float:
-        try:
-            pause_s = self._attempts.pause_s(error)
-            if self._answer.has_tokens:
-                request = self._answer.resumption(self._request) if self._attempts.may_resume else None
-                if request is None:
-                    raise error
-                self._request = request
-        except AntiphonError:
-            self._ended = True
-            raise
-        return pause_s
+        if response is not None and self._state.wants_routed:
+            self._state.note_routed(self._call.routed())
+        return self._state.feed(response)
 
     def _drop_call(self) -> None:
         call, self._call = self._call, None

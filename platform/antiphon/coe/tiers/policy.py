@@ -11,8 +11,7 @@
 A load is due when those who want it have waited, in sum, for ``load_wait_factor`` times as long as it takes, weighed by how likely
 whoever is evicted for it is wanted back soon: at once into free room or over experts that nobody asks for, later over busy ones,
 so that one switch serves more. A host copy of a resident expert is worth nothing until that one is evicted, so it is the first to
-give
-way. Must not know: how weights move, clocks, which engine serves.
+give way. Must not know: how weights move, clocks, which engine serves.
 """
 
 from __future__ import annotations
