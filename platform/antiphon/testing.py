@@ -30,7 +30,7 @@ from antiphon.connectors.afd.expert_map import ExpertMap
 from antiphon.connectors.kv.decode_side import DecodeSide
 from antiphon.connectors.kv.prefill_side import PrefillSide
 from antiphon.core.document.spec import LLMDeploymentSpec
-from antiphon.core.errors import DeadlineExceeded
+from antiphon.core.errors import DeadlineExceeded, ErrorInfo
 from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
 from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput, SamplingParams, TokenLogprob
 from antiphon.models.experts.placement import ExpertPlacement
@@ -61,7 +61,7 @@ class Generated:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    error: str | None = None
+    error: ErrorInfo | None = None
     last: RequestOutput | None = None
 
 

@@ -36,6 +36,28 @@ class AntiphonError(Exception):
     retryable: ClassVar[bool] = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorInfo:
+    """An error as a value: how one crosses a seam that raises nothing (a step's output, an engine's update)."""
+
+    code: str  # of the tree
+    message: str
+    retryable: bool = False
+
+    @classmethod
+    def of(cls, error: AntiphonError) -> ErrorInfo:
+        """What is to be told of ``error``."""
+        return cls(code=error.code, message=str(error), retryable=error.retryable)
+
+    @classmethod
+    def internal(cls, message: str) -> ErrorInfo:
+        """A fault of ours."""
+        return cls(code=AntiphonError.code, message=message)
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}"
+
+
 class InvalidInput(AntiphonError):
     """What the caller sent can't be taken; ``field`` is the path of the offending field, or None."""
 

@@ -22,6 +22,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NewType
 
+from antiphon.core.errors import ErrorInfo
+
 RequestId = NewType("RequestId", str)
 
 
@@ -150,7 +152,7 @@ class RequestOutput:
     new_token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()  # one per new token when asked for
     finish_reason: FinishReason | None = None
-    error: str | None = None  # with FinishReason.ERROR, and the reason of an ABORT (e.g. deadline_exceeded)
+    error: ErrorInfo | None = None  # with FinishReason.ERROR, and the reason of an ABORT (e.g. deadline_exceeded)
     stop_token_id: int | None = None  # the id that stopped it, when one did
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     num_remote_tokens: int = 0  # prompt tokens whose KV came from a prefill worker

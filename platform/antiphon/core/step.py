@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from antiphon.core.errors import ErrorInfo
 from antiphon.core.kv import KVLoad, KVTarget, TransferId
 from antiphon.core.request import Request, RequestId, SamplingParams, TokenLogprob
 
@@ -81,7 +82,7 @@ class ModelRunnerOutput:
 
     sampled_token_ids: dict[RequestId, int] = field(default_factory=dict)
     logprobs: dict[RequestId, TokenLogprob] = field(default_factory=dict)
-    errors: dict[RequestId, str] = field(default_factory=dict)  # requests that can't go on, and why
+    errors: dict[RequestId, ErrorInfo] = field(default_factory=dict)  # requests that can't go on, and why
     kv: KVEvents = field(default_factory=KVEvents)
 
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from antiphon.core.errors import AntiphonError, Overloaded
+from antiphon.core.errors import AntiphonError, ErrorInfo, Overloaded
 from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput
 from antiphon.core.step import KVEvents, ModelRunnerOutput, SchedulerOutput
 from antiphon.engine.limits import check_request
@@ -60,7 +60,7 @@ class EngineCore:
         try:
             check_request(request, self.scheduler.config)  # here, and not in the loop: its time is the steps'
         except AntiphonError as error:
-            self._inbox.append(_refusal(request, f"{error.code}: {error}"))
+            self._inbox.append(_refusal(request, ErrorInfo.of(error)))
         else:
             self._inbox.append(request)
         self.wake()
@@ -106,9 +106,9 @@ class EngineCore:
             try:
                 self.scheduler.add(item)
             except AntiphonError as error:
-                refused.append(_refusal(item, f"{error.code}: {error}"))
+                refused.append(_refusal(item, ErrorInfo.of(error)))
             except Exception as error:  # noqa: BLE001 - a request that can't even be queued ends alone
-                refused.append(_refusal(item, f"internal_error: {type(error).__name__} while it was queued"))
+                refused.append(_refusal(item, ErrorInfo.internal(f"{type(error).__name__} while it was queued")))
         if refused:
             self._outbox(refused)
 
@@ -118,5 +118,5 @@ class EngineCore:
             self.scheduler.take_kv_events(events)
 
 
-def _refusal(request: Request, error: str) -> RequestOutput:
+def _refusal(request: Request, error: ErrorInfo) -> RequestOutput:
     return RequestOutput(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=error)

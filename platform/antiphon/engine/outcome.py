@@ -5,6 +5,7 @@ Must not know: queues, blocks.
 
 from __future__ import annotations
 
+from antiphon.core.errors import ErrorInfo
 from antiphon.core.request import FINISH_REASON, RequestOutput, RequestStatus, TokenLogprob
 from antiphon.engine.request_state import RequestState
 
@@ -39,12 +40,12 @@ def token_output(
     )
 
 
-def end_output(state: RequestState, status: RequestStatus, reason: str | None, now_s: float) -> RequestOutput:
+def end_output(state: RequestState, status: RequestStatus, error: ErrorInfo | None, now_s: float) -> RequestOutput:
     """An end outside the normal course: abort, deadline, error, hand-over."""
     return RequestOutput(
         request_id=state.request_id,
         finish_reason=FINISH_REASON[status],
-        error=reason,
+        error=error,
         num_cached_tokens=state.num_cached_tokens,
         num_remote_tokens=state.num_remote_tokens,
         num_preemptions=state.num_preemptions,

@@ -18,7 +18,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Iterable
 
-from antiphon.core.errors import InvalidInput, Overloaded
+from antiphon.core.errors import DeadlineExceeded, ErrorInfo, InvalidInput, Overloaded
 from antiphon.core.ids import WorkerId
 from antiphon.core.kv import KVLoad, KVTarget
 from antiphon.core.request import Request, RequestId, RequestOutput, RequestStatus
@@ -27,6 +27,8 @@ from antiphon.engine.block_manager import KVBlockManager
 from antiphon.engine.limits import SchedulerConfig, SchedulerStats, check_request
 from antiphon.engine.outcome import end_output, stop_status, token_output
 from antiphon.engine.request_state import RequestState
+
+_TOO_LATE = ErrorInfo(code=DeadlineExceeded.code, message="deadline exceeded")
 
 
 class Scheduler:
@@ -109,18 +111,18 @@ class Scheduler:
                 request.deadline_s if self._next_deadline_s is None else min(self._next_deadline_s, request.deadline_s)
             )
 
-    def abort(self, request_ids: Iterable[RequestId], reason: str | None = None) -> None:
+    def abort(self, request_ids: Iterable[RequestId], error: ErrorInfo | None = None) -> None:
         """End requests now: their blocks are free when this returns. Unknown ids are ignored."""
         for request_id in request_ids:
             state = self._states.get(request_id)
             if state is not None:
-                self._end(state, RequestStatus.FINISHED_ABORTED, reason)
+                self._end(state, RequestStatus.FINISHED_ABORTED, error)
 
-    def fail(self, request_id: RequestId, reason: str) -> None:
+    def fail(self, request_id: RequestId, error: ErrorInfo) -> None:
         """End a request with an error. An unknown id is ignored."""
         state = self._states.get(request_id)
         if state is not None:
-            self._end(state, RequestStatus.FINISHED_ERROR, reason)
+            self._end(state, RequestStatus.FINISHED_ERROR, error)
 
     # ---- one step ------------------------------------------------------------------------------------------------
 
@@ -201,7 +203,7 @@ class Scheduler:
             except (InvalidInput, Overloaded) as error:
                 # The asker's lease on this hand-off ends by the runner's "forget", which tells it to compute by itself.
                 self._forgotten.append(request.request_id)
-                self._outputs.append(RequestOutput(request_id=request.request_id, error=str(error)))
+                self._outputs.append(RequestOutput(request_id=request.request_id, error=ErrorInfo.of(error)))
         self.abort(events.aborted)  # after the arrivals: one may have come and gone between two looks
 
     def take_outputs(self) -> list[RequestOutput]:
@@ -411,14 +413,14 @@ class Scheduler:
             return
         late = [s for s in self._states.values() if s.request.deadline_s is not None and s.request.deadline_s <= now_s]
         for state in late:
-            self._end(state, RequestStatus.FINISHED_ABORTED, "deadline_exceeded")
+            self._end(state, RequestStatus.FINISHED_ABORTED, _TOO_LATE)
         left = [s.request.deadline_s for s in self._states.values() if s.request.deadline_s is not None]
         self._next_deadline_s = min(left, default=None)
 
-    def _end(self, state: RequestState, status: RequestStatus, reason: str | None) -> None:
+    def _end(self, state: RequestState, status: RequestStatus, error: ErrorInfo | None) -> None:
         """End a request outside the normal course, and report it."""
         self._close(state, status)
-        self._outputs.append(end_output(state, status, reason, self._clock()))
+        self._outputs.append(end_output(state, status, error, self._clock()))
 
     def _close(self, state: RequestState, status: RequestStatus) -> None:
         del self._states[state.request_id]

@@ -18,7 +18,7 @@ from antiphon.connectors.afd.attention_side import AttentionSide
 from antiphon.connectors.afd.expert_map import ExpertMap
 from antiphon.connectors.kv.decode_side import DecodeSide
 from antiphon.connectors.kv.prefill_side import PrefillSide
-from antiphon.core.errors import PeerLost
+from antiphon.core.errors import ErrorInfo, PeerLost
 from antiphon.core.kv import KVTarget
 from antiphon.core.request import RequestId, TokenLogprob
 from antiphon.core.step import KVEvents, ModelRunnerOutput, NewRequestData, SchedulerOutput
@@ -181,7 +181,7 @@ class AttentionWorker:
                 output = self._run(step_id | attempt << _ATTEMPT_SHIFT, batch)
         except PeerLost as error:
             self.afd.abandon()
-            return ModelRunnerOutput(errors={row.request_id: f"{error.code}: {error}" for row, _ in batch})
+            return ModelRunnerOutput(errors={row.request_id: ErrorInfo.of(error) for row, _ in batch})
         except Exception as error:  # noqa: BLE001 - _divide finds out whose it is
             self.afd.abandon()
             return self._divide(step_id, batch, attempt, error)
@@ -198,7 +198,7 @@ class AttentionWorker:
             logger.error("a step of %d requests failed, they end", len(batch), exc_info=error)
             for row, _ in batch:
                 self.cache.scrub(row.block_ids[row.num_computed_tokens // self.cache.layout.block_size_tokens :])
-            return ModelRunnerOutput(errors={row.request_id: f"internal_error: {type(error).__name__}" for row, _ in batch})
+            return ModelRunnerOutput(errors={row.request_id: ErrorInfo.internal(type(error).__name__) for row, _ in batch})
         middle = len(batch) // 2
         first = self._run_contained(step_id, batch[:middle], 2 * attempt + 1)
         second = self._run_contained(step_id, batch[middle:], 2 * attempt + 2)
@@ -210,9 +210,9 @@ class AttentionWorker:
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
-    def _take_changes(self, step: SchedulerOutput) -> dict[RequestId, str]:
+    def _take_changes(self, step: SchedulerOutput) -> dict[RequestId, ErrorInfo]:
         """Take in what changed since the last step; new requests that can't be taken in, and why."""
-        refused: dict[RequestId, str] = {}
+        refused: dict[RequestId, ErrorInfo] = {}
         for request_id in step.finished_request_ids:
             self._rows.pop(request_id, None)
             if isinstance(self.kv, PrefillSide):
@@ -227,7 +227,7 @@ class AttentionWorker:
                 row = self._rows[new.request_id] = _Row(new, self.halves.config.vocab_size)
             except Exception as error:
                 logger.exception("request %s can't be taken in", new.request_id)
-                refused[new.request_id] = f"internal_error: {type(error).__name__}"
+                refused[new.request_id] = ErrorInfo.internal(type(error).__name__)
                 continue
             if row.kv_target is not None:
                 self._offer_cached(row, row.kv_target)
@@ -272,19 +272,19 @@ class AttentionWorker:
             row.num_computed_tokens += n
             if row.kv_target is not None and isinstance(self.kv, PrefillSide):
                 if row.bad_at is not None:
-                    self.kv.forget(row.request_id, output.errors[row.request_id])
+                    self.kv.forget(row.request_id, str(output.errors[row.request_id]))
                 elif row.num_computed_tokens >= row.kv_target.first_token + row.kv_target.num_tokens:
                     self.kv.finish(row.request_id)
                 self.kv.pump()
         return output
 
-    def _refuse(self, row: _Row) -> str:
+    def _refuse(self, row: _Row) -> ErrorInfo:
         """Why a request of rows that are non-finite ends. What this step wrote of it may be none either and is zeroed; what steps
         before it wrote are numbers, and others may share those blocks.
         """
         self.cache.scrub(row.block_ids[row.num_computed_tokens // self.cache.layout.block_size_tokens :])
         where = "" if row.bad_at is None else f", first seen at {row.bad_at}"
-        return f"internal_error: the model's logits are non-finite{where}"
+        return ErrorInfo.internal(f"the model's logits are non-finite{where}")
 
     def _forward_all(
         self, step_id: int, batch: list[tuple[_Row, int]], segments: list[Segment]
@@ -432,7 +432,7 @@ class AttentionWorker:
         self.stats.head_s += sample_s - start_s
         chosen: dict[RequestId, int] = {}
         logprobs: dict[RequestId, TokenLogprob] = {}
-        errors: dict[RequestId, str] = {}
+        errors: dict[RequestId, ErrorInfo] = {}
         for index, (row, token_id) in enumerate(zip(rows, tokens, strict=True)):  # before any row changes: this may fail
             num_top = row.sampling.params.num_logprobs
             if num_top is not None and token_id is not None and row.bad_at is None:

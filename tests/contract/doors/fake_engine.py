@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from antiphon.core.errors import Overloaded
+from antiphon.core.errors import DeadlineExceeded, ErrorInfo, Overloaded
 from antiphon.core.ids import Endpoint, Epoch, Role, WorkerId
 from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput, RequestTimes, TokenLogprob
 from antiphon.core.worker_info import WorkerInfo, WorkerLoad
@@ -75,6 +75,9 @@ def expected_tokens(prompt: Sequence[int], num_tokens: int, *, seed: int = 0, al
     for _ in range(num_tokens):
         tokens.append(next_token(tokens, seed, allowed))
     return tokens[len(prompt) :]
+
+
+TOO_LATE = ErrorInfo(code=DeadlineExceeded.code, message="deadline exceeded")
 
 
 @dataclass(slots=True)
@@ -149,7 +152,7 @@ class FakeEngine:
         request = running.request
         now_s = time.monotonic()
         if request.deadline_s is not None and now_s >= request.deadline_s:
-            return RequestOutput(request_id=request.request_id, finish_reason=FinishReason.ABORT, error="deadline_exceeded")
+            return RequestOutput(request_id=request.request_id, finish_reason=FinishReason.ABORT, error=TOO_LATE)
         num_output = len(running.tokens) - len(request.prompt_token_ids)
         if self.stop_after_tokens is not None and num_output >= self.stop_after_tokens:
             return None

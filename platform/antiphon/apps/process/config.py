@@ -96,7 +96,7 @@ class WorkerConfig:
             raw["shard"] = FFNShard(**raw["shard"])
             raw["log"] = LogSettings(**raw["log"])
             raw["cores"] = tuple(raw["cores"])
-            raw["tier_pool"] = None if raw.get("model pool") is None else TierPool.from_value(raw["tier_pool"])
+            raw["tier_pool"] = None if raw.get("tier_pool") is None else TierPool.from_value(raw["tier_pool"])
             return cls(**raw)
         except (ValueError, TypeError, KeyError) as error:
             raise InvalidInput(f"not a worker configuration: {error}", CONFIG_VARIABLE) from error

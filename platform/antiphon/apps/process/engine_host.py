@@ -236,7 +236,7 @@ class EngineHost:
                 start_s=start_s,
                 end_s=stop_s,
                 attributes={**attributes, **more},
-                error=output.error,
+                error=None if output.error is None else output.error.code,
             )
 
         span("queue", times.arrival_s, scheduled_s)

@@ -15,7 +15,7 @@ from antiphon.apps.tiers.plan import TierMember
 from antiphon.coe.serving.expert_health import LOAD_GAUGE, RESIDENT_GAUGE
 from antiphon.coe.tiers.policy import LoadTimes
 from antiphon.coe.tiers.pool import TieredPool, TierStanding
-from antiphon.core.errors import AntiphonError
+from antiphon.core.errors import AntiphonError, ErrorInfo
 from antiphon.core.ids import Endpoint, Epoch, Role, WorkerId
 from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput
 from antiphon.core.worker_info import WorkerInfo
@@ -117,8 +117,8 @@ class ExpertServicer:
         try:
             await self._pool.submit(self._expert, request, _WAIT_S)
         except AntiphonError as error:
-            reason = f"{error.code}: {error}"
-            self.deliver([RequestOutput(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=reason)])
+            why = ErrorInfo.of(error)
+            self.deliver([RequestOutput(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=why)])
 
     # ---- what others see ---------------------------------------------------------------------------------------
 

@@ -156,7 +156,7 @@ class ModelPool:
         def take(outputs: Sequence[RequestOutput]) -> None:
             for output in outputs:
                 if output.error is not None:
-                    errors.append(output.error)
+                    errors.append(str(output.error))
                 tokens.setdefault(output.request_id, []).extend(output.new_token_ids)
 
         await self.answer(expert, requests, take, timeout_s)

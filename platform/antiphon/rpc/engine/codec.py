@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from antiphon.core.errors import AntiphonError, Overloaded, Unavailable
+from antiphon.core.errors import AntiphonError, ErrorInfo, Overloaded, Unavailable
 from antiphon.core.request import (
     FinishReason,
     Request,
@@ -138,15 +138,14 @@ def _decode_sampling(sampling: pb.EngineSampling) -> SamplingParams:
 
 
 def _encode_output(output: RequestOutput) -> pb.RequestUpdate:
-    code, message = _split_error(output.error)
     times = output.times
     return pb.RequestUpdate(
         request_id=output.request_id,
         new_token_ids=output.new_token_ids,
         logprobs=[_encode_logprob(logprob) for logprob in output.logprobs],
         finish_reason=output.finish_reason.value if output.finish_reason is not None else "",
-        error_code=code,
-        error_message=message,
+        error_code="" if output.error is None else output.error.code,
+        error_message="" if output.error is None else output.error.message,
         stop_token_id=output.stop_token_id,
         num_cached_tokens=output.num_cached_tokens,
         num_remote_tokens=output.num_remote_tokens,
@@ -159,16 +158,6 @@ def _encode_output(output: RequestOutput) -> pb.RequestUpdate:
             finished_s=_since(times.arrival_s, times.finished_s),
         ),
     )
-
-
-def _split_error(error: str | None) -> tuple[str, str]:
-    """``error`` is a code of the tree, "code: message", or the message of an internal error."""
-    if error is None:
-        return "", ""
-    code, _, message = error.partition(": ")
-    if code.isidentifier():
-        return code, message or code.replace("_", " ")
-    return "internal_error", error
 
 
 def _since(start_s: float, moment_s: float | None) -> float:
@@ -187,23 +176,23 @@ def _encode_logprob(logprob: TokenLogprob) -> pb.TokenLogprob:
 
 def _decode_answer(part: pb.RequestUpdate) -> Answer:
     finish_reason = _decode_finish(part.finish_reason)
+    message = part.error_message or part.error_code or f"the engine ended the request with {part.finish_reason!r}"
+    error: AntiphonError | None = None
+    if finish_reason is FinishReason.ERROR or part.error_code:
+        error = error_of(part.error_code, message, retry_after_s=part.retry_after_s if part.retry_after_s > 0 else None)
     output = RequestOutput(
         request_id=RequestId(part.request_id),
         new_token_ids=tuple(part.new_token_ids),
         logprobs=tuple(_decode_logprob(logprob) for logprob in part.logprobs),
         finish_reason=finish_reason,
-        error=part.error_code or None,
+        error=None if error is None else ErrorInfo(code=part.error_code or error.code, message=message, retryable=error.retryable),
         stop_token_id=part.stop_token_id if part.HasField("stop_token_id") else None,
         num_cached_tokens=part.num_cached_tokens,
         num_remote_tokens=part.num_remote_tokens,
         num_preemptions=part.num_preemptions,
         times=_decode_times(part.times) if part.HasField("times") else None,
     )
-    if finish_reason is FinishReason.ERROR or part.error_code:
-        retry_after_s = part.retry_after_s if part.retry_after_s > 0 else None
-        message = part.error_message or part.error_code or f"the engine ended the request with {part.finish_reason!r}"
-        return Answer(output=output, error=error_of(part.error_code, message, retry_after_s=retry_after_s))
-    return Answer(output=output)
+    return Answer(output=output, error=error)
 
 
 def _decode_finish(text: str) -> FinishReason | None:

@@ -9,7 +9,7 @@ from contextlib import aclosing, asynccontextmanager
 import pytest
 
 from antiphon.core.directory import WorkerRecord
-from antiphon.core.errors import DeadlineExceeded, Overloaded, PeerLost, Unavailable
+from antiphon.core.errors import DeadlineExceeded, ErrorInfo, Overloaded, PeerLost, Unavailable
 from antiphon.core.ids import Endpoint, Epoch, Role, WorkerId
 from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput, SamplingParams
 from antiphon.core.worker_info import WorkerInfo
@@ -37,7 +37,7 @@ class Engine:
     def abort(self, request_id: RequestId) -> None:
         self.aborted.append(request_id)
 
-    def give(self, token: int, finish: FinishReason | None = None, error: str | None = None) -> None:
+    def give(self, token: int, finish: FinishReason | None = None, error: ErrorInfo | None = None) -> None:
         output = RequestOutput(request_id=self.requests[-1].request_id, new_token_ids=(token,), finish_reason=finish, error=error)
         self.servicer.deliver([output])
 
@@ -134,7 +134,7 @@ async def test_the_engines_deadline_is_raised_as_one() -> None:
     async with started() as engine, client_of(engine) as client:
         reading = asyncio.create_task(collect(client, request()))
         await until(lambda: bool(engine.requests))
-        engine.give(1, FinishReason.ABORT, "deadline_exceeded")
+        engine.give(1, FinishReason.ABORT, ErrorInfo(code="deadline_exceeded", message="deadline exceeded"))
         with pytest.raises(DeadlineExceeded):
             await reading
 

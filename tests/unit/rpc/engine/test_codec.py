@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from antiphon.core.errors import AntiphonError, DeadlineExceeded, InternalError, Overloaded
+from antiphon.core.errors import AntiphonError, DeadlineExceeded, ErrorInfo, InternalError, Overloaded
 from antiphon.core.request import (
     FinishReason,
     Request,
@@ -103,12 +103,12 @@ def test_times_are_counted_from_the_arrival() -> None:
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        ("deadline_exceeded", DeadlineExceeded, "deadline exceeded"),
-        ("overloaded: no KV blocks", Overloaded, "no KV blocks"),
-        ("something broke: badly", InternalError, "something broke: badly"),
+        (ErrorInfo(code="deadline_exceeded", message="deadline exceeded"), DeadlineExceeded, "deadline exceeded"),
+        (ErrorInfo(code="overloaded", message="no KV blocks", retryable=True), Overloaded, "no KV blocks"),
+        (ErrorInfo(code="of a newer engine", message="something broke: badly"), InternalError, "something broke: badly"),
     ],
 )
-def test_the_reason_of_an_end_becomes_an_error(error: str, kind: type[AntiphonError], message: str) -> None:
+def test_the_reason_of_an_end_becomes_an_error(error: ErrorInfo, kind: type[AntiphonError], message: str) -> None:
     output = RequestOutput(request_id=RequestId("r"), finish_reason=FinishReason.ERROR, error=error)
     answer = decode_update(encode_update([output]))[0]
     assert type(answer.error) is kind
