@@ -41,7 +41,7 @@ def test_others_of_the_batch_get_the_tokens_they_get_without_it(cluster: LocalCl
     names = [cluster.submit(prompt, max_tokens=6) for prompt in prompts]
     cluster.run()
     assert cluster.outputs["poison"].finish_reason is FinishReason.ERROR  # type: ignore[index]
-    assert cluster.outputs["poison"].error == "internal_error: IndexError"  # type: ignore[index]
+    assert str(cluster.outputs["poison"].error) == "internal_error: IndexError"  # type: ignore[index]
     assert [cluster.outputs[name].token_ids for name in names] == expected
     blocks = cluster.generating[0].engine.scheduler.blocks
     assert blocks.num_free_blocks == blocks.num_blocks
@@ -97,5 +97,5 @@ def test_a_request_that_can_not_be_set_up_ends_alone(cluster: LocalCluster, monk
     cluster.submit([1, 2], request_id="bad", seed=666)
     name = cluster.submit([8, 9], max_tokens=3)
     cluster.run()
-    assert cluster.outputs["bad"].error == "internal_error: IndexError"  # type: ignore[index]
+    assert str(cluster.outputs["bad"].error) == "internal_error: IndexError"  # type: ignore[index]
     assert cluster.outputs[name].token_ids == expected

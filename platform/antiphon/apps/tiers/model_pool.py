@@ -25,7 +25,7 @@ from typing import TypeVar
 from antiphon.apps.process.wiring import AttentionPart, build_attention, resolve_model
 from antiphon.coe.tiers.policy import Load, LoadTimes, Prefetch, Tier
 from antiphon.core.document.spec import LLMDeploymentSpec
-from antiphon.core.errors import AntiphonError, CheckpointInvalid, DeadlineExceeded, Unavailable
+from antiphon.core.errors import AntiphonError, CheckpointInvalid, DeadlineExceeded, ErrorInfo, Unavailable
 from antiphon.core.ids import Epoch, Role, WorkerId
 from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput, SamplingParams
 from antiphon.engine.core import Outbox
@@ -267,8 +267,8 @@ class ModelPool:
             try:
                 engine.part.engine.submit(request)
             except AntiphonError as error:  # it ends alone; the others of its group are answered
-                reason = f"{error.code}: {error}"
-                engine.take([RequestOutput(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=reason)])
+                why = ErrorInfo.of(error)
+                engine.take([RequestOutput(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=why)])
         if not self._active:
             self._submit(self._pump)
         self._active[expert] = engine
