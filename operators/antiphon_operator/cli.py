@@ -23,6 +23,7 @@ from antiphon_operator.render.settings import Runtime, Settings
 app = typer.Typer(help="The Kubernetes operator of Antiphon.", no_args_is_help=True, add_completion=False)
 DEFAULT_IMAGE = "antiphon/worker:0.1.0"
 DEFAULT_RAY_VERSION = "2.60.0"
+MAX_TERMINATION_MESSAGE = 1000  # characters; the kubelet keeps 4096 bytes
 
 Image = Annotated[str, typer.Option(envvar="ANTIPHON_WORKER_IMAGE", help="Default image of head and workers.")]
 RayVersion = Annotated[str, typer.Option(envvar="ANTIPHON_RAY_VERSION", help="Ray's version inside the default image.")]
@@ -37,16 +38,17 @@ def run_command(
         str, typer.Option(envvar="ANTIPHON_NAMESPACES", help="Watched namespaces, comma-separated; empty = all.")
     ] = "",
     own_namespace: Annotated[str, typer.Option(envvar="POD_NAMESPACE", help="Namespace of the lease.")] = "default",
+    pod_name: Annotated[str, typer.Option(envvar="POD_NAME", help="Name that the lease shows; empty = the host's.")] = "",
     leader_election: Annotated[bool, typer.Option(help="Act only while holding the lease.")] = True,
     port: Annotated[int, typer.Option(help="Health and metrics.")] = 8080,
     log_level: Annotated[str, typer.Option(envvar="ANTIPHON_LOG_LEVEL", help="Level of the logs.")] = "INFO",
     metrics_namespace_labels: Annotated[
         str, typer.Option(envvar="ANTIPHON_METRICS_NAMESPACE_LABELS", help="k=v,k=v of namespaces that may scrape.")
     ] = "",
-    gateway_cpu: Annotated[str, typer.Option(envvar="ANTIPHON_GATEWAY_CPU", help="Processors of a gateway pod.")] = "1",
-    gateway_memory: Annotated[str, typer.Option(envvar="ANTIPHON_GATEWAY_MEMORY", help="Memory of a gateway pod.")] = "2Gi",
-    head_cpu: Annotated[str, typer.Option(envvar="ANTIPHON_HEAD_CPU", help="Processors of Ray's head.")] = "1",
-    head_memory: Annotated[str, typer.Option(envvar="ANTIPHON_HEAD_MEMORY", help="Memory of Ray's head.")] = "4Gi",
+    gateway_cpu: Annotated[str, typer.Option(envvar="ANTIPHON_GATEWAY_CPU", help="Processors asked for a gateway pod.")] = "250m",
+    gateway_memory: Annotated[str, typer.Option(envvar="ANTIPHON_GATEWAY_MEMORY", help="Memory of a gateway pod.")] = "1280Mi",
+    head_cpu: Annotated[str, typer.Option(envvar="ANTIPHON_HEAD_CPU", help="Processors asked for the head of Ray.")] = "300m",
+    head_memory: Annotated[str, typer.Option(envvar="ANTIPHON_HEAD_MEMORY", help="Memory of Ray's head.")] = "2Gi",
     router_image: Annotated[str, typer.Option(envvar="ANTIPHON_ROUTER_IMAGE", help="Image of routers; empty = --image.")] = "",
     artifact_image: Annotated[
         str, typer.Option(envvar="ANTIPHON_ARTIFACT_IMAGE", help="Image of downloads; empty = --image.")
@@ -73,6 +75,7 @@ def run_command(
         kubeconfig=kubeconfig,
         namespaces=tuple(name for name in namespaces.split(",") if name),
         own_namespace=own_namespace,
+        pod_name=pod_name,
         elect=leader_election,
         port=port,
     )
@@ -127,9 +130,21 @@ def fetch(
 ) -> None:
     """Download weights; used by the Job of a ModelArtifact."""
     from antiphon_operator.fetch import fetch as fetch_weights
+    from antiphon_operator.weight_sizes import sizes_in
 
-    fetched = fetch_weights(uri, into, revision=revision, digest=digest, endpoint_url=endpoint_url)
-    result.write_text(json.dumps({"digest": fetched.digest, "sizeBytes": fetched.size_bytes}), encoding="utf-8")
+    try:
+        fetched = fetch_weights(uri, into, revision=revision, digest=digest, endpoint_url=endpoint_url)
+    except AntiphonError as error:
+        result.write_text(str(error)[:MAX_TERMINATION_MESSAGE], encoding="utf-8")  # the condition repeats it
+        raise
+    found = sizes_in(into)
+    value = {
+        "digest": fetched.digest,
+        "sizeBytes": fetched.size_bytes,
+        "ffnBytes": found.ffn_bytes or 0,
+        "kvBytesPerToken": found.kv_bytes_per_token or 0,
+    }
+    result.write_text(json.dumps(value), encoding="utf-8")
     typer.echo(f"{fetched.digest} {fetched.size_bytes} bytes")
 
 

@@ -32,7 +32,7 @@ EXAMPLE = ROOT / "deploy/examples/smollm2-afd.yaml"
 NAMESPACE = "antiphon-system"
 LEASE = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases/antiphon-operator"
 RAY_SERVICES = "/apis/ray.io/v1/namespaces/default/rayservices"
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0  # a killed leader's lease stands for a minute
 Found = TypeVar("Found")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import getpass
 import os
 import signal
 import time
@@ -164,7 +165,7 @@ async def test_only_one_replica_leads_and_the_other_takes_over_after_the_lease()
     first, second = election(api, "first", lambda: now[0]), election(api, "second", lambda: now[0])
     assert await first.try_acquire()
     assert not await second.try_acquire()
-    now[0] += 14
+    now[0] += 59
     assert not await second.try_acquire()
     now[0] += 2
     assert await second.try_acquire()
@@ -179,7 +180,7 @@ async def test_a_renewed_lease_is_not_taken() -> None:
     first, second = election(api, "first", lambda: now[0]), election(api, "second", lambda: now[0])
     await first.try_acquire()
     for _ in range(5):
-        now[0] += 9
+        now[0] += 44
         await first.renew()
         assert not await second.try_acquire()
 
@@ -191,13 +192,49 @@ async def test_a_leader_that_cannot_renew_stops_before_another_may_start() -> No
     await first.try_acquire()
     assert not await second.try_acquire()
     api.faults.append(lambda call: ServerFault("unreachable"))
-    now[0] += 9.9
+    now[0] += 44.9
     await first.renew()  # forgiven
     now[0] += 0.2
     with pytest.raises(LeadershipLost):
         await first.renew()
     api.faults.clear()
     assert not await second.try_acquire()  # the lease itself still stands
+
+
+async def test_a_leader_kept_from_running_goes_on_while_nobody_has_led_instead() -> None:
+    now = [100.0]
+    api = MemoryApi(clock=lambda: now[0])
+    first, second = election(api, "first", lambda: now[0]), election(api, "second", lambda: now[0])
+    await first.try_acquire()
+    now[0] += 300  # a starved machine: nothing of this process ran, so nothing of it could do harm
+    await first.renew()
+    assert first.leading
+    assert not await second.try_acquire()
+    now[0] += 61
+    assert await second.try_acquire()
+    with pytest.raises(LeadershipLost):
+        await first.renew()
+
+
+async def test_the_operator_runs_as_a_user_that_no_passwd_file_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown() -> str:
+        raise KeyError("getpwuid(): uid not found: 65532")
+
+    monkeypatch.setattr(getpass, "getuser", unknown)
+    monkeypatch.delenv("POD_ID", raising=False)
+    api = MemoryApi(clock=time.time)
+    api.create(LLM_DEPLOYMENT, document(), manager="kubectl")
+    async with replica(api, tmp_path):
+        await until(lambda: api.get(RAY_SERVICE, "default", "demo") is not None)
+
+
+async def test_probes_leave_no_lines_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    server = HealthServer(OperatorMetrics(), host="127.0.0.1", port=0, ready=lambda: True)
+    async with server, httpx.AsyncClient() as client:
+        for _ in range(3):
+            await client.get(f"http://127.0.0.1:{server.port}/healthz")
+    assert [record for record in caplog.records if record.name.startswith("aiohttp")] == []
 
 
 async def test_a_released_lease_is_free_at_once() -> None:

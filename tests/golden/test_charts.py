@@ -206,6 +206,18 @@ def test_every_option_of_the_operator_can_be_set_from_the_chart(helm: Path) -> N
     assert variables == given - {"HOME"}
 
 
+def test_the_operators_user_can_be_left_to_the_cluster(helm: Path) -> None:
+    def context(*settings: str) -> dict[str, Any]:
+        deployment = next(v for v in template(helm, *settings) if v["kind"] == "Deployment")
+        return dict(deployment["spec"]["template"]["spec"]["securityContext"])
+
+    assert context()["runAsUser"] == 65532
+    assert context("runAsUser=1000740000")["runAsUser"] == 1_000_740_000
+    anyone = context("runAsUser=null")
+    assert anyone["runAsNonRoot"] is True
+    assert "runAsUser" not in anyone
+
+
 def names_and_labels(expression: str) -> tuple[set[str], set[str]]:
     """Metrics that a PromQL expression reads, and the labels that it groups and selects by."""
     labels = {part.strip() for group in re.findall(r"by \(([^)]*)\)", expression) for part in group.split(",")}
@@ -309,7 +321,9 @@ def recorded() -> set[tuple[str, str, str]]:
     scenario = Scenario()
     pool = {"name": "all", "role": "monolith", "resources": {"gpu": 1}}
     scaled = {**pool, "scaling": {"mode": "External", "minReplicas": 1, "maxReplicas": 3}}
-    scenario.create(MODEL_ARTIFACT, {"uri": "hf://a/b"})
+    held = {"name": "demo", "namespace": "default", "finalizers": ["serving.antiphon.dev/in-use"]}  # of an earlier version
+    artifact = {"metadata": held, "spec": {"uri": "hf://a/b"}}
+    scenario.quietly(lambda: scenario.api.create(MODEL_ARTIFACT, artifact, manager="antiphon-operator-finalizer"))
     scenario.create(
         LLM_DEPLOYMENT,
         {

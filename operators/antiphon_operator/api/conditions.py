@@ -23,6 +23,7 @@ class Type(StrEnum):
     POOLS_READY = "PoolsReady"
     ROUTER_READY = "RouterReady"
     SCALING_READY = "ScalingReady"
+    AVAILABLE = "Available"
     READY = "Ready"
     PROGRESSING = "Progressing"
     EXPERTS_READY = "ExpertsReady"
@@ -46,6 +47,8 @@ class Reason(StrEnum):
     UNSUPPORTED_RAY_VERSION = "UnsupportedRayVersion"
     NAME_CONFLICT = "NameConflict"
     FIELD_CONFLICT = "FieldConflict"
+    APPLY_REFUSED = "ApplyRefused"
+    INSUFFICIENT_MEMORY = "InsufficientMemory"
     CACHED = "Cached"
     DIRECT = "Direct"
     DOWNLOADING = "Downloading"
@@ -70,13 +73,13 @@ class Reason(StrEnum):
     GPU_BUDGET = "GpuBudget"
     RATIO = "Ratio"
     MIN_MAX = "MinMax"
+    SCALE_DOWN_WINDOW = "ScaleDownWindow"
     NOT_LIMITED = "NotLimited"
     ALL_EXPERTS_READY = "AllExpertsReady"
     EXPERT_UNAVAILABLE = "ExpertUnavailable"
     NO_EXPERT_READY = "NoExpertReady"
     IN_USE = "InUse"
     NOT_IN_USE = "NotInUse"
-    DELETION_BLOCKED = "DeletionBlocked"
     HEALTHY = "Healthy"
 
 
@@ -123,6 +126,10 @@ class ConditionSet:
     def values(self) -> tuple[Condition, ...]:
         """All of them, in a fixed order."""
         return tuple(self._conditions[type_] for type_ in sorted(self._conditions))
+
+    def is_new(self, condition: Condition) -> bool:
+        """True when nothing of its type was recorded before."""
+        return condition.type not in self._previous
 
     def changes(self) -> list[Condition]:
         """Those whose status or reason differs from before."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from antiphon.core.document.policies import RESERVED_POOL_NAMES
 from antiphon.core.document.spec import MAX_NAME_LENGTH
+from antiphon_operator.render.names import RAY_WORKER_PORTS, RESERVED_PORTS, URI_PATTERN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +44,36 @@ NAME_LENGTH = Rule(
     message=f"metadata.name must have at most {MAX_NAME_LENGTH} characters: names of children are made from it",
 )
 
+_PORTS = ", ".join(str(port) for port in sorted(RESERVED_PORTS))
+_FIRST_WORKER_PORT, _LAST_WORKER_PORT = RAY_WORKER_PORTS
+
+
+def _port_is_free(field: str) -> str:
+    return f"!(self.{field} in [{_PORTS}]) && (self.{field} < {_FIRST_WORKER_PORT} || self.{field} > {_LAST_WORKER_PORT})"
+
+
 LLM_RULES: tuple[Rule, ...] = (
     NAME_LENGTH,
+    Rule(
+        path="spec.model",
+        rule=f"self.uri.matches('{URI_PATTERN}')",
+        message="model.uri must be hf://organisation/name, s3://bucket/prefix, pvc://claim/path, pypi://package@version/file, or "
+        "an absolute path inside the image",
+    ),
+    Rule(
+        path="spec",
+        rule="self.pools.all(p, p.scaling.mode != 'SLO' || has(self.slo.ttftMs) || has(self.slo.tpotMs) || "
+        "has(p.scaling.targetQueuePerWorker) || has(p.scaling.targetKvUsage))",
+        message="scaling mode SLO needs something to follow: slo.ttftMs, slo.tpotMs, or the pool's scaling.targetQueuePerWorker or "
+        "scaling.targetKvUsage",
+    ),
+    Rule(
+        path="spec.endpoint",
+        rule=f"{_port_is_free('httpPort')} && {_port_is_free('grpcPort')} && "
+        "(self.httpPort != self.grpcPort || self.httpPort == 0)",
+        message="endpoint.httpPort and endpoint.grpcPort must differ and be none of the ports that Ray uses in the same pods: "
+        f"{_PORTS}, {_FIRST_WORKER_PORT} to {_LAST_WORKER_PORT}",
+    ),
     Rule(
         path="",
         rule="self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",

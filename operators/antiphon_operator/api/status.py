@@ -123,4 +123,6 @@ class ModelArtifactStatus(Model):
     path: str = Field(default="", description="Directory within the claim.", max_length=1024)
     digest: str = Field(default="", description="Digest of what was downloaded.", max_length=128)
     size_bytes: int = Field(default=0, description="Bytes that were downloaded.")
+    ffn_bytes: int = Field(default=0, description="Of them, those of the layers' FFNs and experts; 0 = not known.")
+    kv_bytes_per_token: int = Field(default=0, description="KV cache of one token at the checkpoint's format; 0 = not known.")
     used_by: tuple[str, ...] = Field(default=(), description="LLMDeployments that use it.", max_length=256)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import kopf
 
@@ -56,11 +56,13 @@ class Controller:
         namespaces: Sequence[str] = (),
         num_workers: int = 8,
         resting: Callable[[Callable[[str, str], None], Callable[[Pass], None]], Resync] | None = None,
+        identity: str = "antiphon-operator",
     ) -> None:
         self._reconcilers = reconcilers
         self._metrics = metrics
         self._login = login
         self._namespaces = tuple(namespaces)
+        self._identity = identity
         self._queue: WorkQueue[Key] = WorkQueue(self._reconcile, num_workers=num_workers, on_pass=self._passed)
         self._compositions: set[Key] = set()
         self._resync = None if resting is None else resting(self._unsettled, self._looked)
@@ -89,6 +91,8 @@ class Controller:
             clusterwide=not self._namespaces,
             namespaces=self._namespaces,
             ready_flag=self.watching,
+            # Given, or kopf asks who the user is: the user of a container is often in no passwd file.
+            identity=cast("Any", self._identity),
         )
         raise _Stopped
 

@@ -3,7 +3,8 @@
     Waiting --lease free, or unchanged for its duration--> Leading --not renewed until the renew deadline--> Lost (the process ends)
 
 A replica measures the age of another's lease with its own clock from when it saw it change, so clocks need not agree. The renew
-deadline is shorter than the lease: a leader that can't renew has stopped before another may start.
+deadline is shorter than the lease: a leader that can't renew has stopped before another may start. A process that was kept from
+running for longer asks once more: while the lease names it nobody else has led, and it goes on.
 
 Must not know: what a leader does.
 """
@@ -39,9 +40,9 @@ class LeaderElection:
         name: str,
         identity: str,
         clock: Callable[[], float],
-        duration_s: float = 15.0,
-        renew_deadline_s: float = 10.0,
-        retry_s: float = 2.0,
+        duration_s: float = 60.0,
+        renew_deadline_s: float = 45.0,
+        retry_s: float = 5.0,
     ) -> None:
         if not retry_s < renew_deadline_s < duration_s:
             raise ValueError("retry < renew deadline < duration is needed, or two replicas could lead")
@@ -93,9 +94,8 @@ class LeaderElection:
         started = self._clock()
         remaining = self._renew_deadline_s - (started - self._renewed_at)
         try:
-            if remaining <= 0:
-                raise TimeoutError
-            async with asyncio.timeout(remaining):
+            # Late because nothing of this process ran, it did no harm meanwhile: one more question decides.
+            async with asyncio.timeout(max(remaining, self._retry_s)):
                 lease = await self._kube.get(LEASE, self._namespace, self._name)
                 if lease is None or lease["spec"].get("holderIdentity") != self._identity:
                     self.leading = False

@@ -45,6 +45,7 @@ class Options:
     kubeconfig: str | None = None
     namespaces: Sequence[str] = ()  # watched; empty = all
     own_namespace: str = "default"
+    pod_name: str = ""  # who leads, for people; empty = the host's name
     elect: bool = True
     host: str = "0.0.0.0"  # noqa: S104 - the kubelet and Prometheus come from other machines
     port: int = 8080
@@ -60,7 +61,7 @@ async def run(options: Options) -> None:
     """
     config = load_config(options.kubeconfig)
     metrics = OperatorMetrics()
-    identity = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
+    identity = f"{options.pod_name or socket.gethostname()}-{uuid.uuid4().hex[:8]}"
     async with (
         RestKube(config) as kube,
         HealthServer(metrics, host=options.host, port=options.port, ready=lambda: True),
@@ -83,6 +84,7 @@ async def run(options: Options) -> None:
             login=lambda: connection_of(config),
             namespaces=options.namespaces,
             num_workers=options.num_workers,
+            identity=identity,
             resting=lambda unsettled, looked: Resync(kube, look, unsettled=unsettled, on_pass=looked),
         )
         if not options.elect:

@@ -3,14 +3,15 @@
     Pending --claim and Job made--> Downloading --Job succeeded, digest right--> Cached
     Downloading --Job failed, or digest wrong--> Failed
 
-The Job reports digest and size in the termination message of its pod. While a document uses the artifact, a finalizer holds its
-deletion back and a condition says who uses it; it is taken off as soon as nobody does. Must not know: what downloads.
+The Job reports digest, size and what the weights consist of in the termination message of its pod, and there says why it failed. A
+condition says who uses the artifact; nothing of ours holds its deletion back: Kubernetes keeps the claim for as long as a pod has
+it mounted. Must not know: what downloads.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -31,6 +32,7 @@ from antiphon_operator.render.settings import Settings
 
 FINALIZER = f"{GROUP}/in-use"
 FINALIZER_MANAGER = f"{MANAGER}-finalizer"
+WEIGHT_FIELDS = ("ffnBytes", "kvBytesPerToken")  # what the weights consist of, as the download found them
 BUSY_S = 10.0
 REST_S = 600.0
 
@@ -54,10 +56,12 @@ class ArtifactReconciler:
             return None
         note_object(live)
         writer = Writer(kube=self._kube, owner_uid=live["metadata"]["uid"], now_s=self._clock())
+        await self._release(writer, live)
+        if "deletionTimestamp" in live["metadata"]:
+            return None  # what it owns goes with it
         try:
             document = ModelArtifact.model_validate({k: live[k] for k in ("apiVersion", "kind", "metadata", "spec")})
             used_by = await self._used_by(live)
-            await self._hold(writer, live, in_use=bool(used_by))
             status, conditions = await self._step(writer, live, document, used_by)
             value: Mapping[str, Any] = status.model_dump(mode="json", by_alias=True, exclude_none=True)
             phase = status.phase
@@ -69,22 +73,17 @@ class ArtifactReconciler:
             refusal = Refusal(reason=Reason.NAME_CONFLICT, message=str(error))
             value, conditions = refused_status(live, refusal, now_s=writer.now_s)
             phase = "Failed"
-        if "deletionTimestamp" in live["metadata"] and phase != "Failed" and not value.get("usedBy"):
-            return None  # it goes now, and what it owns with it
         for condition in conditions.changes():
-            await writer.event(live, condition)
+            await writer.event(live, condition, first=conditions.is_new(condition))
         await writer.status(live, value)
-        return REST_S if "deletionTimestamp" not in live["metadata"] and phase in ("Cached", "Failed") else BUSY_S
+        return REST_S if phase in ("Cached", "Failed") else BUSY_S
 
-    async def _hold(self, writer: Writer, live: Object, *, in_use: bool) -> None:
-        held = FINALIZER in live["metadata"].get("finalizers", ())
-        if held == in_use or ("deletionTimestamp" in live["metadata"] and in_use):
-            return
-        metadata = {"name": name_of(live), "namespace": live["metadata"]["namespace"]}
-        value = {"apiVersion": live["apiVersion"], "kind": live["kind"], "metadata": metadata}
-        if in_use:
-            value["metadata"] = {**metadata, "finalizers": [FINALIZER]}
-        await writer.apply(value, manager=FINALIZER_MANAGER)
+    async def _release(self, writer: Writer, live: Object) -> None:
+        """Take off the finalizer that earlier versions set: nothing of ours holds back a deletion when we are gone."""
+        if FINALIZER in live["metadata"].get("finalizers", ()):
+            metadata = {"name": name_of(live), "namespace": live["metadata"]["namespace"]}
+            value = {"apiVersion": live["apiVersion"], "kind": live["kind"], "metadata": metadata}
+            await writer.apply(value, manager=FINALIZER_MANAGER)
 
     async def _used_by(self, live: Object) -> tuple[str, ...]:
         namespace = live["metadata"]["namespace"]
@@ -103,26 +102,20 @@ class ArtifactReconciler:
     ) -> tuple[ModelArtifactStatus, ConditionSet]:
         previous: Mapping[str, Any] = live.get("status", {})
         place = place_of(live)
-        deleting = "deletionTimestamp" in live["metadata"]
         result: Mapping[str, Any] = {}
         if document.spec.scheme == "pvc":
             phase, reason, message = "Cached", Reason.CACHED, "used in place"
         elif previous.get("phase") == "Cached" and previous.get("observedGeneration") == live["metadata"]["generation"]:
             phase, reason, message = "Cached", Reason.CACHED, "downloaded"
-            result = {"digest": previous.get("digest", ""), "sizeBytes": previous.get("sizeBytes", 0)}
-        elif deleting:
-            phase, reason, message = "Pending", Reason.DOWNLOADING, "it is being deleted"
+            result = {key: previous[key] for key in ("digest", "sizeBytes", *WEIGHT_FIELDS) if key in previous}
         else:
             await self._start(writer, live, document)
             phase, reason, message, result = await self._progress(live, document)
         conditions = ConditionSet(previous.get("conditions", ()), generation=live["metadata"]["generation"], now_s=writer.now_s)
         conditions.set(Type.ACCEPTED, True, Reason.ACCEPTED)
         conditions.set(Type.READY, phase == "Cached", reason, message)
-        users = ", ".join(used_by)
-        if deleting and used_by:
-            conditions.set(Type.IN_USE, True, Reason.DELETION_BLOCKED, f"still used by {users}: delete those first")
-        else:
-            conditions.set(Type.IN_USE, bool(used_by), Reason.IN_USE if used_by else Reason.NOT_IN_USE, users)
+        users = f"used by {', '.join(used_by)}" if used_by else "no LLMDeployment names it"
+        conditions.set(Type.IN_USE, bool(used_by), Reason.IN_USE if used_by else Reason.NOT_IN_USE, users)
         status = ModelArtifactStatus(
             observed_generation=live["metadata"]["generation"],
             conditions=conditions.values,
@@ -131,6 +124,8 @@ class ArtifactReconciler:
             path=place.path,
             digest=str(result.get("digest", "")),
             size_bytes=int(result.get("sizeBytes", 0)),
+            ffn_bytes=int(result.get("ffnBytes", 0)),
+            kv_bytes_per_token=int(result.get("kvBytesPerToken", 0)),
             used_by=used_by[:256],
         )
         return status, conditions
@@ -149,27 +144,61 @@ class ArtifactReconciler:
         namespace, name = live["metadata"]["namespace"], name_of(live)
         job = await self._kube.get(JOB, namespace, f"{name}-download") or {}
         conditions = {c["type"]: c for c in job.get("status", {}).get("conditions", ()) if c["status"] == "True"}
+        pods = (await self._kube.list(POD, namespace, {LABEL_ARTIFACT: name})).items
         if "Failed" in conditions:
-            return "Failed", Reason.DOWNLOAD_FAILED, conditions["Failed"].get("message", "the download Job failed"), {}
+            told = _why_failed(pods)
+            ended = conditions["Failed"].get("message", "the download Job failed")
+            return "Failed", Reason.DOWNLOAD_FAILED, f"{told} ({ended})" if told else ended, {}
         if "Complete" not in conditions:
-            return "Downloading", Reason.DOWNLOADING, "the download Job runs", {}
-        result = await self._result(namespace, name)
+            return "Downloading", Reason.DOWNLOADING, _why_waiting(pods) or "the download Job runs", {}
+        result = _result(pods)
         wanted = document.spec.digest
         if wanted is not None and result.get("digest") != wanted:
             message = f"digest is {result.get('digest')}, {wanted} was asked for"
             return "Failed", Reason.DIGEST_MISMATCH, message, result
         return "Cached", Reason.CACHED, "downloaded", result
 
-    async def _result(self, namespace: str, name: str) -> Mapping[str, Any]:
-        """What the successful pod of the Job left as its termination message."""
-        for pod in (await self._kube.list(POD, namespace, {LABEL_ARTIFACT: name})).items:
-            for container in pod.get("status", {}).get("containerStatuses", ()):
-                ended = container.get("state", {}).get("terminated", {})
-                if ended.get("exitCode") == 0:
-                    try:
-                        value = json.loads(ended.get("message", ""))
-                    except ValueError:
-                        continue
-                    if isinstance(value, dict):
-                        return value
-        return {}
+
+def _ended(pods: Sequence[Object]) -> list[Mapping[str, Any]]:
+    """How the containers of ``pods`` ended, oldest pod first."""
+    ordered = sorted(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
+    states = [c.get("state", {}) for pod in ordered for c in pod.get("status", {}).get("containerStatuses", ())]
+    return [state["terminated"] for state in states if "terminated" in state]
+
+
+def _result(pods: Sequence[Object]) -> Mapping[str, Any]:
+    """What the successful pod of the Job left as its termination message."""
+    for ended in _ended(pods):
+        if ended.get("exitCode") == 0:
+            try:
+                value = json.loads(ended.get("message", ""))
+            except ValueError:
+                continue
+            if isinstance(value, dict):
+                return value
+    return {}
+
+
+def _why_failed(pods: Sequence[Object]) -> str:
+    """What the last failed try said at its end; empty when it said nothing."""
+    for ended in reversed(_ended(pods)):
+        if ended.get("exitCode") != 0:
+            said = str(ended.get("message", "")).strip()
+            return said or f"{ended.get('reason', 'Error')}, exit code {ended.get('exitCode')}"
+    return ""
+
+
+def _why_waiting(pods: Sequence[Object]) -> str:
+    """Why the running try does not run, and what the one before said; empty when it just runs."""
+    waits = []
+    for pod in pods:
+        status = pod.get("status", {})
+        waits += [c["message"] for c in status.get("conditions", ()) if c.get("reason") == "Unschedulable" and c.get("message")]
+        for container in status.get("containerStatuses", ()):
+            waiting = container.get("state", {}).get("waiting", {})
+            if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
+                waits.append(f"{waiting['reason']}: {waiting.get('message', '')}")
+    failed = _why_failed(pods)
+    if waits:
+        return str(waits[-1])
+    return f"tried again after: {failed}" if failed else ""

@@ -67,7 +67,7 @@ class CompositionReconciler:
             value, conditions = refused_status(live, refusal, now_s=writer.now_s)
             at_rest = False
         for condition in conditions.changes():
-            await writer.event(live, condition)
+            await writer.event(live, condition, first=conditions.is_new(condition))
         await writer.status(live, value)
         return REST_S if at_rest else BUSY_S
 
@@ -113,7 +113,9 @@ def _expert(expert: ExpertSpec, reference: str, live: Object | None, addresses: 
     if _asks_for_keys(live["spec"]) and key_of(expert, addresses) is None:
         why = f"LLMDeployment {reference} asks for API keys that come from no Secret it names: set apiKeySecret of this expert"
         return ExpertStatus(name=name, ready=False, url=address.url, message=why)
-    ready = {c["type"]: c for c in live.get("status", {}).get("conditions", ())}.get("Ready")
+    found = {c["type"]: c for c in live.get("status", {}).get("conditions", ())}
+    # Requests may go wherever they are answered, be it by an older revision than the one asked for.
+    ready = found.get(Type.AVAILABLE, found.get(Type.READY))
     holds = ready is not None and ready["status"] == "True"
     message = "" if holds else "not reconciled yet" if ready is None else f"{ready['reason']}: {ready.get('message', '')}"
     return ExpertStatus(name=name, ready=holds, url=address.url, message=message[:1000])
@@ -150,8 +152,10 @@ def _status(
         conditions.set(Type.READY, False, Reason.INITIALIZING, "no router is ready")
     else:
         conditions.set(Type.READY, True, Reason.READY)
-    if writer.conflicts:
-        conditions.set(Type.DEGRADED, True, Reason.FIELD_CONFLICT, "; ".join(writer.conflicts))
+    if writer.unapplied:
+        why = "; ".join(item.message for item in writer.unapplied)
+        conditions.set(Type.READY, False, writer.unapplied[0].reason, why)
+        conditions.set(Type.DEGRADED, True, writer.unapplied[0].reason, why)
     else:
         degraded = not all_ready
         conditions.set(Type.DEGRADED, degraded, Reason.EXPERT_UNAVAILABLE if degraded else Reason.HEALTHY, down)

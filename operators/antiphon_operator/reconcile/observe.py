@@ -60,6 +60,7 @@ class PodView:
     gpus: int
     unschedulable: str = ""
     crash: str = ""
+    ended: bool = False  # phase Failed: it holds nothing any more, and another one must come
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +87,7 @@ class Observed:
 
     def count(self, pool: str, cluster: str) -> int:
         """Pods of ``pool`` in ``cluster``, in whatever state; they may hold accelerators."""
-        return sum(1 for pod in self.pods if pod.pool == pool and pod.cluster == cluster)
+        return sum(1 for pod in self.pods if pod.pool == pool and pod.cluster == cluster and not pod.ended)
 
     def gpus(self, *, outside: str | None = None) -> int:
         """Accelerators held by pods, of all clusters or of those other than ``outside``."""
@@ -157,8 +158,8 @@ def view_cluster(value: Object) -> ClusterView:
 
 
 def view_pods(values: Iterable[Object], gpu_resources: frozenset[str]) -> tuple[PodView, ...]:
-    """Read the pods that have not ended; ``gpu_resources`` names what counts as an accelerator."""
-    return tuple(_pod(v, gpu_resources) for v in values if v.get("status", {}).get("phase") not in ("Succeeded", "Failed"))
+    """Read the pods that have not ended well; ``gpu_resources`` names what counts as an accelerator."""
+    return tuple(_pod(v, gpu_resources) for v in values if v.get("status", {}).get("phase") != "Succeeded")
 
 
 def _pod(value: Object, gpu_resources: frozenset[str]) -> PodView:
@@ -168,18 +169,29 @@ def _pod(value: Object, gpu_resources: frozenset[str]) -> PodView:
     containers = status.get("containerStatuses", ())
     waiting = [c.get("state", {}).get("waiting", {}) for c in containers]
     crash = next((f"{w['reason']}: {w.get('message', '')}" for w in waiting if w.get("reason") in _CRASHES), "")
+    crash = crash or next((_ending(c["state"]["terminated"]) for c in containers if "terminated" in c.get("state", {})), "")
+    ended = status.get("phase") == "Failed"
+    running = all("running" in c.get("state", {}) for c in containers)
     return PodView(
         name=value["metadata"]["name"],
         pool=labels.get(LABEL_POOL, ""),
         cluster=labels.get(RAY_CLUSTER_LABEL, ""),
-        ready=_true(conditions.get("Ready")) and "deletionTimestamp" not in value["metadata"],
+        # The condition alone lags behind: a kubelet that is gone, or late, leaves it true.
+        ready=_true(conditions.get("Ready")) and running and not ended and "deletionTimestamp" not in value["metadata"],
         scheduled=_true(scheduled) or bool(spec.get("nodeName")),
-        started=bool(containers) and all("running" in c.get("state", {}) for c in containers),
+        started=bool(containers) and running,
         terminating="deletionTimestamp" in value["metadata"],
-        gpus=sum(_gpus(c, gpu_resources) for c in spec.get("containers", ())),
+        gpus=0 if ended else sum(_gpus(c, gpu_resources) for c in spec.get("containers", ())),
         unschedulable=scheduled.get("message", "") if scheduled.get("reason") == "Unschedulable" else "",
-        crash=crash,
+        crash=crash or (f"{status.get('reason', 'Failed')}: {status.get('message', 'the pod has ended')}" if ended else ""),
+        ended=ended,
     )
+
+
+def _ending(terminated: Mapping[str, Any]) -> str:
+    """How a container ended, for people: "OOMKilled, exit code 137"."""
+    said = f": {terminated['message']}" if terminated.get("message") else ""
+    return f"{terminated.get('reason', 'Error')}, exit code {terminated.get('exitCode')}{said}"
 
 
 def _gpus(container: Mapping[str, Any], resources: frozenset[str]) -> int:

@@ -13,14 +13,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from antiphon.core.errors import AntiphonError
-from antiphon_operator.api.conditions import timestamp
+from antiphon_operator.api.conditions import Reason, Type, timestamp
 from antiphon_operator.api.status import Condition
-from antiphon_operator.kube.base import Conflict, Kube, Object, controller_of, name_of, namespace_of
+from antiphon_operator.kube.base import Conflict, Kube, Object, Refused, UnknownField, controller_of, name_of, namespace_of
 from antiphon_operator.kube.resources import resource_of
 from antiphon_operator.render.canonical import fingerprint
 from antiphon_operator.render.names import ANNOTATION_INTENT, MANAGER
 
 _UNREAD: Any = object()
+_BAD_WHEN_TRUE = (Type.DEGRADED, Type.STALLED, Type.ROLLBACK_IN_PROGRESS, Type.SCALING_LIMITED)
+_NEITHER = (Type.IN_USE, Type.RECONCILING, Type.PROGRESSING)  # neither state of these is bad news
+# A start, or what somebody asked for: False, and no cause for concern.
+_EXPECTED = (
+    Reason.INITIALIZING, Reason.DOWNLOADING, Reason.PODS_PENDING, Reason.SUSPENDED, Reason.SCALED_TO_ZERO, Reason.NEW_REVISION,
+    Reason.SCALE_DOWN_WINDOW,
+)  # fmt: skip
 _LOG = logging.getLogger(__name__)
 
 
@@ -40,6 +47,14 @@ def contains(live: Any, wanted: Any) -> bool:
     return bool(live == wanted)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unapplied:
+    """An object that the API server did not take, and why; trying again changes nothing."""
+
+    reason: Reason
+    message: str
+
+
 @dataclass(slots=True)
 class Writer:
     """Writes for one reconcile of one object, whose uid is ``owner_uid``."""
@@ -47,16 +62,18 @@ class Writer:
     kube: Kube
     owner_uid: str
     now_s: float
-    conflicts: list[str] = field(default_factory=list)  # fields that another manager holds
+    unapplied: list[Unapplied] = field(default_factory=list)
 
-    async def ensure(self, wanted: Object, live: Object | None = _UNREAD, *, manager: str = MANAGER) -> Object | None:
+    async def ensure(
+        self, wanted: Object, live: Object | None = _UNREAD, *, manager: str = MANAGER, force: bool = False
+    ) -> Object | None:
         """Make the API server's object contain ``wanted``; ``live`` is what is there, read now when not given.
 
         None says that a list by our labels had none. An object of the name may be there all the same, without our labels, so it is
         read before anything is created.
 
         Returns:
-            The object, or None when another manager holds a field of it (see ``conflicts``).
+            The object, or None when the API server did not take it (see ``unapplied``).
 
         Raises:
             NotOurs: the object exists and another object controls it, or nobody does.
@@ -72,14 +89,22 @@ class Writer:
         marked = {**wanted, "metadata": {**metadata, "annotations": annotations}}
         if live is not None and contains(live, marked):
             return live
-        return await self.apply(marked, manager=manager)
+        return await self.apply(marked, manager=manager, force=force)
 
-    async def apply(self, wanted: Object, *, manager: str = MANAGER) -> Object | None:
-        """Apply without forcing; a field that another manager holds is noted and left alone."""
+    async def apply(self, wanted: Object, *, manager: str = MANAGER, force: bool = False) -> Object | None:
+        """Apply; a field that another manager holds is noted and left alone unless ``force``, and so is what is not allowed.
+
+        Raises:
+            UnknownField: the kind is of another version.
+            KubeError: the API server failed; try again.
+        """
         try:
-            return await self.kube.apply(wanted, manager=manager)
-        except Conflict as error:
-            self.conflicts.append(f"{wanted['kind']} {name_of(wanted)}: {error}")
+            return await self.kube.apply(wanted, manager=manager, force=force)
+        except UnknownField:
+            raise
+        except (Conflict, Refused) as error:
+            reason = Reason.FIELD_CONFLICT if isinstance(error, Conflict) else Reason.APPLY_REFUSED
+            self.unapplied.append(Unapplied(reason=reason, message=f"{wanted['kind']} {name_of(wanted)}: {error}"))
             return None
 
     async def status(self, live: Object, status: Mapping[str, Any]) -> bool:
@@ -91,16 +116,20 @@ class Writer:
         await self.kube.apply_status(value, manager=MANAGER)
         return True
 
-    async def event(self, about: Object, condition: Condition) -> None:
-        """Tell of a changed condition. The name is made from the change, so that a repeated write is the same event."""
+    async def event(self, about: Object, condition: Condition, *, first: bool = False) -> None:
+        """Tell of a changed condition; not of a ``first`` one that is as it should be.
+
+        The name is made from the change, so that a repeated write is the same event.
+        """
+        warning = is_warning(condition)
+        if first and not warning and condition.status == "False":
+            return
         parts = [about["metadata"]["uid"], condition.type, condition.status, condition.reason, condition.last_transition_time]
         digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-        bad = condition.status == "False" or condition.type in ("Degraded", "Stalled", "RollbackInProgress")
-        good_when_false = condition.type in ("Degraded", "Stalled", "RollbackInProgress", "Reconciling", "Progressing")
-        warning = bad and not (condition.status == "False" and good_when_false)
         fields = {"condition": condition.type, "status": condition.status, "reason": condition.reason}
         _LOG.log(logging.WARNING if warning else logging.INFO, "condition changed", extra=fields)
         now = timestamp(self.now_s)
+        why = condition.message or f"reason {condition.reason}"
         await self.kube.apply(
             {
                 "apiVersion": "v1",
@@ -114,7 +143,7 @@ class Writer:
                     "uid": about["metadata"]["uid"],
                 },
                 "reason": condition.reason,
-                "message": f"{condition.type} is {condition.status}: {condition.message}"[:1000],
+                "message": f"{condition.type} is {condition.status}: {why}"[:1000],
                 "type": "Warning" if warning else "Normal",
                 "source": {"component": MANAGER},
                 "firstTimestamp": now,
@@ -124,3 +153,12 @@ class Writer:
             manager=MANAGER,
             force=True,
         )
+
+
+def is_warning(condition: Condition) -> bool:
+    """True for news that somebody should look at."""
+    if condition.type in _NEITHER:
+        return condition.type == Type.PROGRESSING and condition.reason == Reason.PROGRESS_DEADLINE_EXCEEDED
+    if condition.type in _BAD_WHEN_TRUE:
+        return condition.status == "True" and condition.reason not in _EXPECTED
+    return condition.status == "False" and condition.reason not in _EXPECTED

@@ -1,7 +1,8 @@
 """The claim and the download Job of a ModelArtifact (control speed, pure).
 
 The Job runs ``antiphon-operator fetch``, which writes into an empty directory and renames it at the end: a half-finished
-download is never taken for a whole one. Must not know: how fetching works.
+download is never taken for a whole one. Its termination message is its
+result, or why it failed. Must not know: how fetching works.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def download_job(document: ModelArtifact, owner: Json, place: Weights, settings:
         "resources": {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": "4Gi"}},
         "securityContext": CONTAINER_SECURITY,
         "terminationMessagePath": "/tmp/result",  # noqa: S108
-        "terminationMessagePolicy": "File",
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [
             {"name": "weights", "mountPath": place.mount},
             {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108

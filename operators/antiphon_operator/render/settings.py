@@ -39,10 +39,10 @@ class Settings:
     """Defaults and surroundings that the operator is installed with."""
 
     runtime: Runtime
-    head_cpu: str = "1"
-    head_memory: str = "4Gi"
-    gateway_cpu: str = "1"
-    gateway_memory: str = "2Gi"
+    head_cpu: str = "300m"
+    head_memory: str = "2Gi"
+    gateway_cpu: str = "250m"
+    gateway_memory: str = "1280Mi"
     kuberay_labels: dict[str, str] = field(default_factory=lambda: {"app.kubernetes.io/name": "kuberay-operator"})
     metrics_namespace_labels: dict[str, str] = field(default_factory=dict)  # empty = every namespace may scrape
     router_image: str = ""  # of compositions; "" = runtime.image

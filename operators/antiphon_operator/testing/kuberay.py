@@ -2,6 +2,9 @@
 
     no cluster -> pending, pods created -> scheduled -> started -> ready, DEPLOYING -> RUNNING, active -> old one deleted
 
+Before all else it adds its finalizer as the real one does: by a PUT of the whole object, in which its Go types write their zero
+values into every worker group, whose list it owns from then on as an Update manager. It takes the finalizer off, once the clusters
+are gone, by another such PUT.
 While a new cluster comes in the active one's applications read empty, as KubeRay's do. Must not know: the operator.
 """
 
@@ -19,6 +22,8 @@ from antiphon_operator.testing.memory_api import MemoryApi
 
 _BOUNDS = ("replicas", "minReplicas", "maxReplicas")
 _GPU = "nvidia.com/gpu"
+FINALIZER = "ray.io/rayservice-finalizer"
+UPDATE_MANAGER = "kuberay-operator"
 
 
 @dataclass(slots=True)
@@ -55,6 +60,14 @@ class KubeRay:
                 RAY_CLUSTER, namespace, {"ray.io/originated-from-cr-name": service["metadata"]["name"]}
             ).items
         }
+        if "deletionTimestamp" in service["metadata"]:
+            for name in clusters:
+                self._delete_cluster(namespace, name)
+            if not clusters:
+                self._put(service, finalizers=[])
+            return
+        if FINALIZER not in service["metadata"].get("finalizers", ()):
+            service = self._put(service, finalizers=[FINALIZER])
         if service["spec"].get("suspend"):
             self._suspend(service, status, clusters)
             return
@@ -96,6 +109,15 @@ class KubeRay:
                 "Suspended": (False, "RayServiceResumed"),
             },
         )
+
+    def _put(self, service: Object, *, finalizers: list[str]) -> Object:
+        """Write the whole object as Go's types have it."""
+        value = copied(service)
+        value["metadata"]["finalizers"] = finalizers
+        for group in value["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
+            group.setdefault("scaleStrategy", {})
+            group.setdefault("priority", 0)
+        return self.api.update(RAY_SERVICE, value, manager=UPDATE_MANAGER)
 
     @staticmethod
     def _may_replace(service: Object) -> bool:
@@ -225,7 +247,7 @@ class KubeRay:
 def _cluster_hash(service: Object) -> str:
     config = copied(service["spec"]["rayClusterConfig"])
     for group in config["workerGroupSpecs"]:
-        for key in _BOUNDS:
+        for key in (*_BOUNDS, "scaleStrategy", "priority"):
             group.pop(key, None)
     return fingerprint(config)
 

@@ -82,6 +82,7 @@ def _named(document: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 _GPU = {"resources": {"gpu": 4}, "scaling": {"mode": "External", "minReplicas": 1, "maxReplicas": 4}}
+_SLO = {"scaling": {"mode": "SLO", "minReplicas": 1, "maxReplicas": 4}}
 _KEY = {"name": "keys", "key": "chat"}
 _RULE = {"name": "r", "when": {"category": "x"}, "expert": "chat"}
 
@@ -89,6 +90,15 @@ _RULE = {"name": "r", "when": {"category": "x"}, "expert": "chat"}
 CASES: dict[str, dict[str, tuple[Case, Case]]] = {
     "LLMDeployment": {
         "metadata.name must have at most": (_named(_llm(), "a" * 40), _named(_llm(), "a" * 41)),
+        "model.uri must be hf://": (_llm(model={"uri": "hf://HuggingFaceTB/SmolLM2"}), _llm(model={"uri": "SmolLM"})),
+        "scaling mode SLO needs something": (
+            _pools({**_A, **_SLO}, _F, slo={"ttftMs": 200}),
+            _pools({**_A, **_SLO}, _F, slo={}),
+        ),
+        "endpoint.httpPort and endpoint.grpcPort must differ": (
+            _llm(endpoint={"httpPort": 8001, "grpcPort": 9001}),
+            _llm(endpoint={"httpPort": 8265, "grpcPort": 9000}),
+        ),
         "metadata.name must be a DNS label": (_named(_llm(), "a-1"), _named(_llm(), "1.a")),
         "topology afd and pd-afd needs a pool with role ffn": (_llm("afd"), _pools(_A)),
         "topology afd and pd-afd needs a pool with role attention": (_llm("afd"), _pools(_F)),

@@ -5,6 +5,8 @@ The API server's own checks come first; what is left is what a schema can't say.
 
 from __future__ import annotations
 
+import re
+
 from pydantic import ValidationError
 
 from antiphon.core.device import device_problems
@@ -12,7 +14,7 @@ from antiphon.core.document.spec import LLMDeployment
 from antiphon_operator.api.conditions import Reason
 from antiphon_operator.kube.base import Object
 from antiphon_operator.reconcile.llm.status import Refusal
-from antiphon_operator.render.names import RESERVED_PORTS, grpc_port, http_port
+from antiphon_operator.render.names import RAY_WORKER_PORTS, RESERVED_PORTS, URI_PATTERN, grpc_port, http_port
 from antiphon_operator.render.settings import Runtime
 
 OLDEST_RAY = (2, 60)  # what the package itself asks for; older ones lack fields of the rendered Serve configuration
@@ -39,8 +41,13 @@ def accept(live: Object, runtime: Runtime) -> LLMDeployment:
         first = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors(include_input=False)]
         raise Refused(Reason.INVALID_SPEC, "; ".join(first)[:900]) from error
     ports = (http_port(document), grpc_port(document))
-    if ports[0] == ports[1] or set(ports) & set(RESERVED_PORTS):
-        message = f"endpoint: ports {ports[0]} and {ports[1]} must differ and not be one of {RESERVED_PORTS}"
+    uri = document.spec.model.uri
+    if not re.match(URI_PATTERN, uri):
+        raise Refused(Reason.INVALID_SPEC, f"model.uri: {uri!r} is neither an absolute path nor hf://, s3://, pvc:// or pypi://")
+    first, last = RAY_WORKER_PORTS
+    if ports[0] == ports[1] or any(port in RESERVED_PORTS or first <= port <= last for port in ports):
+        listed = ", ".join(str(port) for port in sorted(RESERVED_PORTS))
+        message = f"endpoint: ports {ports[0]} and {ports[1]} must differ and be none of Ray's: {listed}, {first} to {last}"
         raise Refused(Reason.INVALID_SPEC, message)
     misfits = [f"spec.{path}: {why}" for path, why in device_problems(document.spec)]
     if misfits:

@@ -120,11 +120,16 @@ def serving_pool_status(
     generation = child["metadata"]["generation"]
     conditions = ConditionSet(child.get("status", {}).get("conditions", ()), generation=generation, now_s=now_s)
     limit = plan.sizes.limited.get(pool.name)
-    if limit is None:
+    accepted = plan.sizes.replicas[pool.name]
+    low_since_s = wished.memory.low_since_s
+    if limit is None and low_since_s is not None and wished.desired < accepted:
+        follows = timestamp(low_since_s + pool.scaling.scale_down_window_s)
+        why = f"{wished.desired} wanted, {accepted} kept until {follows}: less must be wanted for scaleDownWindowS"
+        conditions.set(Type.SCALING_LIMITED, True, Reason.SCALE_DOWN_WINDOW, f"{why} ({pool.scaling.scale_down_window_s:g} s)")
+    elif limit is None:
         conditions.set(Type.SCALING_LIMITED, False, Reason.NOT_LIMITED)
     else:
         reason, why = _REASONS[limit]
-        accepted = plan.sizes.replicas[pool.name]
         conditions.set(Type.SCALING_LIMITED, True, reason, f"{wished.desired} wanted, {accepted} accepted: {why}")
     if pool.scaling.mode is ScalingMode.SLO:
         fresh = not wished.stale

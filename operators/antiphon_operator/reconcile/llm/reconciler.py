@@ -31,6 +31,7 @@ from antiphon_operator.kube.resources import (
 )
 from antiphon_operator.log_fields import note, note_object
 from antiphon_operator.planning.autoscaler import Metrics
+from antiphon_operator.planning.memory import memory_problems
 from antiphon_operator.planning.rollout import Action, Step, World, next_step
 from antiphon_operator.reconcile.llm.accept import Refused, accept
 from antiphon_operator.reconcile.llm.pools import PoolsPlan, plan_pools, serving_pool_status
@@ -188,6 +189,10 @@ class LLMReconciler:
             return await self._wait_for_model(writer, world, found.model)
         revision = self._revision(world, found)
         note(revision=revision.name)
+        if revision.name not in world.revisions:  # what runs already has shown that it fits
+            short = "; ".join(memory_problems(document.spec, found.sizes))
+            if short:
+                raise Refused(Reason.INSUFFICIENT_MEMORY, short)
         await self._keep_revision(writer, world, revision)
         metrics = await self._metrics.read(document.metadata.namespace or "default", document) if _measures(document) else {}
         home = _home_cluster(observed)
@@ -214,7 +219,7 @@ class LLMReconciler:
         status, conditions = llm_status(
             world.live, document, plan, observed, step, found.model,
             rollout=rollout, failed=failed, last_good=previous.get("lastGoodRevision", ""),
-            conflicts=tuple(writer.conflicts), now_s=writer.now_s,
+            unapplied=tuple(writer.unapplied), now_s=writer.now_s,
         )  # fmt: skip
         await _tell(writer, world.live, conditions)
         await writer.status(world.live, status.model_dump(mode="json", by_alias=True, exclude_none=True))
@@ -225,6 +230,8 @@ class LLMReconciler:
         settled = step.action in (Action.NOTHING, Action.STALL) and plan.asked == _without_limits(world, plan)
         if not settled:
             return self._busy_s
+        if writer.unapplied:
+            return REST_S / 10  # whoever is in the way may go
         return METRICS_S if _measures(document) else REST_S
 
     async def _wait_for_model(self, writer: Writer, world: _World, model: ModelState) -> float:
@@ -280,7 +287,9 @@ class LLMReconciler:
             suspend=suspend, new_clusters=step.action is not Action.REPLACE_PENDING and not planned.stale_pending,
         )  # fmt: skip
         try:
-            await writer.ensure(service, world.service)
+            # Its controller is ours alone: KubeRay writes the whole object once, with defaults of its own in every worker group,
+            # and owns that list from then on.
+            await writer.ensure(service, world.service, force=True)
         except UnknownField as error:
             raise Refused(Reason.UNSUPPORTED_KUBERAY, f"KubeRay's RayService lacks what is needed, upgrade it: {error}") from error
 
@@ -337,7 +346,7 @@ class LLMReconciler:
 
 async def _tell(writer: Writer, live: Object, conditions: ConditionSet) -> None:
     for condition in conditions.changes():
-        await writer.event(live, condition)
+        await writer.event(live, condition, first=conditions.is_new(condition))
 
 
 def _measures(document: LLMDeployment) -> bool:

@@ -51,7 +51,7 @@ def plan_rollout(
         gpus_held=observed.gpus(),
         ready=complete(document, plan, observed),
         suspended_spec=service is not None and service.suspend,
-        suspended=service is not None and service.suspended and not observed.clusters and not observed.pods,
+        suspended=service is not None and service.suspended and not observed.clusters and all(pod.ended for pod in observed.pods),
         num_clusters=len(observed.clusters),
         deadline_passed=_deadline_passed(previous, observed, spec.rollout.progress_deadline_s, now_s),
     )

@@ -17,6 +17,7 @@ from antiphon_operator.kube.base import Object
 from antiphon_operator.planning.rollout import Action, Step
 from antiphon_operator.reconcile.llm.pools import PoolsPlan, pool_statuses
 from antiphon_operator.reconcile.observe import Observed
+from antiphon_operator.reconcile.writer import Unapplied
 from antiphon_operator.render.canonical import fingerprint
 from antiphon_operator.render.names import GATEWAY, grpc_port, grpc_service, http_port, http_service
 
@@ -76,7 +77,7 @@ def llm_status(
     rollout: RolloutStatus | None,
     failed: str,
     last_good: str,
-    conflicts: tuple[str, ...],
+    unapplied: tuple[Unapplied, ...],
     now_s: float,
 ) -> tuple[LLMDeploymentStatus, ConditionSet]:
     """The new status, and its conditions with what changed."""
@@ -101,11 +102,12 @@ def llm_status(
         )
     else:
         conditions.set(Type.SCALING_READY, True, Reason.METRICS_FRESH)
-    _ready_condition(conditions, document, observed, step, is_serving=is_serving, zero=zero)
+    _available_condition(conditions, document, observed, zero=zero and is_serving)
+    _ready_condition(conditions, document, observed, step, failed=failed, unapplied=unapplied, is_serving=is_serving, zero=zero)
     _progress_conditions(conditions, document, step, failed=failed, is_complete=is_complete)
     unhealthy = () if service is None else service.unhealthy
-    if conflicts:
-        conditions.set(Type.DEGRADED, True, Reason.FIELD_CONFLICT, "; ".join(conflicts))
+    if unapplied:
+        conditions.set(Type.DEGRADED, True, unapplied[0].reason, _told(unapplied))
     elif is_serving and (unhealthy or not all(pool.ready >= pool.target for pool in pools)):
         conditions.set(Type.DEGRADED, True, Reason.DEPLOYMENT_UNHEALTHY, "; ".join(unhealthy) or "fewer workers than wanted")
     else:
@@ -137,8 +139,8 @@ def refused_status(live: Object, refusal: Refusal, *, now_s: float) -> tuple[Map
     generation = live["metadata"]["generation"]
     conditions = ConditionSet(previous.get("conditions", ()), generation=generation, now_s=now_s)
     conditions.set(Type.ACCEPTED, False, refusal.reason, refusal.message)
-    if not previous.get("activeCluster"):
-        conditions.set(Type.READY, False, refusal.reason, refusal.message)
+    kept_on = f"; revision {previous['revision']} is left as it is" if previous.get("activeCluster") else ""
+    conditions.set(Type.READY, False, refusal.reason, f"{refusal.message}{kept_on}")
     conditions.set(Type.STALLED, True, refusal.reason, refusal.message)
     kept = {c["type"]: c for c in previous.get("conditions", ())}
     fresh = {c.type: c.model_dump(mode="json", by_alias=True) for c in conditions.values}
@@ -194,11 +196,46 @@ def _pools_condition(conditions: ConditionSet, plan: PoolsPlan, observed: Observ
         conditions.set(Type.POOLS_READY, False, Reason.PODS_PENDING, "workers are starting")
 
 
-def _ready_condition(
-    conditions: ConditionSet, document: LLMDeployment, observed: Observed, step: Step, *, is_serving: bool, zero: bool
-) -> None:
+def _told(unapplied: tuple[Unapplied, ...]) -> str:
+    return "; ".join(item.message for item in unapplied)
+
+
+def _available_condition(conditions: ConditionSet, document: LLMDeployment, observed: Observed, *, zero: bool) -> None:
+    """Whether requests are answered, by whatever revision: a whole copy of the weights in every pool, and a gateway."""
     service = observed.service
-    if document.spec.suspend:
+    if zero:
+        conditions.set(Type.AVAILABLE, True, Reason.SCALED_TO_ZERO, "the next request starts a worker")
+        return
+    active = "" if service is None or not service.ready or service.suspend else service.active
+    needed = {pool.name: pool.parallelism.num_shards for pool in document.spec.pools if pool.ceiling} | {GATEWAY: 1}
+    short = [name for name, least in needed.items() if observed.ready(name, active) < least]
+    if not active:
+        conditions.set(Type.AVAILABLE, False, Reason.INITIALIZING, "no cluster serves yet")
+    elif short:
+        conditions.set(Type.AVAILABLE, False, Reason.PODS_PENDING, f"too few workers are ready in {', '.join(short)}")
+    else:
+        conditions.set(Type.AVAILABLE, True, Reason.READY, "requests are answered")
+
+
+def _ready_condition(
+    conditions: ConditionSet,
+    document: LLMDeployment,
+    observed: Observed,
+    step: Step,
+    *,
+    failed: str,
+    unapplied: tuple[Unapplied, ...],
+    is_serving: bool,
+    zero: bool,
+) -> None:
+    """Whether what was asked for is applied and serves; never true while it is not applied."""
+    service = observed.service
+    if unapplied:
+        conditions.set(Type.READY, False, unapplied[0].reason, f"not applied: {_told(unapplied)}")
+    elif failed and step.action is not Action.STALL and step.revision.name != failed and not document.spec.suspend:
+        why = f"revision {failed} made no progress and was given up; revision {step.revision.name} is kept"
+        conditions.set(Type.READY, False, Reason.ROLLED_BACK, why)
+    elif document.spec.suspend:
         conditions.set(Type.READY, False, Reason.SUSPENDED, "the document asks for it")
     elif zero and is_serving:
         conditions.set(Type.READY, True, Reason.SCALED_TO_ZERO, "no worker runs; the next request starts one")

@@ -6,12 +6,14 @@ left to the workers. Must not know: how weights are downloaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from antiphon.core.document.spec import LLMDeployment
 from antiphon_operator.api.conditions import Reason
 from antiphon_operator.kube.base import Object, name_of
+from antiphon_operator.planning.memory import NOTHING_KNOWN, WeightSizes
 from antiphon_operator.reconcile.llm.status import ModelState
 from antiphon_operator.render.settings import Weights
 
@@ -22,6 +24,7 @@ class Found:
 
     weights: Weights | None
     model: ModelState
+    sizes: WeightSizes = NOTHING_KNOWN
 
 
 def uses(document: LLMDeployment, artifact: Object) -> bool:
@@ -64,7 +67,19 @@ def _of_artifact(artifact: Object) -> Found:
         case "Cached":
             state = ModelState(ready=True, reason=Reason.CACHED, message=f"ModelArtifact {name}")
         case "Failed":
-            state = ModelState(ready=False, reason=Reason.DOWNLOAD_FAILED, message=f"ModelArtifact {name} failed")
+            state = ModelState(ready=False, reason=Reason.DOWNLOAD_FAILED, message=f"ModelArtifact {name}: {_why(status)}")
         case _:
-            state = ModelState(ready=False, reason=Reason.DOWNLOADING, message=f"ModelArtifact {name} is not cached yet")
-    return Found(weights=weights, model=state)
+            state = ModelState(ready=False, reason=Reason.DOWNLOADING, message=f"ModelArtifact {name}: {_why(status)}")
+    size_bytes = int(status.get("sizeBytes", 0))
+    sizes = WeightSizes(
+        total_bytes=size_bytes or None,
+        ffn_bytes=int(status.get("ffnBytes", 0)) or None,
+        kv_bytes_per_token=int(status.get("kvBytesPerToken", 0)) or None,
+    )
+    return Found(weights=weights, model=state, sizes=sizes)
+
+
+def _why(status: Mapping[str, Any]) -> str:
+    """What the artifact's own Ready condition says."""
+    ready = {c["type"]: c for c in status.get("conditions", ())}.get("Ready", {})
+    return str(ready.get("message") or "not cached yet")

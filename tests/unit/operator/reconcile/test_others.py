@@ -12,6 +12,7 @@ import yaml
 
 from antiphon.coe.serving.doors.attempt import key_headers
 from antiphon.core.document.composition import CompositionOfExperts
+from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import CheckpointInvalid, Unavailable
 from antiphon.gateway.auth import ApiKeys, keys_from
 from antiphon_operator.fetch import digest_of, fetch
@@ -20,6 +21,7 @@ from antiphon_operator.kube.resources import (
     COMPOSITION,
     CONFIG_MAP,
     DEPLOYMENT,
+    EVENT,
     JOB,
     LLM_DEPLOYMENT,
     MODEL_ARTIFACT,
@@ -28,6 +30,7 @@ from antiphon_operator.kube.resources import (
 )
 from antiphon_operator.reconcile.artifact import ArtifactReconciler
 from antiphon_operator.reconcile.composition import CompositionReconciler
+from antiphon_operator.reconcile.llm.weights import find_weights
 from antiphon_operator.reconcile.scrape import percentile_ms
 from antiphon_operator.render.settings import Runtime, Settings
 from antiphon_operator.testing.memory_api import MemoryApi
@@ -233,17 +236,53 @@ def test_a_wrong_digest_is_never_cached(cluster: Cluster) -> None:
     assert cluster.conditions(MODEL_ARTIFACT, "weights")["Ready"] == ("False", "DigestMismatch")
 
 
-def test_an_artifact_in_use_is_kept_until_nobody_uses_it(cluster: Cluster) -> None:
+def test_nothing_of_ours_holds_back_the_deletion_of_an_artifact_when_we_are_gone(cluster: Cluster) -> None:
     cluster.create(MODEL_ARTIFACT, "weights", {"uri": "hf://a/b"})
     keep(cluster)
-    cluster.api.delete(MODEL_ARTIFACT, "default", "weights")
-    keep(cluster)
-    assert cluster.conditions(MODEL_ARTIFACT, "weights")["InUse"] == ("True", "DeletionBlocked")
-    for name in ("chat", "code", "maths"):
-        cluster.api.delete(LLM_DEPLOYMENT, "default", name)
-    keep(cluster)
+    assert cluster.conditions(MODEL_ARTIFACT, "weights")["InUse"] == ("True", "InUse")
+    cluster.api.delete(MODEL_ARTIFACT, "default", "weights")  # no pass of ours follows
     assert cluster.api.get(MODEL_ARTIFACT, "default", "weights") is None
     assert cluster.api.get(CLAIM, "default", "weights") is None
+
+
+def test_the_finalizer_of_an_earlier_version_is_taken_off(cluster: Cluster) -> None:
+    value = {
+        "apiVersion": "serving.antiphon.dev/v1alpha1",
+        "kind": "ModelArtifact",
+        "metadata": {"name": "weights", "namespace": "default", "finalizers": ["serving.antiphon.dev/in-use"]},
+    }
+    cluster.api.apply(MODEL_ARTIFACT, value, manager="antiphon-operator-finalizer")
+    cluster.api.merge_patch(MODEL_ARTIFACT, "default", "weights", {"spec": {"uri": "hf://a/b"}}, manager="kubectl")
+    keep(cluster)
+    assert not cluster.get(MODEL_ARTIFACT, "weights")["metadata"].get("finalizers")
+
+
+def test_a_failed_download_says_why_on_the_artifact_and_on_who_waits_for_it(cluster: Cluster) -> None:
+    cluster.create(MODEL_ARTIFACT, "weights", {"uri": "hf://a/b"})
+    keep(cluster)
+    why = "hf://a/b: 401 Client Error: the repository is gated, HF_TOKEN is missing"
+    pod = {"metadata": {"name": "p", "namespace": "default", "labels": {"serving.antiphon.dev/artifact": "weights"}}}
+    ended = {"terminated": {"exitCode": 1, "reason": "Error", "message": why}}
+    cluster.api.create(POD, {**pod, "status": {"phase": "Failed", "containerStatuses": [{"name": "download", "state": ended}]}})
+    keep(cluster)
+    waiting = next(c for c in cluster.get(MODEL_ARTIFACT, "weights")["status"]["conditions"] if c["type"] == "Ready")
+    assert (waiting["reason"], waiting["message"]) == ("Downloading", f"tried again after: {why}")
+    limit = "Job has reached the specified backoff limit"
+    cluster.set_status(JOB, "weights-download", {"conditions": [{"type": "Failed", "status": "True", "message": limit}]})
+    keep(cluster)
+    failed = next(c for c in cluster.get(MODEL_ARTIFACT, "weights")["status"]["conditions"] if c["type"] == "Ready")
+    assert (failed["reason"], failed["message"]) == ("DownloadFailed", f"{why} ({limit})")
+    document = LLMDeployment.model_validate(
+        {k: v for k, v in cluster.get(LLM_DEPLOYMENT, "chat").items() if k in ("apiVersion", "kind", "metadata", "spec")}
+    )
+    found = find_weights(document, [cluster.get(MODEL_ARTIFACT, "weights")])
+    assert why in found.model.message
+
+
+def test_a_new_artifact_gives_no_warnings(cluster: Cluster) -> None:
+    cluster.create(MODEL_ARTIFACT, "spare", {"uri": "hf://nobody/uses-it"})
+    asyncio.run(cluster.artifact.reconcile("default", "spare"))
+    assert [e["message"] for e in cluster.api.list(EVENT, "default").items if e["type"] == "Warning"] == []
 
 
 def test_a_claim_is_used_in_place(cluster: Cluster) -> None:
