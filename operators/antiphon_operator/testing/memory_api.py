@@ -73,6 +73,7 @@ class MemoryApi:
         self._keys: dict[str, set[Key]] = {}  # of each kind, so that a list does not walk everything
         self._log: list[tuple[int, str, WatchEvent]] = []
         self._dropped = 0  # versions up to this one are gone from the log
+        self._gone: set[str] = set()  # uids of what was removed
         self._uid = 0
         self._uids = uids  # what its uids start with
 
@@ -333,6 +334,11 @@ class MemoryApi:
         metadata = stored.value["metadata"]
         self._keep(_key(resource, metadata.get("namespace"), metadata["name"]), stored)
         self._log_event(resource, stored, type_)
+        owners = metadata.get("ownerReferences", ())
+        if type_ == "ADDED" and owners and all(owner["uid"] in self._gone for owner in owners):
+            made = copied(stored.value)
+            self._remove(_key(resource, metadata.get("namespace"), metadata["name"]))  # the garbage collector is never far
+            return made
         return copied(stored.value)
 
     def _log_event(self, resource: Resource, stored: _Stored, type_: Literal["ADDED", "MODIFIED", "DELETED"]) -> None:
@@ -372,6 +378,7 @@ class MemoryApi:
         resource = Resource(group=group, version=version, kind=stored.value["kind"], plural=plural)
         self._log_event(resource, stored, "DELETED")
         uid = stored.value["metadata"]["uid"]
+        self._gone.add(uid)
         for child, owned in list(self._objects.items()):
             owners = owned.value["metadata"].get("ownerReferences", [])
             if any(o["uid"] == uid for o in owners) and all(o["uid"] == uid for o in owners):

@@ -142,11 +142,21 @@ CASES: dict[str, dict[str, tuple[Case, Case]]] = {
         "scaling.minReplicas and scaling.maxReplicas must be multiples": (
             _pools(
                 _A,
-                {**_F, "replicas": 2, "parallelism": {"tensor": 2}, "scaling": {"mode": "SLO", "minReplicas": 2, "maxReplicas": 4}},
+                {
+                    **_F,
+                    "replicas": 2,
+                    "parallelism": {"tensor": 2},
+                    "scaling": {"mode": "External", "minReplicas": 2, "maxReplicas": 4},
+                },
             ),
             _pools(
                 _A,
-                {**_F, "replicas": 2, "parallelism": {"tensor": 2}, "scaling": {"mode": "SLO", "minReplicas": 2, "maxReplicas": 5}},
+                {
+                    **_F,
+                    "replicas": 2,
+                    "parallelism": {"tensor": 2},
+                    "scaling": {"mode": "External", "minReplicas": 2, "maxReplicas": 5},
+                },
             ),
         ),
         "scaling mode External or SLO needs": (

@@ -149,7 +149,10 @@ class Resources(Model):
     """What one worker of the pool asks of its machine."""
 
     cpu: Quantity = Field(default="1", description="Processors, as a Kubernetes quantity.")
-    memory: Quantity | None = Field(default=None, description="Memory, as a Kubernetes quantity; None = not requested.")
+    memory: Quantity | None = Field(
+        default=None,
+        description="Memory, as a Kubernetes quantity; None = no limit; a cluster requests what is known to be needed.",
+    )
     gpu: int = Field(
         default=0, ge=0, le=16, description="Cards per worker; 1 = the worker computes on it. More than 1 is refused when served."
     )
@@ -386,7 +389,7 @@ class LLMDeploymentSpec(Model):
 
     @model_validator(mode="after")
     def _pools_fit_together(self) -> LLMDeploymentSpec:
-        found = [*self._wrong_roles(), *self._wrong_shards(), *self._wrong_ratios(), *self._beyond_budget()]
+        found = [*self._wrong_roles(), *self._wrong_shards(), *self._wrong_ratios(), *self._wrong_scaling(), *self._beyond_budget()]
         if found:
             raise FieldsError(found)
         return self
@@ -421,6 +424,17 @@ class LLMDeploymentSpec(Model):
             for field, name in (("numerator", ratio.numerator), ("denominator", ratio.denominator)):
                 if name not in names:
                     yield f"ratios[{i}].{field}", f"there is no pool {name!r}; pools are {', '.join(names)}"
+
+    def _wrong_scaling(self) -> Iterator[tuple[str, str]]:
+        if self.slo.ttft_ms is not None or self.slo.tpot_ms is not None:
+            return
+        for i, pool in enumerate(self.pools):
+            scaling = pool.scaling
+            if scaling.mode is ScalingMode.SLO and scaling.target_queue_per_worker is None and scaling.target_kv_usage is None:
+                yield (
+                    f"pools[{i}].scaling",
+                    "mode SLO has nothing to follow: give slo.ttftMs, slo.tpotMs, targetQueuePerWorker or targetKvUsage",
+                )
 
     def _beyond_budget(self) -> Iterator[tuple[str, str]]:
         if self.gpu_budget is None:
