@@ -40,6 +40,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     "num_layers": (1, 100_000),
     "num_ubatches": (1, 100_000),
     "threads": (1, 1_000_000),
+    "share": (1e-3, 1),  # of a peak
+    "overlap": (0, 1),
+    "fixed_s": (0, 1),
     "step_s": (1e-9, 1e9),
     "stage_s": (0, 1e9),
 }

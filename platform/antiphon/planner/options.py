@@ -51,6 +51,7 @@ class Assumptions:
     expert_skew: float = 1.0
     max_ubatches: int = 4
     max_group_cards: int = 320
+    max_tensor: int = 16  # cards that share an attention, at most; a node's cards and the model's heads bound it too
     fill: float = 0.9  # share of the decode slots in use when a request rate is planned for
 
 
@@ -175,7 +176,7 @@ class Planner:
         if wiring is Wiring.AFD:
             ranked = sorted([*ranked, *self._neighbours(model, ranked[:4])], key=self._usd_per_token)[:NUM_FINALISTS]
         # A budget of few cards may not hold the cheapest groups: the smallest stay in the race.
-        small = sorted(points, key=lambda point: point.layout.num_cards)[:NUM_FINALISTS]
+        small = sorted(points, key=_size)[:NUM_FINALISTS]
         options = [option for point in [*ranked, *small] if (option := self._option(wiring, point)) is not None]
         return max(options, key=lambda option: option.score, default=None)
 
@@ -196,27 +197,51 @@ class Planner:
         price = layout.num_attention * self._price(cards.attention) + layout.num_ffn * self._price(cards.ffn)
         return price / point.tokens_per_s
 
+    def tensor_sizes(self, model: DecodeModel) -> tuple[int, ...]:
+        """Cards that may share an attention: powers of two within a node that divide the heads."""
+        limit = min(self.assumptions.max_tensor, model.stages.attention.cards_per_node, self.demand.max_cards)
+        return tuple(size for size in (1, 2, 4, 8, 16) if size <= limit and self.shape.num_heads % size == 0)
+
     def _whole_points(self, model: DecodeModel) -> list[GroupPoint]:
         limit = min(self.demand.max_cards, self.assumptions.max_group_cards)
         weights = self.shape.total_weights * bytes_per_value(self.formats.weights)
         low = max(1, math.ceil(weights / model.usable_attention_bytes()))
-        sizes = _grid(low, limit, 1.25)
-        layouts = (
-            Layout(num_attention=size, num_ffn=size, num_ubatches=count, colocated=True) for size in sizes for count in (1, 2)
-        )
-        return self._points(model, layouts)
+        sizes, tensors = _grid(low, limit, 1.25), self.tensor_sizes(model)
+        layouts = {
+            Layout(num_attention=size // tensor * tensor, num_ffn=size // tensor * tensor, num_ubatches=count, colocated=True,
+                   tensor=tensor)
+            for size in sizes
+            for tensor in {1, tensors[-1]}
+            for count in (1, 2)
+            if size // tensor * tensor >= low
+        }  # fmt: skip
+        found = self._points(model, _ordered(layouts))
+        # Between one card and the most that share an attention: only around what was best.
+        between = {
+            replace(point.layout, num_attention=size, num_ffn=size, tensor=tensor)
+            for point in [*sorted(found, key=self._usd_per_token)[:4], *sorted(found, key=_size)[:4]]
+            for tensor in tensors[1:-1]
+            if (size := point.layout.num_attention // tensor * tensor) >= low
+        }
+        return found + self._points(model, _ordered(between))
 
     def _afd_points(self, model: DecodeModel) -> list[GroupPoint]:
         limit = min(self.demand.max_cards, self.assumptions.max_group_cards)
         shards = _grid(self.fewest_ffn_cards(model), max(1, limit // 2), 1.7)
-        layouts = (
-            Layout(num_attention=x, num_ffn=y, num_ubatches=count)
-            for y in shards
-            for x in _grid(1, limit - y, 1.7)
-            for count in (2, 3)
-            if count <= self.assumptions.max_ubatches
-        )
-        return self._points(model, layouts)
+
+        def points(tensors: Iterable[int]) -> list[GroupPoint]:
+            layouts = {
+                Layout(num_attention=x // tensor * tensor, num_ffn=y, num_ubatches=count, tensor=tensor)
+                for y in shards
+                for x in _grid(1, limit - y, 1.7)
+                for tensor in tensors
+                for count in (2, 3)
+                if count <= self.assumptions.max_ubatches and x >= tensor
+            }
+            return self._points(model, _ordered(layouts))
+
+        # Sharing an attention costs exchange of its own: it is looked at where one card alone keeps no target.
+        return points((1,)) or points(self.tensor_sizes(model)[1:])
 
     def fewest_ffn_cards(self, model: DecodeModel) -> int:
         """Cards that hold the FFN weights once."""
@@ -226,13 +251,13 @@ class Planner:
     def _neighbours(self, model: DecodeModel, points: Sequence[GroupPoint]) -> list[GroupPoint]:
         limit = min(self.demand.max_cards, self.assumptions.max_group_cards)
         layouts = {
-            Layout(num_attention=x, num_ffn=point.layout.num_ffn, num_ubatches=count)
+            replace(point.layout, num_attention=x // point.layout.tensor * point.layout.tensor, num_ubatches=count)
             for point in points
             for x in _around(point.layout.num_attention)
             for count in range(1, self.assumptions.max_ubatches + 1)
-            if x + point.layout.num_ffn <= limit
+            if x + point.layout.num_ffn <= limit and x >= point.layout.tensor
         }
-        return self._points(model, sorted(layouts, key=lambda layout: (layout.name, layout.num_ubatches)))
+        return self._points(model, _ordered(layouts))
 
     def _points(self, model: DecodeModel, layouts: Iterable[Layout]) -> list[GroupPoint]:
         found = (model.best_point(layout, self.demand.tpot_s) for layout in layouts)
@@ -299,10 +324,10 @@ class Planner:
         )
 
     def _colocated_ttft_s(self, point: GroupPoint, num_groups: int) -> float:
-        """Prompts run in chunks beside decode rows; each card serves one prompt at a time."""
+        """Prompts run in chunks beside decode rows; each rank serves one prompt at a time."""
         traffic = self.demand.traffic
         chunk = colocated_chunk(point, traffic)
-        servers, load = num_groups * point.layout.num_cards, 1 / PROMPT_ROOM
+        servers, load = num_groups * point.layout.num_ranks, 1 / PROMPT_ROOM
         second = sum(share * prompt**2 for prompt, share in traffic.prompt_points)
         wait_s = waiting_quantile_s(
             service_s=traffic.mean_prompt / chunk * point.step_s,
@@ -317,7 +342,7 @@ class Planner:
 
 
 def colocated_chunk(point: GroupPoint, traffic: Traffic) -> float:
-    """Prompt rows that a colocated card takes into each step; prompts are packed into them."""
+    """Prompt rows that a colocated rank takes into each step; prompts are packed into them."""
     return point.batch * PROMPT_ROOM * traffic.mean_prompt / traffic.mean_output
 
 
@@ -330,6 +355,14 @@ def _grid(low: int, high: int, factor: float) -> list[int]:
     if sizes and sizes[-1] != high:
         sizes.append(high)
     return sizes
+
+
+def _size(point: GroupPoint) -> int:
+    return point.layout.num_cards
+
+
+def _ordered(layouts: Iterable[Layout]) -> list[Layout]:
+    return sorted(layouts, key=lambda layout: (layout.num_cards, layout.name, layout.num_ubatches))
 
 
 def _around(count: int) -> list[int]:

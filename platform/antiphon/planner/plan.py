@@ -118,7 +118,7 @@ def linear_times(planner: Planner, afd: Option) -> LinearTimes:
     model = planner.decode_model(Wiring.AFD)
     stages, point = model.stages, afd.point
     layer, rows, context = point.main.layer, point.rows, model.contexts.mean
-    full, empty = stages.attention_s(layer, rows, context), stages.attention_s(layer, rows, 0.0)
+    full, empty = (stages.attention_s(layer, rows, seen, tensor=point.layout.tensor) for seen in (context, 0.0))
     all_rows, num_ffn = point.rows_per_ffn_ubatch, point.layout.num_ffn
     at, beyond = (stages.ffn_s(layer.ffn, r, num_ffn) for r in (all_rows, 2 * all_rows))
     computing = (

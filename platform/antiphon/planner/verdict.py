@@ -86,10 +86,11 @@ def _rate(wanted: float, reached: float) -> Violation:
 def _memory(planner: Planner, wiring: Wiring) -> list[Violation]:
     model, shape, formats = planner.decode_model(wiring), planner.shape, planner.formats
     size = bytes_per_value(formats.weights)
-    request = cache_bytes(shape, formats, planner.demand.traffic.mean_context)
+    tensor = planner.tensor_sizes(model)[-1]
+    request = cache_bytes(shape, formats, planner.demand.traffic.mean_context, tensor)
     budget, found = planner.demand.max_cards, []
     usable = model.usable_attention_bytes()
-    fixed = shape.attention_side_weights * size + request
+    fixed = shape.attention_side_weights * size / tensor + request
     if fixed > usable:
         found.append(
             Violation(
@@ -97,7 +98,7 @@ def _memory(planner: Planner, wiring: Wiring) -> list[Violation]:
                 needed=fixed,
                 available=usable,
                 unit="byte",
-                what=f"attention weights and the KV of one request don't fit one {model.stages.attention.key}",
+                what=f"attention weights and the KV of one request don't fit {tensor} x {model.stages.attention.key} (each)",
             )
         )
     weights = shape.total_weights * size + request
@@ -154,15 +155,16 @@ def step_floor(planner: Planner, wiring: Wiring, *, free_network: bool = False) 
     model = planner.decode_model(wiring)
     limit = min(planner.demand.max_cards, planner.assumptions.max_group_cards)
     shortest = math.inf
-    size = 1
-    while size <= limit:
-        if wiring is Wiring.AFD:
-            layout = Layout(num_attention=1, num_ffn=size, num_ubatches=1)
-        else:
-            layout = Layout(num_attention=size, num_ffn=size, num_ubatches=1, colocated=True)
-        if model.fits(layout, 1):
-            shortest = min(shortest, model.step(layout, 1)[0])
-        size += max(1, size // 4)
+    for tensor in planner.tensor_sizes(model):
+        size = 1 if wiring is Wiring.AFD else tensor
+        while size <= limit:
+            if wiring is Wiring.AFD:
+                layout = Layout(num_attention=tensor, num_ffn=size, num_ubatches=1, tensor=tensor)
+            else:
+                layout = Layout(num_attention=size, num_ffn=size, num_ubatches=1, colocated=True, tensor=tensor)
+            if layout.num_cards <= limit and model.fits(layout, 1):
+                shortest = min(shortest, model.step(layout, 1)[0])
+            size += max(1, size // 4 // tensor) * (1 if wiring is Wiring.AFD else tensor)
     return shortest
 
 
@@ -233,6 +235,16 @@ def _budget(planner: Planner, wiring: Wiring) -> Violation:
         if larger.best(wiring) is not None:
             needed = cards
             break
+    if math.isinf(needed) and wiring is Wiring.COLOCATED:
+        patient = dataclasses.replace(planner, demand=dataclasses.replace(planner.demand, ttft_s=math.inf)).best(wiring)
+        if patient is not None:
+            return Violation(
+                constraint=Constraint.TTFT,
+                needed=patient.ttft_s,
+                available=planner.demand.ttft_s,
+                unit="s",
+                what="prompts that enter decode steps at their mean rate wait longer than TTFT (larger chunks are not modelled)",
+            )
     return Violation(
         constraint=Constraint.BUDGET,
         needed=needed,
@@ -253,15 +265,17 @@ def binding(planner: Planner, option: Option) -> str:
     rows = point.rows_per_ffn_ubatch
     ffn_share = model.stages.ffn_compute_share(point.main.layer.ffn, rows, layout.num_ffn)
     ffn = "FFN compute" if ffn_share > 0.5 else "FFN weight reads"
-    attention = model.stages.attention_bound(point.main.layer, point.rows, model.contexts.mean)
-    halves = times.attention_s + times.ffn_s  # on colocated cards they follow each other
-    busiest = max(halves, times.a2f_s, times.f2a_s) if layout.colocated else times.slowest_s
+    attention = model.stages.attention_bound(point.main.layer, point.rows, model.contexts.mean, layout.tensor)
+    halves, moved = times.attention_s + times.ffn_s, times.a2f_s + times.f2a_s
+    if layout.colocated:  # both halves follow each other on the same cards, and so do out and back
+        if moved > halves:
+            return "TPOT through the network"
+        return f"TPOT through {attention if times.attention_s > times.ffn_s else ffn}"
+    busiest = times.slowest_s
     if layout.num_ubatches * busiest < times.round_s:
         return f"TPOT through the latency of a round ({attention}, exchange and {ffn} one after the other)"
     if busiest in (times.a2f_s, times.f2a_s) and busiest > 0:
         return "TPOT through the network"
-    if layout.colocated:
-        return f"TPOT through {attention if times.attention_s > times.ffn_s else ffn}"
     return f"TPOT through {attention if busiest == times.attention_s else ffn}"
 
 

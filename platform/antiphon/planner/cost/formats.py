@@ -40,7 +40,8 @@ class Formats:
     """The format of each part of a model that is served."""
 
     weights: str = "bf16"
-    compute: str = "bf16"
+    compute: str = "bf16"  # products with weights
+    attention: str = "bf16"  # scores and weighted sums: an 8-bit KV cache is widened first by today's decode kernels
     kv: str = "bf16"  # KV of layers that see the whole context
     local_kv: str = "bf16"  # KV of layers with a chunk or window
     state: str = "fp32"  # recurrent state of linear attention
@@ -53,5 +54,5 @@ class Formats:
         return cls(weights="fp8", compute="fp8", kv="fp8", local_kv="fp8", a2f="fp8", f2a="bf16")
 
     def __post_init__(self) -> None:
-        for name in (self.weights, self.compute, self.kv, self.local_kv, self.state, self.a2f, self.f2a):
+        for name in (self.weights, self.compute, self.attention, self.kv, self.local_kv, self.state, self.a2f, self.f2a):
             bytes_per_value(name)

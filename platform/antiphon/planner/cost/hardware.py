@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from antiphon.core.errors import InvalidInput
-from antiphon.planner.bounds import read_text
+from antiphon.planner.bounds import number, read_text
 from antiphon.planner.cost.formats import BYTES_PER_VALUE, FALLBACK
 from antiphon.planner.cost.formula import formula
 
@@ -32,7 +32,8 @@ class Accelerator:
     bandwidth: float  # byte/s, memory
     scale_up_bandwidth: float  # byte/s to cards of the same node
     nic_bandwidth: float  # byte/s to other nodes
-    cards_per_node: int = 8
+    cards_per_node: int = 8  # reached over scale_up_bandwidth
+    mma_rows: int = 16  # rows of its smallest matrix product; fewer queries that share a KV head cost as many
     usd_per_hour: float | None = None  # None = unknown
     source: str = ""
 
@@ -63,22 +64,39 @@ class Accelerator:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Efficiency:
-    """Shares of the peaks that are reached, and the fixed cost of one stage.
+    """Shares of the peaks that are reached, and fixed costs; ``antiphon plan calibrate`` fits them to what was measured."""
 
-    The defaults: 281 us published for Step-3's attention on H800 at 64 rows of 8K are 0.75 of the bandwidth; 40 of 50 GB/s are
-    published for DeepEP on H800; 0.6 is what tuned FP8 products reach at decode sizes. ``antiphon plan calibrate`` measures.
-    """
-
-    compute: float = 0.6
-    memory: float = 0.75
-    network: float = 0.8
-    stage_overhead_s: float = 5e-6  # launches of one stage of one layer
-    link_latency_s: float = 5e-6  # first byte, one way
+    compute: float = 0.6  # products with weights: what tuned FP8 products reach at decode sizes
+    attention: float = 0.75  # FlashAttention-3's 740 of 989 Tflop/s (arXiv 2407.08608)
+    memory: float = 0.75  # weight reads
+    kv: float = 0.9  # FlashMLA's 3,000 of 3,350 GB/s on H800
+    network: float = 0.8  # DeepEP's 40 of 50 GB/s on H800
+    # Of the shorter of computing and exchanging on the same cards, hidden by two ubatches: kernels that send and receive take the
+    # card from those that compute. 25.5 % were published for the whole gain on 72 H100 (LMSYS, large-scale EP, 2025-05-05).
+    overlap: float = 0.65
+    kernel_s: float = 3e-6  # launch, ramp and drain of one kernel in a captured graph
+    link_latency_s: float = 1e-5  # first byte and its flag, one way
 
     @classmethod
     def ideal(cls) -> Efficiency:
         """Peaks, and nothing fixed: what published cost tables assume."""
-        return cls(compute=1.0, memory=1.0, network=1.0, stage_overhead_s=0.0, link_latency_s=0.0)
+        return cls(compute=1.0, attention=1.0, memory=1.0, kv=1.0, network=1.0, overlap=1.0, kernel_s=0.0, link_latency_s=0.0)
+
+    def with_values(self, values: Mapping[str, float | None], where: str = "efficiency") -> Efficiency:
+        """With the values given; None keeps one.
+
+        Raises:
+            InvalidInput: a name is unknown, or a value is out of its bounds.
+        """
+        names = [one.name for one in dataclasses.fields(self)]
+        given = {}
+        for name, value in values.items():
+            if name not in names:
+                raise InvalidInput(f"{where}: unknown {str(name)[:64]!r}; expected {', '.join(names)}", where)
+            if value is not None:
+                kind = "fixed_s" if name.endswith("_s") else "overlap" if name == "overlap" else "share"
+                given[name] = number(value, kind, f"{where}.{name}")
+        return dataclasses.replace(self, **given)
 
 
 @formula("usd/flop", usd_per_s="usd/card/s", flops="flop/card/s")
@@ -182,6 +200,7 @@ def _parse(key: str, entry: Any, known: Accelerator | None) -> Accelerator:
     for name in ("memory_bytes", "bandwidth", "scale_up_bandwidth", "nic_bandwidth"):
         merged[name] = _positive(f"{where}.{name}", merged.get(name))
     merged["cards_per_node"] = max(1, min(1_000_000, int(_positive(f"{where}.cards_per_node", merged.get("cards_per_node", 8)))))
+    merged["mma_rows"] = min(1024, int(_positive(f"{where}.mma_rows", merged.get("mma_rows", 16))) or 1)
     if merged.get("usd_per_hour") is not None:
         merged["usd_per_hour"] = _positive(f"{where}.usd_per_hour", merged["usd_per_hour"])
     return Accelerator(key=key, **merged)

@@ -121,6 +121,14 @@ def attention_flops(layer: Layer, context: float, count: int = 1, apply: Apply =
     return apply(softmax_flops, flops_per_cached=attention.decode_flops, seen=_seen(attention, context), num_layers=count)
 
 
+def core_flops(layer: Layer, context: float) -> float:
+    """Attention operations per decoded row as kernels do them, projections aside."""
+    attention = layer.attention
+    if isinstance(attention, LinearAttention):
+        return _state_flops(attention, 1, plainly)
+    return attention.core_flops * _seen(attention, context)
+
+
 def _state_flops(attention: LinearAttention, count: int, apply: Apply) -> float:
     return apply(
         state_flops,
@@ -139,9 +147,9 @@ def cached_bytes(layer: Layer, formats: Formats, context: float) -> float:
     return attention.cached_values * bytes_per_value(kv_format(attention, formats)) * _seen(attention, context)
 
 
-def cache_bytes(shape: ModelShape, formats: Formats, context: float) -> float:
-    """Memory that one request's KV and state take at a context."""
-    return sum(count * cached_bytes(layer, formats, context) for layer, count in shape.kinds)
+def cache_bytes(shape: ModelShape, formats: Formats, context: float, tensor: int = 1) -> float:
+    """Memory that one request's KV and state take at a context, on each of ``tensor`` cards that share its heads."""
+    return sum(count * cached_bytes(layer, formats, context) / layer.kv_parts(tensor) for layer, count in shape.kinds)
 
 
 def _weight_flops(shape: ModelShape, apply: Apply) -> tuple[float, float, float]:

@@ -11,6 +11,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 FLOPS_PER_WEIGHT = 2.0  # a multiply-add with each weight, per row
+# Kernels that one layer's half launches in a decode step, counted in open implementations with their usual fusions.
+GROUPED_KERNELS = 7  # norm, q/k/v, rotary, KV write, attention, merge of its splits, output
+LATENT_KERNELS = 14  # norm, 2 quantise, q down, norm, q up, absorb, kv down, norm, rotary + write, attention, merge, read, output
+FACTORISED_KERNELS = 12  # norm, 2 quantise, q down, norm, q up, k/v, rotary, KV write, attention, merge, output
+LINEAR_KERNELS = 9
+ROUTER_KERNELS = 5  # gate, scores, top-k, weights, counts by expert
+DENSE_KERNELS = 4  # norm, gate and up, activation, down
+EXPERT_KERNELS = 6  # sort, quantise, gate and up, activation, down, weighted sum
 LINEAR_PASSES = 5.0  # linear attention, per element of state: outer product, decay, accumulate, read-out product, read-out sum
 
 
@@ -22,6 +30,10 @@ class SoftmaxAttention:
     decode_flops: int  # per row and cached token
     prefill_flops: int  # per row and cached token, before weights are absorbed
     projection_weights: int
+    num_heads: int  # of queries
+    num_kv_heads: int  # that the cache can be split by
+    core_flops: int  # per row and cached token, as kernels do them; ``decode_flops`` is what cost tables count
+    kernels: int
     window: int | None = None  # tokens
 
     @classmethod
@@ -35,6 +47,10 @@ class SoftmaxAttention:
             decode_flops=flops,
             prefill_flops=flops,
             projection_weights=hidden * (2 * num_heads * head_dim + 2 * num_kv_heads * head_dim),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            core_flops=flops,
+            kernels=GROUPED_KERNELS,
             window=window,
         )
 
@@ -65,6 +81,10 @@ class SoftmaxAttention:
             + hidden * latent
             + kv_rank * num_heads * (nope_dim + value_dim)
             + num_heads * value_dim * hidden,
+            num_heads=num_heads,
+            num_kv_heads=1,
+            core_flops=2 * num_heads * (latent + kv_rank),
+            kernels=LATENT_KERNELS,
         )
 
     @classmethod
@@ -79,6 +99,10 @@ class SoftmaxAttention:
             + q_rank * num_heads * head_dim
             + 2 * hidden * num_kv_heads * head_dim
             + num_heads * head_dim * hidden,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            core_flops=flops,
+            kernels=FACTORISED_KERNELS,
         )
 
 
@@ -88,11 +112,17 @@ class LinearAttention:
 
     state_values: int
     projection_weights: int
+    num_heads: int
+    kernels: int = LINEAR_KERNELS
 
     @classmethod
     def gated(cls, *, hidden: int, num_heads: int, head_dim: int) -> LinearAttention:
         """A head_dim x head_dim state per head; q, k, v, output gate and output projections."""
-        return cls(state_values=num_heads * head_dim * head_dim, projection_weights=5 * hidden * num_heads * head_dim)
+        return cls(
+            state_values=num_heads * head_dim * head_dim,
+            projection_weights=5 * hidden * num_heads * head_dim,
+            num_heads=num_heads,
+        )
 
 
 Attention = SoftmaxAttention | LinearAttention
@@ -107,6 +137,11 @@ class FFN:
     experts_per_row: int = 0
     expert_weights: int = 0  # of one expert
     router_weights: int = 0
+
+    @property
+    def kernels(self) -> int:
+        """Launched by the FFN half."""
+        return EXPERT_KERNELS if self.num_experts else DENSE_KERNELS
 
     @property
     def activated_weights(self) -> int:
@@ -147,6 +182,16 @@ class Layer:
     attention: Attention
     ffn: FFN
 
+    @property
+    def attention_kernels(self) -> int:
+        """Launched by the attention half, the router's with them."""
+        return self.attention.kernels + (ROUTER_KERNELS if self.ffn.num_experts else 0)
+
+    def kv_parts(self, tensor: int) -> int:
+        """Parts that the layer's cache or state is cut into when ``tensor`` cards share its heads; more cards hold copies."""
+        attention = self.attention
+        return min(tensor, attention.num_heads if isinstance(attention, LinearAttention) else attention.num_kv_heads)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
@@ -177,6 +222,11 @@ class ModelShape:
     def head_weights(self) -> int:
         """The LM head's matrix, whether or not the embedding shares it."""
         return self.hidden_size * self.vocab_size
+
+    @property
+    def num_heads(self) -> int:
+        """Fewest query heads of a layer: as many cards can share an attention at most."""
+        return min(layer.attention.num_heads for layer, _ in self.kinds)
 
     @cached_property
     def attention_weights(self) -> int:

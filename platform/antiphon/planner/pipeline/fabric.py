@@ -1,7 +1,9 @@
 """What attention and FFN say to each other: bytes per row, time on the links, the sparsest MoE a fabric can feed.
 
-Pure arithmetic. A row enters each FFN node that holds one of its experts once, over that node's NICs, and spreads inside over
-the scale-up links. Must not know: schedules.
+Pure arithmetic. Between pools, a row enters each FFN node that holds one of its experts once, over that node's NICs, and spreads
+inside over the scale-up links. Among cards that do both halves (expert parallelism), a row is sent to each of its experts' cards:
+over the NIC of its card, or over the scale-up links to cards of the same node; out (dispatch) and back (combine). Must not know:
+schedules.
 """
 
 from __future__ import annotations
@@ -66,6 +68,20 @@ def link_s(*, rows: float, share: float, hidden: float, bytes_per_value: float, 
     return rows * share * hidden * bytes_per_value / bandwidth + latency_s
 
 
+@formula("s", rows="row", copies="", share="", hidden="value/row", bytes_per_value="byte/value", bandwidth="byte/s")
+def copies_s(*, rows: float, copies: float, share: float, hidden: float, bytes_per_value: float, bandwidth: float) -> float:
+    """Time in which a card sends each of its rows to the share of its experts that one kind of link leads to."""
+    return rows * copies * share * hidden * bytes_per_value / bandwidth
+
+
+@formula("s", rows="row", hidden="value/row", bytes_per_value="byte/value", num_cards="", bandwidth="byte/s", latency_s="s")
+def sum_over_cards_s(
+    *, rows: float, hidden: float, bytes_per_value: float, num_cards: float, bandwidth: float, latency_s: float
+) -> float:
+    """Time in which cards add up rows that each has a part of: all parts are sent once to be added, and once as sums."""
+    return 2 * (num_cards - 1) / num_cards * rows * hidden * bytes_per_value / bandwidth + latency_s
+
+
 def min_sparsity(
     card: Accelerator,
     shape: ModelShape,
@@ -100,7 +116,7 @@ class Exchange:
 
     a2f_s: float
     f2a_s: float
-    node_bytes: float  # per layer and ubatch, both ways
+    node_bytes: float  # per layer and ubatch, there and back
 
     @property
     def total_s(self) -> float:
@@ -129,19 +145,36 @@ def exchange(
     colocated: bool,
     network_efficiency: float,
     latency_s: float,
+    tensor: int = 1,
     apply: Apply = plainly,
 ) -> Exchange:
     """The exchange of ``rows`` rows between the two sides of one layer.
 
-    Colocated sides are the same cards: within one node only the scale-up links carry rows, and one card exchanges nothing.
+    Colocated sides are the same cards: within one node only the scale-up links carry rows, and one card exchanges nothing. When
+    all cards are one attention rank (``tensor`` of them), every card has all rows and only adds up results.
     """
     if colocated and num_attention == 1:
         return NO_EXCHANGE
+    if colocated and tensor == num_attention:
+        back = apply(
+            sum_over_cards_s,
+            rows=rows,
+            hidden=hidden,
+            bytes_per_value=bytes_per_value(formats.f2a),
+            num_cards=num_attention,
+            bandwidth=attention.scale_up_bandwidth * network_efficiency,
+            latency_s=latency_s,
+        )
+        return Exchange(a2f_s=0.0, f2a_s=back, node_bytes=0.0)
+    if colocated and ffn.num_experts:
+        a_card = rows / num_attention
+        return _all_to_all(ffn, hidden, formats, a_card, attention, num_attention, network_efficiency, latency_s, apply)
     ffn_nodes, attention_nodes = num_nodes(ffn_card, num_ffn), num_nodes(attention, num_attention)
     draws = ffn.experts_per_row if ffn.num_experts else 0
     spread = apply(node_share, num_nodes=ffn_nodes, experts_per_row=draws) if draws else 1.0
     card_share = apply(node_share, num_nodes=num_ffn, experts_per_row=draws) if draws else 1.0
-    crosses_nodes = not (colocated and ffn_nodes == 1)
+    one_domain = attention.key == ffn_card.key and num_attention + num_ffn <= ffn_card.cards_per_node
+    crosses_nodes = not (one_domain or (colocated and ffn_nodes == 1))
     seconds = []
     for name in (formats.a2f, formats.f2a):
         size = bytes_per_value(name)
@@ -178,3 +211,42 @@ def exchange(
     per_row = hidden * (bytes_per_value(formats.a2f) + bytes_per_value(formats.f2a))
     busiest = rows * per_row * max(spread, spread * ffn_nodes / attention_nodes) if crosses_nodes else 0.0
     return Exchange(a2f_s=seconds[0], f2a_s=seconds[1], node_bytes=busiest)
+
+
+def _all_to_all(
+    ffn: FFN,
+    hidden: int,
+    formats: Formats,
+    rows: float,
+    card: Accelerator,
+    num_cards: int,
+    network_efficiency: float,
+    latency_s: float,
+    apply: Apply,
+) -> Exchange:
+    """Dispatch and combine of ``rows`` rows a card among cards that hold the experts evenly."""
+    near = min(card.cards_per_node, num_cards)
+    links = (
+        (1 - near / num_cards, card.nic_bandwidth * network_efficiency),
+        ((near - 1) / num_cards, card.scale_up_bandwidth * network_efficiency),
+    )
+    seconds = [
+        latency_s
+        + max(
+            apply(
+                copies_s,
+                rows=rows,
+                copies=ffn.experts_per_row,
+                share=share,
+                hidden=hidden,
+                bytes_per_value=bytes_per_value(name),
+                bandwidth=bandwidth,
+            )
+            for share, bandwidth in links
+        )
+        for name in (formats.a2f, formats.f2a)
+    ]
+    per_row = hidden * (bytes_per_value(formats.a2f) + bytes_per_value(formats.f2a))
+    return Exchange(
+        a2f_s=seconds[0], f2a_s=seconds[1], node_bytes=near * rows * ffn.experts_per_row * (1 - near / num_cards) * per_row
+    )

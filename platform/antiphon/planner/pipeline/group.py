@@ -22,7 +22,7 @@ MAX_ROWS = 1 << 20
 
 @formula("byte", weights="value", weight_bytes="byte/value", rows="row", cache_bytes="byte/row", buffer_bytes="byte/row")
 def attention_memory(*, weights: float, weight_bytes: float, rows: float, cache_bytes: float, buffer_bytes: float) -> float:
-    """Memory of an attention card: weights, KV of its rows, exchange buffers."""
+    """Memory of an attention card: its part of the weights, KV of its rows, exchange buffers."""
     return weights * weight_bytes + rows * (cache_bytes + buffer_bytes)
 
 
@@ -32,10 +32,16 @@ def ffn_memory(*, weights: float, weight_bytes: float, num_cards: float, buffers
     return weights * weight_bytes / num_cards + buffers
 
 
-@formula("row/s", num_attention="", num_ubatches="", rows="row", step_s="s")
-def group_rate(*, num_attention: float, num_ubatches: float, rows: float, step_s: float) -> float:
-    """Decoded tokens per second of a group: every row of every attention card, once per step."""
-    return num_attention * num_ubatches * rows / step_s
+@formula("row/s", num_ranks="", num_ubatches="", rows="row", step_s="s")
+def group_rate(*, num_ranks: float, num_ubatches: float, rows: float, step_s: float) -> float:
+    """Decoded tokens per second of a group: every row of every attention rank, once per step."""
+    return num_ranks * num_ubatches * rows / step_s
+
+
+@formula("s", num_ubatches="", compute_s="s", exchange_s="s", overlap="")
+def shared_layer_s(*, num_ubatches: float, compute_s: float, exchange_s: float, overlap: float) -> float:
+    """A layer on cards that do both halves: the shorter of computing and exchanging is hidden in part by the other ubatches."""
+    return num_ubatches * (compute_s + exchange_s - overlap * min(compute_s, exchange_s))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +56,21 @@ class Contexts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How a group is cut. Colocated: the same ``num_attention`` == ``num_ffn`` cards do both halves."""
+    """How a group is cut. Colocated: the same ``num_attention`` == ``num_ffn`` cards do both halves.
+
+    ``tensor`` attention cards make a rank: they share its heads and have the same rows.
+    """
 
     num_attention: int
     num_ffn: int
     num_ubatches: int
     colocated: bool = False
+    tensor: int = 1
+
+    @property
+    def num_ranks(self) -> int:
+        """Attention ranks, each with rows of its own."""
+        return self.num_attention // self.tensor
 
     @property
     def num_cards(self) -> int:
@@ -64,8 +79,9 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """xAyF, or n cards."""
-        return f"{self.num_attention}C" if self.colocated else f"{self.num_attention}A{self.num_ffn}F"
+        """xAyF, or n cards; TPn when n cards share an attention."""
+        shared = "" if self.tensor == 1 else f" TP{self.tensor}"
+        return (f"{self.num_attention}C" if self.colocated else f"{self.num_attention}A{self.num_ffn}F") + shared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +99,7 @@ class GroupPoint:
     """A group at a batch."""
 
     layout: Layout
-    rows: int  # per attention card and ubatch
+    rows: int  # per attention rank and ubatch
     step_s: float
     tokens_per_s: float
     kinds: tuple[LayerTimes, ...]
@@ -95,11 +111,11 @@ class GroupPoint:
     @property
     def rows_per_ffn_ubatch(self) -> int:
         """Rows that meet at the FFN."""
-        return self.rows * self.layout.num_attention
+        return self.rows * self.layout.num_ranks
 
     @property
     def batch(self) -> int:
-        """Requests running on one attention card."""
+        """Requests running on one attention rank."""
         return self.rows * self.layout.num_ubatches
 
     @property
@@ -136,10 +152,10 @@ class DecodeModel:
         row_buffers = shape.hidden_size * (bytes_per_value(formats.a2f) + bytes_per_value(formats.f2a))
         attention = apply(
             attention_memory,
-            weights=shape.attention_side_weights,
+            weights=shape.attention_side_weights / layout.tensor,
             weight_bytes=weight_bytes,
             rows=batch,
-            cache_bytes=cache_bytes(shape, formats, context),
+            cache_bytes=cache_bytes(shape, formats, context, layout.tensor),
             buffer_bytes=row_buffers,
         )
         ffn = apply(
@@ -147,7 +163,7 @@ class DecodeModel:
             weights=shape.ffn_weights,
             weight_bytes=weight_bytes,
             num_cards=layout.num_ffn,
-            buffers=batch * layout.num_attention * row_buffers / layout.num_ffn,
+            buffers=batch * layout.num_ranks * row_buffers / layout.num_ffn,
         )
         return (attention + ffn, attention + ffn) if layout.colocated else (attention, ffn)
 
@@ -167,12 +183,12 @@ class DecodeModel:
             mean=contexts.mean,
             deviation=contexts.deviation,
             rows=rows,
-            slowest=expected_max(layout.num_attention),
+            slowest=expected_max(layout.num_ranks),
         )
         prompts = NO_PROMPTS
         if contexts.prompt_rows_per_decode_row:
             prompts = PromptRows(rows=rows * contexts.prompt_rows_per_decode_row, prompt=contexts.prompt)
-        all_rows = (rows + prompts.rows) * layout.num_attention
+        all_rows = (rows + prompts.rows) * layout.num_ranks
         kinds = []
         for layer, count in stages.shape.kinds:
             moved = exchange(
@@ -187,10 +203,11 @@ class DecodeModel:
                 colocated=layout.colocated,
                 network_efficiency=efficiency.network,
                 latency_s=efficiency.link_latency_s,
+                tensor=layout.tensor,
                 apply=apply,
             )
             times = StageTimes(
-                attention_s=stages.attention_s(layer, rows, context, prompts, apply),
+                attention_s=stages.attention_s(layer, rows, context, prompts, apply, layout.tensor),
                 a2f_s=moved.a2f_s,
                 ffn_s=stages.ffn_s(layer.ffn, all_rows, layout.num_ffn, apply),
                 f2a_s=moved.f2a_s,
@@ -201,18 +218,23 @@ class DecodeModel:
     def step(self, layout: Layout, rows: float, apply: Apply = plainly) -> tuple[float, tuple[LayerTimes, ...], float]:
         """Seconds of a decode step, its layers, and the LM head's part."""
         kinds = self.layer_times(layout, rows, apply)
-        head = self.stages.head_s(rows * layout.num_ubatches, apply)
+        head = self.stages.head_s(rows * layout.num_ubatches, apply, layout.tensor)
         if not layout.colocated:
             return step_s([(kind.times, kind.count) for kind in kinds], layout.num_ubatches) + head, kinds, head
         total = 0.0
-        for kind in kinds:  # both halves share the cards: only the exchange overlaps
-            times = kind.times
-            busiest = max(times.attention_s + times.ffn_s, times.a2f_s, times.f2a_s)
-            total += kind.count * max(layout.num_ubatches * busiest, times.round_s)
+        for kind in kinds:
+            total += kind.count * apply(
+                shared_layer_s,
+                num_ubatches=layout.num_ubatches,
+                compute_s=kind.times.attention_s + kind.times.ffn_s,
+                # Every card sends and receives in both directions' phases: out and back follow each other.
+                exchange_s=kind.times.a2f_s + kind.times.f2a_s,
+                overlap=self.stages.efficiency.overlap if layout.num_ubatches > 1 else 0.0,
+            )
         return total + head, kinds, head
 
     def point(self, layout: Layout, rows: int, limit: str = "rows", derivation: Derivation | None = None) -> GroupPoint:
-        """The group at ``rows`` rows per attention card and ubatch."""
+        """The group at ``rows`` rows per attention rank and ubatch."""
         apply = plainly if derivation is None else derivation.section(f"group {layout.name} at {rows} rows")
         seconds, kinds, head = self.step(layout, rows, apply)
         attention, ffn = self.memory(layout, rows, apply)
@@ -222,7 +244,7 @@ class DecodeModel:
             step_s=seconds,
             tokens_per_s=apply(
                 group_rate,
-                num_attention=layout.num_attention,
+                num_ranks=layout.num_ranks,
                 num_ubatches=layout.num_ubatches,
                 rows=rows,
                 step_s=seconds,

@@ -87,7 +87,8 @@ class PrefillModel:
             * bytes_per_value(self.formats.weights)
             / (num_cards * self.card.bandwidth * self.efficiency.memory)
         )
-        fixed_s = 2 * self.shape.num_layers * self.efficiency.stage_overhead_s
+        kernels = sum(count * (layer.attention_kernels + layer.ffn.kernels) for layer, count in self.shape.kinds)
+        fixed_s = kernels * self.efficiency.kernel_s
         computing = apply(
             prefill_time_s,
             prompt=prompt,

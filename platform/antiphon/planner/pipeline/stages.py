@@ -1,19 +1,22 @@
 """How long each half of a layer takes on given cards: a roofline with fixed costs (pure arithmetic).
 
-Attention is data-parallel: every attention card holds all attention weights and the KV of its own rows. The FFN is sharded over
-its cards. Must not know: ubatches, schedules or prices.
+Attention is data-parallel over ranks: every rank holds all attention weights and the KV of its own rows. A rank is a card, or
+``tensor`` cards of a node that share its heads (tensor parallelism) and add up their outputs. The FFN is sharded over its cards.
+Must not know: ubatches, schedules or prices.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from antiphon.planner.cost.formats import Formats, bytes_per_value
 from antiphon.planner.cost.formula import Apply, formula, plainly
 from antiphon.planner.cost.hardware import Accelerator, Efficiency
-from antiphon.planner.cost.model_cost import attention_bytes, attention_flops
+from antiphon.planner.cost.model_cost import attention_bytes, attention_flops, core_flops
 from antiphon.planner.cost.shape import FFN, FLOPS_PER_WEIGHT, Layer, ModelShape, SoftmaxAttention
 from antiphon.planner.pipeline.barrier import imbalance
+from antiphon.planner.pipeline.fabric import sum_over_cards_s
 
 
 @formula("s", rows="row", flops_per_row="flop/row", bytes_per_row="byte/row", flops="flop/s", bandwidth="byte/s")
@@ -58,10 +61,10 @@ def touched_weights(*, always: float, num_experts: float, expert: float, experts
     return always + num_experts * expert * (1 - (1 - experts_per_row / num_experts) ** rows)  # type: ignore[no-any-return]  # a float's power
 
 
-@formula("s", compute_s="s", overhead_s="s")
-def with_overhead_s(*, compute_s: float, overhead_s: float) -> float:
-    """A stage with its fixed cost."""
-    return compute_s + overhead_s
+@formula("s", compute_s="s", num_kernels="", kernel_s="s")
+def with_kernels_s(*, compute_s: float, num_kernels: float, kernel_s: float) -> float:
+    """A stage with the fixed cost of its kernels."""
+    return compute_s + num_kernels * kernel_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +89,23 @@ class Roofline:
     efficiency: Efficiency
     expert_skew: float = 1.0  # lasting load of the hottest FFN card over the mean
 
+    def _core(self, layer: Layer, context: float, tensor: int) -> tuple[float, float]:
+        """Operations and bytes of the attention core per row, on one of ``tensor`` cards.
+
+        Matrix units multiply at least ``mma_rows`` rows: fewer queries that share a KV head cost as many.
+        """
+        attention = layer.attention
+        flops = core_flops(layer, context) / tensor
+        if isinstance(attention, SoftmaxAttention):
+            queries = attention.num_heads / tensor / max(1.0, attention.num_kv_heads / tensor)
+            flops *= math.ceil(queries / self.attention.mma_rows) * self.attention.mma_rows / queries
+        return flops, attention_bytes(layer, self.formats, context) / layer.kv_parts(tensor)
+
+    def _core_rates(self) -> tuple[float, float]:
+        """Operations and bytes per second of the attention core."""
+        card = self.attention
+        return card.flops_in(self.formats.attention) * self.efficiency.attention, card.bandwidth * self.efficiency.kv
+
     def attention_s(
         self,
         layer: Layer,
@@ -93,30 +113,41 @@ class Roofline:
         context: float,
         prompts: PromptRows = NO_PROMPTS,
         apply: Apply = plainly,
+        tensor: int = 1,
     ) -> float:
-        """Seconds of the attention half of one layer on one card, for one ubatch of ``rows`` decode rows."""
-        flops = self.attention.flops_in(self.formats.compute) * self.efficiency.compute
-        bandwidth = self.attention.bandwidth * self.efficiency.memory
+        """Seconds of the attention half of one layer on one rank of ``tensor`` cards, for one ubatch of ``rows`` decode rows."""
+        core_rate, kv_rate = self._core_rates()
+        flops_per_row, bytes_per_row = self._core(layer, context, tensor)
         seconds = apply(
-            core_s,
-            rows=rows,
-            flops_per_row=attention_flops(layer, context),
-            bytes_per_row=attention_bytes(layer, self.formats, context),
-            flops=flops,
-            bandwidth=bandwidth,
+            core_s, rows=rows, flops_per_row=flops_per_row, bytes_per_row=bytes_per_row, flops=core_rate, bandwidth=kv_rate
         )
         if prompts.rows:
-            seconds += prompts.rows * self._prompt_flops(layer, prompts.prompt) / flops
-        weights = layer.attention.projection_weights + layer.ffn.router_weights
+            seconds += prompts.rows * self._prompt_flops(layer, prompts.prompt) / (tensor * core_rate)
+        weights = (layer.attention.projection_weights + layer.ffn.router_weights) / tensor
         seconds += apply(
             weights_s,
             rows=rows + prompts.rows,
             flops_per_row=FLOPS_PER_WEIGHT * weights,
             weight_bytes=weights * bytes_per_value(self.formats.weights),
-            flops=flops,
-            bandwidth=bandwidth,
+            flops=self.attention.flops_in(self.formats.compute) * self.efficiency.compute,
+            bandwidth=self.attention.bandwidth * self.efficiency.memory,
         )
-        return apply(with_overhead_s, compute_s=seconds, overhead_s=self.efficiency.stage_overhead_s)
+        seconds = apply(with_kernels_s, compute_s=seconds, num_kernels=layer.attention_kernels, kernel_s=self.efficiency.kernel_s)
+        return seconds + self.all_reduce_s(rows + prompts.rows, tensor, self.attention, apply)
+
+    def all_reduce_s(self, rows: float, num_cards: int, card: Accelerator, apply: Apply = plainly) -> float:
+        """Seconds in which cards of a node add up ``rows`` rows that each has a part of; 0 for one card."""
+        if num_cards == 1:
+            return 0.0
+        return apply(
+            sum_over_cards_s,
+            rows=rows,
+            hidden=self.shape.hidden_size,
+            bytes_per_value=bytes_per_value(self.formats.f2a),
+            num_cards=num_cards,
+            bandwidth=card.scale_up_bandwidth * self.efficiency.network,
+            latency_s=self.efficiency.link_latency_s,
+        )
 
     def _prompt_flops(self, layer: Layer, prompt: float) -> float:
         attention = layer.attention
@@ -147,29 +178,34 @@ class Roofline:
             flops=self.ffn.flops_in(self.formats.compute) * self.efficiency.compute,
             bandwidth=self.ffn.bandwidth * self.efficiency.memory,
         )
-        return apply(with_overhead_s, compute_s=seconds, overhead_s=self.efficiency.stage_overhead_s)
+        return apply(with_kernels_s, compute_s=seconds, num_kernels=ffn.kernels, kernel_s=self.efficiency.kernel_s)
 
-    def head_s(self, rows: float, apply: Apply = plainly) -> float:
-        """Seconds of the LM head on one attention card, for all its rows of a step."""
+    def head_s(self, rows: float, apply: Apply = plainly, tensor: int = 1) -> float:
+        """Seconds of the LM head on one rank, for all its rows of a step."""
+        weights = self.shape.head_weights / tensor
         return apply(
             weights_s,
             rows=rows,
-            flops_per_row=FLOPS_PER_WEIGHT * self.shape.head_weights,
-            weight_bytes=self.shape.head_weights * bytes_per_value(self.formats.weights),
+            flops_per_row=FLOPS_PER_WEIGHT * weights,
+            weight_bytes=weights * bytes_per_value(self.formats.weights),
             flops=self.attention.flops_in(self.formats.compute) * self.efficiency.compute,
             bandwidth=self.attention.bandwidth * self.efficiency.memory,
         )
 
-    def attention_bound(self, layer: Layer, rows: float, context: float) -> str:
+    def attention_bound(self, layer: Layer, rows: float, context: float, tensor: int = 1) -> str:
         """What an attention stage spends most of its time on."""
         flops = self.attention.flops_in(self.formats.compute) * self.efficiency.compute
         bandwidth = self.attention.bandwidth * self.efficiency.memory
-        weights = layer.attention.projection_weights + layer.ffn.router_weights
+        core_rate, kv_rate = self._core_rates()
+        core, kv = self._core(layer, context, tensor)
+        weights = (layer.attention.projection_weights + layer.ffn.router_weights) / tensor
         parts = {
-            "attention compute": rows * attention_flops(layer, context) / flops,
-            "KV bandwidth": rows * attention_bytes(layer, self.formats, context) / bandwidth,
+            "attention compute": rows * core / core_rate,
+            "KV bandwidth": rows * kv / kv_rate,
             "projection compute": rows * FLOPS_PER_WEIGHT * weights / flops,
             "attention weight reads": weights * bytes_per_value(self.formats.weights) / bandwidth,
+            "attention kernel launches": layer.attention_kernels * self.efficiency.kernel_s,
+            "adding up over the cards of a rank": self.all_reduce_s(rows, tensor, self.attention),
         }
         return max(parts, key=parts.__getitem__)
 

@@ -106,7 +106,7 @@ def option_table(plan: Plan) -> Table:
         each("groups", "groups"),
         each("cards, prefill included", "cards"),
         each("idle cards of the budget, paid for", "idle"),
-        each("ubatches x rows per attention card", "ubatches"),
+        each("ubatches x rows per attention rank", "ubatches"),
         each("rows that meet at the FFN", "ffn_rows"),
         each("T_a / T_f per layer and ubatch", "stages"),
         each("A2F / F2A", "links"),

@@ -96,7 +96,7 @@ def simulate_option(planner: Planner, option: Option, inputs: SimulationInput) -
         requests,
         num_prefill=num_prefill,
         num_groups=option.num_groups,
-        workers_per_group=layout.num_attention,
+        workers_per_group=layout.num_ranks,
         slots_per_worker=option.point.batch,
         service=service_of(planner, option),
         faults=sorted([*inputs.faults, *random_faults(option, num_prefill, inputs)], key=lambda fault: fault.at_s),
@@ -154,7 +154,7 @@ def random_faults(option: Option, num_prefill: int, inputs: SimulationInput) -> 
                     pool=pool,
                     duration_s=duration_s,
                     group=rng.randrange(option.num_groups),
-                    worker=rng.randrange(num_prefill if pool == "prefill" else layout.num_attention),
+                    worker=rng.randrange(num_prefill if pool == "prefill" else layout.num_ranks),
                     factor=factor,
                 )
             )
