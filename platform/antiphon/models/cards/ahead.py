@@ -67,11 +67,11 @@ def launches(run: Callable[[], object]) -> list[Launch]:
             found.append(Launch(kernel=self._kernel, arguments=arguments, options=chosen))
 
     original = JITFunction.__getitem__
-    JITFunction.__getitem__ = lambda self, _grid: _Recorder(self)  # type: ignore[method-assign,assignment]
+    JITFunction.__getitem__ = lambda self, _grid: _Recorder(self)
     try:
         run()
     finally:
-        JITFunction.__getitem__ = original  # type: ignore[method-assign]
+        JITFunction.__getitem__ = original
     return found
 
 

@@ -15,8 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from antiphon.models.cards.interpreter import RAISE
-from antiphon.models.cards.tuning import MIN_DOT, decode_tiles, power_of_two, split_dims
+from antiphon.models.cards.tuning import MIN_DOT, RAISE, decode_tiles, power_of_two, split_dims
 
 
 @triton.jit

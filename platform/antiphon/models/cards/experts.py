@@ -1,6 +1,6 @@
 """Triton kernels of a layer's experts: grouped products over rows sorted by expert, without asking the host (hot).
 
-    pairs (row, expert) ──sorted by arena slot──► tiles of one expert each ──gate·up──► h ──down──► one result a pair ──► sum by weight
+    pairs (row, expert) ──sorted by slot──► tiles of one expert each ──gate·up──► h ──down──► a result per pair ──► sum by weight
 
 Experts lie in an arena of slots, and ``slot_of_id`` says where each one is (-1: not held here): experts can come and go between two
 launches, and a captured launch follows. The grid has room for the worst case and programs beyond the tiles in use end at once.
@@ -16,9 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from antiphon.models.cards.interpreter import RAISE
 from antiphon.models.cards.rows import _ACTIVATIONS, activate
-from antiphon.models.cards.tuning import expert_tiles, power_of_two
+from antiphon.models.cards.tuning import RAISE, expert_tiles, power_of_two
 
 _SUM_COLUMNS = 1024
 

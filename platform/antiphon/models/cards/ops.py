@@ -57,8 +57,10 @@ _OPS: Sequence[tuple[str, str, str, Callable[..., Any]]] = (
     ("gated", "(Tensor gate_up, str activation) -> Tensor", "rows", _half_as_wide),
     (
         "rope_and_cache",
-        "(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, Tensor(b!) k_cache, Tensor(c!) v_cache, "
-        "int num_heads, Tensor? q_norm, Tensor? k_norm, float eps) -> ()",
+        (
+            "(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, Tensor(b!) k_cache, Tensor(c!) v_cache, "
+            "int num_heads, Tensor? q_norm, Tensor? k_norm, float eps) -> ()"
+        ),
         "rope",
         _nothing,
     ),
@@ -70,22 +72,28 @@ _OPS: Sequence[tuple[str, str, str, Callable[..., Any]]] = (
     ),
     (
         "prefill_attention",
-        f"({_ATTENTION}Tensor first_rows, Tensor num_rows, Tensor num_past, int max_rows, int block_size, float scale, "
-        "int window) -> Tensor",
+        (
+            f"({_ATTENTION}Tensor first_rows, Tensor num_rows, Tensor num_past, int max_rows, int block_size, float scale, "
+            "int window) -> Tensor"
+        ),
         "prefill",
         _attended,
     ),
     (
         "experts",
-        "(Tensor rows, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, Tensor slot_of_id, str activation) "
-        "-> (Tensor, Tensor)",
+        (
+            "(Tensor rows, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, Tensor slot_of_id, str activation) "
+            "-> (Tensor, Tensor)"
+        ),
         "experts",
         _summed,
     ),
     (
         "gate",
-        "(Tensor logits, Tensor? bias, int top_k, bool sigmoid, bool renormalise, float scale, int num_groups, int num_kept, "
-        "int counted) -> (Tensor, Tensor, Tensor)",
+        (
+            "(Tensor logits, Tensor? bias, int top_k, bool sigmoid, bool renormalise, float scale, int num_groups, int num_kept, "
+            "int counted) -> (Tensor, Tensor, Tensor)"
+        ),
         "gate",
         _chosen,
     ),

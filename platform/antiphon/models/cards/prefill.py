@@ -12,8 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from antiphon.models.cards.interpreter import RAISE
-from antiphon.models.cards.tuning import MIN_DOT, power_of_two, prefill_tiles
+from antiphon.models.cards.tuning import MIN_DOT, RAISE, power_of_two, prefill_tiles
 
 
 @triton.jit

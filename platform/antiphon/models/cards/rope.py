@@ -36,7 +36,7 @@ def rope_and_cache_kernel(
     HALF: tl.constexpr,
     NORMED: tl.constexpr,
 ):
-    """One head of one row: heads 0..N are queries (rotated in place), then K keys, then K values. A slot below 0 is written nowhere."""
+    """One head of one row: N queries (rotated in place), then K keys, then K values. A slot below 0 is written nowhere."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     at = tl.arange(0, BLOCK)

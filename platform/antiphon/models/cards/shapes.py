@@ -48,7 +48,6 @@ ATTENTION = (
 
 EXPERTS = (
     ExpertShape(name="Qwen3-30B-A3B", num_experts=128, top_k=8, hidden=2048, width=768),
-    ExpertShape(name="Mixtral-8x7B", num_experts=8, top_k=2, hidden=4096, width=14336),
     ExpertShape(
         name="DeepSeek-V3",
         num_experts=256,

@@ -6,9 +6,13 @@ the card's shared memory and without spilled registers, which the compile suite 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # what one program may use, by compute capability
+# In Triton's interpreter matrix products of bfloat16 are wrong without a word: operands are raised to fp32 first. Triton reads the
+# variable when kernels are decorated, so that it holds for a whole process.
+RAISE = os.environ.get("TRITON_INTERPRET") == "1"
 MIN_DOT = 16  # the smallest side of a tile that matrix units take
 
 
@@ -68,8 +72,8 @@ def expert_tiles(num_pairs: int, num_experts: int, itemsize: int) -> Tiles:
 def num_splits(num_rows: int, num_kv_heads: int, max_context: int) -> int:
     """How many parts a decode row's context is cut into: enough programs for a card's units, none shorter than 256 tokens.
 
-    A function of a bucket's rows and of the longest context that is served, never of the lengths at hand: a captured graph must hold
-    for all of them.
+    A function of a bucket's rows and of the longest context that is served, never of the lengths at hand: a captured graph must
+    hold for all of them.
     """
     wanted = -(-264 // max(1, num_rows * num_kv_heads))
     return max(1, min(wanted, max_context // 256, 64))
