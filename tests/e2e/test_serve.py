@@ -308,7 +308,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
 
 
 @LINUX
-def test_no_process_outlives_a_command_that_is_killed_and_the_next_one_tidies_up(tmp_path: Path) -> None:
+def test_nothing_outlives_a_command_that_is_killed() -> None:
     with serve() as running:
         Doors.of(running)
         running.process.kill()
@@ -317,11 +317,7 @@ def test_no_process_outlives_a_command_that_is_killed_and_the_next_one_tidies_up
         while running.processes() and time.monotonic() < deadline:
             time.sleep(0.1)
         assert [p.name() for p in running.processes()] == []
-        left = [path for path in running.temp.iterdir() if path.name.startswith("antiphon-")]
-        assert len(left) == 1
-        command = [sys.executable, "-m", "antiphon", "serve", "-f", str(without_model(tmp_path)), "--no-ray"]
-        subprocess.run(command, env={**os.environ, "TMPDIR": str(running.temp)}, capture_output=True, timeout=60, check=False)
-        assert not left[0].exists()
+        assert [path for path in running.temp.iterdir() if path.name.startswith("antiphon-")] == []
 
 
 def test_a_model_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:

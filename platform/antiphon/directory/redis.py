@@ -1,6 +1,6 @@
 """The directory in Redis: leases are key expiries, claims are Lua scripts; the only door to redis (control speed).
 
-    antiphon:{directory}:worker:<id>                   hash info, epoch, lease_ms; expires with the lease
+    antiphon:{directory}:worker:<id>                   hash info, epoch, lease_ms, proof; expires with the lease
     antiphon:{directory}:workers:<deployment>          set of worker ids, pruned when listed
     antiphon:{directory}:deployments                   set of deployment names, pruned when listed
     antiphon:{directory}:index:<deployment>/<pool>:<i> owner; expires with the claim
@@ -10,6 +10,7 @@
     antiphon:{directory}:notes:<topic>                 sorted set of keys by the end of their lease, pruned when written
 
 The braces keep all keys in one slot of a Redis Cluster. Time is Redis' own, so clocks of hosts do not matter.
+A record's proof is made with the deployment's key: whoever else writes to the same Redis adds no worker to it.
 """
 
 from __future__ import annotations
@@ -25,18 +26,19 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from antiphon.core.directory import MAX_EPOCH_STEP, MAX_NOTE_BYTES, WorkerRecord, check_lease, check_names
 from antiphon.core.errors import AntiphonError, InternalError, InvalidInput, Unavailable
+from antiphon.core.identity import Identity, own_identity
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.core.worker_info import WorkerInfo
 
 _PREFIX = "antiphon:{directory}:"
 
-# KEYS worker, epoch, workers of the deployment, deployments; ARGV info, lease_ms, epoch, worker id, deployment, epoch step
+# KEYS worker, epoch, workers of the deployment, deployments; ARGV info, lease_ms, epoch, worker id, deployment, epoch step, proof
 _REGISTER = """
 local known = math.max(tonumber(redis.call('GET', KEYS[2]) or 0), tonumber(redis.call('TIME')[1]))
 if tonumber(ARGV[3]) > known + tonumber(ARGV[6]) then return redis.error_reply('EPOCH out of range') end
 local held = redis.call('HGET', KEYS[1], 'epoch')
 if held and tonumber(held) > tonumber(ARGV[3]) then return 0 end
-redis.call('HSET', KEYS[1], 'info', ARGV[1], 'epoch', ARGV[3], 'lease_ms', ARGV[2])
+redis.call('HSET', KEYS[1], 'info', ARGV[1], 'epoch', ARGV[3], 'lease_ms', ARGV[2], 'proof', ARGV[7])
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 local highest = redis.call('GET', KEYS[2])
 if not highest or tonumber(highest) < tonumber(ARGV[3]) then redis.call('SET', KEYS[2], ARGV[3]) end
@@ -51,7 +53,7 @@ if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 0 end
 return redis.call('DEL', KEYS[1])
 """
 
-# KEYS deployments; ARGV prefix, deployment or nothing. Answers info, lease_ms, remaining_ms for each worker.
+# KEYS deployments; ARGV prefix, deployment or nothing. Answers info, lease_ms, remaining_ms, proof for each worker.
 _WORKERS = """
 local names = ARGV[2] and {ARGV[2]} or redis.call('SMEMBERS', KEYS[1])
 local found = {}
@@ -59,9 +61,9 @@ for _, name in ipairs(names) do
   local ids = ARGV[1] .. 'workers:' .. name
   for _, id in ipairs(redis.call('SMEMBERS', ids)) do
     local key = ARGV[1] .. 'worker:' .. id
-    local record = redis.call('HMGET', key, 'info', 'lease_ms')
+    local record = redis.call('HMGET', key, 'info', 'lease_ms', 'proof')
     if record[1] then
-      found[#found + 1] = {record[1], tonumber(record[2]), redis.call('PTTL', key)}
+      found[#found + 1] = {record[1], tonumber(record[2]), redis.call('PTTL', key), record[3] or ''}
     else
       redis.call('SREM', ids, id)
     end
@@ -131,7 +133,8 @@ logger = logging.getLogger(__name__)
 class RedisDirectory:
     """A client of one Redis; belongs to one event loop. Each call takes ``timeout_s`` seconds at most."""
 
-    def __init__(self, url: str, *, timeout_s: float = 5.0) -> None:
+    def __init__(self, url: str, *, timeout_s: float = 5.0, identity: Identity | None = None) -> None:
+        self._identity = own_identity() if identity is None else identity
         try:
             self._redis: redis.Redis = redis.Redis.from_url(
                 url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, health_check_interval=30
@@ -158,7 +161,7 @@ class RedisDirectory:
             f"{_PREFIX}deployments",
         ]
         args: list[str | int] = [info.to_json(), _milliseconds(lease_s), info.epoch, info.worker_id, info.deployment]
-        args.append(MAX_EPOCH_STEP)
+        args += [MAX_EPOCH_STEP, self._identity.prove("record", info.to_json().encode()).hex()]
         return bool(await _translated(self._register(keys=keys, args=args)))
 
     async def remove(self, worker_id: WorkerId, epoch: Epoch) -> bool:
@@ -170,7 +173,9 @@ class RedisDirectory:
         args = [_PREFIX] if deployment is None else [_PREFIX, deployment]
         rows = await _translated(self._workers(keys=[f"{_PREFIX}deployments"], args=args))
         records = []
-        for text, lease, left in rows:
+        for text, lease, left, proof in rows:
+            if self._identity.given and not self._identity.is_proof(_unhex(proof), "record", text):
+                continue  # of another deployment that shares this Redis, or of nobody's
             try:
                 info = WorkerInfo.from_json(text)
             except InvalidInput as error:  # whoever wrote it: it must not hide the others
@@ -220,6 +225,13 @@ class RedisDirectory:
     async def close(self) -> None:
         """See ``Directory``."""
         await self._redis.aclose()
+
+
+def _unhex(text: bytes) -> bytes:
+    try:
+        return bytes.fromhex(text.decode())
+    except ValueError:
+        return b""
 
 
 def _owner_key(deployment: str, pool: str, owner: str) -> str:

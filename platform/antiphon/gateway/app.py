@@ -102,6 +102,7 @@ async def _run(
         port=config.grpc_port,
         reuse_port=config.reuse_port,
         limits=ChannelLimits(max_message_bytes=config.max_request_bytes),
+        public=True,
     )
     tasks: list[asyncio.Task[None]] = []
     try:

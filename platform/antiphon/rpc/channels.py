@@ -13,6 +13,8 @@ import grpc
 import grpc.aio
 
 from antiphon.core.errors import Unavailable
+from antiphon.core.identity import Identity
+from antiphon.rpc.credentials import HANDSHAKE_OPTIONS, TARGET_OPTIONS, channel_credentials
 
 ChannelOptions = list[tuple[str, int | str]]
 
@@ -60,7 +62,16 @@ def server_options(limits: ChannelLimits = DEFAULT_LIMITS, *, reuse_port: bool =
         ("grpc.http2.min_ping_interval_without_data_ms", int(limits.keepalive_s * 500)),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.so_reuseport", int(reuse_port)),
+        *HANDSHAKE_OPTIONS,
     ]
+
+
+def open_part_channel(
+    address: str, limits: ChannelLimits = DEFAULT_LIMITS, *, identity: Identity | None = None
+) -> grpc.aio.Channel:
+    """An asyncio channel to another part of this deployment, proven at both ends; connects lazily and again after a loss."""
+    options = [*channel_options(limits), *TARGET_OPTIONS]
+    return grpc.aio.secure_channel(address, channel_credentials(identity), options=options)
 
 
 def open_channel(address: str, limits: ChannelLimits = DEFAULT_LIMITS) -> grpc.aio.Channel:

@@ -15,8 +15,9 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from antiphon.core.errors import AntiphonError, InternalError, InvalidInput
-from antiphon.rpc.channels import open_channel
+from antiphon.rpc.channels import channel_options, open_part_channel
 from antiphon.rpc.client_channel import Tls, open_client_channel
+from antiphon.rpc.credentials import TARGET_OPTIONS, channel_credentials
 from antiphon.rpc.errors import error_from_call, status_of
 from antiphon.rpc.v1 import experts_pb2 as pb
 from antiphon.rpc.v1.experts_pb2_grpc import ExpertsStub
@@ -125,8 +126,15 @@ class ExpertsCalls:
     Raises errors of the tree: Unavailable while nobody answers at the address.
     """
 
-    def __init__(self, address: str, *, tls: Tls | None = None, metadata: Metadata = (), timeout_s: float = 5.0) -> None:
-        self._channel = open_client_channel(address, tls)
+    def __init__(
+        self, address: str, *, tls: Tls | None = None, metadata: Metadata = (), timeout_s: float = 5.0, worker: bool = False
+    ) -> None:
+        """``worker``: the address is a worker's of this deployment, not a gateway's."""
+        self._channel = (
+            grpc.secure_channel(address, channel_credentials(), options=[*channel_options(), *TARGET_OPTIONS])
+            if worker
+            else open_client_channel(address, tls)
+        )
         self._stub: Any = ExpertsStub(self._channel)  # type: ignore[no-untyped-call]
         self._metadata = metadata
         self._timeout_s = timeout_s
@@ -157,10 +165,10 @@ class ExpertsCalls:
 
 
 class AsyncExpertsCalls:
-    """The same for asyncio: belongs to one event loop."""
+    """The same for asyncio, to workers of this deployment: belongs to one event loop."""
 
     def __init__(self, address: str, *, timeout_s: float = 5.0) -> None:
-        self._channel = open_channel(address)
+        self._channel = open_part_channel(address)
         self._stub: Any = ExpertsStub(self._channel)  # type: ignore[no-untyped-call]
         self._timeout_s = timeout_s
 

@@ -15,6 +15,8 @@ from typing import Any
 import grpc
 
 from antiphon.core.errors import PeerLost, Unavailable
+from antiphon.core.identity import Identity
+from antiphon.rpc.credentials import HANDSHAKE_OPTIONS, TARGET_OPTIONS, channel_credentials, server_credentials
 
 _SERVICE, _METHOD = "antiphon.transport.RawStream", "Open"
 _MAX_STREAMS = 256  # a thread each, started when needed
@@ -104,8 +106,8 @@ class RawStream:
         return iter(self._outbox.get, None)
 
 
-def open_stream(target: str, *, max_receive_bytes: int) -> RawStream:
-    """Start a stream to ``host:port``; whether anybody is there shows at the first ``receive``."""
+def open_stream(target: str, *, max_receive_bytes: int, identity: Identity | None = None) -> RawStream:
+    """Start a stream to ``host:port``, to a part of this deployment; whether anybody is there shows at the first ``receive``."""
     options: list[tuple[str, Any]] = [
         *_KEEPALIVE,
         ("grpc.max_receive_message_length", max_receive_bytes),
@@ -113,8 +115,11 @@ def open_stream(target: str, *, max_receive_bytes: int) -> RawStream:
         ("grpc.use_local_subchannel_pool", 1),  # a connection of its own, so that one link never queues behind another
         ("grpc.enable_http_proxy", 0),
         ("grpc.enable_retries", 0),
+        *TARGET_OPTIONS,
     ]
-    channel: Any = grpc.insecure_channel(target, options=options)  # its stubs want serialisers; raw bytes need none
+    channel: Any = grpc.secure_channel(
+        target, channel_credentials(identity), options=options
+    )  # its stubs want serialisers; raw bytes need none
     stream = RawStream(target)
     call = channel.stream_stream(f"/{_SERVICE}/{_METHOD}")(stream._outgoing())
     reader = stream._start_reader(call)
@@ -135,8 +140,15 @@ class RawServer:
     ``close`` refuses new streams; those already open live on, and the last one to close takes the server with it.
     """
 
-    def __init__(self, address: str, on_stream: Callable[[RawStream], None], *, max_receive_bytes: int) -> None:
-        """Listen on ``address``, host:port (0: any free one). Raises Unavailable if it can't be bound."""
+    def __init__(
+        self,
+        address: str,
+        on_stream: Callable[[RawStream], None],
+        *,
+        max_receive_bytes: int,
+        identity: Identity | None = None,
+    ) -> None:
+        """Listen on ``address``, host:port (0: any free one), for parts of this deployment. Raises Unavailable."""
         self._on_stream = on_stream
         self._lock = threading.Lock()
         self._num_streams = 0
@@ -151,13 +163,14 @@ class RawServer:
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
                 ("grpc.http2.max_ping_strikes", 0),
                 ("grpc.so_reuseport", 0),
+                *HANDSHAKE_OPTIONS,
             ],
             maximum_concurrent_rpcs=_MAX_STREAMS,
         )
         handler = grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: grpc.stream_stream_rpc_method_handler(self._handle)})
         self._server.add_generic_rpc_handlers((handler,))
         try:
-            self.port = self._server.add_insecure_port(address)
+            self.port = self._server.add_secure_port(address, server_credentials(identity))
         except RuntimeError as error:
             self._pool.shutdown(wait=False)
             raise Unavailable(f"can't listen on {address}: {error}") from error

@@ -17,7 +17,9 @@ from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  #
 from grpc_reflection.v1alpha import reflection
 
 from antiphon.core.errors import Unavailable
+from antiphon.core.identity import Identity
 from antiphon.rpc.channels import DEFAULT_LIMITS, ChannelLimits, server_options
+from antiphon.rpc.credentials import server_credentials
 
 
 class Service(Protocol):
@@ -48,7 +50,23 @@ class RpcServer:
         reuse_port: bool = False,
         limits: ChannelLimits = DEFAULT_LIMITS,
         max_concurrent_calls: int | None = None,
+        public: bool = False,
+        identity: Identity | None = None,
     ) -> None:
+        """Nothing is bound yet.
+
+        Args:
+            services: What it serves.
+            host: Address to bind.
+            port: 0 = any free one.
+            reuse_port: Several processes of the machine share the port.
+            limits: Of messages and of silence.
+            max_concurrent_calls: None = any number.
+            public: For users, who have keys of another kind; otherwise only parts of this deployment get in.
+            identity: Whose parts; None = this process'.
+        """
+        self._public = public
+        self._identity = identity
         self._server = grpc.aio.server(
             options=server_options(limits, reuse_port=reuse_port), maximum_concurrent_rpcs=max_concurrent_calls
         )
@@ -79,7 +97,11 @@ class RpcServer:
             Unavailable: the address can't be bound.
         """
         try:
-            self._port = self._server.add_insecure_port(_join(self._host, self._port))
+            where = _join(self._host, self._port)
+            if self._public:
+                self._port = self._server.add_insecure_port(where)
+            else:
+                self._port = self._server.add_secure_port(where, server_credentials(self._identity))
         except RuntimeError as error:
             raise Unavailable(f"can't listen on {_join(self._host, self._port)}: {error}") from error
         await self._server.start()

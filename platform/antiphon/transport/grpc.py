@@ -9,6 +9,7 @@ Must not know: gRPC itself, which lives behind ``antiphon.rpc.raw_stream``.
 from __future__ import annotations
 
 import functools
+import logging
 import time
 import warnings
 from collections import deque
@@ -30,6 +31,7 @@ from antiphon.transport.waiting import wait_on
 from antiphon.transport.wakeup import Wakeup
 
 SCHEME = "grpc://"
+logger = logging.getLogger(__name__)
 _MAX_FRAME_BYTES = 1 << 30  # what a listener takes before it knows the peer's layout
 _EMPTY = torch.empty(0, dtype=torch.uint8)
 _GREETING_S = 5.0  # a peer that connects and says nothing is dropped after this
@@ -229,14 +231,20 @@ class GrpcTransport(Transport):
 
 
 def _greet(listener: QueuedListener, stream: RawStream) -> None:
+    """Whatever a peer does before its link is open, it is turned away for it; nothing of it reaches the listener's owner."""
     try:
         theirs = decode_greeting(stream.receive(_GREETING_S), stream.peer).hello
         mine = listener.answer(theirs)
         stream.send(encode_greeting(Greeting(hello=mine)))
         check_layouts(mine, theirs)
+        link = GrpcLink(stream, mine, theirs)
     except AntiphonError as error:
         listener.refuse(error)
         stream.send(encode_refusal(error))
         stream.end()
+    except Exception as error:
+        logger.warning("%s is turned away", stream.peer, exc_info=error)
+        listener.refuse(Unavailable(f"no link with {stream.peer}: {type(error).__name__}: {error}"))
+        stream.end()
     else:
-        listener.arrive(GrpcLink(stream, mine, theirs))
+        listener.arrive(link)

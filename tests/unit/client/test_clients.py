@@ -139,7 +139,7 @@ class Server:
         self.address = self._server.address
 
     async def _start(self) -> RpcServer:
-        server = RpcServer([InferenceServicer(self.script)], host="127.0.0.1")
+        server = RpcServer([InferenceServicer(self.script)], host="127.0.0.1", public=True)
         await server.start()
         return server
 

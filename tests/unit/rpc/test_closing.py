@@ -12,6 +12,7 @@ import pytest
 
 from antiphon.core.errors import AntiphonError, Cancelled, Unavailable
 from antiphon.rpc.client_channel import AsyncInferenceCalls
+from antiphon.rpc.credentials import server_credentials
 from antiphon.rpc.directory.client import RemoteDirectory
 from antiphon.rpc.router.client import RouterCalls
 from antiphon.rpc.v1 import inference_pb2, router_pb2
@@ -63,10 +64,10 @@ def looking(address: str) -> Made:
 
 
 @contextlib.asynccontextmanager
-async def silence() -> AsyncIterator[tuple[Silent, str]]:
+async def silence(*, public: bool) -> AsyncIterator[tuple[Silent, str]]:
     silent, server = Silent(), grpc.aio.server()
     server.add_generic_rpc_handlers((silent,))
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port("127.0.0.1:0") if public else server.add_secure_port("127.0.0.1:0", server_credentials())
     await server.start()
     try:
         yield silent, f"127.0.0.1:{port}"
@@ -80,7 +81,7 @@ async def silence() -> AsyncIterator[tuple[Silent, str]]:
 async def test_a_call_whose_connection_is_closed_ends_with_an_error(
     make: Callable[[str], Made], error: type[AntiphonError]
 ) -> None:
-    async with silence() as (silent, address):
+    async with silence(public=make in (listing, streaming)) as (silent, address):
         call, close = make(address)
         running = asyncio.ensure_future(call())
         await asyncio.wait_for(silent.took_one.wait(), DEADLINE_S)
@@ -91,7 +92,7 @@ async def test_a_call_whose_connection_is_closed_ends_with_an_error(
 
 @pytest.mark.parametrize("make", [routing, listing, streaming, looking])
 async def test_a_cancelled_task_goes_on_cancelling(make: Callable[[str], Made]) -> None:
-    async with silence() as (silent, address):
+    async with silence(public=make in (listing, streaming)) as (silent, address):
         call, close = make(address)
         running = asyncio.ensure_future(call())
         await asyncio.wait_for(silent.took_one.wait(), DEADLINE_S)

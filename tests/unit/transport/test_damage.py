@@ -14,6 +14,7 @@ from antiphon.core.ids import Epoch, WorkerId
 from antiphon.rpc.raw_stream import open_stream
 from antiphon.transport.base import HEADER_BYTES, Hello, Link, LinkLayout, Listener
 from antiphon.transport.connect.hello import Greeting, decode_greeting, encode_greeting
+from antiphon.transport.connect.proof import connect_proven
 from antiphon.transport.credits import CREDIT, DATA, PREFIX
 from antiphon.transport.grpc import GrpcTransport
 from antiphon.transport.shm.ring import RingLink
@@ -142,8 +143,10 @@ def test_strangers_on_the_socket_are_turned_away_and_the_listener_goes_on() -> N
 def test_memory_that_can_still_shrink_is_not_mapped() -> None:
     listener = ShmTransport().listen("", lambda _: hello("b"))
     with connect_raw(listener) as sock:
-        sock.sendall(encode_greeting(Greeting(hello=hello("liar"))))
-        decode_greeting(sock.recv(1 << 16), "b")
+        deadline = time.monotonic() + 10
+        proven = connect_proven(sock, "b", deadline)
+        proven.send(encode_greeting(Greeting(hello=hello("liar"))), "b", deadline)
+        proven.receive("b", deadline)
         memory = os.memfd_create("not-sealed")
         os.ftruncate(memory, 1 << 20)
         socket.send_fds(sock, [b"R"], [memory, memory, memory])

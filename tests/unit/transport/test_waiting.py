@@ -61,37 +61,37 @@ def test_a_quiet_peer_is_heard_while_another_is_spun_on(listener: Listener) -> N
 
 def test_an_arrival_is_noticed_while_a_link_is_spun_on(listener: Listener) -> None:
     busy, busy_far = link_pair(listener, "busy", 60.0)
-    listener = QueuedListener(lambda _theirs: hello("near"))
-    waiting = WaitSet([listener, busy])
+    queue = QueuedListener(lambda _theirs: hello("near"))
+    waiting = WaitSet([queue, busy])
     guest, guest_far = link_pair(listener, "guest", 60.0)
-    arrival = threading.Timer(0.05, listener.arrive, [guest])
+    arrival = threading.Timer(0.05, queue.arrive, [guest])
     arrival.start()
     assert waiting.wait(LONG_S)
-    assert listener.accept() is guest
+    assert queue.accept() is guest
     arrival.join()
-    listener.close()
+    queue.close()
     for link in (busy, busy_far, guest, guest_far):
         link.close()
 
 
 def test_a_wakeup_that_came_for_what_was_collected_already_wakes_once(listener: Listener) -> None:
-    listener = QueuedListener(lambda _theirs: hello("near"))
+    queue = QueuedListener(lambda _theirs: hello("near"))
     near, far = link_pair(listener, "guest", 0.0)
-    listener.arrive(near)
-    assert listener.accept() is near
-    listener._wakeup.ring()  # as an arrival does whose link was collected between its two steps
+    queue.arrive(near)
+    assert queue.accept() is near
+    queue._wakeup.ring()  # as an arrival does whose link was collected between its two steps
     naps = 0
-    park = listener.park
+    park = queue.park
 
     def counted() -> object:
         nonlocal naps
         naps += 1
         return park()
 
-    listener.park = counted  # type: ignore[method-assign, assignment]
-    assert not WaitSet([listener]).wait(0.2)
+    queue.park = counted  # type: ignore[method-assign, assignment]
+    assert not WaitSet([queue]).wait(0.2)
     assert naps <= 3
-    listener.close()
+    queue.close()
     near.close()
     far.close()
 

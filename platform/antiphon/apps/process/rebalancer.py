@@ -265,7 +265,7 @@ class Rebalancer:
                 calls.close()
             self._calls.clear()
         if address not in self._calls:
-            self._calls[address] = ExpertsCalls(address)
+            self._calls[address] = ExpertsCalls(address, worker=True)
         return self._calls[address]
 
 
@@ -285,7 +285,7 @@ def adopt_newest(host: ExpertHost, role: Role, directory: BlockingDirectory, dep
         newest = max(workers, key=lambda info: info.load.placement, default=None)
         if newest is None or newest.load.placement == 0:
             return
-        calls = ExpertsCalls(newest.endpoint.rpc)
+        calls = ExpertsCalls(newest.endpoint.rpc, worker=True)
         try:
             found = calls.expert_load()
         finally:

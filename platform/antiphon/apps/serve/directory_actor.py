@@ -18,6 +18,7 @@ from antiphon.apps.serve.plan import ServeSettings
 from antiphon.core.directory import Directory
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import Unavailable
+from antiphon.core.identity import adopt, is_given, new_key, own_identity
 from antiphon.directory.memory import MemoryDirectory
 from antiphon.rpc.directory.service import DirectoryServer
 
@@ -33,12 +34,14 @@ class DirectoryHost:
     """The actor's class.
 
     Args:
+        deployment: whose parts may use it.
         host: bound; None = the address of the node.
         port: bound, at the first start and at every later one.
         lease_s: of the workers; a restarted directory waits so long for their renewals before it lists them.
     """
 
-    def __init__(self, host: str | None, port: int, lease_s: float) -> None:
+    def __init__(self, deployment: str, host: str | None, port: int, lease_s: float) -> None:
+        ensure_key(deployment)
         self._host = host if host is not None else node_address()
         self._port = port
         self._lease_s = lease_s
@@ -71,6 +74,21 @@ class DirectoryHost:
                 await asyncio.sleep(0.1)
 
 
+def ensure_key(deployment: str) -> None:
+    """Give this process the deployment's key: that of its environment, or the one its Ray cluster keeps, made by whoever is first.
+
+    Who may talk to that Ray may read it: on a cluster without Ray's token, set ``ANTIPHON_KEY_FILE`` to a mounted Secret instead.
+    """
+    if is_given():
+        own_identity()
+        return
+    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+
+    name = f"antiphon/key/{deployment}".encode()
+    _internal_kv_put(name, new_key().encode(), overwrite=False)
+    adopt(_internal_kv_get(name).decode())
+
+
 def node_address() -> str:
     """The address of this node, as other nodes of its Ray cluster reach it."""
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
@@ -95,7 +113,7 @@ def ensure_directory(deployment: str, *, lease_s: float, host: str | None = None
                 num_cpus=0,
                 resources={"node:__internal_head__": 0.001},  # its address stays when worker nodes come and go
             )
-            .remote(host, random.choice(_PORTS), lease_s)
+            .remote(deployment, host, random.choice(_PORTS), lease_s)
         )
         try:
             return str(ray.get(actor.address.remote(), timeout=max(0.1, deadline - time.monotonic())))
@@ -109,7 +127,11 @@ def ensure_directory(deployment: str, *, lease_s: float, host: str | None = None
 
 
 def directory_address(document: LLMDeployment, settings: ServeSettings) -> str:
-    """Where the deployment's workers register: given, or Redis, or the actor (started if there is none). Raises Unavailable."""
+    """Where the deployment's workers register: given, or Redis, or the actor (started if there is none). Raises Unavailable.
+
+    This process has the deployment's key afterwards.
+    """
+    ensure_key(document.metadata.name)
     if settings.directory is not None:
         return settings.directory
     spec = document.spec.directory

@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import stat
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,11 +23,16 @@ from pathlib import Path
 import psutil
 
 from antiphon.core.errors import Unavailable
+from antiphon.core.identity import adopt_file, forget_file, is_given, new_key
 
 _PREFIX = "antiphon"
 _PR_SET_CHILD_SUBREAPER = 36
 _MAX_BASE_LENGTH = 17  # characters; 90 more make the path of Ray's longest socket, and unix allows 107
 _RAY_DIR = "r"  # short, for the same reason
+_KEY_FILE = "key"
+_RUN_DIR_VARIABLE = "ANTIPHON_RUN_DIR"
+_REAPER = str(Path(__file__).parents[1] / "supervision" / "orphan_reaper.py")
+_REAPER_EXIT_S = 5.0
 
 
 def make_run_dir() -> Path:
@@ -46,6 +52,53 @@ def ray_dir(run_dir: Path) -> Path:
     path = run_dir / _RAY_DIR
     path.mkdir(mode=0o700, exist_ok=True)
     return path
+
+
+def give_key(run_dir: Path) -> None:
+    """Make the key of this run's parts, unless whoever started this process gave it one; it goes with the run directory."""
+    if not is_given():
+        path = run_dir / _KEY_FILE
+        with os.fdopen(open_private(path), "w") as file:
+            file.write(new_key() + "\n")
+        adopt_file(path)
+
+
+def take_key_back(run_dir: Path) -> None:
+    """This process has no key any longer, if it was this run's."""
+    forget_file(run_dir / _KEY_FILE)
+
+
+class OrphanReaper:
+    """A process that ends what is left of this one should it be killed; ``close`` when it ends by itself. Idempotent."""
+
+    def __init__(self, run_dir: Path) -> None:
+        os.environ[_RUN_DIR_VARIABLE] = f"{run_dir}/"  # by which whoever this process starts is known as its own
+        read_end, self._write_end = os.pipe()
+        self._process: subprocess.Popen[bytes] | None = None
+        try:
+            if sys.platform.startswith("linux"):
+                self._process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", _REAPER, str(run_dir)],
+                    stdin=read_end,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,  # a Ctrl-C at the terminal is not its end
+                )
+        finally:
+            os.close(read_end)
+
+    def close(self) -> None:
+        """Nothing is left behind: it may go."""
+        process, self._process = self._process, None
+        os.environ.pop(_RUN_DIR_VARIABLE, None)
+        if self._write_end >= 0:
+            with contextlib.suppress(OSError):
+                os.write(self._write_end, b"x")
+            os.close(self._write_end)
+            self._write_end = -1
+        if process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired, ChildProcessError):
+                process.wait(_REAPER_EXIT_S)
 
 
 def check_private(directory: Path) -> None:

@@ -26,6 +26,7 @@ from antiphon.apps.supervision.event_log import EventLog, EventLogEntry
 from antiphon.apps.supervision.supervisor import DEFAULT_ARGV, RestartLimits, SupervisorState, WorkerSupervisor
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import AntiphonError, InvalidInput, Unavailable
+from antiphon.core.identity import own_identity
 from antiphon.directory.lease import BlockingDirectory
 from antiphon.directory.memory import MemoryDirectory, open_directory
 from antiphon.gateway.config import BoundPorts
@@ -83,6 +84,7 @@ class DirectDeployment:
         self._run_dir = run_dir
         self._settings = settings
         self._run_gateway = run_gateway
+        own_identity()  # before any process is started: it goes with the environment
         self._host = DirectoryHosting(self._serving.redis_url)
         self._directory: BlockingDirectory | None = None
         self._supervisors: list[WorkerSupervisor] = []
@@ -188,6 +190,7 @@ class RayDeployment:
         num_cpus = sum(plan.num_cpus for plan in plans) + (num_routers + self._serving.endpoint.replicas) * GATEWAY_CPU
         # One processor more than the replicas reserve is for Serve's own actors.
         self._runtime = RayRuntime(run_dir, num_cpus=num_cpus + 1, resources={})
+        own_identity()  # before any process is started: it goes with the environment
         self._host = DirectoryHosting(self._serving.redis_url)
         self._deployed = False
         self._next_look_s = 0.0

@@ -25,7 +25,16 @@ import httpx
 from antiphon.apps.devices import deal
 from antiphon.apps.process.quiet_streams import QuietStreams
 from antiphon.apps.serve.deployment_set import Serving
-from antiphon.apps.serve.host import adopt_orphans, end_descendants, make_run_dir, remove_tree, sweep_run_dirs
+from antiphon.apps.serve.host import (
+    OrphanReaper,
+    adopt_orphans,
+    end_descendants,
+    give_key,
+    make_run_dir,
+    remove_tree,
+    sweep_run_dirs,
+    take_key_back,
+)
 from antiphon.apps.serve.local import DirectDeployment, RayDeployment, read_event_logs, running_of
 from antiphon.apps.serve.plan import ServeSettings
 from antiphon.apps.serve.stop_signals import StopSignals
@@ -79,6 +88,8 @@ class ServeSession:
         self.num_workers = serving.num_workers
         self.run_dir = make_run_dir()
         self.streams = QuietStreams(self.run_dir / "host.log")
+        give_key(self.run_dir)
+        self._reaper = OrphanReaper(self.run_dir)
         self._event_log = EventLog(self.run_dir)
         self._signals = StopSignals(self._force)
         self._signals.install()
@@ -154,7 +165,9 @@ class ServeSession:
         if self._deployment is not None:
             # Nobody can be in the middle of a request that was never served.
             self._deployment.close(graceful=self._ready)
+        self._reaper.close()
         end_descendants(_LEFTOVER_GRACE_S)
+        take_key_back(self.run_dir)
         self._remove_files()
         self.streams.close()
 

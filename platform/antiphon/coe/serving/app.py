@@ -94,6 +94,7 @@ async def _run(config: CoeConfig, directory: Directory, stop: asyncio.Event, on_
         port=config.grpc_port,
         reuse_port=config.reuse_port,
         limits=ChannelLimits(max_message_bytes=config.max_request_bytes),
+        public=not config.registers,  # a registered one is asked by gateways of its own deployment alone
     )
     tasks: list[asyncio.Task[None]] = []
     looking = _Looking(config, directory, view, list(compositions.values()), owner)

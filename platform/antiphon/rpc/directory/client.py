@@ -16,8 +16,10 @@ from google.protobuf.message import Message
 
 from antiphon.core.directory import WorkerRecord
 from antiphon.core.errors import AntiphonError, InternalError, InvalidInput, Unavailable
+from antiphon.core.identity import Identity
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.core.worker_info import WorkerInfo
+from antiphon.rpc.credentials import TARGET_OPTIONS, channel_credentials
 from antiphon.rpc.errors import closed_meanwhile
 from antiphon.rpc.v1 import directory_pb2 as pb
 from antiphon.rpc.v1 import directory_pb2_grpc as pb_grpc
@@ -41,7 +43,8 @@ class RemoteDirectory:
     Each call takes ``timeout_s`` seconds at most and waits that long for a service that is restarting.
     """
 
-    def __init__(self, target: str, *, timeout_s: float = 5.0) -> None:
+    def __init__(self, target: str, *, timeout_s: float = 5.0, identity: Identity | None = None) -> None:
+        self._identity = identity
         self._target = target
         self._timeout_s = timeout_s
         self._channel: grpc.aio.Channel | None = None
@@ -108,7 +111,9 @@ class RemoteDirectory:
 
     async def _call(self, method: str, request: Message, answer: type[T]) -> T:
         if self._channel is None:  # made in the loop that uses it
-            self._channel = grpc.aio.insecure_channel(self._target, options=_OPTIONS)
+            self._channel = grpc.aio.secure_channel(
+                self._target, channel_credentials(self._identity), options=[*_OPTIONS, *TARGET_OPTIONS]
+            )
         stub = pb_grpc.DirectoryStub(self._channel)  # type: ignore[no-untyped-call]  # generated
         try:
             reply = await getattr(stub, method)(request, timeout=self._timeout_s, wait_for_ready=True)

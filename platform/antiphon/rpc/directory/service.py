@@ -13,8 +13,10 @@ import grpc.aio
 
 from antiphon.core.directory import Directory
 from antiphon.core.errors import AntiphonError, Unavailable
+from antiphon.core.identity import Identity
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.core.worker_info import WorkerInfo
+from antiphon.rpc.credentials import HANDSHAKE_OPTIONS, server_credentials
 from antiphon.rpc.v1 import directory_pb2 as pb
 from antiphon.rpc.v1 import directory_pb2_grpc as pb_grpc
 
@@ -96,16 +98,18 @@ class DirectoryServer:
         self.address = address
 
     @classmethod
-    async def start(cls, store: Directory, *, host: str = "127.0.0.1", port: int = 0) -> DirectoryServer:
-        """Listen on ``host:port``; port 0 takes any free one.
+    async def start(
+        cls, store: Directory, *, host: str = "127.0.0.1", port: int = 0, identity: Identity | None = None
+    ) -> DirectoryServer:
+        """Listen on ``host:port`` for parts of this deployment; port 0 takes any free one.
 
         Raises:
             Unavailable: the port is taken.
         """
-        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        server = grpc.aio.server(options=[("grpc.so_reuseport", 0), *HANDSHAKE_OPTIONS])
         pb_grpc.add_DirectoryServicer_to_server(DirectoryService(store), server)  # type: ignore[no-untyped-call]  # generated
         try:
-            bound = server.add_insecure_port(f"{host}:{port}")
+            bound = server.add_secure_port(f"{host}:{port}", server_credentials(identity))
         except RuntimeError as error:
             raise Unavailable(f"the directory can't listen on {host}:{port}: {error}") from error
         await server.start()

@@ -17,8 +17,9 @@ import grpc.aio
 from grpc.aio import EOF  # type: ignore[attr-defined]  # the stubs miss it
 
 from antiphon.core.errors import PeerLost, Unavailable
+from antiphon.core.identity import Identity
 from antiphon.core.request import Request, RequestId
-from antiphon.rpc.channels import DEFAULT_LIMITS, ChannelLimits, open_channel, wait_until_connected
+from antiphon.rpc.channels import DEFAULT_LIMITS, ChannelLimits, open_part_channel, wait_until_connected
 from antiphon.rpc.engine.codec import Answer, decode_update, encode_abort, encode_submit
 from antiphon.rpc.errors import closed_meanwhile, error_from_call
 from antiphon.rpc.v1 import engine_pb2 as pb
@@ -28,9 +29,9 @@ from antiphon.rpc.v1 import engine_pb2_grpc
 class EngineSession:
     """One open stream to one engine. Belongs to one event loop; ``close`` is idempotent."""
 
-    def __init__(self, address: str, limits: ChannelLimits = DEFAULT_LIMITS) -> None:
+    def __init__(self, address: str, limits: ChannelLimits = DEFAULT_LIMITS, *, identity: Identity | None = None) -> None:
         self._address = address
-        self._channel = open_channel(address, limits)
+        self._channel = open_part_channel(address, limits, identity=identity)
         self._call: Any = None
         self._commands: deque[pb.EngineCommand] = deque()
         self._wake = asyncio.Event()

@@ -9,17 +9,17 @@ import grpc
 import grpc.aio
 
 from antiphon.core.errors import Cancelled
-from antiphon.rpc.channels import channel_options
+from antiphon.rpc.channels import open_part_channel
 from antiphon.rpc.errors import closed_meanwhile, error_from_call
 from antiphon.rpc.v1 import router_pb2 as pb
 from antiphon.rpc.v1.router_pb2_grpc import RouterStub
 
 
 class RouterCalls:
-    """A connection to one router at ``address`` (host:port); belongs to one event loop. Raises errors of the tree."""
+    """A connection to a router of this deployment at ``address`` (host:port); of one event loop. Raises errors of the tree."""
 
     def __init__(self, address: str, api_key: str | None = None) -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=channel_options())
+        self._channel = open_part_channel(address)
         self._stub: Any = RouterStub(self._channel)  # type: ignore[no-untyped-call]
         self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
 

@@ -21,13 +21,14 @@ _JOIN_S = 1.0
 class Acceptor:
     """Hands each arriving socket to ``greet``, and the link that comes of it to ``arrive``.
 
-    ``greet`` owns its socket, must not take for ever, and returns None (socket closed) for a peer it turned away.
+    ``greet`` owns its socket, must not take for ever, and returns None (socket closed) for a peer it turned away. It calls the
+    function it is given once the peer has proven itself: of those who have not, the oldest goes when there is no room for another.
     """
 
     def __init__(
         self,
         listening: socket.socket,
-        greet: Callable[[socket.socket], Link | None],
+        greet: Callable[[socket.socket, Callable[[], None]], Link | None],
         arrive: Callable[[Link], None],
     ) -> None:
         """``listening`` is bound, and owned from now on."""
@@ -38,6 +39,7 @@ class Acceptor:
         self._room = threading.Semaphore(_MAX_GREETINGS)
         self._lock = threading.Lock()
         self._greeting: dict[threading.Thread, socket.socket] = {}
+        self._unproven: dict[threading.Thread, socket.socket] = {}  # of them
         listening.listen()
         listening.setblocking(False)
         self._thread = threading.Thread(target=self._run, name="link-acceptor", daemon=True)
@@ -64,8 +66,10 @@ class Acceptor:
             ready = {fd for fd, _ in poller.poll()}
             if self._stop.fd in ready:
                 return
-            if not self._room.acquire(timeout=_JOIN_S / 2):
-                continue
+            if not self._room.acquire(blocking=False):
+                self._turn_out_the_oldest()
+                if not self._room.acquire(timeout=_JOIN_S / 2):
+                    continue
             try:
                 sock, _ = self._listening.accept()
             except OSError:  # it went away between poll and accept
@@ -73,16 +77,29 @@ class Acceptor:
                 continue
             thread = threading.Thread(target=self._greet_one, args=(sock,), name="link-greeting", daemon=True)
             with self._lock:
-                self._greeting[thread] = sock
+                self._greeting[thread] = self._unproven[thread] = sock
             thread.start()
+
+    def _turn_out_the_oldest(self) -> None:
+        with self._lock:
+            for thread, sock in self._unproven.items():
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+                del self._unproven[thread]
+                return
+
+    def _proven(self) -> None:
+        with self._lock:
+            self._unproven.pop(threading.current_thread(), None)
 
     def _greet_one(self, sock: socket.socket) -> None:
         link = None
         try:
-            link = self._greet(sock)
+            link = self._greet(sock, self._proven)
         finally:
             with self._lock:
                 del self._greeting[threading.current_thread()]
+                self._unproven.pop(threading.current_thread(), None)
             self._room.release()
         if link is not None:  # no longer in _greeting: a close of the listener leaves it alone
             self._arrive(link)

@@ -5,7 +5,8 @@
     │ magic  │ version │ kind │ length │ attachment  │ JSON text │ attachment │    little endian, lengths in bytes
     └────────┴─────────┴──────┴────────┴─────────────┴───────────┴────────────┘
 
-What arrives is checked field by field: the other end of a socket may be anything. Must not know: how the bytes travel.
+Whoever sends one has proven itself before (``proof``; over gRPC by its certificate); what arrives is checked field by field all the
+same. Must not know: how the bytes travel.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from typing import Any
 
 from antiphon.core.errors import AntiphonError, CorruptMessage, LayoutMismatch, PeerLost, Unavailable
 from antiphon.core.ids import Epoch, WorkerId
-from antiphon.transport.base import PROTOCOL_VERSION, Hello, LinkLayout
+from antiphon.transport.base import Hello, LinkLayout
 
 _PREFIX = struct.Struct("<IHHII")  # magic, version, kind, length of the text, length of the attachment
-_MAGIC = 0x48544E41  # "ANTH"
+PREFIX_BYTES = _PREFIX.size
+MAGIC = 0x48544E41  # "ANTH"
+HELLO_VERSION = 2  # of the hello alone; the data plane's headers have their own
 _HELLO, _REFUSAL = 1, 2
 _MAX_TEXT_BYTES = 1 << 20
 _MAX_ATTACHMENT_BYTES = 1 << 24
@@ -78,7 +81,7 @@ def decode_greeting(frame: bytes, peer: str) -> Greeting:
         raise CorruptMessage(peer, f"a greeting of {len(frame)} bytes instead of {end + attachment_bytes}")
     try:
         text = json.loads(frame[_PREFIX.size : end])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptMessage(peer, f"greeting is not JSON: {error}") from None
     if not isinstance(text, dict):
         raise CorruptMessage(peer, "greeting is not a JSON object")
@@ -87,16 +90,10 @@ def decode_greeting(frame: bytes, peer: str) -> Greeting:
     return Greeting(hello=_hello(text, peer), attachment=bytes(frame[end:]))
 
 
-def receive_greeting(sock: socket.socket, peer: str, deadline: float) -> Greeting:
-    """Read one greeting from a stream socket before ``deadline`` (time.monotonic).
-
-    Raises:
-        PeerLost: the other end closed, or said nothing in time.
-        LayoutMismatch, Unavailable, CorruptMessage: as ``decode_greeting``.
-    """
-    prefix = _receive(sock, _PREFIX.size, peer, deadline)
+def frame_bytes(prefix: bytes, peer: str) -> int:
+    """How many bytes follow a frame's first ``PREFIX_BYTES``. Raises CorruptMessage, LayoutMismatch."""
     _, text_bytes, attachment_bytes = _parse_prefix(prefix, peer)
-    return decode_greeting(prefix + _receive(sock, text_bytes + attachment_bytes, peer, deadline), peer)
+    return text_bytes + attachment_bytes
 
 
 def send_frame(sock: socket.socket, frame: bytes, peer: str, deadline: float) -> None:
@@ -108,7 +105,8 @@ def send_frame(sock: socket.socket, frame: bytes, peer: str, deadline: float) ->
         raise PeerLost(peer, f"it took no greeting: {error}") from error
 
 
-def _receive(sock: socket.socket, num_bytes: int, peer: str, deadline: float) -> bytes:
+def receive_exactly(sock: socket.socket, num_bytes: int, peer: str, deadline: float) -> bytes:
+    """Read so many bytes of a stream socket before ``deadline`` (time.monotonic). Raises PeerLost."""
     parts = bytearray()
     while len(parts) < num_bytes:
         try:
@@ -124,17 +122,17 @@ def _receive(sock: socket.socket, num_bytes: int, peer: str, deadline: float) ->
 
 def _frame(kind: int, text: dict[str, Any], attachment: bytes) -> bytes:
     body = json.dumps(text).encode()
-    return _PREFIX.pack(_MAGIC, PROTOCOL_VERSION, kind, len(body), len(attachment)) + body + attachment
+    return _PREFIX.pack(MAGIC, HELLO_VERSION, kind, len(body), len(attachment)) + body + attachment
 
 
 def _parse_prefix(frame: bytes, peer: str) -> tuple[int, int, int]:
     if len(frame) < _PREFIX.size:
         raise CorruptMessage(peer, f"a greeting of {len(frame)} bytes")
     magic, version, kind, text_bytes, attachment_bytes = _PREFIX.unpack_from(frame)
-    if magic != _MAGIC:
+    if magic != MAGIC:
         raise CorruptMessage(peer, f"greeting starts with {magic:#x}")
-    if version != PROTOCOL_VERSION:
-        raise LayoutMismatch(peer, [f"protocol version {PROTOCOL_VERSION} against {version}"])
+    if version != HELLO_VERSION:
+        raise LayoutMismatch(peer, [f"protocol version {HELLO_VERSION} against {version}"])
     if kind not in (_HELLO, _REFUSAL) or text_bytes > _MAX_TEXT_BYTES or attachment_bytes > _MAX_ATTACHMENT_BYTES:
         raise CorruptMessage(peer, f"greeting of kind {kind} with {text_bytes} + {attachment_bytes} bytes")
     return kind, text_bytes, attachment_bytes

@@ -1,6 +1,7 @@
 """Links by NIXL over UCX: RDMA where there is a network card for it, else shared memory or TCP (control; nixl_link.py is hot).
 
     connecting                                    listening
+      proofs (connect.proof)  ◄────────────────►  proofs
       hello, boot id  ─────────────────────────────►  answer, compare, make an agent
       compare, make an agent  ◄──────────────────  hello, boot id, slots' address, NIXL metadata
       slots' address, NIXL metadata ───────────────►  connect
@@ -13,10 +14,13 @@ uses shared memory only if its error handling is off. Must not know: what slots 
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import socket
 import struct
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,10 +36,9 @@ from antiphon.transport.connect.hello import (
     check_layouts,
     encode_greeting,
     encode_refusal,
-    receive_greeting,
-    send_frame,
 )
 from antiphon.transport.connect.listener import QueuedListener
+from antiphon.transport.connect.proof import PROOF_S, accept_proven, connect_proven
 from antiphon.transport.liveness import PeerLiveness
 from antiphon.transport.nixl.agent import Agent, require_nixl
 from antiphon.transport.nixl.link import NixlLink
@@ -44,6 +47,7 @@ SCHEME = "nixl://"
 _GREETING_S = 10.0
 _READY = b"R"
 _WARM_UP_NAP_S = 100e-6
+logger = logging.getLogger(__name__)
 _TERMS = struct.Struct("<16sQI")  # boot id, address of this end's receiving slots, their device
 
 
@@ -125,7 +129,7 @@ class NixlTransport(Transport):
             sock.close()
             raise Unavailable(f"can't listen on {join_host(name, port)}: {error}") from error
         listener = QueuedListener(answer)
-        acceptor = Acceptor(sock, lambda peer: self._greet(listener, peer), listener.arrive)
+        acceptor = Acceptor(sock, functools.partial(self._greet, listener), listener.arrive)
         listener.open(SCHEME + join_host(name, sock.getsockname()[1]), acceptor.close)
         return listener
 
@@ -141,27 +145,31 @@ class NixlTransport(Transport):
             except OSError as error:
                 raise Unavailable(f"nobody answers at {address}: {error}") from error
             _watch_connection(sock)
-            send_frame(sock, _greeting(hello, _Terms(boot_id=_boot_id())), address, deadline)
-            greeting = receive_greeting(sock, address, deadline)
+            proven = connect_proven(sock, address, deadline)
+            proven.send(_greeting(hello, _Terms(boot_id=_boot_id())), address, deadline)
+            greeting = proven.receive(address, deadline)
             theirs = greeting.hello
             check_layouts(hello, theirs)
             terms = _Terms.decode(greeting.attachment, address)
             end = _End(hello, self._device, survives_peer_errors=self._survives(terms))
             undo.callback(end.agent.close)
-            send_frame(sock, _greeting(hello, end.terms()), address, deadline)
+            proven.send(_greeting(hello, end.terms()), address, deadline)
             link = end.link(theirs, terms, sock)
             _warm_up(link, sock, address, deadline)
             undo.pop_all()
         return link
 
-    def _greet(self, listener: QueuedListener, sock: socket.socket) -> Link | None:
+    def _greet(self, listener: QueuedListener, sock: socket.socket, proven_to: Callable[[], None]) -> Link | None:
+        """Whatever a peer does before its link is open, it is turned away for it; nothing of it reaches the listener's owner."""
         deadline = time.monotonic() + _GREETING_S
-        peer = "of a NIXL link"
+        peer, proven = "of a NIXL link", None
         with contextlib.ExitStack() as undo:
             undo.enter_context(sock)
             try:
                 _watch_connection(sock)
-                greeting = receive_greeting(sock, peer, deadline)
+                proven = accept_proven(sock, peer, time.monotonic() + PROOF_S)
+                proven_to()
+                greeting = proven.receive(peer, deadline)
                 theirs = greeting.hello
                 peer = theirs.worker_id
                 first = _Terms.decode(greeting.attachment, peer)
@@ -170,21 +178,23 @@ class NixlTransport(Transport):
                     check_layouts(mine, theirs)
                 except LayoutMismatch as error:
                     listener.refuse(error)
-                    send_frame(sock, _greeting(mine, _Terms(boot_id=_boot_id())), peer, deadline)
+                    proven.send(_greeting(mine, _Terms(boot_id=_boot_id())), peer, deadline)
                     return None
                 end = _End(mine, self._device, survives_peer_errors=self._survives(first))
                 undo.callback(end.agent.close)
-                send_frame(sock, _greeting(mine, end.terms()), peer, deadline)
-                terms = _Terms.decode(receive_greeting(sock, peer, deadline).attachment, peer)
+                proven.send(_greeting(mine, end.terms()), peer, deadline)
+                terms = _Terms.decode(proven.receive(peer, deadline).attachment, peer)
                 link = end.link(theirs, terms, sock)
                 _warm_up(link, sock, peer, deadline)
             except AntiphonError as error:
                 listener.refuse(error)
-                with contextlib.suppress(PeerLost):
-                    send_frame(sock, encode_refusal(error), peer, deadline)
+                if proven is not None:
+                    with contextlib.suppress(PeerLost):
+                        proven.send(encode_refusal(error), peer, deadline)
                 return None
-            except Exception as error:  # noqa: BLE001 - kept for the owner's accept to raise
-                listener.fail(error)
+            except Exception as error:
+                logger.warning("%s is turned away", peer, exc_info=error)
+                listener.refuse(Unavailable(f"no NIXL link with {peer}: {type(error).__name__}: {error}"))
                 return None
             undo.pop_all()
         return link

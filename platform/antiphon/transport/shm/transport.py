@@ -4,6 +4,7 @@ The connecting end makes an anonymous, sealed memory file and two wakeups, and p
 has a name, nothing outlives the two processes, and whoever can't reach the socket can't use this transport:
 
     connecting                               listening
+      proofs  ◄───────────────────────────►  proofs (connect.proof)
       hello ──────────────────────────────────►  answer, compare
       compare  ◄──────────────────────────  hello
       memory file, two wakeups ─────────────►  map
@@ -19,6 +20,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
+import logging
 import mmap
 import os
 import secrets
@@ -26,6 +29,7 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from antiphon.core.errors import AntiphonError, LayoutMismatch, PeerLost, Unavailable
@@ -36,16 +40,16 @@ from antiphon.transport.connect.hello import (
     check_layouts,
     encode_greeting,
     encode_refusal,
-    receive_greeting,
-    send_frame,
 )
 from antiphon.transport.connect.listener import QueuedListener
+from antiphon.transport.connect.proof import PROOF_S, accept_proven, connect_proven
 from antiphon.transport.liveness import PeerLiveness
 from antiphon.transport.shm.ring import RingLink
 from antiphon.transport.shm.segment import Segment
 from antiphon.transport.wakeup import Wakeup
 
 SCHEME = "shm://"
+logger = logging.getLogger(__name__)
 
 # Waking a sleeper costs 50 to 150 us on a virtual machine. A wait of up to SPIN_S pays nothing, a longer one a twentieth at most.
 SPIN_S = 3e-3
@@ -88,7 +92,7 @@ class ShmTransport(Transport):
             sock.close()
             raise Unavailable(f"no shared memory: can't listen on {path!r}: {error}") from error
         listener = QueuedListener(answer)
-        acceptor = Acceptor(sock, lambda peer: self._greet(listener, peer), listener.arrive)
+        acceptor = Acceptor(sock, functools.partial(self._greet, listener), listener.arrive)
 
         def stop() -> None:
             acceptor.close()
@@ -113,8 +117,9 @@ class ShmTransport(Transport):
             except OSError as error:
                 raise Unavailable(f"no shared memory with {address}: {error}") from error
             _require_same_user(sock, address)
-            send_frame(sock, encode_greeting(Greeting(hello=hello)), address, deadline)
-            theirs = receive_greeting(sock, address, deadline).hello
+            proven = connect_proven(sock, address, deadline)
+            proven.send(encode_greeting(Greeting(hello=hello)), address, deadline)
+            theirs = proven.receive(address, deadline).hello
             check_layouts(hello, theirs)
             segment = Segment.of(hello.layout, connecting=True)
             handle = _make_memory(segment, address)
@@ -153,32 +158,36 @@ class ShmTransport(Transport):
             native=self._native,
         )
 
-    def _greet(self, listener: QueuedListener, sock: socket.socket) -> RingLink | None:
+    def _greet(self, listener: QueuedListener, sock: socket.socket, proven_to: Callable[[], None]) -> RingLink | None:
+        """Whatever a peer does before its link is open, it is turned away for it; nothing of it reaches the listener's owner."""
         deadline = time.monotonic() + _GREETING_S
-        peer = "of a shared-memory link"
+        peer, proven = "of a shared-memory link", None
         with contextlib.ExitStack() as undo:
             undo.enter_context(sock)
             try:
                 _require_same_user(sock, peer)
-                theirs = receive_greeting(sock, peer, deadline).hello
+                proven = accept_proven(sock, peer, time.monotonic() + PROOF_S)
+                proven_to()
+                theirs = proven.receive(peer, deadline).hello
                 peer = theirs.worker_id
                 mine = listener.answer(theirs)
-                send_frame(sock, encode_greeting(Greeting(hello=mine)), peer, deadline)
+                proven.send(encode_greeting(Greeting(hello=mine)), peer, deadline)
                 check_layouts(mine, theirs)
             except AntiphonError as error:
                 listener.refuse(error)
-                if not isinstance(error, LayoutMismatch):
+                if proven is not None and not isinstance(error, LayoutMismatch):
                     with contextlib.suppress(PeerLost):
-                        send_frame(sock, encode_refusal(error), peer, deadline)
+                        proven.send(encode_refusal(error), peer, deadline)
+                return None
+            except Exception as error:
+                logger.warning("%s is turned away", peer, exc_info=error)
+                listener.refuse(Unavailable(f"no shared memory with {peer}: {type(error).__name__}: {error}"))
                 return None
             try:
                 link = self._take_memory(mine, theirs, sock, undo)
                 sock.sendall(_READY)
-            except (OSError, ValueError, AntiphonError) as error:
+            except Exception as error:  # noqa: BLE001 - refused, and told
                 listener.refuse(Unavailable(f"no shared memory with {peer}: {error}"))
-                return None
-            except Exception as error:  # noqa: BLE001 - kept for the owner's accept to raise
-                listener.fail(error)
                 return None
             undo.pop_all()
         return link

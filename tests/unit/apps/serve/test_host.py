@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from antiphon.apps.process.quiet_streams import QuietStreams
-from antiphon.apps.serve.host import check_private, make_run_dir, open_private, ray_dir, remove_tree, sweep_run_dirs
+from antiphon.apps.serve.host import OrphanReaper, check_private, make_run_dir, open_private, ray_dir, remove_tree, sweep_run_dirs
 from antiphon.apps.serve.stop_signals import StopRequested, StopSignals
 from antiphon.core.errors import Unavailable
 
@@ -158,3 +158,56 @@ def test_quiet_streams_close_twice(tmp_path: Path) -> None:
     streams = QuietStreams(tmp_path / "log")
     streams.close()
     streams.close()
+
+
+@LINUX
+def test_what_a_killed_command_started_ends_with_it_and_its_directory_goes(tmp_path: Path) -> None:
+    script = textwrap.dedent("""
+        import subprocess, sys, time
+        from pathlib import Path
+        from antiphon.apps.serve.host import OrphanReaper, make_run_dir
+        run_dir = make_run_dir()
+        reaper = OrphanReaper(run_dir)
+        stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+        child = subprocess.Popen([sys.executable, "-c", stubborn], start_new_session=True)
+        print(child.pid, run_dir, flush=True)
+        time.sleep(600)
+    """)
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as command:
+        assert command.stdout is not None
+        pid, run_dir = command.stdout.readline().split()
+        command.kill()
+        command.wait(30)
+    deadline = time.monotonic() + 30
+    while (psutil.pid_exists(int(pid)) and psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE) or Path(run_dir).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_command_that_ends_by_itself_is_not_tidied_up_after(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    reaper = OrphanReaper(kept)
+    reaper.close()
+    reaper.close()
+    assert kept.exists()
+
+
+def test_a_run_gets_a_key_of_its_own_that_goes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = textwrap.dedent("""
+        import os, sys
+        from pathlib import Path
+        from antiphon.apps.serve.host import give_key, take_key_back
+        from antiphon.core.identity import is_given, own_identity
+        run_dir = Path(sys.argv[1])
+        give_key(run_dir)
+        key = run_dir / "key"
+        print(key.stat().st_mode & 0o077, os.environ["ANTIPHON_KEY_FILE"] == str(key), own_identity().given)
+        take_key_back(run_dir)
+        print(is_given())
+    """)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ANTIPHON_KEY")}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split() == ["0", "True", "True", "False"]

@@ -70,7 +70,7 @@ class Server:
         self.address = self._server.address
 
     async def _start(self) -> RpcServer:
-        server = RpcServer([InferenceServicer(self.parrot)], host="127.0.0.1")
+        server = RpcServer([InferenceServicer(self.parrot)], host="127.0.0.1", public=True)
         await server.start()
         return server
 

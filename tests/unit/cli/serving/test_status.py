@@ -161,7 +161,7 @@ def address() -> Iterator[str]:
     thread.start()
 
     async def start() -> RpcServer:
-        server = RpcServer([InferenceServicer(Gateway())], host="127.0.0.1")
+        server = RpcServer([InferenceServicer(Gateway())], host="127.0.0.1", public=True)
         await server.start()
         return server
 

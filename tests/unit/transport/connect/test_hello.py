@@ -5,8 +5,8 @@ import pytest
 
 from antiphon.core.errors import CorruptMessage, LayoutMismatch, Unavailable
 from antiphon.core.ids import Epoch, WorkerId
-from antiphon.transport.base import PROTOCOL_VERSION, Hello, LinkLayout
-from antiphon.transport.connect.hello import Greeting, decode_greeting, encode_greeting, encode_refusal
+from antiphon.transport.base import Hello, LinkLayout
+from antiphon.transport.connect.hello import HELLO_VERSION, Greeting, decode_greeting, encode_greeting, encode_refusal
 
 GREETING = Greeting(
     hello=Hello(
@@ -20,7 +20,7 @@ GREETING = Greeting(
 )
 
 
-def frame(text: object, *, magic: int = 0x48544E41, version: int = PROTOCOL_VERSION, kind: int = 1) -> bytes:
+def frame(text: object, *, magic: int = 0x48544E41, version: int = HELLO_VERSION, kind: int = 1) -> bytes:
     body = json.dumps(text).encode()
     return struct.pack("<IHHII", magic, version, kind, len(body), 0) + body
 
@@ -51,7 +51,7 @@ def test_a_refusal_arrives_as_the_error_it_was() -> None:
 
 def test_another_protocol_version_is_a_layout_mismatch() -> None:
     with pytest.raises(LayoutMismatch, match="protocol version"):
-        decode_greeting(frame(valid(), version=PROTOCOL_VERSION + 1), "p")
+        decode_greeting(frame(valid(), version=HELLO_VERSION + 1), "p")
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def test_a_greeting_with_a_wrong_field_is_corrupt(change: dict[str, object]) -> 
         frame(valid(), magic=1),
         frame(valid(), kind=9),
         frame([1, 2]),
-        struct.pack("<IHHII", 0x48544E41, PROTOCOL_VERSION, 1, 2, 0) + b"\xff\xfe",
-        struct.pack("<IHHII", 0x48544E41, PROTOCOL_VERSION, 1, 1 << 31, 0),
+        struct.pack("<IHHII", 0x48544E41, HELLO_VERSION, 1, 2, 0) + b"\xff\xfe",
+        struct.pack("<IHHII", 0x48544E41, HELLO_VERSION, 1, 1 << 31, 0),
     ],
 )
 def test_what_is_not_a_greeting_is_corrupt(data: bytes) -> None:

@@ -1,0 +1,91 @@
+"""Certificates of the connections between a deployment's parts, made from its key; the only door to cryptography (control speed).
+
+Every process with the key can work out the same authority (a P-256 key derived from the deployment's), signs itself a certificate
+with it when it first needs one, and takes only peers whose certificate that authority signed, at both ends. So there is nothing to
+hand out but the key, and who has none gets no further than the handshake. Certificates live as long as their process.
+Must not know: which services travel on a connection.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hmac
+
+import grpc
+
+from antiphon.core.identity import Identity, own_identity
+
+PART_NAME = "part.antiphon.internal"  # in every certificate: parts are known by the key, not by an address
+_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # of P-256 (FIPS 186-4, D.1.2.3)
+_VALID = datetime.timedelta(days=3650)
+
+
+def server_credentials(identity: Identity | None = None) -> grpc.ServerCredentials:
+    """Take calls from parts of the same deployment only."""
+    roots, key, chain = _material(own_identity() if identity is None else identity)
+    return grpc.ssl_server_credentials([(key, chain)], root_certificates=roots, require_client_auth=True)
+
+
+def channel_credentials(identity: Identity | None = None) -> grpc.ChannelCredentials:
+    """Call parts of the same deployment only; with ``TARGET_OPTIONS`` among the channel's options."""
+    roots, key, chain = _material(own_identity() if identity is None else identity)
+    return grpc.ssl_channel_credentials(roots, key, chain)
+
+
+TARGET_OPTIONS: list[tuple[str, str]] = [("grpc.ssl_target_name_override", PART_NAME)]
+
+# How long whoever connects may take to prove itself; a silent connection is closed then.
+HANDSHAKE_OPTIONS: list[tuple[str, int]] = [("grpc.server_handshake_timeout_ms", 5_000)]
+
+
+@functools.lru_cache(maxsize=16)
+def _material(identity: Identity) -> tuple[bytes, bytes, bytes]:
+    """Authorities' certificates, this process' private key and its certificate, all PEM."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+    now = datetime.datetime.now(datetime.UTC)
+    start, end = now - datetime.timedelta(days=1), now + _VALID
+
+    def authority(index: int) -> tuple[ec.EllipticCurvePrivateKey, x509.Name]:
+        seed = b"".join(hmac.digest(identity.derive("authority", index), bytes([part]), "sha512") for part in range(2))
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"antiphon deployment {identity.key_id(index).hex()}")])
+        return ec.derive_private_key(int.from_bytes(seed) % (_ORDER - 1) + 1, ec.SECP256R1()), name
+
+    def certificate(
+        subject: x509.Name,
+        public: ec.EllipticCurvePublicKey,
+        signer: ec.EllipticCurvePrivateKey,
+        issuer: x509.Name,
+        *,
+        is_authority: bool,
+    ) -> bytes:
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(issuer)
+            .public_key(public)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(start)
+            .not_valid_after(end)
+            .add_extension(x509.BasicConstraints(ca=is_authority, path_length=0 if is_authority else None), critical=True)
+        )
+        if not is_authority:
+            both = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+            builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(PART_NAME)]), critical=False)
+            builder = builder.add_extension(x509.ExtendedKeyUsage(both), critical=False)
+        return builder.sign(signer, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    roots = b""
+    for index in range(len(identity.keys)):
+        signer, name = authority(index)
+        roots += certificate(name, signer.public_key(), signer, name, is_authority=True)
+    signer, issuer = authority(0)
+    own = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, PART_NAME)])
+    chain = certificate(subject, own.public_key(), signer, issuer, is_authority=False)
+    private = own.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return roots, private, chain
