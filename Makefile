@@ -15,7 +15,7 @@ SHELL := /bin/sh
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: help demo test lint types bench protos clean
+.PHONY: help demo test attack lint types bench protos clean
 
 help:  ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*  ## /  make \1#/p' $(firstword $(MAKEFILE_LIST)) | awk -F'#' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -47,6 +47,9 @@ test: $(BUILT)  ## Run all tests: in parallel first, then those that start clust
 	took=$$(($$(date +%s) - start)); \
 	if [ -n "$$failed" ]; then echo "make test: FAILED after $$took s in:$$failed"; exit 1; fi; \
 	echo "make test: everything passed in $$took s"
+
+attack: $(BUILT)  ## Try the known attacks on a running deployment, and list what came of each.
+	@$(BIN)/python -m pytest tests/attack -n 0 --timeout 280
 
 lint: $(READY)  ## Check style, format, types and the direction of imports.
 	@failed=""; \

@@ -1,0 +1,117 @@
+"""A running deployment to attack, and the list of what came of each attack."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from antiphon.apps.serve.local import DirectDeployment
+from antiphon.core.document.spec import LLMDeployment
+from antiphon.core.identity import Identity, new_key
+from antiphon.core.ids import Role
+from antiphon.core.worker_info import WorkerInfo
+from antiphon.directory.lease import BlockingDirectory
+from antiphon.directory.memory import open_directory
+from antiphon.testing import write_tiny_llama
+
+START_S = 120.0
+_RESULTS = pytest.StashKey[list[tuple[str, str, float]]]()
+
+
+class Target:
+    """prefill + attention + ffn as processes of their own, with every transport that works here, and a gateway before them."""
+
+    def __init__(self, base: Path) -> None:
+        checkpoint = write_tiny_llama(base / "model")
+        (base / "run").mkdir(mode=0o700)
+        document = LLMDeployment.model_validate(
+            {
+                "apiVersion": "serving.antiphon.dev/v1alpha1",
+                "kind": "LLMDeployment",
+                "metadata": {"name": "target"},
+                "spec": {
+                    "model": {"uri": str(checkpoint)},
+                    "topology": "pd-afd",
+                    "pools": [
+                        {"name": "prefill", "role": "prefill"},
+                        {"name": "attention", "role": "attention"},
+                        {"name": "ffn", "role": "ffn"},
+                    ],
+                    "cache": {"numBlocks": 256},
+                    "endpoint": {"httpPort": 0, "grpcPort": 0},
+                    "directory": {"leaseS": 1.5},
+                },
+            }
+        )
+        self.stranger = Identity.parse(new_key())
+        self.deployment = DirectDeployment(document, checkpoint=str(checkpoint), run_dir=base / "run")
+        self.deployment.start()
+        deadline = time.monotonic() + START_S
+        while not self.deployment.poll():
+            assert time.monotonic() < deadline, "the deployment did not get ready"
+            time.sleep(0.05)
+        bound = self.deployment._gateway.wait_open(1.0)  # type: ignore[union-attr]
+        self.http = f"http://127.0.0.1:{bound.http_port}"
+        self.directory = BlockingDirectory(open_directory(self.deployment.directory_address))
+        self.workers = self._workers()
+        self.pids = {info.pid for info in self.workers.values()}
+        self.expected = self.ask()
+
+    def _workers(self) -> dict[Role, WorkerInfo]:
+        return {record.info.role: record.info for record in self.directory.workers()}
+
+    def ask(self, timeout_s: float = 60.0) -> str:
+        """The answer of an honest user."""
+        body: dict[str, Any] = {"model": "target", "prompt": [5, 6, 7, 8], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+        answer = httpx.post(f"{self.http}/v1/completions", json=body, timeout=timeout_s, trust_env=False)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["choices"][0]["text"])
+
+    def check_unharmed(self) -> None:
+        """Every process is the one it was, nobody joined, and an honest user gets the same answer as before."""
+        for pid in self.pids:
+            assert psutil.pid_exists(pid), "a worker ended"
+        now = self._workers()
+        assert {role: (info.worker_id, info.epoch) for role, info in now.items()} == {
+            role: (info.worker_id, info.epoch) for role, info in self.workers.items()
+        }
+        assert len(self.directory.workers()) == len(self.workers), "a stranger is registered"
+        started = time.monotonic()
+        assert self.ask() == self.expected
+        assert time.monotonic() - started < 10.0, "an honest user had to wait"
+        assert httpx.get(f"{self.http}/status", timeout=10, trust_env=False).status_code == 200
+
+    def close(self) -> None:
+        self.directory.close()
+        self.deployment.close()
+
+
+@pytest.fixture(scope="session")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    made = Target(tmp_path_factory.mktemp("target"))
+    yield made
+    made.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if report.when == "call" or (report.when == "setup" and not report.passed):
+        name = item.name.removeprefix("test_").replace("_", " ")
+        item.config.stash.setdefault(_RESULTS, []).append((name, report.outcome, report.duration))
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    results = config.stash.get(_RESULTS, [])
+    if results:
+        terminalreporter.section("attacks")
+        words = {"passed": "held", "failed": "GOT IN", "skipped": "not tried"}
+        for name, outcome, seconds in results:
+            terminalreporter.write_line(f"{words[outcome]:>9}  {seconds:6.1f} s  {name}")
