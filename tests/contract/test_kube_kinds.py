@@ -85,7 +85,7 @@ def check(server: ApiServer, case: Any) -> None:
 
 @pytest.mark.parametrize(("kind", "rule"), ALL_RULES)
 def test_the_api_server_accepts_the_good_document_of_a_rule(server: ApiServer, kind: str, rule: Rule) -> None:
-    check(server, case_of(kind, rule)[0])
+    check(server, case_of(kind, rule)[0])  # raises what the API server says against it
 
 
 @pytest.mark.parametrize(("kind", "rule"), ALL_RULES)
@@ -98,7 +98,7 @@ def test_the_api_server_refuses_the_bad_document_with_the_rules_message(server: 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_an_example_is_accepted(server: ApiServer, path: Path) -> None:
     for value in yaml.safe_load_all(path.read_text()):
-        create(server, value)
+        create(server, value)  # raises what the API server says against it
 
 
 async def passes(kube: Kube, name: str, count: int = 6) -> None:

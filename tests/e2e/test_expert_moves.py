@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -202,11 +203,11 @@ def test_a_replica_killed_while_experts_move_loses_no_token(system: System, undi
     with Talk(system) as talk:
         system.until(lambda: talk.answers)
         pid = system.pid_of(0)
-        mover = threading.Thread(target=system.move_to, args=(placement,))
-        mover.start()
-        os.kill(pid, signal.SIGKILL)
-        mover.join(60)
-        assert not mover.is_alive()
+        assert pid > 0
+        with ThreadPoolExecutor(1) as pool:
+            moving = pool.submit(system.move_to, placement)
+            os.kill(pid, signal.SIGKILL)
+            moving.result(60)
         system.until(lambda: system.pid_of(0) not in (0, pid))
     talk.check(undisturbed)
     system.until(lambda: len({w["load"]["placement"] for w in [*system.workers("ffn"), *system.workers("attention")]}) == 1)

@@ -122,6 +122,7 @@ async def test_a_document_that_is_applied_becomes_ready(tmp_path: Path) -> None:
     async with running_world(tmp_path) as world:
         world.api.create(LLM_DEPLOYMENT, document(), manager="kubectl")
         await until(lambda: world.condition("Ready") == ("True", "Ready"))
+        assert world.api.get(RAY_SERVICE, "default", "demo") is not None
 
 
 async def test_a_cut_watch_with_a_delete_inside_is_repaired(tmp_path: Path) -> None:
@@ -145,6 +146,7 @@ async def test_a_cut_watch_with_a_delete_inside_is_repaired(tmp_path: Path) -> N
         world.api.faults.clear()
         await until(lambda: world.condition("Ready", "other") == ("True", "Ready"))
         await until(lambda: world.api.get(RAY_SERVICE, "default", "demo") is not None)
+        assert refused, "the watch was never opened again, so nothing was missed"
 
 
 async def test_deleting_a_document_removes_everything(tmp_path: Path) -> None:
@@ -152,7 +154,8 @@ async def test_deleting_a_document_removes_everything(tmp_path: Path) -> None:
         world.api.create(LLM_DEPLOYMENT, document(), manager="kubectl")
         await until(lambda: world.condition("Ready") == ("True", "Ready"))
         world.api.delete(LLM_DEPLOYMENT, "default", "demo")
-        await until(lambda: all(not world.api.list(r, None).items for r in (RAY_SERVICE, RAY_CLUSTER, POD, SERVICE, SERVING_POOL)))
+        kinds = (RAY_SERVICE, RAY_CLUSTER, POD, SERVICE, SERVING_POOL)
+        await until(lambda: all(not world.api.list(kind, None).items for kind in kinds))  # raises TimeoutError while one is left
 
 
 def election(api: MemoryApi, identity: str, clock: Callable[[], float]) -> LeaderElection:

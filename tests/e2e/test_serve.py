@@ -112,7 +112,7 @@ class Serve:
         left = [f"process {p.pid} {p.name()}" for p in self.processes()]
         left += [str(path) for base in (self.home, self.temp) for path in base.iterdir()]
         if os.path.isdir("/dev/shm"):
-            left += [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - self._shm]
+            left += [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - self._shm if not is_mapped(f"/dev/shm/{name}")]
         return left
 
     def close(self) -> None:
@@ -133,6 +133,15 @@ class Serve:
                     self._changed.notify_all()
         with self._changed:
             self._changed.notify_all()
+
+
+def is_mapped(path: str) -> bool:
+    """Whether a living process uses this memory. Ours must have ended, so it is another program's of this machine."""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            if path in maps.read_text(errors="replace"):
+                return True
+    return False
 
 
 @contextlib.contextmanager

@@ -88,6 +88,7 @@ def test_columns_lead_to_fields_that_exist(definition: dict[str, Any]) -> None:
             continue
         node = schema
         for part in path.strip(".").split("."):
+            assert part in node["properties"], path
             node = node["properties"][part]
 
 

@@ -92,7 +92,7 @@ def test_the_configuration_names_the_deployments_that_the_application_has() -> N
 def test_a_pool_of_size_zero_is_taken_by_rays_schema() -> None:
     revision = render_revision(document(), SETTINGS, None)
     config = serve_config(revision.application, {"prefill": 0, "attention": 0, "ffn": 0, "gateway": 1})
-    ServeDeploySchema.model_validate(parse_yaml(config))
+    ServeDeploySchema.model_validate(parse_yaml(config))  # raises when Ray would refuse it
 
 
 def test_workers_get_a_document_that_is_valid_and_says_where_the_weights_are() -> None:

@@ -123,7 +123,7 @@ def main() -> None:
                 time.sleep(0.2)
             found = re.search(r"HTTP +(http://\S+)/v1", log.read_text())
             assert found is not None
-            time.sleep(1.0)
+            time.sleep(1.0)  # real time: what starting set in motion is not to be measured
             result = {"decides": "router replica" if options.ray else "gateway", **measure(found[1], options.requests)}
         finally:
             serving.send_signal(signal.SIGINT)

@@ -80,14 +80,14 @@ class Script:
             raise Unavailable("worker lost", 0.0)
         try:
             if request.model == "silent":
-                await asyncio.sleep(60)
+                await asyncio.Event().wait()  # until the reader leaves
             for i, word in enumerate(["Hello", " wor", "ld"]):
                 for index in range(max(1, request.num_choices)):
                     yield pb.GenerateResponse(delta=pb.Delta(index=index, text=word, token_ids=[10 + i]))
                 if request.model in ("lost-after-token", "goes-on"):
                     raise Unavailable("worker lost", 0.0)
                 if request.model == "slow":
-                    await asyncio.sleep(60)
+                    await asyncio.Event().wait()  # until the reader leaves
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled.set()
             raise

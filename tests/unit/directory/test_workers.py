@@ -104,4 +104,4 @@ async def test_listeners_hear_every_answer() -> None:
 
 
 async def test_waiting_ends_with_the_time() -> None:
-    await asyncio.wait_for(WorkerView(Source()).wait(0.01), 5)
+    await asyncio.wait_for(WorkerView(Source()).wait(0.01), 5)  # raises TimeoutError if it does not

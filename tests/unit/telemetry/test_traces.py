@@ -214,7 +214,9 @@ def test_disabled_telemetry_starts_no_thread_and_records_nothing(monkeypatch: py
 def test_closing_twice_is_closing_once(collector: Collector) -> None:
     gateway = telemetry.setup("gateway")
     gateway.close()
+    num_threads = threading.active_count()
     gateway.close()
+    assert threading.active_count() == num_threads
 
 
 def test_closing_does_not_wait_for_a_collector_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ def test_a_signal_while_serving_ends_the_wait_and_the_next_insists() -> None:
 
 def test_quiet_streams_close_twice(tmp_path: Path) -> None:
     streams = QuietStreams(tmp_path / "log")
-    streams.close()
+    streams.close()  # the second raises OSError if it closes the descriptor again
     streams.close()
 
 

@@ -44,7 +44,7 @@ class Parrot:
             for i, word in enumerate(words):
                 yield pb.GenerateResponse(delta=pb.Delta(text=word if i == 0 else f" {word}", token_ids=[i]))
             if question == "slow":
-                await asyncio.sleep(60)
+                await asyncio.Event().wait()  # until the reader leaves
         except (asyncio.CancelledError, GeneratorExit):  # the reader may leave as soon as it has a word
             self.cancelled.set()
             raise

@@ -27,7 +27,7 @@ FORMULAS = all_formulas()
 
 @pytest.mark.parametrize("name", sorted(FORMULAS))
 def test_the_units_of_every_formula_fit(name):
-    FORMULAS[name].check_units()
+    FORMULAS[name].check_units()  # raises, and says which side has which unit
 
 
 @pytest.mark.parametrize("name", sorted(FORMULAS))

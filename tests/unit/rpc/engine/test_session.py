@@ -194,7 +194,7 @@ async def test_closing_a_session_ends_its_updates_quietly() -> None:
             return len([update async for update in session.updates()])
 
         reading = asyncio.create_task(read_all())
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0)  # the reader gets as far as its first wait
         await session.close()
         async with asyncio.timeout(5.0):
             assert await reading == 0
