@@ -1,4 +1,4 @@
-"""``python -m antiphon`` is the antiphon command."""
+"""``python -m antiphon`` is the antiphon command (control speed)."""
 
 from antiphon.cli import main
 

@@ -1,4 +1,4 @@
-"""For tests, ours and our users': a whole deployment in one process, tiny models, a clock that is advanced by hand.
+"""For tests, ours and our users': a whole deployment in one process, tiny models, a hand-set clock (control speed).
 
 ``LocalCluster`` wires real engines and FFN workers over loopback links and steps them in turn, so that a test of any topology is
 deterministic and needs no process. Must not know: pytest.

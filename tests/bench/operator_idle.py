@@ -111,7 +111,7 @@ async def measure(num_deployments: int, watch_s: float) -> dict[str, float]:
                 first = Counter(f"{call.verb} {call.resource}" for call in api.calls)
                 first_writes = sum(call.writes for call in api.calls)
                 api.calls.clear()
-                await asyncio.sleep(watch_s)
+                await asyncio.sleep(watch_s)  # real time: calls at rest are counted over it
                 now_mb, highest_mb = memory_mb(process)
                 at_rest = list(api.calls)
             finally:

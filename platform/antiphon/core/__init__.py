@@ -1,1 +1,1 @@
-"""Nouns and arithmetic of the platform: documents, requests, steps, blocks, errors (no torch, no I/O)."""
+"""Nouns and arithmetic of the platform: documents, requests, steps, blocks, errors (pure values: no torch, no I/O)."""

@@ -1,4 +1,4 @@
-"""The one exception tree of the platform, and how each member looks at the doors.
+"""The one exception tree of the platform, and how each member looks at the doors (values).
 
 AntiphonError                       http  grpc                 retryable
 ├── InvalidInput(field)             400   INVALID_ARGUMENT     no

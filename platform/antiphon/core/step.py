@@ -1,4 +1,4 @@
-"""One step of an engine: what was decided (SchedulerOutput) and what came of it (ModelRunnerOutput). Ints and lists, no tensors.
+"""One step of an engine: what was decided (SchedulerOutput), what came of it (ModelRunnerOutput): ints, no tensors (step speed).
 
 There is no prefill or decode phase: each request's computed tokens catch up with its known tokens, and a step schedules some
 tokens of some requests. New requests travel whole, old ones as differences. Must not know: who computes.

@@ -1,4 +1,4 @@
-"""Decides each step: who runs, how many tokens, which blocks (step speed: synchronous, O(batch), no torch, no I/O).
+"""Decides each step: who runs, how many tokens, which blocks (step speed: synchronous, linear in the batch, no torch, no I/O).
 
 Queues, each request in exactly one:
 

@@ -87,7 +87,7 @@ async def played(
                 began = time.monotonic()
 
                 async def one(request: Waiting) -> None:
-                    await asyncio.sleep(max(0.0, began + request.arrival_s - time.monotonic()))
+                    await asyncio.sleep(max(0.0, began + request.arrival_s - time.monotonic()))  # real time: arrivals
                     pool.expect({request.expert: 1.0})
                     asked = time.monotonic()
                     await pool.submit(request.expert, ask, 250.0)

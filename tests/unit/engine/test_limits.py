@@ -24,7 +24,7 @@ GOOD = Request(request_id=RequestId("r"), prompt_token_ids=(1, 99), sampling=Sam
 
 
 def test_what_the_model_can_compute_is_taken() -> None:
-    check_request(GOOD, CONFIG)
+    check_request(GOOD, CONFIG)  # raises InvalidInput for what it refuses
     check_request(replace(GOOD, output_token_ids=(0,), deadline_s=5.0, prefill_worker="d/prefill/0", cache_salt="tenant"), CONFIG)
 
 

@@ -1,1 +1,1 @@
-"""The documents people write: typed models, their YAML, and what is wrong with one (no torch, no I/O beyond files named)."""
+"""The documents people write: typed models, their YAML, what is wrong with one (control speed; no I/O beyond files named)."""

@@ -1,1 +1,1 @@
-"""What stands between a socket and the HTTP doors: limits of connections, headers and bodies, and HTTP's own manners."""
+"""What stands between a socket and the HTTP doors: limits of connections, headers, bodies, and HTTP's manners (request speed)."""

@@ -1,4 +1,4 @@
-"""AdaMoE (arXiv 2406.13233) on Mixtral: null experts among the choices, so that each token takes as many experts as it needs.
+"""AdaMoE (arXiv 2406.13233) on Mixtral: null experts among the choices: tokens take as many as they need (control speed).
 
 The router has ``num_null_experts`` rows behind the experts'; a chosen null expert does nothing, and the weights of the others
 sum to one.

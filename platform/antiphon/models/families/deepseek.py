@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3 (arXiv 2405.04434, 2412.19437): latent attention, shared experts, first layers dense."""
+"""DeepSeek-V2 and V3 (arXiv 2405.04434, 2412.19437): latent attention, shared experts, first layers dense (control speed)."""
 
 from __future__ import annotations
 

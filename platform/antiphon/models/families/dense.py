@@ -1,4 +1,4 @@
-"""Parts that families share: grouped-query attention, the dense FFN, and a decoder around its layers."""
+"""Parts that families share: grouped-query attention, the dense FFN, and a decoder around its layers (control speed)."""
 
 from __future__ import annotations
 

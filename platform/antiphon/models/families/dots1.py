@@ -1,4 +1,4 @@
-"""dots.llm1 (arXiv 2506.05767): Qwen3's attention with DeepSeek-V3's gate and shared experts."""
+"""dots.llm1 (arXiv 2506.05767): Qwen3's attention with DeepSeek-V3's gate and shared experts (control speed)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading ``config.json`` so that nothing is overlooked: a field that no one has read and that could matter is refused by name.
+"""Reading ``config.json`` so that nothing is overlooked: a field that could matter and no one has read is refused (control speed).
 
 Must not know: families.
 """

@@ -1,4 +1,4 @@
-"""Gemma 3, text (arXiv 2503.19786): four norms a layer, scaled embeddings, windows on most layers, a rope base for each kind."""
+"""Gemma 3, text (arXiv 2503.19786): four norms a layer, scaled embeddings, windows, a rope base for each kind (control speed)."""
 
 from __future__ import annotations
 

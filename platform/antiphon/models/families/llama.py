@@ -1,4 +1,4 @@
-"""Llama 2 / 3 and SmolLM2 (arXiv 2307.09288, 2407.21783, 2502.02737)."""
+"""Llama 2 / 3 and SmolLM2 (arXiv 2307.09288, 2407.21783, 2502.02737) (control speed)."""
 
 from __future__ import annotations
 

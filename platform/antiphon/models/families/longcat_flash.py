@@ -1,4 +1,4 @@
-"""LongCat-Flash (arXiv 2509.01322): two attentions and two dense FFNs a block, and a mixture of experts on a shortcut across them.
+"""LongCat-Flash (arXiv 2509.01322): two attentions, two dense FFNs, and experts on a shortcut across them (control speed).
 
 A block is two layers here. The shortcut leaves behind the first attention and joins after the second FFN, so the experts' whole
 round trip hides behind the rest of the block. Zero-computation experts return the row itself.

@@ -1,4 +1,4 @@
-"""Mixtral (arXiv 2401.04088): two of eight experts, weighted by a softmax over the chosen."""
+"""Mixtral (arXiv 2401.04088): two of eight experts, weighted by a softmax over the chosen (control speed)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OLMo 2 (arXiv 2501.00656): norms behind attention and FFN instead of before them, and over all of q and of k at once."""
+"""OLMo 2 (arXiv 2501.00656): norms behind attention and FFN instead of before, and over all of q and of k (control speed)."""
 
 from __future__ import annotations
 

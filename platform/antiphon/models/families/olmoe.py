@@ -1,4 +1,4 @@
-"""OLMoE (arXiv 2409.02060): many small experts, norms over all of q and of k at once, optionally clipped q, k and v."""
+"""OLMoE (arXiv 2409.02060): many small experts, norms over all of q and of k, optionally clipped q, k, v (control speed)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pangu Pro MoE (arXiv 2505.21411): as many experts from every group as from any other, and a learned factor per expert."""
+"""Pangu Pro MoE (arXiv 2505.21411): as many experts from every group, and a learned factor per expert (control speed)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Phi-3.5-MoE (arXiv 2404.14219): LayerNorms, biases, and the SparseMixer gate (arXiv 2409.12136)."""
+"""Phi-3.5-MoE (arXiv 2404.14219): LayerNorms, biases, and the SparseMixer gate (arXiv 2409.12136) (control speed)."""
 
 from __future__ import annotations
 

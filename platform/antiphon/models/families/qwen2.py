@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5, dense (arXiv 2407.10671): biases on q, k and v."""
+"""Qwen2 and Qwen2.5, dense (arXiv 2407.10671): biases on q, k and v (control speed)."""
 
 from __future__ import annotations
 

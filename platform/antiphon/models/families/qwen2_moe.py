@@ -1,4 +1,4 @@
-"""Qwen1.5-MoE and Qwen2-MoE (arXiv 2407.10671): a shared expert behind a gate of its own beside the routed ones."""
+"""Qwen1.5-MoE and Qwen2-MoE (arXiv 2407.10671): a shared expert behind a gate of its own beside the routed ones (control speed)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen3, dense (arXiv 2505.09388): RMSNorm per head on q and k."""
+"""Qwen3, dense (arXiv 2505.09388): RMSNorm per head on q and k (control speed)."""
 
 from __future__ import annotations
 

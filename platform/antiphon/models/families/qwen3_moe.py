@@ -1,4 +1,4 @@
-"""Qwen3-MoE (arXiv 2505.09388): RMSNorm per head on q and k, no shared expert."""
+"""Qwen3-MoE (arXiv 2505.09388): RMSNorm per head on q and k, no shared expert (control speed)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts that mixture-of-experts families share: which layers are sparse, and the layers themselves."""
+"""Parts that mixture-of-experts families share: which layers are sparse, and the layers themselves (control speed)."""
 
 from __future__ import annotations
 

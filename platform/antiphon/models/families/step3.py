@@ -1,4 +1,4 @@
-"""Step-3, text (arXiv 2507.19427): multi-matrix factorization attention, a shared expert, dense first and last layers.
+"""Step-3, text (arXiv 2507.19427): multi-matrix factorization attention, a shared expert (control speed).
 
 The published checkpoint has a vision tower too, beside the text's tensors, and the text's config in a section of its own; text is
 what is served of it.

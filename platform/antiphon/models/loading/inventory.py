@@ -1,5 +1,6 @@
-"""What a model is made of, from its config and checkpoint headers alone: parameters by role, active ones, KV bytes, pools
-(control speed; no tensor is read). Must not know: how it is shown.
+"""What a model is made of, from config and checkpoint headers alone: parameters by role, KV bytes, pools (control speed).
+
+No tensor is read. Must not know: how it is shown.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""US dollars per million decoded tokens: attention and FFN on each accelerator, the cheapest mix, one card for both.
+"""US dollars per million decoded tokens: attention and FFN on each accelerator, the cheapest mix, one card (pure arithmetic).
 
 Pure arithmetic at full utilisation: communication hidden, weight reads amortised, embedding and head ignored. What a real
 deployment reaches is the plan's business. Must not know: batches, networks, or latencies.

@@ -1,4 +1,4 @@
-"""What attention and FFN say to each other: bytes per row, time on the links, the sparsest MoE a fabric can feed.
+"""What attention and FFN say to each other: bytes per row, link time, the sparsest MoE a fabric feeds (pure arithmetic).
 
 Pure arithmetic. Between pools, a row enters each FFN node that holds one of its experts once, over that node's NICs, and spreads
 inside over the scale-up links. Among cards that do both halves (expert parallelism), a row is sent to each of its experts' cards:
