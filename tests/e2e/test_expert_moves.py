@@ -208,6 +208,6 @@ def test_a_replica_killed_while_experts_move_loses_no_token(system: System, undi
             moving = pool.submit(system.move_to, placement)
             os.kill(pid, signal.SIGKILL)
             moving.result(60)
-        system.until(lambda: system.pid_of(0) not in (0, pid))
+        system.until(lambda: system.pid_of(0) not in (0, pid), 60)  # a new process imports torch
     talk.check(undisturbed)
     system.until(lambda: len({w["load"]["placement"] for w in [*system.workers("ffn"), *system.workers("attention")]}) == 1)

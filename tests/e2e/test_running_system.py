@@ -315,11 +315,13 @@ def test_a_worker_killed_under_load_costs_no_stream_a_token(
     assert asyncio.run(run()) == list(undisturbed.values())
 
     def back() -> None:
-        (seen,) = [w for w in system.workers() if w["worker_id"] == f"tiny/{pool}/{index}"]
+        found = {worker["worker_id"]: worker for worker in system.workers()}
+        assert f"tiny/{pool}/{index}" in found
+        seen = found[f"tiny/{pool}/{index}"]
         assert seen["ready"], seen
         assert seen["pid"] == system.pid_of(pool, index) != pid  # no longer the lease of the lost one
 
-    eventually(back, 40.0)
+    eventually(back, 60.0)
 
 
 def test_an_idle_system_sleeps(system: System) -> None:
