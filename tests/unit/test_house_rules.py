@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from antiphon.cli import VERBS
+
 ROOT = Path(__file__).parents[2]
 MAX_FILES = 12  # of a folder's own: more are a list that nobody reads
 GENERATED = ("rpc/v1",)
@@ -32,6 +34,13 @@ def test_the_source_root_does_not_shadow_the_standard_library() -> None:
     assert result.stdout.strip() == "CPython", result.stderr
 
 
+def test_every_verb_of_the_command_has_its_application() -> None:
+    for name, verb in VERBS.items():
+        path = ROOT / "platform/antiphon/cli" / verb.module.replace(".", "/")
+        source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        assert re.search(r"^app = typer\.Typer\(", source.read_text(), re.MULTILINE), f"antiphon {name}: {verb.module}"
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["validate", "--help"], ["status", "--help"], ["chat", "--help"]])
 def test_help_needs_neither_torch_nor_ray(arguments: list[str]) -> None:
     code = (
@@ -40,6 +49,7 @@ def test_help_needs_neither_torch_nor_ray(arguments: list[str]) -> None:
         "print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "Usage: antiphon" in result.stdout, result.stdout + result.stderr
     assert result.stdout.strip().endswith("[]"), result.stdout + result.stderr
 
 

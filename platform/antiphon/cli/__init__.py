@@ -26,13 +26,13 @@ class Verb:
 
 
 VERBS = {
-    "serve": Verb(module="serve", help="Serve the documents of a file on this machine."),
-    "chat": Verb(module="chat", help="Chat in the terminal with a served model."),
+    "serve": Verb(module="serving.serve", help="Serve the documents of a file on this machine."),
+    "chat": Verb(module="serving.chat", help="Chat in the terminal with a served model."),
     "validate": Verb(module="validate", help="Check documents and name every wrong field."),
-    "status": Verb(module="status", help="Show pools, workers, leases and load."),
-    "convert": Verb(module="convert", help="Turn a GGUF file into a checkpoint directory."),
-    "inspect": Verb(module="inspect", help="Show what a model is made of and what each pool would hold."),
-    "experts": Verb(module="experts", help="Show the load of experts, move them, search which may be skipped."),
+    "status": Verb(module="serving.status", help="Show pools, workers, leases and load."),
+    "convert": Verb(module="models.convert", help="Turn a GGUF file into a checkpoint directory."),
+    "inspect": Verb(module="models.inspect", help="Show what a model is made of and what each pool would hold."),
+    "experts": Verb(module="models.experts", help="Show the load of experts, move them, search which may be skipped."),
     "bench": Verb(module="bench", help="Measure transports, prefill, decode and mixed load."),
     "plan": Verb(module="plan", help="Plan pools: cost, attention:FFN ratio, verdict, simulation."),
     "coe": Verb(module="coe", help="Composition of experts: train, evaluate, route."),
