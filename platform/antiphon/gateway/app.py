@@ -1,6 +1,6 @@
 """Runs one gateway process: HTTP and gRPC over the same gateway, until told to stop (control speed).
 
-    start: load tokenizers ─► look into the directory ─► bind ─► serve
+    start: load tokenizers, try chat templates ─► look into the directory ─► bind ─► serve
     stop:  not ready, no new requests ─► open streams go on for drain_timeout_s ─► close
 
 Must not know: Ray, documents, or which directory it is.
@@ -32,6 +32,8 @@ from antiphon.rpc.services import RpcServer
 from antiphon.telemetry import Telemetry, setup
 
 _log = logging.getLogger(__name__)
+
+_LAST_WORDS_S = 1.0  # for the errors that end open streams to be sent
 
 
 async def run_gateway(
@@ -80,7 +82,10 @@ async def _run(
     notes: Notes,
     open_compositions: OpenCompositions | None,
 ) -> None:
-    models = {name: await asyncio.to_thread(TextModel.load, path) for name, path in config.models.items()}
+    models = {
+        name: await asyncio.to_thread(TextModel.load, path, markers_are_text=name not in config.control_marker_models)
+        for name, path in config.models.items()
+    }
     gateway = Gateway(config, models=models, source=workers, telemetry=telemetry)
     compositions = await _compositions(gateway, notes, open_compositions)
     experts = GatewayExperts(workers=lambda: gateway.view.workers, keys=gateway.keys, telemetry=telemetry)
@@ -112,6 +117,7 @@ async def _run(
             _log.warning("the directory can't be reached yet: %s", error)
         if compositions is not None:
             await compositions.refresh()
+        await gateway.templates.check()
         await http.start()
         await grpc.start()
         if on_bound is not None:
@@ -157,3 +163,7 @@ async def _drain(gateway: Gateway, timeout_s: float) -> None:
         await asyncio.sleep(0.05)
     if gateway.num_requests:
         _log.warning("%d requests were not finished within %.0f s of draining", gateway.num_requests, timeout_s)
+        gateway.end_all()
+        end_s = loop.time() + _LAST_WORDS_S
+        while gateway.num_requests and loop.time() < end_s:  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0.02)

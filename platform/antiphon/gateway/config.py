@@ -20,6 +20,9 @@ class GatewayConfig:
     grpc_port: int = 9000  # 0 = any free port
     reuse_port: bool = False  # several gateways of one machine share the ports
     api_keys: frozenset[str] = field(default_factory=frozenset)  # empty = open
+    shared_cache_models: frozenset[str] = field(default_factory=frozenset)  # prefix cache shared by all keys
+    control_marker_models: frozenset[str] = field(default_factory=frozenset)  # markers in messages become control tokens
+    plain_sampling_models: frozenset[str] = field(default_factory=frozenset)  # whose generation_config.json decides nothing
     max_request_bytes: int = 4 * 2**20
     default_deadline_s: float = 600.0
     max_deadline_s: float = 86_400.0

@@ -8,11 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from antiphon import __version__
 from antiphon.core.errors import Unavailable, UnknownModel
 from antiphon.directory.workers import WorkerSource, WorkerView
-from antiphon.gateway.auth import ApiKeys
+from antiphon.gateway.auth import ApiKeys, cache_salt
 from antiphon.gateway.compositions import ServedComposition
 from antiphon.gateway.config import GatewayConfig
 from antiphon.gateway.generation.generator import Generator
@@ -22,6 +23,7 @@ from antiphon.gateway.metrics.instruments import GatewayMetrics
 from antiphon.gateway.routing.engine_client import EngineClient
 from antiphon.gateway.routing.placement import Placement
 from antiphon.gateway.status import Status, pools_of, workers_of
+from antiphon.gateway.text.template_process import TemplateProcess
 from antiphon.gateway.text.tokenizer import TextModel
 from antiphon.telemetry import Telemetry
 
@@ -67,6 +69,13 @@ class Gateway:
         )
         self.view.on_refresh(self._client.sync)
         self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+        self.templates = TemplateProcess(
+            {
+                name: (model.chat_template.source, model.chat_template.special_tokens)
+                for name, model in models.items()
+                if model.chat_template is not None
+            }
+        )
         self._generator = Generator(
             config,
             models=models,
@@ -76,6 +85,7 @@ class Gateway:
             metrics=GatewayMetrics(telemetry, workers=lambda: self.view.workers, num_requests=lambda: self.num_requests),
             tracer=telemetry.tracer(__name__),
             executor=self._executor,
+            templates=self.templates,
             clock=clock,
         )
 
@@ -84,11 +94,21 @@ class Gateway:
         """Requests being answered."""
         return self._generator.num_active
 
+    def for_tenant(self, request: GenerationRequest, tenant: str) -> GenerationRequest:
+        """The request with the prefix cache that its tenant may see: what one has sent, another can't find out by asking."""
+        if request.model in self.config.shared_cache_models:
+            return request
+        return replace(request, cache_salt=cache_salt(tenant, request.cache_salt))
+
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """See ``Generator.generate``."""
         if self.draining:
             raise Unavailable("this gateway is shutting down", retry_after_s=1.0)
         return self._generator.generate(request)
+
+    def end_all(self) -> None:
+        """The time to drain is over: requests that are still answered end with an error, not with a closed connection."""
+        self._generator.end_all(Unavailable("this gateway is shutting down", retry_after_s=1.0))
 
     def max_model_len(self, model: str) -> int | None:
         """Longest prompt plus output; None while no worker of it is registered.
@@ -147,4 +167,5 @@ class Gateway:
     async def close(self) -> None:
         """End the sessions with all workers."""
         await self._client.close()
+        await self.templates.close()
         self._executor.shutdown(wait=False, cancel_futures=True)

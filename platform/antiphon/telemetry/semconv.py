@@ -20,7 +20,6 @@ REQUEST_TOP_K: Final = "gen_ai.request.top_k"
 REQUEST_SEED: Final = "gen_ai.request.seed"
 REQUEST_STREAM: Final = "gen_ai.request.stream"
 REQUEST_CHOICE_COUNT: Final = "gen_ai.request.choice.count"  # OpenAI's n
-REQUEST_STOP_SEQUENCES: Final = "gen_ai.request.stop_sequences"
 REQUEST_FREQUENCY_PENALTY: Final = "gen_ai.request.frequency_penalty"
 REQUEST_PRESENCE_PENALTY: Final = "gen_ai.request.presence_penalty"
 

@@ -43,7 +43,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_checkpoint(directory: Path) -> Path:
+def make_checkpoint(
+    directory: Path, *, generation_config: dict[str, object] | None = None, chat_template: str = CHAT_TEMPLATE
+) -> Path:
     """A directory with everything a gateway reads: a byte-level tokenizer trained here, and a chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -58,8 +60,10 @@ def make_checkpoint(directory: Path) -> Path:
     tokenizer.add_tokens([AddedToken("<tool call>", special=False)])
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS, "chat_template": CHAT_TEMPLATE}))
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.token_to_id(EOS)}))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS, "chat_template": chat_template}))
+    (directory / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": tokenizer.token_to_id(EOS), **(generation_config or {})})
+    )
     return directory
 
 
@@ -292,10 +296,12 @@ async def world(
     workers: Sequence[str] = ("0",),
     telemetry: Telemetry | None = None,
     gateway: dict[str, object] | None = None,
+    generation_config: dict[str, object] | None = None,
+    chat_template: str = CHAT_TEMPLATE,
     **engine_options: object,
 ) -> AsyncIterator[World]:
     """Everything running on loopback sockets; on the way out it stops and must have stopped cleanly."""
-    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", generation_config=generation_config, chat_template=chat_template)
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     allowed = [i for i in range(tokenizer.get_vocab_size()) if not tokenizer.id_to_token(i).startswith("<")]
     directory = MemoryDirectory()

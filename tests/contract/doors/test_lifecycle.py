@@ -13,6 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
+from antiphon.core.errors import CheckpointInvalid
+
 _spec = importlib.util.spec_from_file_location("doors_fake_engine", Path(__file__).with_name("fake_engine.py"))
 assert _spec is not None
 assert _spec.loader is not None
@@ -284,3 +286,62 @@ async def test_many_random_cancels_leave_nothing_behind(world: fake.World, http:
     servicer = world.workers[0].servicer
     assert servicer is not None
     await fake.until(lambda: servicer.num_requests == 0)
+
+
+async def test_a_stream_that_outlasts_the_drain_ends_with_an_error_event(tmp_path: Path) -> None:
+    async with (
+        fake.world(tmp_path, gateway={"drain_timeout_s": 0.2}) as world,
+        httpx.AsyncClient(base_url=world.url, timeout=20) as http,
+    ):
+        world.engine.stop_after_tokens = 5
+        async with http.stream("POST", CHAT, json=body(12, stream=True)) as response:
+            reading = asyncio.create_task(response.aread())
+            await fake.until(lambda: world.engine.num_live == 1)
+            world.stop.set()
+            events = (await reading).decode().strip().split("\n\n")
+        error = json.loads(events[-1].removeprefix("data: "))["error"]
+        assert (error["code"], error["message"]) == ("unavailable", "this gateway is shutting down")
+
+
+async def test_tenants_do_not_share_the_prefix_cache_unless_the_document_says_so(tmp_path: Path) -> None:
+    for shared in (False, True):
+        settings = {"api_keys": frozenset({"alice", "bob"}), "shared_cache_models": frozenset({"tiny"} if shared else ())}
+        async with (
+            fake.world(tmp_path / str(shared), gateway=settings) as world,
+            httpx.AsyncClient(base_url=world.url, timeout=20) as http,
+        ):
+            for key, asked in (("alice", ""), ("bob", ""), ("alice", ""), ("alice", "s"), ("bob", "s" * 250)):
+                salt = {"cache_salt": asked} if asked else {}
+                answer = await http.post(CHAT, json={**body(2), **salt}, headers={"authorization": f"Bearer {key}"})
+                assert answer.status_code == 200
+            salts = [request.cache_salt for request in world.engine.requests]
+        if shared:
+            assert salts == ["", "", "", "s", "s" * 250]
+            continue
+        assert salts[0] == salts[2]
+        assert len(set(salts)) == 4
+        assert {len(salt) for salt in salts} == {32}
+        assert not any("alice" in salt or "bob" in salt for salt in salts)
+
+
+async def test_a_checkpoints_sampling_defaults_hold_where_the_client_says_nothing(tmp_path: Path) -> None:
+    for plain in (False, True):
+        settings = {"plain_sampling_models": frozenset({"tiny"} if plain else ())}
+        defaults = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.1, "min_p": 7}
+        async with (
+            fake.world(tmp_path / str(plain), gateway=settings, generation_config=defaults) as world,
+            httpx.AsyncClient(base_url=world.url, timeout=20) as http,
+        ):
+            await http.post(CHAT, json=body(2))
+            await http.post(CHAT, json={**body(2), "temperature": 0, "top_k": -1, "top_p": 1})
+            open_, said = (request.sampling for request in world.engine.requests)
+        found = (open_.temperature, open_.top_p, open_.top_k, open_.repetition_penalty, open_.min_p)
+        assert found == pytest.approx((1.0, 1.0, 0, 1.0, 0.0) if plain else (0.6, 0.95, 20, 1.1, 0.0))
+        assert (said.temperature, said.top_p, said.top_k) == (0.0, 1.0, 0)
+
+
+async def test_a_template_without_end_is_refused_at_the_start(tmp_path: Path) -> None:
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(CheckpointInvalid, match="takes more time or memory than it may"):
+        async with fake.world(tmp_path, chat_template=endless):
+            pass

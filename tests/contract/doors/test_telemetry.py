@@ -99,11 +99,13 @@ async def test_each_request_is_one_span_and_its_context_reaches_the_engine(tmp_p
     trace_id = "0af7651916cd43dd8448eb211c80319c"
     async with fake.world(tmp_path, telemetry=telemetry) as world, httpx.AsyncClient(base_url=world.url) as http:
         headers = {"traceparent": f"00-{trace_id}-b7ad6b7169203331-01"}
-        assert (await http.post(CHAT, json=BODY, headers=headers)).status_code == 200
+        stops = ["a canary that no trace may hold"]
+        assert (await http.post(CHAT, json={**BODY, "stop": stops}, headers=headers)).status_code == 200
         (request,) = world.engine.requests
         await http.post(CHAT, json={**BODY, "model": "nobody"})
     done, failed = spans.get_finished_spans()
     assert done.name == "chat tiny"
+    assert "canary" not in done.to_json()
     assert f"{done.context.trace_id:032x}" == trace_id
     assert request.traceparent == f"00-{trace_id}-{done.context.span_id:016x}-01"
     attributes = done.attributes or {}

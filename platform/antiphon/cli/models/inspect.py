@@ -35,6 +35,7 @@ def inspect(
 ) -> None:
     """Show a model's parameters by role, its KV bytes, and what each pool would hold."""
     from antiphon.core.ids import FFNShard
+    from antiphon.gateway.text.tokenizer import read_sampling_defaults
     from antiphon.models.experts.placement import ExpertPlacement
     from antiphon.models.families import describe
     from antiphon.models.loading.checkpoint import Checkpoint
@@ -67,6 +68,9 @@ def inspect(
     table.add_row("active per token", f"{found.active_parameters:,}")
     per_gib = 2**30 // found.kv_token_bytes
     table.add_row("KV per token", f"{found.kv_token_bytes:,} bytes ({dtype}); 1Gi holds {per_gib:,} tokens")
+    sampling = read_sampling_defaults(directory)
+    shown = ", ".join(f"{name} {value:g}" for name, value in sampling.items()) or "none: OpenAI's"
+    table.add_row("sampling defaults", shown)
     console.print(table)
     where = ExpertPlacement.spread(config, groups) if placement is None else ExpertPlacement.load(placement, config)
     if where.num_groups != groups:

@@ -131,6 +131,16 @@ class ModelSpec(Model):
     quantization: Literal["none", "int8"] = Field(
         default="none", description="Format of the FFN's (or experts') linear weights; int8 is per output channel."
     )
+    markers_in_messages: Literal["text", "control"] = Field(
+        default="text",
+        description="What control markers (<|im_end|> ...) in chats' messages are: text, so that nobody forges a turn, or control "
+        "tokens.",
+    )
+    sampling_defaults: Literal["model", "none"] = Field(
+        default="model",
+        description="Temperature, top_p, top_k, min_p and repetition penalty of requests that don't say: the checkpoint's "
+        "generation_config.json, or OpenAI's.",
+    )
 
 
 class Parallelism(Model):
@@ -320,6 +330,11 @@ class CacheSpec(Model):
     num_blocks: int | None = Field(default=None, ge=8, le=100_000_000, description="KV blocks; None = from memory.")
     memory: Quantity = Field(default="1Gi", description="Memory for KV blocks where numBlocks is not given.")
     prefix_caching: bool = Field(default=True, description="Keep blocks of finished requests for equal prefixes.")
+    sharing: Literal["tenant", "deployment"] = Field(
+        default="tenant",
+        description="Who may use a prefix that is kept: tenant = requests with the same API key, so that no key learns what "
+        "another has sent; deployment = all.",
+    )
 
 
 class EndpointSpec(Model):

@@ -11,13 +11,14 @@ Must not know: HTTP or grpc.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from antiphon.core.errors import (
     AntiphonError,
@@ -49,10 +50,13 @@ from antiphon.gateway.generation.span import RequestSpan
 from antiphon.gateway.metrics.instruments import GatewayMetrics
 from antiphon.gateway.routing.engine_client import EngineClient
 from antiphon.gateway.routing.placement import Placement
+from antiphon.gateway.text.template_process import TemplateProcess
 from antiphon.gateway.text.tokenizer import TextModel, in_thread
 from antiphon.telemetry import Tracer, log_context
 
 _log = logging.getLogger(__name__)
+
+_MAX_TOKENS = 2**20  # of a prompt, while no worker says what its context is
 
 _Item = ChoiceDelta | AntiphonError
 
@@ -84,6 +88,7 @@ class Generator:
         metrics: counts.
         tracer: one span per request.
         executor: tokenizes long prompts.
+        templates: renders chats.
         clock: monotonic seconds.
     """
 
@@ -98,6 +103,7 @@ class Generator:
         metrics: GatewayMetrics,
         tracer: Tracer,
         executor: Executor,
+        templates: TemplateProcess,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
@@ -108,7 +114,9 @@ class Generator:
         self._metrics = metrics
         self._tracer = tracer
         self._executor = executor
+        self._templates = templates
         self._clock = clock
+        self._open: set[asyncio.Queue[_Item]] = set()
         self.num_active = 0
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
@@ -120,6 +128,7 @@ class Generator:
         """
         if self.num_active >= self._config.max_concurrent_requests:
             raise Overloaded(f"this gateway answers {self.num_active} requests already", retry_after_s=1.0)
+        request = self._with_defaults(request)
         arrival_s = self._clock()
         self.num_active += 1
         span = RequestSpan(self._tracer, request)
@@ -141,6 +150,17 @@ class Generator:
             self.num_active -= 1
             span.end()
 
+    def end_all(self, error: AntiphonError) -> None:
+        """Answer every request that is under way with an error: nothing more is done for it."""
+        for items in self._open:
+            items.put_nowait(error)
+
+    def _with_defaults(self, request: GenerationRequest) -> GenerationRequest:
+        model = self._models.get(request.model)
+        if model is None or not model.sampling_defaults or request.model in self._config.plain_sampling_models:
+            return request
+        return replace(request, sampling=request.sampling.with_defaults(model.sampling_defaults))
+
     def _failed(self, request: GenerationRequest, error: AntiphonError, span: RequestSpan) -> None:
         self._metrics.request_failed(self._known(request.model), error.code)
         span.failed(error)
@@ -161,10 +181,10 @@ class Generator:
         left_s = min(asked_s, self._config.max_deadline_s)
         if left_s <= 0:
             raise DeadlineExceeded("the deadline has passed already")
+        max_model_len, vocab_size = self._limits(request.model)
         prompts = []
         for prompt in request.prompts:
-            prompts.append(await self._encode(text_model, prompt))
-        max_model_len, vocab_size = self._limits(request.model)
+            prompts.append(await self._encode(request.model, text_model, prompt, max_model_len or _MAX_TOKENS))
         _check_ids(request, prompts, vocab_size)
         max_tokens = [
             _max_tokens(request, prompt, ids, max_model_len) for prompt, ids in zip(request.prompts, prompts, strict=True)
@@ -207,16 +227,21 @@ class Generator:
             )
         return job
 
-    async def _encode(self, text_model: TextModel, prompt: Prompt) -> tuple[int, ...]:
+    async def _encode(self, model: str, text_model: TextModel, prompt: Prompt, max_tokens: int) -> tuple[int, ...]:
         ids: tuple[int, ...]
         try:
             match prompt:
                 case TextPrompt():
-                    ids = await in_thread(self._executor, len(prompt.text), text_model.encode, prompt.text)
+                    encode = functools.partial(text_model.encode, max_tokens=max_tokens)
+                    ids = await in_thread(self._executor, len(prompt.text), encode, prompt.text)
                 case ChatPrompt():
-                    messages = [_message(message) for message in prompt.messages]
-                    num_chars = sum(len(m.content) for m in prompt.messages)
-                    ids = await in_thread(self._executor, num_chars, _encode_chat, text_model, messages, prompt)
+                    if not text_model.takes_chats:
+                        raise InvalidInput("this model has no chat template; use completions", "messages")
+                    messages, breaker = text_model.guard([_message(message) for message in prompt.messages])
+                    text = await self._templates.render(
+                        model, messages, add_generation_prompt=prompt.add_generation_prompt, variables=prompt.variables
+                    )
+                    ids = await in_thread(self._executor, len(text), text_model.encode_rendered, text, breaker, max_tokens)
                 case TokenPrompt():
                     ids = prompt.token_ids
         except InvalidInput as error:
@@ -240,6 +265,7 @@ class Generator:
         loop = asyncio.get_running_loop()
         late = DeadlineExceeded("the request's deadline has passed")
         timer = loop.call_later(max(0.0, job.deadline_s - self._clock()), items.put_nowait, late)
+        self._open.add(items)
         tasks = [asyncio.create_task(_feed(run, items, request.request_id)) for run in job.runs]
         num_open = len(tasks)
         try:
@@ -257,6 +283,7 @@ class Generator:
             yield Completed(usage=self._usage(job))
         finally:
             timer.cancel()
+            self._open.discard(items)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -337,10 +364,6 @@ async def _feed(run: ChoiceRun, items: asyncio.Queue[_Item], request_id: str) ->
 def _message(message: ChatMessage) -> dict[str, str]:
     named = {} if message.name is None else {"name": message.name}
     return {"role": message.role, "content": message.content, **named}
-
-
-def _encode_chat(text_model: TextModel, messages: Sequence[Mapping[str, str]], prompt: ChatPrompt) -> tuple[int, ...]:
-    return text_model.encode_chat(messages, add_generation_prompt=prompt.add_generation_prompt, variables=prompt.variables)
 
 
 def _prompt_text(text_model: TextModel, prompt: Prompt, ids: Sequence[int]) -> str:

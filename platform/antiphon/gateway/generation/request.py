@@ -8,11 +8,19 @@ Must not know: HTTP, grpc, or workers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from antiphon.core.request import FinishReason, SamplingParams
 
+# What a checkpoint's generation_config.json may decide where the client does not, and the values that make sense.
+SAMPLING_DEFAULTS: Mapping[str, tuple[float, float]] = {
+    "temperature": (0.0, 2.0),
+    "top_p": (1e-6, 1.0),
+    "top_k": (0, 2**31 - 1),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (1e-3, 10.0),
+}
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_CHOICES = 128  # prompts x n
@@ -75,6 +83,12 @@ class Sampling:
     min_tokens: int = 0
     ignore_eos: bool = False
     num_logprobs: int | None = None
+    unset: frozenset[str] = frozenset()  # fields that the client left to the model's own defaults
+
+    def with_defaults(self, defaults: Mapping[str, float]) -> Sampling:
+        """With the model's values where the client gave none; ``defaults`` by this class's field names."""
+        changes: dict[str, Any] = {name: value for name, value in defaults.items() if name in self.unset}
+        return replace(self, **changes) if changes else self
 
     def resolve(self, *, max_tokens: int, seed: int) -> SamplingParams:
         """What the engine of one choice is told."""

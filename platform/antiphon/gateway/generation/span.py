@@ -1,6 +1,6 @@
 """The one span of a request at the gateway, after the GenAI semantic conventions (request speed).
 
-Prompts and answers are not recorded. Must not know: how requests are answered.
+Prompts, answers and stop strings are not recorded. Must not know: how requests are answered.
 """
 
 from __future__ import annotations
@@ -44,8 +44,6 @@ class RequestSpan:
                 # Attributes are signed 64-bit.
                 if value is not None and value != unset and abs(value) < 2**63:
                     self._span.set_attribute(name, value)
-            if request.stop:
-                self._span.set_attribute(semconv.REQUEST_STOP_SEQUENCES, request.stop)
         # Without tracing here, the caller's context still reaches the workers.
         self.traceparent = traceparent_of(self._span) or request.traceparent
         self._finish_reasons: dict[int, str] = {}

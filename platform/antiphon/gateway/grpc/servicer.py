@@ -52,8 +52,8 @@ class GrpcDoor:
 
     async def generate(self, request: pb.GenerateRequest, call: CallInfo) -> AsyncGenerator[pb.GenerateResponse, None]:
         """See the proto."""
-        self._gateway.keys.check(call.metadata.get("authorization"))
-        generation = generation_request(request, call)
+        tenant = self._gateway.keys.check(call.metadata.get("authorization"))
+        generation = self._gateway.for_tenant(generation_request(request, call), tenant)
         if self._compositions is None or split_model_name(generation.model) is None:
             answering = self._gateway.generate(generation)
         else:

@@ -123,12 +123,14 @@ def status_body(status: Status) -> dict[str, Any]:
 
 async def _complete(gateway: Gateway, request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
     try:
-        gateway.keys.check(request.headers.get("authorization"))
+        tenant = gateway.keys.check(request.headers.get("authorization"))
         body = parse(kind, await gateway.bodies.read_json(request, gateway.config.max_request_bytes))
         generation = body.request(
             request_id=request.state.request_id, deadline_s=deadline_of(request), traceparent=request.headers.get("traceparent")
         )
-        generation = dataclasses.replace(generation, placement_timeout_s=getattr(request.state, "placement_timeout_s", None))
+        generation = dataclasses.replace(
+            gateway.for_tenant(generation, tenant), placement_timeout_s=getattr(request.state, "placement_timeout_s", None)
+        )
     except Exception as error:  # noqa: BLE001 - the door, as above
         return error_response(error)
     include_usage = bool(body.stream_options is not None and body.stream_options.include_usage)

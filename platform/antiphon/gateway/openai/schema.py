@@ -29,6 +29,7 @@ from antiphon.gateway.generation.request import (
     MAX_CHOICES,
     MAX_STOP_CHARS,
     MAX_STOPS,
+    SAMPLING_DEFAULTS,
     ChatMessage,
     ChatPrompt,
     GenerationRequest,
@@ -155,6 +156,7 @@ class SamplingFields(BaseModel):
             min_tokens=min_tokens,
             ignore_eos=_default(self.ignore_eos, False),
             num_logprobs=num_logprobs,
+            unset=frozenset(name for name in SAMPLING_DEFAULTS if getattr(self, name) is None),
         )
 
 

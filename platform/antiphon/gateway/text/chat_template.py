@@ -20,7 +20,7 @@ from antiphon.core.errors import CheckpointInvalid, InvalidInput
 
 
 class ChatTemplate:
-    """One compiled template. Rendering is thread-safe.
+    """One template. Rendering is thread-safe.
 
     Args:
         source: the template.
@@ -38,24 +38,53 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         try:
-            self._template = environment.from_string(source)
+            environment.parse(source)  # compiling it also computes what is constant in it, which may take for ever
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointInvalid(f"chat template, line {error.lineno}: {error.message}") from error
-        self._special_tokens = dict(special_tokens)
+        except (RecursionError, ValueError, ArithmeticError) as error:
+            raise CheckpointInvalid(f"chat template: {error}") from error
+        self._environment = environment
+        self._template: jinja2.Template | None = None
+        self.source = source
+        self.special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
+    def compile(self) -> None:
+        """Compile it now rather than with the first chat.
+
+        Raises:
+            CheckpointInvalid: it can't be compiled.
+        """
+        try:
+            self._compiled()
+        except jinja2.TemplateSyntaxError as error:
+            raise CheckpointInvalid(f"chat template, line {error.lineno}: {error.message}") from error
+
+    def _compiled(self) -> jinja2.Template:
+        if self._template is None:
+            self._template = self._environment.from_string(self.source)
+        return self._template
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+        max_chars: int | None = None,
+    ) -> str:
         """The prompt's text.
 
         Args:
             messages: each with role and content.
             add_generation_prompt: end with the beginning of the assistant's answer.
             variables: further variables of the template, e.g. enable_thinking.
+            max_chars: longest text to make; None = any.
 
         Raises:
             InvalidInput: the template refuses the messages.
         """
         context = {
-            **self._special_tokens,
+            **self.special_tokens,
             **variables,
             "messages": [dict(message) for message in messages],
             "tools": None,
@@ -63,7 +92,16 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return self._template.render(context)
+            template = self._compiled()
+            if max_chars is None:
+                return template.render(context)
+            parts, num_chars = [], 0
+            for part in template.generate(context):
+                num_chars += len(part)
+                if num_chars > max_chars:
+                    raise InvalidInput(f"the model's chat template makes more than {max_chars} characters", "messages")
+                parts.append(part)
+            return "".join(parts)
         except jinja2.TemplateError as error:
             raise InvalidInput(f"the model's chat template refuses the messages: {error}", "messages") from error
         except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from antiphon.core.errors import CheckpointInvalid, InvalidInput
+from antiphon.core.errors import CheckpointInvalid, ContextLengthExceeded, InvalidInput
+from antiphon.gateway.generation.request import SAMPLING_DEFAULTS
 from antiphon.gateway.text.chat_template import ChatTemplate
 from antiphon.gateway.text.detokenizer import (
     ByteLevelDetokenizer,
@@ -24,7 +26,12 @@ from antiphon.gateway.text.detokenizer import (
     WindowDetokenizer,
     byte_level_bytes,
 )
+from antiphon.gateway.text.markers import ControlMarkers
 
+_log = logging.getLogger(__name__)
+
+_PIECE_CHARS = 64 * 2**10  # a text is measured in pieces of so many characters before it is tokenized whole
+_CUT_TOKENS = 64
 INLINE_CHARS = 2048  # shorter texts are tokenized on the event loop; that takes less than handing them over
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -45,24 +52,42 @@ class TextModel:
         tokenizer: the tokenizer; truncation and padding are switched off.
         chat_template: None = the model takes no chats.
         eos_token_ids: ids that end a text.
+        markers_are_text: control markers in chats' messages are text; False = they become control tokens.
+        sampling_defaults: what the checkpoint says about sampling, by ``Sampling``'s field names; None = nothing.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, chat_template: ChatTemplate | None, eos_token_ids: Iterable[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        chat_template: ChatTemplate | None,
+        eos_token_ids: Iterable[int],
+        markers_are_text: bool = True,
+        sampling_defaults: Mapping[str, float] | None = None,
+    ) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._byte_level = _is_byte_level(tokenizer)
+        self._markers_are_text = markers_are_text
+        self.sampling_defaults = {} if sampling_defaults is None else dict(sampling_defaults)
+        self._plain: Tokenizer | None = None  # made when a client first writes a marker
+        self._longest_token: int | None = None
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.special_token_ids = frozenset(
-            token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
-        )
+        special = {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.special_token_ids = frozenset(special)
+        self._markers = ControlMarkers(special.values())
         self._literal_ids = _literal_ids(tokenizer) if self._byte_level else frozenset()
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
 
     @classmethod
-    def load(cls, directory: Path) -> TextModel:
+    def load(cls, directory: Path, *, markers_are_text: bool = True) -> TextModel:
         """Read a checkpoint directory.
+
+        Args:
+            directory: where it is.
+            markers_are_text: see the class.
 
         Raises:
             CheckpointInvalid: tokenizer.json is missing, or a file is not what it should be.
@@ -82,21 +107,60 @@ class TextModel:
             eos_token_ids.add(eos_id)
         source = _chat_template_source(directory, config)
         template = None if source is None else ChatTemplate(source, special_tokens)
-        return cls(tokenizer, chat_template=template, eos_token_ids=eos_token_ids)
+        return cls(
+            tokenizer,
+            chat_template=template,
+            eos_token_ids=eos_token_ids,
+            markers_are_text=markers_are_text,
+            sampling_defaults=read_sampling_defaults(directory),
+        )
 
     @property
     def takes_chats(self) -> bool:
         """True when the checkpoint has a chat template."""
         return self._chat_template is not None
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """The checkpoint's chat template, if it has one."""
+        return self._chat_template
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> tuple[int, ...]:
         """Token ids of a text.
+
+        Args:
+            text: the text.
+            add_special_tokens: with those that the tokenizer puts around a text.
+            max_tokens: refuse, at little cost, a text that is clearly longer; None = any length.
 
         Raises:
             InvalidInput: the text has no UTF-8 form (it holds lone surrogates).
+            ContextLengthExceeded: it has far more than ``max_tokens`` tokens.
         """
+        if max_tokens is not None:
+            self._refuse_longer(text, max_tokens)
+        return self._ids(self._tokenizer, text, add_special_tokens=add_special_tokens)
+
+    def _refuse_longer(self, text: str, max_tokens: int) -> None:
+        if len(text) <= _PIECE_CHARS:
+            return
+        if self._longest_token is None:
+            self._longest_token = max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=1)
+        if len(text) > max_tokens * self._longest_token:
+            raise ContextLengthExceeded(f"{len(text)} characters are more than {max_tokens} tokens can hold", "prompt")
+        num_tokens = 0
+        for start in range(0, len(text), _PIECE_CHARS):
+            # Cutting a text may add tokens at the cut, never many.
+            num_tokens += (
+                len(self._ids(self._tokenizer, text[start : start + _PIECE_CHARS], add_special_tokens=False)) - _CUT_TOKENS
+            )
+            if num_tokens > max_tokens:
+                raise ContextLengthExceeded(f"the text has more than {max_tokens} tokens, the model's context", "prompt")
+
+    @staticmethod
+    def _ids(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         try:
-            (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)  # lets other threads run
+            (encoding,) = tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)  # lets other threads run
         except (UnicodeEncodeError, TypeError) as error:
             raise InvalidInput("the text is not valid Unicode: it holds half of a surrogate pair", "prompt") from error
         return tuple(encoding.ids)
@@ -124,9 +188,44 @@ class TextModel:
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
     ) -> tuple[int, ...]:
-        """Token ids of a chat; the template writes special tokens itself."""
-        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, variables=variables)
-        return self.encode(text, add_special_tokens=False)
+        """Token ids of a chat; the template writes special tokens itself, and what clients write is text."""
+        guarded, breaker = self.guard(messages)
+        text = self.render_chat(guarded, add_generation_prompt=add_generation_prompt, variables=variables)
+        return self.encode_rendered(text, breaker)
+
+    def guard(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str | None]:
+        """Messages as a template may see them, and what ``encode_rendered`` needs to know of it.
+
+        Raises:
+            InvalidInput: they hold every character that could break a marker.
+        """
+        if not self._markers_are_text:
+            return [dict(message) for message in messages], None
+        return self._markers.guarded(messages)
+
+    def encode_rendered(self, text: str, breaker: str | None, max_tokens: int | None = None) -> tuple[int, ...]:
+        """Token ids of a rendered chat.
+
+        Args:
+            text: what the template made of guarded messages.
+            breaker: what ``guard`` gave beside them.
+            max_tokens: as ``encode``.
+
+        Raises:
+            InvalidInput, ContextLengthExceeded: as ``encode``.
+        """
+        if breaker is None or breaker not in text:
+            return self.encode(text, add_special_tokens=False, max_tokens=max_tokens)
+        if max_tokens is not None:
+            self._refuse_longer(text, max_tokens)
+        if self._plain is None:
+            plain = Tokenizer.from_str(self._tokenizer.to_str())
+            plain.encode_special_tokens = True
+            self._plain = plain
+        ids: list[int] = []
+        for piece, is_plain in self._markers.pieces(text, breaker):
+            ids += self._ids(self._plain if is_plain else self._tokenizer, piece, add_special_tokens=False)
+        return tuple(ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of tokens; ids outside the vocabulary give none."""
@@ -219,6 +318,25 @@ def _eos_token_ids(directory: Path) -> set[int]:
         if ids := {item for item in found if isinstance(item, int) and not isinstance(item, bool)}:
             return ids  # an empty list says nothing, and leaves it to the next file
     return set()
+
+
+def read_sampling_defaults(directory: Path) -> dict[str, float]:
+    """What generation_config.json says about sampling, by ``Sampling``'s field names; values that make no sense are left out.
+
+    Raises:
+        CheckpointInvalid: the file can't be read.
+    """
+    config = _read_json(directory / "generation_config.json")
+    found: dict[str, float] = {}
+    for name, (least, most) in SAMPLING_DEFAULTS.items():
+        value = config.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+            _log.warning("%s: %s is %r, which is left out: expected %g to %g", directory, name, value, least, most)
+            continue
+        found[name] = int(value) if name == "top_k" else float(value)
+    return found
 
 
 def _chat_template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
