@@ -15,7 +15,7 @@ SHELL := /bin/sh
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: help demo test attack lint types bench protos clean
+.PHONY: help demo test attack lint types bench protos docs clean
 
 help:  ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*  ## /  make \1#/p' $(firstword $(MAKEFILE_LIST)) | awk -F'#' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -30,7 +30,7 @@ $(READY): pyproject.toml deploy/constraints.txt
 	@touch $@
 
 $(BUILT): $(READY) $(NATIVE)
-	@$(BIN)/python -m antiphon.transport.native.build || echo "No native lane: shared memory links will be slower." >&2
+	@$(BIN)/python -m antiphon.transport.native.build || echo "No native control channel: shared memory links will be slower." >&2
 	@$(BIN)/python -m antiphon.models.native.library >/dev/null || echo "No kernels: the slower torch path will serve." >&2
 	@touch $@
 
@@ -71,6 +71,9 @@ bench: $(BUILT)  ## Measure transports, prefill, decode and mixed load.
 protos: $(READY)  ## Generate the code of protos/ again.
 	@$(BIN)/python -m grpc_tools.protoc -I protos --python_out=platform --pyi_out=platform --grpc_python_out=platform \
 		protos/antiphon/rpc/v1/*.proto
+
+docs: $(READY)  ## Write the reference pages of deploy/docs again.
+	@$(BIN)/python deploy/docs/reference.py
 
 clean:  ## Remove the virtual environment, caches and builds.
 	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

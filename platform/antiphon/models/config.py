@@ -86,7 +86,7 @@ class FFNConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateConfig:
-    """How a row chooses experts and weights them; ``models.gates`` computes it.
+    """How a row chooses experts and weights them; ``models.experts.gates`` computes it.
 
     Scores are over routed experts first, then null experts (which do nothing), then identity experts (which return the row).
     """

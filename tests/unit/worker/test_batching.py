@@ -79,7 +79,7 @@ def test_three_peers_come_into_step() -> None:
     assert run.fill(after_s=1.5) > 0.9 * 3
 
 
-def test_gathering_serves_more_than_taking_turns() -> None:
+def test_batching_serves_more_than_taking_turns() -> None:
     """Where the FFN side is the bottleneck, computing two at once is nearly free."""
     alone = simulate([0.3e-3, 0.3e-3], bound_s=0.0, until_s=2.0, start_s=[0.0, 8e-3])
     together = simulate([0.3e-3, 0.3e-3], bound_s=BOUND_S, until_s=2.0, start_s=[0.0, 8e-3])

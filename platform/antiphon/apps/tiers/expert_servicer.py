@@ -25,7 +25,7 @@ _WAIT_S = 3600.0  # gateways have deadlines of their own, and abort
 
 
 class ExpertServicer:
-    """An ``rpc.engine_server.EnginePort`` for one expert of a pool.
+    """An ``rpc.engine.server.EnginePort`` for one expert of a pool.
 
     Args:
         expert: its name in the pool.

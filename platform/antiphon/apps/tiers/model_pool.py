@@ -4,7 +4,7 @@
 
 Copies lie in a directory of a memory file system, so that an engine is built from either place by the same code. All engines
 share one thread, which gives each that has requests one step in turn; copies are made on another. Implements
-``coe.tiers.ExpertLoader`` and ``coe.tiered_pool.ExpertServer``. Must not know: who decides what is loaded.
+``coe.tiers.policy.ExpertLoader`` and ``coe.tiers.pool.ExpertServer``. Must not know: who decides what is loaded.
 """
 
 from __future__ import annotations

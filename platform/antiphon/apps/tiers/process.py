@@ -120,7 +120,7 @@ class TierProcess:
         self._scratch.cleanup()
 
     async def serve(self, expert: str, asks: Sequence[Request], timeout_s: float) -> Sequence[None]:
-        """See ``coe.tiered_pool.ExpertServer``: answers leave through the expert's door as they are made."""
+        """See ``coe.tiers.pool.ExpertServer``: answers leave through the expert's door as they are made."""
         await self._model_pool.answer(expert, asks, self._doors[expert].deliver, timeout_s)
         return [None] * len(asks)
 

@@ -14,7 +14,7 @@ from antiphon.core.document.composition import Policy
 
 
 class Routes(Protocol):
-    """Decides and remembers. Errors are those of ``coe.router.Router``."""
+    """Decides and remembers. Errors are those of ``coe.routing.router.Router``."""
 
     async def route(self, question: Question, view: View, sticky_expert: str | None) -> Record:
         """Decide within the document's time; one that takes longer is made without looking at the prompt."""

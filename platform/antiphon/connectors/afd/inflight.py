@@ -40,7 +40,7 @@ class Peer:
 
 @dataclass(slots=True, kw_only=True)
 class Exchange:
-    """Rows of one ubatch and lane; used again for its next ones."""
+    """Rows of one ubatch and stream; used again for its next ones."""
 
     step: int = 0
     layer: int = 0

@@ -1,7 +1,7 @@
 """The deployment document, ``LLMDeployment`` (apiVersion serving.antiphon.dev/v1alpha1), as one typed model (control speed).
 
 ``antiphon serve`` and ``antiphon validate`` read it, the Kubernetes custom resource is generated from it. Field names are
-camelCase in documents and snake_case here; unknown keys are refused. Reading files and YAML is ``core.documents``' work.
+camelCase in documents and snake_case here; unknown keys are refused. Reading files and YAML is ``core.document.loading``'s work.
 
     topology   pools it needs                     wiring
     monolith   monolith                           whole layers in one process

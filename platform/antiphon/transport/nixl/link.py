@@ -1,4 +1,4 @@
-"""A link by one-sided NIXL writes into the peer's slots, with notifications (hot). nixl.py opens it.
+"""A link by one-sided NIXL writes into the peer's slots, with notifications (hot). transport.py opens it.
 
 A message is a write of the slot, then its credits frame as the notification that follows the bytes; a release is a notification
 alone. Writes are prepared once per slot and size class and posted again and again; a class is at most an eighth longer than the

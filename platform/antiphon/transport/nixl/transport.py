@@ -1,4 +1,4 @@
-"""Links by NIXL over UCX: RDMA where there is a network card for it, else shared memory or TCP (control; nixl_link.py is hot).
+"""Links by NIXL over UCX: RDMA where there is a network card for it, else shared memory or TCP (control; link.py is hot).
 
     connecting                                    listening
       proofs (connect.proof)  ◄────────────────►  proofs

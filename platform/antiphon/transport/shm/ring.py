@@ -1,4 +1,4 @@
-"""A link over memory both ends map: slots in place, spin, then sleep (hot). shm.py opens it.
+"""A link over memory both ends map: slots in place, spin, then sleep (hot). transport.py opens it.
 
 Headers lie with their slots, so that a message stays whole until its release, in whatever order slots come and go.
 Must not know: how the memory came to be shared.

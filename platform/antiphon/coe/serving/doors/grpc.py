@@ -14,7 +14,7 @@ from antiphon.rpc.v1 import router_pb2 as pb
 
 
 class CoeGrpcDoor:
-    """Implements ``rpc.router_service.RouterPort``; ``compositions`` by metadata.name."""
+    """Implements ``rpc.router.service.RouterPort``; ``compositions`` by metadata.name."""
 
     def __init__(self, compositions: Mapping[str, Composition], keys: ApiKeys) -> None:
         self._compositions = compositions
