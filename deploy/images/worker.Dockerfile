@@ -1,20 +1,30 @@
-# Head, workers, gateway and router: docker build -f deploy/images/worker.Dockerfile .
-# For accelerators: --build-arg BASE=nvidia/cuda:… with Python 3.11. Pinning: see operator.Dockerfile.
+# Head, workers, gateway, router and downloads: docker build -f deploy/images/worker.Dockerfile .
+# On processors alone, for amd64 and arm64 (docker buildx build --platform linux/amd64,linux/arm64 …). For cards: worker-gpu.Dockerfile.
+# The base is an exact version; deploy/images/pin-bases.sh pins it to the digest that version has, as a release does.
 ARG BASE=python:3.11.14-slim-bookworm
 
 FROM ${BASE} AS build
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/antiphon
 ENV PATH=/opt/antiphon/bin:$PATH
 COPY deploy/constraints.txt /src/constraints.txt
+# torch for processors only: the default one brings some gigabytes of CUDA libraries along.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN pip install --no-cache-dir -c /src/constraints.txt --index-url ${TORCH_INDEX} torch
 COPY pyproject.toml README.md LICENSE /src/
 COPY platform /src/platform
 COPY operators /src/operators
 RUN pip install --no-cache-dir -c /src/constraints.txt "/src[coe,convert,operator]"
+# For every instruction set, the newest that a machine has is taken when a worker starts; a kernel that does not compile ends the build.
+RUN python -m antiphon.models.native.library --into /opt/antiphon/kernels
+RUN pip uninstall --yes pip && find /opt/antiphon -name tests -type d -path "*/site-packages/*" -prune -exec rm -rf {} + \
+    && find /opt/antiphon -name "__pycache__" -type d -prune -exec rm -rf {} +
 
 FROM ${BASE}
 RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 procps && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/antiphon /opt/antiphon
-ENV PATH=/opt/antiphon/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp
+ENV PATH=/opt/antiphon/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp LOGNAME=antiphon \
+    ANTIPHON_KERNELS=/opt/antiphon/kernels
 RUN useradd --uid 1000 --no-create-home antiphon
 USER 1000:1000
 WORKDIR /tmp

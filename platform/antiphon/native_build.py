@@ -47,8 +47,15 @@ def build(source: Path, compiler: str, flags: Sequence[str]) -> Path:
         Unavailable: it can't be compiled or stored; the message has the compiler's words.
     """
     library = library_path(source, compiler, flags)
-    if library.exists():
-        return library
+    return library if library.exists() else compile_into(library, source, compiler, flags)
+
+
+def compile_into(library: Path, source: Path, compiler: str, flags: Sequence[str]) -> Path:
+    """Compile ``source`` to the file ``library``, which is there whole or not at all.
+
+    Raises:
+        Unavailable: it can't be compiled or stored; the message has the compiler's words.
+    """
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as private:

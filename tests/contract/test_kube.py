@@ -24,6 +24,7 @@ from antiphon_operator.kube.base import (
     Throttled,
     UnknownField,
     WatchEvent,
+    name_of,
     owner_reference,
 )
 from antiphon_operator.kube.resources import CONFIG_MAP, SERVING_POOL
@@ -47,6 +48,7 @@ class Door:
 KUBECONFIG = os.environ.get("ANTIPHON_TEST_KUBECONFIG")
 NAMESPACE = os.environ.get("ANTIPHON_TEST_NAMESPACE", "default")
 ASSETS = find_assets()
+PREFIX = f"t-{uuid.uuid4().hex[:6]}-"  # of this run: what it made on a cluster is deleted by it
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,12 @@ async def door(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
         if request.param == "envtest":
             path.write_text(request.getfixturevalue("api_server").kubeconfig())
         async with RestKube(load_config(str(path) if request.param == "envtest" else KUBECONFIG)) as rest:
-            yield Door(rest, "default" if request.param == "envtest" else NAMESPACE, None, None)
+            namespace = "default" if request.param == "envtest" else NAMESPACE
+            yield Door(rest, namespace, None, None)
+            for resource in (CONFIG_MAP, SERVING_POOL):
+                for item in (await rest.list(resource, namespace)).items:
+                    if name_of(item).startswith(PREFIX):
+                        await rest.delete(resource, namespace, name_of(item))
 
 
 def config(door: Door, name: str, **data: str) -> dict[str, Any]:
@@ -106,7 +113,7 @@ def pool(door: Door, name: str, **spec: Any) -> dict[str, Any]:
 
 
 def fresh() -> str:
-    return f"t-{uuid.uuid4().hex[:8]}"
+    return f"{PREFIX}{uuid.uuid4().hex[:8]}"
 
 
 async def test_what_is_not_there_is_none(door: Door) -> None:

@@ -95,7 +95,7 @@ def check_cluster(run: Run) -> list[Finding]:
         advice = "set KUBECONFIG, or leave this out: a laptop needs no cluster"
         return [Finding(name="cluster", ok=None, found="kubectl reaches none", advice=advice)]
     findings = [Finding(name="cluster", ok=True, found=server["gitVersion"])]
-    findings += [_kuberay(run), *_kinds(run), *_permissions(run), _accelerators(run)]
+    findings += [_kuberay(run), *_kinds(run), _operator(run), *_permissions(run), _accelerators(run)]
     return findings
 
 
@@ -124,6 +124,22 @@ def _kinds(run: Run) -> list[Finding]:
         found = "installed" if present else "missing"
         out.append(Finding(name=kind, ok=present, found=found, advice="helm install antiphon-crds helm/antiphon-crds"))
     return out
+
+
+def _operator(run: Run) -> Finding:
+    """Our operator: installed, and some replica of it ready."""
+    text = run(["get", "deployments", "-A", "-l", "app.kubernetes.io/name=antiphon-operator", "-o", "json"])
+    if text is None:
+        return Finding(name="operator", ok=None, found="Deployments can't be listed", advice="ask whoever installed it")
+    items: list[Any] = json.loads(text)["items"]
+    if not items:
+        advice = "helm install antiphon helm/antiphon --namespace antiphon-system --create-namespace"
+        return Finding(name="operator", ok=False, found="not installed", advice=advice)
+    metadata, wanted = items[0]["metadata"], items[0]["spec"].get("replicas", 1)
+    ready = items[0].get("status", {}).get("readyReplicas", 0)
+    found = f"{ready} of {wanted} replicas are ready in {metadata['namespace']}"
+    advice = f"kubectl logs -n {metadata['namespace']} deployment/{metadata['name']} --previous: nothing is acted on meanwhile"
+    return Finding(name="operator", ok=ready > 0, found=found, advice=advice)
 
 
 def _permissions(run: Run) -> list[Finding]:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,39 @@ def test_an_image_stands_on_an_exact_base_in_two_stages_and_runs_as_nobody_speci
     assert re.search(r"^ARG BASE=\S+:\d+\.\d+\.\d+\S*$", text, re.MULTILINE)
     assert re.findall(r"^FROM (\S+)", text, re.MULTILINE) == ["${BASE}", "${BASE}"]
     assert re.search(r"^USER [1-9]\d*:[1-9]\d*$", text, re.MULTILINE)
+
+
+def test_the_operator_runs_on_what_its_image_installs() -> None:
+    """torch, Ray and the rest of the data plane are hidden, as they are in the image."""
+    hidden = (
+        "torch",
+        "ray",
+        "grpc",
+        "fastapi",
+        "transformers",
+        "safetensors",
+        "huggingface_hub",
+        "minio",
+        "redis",
+        "numpy",
+        "httpx",
+    )
+    code = (
+        "import sys\n"
+        f"for name in {hidden!r}: sys.modules[name] = None\n"
+        "import antiphon_operator.cli, antiphon_operator.controller.run, antiphon_operator.planning.preview\n"
+        "from antiphon_operator.api.crds import definitions; print(len(definitions()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.strip() == "4", done.stderr
+
+
+def test_worker_images_carry_kernels_for_several_instruction_sets_and_name_where_they_are() -> None:
+    for name in ("worker", "worker-gpu"):
+        text = (IMAGES / f"{name}.Dockerfile").read_text()
+        (built,) = re.findall(r"antiphon\.models\.native\.library --into (\S+)", text)
+        assert f"ANTIPHON_KERNELS={built}" in text
+    assert "torch" not in re.findall(r"pip install[^#]*", (IMAGES / "operator.Dockerfile").read_text())[0]
 
 
 def pin(directory: Path, answer: str) -> subprocess.CompletedProcess[str]:

@@ -1,11 +1,14 @@
 """Loads the compiled kernels as ``torch.ops.antiphon``; all have plain torch twins (control speed).
 
 ``python -m antiphon.models.native.library`` builds them ahead of time, as installing does: it takes about twenty seconds, so a
-worker that starts only loads what was built. ANTIPHON_NATIVE=0 turns them off. Must not know: who calls the kernels.
+worker that starts only loads what was built. With ``--into DIRECTORY`` it builds them for every instruction set of this kind of
+machine, as an image wants it; ANTIPHON_KERNELS names such a directory, and a start takes the newest that its processor has.
+ANTIPHON_NATIVE=0 turns them off. Must not know: who calls the kernels.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import logging
 import os
@@ -16,7 +19,8 @@ from pathlib import Path
 import torch
 
 from antiphon.core.errors import Unavailable
-from antiphon.native_build import build, find_compiler, library_path
+from antiphon.models.native.instruction_sets import InstructionSet, instruction_sets, newest_usable, processor_features
+from antiphon.native_build import build, compile_into, find_compiler, library_path
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +28,10 @@ _SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "exp
 _COMPILERS = ("c++", "g++", "clang++")
 
 
-def _flags() -> list[str]:
+def _flags(machine: tuple[str, ...] = ("-march=native",)) -> list[str]:
     root = Path(torch.__file__).parent
     return [
-        *("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-DNDEBUG"),
+        *("-std=c++20", "-O3", *machine, "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-DNDEBUG"),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         *(f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}", f"-I{sysconfig.get_path('include')}"),
         *(f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"),
@@ -46,15 +50,45 @@ def build_kernels() -> tuple[Path, ...]:
     return tuple(build(source, compiler, _flags()) for source in _SOURCES)
 
 
+def build_for_image(directory: Path, wanted: tuple[InstructionSet, ...] | None = None) -> tuple[Path, ...]:
+    """Compile the kernels for ``wanted`` (None = all of this kind of machine) into ``directory``, a folder for each.
+
+    Raises:
+        Unavailable: there is no compiler, or it refuses.
+    """
+    compiler = find_compiler("CXX", _COMPILERS)
+    if compiler is None:
+        raise Unavailable("no C++ compiler (c++, g++ or clang++) on PATH")
+    return tuple(
+        compile_into(directory / each.name / f"lib{source.stem}.so", source, compiler, _flags(each.flags))
+        for each in (instruction_sets() if wanted is None else wanted)
+        for source in _SOURCES
+    )
+
+
+def _built() -> list[Path] | None:
+    """The libraries to load: of the image where it carries some, else those that were built on this machine."""
+    carried = os.environ.get("ANTIPHON_KERNELS")
+    if carried:
+        present = tuple(each for each in instruction_sets() if (Path(carried) / each.name).is_dir())
+        chosen = newest_usable(present, processor_features())
+        if chosen is None:
+            logger.warning("%s has no kernels for this processor, the torch path serves", carried)
+            return None
+        logger.info("kernels for %s", chosen.name)
+        return [Path(carried) / chosen.name / f"lib{source.stem}.so" for source in _SOURCES]
+    compiler = find_compiler("CXX", _COMPILERS)
+    return None if compiler is None else [library_path(source, compiler, _flags()) for source in _SOURCES]
+
+
 @functools.cache
 def available() -> bool:
     """Whether this process has the kernels, loading them at the first call."""
     if os.environ.get("ANTIPHON_NATIVE") == "0" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    compiler = find_compiler("CXX", _COMPILERS)
-    if compiler is None:
+    libraries = _built()
+    if libraries is None:
         return False
-    libraries = [library_path(source, compiler, _flags()) for source in _SOURCES]
     if not all(library.exists() for library in libraries):
         logger.info("kernels are not built, the torch path serves: python -m antiphon.models.native.library builds them")
         return False
@@ -78,7 +112,10 @@ def tiles_available() -> bool:
 
 if __name__ == "__main__":
     try:
-        print(*build_kernels(), sep="\n")  # noqa: T201  # a command's answer
+        arguments = argparse.ArgumentParser()
+        arguments.add_argument("--into", type=Path, help="build for every instruction set of this kind of machine")
+        directory = arguments.parse_args().into
+        print(*(build_kernels() if directory is None else build_for_image(directory)), sep="\n")  # noqa: T201  # a command's answer
     except Unavailable as error:
         print(f"kernels are not built: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(1)

@@ -72,6 +72,13 @@ def test_the_example_for_processors_fits_a_node_of_four_cores_and_eight_gibibyte
     assert sum(parse_quantity(memory or "0") for _, memory in asked) <= 7.5 * 2**30, "what such a node leaves to pods"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "deploy/examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_no_example_asks_for_less_memory_than_its_workers_need(path: Path) -> None:
+    for value in yaml.safe_load_all(path.read_text()):
+        if value["kind"] == "LLMDeployment":
+            assert list(memory_problems(LLMDeploymentSpec.model_validate(value["spec"]), WeightSizes())) == []
+
+
 def test_a_download_finds_what_the_weights_consist_of(tmp_path: Path) -> None:
     tensors = {
         "model.embed_tokens.weight": 800,
