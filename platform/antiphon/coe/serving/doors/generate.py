@@ -15,12 +15,11 @@ from typing import Any
 
 import httpx
 
-from antiphon.coe.routing.decision import Question
 from antiphon.coe.serving.composition import Composition
 from antiphon.coe.serving.doors.attempt import answer_headers
 from antiphon.coe.serving.doors.external import external_events
-from antiphon.coe.serving.doors.http import PLACEMENT_TIMEOUT_S
 from antiphon.coe.serving.doors.question import question_of
+from antiphon.coe.serving.fallback import Fallback, Turn
 from antiphon.core.directory import Notes
 from antiphon.core.document.composition import split_model_name
 from antiphon.core.errors import (
@@ -84,74 +83,61 @@ class CoeGenerator:
             return
         question = question_of(_body(request), headers, composition.document.spec, policy)
         record = await composition.route(question)
-        experts = (record.decision.expert, *(() if question.expert is not None else record.decision.alternatives))
+        fallback = Fallback(composition, question, record)
         async for event in self._first_to_answer(
-            composition, request, question, experts, lambda e, f: announce(answer_headers(record, e, f))
+            composition, request, fallback, lambda expert: announce(answer_headers(record, expert, fallback.failures))
         ):
             yield event
 
     async def _first_to_answer(
-        self,
-        composition: Composition,
-        request: GenerationRequest,
-        question: Question,
-        experts: tuple[str, ...],
-        announce: Callable[[str, list[str]], Awaitable[None]],
+        self, composition: Composition, request: GenerationRequest, fallback: Fallback, announce: Callable[[str], Awaitable[None]]
     ) -> AsyncGenerator[Event, None]:
-        failures: list[str] = []
         end_s = None if request.deadline_s is None else time.monotonic() + request.deadline_s
-        for index, expert in enumerate(experts):
-            if index and composition.breakers[expert].is_open:
-                continue
-            last = index == len(experts) - 1
+        for turn in fallback.turns():
             left_s = None if end_s is None else end_s - time.monotonic()
             started = False
             try:
-                asked = replace(request, deadline_s=left_s, placement_timeout_s=None if last else PLACEMENT_TIMEOUT_S)
-                async with aclosing(self._ask(composition, expert, asked)) as events:
+                asked = replace(request, deadline_s=left_s, placement_timeout_s=turn.placement_timeout_s)
+                async with aclosing(self._ask(composition, turn, asked, fallback)) as events:
                     async for event in events:
                         if not started:
                             started = True
-                            await announce(expert, failures)
-                            await self._note(composition, request, expert)
+                            await announce(turn.expert)
+                            await self._note(composition, request, turn.expert)
                         yield event
             except _TRY_NEXT as error:
-                if started or last or (left_s is not None and end_s is not None and time.monotonic() >= end_s):
+                if started or turn.last or (end_s is not None and time.monotonic() >= end_s):
                     raise
-                failures.append(f"{expert}: {error}")
+                fallback.failed(turn, str(error))
                 continue
-            await composition.served(question, expert, failures)
+            await fallback.answered(turn)
             return
-        raise Unavailable("no expert could answer (" + "; ".join(failures) + ")")
+        raise fallback.nobody()
 
-    async def _ask(self, composition: Composition, expert: str, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    async def _ask(
+        self, composition: Composition, turn: Turn, request: GenerationRequest, fallback: Fallback
+    ) -> AsyncGenerator[Event, None]:
         """One expert's events; its first must come in time. Its circuit learns how it went."""
-        breaker, limits = composition.breakers[expert], composition.document.spec.limits
-        endpoint = composition.external(expert)
-        if endpoint is not None and composition.num_running[expert] >= limits.max_concurrent_per_expert:
-            raise Overloaded(f"{composition.num_running[expert]} requests are at expert {expert} already", retry_after_s=1.0)
-        breaker.begin()
-        composition.num_running[expert] += 1
-        if endpoint is None:
-            events = self._generate(replace(request, model=composition.model_of(expert)))
-        else:
-            events = external_events(self._client, endpoint, request, limits)
-        try:
-            async with aclosing(events):
-                async with asyncio.timeout(limits.first_token_timeout_s):
-                    first = await anext(events)
-                breaker.succeeded()
-                yield first
-                async for event in events:
-                    yield event
-        except TimeoutError as error:
-            breaker.failed()
-            raise Unavailable("sent nothing in time") from error
-        except (Unavailable, InternalError):
-            breaker.failed()
-            raise
-        finally:
-            composition.num_running[expert] -= 1
+        limits = composition.document.spec.limits
+        with fallback.asking(turn) as breaker:
+            if turn.endpoint is None:
+                events = self._generate(replace(request, model=composition.model_of(turn.expert)))
+            else:
+                events = external_events(self._client, turn.endpoint, request, limits)
+            try:
+                async with aclosing(events):
+                    async with asyncio.timeout(limits.first_token_timeout_s):
+                        first = await anext(events)
+                    breaker.succeeded()
+                    yield first
+                    async for event in events:
+                        yield event
+            except TimeoutError as error:
+                breaker.failed()
+                raise Unavailable("sent nothing in time") from error
+            except (Unavailable, InternalError):
+                breaker.failed()
+                raise
 
     async def _resumed(self, composition: Composition, request: GenerationRequest) -> str:
         """The expert that the client has the beginning of."""

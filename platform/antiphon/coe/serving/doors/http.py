@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from typing import Any
 
 import httpx
@@ -38,15 +38,15 @@ from antiphon.coe.serving.doors.attempt import (
     while_connected,
 )
 from antiphon.coe.serving.doors.question import question_of
+from antiphon.coe.serving.fallback import Fallback, Turn
 from antiphon.core.document.composition import Policy, policy_named, split_model_name
-from antiphon.core.errors import DeadlineExceeded, InvalidInput, Unavailable, UnknownModel
+from antiphon.core.errors import DeadlineExceeded, InvalidInput, Overloaded, Unavailable, UnknownModel
 from antiphon.gateway.auth import ApiKeys
 from antiphon.gateway.http.bodies import RequestTooLarge
 from antiphon.gateway.openai.http_io import deadline_of, error_response
 
 _COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
 _MODEL = "/v1/models/"
-PLACEMENT_TIMEOUT_S = 0.5  # how long a lost worker of an expert is waited for while other experts can answer
 
 
 class CoeDoor:
@@ -134,85 +134,81 @@ class CoeDoor:
         send: Send,
     ) -> None:
         """Try the decision's experts in order until one has begun to answer."""
-        explicit = question.expert is not None
-        experts = (record.decision.expert, *(() if explicit else record.decision.alternatives))
-        failures: list[str] = []
+        fallback = Fallback(composition, question, record)
         started = False
         client = Client(receive)
         try:
             async with asyncio.timeout(deadline_s):
-                for index, expert in enumerate(experts):
-                    if index and composition.breakers[expert].is_open:
-                        continue
-                    last = index == len(experts) - 1
-                    attempt = Attempt(send, answer_headers(record, expert, failures), take_any=last)
+                for turn in fallback.turns():
+                    attempt = Attempt(send, answer_headers(record, turn.expert, fallback.failures), take_any=turn.last)
                     try:
-                        await self._try(composition, expert, body, attempt, scope, client.receive, last=last)
+                        await self._try(composition, turn, body, attempt, scope, client.receive, fallback)
                     finally:
                         started = attempt.started
                     if attempt.started:
                         if not attempt.failed:
-                            await composition.served(question, expert, failures)
+                            await fallback.answered(turn)
                         return
                     if client.gone:
                         return
-                    failures.append(f"{expert}: {attempt.why}")
+                    fallback.failed(turn, attempt.why)
         except TimeoutError:
             if started:
                 raise  # the connection is broken off: the client has seen a part
             await error_response(DeadlineExceeded("the request's deadline has passed"))(scope, receive, send)
             return
-        error = Unavailable("no expert could answer (" + "; ".join(failures) + ")")
-        await error_response(error)(scope, receive, send)
+        await error_response(fallback.nobody())(scope, receive, send)
 
     async def _try(
         self,
         composition: Composition,
-        expert: str,
+        turn: Turn,
         body: dict[str, Any],
         attempt: Attempt,
         scope: Scope,
         receive: Receive,
-        *,
-        last: bool,
+        fallback: Fallback,
     ) -> None:
-        breaker, limits = composition.breakers[expert], composition.document.spec.limits
-        endpoint = composition.external(expert)
-        if endpoint is not None and composition.num_running[expert] >= limits.max_concurrent_per_expert:
-            attempt.why = "busy"
-            return
-        breaker.begin()
-        composition.num_running[expert] += 1
-        start_timeout_s = limits.first_token_timeout_s if body.get("stream") or endpoint is not None else None
+        """One expert's try; what came of it stands in ``attempt``."""
+        limits = composition.document.spec.limits
+        start_timeout_s = limits.first_token_timeout_s if body.get("stream") or turn.endpoint is not None else None
         try:
-            if endpoint is None:
-                raw = json.dumps({**body, "model": composition.model_of(expert)}).encode()
-                state = {} if last else {"placement_timeout_s": PLACEMENT_TIMEOUT_S}
-                work = self._inner(body_scope(scope, len(raw), state), replayed(raw, receive), attempt.send)
-            else:
-                forwarding = forward(
-                    self._client,
-                    endpoint,
-                    body,
-                    attempt,
-                    scope["path"],
-                    connect_s=limits.connect_timeout_s,
-                    idle_s=limits.idle_timeout_s,
-                )
-                work = while_connected(forwarding, receive)
-            await until_started(work, attempt, start_timeout_s)
-        except TimeoutError:
-            attempt.fail("sent nothing in time")
-        except httpx.HTTPError as error:
-            attempt.fail(type(error).__name__)
-            if attempt.started:
-                raise Unavailable(f"expert {expert} broke off its answer") from error
-        finally:
-            composition.num_running[expert] -= 1
-            if attempt.failed:
-                breaker.failed()
-            elif attempt.started:
-                breaker.succeeded()
+            with fallback.asking(turn) as breaker:
+                try:
+                    await until_started(self._work(composition, turn, body, attempt, scope, receive), attempt, start_timeout_s)
+                except TimeoutError:
+                    attempt.fail("sent nothing in time")
+                except httpx.HTTPError as error:
+                    attempt.fail(type(error).__name__)
+                    if attempt.started:
+                        raise Unavailable(f"expert {turn.expert} broke off its answer") from error
+                finally:
+                    if attempt.failed:
+                        breaker.failed()
+                    elif attempt.started:
+                        breaker.succeeded()
+        except Overloaded:
+            attempt.why = "busy"
+
+    def _work(
+        self, composition: Composition, turn: Turn, body: dict[str, Any], attempt: Attempt, scope: Scope, receive: Receive
+    ) -> Awaitable[None]:
+        if turn.endpoint is None:
+            raw = json.dumps({**body, "model": composition.model_of(turn.expert)}).encode()
+            timeout_s = turn.placement_timeout_s
+            state = {} if timeout_s is None else {"placement_timeout_s": timeout_s}
+            return self._inner(body_scope(scope, len(raw), state), replayed(raw, receive), attempt.send)
+        limits = composition.document.spec.limits
+        forwarding = forward(
+            self._client,
+            turn.endpoint,
+            body,
+            attempt,
+            scope["path"],
+            connect_s=limits.connect_timeout_s,
+            idle_s=limits.idle_timeout_s,
+        )
+        return while_connected(forwarding, receive)
 
     async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
         messages: list[Message] = []
