@@ -39,11 +39,6 @@ class RequestStatus(enum.Enum):
     FINISHED_ABORTED = "finished_aborted"
     FINISHED_ERROR = "finished_error"
 
-    @property
-    def is_finished(self) -> bool:
-        """True in the four FINISHED_* states."""
-        return self in _FINISHED
-
 
 _FINISHED = frozenset(
     {

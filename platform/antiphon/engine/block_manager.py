@@ -118,11 +118,6 @@ class KVBlockManager:
                 if self._hash_of[block] is None:
                     self._free.move_to_end(block, last=False)
 
-    def drop_prefixes(self) -> None:
-        """Forget all cached prefixes; held blocks stay held."""
-        for block in list(self._block_of.values()):
-            self._forget(block)
-
     def _forget(self, block: int) -> None:
         digest = self._hash_of[block]
         if digest is not None:

@@ -70,19 +70,9 @@ class Scheduler:
         return len(self._running) + len(self._sending)
 
     @property
-    def num_remote(self) -> int:
-        """Requests whose KV is on its way from a prefill worker."""
-        return len(self._remote)
-
-    @property
     def has_requests(self) -> bool:
         """True while any request is unfinished or the runner has something to forget."""
         return bool(self._states or self._forgotten or self._outputs)
-
-    @property
-    def can_compute(self) -> bool:
-        """True when a step now could compute tokens."""
-        return bool(self._running or self._ready or self._waiting)
 
     # ---- requests come and go ------------------------------------------------------------------------------------
 

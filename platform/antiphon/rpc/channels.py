@@ -79,11 +79,6 @@ def open_channel(address: str, limits: ChannelLimits = DEFAULT_LIMITS) -> grpc.a
     return grpc.aio.insecure_channel(address, options=channel_options(limits))
 
 
-def open_sync_channel(address: str, limits: ChannelLimits = DEFAULT_LIMITS) -> grpc.Channel:
-    """A blocking channel to ``host:port``; connects lazily and again after a loss."""
-    return grpc.insecure_channel(address, options=channel_options(limits))
-
-
 async def wait_until_connected(channel: grpc.aio.Channel, address: str, timeout_s: float) -> None:
     """Return once the channel is connected.
 

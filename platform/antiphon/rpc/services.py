@@ -5,7 +5,6 @@ Must not know: what the services do.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol
@@ -117,13 +116,6 @@ class RpcServer:
             return
         self._closed = True
         await self._server.stop(grace_s if grace_s > 0 else None)
-
-    async def wait_closed(self, timeout_s: float) -> bool:
-        """Whether the server has terminated within ``timeout_s`` seconds."""
-        try:
-            return not await asyncio.wait_for(self._server.wait_for_termination(), timeout_s)
-        except TimeoutError:
-            return False
 
     async def __aenter__(self) -> RpcServer:
         await self.start()

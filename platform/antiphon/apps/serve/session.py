@@ -94,11 +94,6 @@ class ServeSession:
         self._signals = StopSignals(self._force)
         self._signals.install()
 
-    @property
-    def stopped_by_signal(self) -> bool:
-        """Whether a signal asked to stop."""
-        return self._signals.requested
-
     def entries(self) -> list[EventLogEntry]:
         """Everything that has happened so far."""
         return read_event_logs(self._serving, self.run_dir)

@@ -135,10 +135,6 @@ class ModelPool:
         engine = self._engines.get(expert)
         return 0 if engine is None else sum(engine.part.resident_bytes.values())
 
-    def disk_bytes(self, expert: str) -> int:
-        """Size of an expert's files."""
-        return sum(path.stat().st_size for path in self._checkpoints[expert].iterdir() if path.is_file())
-
     async def load(self, action: Load, timeout_s: float) -> LoadTimes:
         """See ``ExpertLoader``."""
         return await self._on(self._compute, timeout_s, f"load of {action.expert}", lambda: self._load(action))

@@ -48,11 +48,6 @@ class Formats:
     a2f: str = "bf16"  # rows attention -> FFN
     f2a: str = "bf16"  # rows FFN -> attention
 
-    @classmethod
-    def all_fp8(cls) -> Formats:
-        """Eight-bit weights, KV, compute and A2F rows; sixteen-bit F2A rows keep the residual's precision."""
-        return cls(weights="fp8", compute="fp8", kv="fp8", local_kv="fp8", a2f="fp8", f2a="bf16")
-
     def __post_init__(self) -> None:
         for name in (self.weights, self.compute, self.attention, self.kv, self.local_kv, self.state, self.a2f, self.f2a):
             bytes_per_value(name)
