@@ -6,6 +6,7 @@ A verb lives in a module of this package that has ``app``, a typer application. 
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import sys
@@ -26,7 +27,9 @@ class Verb:
 
 
 VERBS = {
-    "serve": Verb(module="serving.serve", help="Serve the documents of a file on this machine."),
+    "serve": Verb(module="serving.serve", help="Serve a model, or the documents of a file, on this machine."),
+    "init": Verb(module="init", help="Write a commented document for a model."),
+    "examples": Verb(module="examples", help="List the example documents, or print one."),
     "chat": Verb(module="serving.chat", help="Chat in the terminal with a served model."),
     "validate": Verb(module="validate", help="Check documents and name every wrong field."),
     "status": Verb(module="serving.status", help="Show pools, workers, leases and load."),
@@ -47,7 +50,8 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         verb = VERBS.get(cmd_name)
         if verb is None:
-            return None
+            near = difflib.get_close_matches(cmd_name, VERBS, n=1)
+            ctx.fail(f"no such command {cmd_name!r}" + (f"; did you mean {near[0]}?" if near else "; antiphon --help lists them"))
         # typer brings a click of its own, whose exits and usage errors only its own ``main`` understands: arguments pass through.
         return click.Command(
             cmd_name,
@@ -87,7 +91,8 @@ def main() -> None:
         _root(prog_name="antiphon")
     except SpecInvalid as error:
         for problem in error.problems:
-            click.echo(f"error: {problem.path}: {problem.message}", err=True)
+            where = f"{problem.source}:{problem.line}: " if problem.source and problem.line else ""
+            click.echo(f"error: {where}{problem.path}: {problem.message}", err=True)
         sys.exit(1)
     except AntiphonError as error:
         click.echo(f"error: {error}", err=True)

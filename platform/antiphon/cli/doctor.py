@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import resource
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from typing import Annotated, Any
 
 import typer
 
+from antiphon.apps.serve.kernels import COST, kernels_missing
+from antiphon.cli.serving.first_checks import LEAST_FILES
 from antiphon.device.driver import Cards, look_for_cards
 
 app = typer.Typer()
@@ -53,6 +56,12 @@ def check_machine() -> list[Finding]:
             findings.append(Finding(name=package, ok=True, found=importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:
             findings.append(Finding(name=package, ok=False, found="missing", advice="pip install antiphon"))
+    missing = kernels_missing()
+    found = "built for this processor" if missing is None else f"none, {COST}"
+    findings.append(Finding(name="kernels", ok=True if missing is None else None, found=found, advice=missing or ""))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = hard == resource.RLIM_INFINITY or hard >= LEAST_FILES
+    findings.append(Finding(name="open files", ok=enough, found=f"{soft} of {hard}", advice=f"ulimit -n {LEAST_FILES}"))
     shm = "/dev/shm"  # noqa: S108 - the question is whether it exists
     if os.path.isdir(shm):
         free_gib = shutil.disk_usage(shm).free / 2**30
@@ -158,9 +167,9 @@ def _accelerators(run: Run) -> Finding:
         return Finding(name="accelerators", ok=None, found="nodes can't be listed")
     total: dict[str, int] = {}
     for node in json.loads(text)["items"]:
-        for resource, amount in node["status"].get("allocatable", {}).items():
-            if resource.endswith(("/gpu", "/npu", "/xpu")):
-                total[resource] = total.get(resource, 0) + int(amount)
+        for kind, amount in node["status"].get("allocatable", {}).items():
+            if kind.endswith(("/gpu", "/npu", "/xpu")):
+                total[kind] = total.get(kind, 0) + int(amount)
     if not total:
         return Finding(name="accelerators", ok=None, found="none", advice="pools without resources.gpu run all the same")
     return Finding(name="accelerators", ok=True, found=", ".join(f"{n} {r}" for r, n in sorted(total.items())))

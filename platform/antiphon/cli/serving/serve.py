@@ -9,6 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +18,10 @@ import psutil
 import typer
 from rich.markup import escape
 
-from antiphon.core.errors import AntiphonError
+from antiphon.cli.serving.first_checks import check
+from antiphon.cli.serving.quick_document import API_KEYS_ENV, Wishes, document_text, is_document
+from antiphon.core.document.spec import Topology
+from antiphon.core.errors import AntiphonError, InvalidInput
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False)
 
 
+_DRAIN_S = 60.0
 _PLAIN_WIDTH = 160  # where the output is no terminal
 _VIEW_DEADLINE_S = 2.5
 
@@ -45,31 +50,113 @@ class LogLevel(StrEnum):
 
 @app.command()
 def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="A .yaml document, hf://org/name, org/name, a checkpoint directory or a .gguf file."
+        ),
+    ] = None,
     files: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Option("--file", "-f", help="YAML file with LLMDeployments and CompositionOfExperts; may be given several times."),
-    ],
-    ask: Annotated[str | None, typer.Option(help="Ask this once everything is ready, print the answer, and stop.")] = None,
-    http_port: Annotated[int | None, typer.Option(help="HTTP port instead of the document's; 0 = any.", min=0, max=65_535)] = None,
+    ] = None,
+    topology: Annotated[Topology | None, typer.Option(help="How MODEL is split over pools; default monolith.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: MODEL's own.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda, for MODEL's workers.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; default: the document's, this machine only.")] = None,
+    http_port: Annotated[
+        int | None, typer.Option("--port", "--http-port", help="HTTP port instead of the document's; 0 = any.", min=0, max=65_535)
+    ] = None,
     grpc_port: Annotated[int | None, typer.Option(help="gRPC port instead of the document's; 0 = any.", min=0, max=65_535)] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help=f"Key that clients must send; several with commas. Better: the variable {API_KEYS_ENV}.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the document of MODEL and end.")] = False,
+    ask: Annotated[str | None, typer.Option(help="Ask this once everything is ready, print the answer, and stop.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds until everything must be ready.", min=1)] = 300.0,
-    drain: Annotated[float, typer.Option(help="Seconds that requests in flight get at the end.", min=0)] = 5.0,
+    drain: Annotated[
+        float | None,
+        typer.Option(help="Seconds that requests in flight get at the end; default: the document's kubernetes.drainS.", min=0),
+    ] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Keep the logs of all processes here.")] = None,
     log_level: Annotated[LogLevel, typer.Option(help="Level of those logs.")] = LogLevel.INFO,
     no_ray: Annotated[bool, typer.Option("--no-ray", help="Start the same processes without Ray.", hidden=True)] = False,
 ) -> None:
-    """Serve documents' pools, and compositions over them, on this machine until Ctrl-C."""
-    serving = read_serving(files).with_ports(
-        http_port, grpc_port
-    )  # before anything slow is imported: a typing error is told at once
+    """Serve a model, or documents' pools and compositions over them, on this machine until Ctrl-C."""
+    # Before anything slow is imported: a mistake is told at once.
+    wishes = {"--topology": topology, "--dtype": dtype, "--device": device}
+    if model is not None and not is_document(model):
+        if files:
+            raise InvalidInput("give a model or --file, not both", "model")
+        if api_key is not None:
+            os.environ[API_KEYS_ENV] = api_key
+        made = document_text(
+            model,
+            Wishes(
+                topology=topology or Topology.MONOLITH,
+                dtype=dtype,
+                device=device,
+                host=host,
+                http_port=http_port,
+                grpc_port=grpc_port,
+                with_keys=api_key is not None or bool(os.environ.get(API_KEYS_ENV)),
+            ),
+        )
+        if dry_run:
+            print(made, end="")
+            read_text(made, model)
+            return
+        print(made)
+        serving = read_text(made, model)
+    else:
+        given = [*(files or []), *([Path(model)] if model is not None else [])]
+        if not given:
+            raise InvalidInput("what to serve? Give a model, a document, or --file", "model")
+        if said := [name for name, value in wishes.items() if value is not None]:
+            raise InvalidInput(f"{said[0]} is for a model; a document says it itself", said[0])
+        serving = read_serving(given).with_ports(http_port, grpc_port)
+        serving = with_door(serving, host, api_key)
+        if dry_run:
+            for path in given:
+                print(path.read_text(encoding="utf-8"), end="")
+            return
+    check(serving)
     from antiphon.apps.process.config import LogSettings
     from antiphon.apps.serve.plan import ServeSettings
     from antiphon.apps.serve.session import ServeSession
 
-    settings = ServeSettings(start_timeout_s=timeout, drain_s=drain, max_start_attempts=1, log=LogSettings(level=log_level.upper()))
+    drains = [document.spec.kubernetes.drain_s for document in serving.deployments]
+    drain_s = max(drains, default=_DRAIN_S) if drain is None else drain
+    settings = ServeSettings(
+        start_timeout_s=timeout, drain_s=drain_s, max_start_attempts=1, log=LogSettings(level=log_level.upper())
+    )
     with ServeSession(serving, settings, with_ray=not no_ray, log_dir=log_dir) as session:
         status = _run(session, serving, ask)
     raise SystemExit(status)
+
+
+def read_text(text: str, source: str) -> Serving:
+    """What a document made here asks for.
+
+    Raises:
+        SpecInvalid: an option has a value that documents don't take.
+    """
+    from antiphon.apps.serve.deployment_set import serving_of
+    from antiphon.core.document.loading import parse_documents
+
+    return serving_of(parse_documents(text, source), source)
+
+
+def with_door(serving: Serving, host: str | None, api_key: str | None) -> Serving:
+    """The same on another address, or with a key."""
+    changed: dict[str, str] = {}
+    if host is not None:
+        changed["host"] = host
+    if api_key is not None:
+        variable = serving.endpoint.api_keys_env or API_KEYS_ENV
+        os.environ[variable] = api_key
+        changed["api_keys_env"] = variable
+    return replace(serving, endpoint=serving.endpoint.model_copy(update=changed)) if changed else serving
 
 
 def read_serving(files: Sequence[Path]) -> Serving:

@@ -22,7 +22,7 @@ from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.gateway.config import BoundPorts
 
-_HOST_STAGES = {"checkpoint": "checkpoint", "ray": "Ray", "serve": "Ray Serve", "directory": "directory"}
+_HOST_STAGES = {"checkpoint": "checkpoint", "kernels": "kernels", "ray": "Ray", "serve": "Ray Serve", "directory": "directory"}
 
 
 def composition_line(composition: CompositionOfExperts) -> str:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from antiphon.core.errors import CheckpointInvalid, UnsupportedModel
 from antiphon.models.loading.gguf_header import check_header
 
-_LIBRARY_MISSING: Final = "reading GGUF files needs the gguf library: install antiphon[convert]"
+_LIBRARY_MISSING: Final = "reading GGUF files needs the gguf library: pip install gguf"
 
 
 class GgufFile:

