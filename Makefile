@@ -15,7 +15,7 @@ SHELL := /bin/sh
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: help demo test attack lint types bench protos docs clean
+.PHONY: help demo test attack fuzz lint types bench protos docs clean
 
 help:  ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*  ## /  make \1#/p' $(firstword $(MAKEFILE_LIST)) | awk -F'#' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -50,6 +50,9 @@ test: $(BUILT)  ## Run all tests: in parallel first, then those that start clust
 
 attack: $(BUILT)  ## Try the known attacks on a running deployment, and list what came of each.
 	@$(BIN)/python -m pytest tests/attack -n 0 --timeout 280
+
+fuzz: $(BUILT)  ## Try the decoders of what peers send with a hundred thousand damaged inputs each.
+	@ANTIPHON_FUZZ_EXAMPLES=100000 $(BIN)/python -m pytest tests/fuzz -n 2 --dist worksteal --timeout 0
 
 lint: $(READY)  ## Check style, format, types and the direction of imports.
 	@failed=""; \
