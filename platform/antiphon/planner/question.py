@@ -16,7 +16,7 @@ from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import InvalidInput
 from antiphon.planner.bounds import checked
 from antiphon.planner.cost.formats import Formats
-from antiphon.planner.cost.hardware import Accelerator, Catalogue
+from antiphon.planner.cost.hardware import Accelerator, Catalogue, Efficiency
 from antiphon.planner.cost.library import Model, find_model, model_names, read_model
 from antiphon.planner.cost.local_machine import measure_local
 from antiphon.planner.fleet import assign
@@ -46,6 +46,8 @@ class Wishes:
     weights: str | None = None
     kv: str | None = None
     compute: str | None = None
+    attention: str | None = None
+    efficiency: Mapping[str, float] = field(default_factory=dict)
     expert_skew: float | None = None
     price: float | None = None  # of the local machine
 
@@ -127,7 +129,12 @@ def question(wishes: Wishes, catalogue: Catalogue, document: LLMDeployment | Non
         shape=model.shape,
         formats=formats,
         cards=cards,
-        assumptions=Assumptions(expert_skew=planning.expert_skew if wishes.expert_skew is None else wishes.expert_skew),
+        assumptions=Assumptions(
+            efficiency=Efficiency()
+            .with_values(planning.efficiency.model_dump(), "spec.planning.efficiency")
+            .with_values(wishes.efficiency),
+            expert_skew=planning.expert_skew if wishes.expert_skew is None else wishes.expert_skew,
+        ),
         demand=Demand(
             traffic=traffic,
             tpot_s=_seconds(wishes.tpot_ms, None if slo is None else slo.tpot_ms),
@@ -190,10 +197,13 @@ def _formats(wishes: Wishes, planning: PlanningSpec, usual: Formats) -> Formats:
         weights=wishes.weights or said.weights,
         compute=wishes.compute or said.compute,
         kv=wishes.kv or said.kv,
+        attention=wishes.attention or said.attention,
     )
 
 
-def chosen_formats(usual: Formats, *, weights: str | None, compute: str | None, kv: str | None) -> Formats:
+def chosen_formats(
+    usual: Formats, *, weights: str | None, compute: str | None, kv: str | None, attention: str | None = None
+) -> Formats:
     """The usual formats with those that were named.
 
     Raises:
@@ -203,6 +213,7 @@ def chosen_formats(usual: Formats, *, weights: str | None, compute: str | None, 
         usual,
         weights=usual.weights if weights is None else weights,
         compute=usual.compute if compute is None else compute,
+        attention=usual.attention if attention is None else attention,
         kv=usual.kv if kv is None else kv,
         local_kv=usual.local_kv if kv is None else kv,
     )

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from antiphon.cli.plan.options import AsJson, CardOptions, Explain, PlanOptions, spread
-from antiphon.cli.plan.show import show
+from antiphon.cli.plan.show import show, tell
 from antiphon.core.errors import InvalidInput
 
 
@@ -41,10 +41,10 @@ def deploy(
             value["explanation"] = derivation_json(derive(plan))
         print(json.dumps(value, indent=2))
     else:
-        print(tables.traffic_line(question.planner.demand.traffic))
+        tell([tables.traffic_line(question.planner.demand.traffic)])
         if plan.options:
             show([tables.roles_table(plan), tables.option_table(plan)])
-        print("\n".join(tables.verdict_lines(plan)))
+        tell(tables.verdict_lines(plan))
         if explain:
             print("\n".join(tables.derivation_lines(derive(plan))))
     if plan.chosen is None:

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Explain = Annotated[bool, typer.Option("--explain", help="Show each number's formula with its values.")]
 
+HardwareFile = Annotated[
+    Path | None, typer.Option("--hardware-file", help="JSON or YAML with further accelerators, or other prices.")
+]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardOptions:
@@ -33,12 +37,10 @@ class CardOptions:
     hardware: Annotated[
         list[str] | None, typer.Option("--hardware", help="Accelerator to choose from; repeatable. 'local' measures this machine.")
     ] = None
-    hardware_file: Annotated[
-        Path | None, typer.Option("--hardware-file", help="JSON or YAML with further accelerators, or other prices.")
-    ] = None
+    hardware_file: HardwareFile = None
     weights: Annotated[str | None, typer.Option("--weights", help="Format of the weights.")] = None
     kv: Annotated[str | None, typer.Option("--kv", help="Format of the KV cache.")] = None
-    compute: Annotated[str | None, typer.Option("--compute", help="Format to compute in.")] = None
+    compute: Annotated[str | None, typer.Option("--compute", help="Format of products with weights.")] = None
     price: Annotated[float | None, typer.Option("--price", min=1e-9, help="USD per hour of the local machine.")] = None
 
     def catalogue(self) -> Catalogue:
@@ -62,12 +64,33 @@ class PlanOptions:
     )
     gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="Most accelerators to use.")] = None
     rate: Annotated[float | None, typer.Option("--rate", min=1e-9, help="Requests per second to serve.")] = None
-    context: Annotated[float | None, typer.Option("--context", min=1, help="Mean decode context in tokens.")] = None
+    context: Annotated[
+        float | None,
+        typer.Option(
+            "--context",
+            min=1,
+            help="Tokens that a decode step sees on average, prompt and output so far: prompts are shorter than this by half "
+            "the output (--output-tokens, else 512).",
+        ),
+    ] = None
     prompt_tokens: Annotated[int | None, typer.Option("--prompt-tokens", min=1, help="Length of every prompt.")] = None
     output_tokens: Annotated[int | None, typer.Option("--output-tokens", min=1, help="Length of every answer.")] = None
     trace: Annotated[Path | None, typer.Option("--trace", help="CSV or JSON lines: prompt_tokens, output_tokens, arrival_s.")] = (
         None
     )
+    attention: Annotated[
+        str | None, typer.Option("--attention", help="Format of attention's scores and weighted sums; none = bf16.")
+    ] = None
+    efficiency: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--efficiency",
+            help="NAME=VALUE, repeatable: compute, attention, memory, kv, network, overlap (shares), kernel_s, link_latency_s.",
+        ),
+    ] = None
+    efficiency_file: Annotated[
+        Path | None, typer.Option("--efficiency-file", help="What 'antiphon plan calibrate --output' wrote.")
+    ] = None
     expert_skew: Annotated[
         float | None, typer.Option("--expert-skew", min=1, help="Load of the hottest FFN card over the mean.")
     ] = None
@@ -101,6 +124,8 @@ class PlanOptions:
             weights=cards.weights,
             kv=cards.kv,
             compute=cards.compute,
+            attention=self.attention,
+            efficiency=_efficiency(self.efficiency_file, self.efficiency),
             expert_skew=self.expert_skew,
             price=cards.price,
         )
@@ -155,6 +180,22 @@ def _document(file: Path | None) -> LLMDeployment | None:
     if len(deployments) != 1:
         raise InvalidInput(f"{file}: has {len(deployments)} LLMDeployment documents; a plan is made for one", "file")
     return deployments[0]
+
+
+def _efficiency(file: Path | None, options: list[str] | None) -> dict[str, float]:
+    """Values of the file, those of the options over them."""
+    from antiphon.planner.calibration.shares import read_efficiency
+
+    values = {} if file is None else read_efficiency(file)
+    for option in options or ():
+        name, separator, value = option.partition("=")
+        try:
+            values[name] = float(value)
+        except ValueError:
+            separator = ""
+        if not separator:
+            raise InvalidInput(f"--efficiency {option!r} is not NAME=NUMBER", "efficiency")
+    return values
 
 
 def _roles(options: list[str] | None) -> dict[str, str]:

@@ -25,3 +25,12 @@ def show(tables: Sequence[Table]) -> None:
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)
+
+
+def tell(lines: Sequence[str]) -> None:
+    """Print lines, wrapped at words."""
+    from rich.console import Console
+
+    console = Console()
+    for line in lines:
+        console.print(line, markup=False, highlight=False)

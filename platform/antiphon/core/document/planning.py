@@ -46,8 +46,24 @@ class PlanningFormats(Model):
     """Number formats to plan with; None = the model's."""
 
     weights: FormatName | None = Field(default=None, description="Weights.")
-    compute: FormatName | None = Field(default=None, description="Products.")
+    compute: FormatName | None = Field(default=None, description="Products with weights.")
+    attention: FormatName | None = Field(default=None, description="Scores and weighted sums of attention; None = bf16.")
     kv: FormatName | None = Field(default=None, description="KV cache.")
+
+
+class PlanningEfficiency(Model):
+    """Shares of an accelerator's peaks that are reached, and fixed costs; None = the planner's default."""
+
+    compute: float | None = Field(default=None, ge=1e-3, le=1, strict=False, description="Products with weights.")
+    attention: float | None = Field(default=None, ge=1e-3, le=1, strict=False, description="Scores and weighted sums of attention.")
+    memory: float | None = Field(default=None, ge=1e-3, le=1, strict=False, description="Bandwidth of weight reads.")
+    kv: float | None = Field(default=None, ge=1e-3, le=1, strict=False, description="Bandwidth of KV reads.")
+    network: float | None = Field(default=None, ge=1e-3, le=1, strict=False, description="Bandwidth of links.")
+    overlap: float | None = Field(
+        default=None, ge=0, le=1, strict=False, description="Of the shorter of computing and exchanging on the same cards, hidden."
+    )
+    kernel_s: float | None = Field(default=None, ge=0, le=1, strict=False, description="Fixed seconds of one kernel.")
+    link_latency_s: float | None = Field(default=None, ge=0, le=1, strict=False, description="Seconds of a link's first byte.")
 
 
 class PlanningSpec(Model):
@@ -74,6 +90,10 @@ class PlanningSpec(Model):
         default=None, gt=0, le=1e9, strict=False, description="Rate to serve; None = as much as the budget gives."
     )
     formats: PlanningFormats = Field(default_factory=PlanningFormats, description="Number formats to plan with.")
+    efficiency: PlanningEfficiency = Field(
+        default_factory=PlanningEfficiency,
+        description="Shares of the peaks reached, as antiphon plan calibrate fits them.",
+    )
     expert_skew: float = Field(
         default=1.0, ge=1, le=1000, strict=False, description="Lasting load of the hottest FFN card over the mean."
     )

@@ -57,7 +57,7 @@ def _features(rows: FloatArray, contexts: FloatArray, bend: Bend, knee: float) -
     return np.stack([np.ones_like(rows), rows, rows * contexts, extra], axis=1)
 
 
-def _nonnegative(matrix: FloatArray, values: FloatArray) -> FloatArray:
+def nonnegative(matrix: FloatArray, values: FloatArray) -> FloatArray:
     """Least squares with coefficients >= 0: the best of all sets of columns whose plain solution is not negative."""
     columns = [column for column in range(matrix.shape[1]) if matrix[:, column].any()]
     best, least = np.zeros(matrix.shape[1]), float(values @ values)
@@ -92,7 +92,7 @@ def _solve(points: FloatArray, bend: Bend, knee: float) -> Curve:
     if len(np.unique(contexts)) == 1:
         matrix[:, 2] = 0.0  # rows and rows x context can't be told apart
     # Errors count relative to the time: a small batch matters as much as a large one.
-    solution = _nonnegative(matrix / seconds[:, None], np.ones_like(seconds))
+    solution = nonnegative(matrix / seconds[:, None], np.ones_like(seconds))
     return Curve(
         bend=bend,
         knee=knee,

@@ -18,7 +18,7 @@ EXPERTS_PER_ROW = ("num_experts_per_tok", "moe_top_k", "moe_k", "moe_topk")
 NUM_KV_HEADS = ("num_key_value_heads", "num_attention_groups", "num_attention_heads")
 MAX_DIMENSION = 1_000_000_000
 MAX_LAYERS = 100_000
-NOT_MODELLED = ("ssm_cfg", "mamba_d_state", "linear_num_value_heads", "index_topk", "altup_num_inputs")
+NOT_MODELLED = ("ssm_cfg", "mamba_d_state", "linear_num_value_heads", "altup_num_inputs")
 
 
 def shape_of(config: Mapping[str, Any], name: str) -> ModelShape:
@@ -32,6 +32,10 @@ def shape_of(config: Mapping[str, Any], name: str) -> ModelShape:
     for field in NOT_MODELLED:
         if fields.raw.get(field) is not None:
             raise UnsupportedModel(f"{name}: {field} describes layers whose cost is not modelled", field)
+    if fields.raw.get("index_topk") is not None and fields.optional("kv_lora_rank") is None:
+        raise UnsupportedModel(
+            f"{name}: index_topk without a latent cache describes layers whose cost is not modelled", "index_topk"
+        )
     num_layers = fields.integer("num_hidden_layers", least=1)
     fields.integer("hidden_size", least=1)
     attention_at, is_mixture = _attention(fields, name), _mixture_layers(fields, num_layers)
@@ -103,6 +107,14 @@ def _attention(fields: _Fields, name: str) -> Callable[[int], Attention]:
             rope_dim=fields.integer("qk_rope_head_dim"),
             value_dim=fields.integer("v_head_dim"),
         )
+        if fields.optional("index_topk") is not None:
+            latent = latent.indexed(
+                hidden=hidden,
+                q_rank=fields.integer("q_lora_rank", least=1),
+                num_heads=fields.integer("index_n_heads", least=1),
+                head_dim=fields.integer("index_head_dim", least=1),
+                chosen=fields.integer("index_topk"),
+            )
         return lambda _index: latent
     if num_heads == 0:
         raise InvalidInput("num_attention_heads: must not be 0", "num_attention_heads")

@@ -12,6 +12,8 @@ from antiphon.planner.cost.formats import Formats, bytes_per_value
 from antiphon.planner.cost.formula import Apply, formula, plainly
 from antiphon.planner.cost.shape import FLOPS_PER_WEIGHT, LINEAR_PASSES, Layer, LinearAttention, ModelShape, SoftmaxAttention
 
+INDEX_BYTES = 1.0  # an indexer's keys and scores are 8-bit
+
 
 @formula("byte/row", cached_values="value/token", bytes_per_value="byte/value", seen="token/row", num_layers="")
 def kv_bytes_read(*, cached_values: float, bytes_per_value: float, seen: float, num_layers: float) -> float:
@@ -85,8 +87,15 @@ class ModelCost:
     cache_bytes: float  # stored for one request at the context: KV and state
 
 
-def _seen(attention: SoftmaxAttention, context: float) -> float:
+def _cached(attention: SoftmaxAttention, context: float) -> float:
+    """Tokens kept."""
     return context if attention.window is None else min(context, attention.window)
+
+
+def _seen(attention: SoftmaxAttention, context: float) -> float:
+    """Tokens attended."""
+    cached = _cached(attention, context)
+    return cached if attention.chosen is None else min(cached, attention.chosen)
 
 
 def kv_format(attention: SoftmaxAttention, formats: Formats) -> str:
@@ -104,13 +113,19 @@ def attention_bytes(layer: Layer, formats: Formats, context: float, count: int =
             bytes_per_value=bytes_per_value(formats.state),
             num_layers=count,
         )
-    return apply(
-        kv_bytes_read,
-        cached_values=attention.cached_values,
-        bytes_per_value=bytes_per_value(kv_format(attention, formats)),
-        seen=_seen(attention, context),
-        num_layers=count,
+    size = bytes_per_value(kv_format(attention, formats))
+    total = apply(
+        kv_bytes_read, cached_values=attention.cached_values, bytes_per_value=size, seen=_seen(attention, context), num_layers=count
     )
+    if attention.index_values:
+        total += apply(
+            kv_bytes_read,
+            cached_values=attention.index_values,
+            bytes_per_value=INDEX_BYTES,
+            seen=_cached(attention, context),
+            num_layers=count,
+        )
+    return total
 
 
 def attention_flops(layer: Layer, context: float, count: int = 1, apply: Apply = plainly) -> float:
@@ -118,7 +133,14 @@ def attention_flops(layer: Layer, context: float, count: int = 1, apply: Apply =
     attention = layer.attention
     if isinstance(attention, LinearAttention):
         return _state_flops(attention, count, apply)
-    return apply(softmax_flops, flops_per_cached=attention.decode_flops, seen=_seen(attention, context), num_layers=count)
+    flops = apply(softmax_flops, flops_per_cached=attention.decode_flops, seen=_seen(attention, context), num_layers=count)
+    return flops + _index_flops(attention, _cached(attention, context), count, apply)
+
+
+def _index_flops(attention: SoftmaxAttention, cached: float, count: int, apply: Apply) -> float:
+    if not attention.index_flops:
+        return 0.0
+    return apply(softmax_flops, flops_per_cached=attention.index_flops, seen=cached, num_layers=count)
 
 
 def core_flops(layer: Layer, context: float) -> float:
@@ -126,7 +148,7 @@ def core_flops(layer: Layer, context: float) -> float:
     attention = layer.attention
     if isinstance(attention, LinearAttention):
         return _state_flops(attention, 1, plainly)
-    return attention.core_flops * _seen(attention, context)
+    return attention.core_flops * _seen(attention, context) + attention.index_flops * _cached(attention, context)
 
 
 def _state_flops(attention: LinearAttention, count: int, apply: Apply) -> float:
@@ -144,7 +166,8 @@ def cached_bytes(layer: Layer, formats: Formats, context: float) -> float:
     attention = layer.attention
     if isinstance(attention, LinearAttention):
         return attention.state_values * bytes_per_value(formats.state)
-    return attention.cached_values * bytes_per_value(kv_format(attention, formats)) * _seen(attention, context)
+    per_token = attention.cached_values * bytes_per_value(kv_format(attention, formats)) + attention.index_values * INDEX_BYTES
+    return per_token * _cached(attention, context)
 
 
 def cache_bytes(shape: ModelShape, formats: Formats, context: float, tensor: int = 1) -> float:
@@ -180,7 +203,8 @@ def prefill_cost(shape: ModelShape, formats: Formats, prompt: float, apply: Appl
         if isinstance(attention, LinearAttention):
             flops += _state_flops(attention, count, apply)
             continue
-        window = prompt if attention.window is None else min(prompt, attention.window)
+        flops += _index_flops(attention, apply(mean_seen, prompt=prompt, window=_cached(attention, prompt)), count, apply)
+        window = _seen(attention, prompt)
         flops += apply(
             softmax_flops,
             flops_per_cached=attention.prefill_flops,
@@ -207,7 +231,7 @@ def model_cost(shape: ModelShape, formats: Formats, context: float, apply: Apply
         head_flops=apply(weight_flops, weights=shape.head_weights, flops_per_weight=FLOPS_PER_WEIGHT),
         arithmetic_intensity=apply(arithmetic_intensity, flops=decode.attention_flops, bytes_moved=decode.kv_bytes),
         kv_bytes_per_cached_token=sum(
-            count * layer.attention.cached_values * bytes_per_value(kv_format(layer.attention, formats))
+            count * cached_bytes(layer, formats, 1.0)
             for layer, count in shape.kinds
             if isinstance(layer.attention, SoftmaxAttention)
         ),

@@ -7,7 +7,7 @@ know: config files, number formats, or hardware.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 FLOPS_PER_WEIGHT = 2.0  # a multiply-add with each weight, per row
@@ -15,6 +15,7 @@ FLOPS_PER_WEIGHT = 2.0  # a multiply-add with each weight, per row
 GROUPED_KERNELS = 7  # norm, q/k/v, rotary, KV write, attention, merge of its splits, output
 LATENT_KERNELS = 14  # norm, 2 quantise, q down, norm, q up, absorb, kv down, norm, rotary + write, attention, merge, read, output
 FACTORISED_KERNELS = 12  # norm, 2 quantise, q down, norm, q up, k/v, rotary, KV write, attention, merge, output
+INDEXER_KERNELS = 5  # queries, key, head weights, scores, top-k
 LINEAR_KERNELS = 9
 ROUTER_KERNELS = 5  # gate, scores, top-k, weights, counts by expert
 DENSE_KERNELS = 4  # norm, gate and up, activation, down
@@ -35,6 +36,9 @@ class SoftmaxAttention:
     core_flops: int  # per row and cached token, as kernels do them; ``decode_flops`` is what cost tables count
     kernels: int
     window: int | None = None  # tokens
+    chosen: int | None = None  # tokens that an indexer picks of the cached ones; None = all are attended
+    index_values: int = 0  # per token: keys of the indexer, cached beside
+    index_flops: int = 0  # per row and cached token: scores of the indexer
 
     @classmethod
     def grouped(
@@ -85,6 +89,19 @@ class SoftmaxAttention:
             num_kv_heads=1,
             core_flops=2 * num_heads * (latent + kv_rank),
             kernels=LATENT_KERNELS,
+        )
+
+    def indexed(self, *, hidden: int, q_rank: int, num_heads: int, head_dim: int, chosen: int) -> SoftmaxAttention:
+        """The same with sparse attention: an indexer scores every cached token, and ``chosen`` of them are attended."""
+        weights = q_rank * num_heads * head_dim + hidden * head_dim + hidden * num_heads
+        return replace(
+            self,
+            projection_weights=self.projection_weights + weights,
+            prefill_flops=self.core_flops,  # chosen tokens differ by row: prompts run absorbed too
+            kernels=self.kernels + INDEXER_KERNELS,
+            chosen=chosen,
+            index_values=head_dim,
+            index_flops=2 * num_heads * head_dim,
         )
 
     @classmethod

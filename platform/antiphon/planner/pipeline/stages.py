@@ -153,8 +153,8 @@ class Roofline:
         attention = layer.attention
         if not isinstance(attention, SoftmaxAttention):
             return attention_flops(layer, prompt)
-        window = prompt if attention.window is None else min(prompt, attention.window)
-        return attention.prefill_flops * (window - window * window / prompt / 2)
+        window = min(prompt, *(limit for limit in (attention.window, attention.chosen, prompt) if limit is not None))
+        return attention.prefill_flops * (window - window * window / prompt / 2) + attention.index_flops * prompt / 2
 
     def ffn_s(self, ffn: FFN, rows: float, num_cards: int, apply: Apply = plainly) -> float:
         """Seconds of the FFN half of one layer on its hottest card, for ``rows`` rows from all attention cards."""
@@ -191,6 +191,45 @@ class Roofline:
             flops=self.attention.flops_in(self.formats.compute) * self.efficiency.compute,
             bandwidth=self.attention.bandwidth * self.efficiency.memory,
         )
+
+    def attention_parts(self, rows: float, context: float) -> dict[str, float]:
+        """Seconds at the peaks of the main kind of layer's attention half, by the share that scales each; kernels by their count.
+
+        Of two sides of a roofline only the one that counts at the present shares is there.
+        """
+        layer = self.shape.kinds[-1][0]
+        core, kv = self._core(layer, context, 1)
+        weights = layer.attention.projection_weights + layer.ffn.router_weights
+        sides = (
+            ("attention", rows * core / self.attention.flops_in(self.formats.attention)),
+            ("kv", rows * kv / self.attention.bandwidth),
+            ("compute", rows * FLOPS_PER_WEIGHT * weights / self.attention.flops_in(self.formats.compute)),
+            ("memory", weights * bytes_per_value(self.formats.weights) / self.attention.bandwidth),
+        )
+        parts = dict([self._longer(*sides[:2]), self._longer(*sides[2:])])
+        return parts | {"kernel_s": float(layer.attention_kernels)}
+
+    def ffn_parts(self, rows: float) -> dict[str, float]:
+        """As ``attention_parts`` for the FFN half on one card."""
+        ffn = self.shape.kinds[-1][0].ffn
+        touched: float = ffn.always_weights
+        if ffn.num_experts:
+            touched = touched_weights(
+                always=ffn.always_weights,
+                num_experts=ffn.num_experts,
+                expert=ffn.expert_weights,
+                experts_per_row=ffn.experts_per_row,
+                rows=rows,
+            )
+        longer = self._longer(
+            ("compute", rows * FLOPS_PER_WEIGHT * ffn.activated_weights / self.ffn.flops_in(self.formats.compute)),
+            ("memory", touched * bytes_per_value(self.formats.weights) / self.ffn.bandwidth),
+        )
+        return dict([longer]) | {"kernel_s": float(ffn.kernels)}
+
+    def _longer(self, one: tuple[str, float], other: tuple[str, float]) -> tuple[str, float]:
+        """Of two named times at the peak, the one that is longer at the shares reached."""
+        return max(one, other, key=lambda side: side[1] / getattr(self.efficiency, side[0]))
 
     def attention_bound(self, layer: Layer, rows: float, context: float, tensor: int = 1) -> str:
         """What an attention stage spends most of its time on."""

@@ -13,6 +13,7 @@ from antiphon.planner.calibration.fit import Comparison
 from antiphon.planner.cost.formula import Derivation
 from antiphon.planner.cost.hardware import Accelerator
 from antiphon.planner.cost.library import Model
+from antiphon.planner.cost.model_cost import model_cost
 from antiphon.planner.cost.token_cost import TokenCost
 from antiphon.planner.options import Option
 from antiphon.planner.plan import Plan
@@ -178,22 +179,27 @@ def simulation_table(result: SimulationResult) -> Table:
 
 
 def hardware_table(cards: Sequence[Accelerator]) -> Table:
-    """Known accelerators."""
+    """Known accelerators; what each is called and where its figures are from stands in ``source_lines``."""
     rows = tuple(
         (
             card.key,
-            card.title,
-            ", ".join(f"{name} {si(flops)}" for name, flops in card.flops.items()),
-            si(card.memory_bytes, "B"),
-            si(card.bandwidth, "B/s"),
-            si(card.nic_bandwidth, "B/s"),
+            *(f"{card.flops[name] / 1e12:,.0f}" if name in card.flops else "-" for name in ("bf16", "fp8")),
+            f"{card.memory_bytes / 1e9:,.0f}",
+            f"{card.bandwidth / 1e12:.2f}",
+            f"{card.scale_up_bandwidth / 1e9:,.0f}",
+            f"{card.nic_bandwidth / 1e9:,.0f}",
+            str(card.cards_per_node),
             "-" if card.usd_per_hour is None else f"{card.usd_per_hour:g}",
-            card.source,
         )
         for card in cards
     )
-    columns = ("key", "name", "FLOP/s", "memory", "bandwidth", "NIC", "USD/h", "source")
-    return Table(title="accelerators", columns=columns, rows=rows)
+    columns = ("key", "bf16 TF/s", "fp8 TF/s", "GB", "TB/s", "node GB/s", "NIC GB/s", "a node", "USD/h")
+    return Table(title="accelerators, by card; links one way", columns=columns, rows=rows)
+
+
+def source_lines(entries: Sequence[tuple[str, str, str]]) -> list[str]:
+    """A line each of key, title and source."""
+    return [f"{key}: {title}. {source}" for key, title, source in entries]
 
 
 def models_table(models: Sequence[Model]) -> Table:
@@ -205,11 +211,11 @@ def models_table(models: Sequence[Model]) -> Table:
             si(model.shape.activated_weights),
             str(model.shape.num_layers),
             f"{1.0 if model.shape.experts is None else model.shape.experts.sparsity:.3f}",
-            model.source,
+            si(model_cost(model.shape, model.formats, 8192).cache_bytes, "B"),
         )
         for model in models
     )
-    columns = ("name", "parameters", "activated", "layers", "FFN sparsity", "source")
+    columns = ("name", "weights", "active", "layers", "sparsity", "8K cache")
     return Table(title="models", columns=columns, rows=rows)
 
 
