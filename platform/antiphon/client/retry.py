@@ -5,6 +5,7 @@ behind the tokens that have come, where the policy says so. Pauses double and ar
 refused together do not come back together; a server that says when to come back is not asked earlier. Nothing outlives the
 call's deadline.
 
+Ours rather than a library's: what is asked again changes with what has come, and the server's word and the deadline bound pauses.
 Must not know: connections, or what is asked.
 """
 

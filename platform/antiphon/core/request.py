@@ -40,16 +40,6 @@ class RequestStatus(enum.Enum):
     FINISHED_ERROR = "finished_error"
 
 
-_FINISHED = frozenset(
-    {
-        RequestStatus.FINISHED_STOPPED,
-        RequestStatus.FINISHED_LENGTH,
-        RequestStatus.FINISHED_ABORTED,
-        RequestStatus.FINISHED_ERROR,
-    }
-)
-
-
 class FinishReason(enum.Enum):
     """Why a request ended, in OpenAI's words where it has one."""
 

@@ -1,7 +1,8 @@
 """WordPiece tokens of uncased BERT models, in pure Python (request speed).
 
 Bounded by construction: a prompt is cut to a window of characters before any work, a word longer than ``MAX_WORD_CHARS``
-becomes the unknown token. Must not know: what the tokens are used for.
+becomes the unknown token. Ours rather than the tokenizers library's, which takes five times as long for a prompt
+(``tests/bench/coe/wordpiece.py``: 22 against 113 us, median of 299 prompts, one core). Must not know: what the tokens are used for.
 """
 
 from __future__ import annotations

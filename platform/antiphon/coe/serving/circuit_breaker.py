@@ -3,7 +3,9 @@
     CLOSED ── failures in a row ──► OPEN ── open_s passed ──► TRYING (one request) ── success ──► CLOSED
                                       ▲────────────────────────── failure ──┘
 
-Must not know: what an expert is. Belongs to one event loop.
+Ours rather than a library's: the clock is an argument, and a trial whose outcome never comes ends by it.
+Must not know: what an expert is.
+Belongs to one event loop.
 """
 
 from __future__ import annotations
