@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -57,7 +58,9 @@ def train(
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the artifact; an older artifact is replaced.")],
     seed: Annotated[int, typer.Option(help="Same table and seed: same bytes.")] = 0,
     embedder: Annotated[Embedder, typer.Option(help="Token vectors: minilm, lsa (from the prompts), or auto.")] = Embedder.AUTO,
-    slow_path: Annotated[bool, typer.Option(help="Train a slow path with the sentence encoder, for unsure prompts.")] = True,
+    slow_path: Annotated[
+        bool, typer.Option(help="Train a slow path with the sentence encoder, for unsure prompts: dearer, and no better so far.")
+    ] = False,
     judge: Annotated[bool, typer.Option(help="Cross-validate too and write every figure into the model card.")] = False,
     max_experts: Annotated[int | None, typer.Option(min=1, help="Keep at most so many experts.")] = None,
     max_avg_params_b: Annotated[
@@ -68,9 +71,9 @@ def train(
     from antiphon.coe.judging.model_card import model_card
     from antiphon.coe.judging.report import judge_table, plots
     from antiphon.coe.routing.artifact import write_artifact
+    from antiphon.coe.training.data.table import read_table
     from antiphon.coe.training.fit import Recipe
     from antiphon.coe.training.mapping import Budget
-    from antiphon.coe.training.table import read_table
     from antiphon.coe.training.train import Options
     from antiphon.coe.training.train import train as train_router
 
@@ -93,48 +96,72 @@ def train(
 
 @app.command()
 def evaluate(
-    artifact: ArtifactDir,
-    table: Table,
+    table: Annotated[list[Path], typer.Option("--table", help="Score table, .jsonl or .jsonl.gz; may be given several times.")],
+    artifact: Annotated[
+        Path | None, typer.Option("--artifact", help="Directory of the router artifact; without it the recipe alone is judged.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     policy: Annotated[PolicyName, typer.Option(help="Policy of the artifact on unseen rows.")] = PolicyName.QUALITY,
+    learnt: Annotated[
+        Path | None, typer.Option(help="The table that the artifact was trained on: simple routers learn from it and are compared.")
+    ] = None,
     gate: Annotated[Path | None, typer.Option(help="JSON file of promises; exit 1 when one is broken.")] = None,
     plot_dir: Annotated[Path | None, typer.Option("--plots", help="Write plots into this directory.")] = None,
     cross_validation: Annotated[
         bool | None, typer.Option(help="Judge the recipe too; default: when the artifact knows most of the table.")
     ] = None,
 ) -> None:
-    """Judge a router: the artifact on rows it has not seen, and its recipe by cross-validation on the table."""
-    from antiphon.coe.judging.held_out import judge_artifact, unseen_rows
-    from antiphon.coe.judging.report import broken_promises, judge_table, plots, rows_for_people
+    """Judge a router: the artifact on rows it has not seen, and its recipe by cross-validation on each table."""
+    from antiphon.coe.judging.held_out import judge_artifact, rows_of, unseen_rows
+    from antiphon.coe.judging.report import broken_promises, dataset_rows, judge_table, plots, policy_rows, rows_for_people
     from antiphon.coe.routing.artifact import load_artifact
-    from antiphon.coe.training.table import drop_duplicates, read_table
+    from antiphon.coe.training.data.table import drop_duplicates, read_table
+    from antiphon.coe.training.fit import Recipe
     from antiphon.coe.training.train import Options, prepare, recipe_of
+    from antiphon.core.errors import InvalidInput
 
-    loaded = load_artifact(artifact)
-    rows, _ = drop_duplicates(read_table(table))
-    recipe = recipe_of(loaded)
-    result: dict[str, Any] = {"digest": loaded.digest, "cross_validation": None, "artifact": None}
-    if cross_validation is None:
-        cross_validation = len(unseen_rows(loaded, rows)) <= len(rows) / 2
-    if cross_validation:
-        training = loaded.training
-        options = Options(recipe=recipe, embedder=training["embedder"], slow_path=loaded.slow is not None)
-        prepared = prepare(rows, options, _say)
-        report, judged = judge_table(prepared, recipe, _say)
-        result["cross_validation"] = report.to_json()
-        if plot_dir is not None:
-            plot_dir.mkdir(parents=True, exist_ok=True)
-            for name, data in plots(report, judged, prepared.labels.categories).items():
-                (plot_dir / name).write_bytes(data)
-    if (held_out := judge_artifact(loaded, rows, policy.policy, recipe.seed)) is not None:
-        result["artifact"] = asdict(held_out)
+    if artifact is None and (learnt is not None or cross_validation is False):
+        raise InvalidInput("without an artifact there is nothing but the recipe to judge", "artifact")
+    loaded = None if artifact is None else load_artifact(artifact)
+    known = None if learnt is None else drop_duplicates(read_table(learnt))[0]
+    recipe = Recipe() if loaded is None else recipe_of(loaded)
+    results: dict[str, dict[str, Any]] = {}
+    for path in table:
+        rows, _ = drop_duplicates(read_table(path))
+        result: dict[str, Any] = {"digest": None if loaded is None else loaded.digest, "cross_validation": None, "artifact": None}
+        results[str(path)] = result
+        validated = cross_validation
+        if validated is None:
+            validated = loaded is None or len(unseen_rows(loaded, rows)) <= len(rows) / 2
+        if len(table) > 1 and not as_json:
+            click.echo(f"{path}:")
+        if validated:
+            if not len(rows.complete):
+                raise InvalidInput(f"no row of {path} has every expert's score; nothing can be judged", "table")
+            options = Options(recipe=recipe)
+            if loaded is not None:
+                options = Options(recipe=recipe, embedder=loaded.training["embedder"], slow_path=loaded.slow is not None)
+            prepared = prepare(rows.rows(rows.complete), options, _say)
+            report, judged = judge_table(prepared, recipe, _say)
+            result["cross_validation"] = report.to_json()
+            if plot_dir is not None:
+                plot_dir.mkdir(parents=True, exist_ok=True)
+                for name, data in plots(report, judged, prepared.labels.categories).items():
+                    (plot_dir / (name if len(table) == 1 else f"{path.name.split('.')[0]}-{name}")).write_bytes(data)
+            if not as_json:
+                _print_table("recipe, cross-validated", rows_for_people(report))
+                _print_table("policies, differences in points with 95 % intervals", policy_rows(report), head=True)
+                _print_table("datasets", dataset_rows(report), head=True)
+        held_out = None if loaded is None else judge_artifact(loaded, rows, policy.policy, recipe.seed, known)
+        if held_out is not None:
+            result["artifact"] = asdict(held_out)
+            if not as_json:
+                _print_table(f"artifact, rows it has not seen, policy {policy.value}", rows_of(held_out))
+        elif loaded is not None:
+            _say(f"{path}: no row with every score is new to the artifact; it is not judged by this table")
+    result = next(iter(results.values())) if len(table) == 1 else {"tables": results}
     if as_json:
         click.echo(_json(result))
-    else:
-        if cross_validation:
-            _print_table("recipe, cross-validated", rows_for_people(report))
-        if held_out is not None:
-            _print_table("artifact, rows it has not seen", [(k, str(v)) for k, v in asdict(held_out).items()])
     broken = [] if gate is None else broken_promises(result, gate)
     for promise in broken:
         click.echo(f"broken: {promise}", err=True)
@@ -176,11 +203,16 @@ def add_expert(
     """Let a new expert join from a few scored probes, without training again."""
     from antiphon.coe.judging.model_card import model_card
     from antiphon.coe.routing.artifact import load_artifact, write_artifact
+    from antiphon.coe.training.data.table import read_table
     from antiphon.coe.training.join import join_expert
-    from antiphon.coe.training.table import read_table
 
     joined = join_expert(load_artifact(artifact), read_table(probes))
-    click.echo(f"{out}: {write_artifact(joined, out, {'model_card.md': model_card(joined, None).encode()})}")
+    digest = write_artifact(joined.artifact, out, {"model_card.md": model_card(joined.artifact, None).encode()})
+    points = f"{100 * joined.gain:+.2f} points [{100 * joined.low:+.2f}, {100 * joined.high:+.2f}]"
+    _say(f"asked for {100 * joined.share:.0f} % of the probes; worth {points} over what is expected of the others there")
+    if joined.low <= 0.0:
+        _say("the interval includes no gain at all: score more probes to be sure")
+    click.echo(f"{out}: {digest}")
 
 
 @app.command()
@@ -300,8 +332,8 @@ def example(
     seed: Annotated[int, typer.Option(help="Another seed, other rows.")] = 0,
 ) -> None:
     """Write a made-up score table to try the other commands with."""
-    from antiphon.coe.training.example_table import example_table
-    from antiphon.coe.training.table import write_table
+    from antiphon.coe.training.data.example_table import example_table
+    from antiphon.coe.training.data.table import write_table
 
     write_table(example_table(seed=seed), out)
     click.echo(str(out))
@@ -311,11 +343,18 @@ def _json(value: dict[str, Any]) -> str:
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
 
 
-def _print_table(title: str | None, rows: list[tuple[str, str]]) -> None:
+def _print_table(title: str | None, rows: Sequence[tuple[str, ...]], *, head: bool = False) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table as RichTable
 
-    shown = RichTable(title=title, title_justify="left", show_header=False, box=None)
-    for row in rows:
-        shown.add_row(*row)
-    Console().print(shown)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, _PLAIN_WIDTH)
+    shown = RichTable(title=title, title_justify="left", show_header=head, header_style="bold", box=None)
+    if head:
+        for name in rows[0]:
+            shown.add_column(escape(name))
+    for row in rows[1:] if head else rows:
+        shown.add_row(*map(escape, row))
+    console.print(shown)

@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 
 from antiphon.coe.routing.artifact import write_artifact
-from antiphon.coe.training.example_table import example_table
+from antiphon.coe.training.data.example_table import example_table
 from antiphon.coe.training.fit import Recipe
 from antiphon.coe.training.train import Options, train
 from antiphon.testing import write_tiny_llama

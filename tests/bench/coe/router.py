@@ -57,7 +57,7 @@ def main() -> None:
     from antiphon.coe.routing.artifact import load_artifact
     from antiphon.coe.routing.decision import Question
     from antiphon.coe.routing.router import Router, judge, spec_of
-    from antiphon.coe.training.table import read_table
+    from antiphon.coe.training.data.table import read_table
 
     artifact = load_artifact(Path(sys.argv[1]))
     prompts = list(read_table(Path(sys.argv[2])).prompts)

@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 
 from antiphon.coe.routing.artifact import write_artifact
 from antiphon.coe.serving.app import CoeConfig, run_coe
-from antiphon.coe.training.example_table import example_table
+from antiphon.coe.training.data.example_table import example_table
 from antiphon.coe.training.fit import Recipe
 from antiphon.coe.training.train import Options, train
 from antiphon.core.document.composition import CompositionOfExperts, ExternalEndpoint

@@ -18,7 +18,7 @@ from antiphon.coe.serving.composition import Composition
 from antiphon.coe.serving.deciders import LocalRoutes
 from antiphon.coe.serving.doors.http import CoeDoor
 from antiphon.coe.serving.expert_health import ExpertHealth
-from antiphon.coe.training.example_table import example_table
+from antiphon.coe.training.data.example_table import example_table
 from antiphon.coe.training.fit import Recipe
 from antiphon.coe.training.train import Options, train
 from antiphon.core.document.composition import CompositionOfExperts

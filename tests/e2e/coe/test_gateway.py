@@ -26,7 +26,7 @@ from fastapi.responses import StreamingResponse
 from antiphon.client import AsyncClient
 from antiphon.coe.routing.artifact import write_artifact
 from antiphon.coe.serving.gateway import GatewayCompositions
-from antiphon.coe.training.example_table import example_table
+from antiphon.coe.training.data.example_table import example_table
 from antiphon.coe.training.fit import Recipe
 from antiphon.coe.training.train import Options, train
 from antiphon.core.document.composition import CompositionOfExperts

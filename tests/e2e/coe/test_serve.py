@@ -13,7 +13,7 @@ import pytest
 from antiphon.coe.routing.artifact import load_artifact, write_artifact
 from antiphon.coe.routing.decision import Question
 from antiphon.coe.routing.router import Router
-from antiphon.coe.training.example_table import example_table
+from antiphon.coe.training.data.example_table import example_table
 from antiphon.coe.training.fit import Recipe
 from antiphon.coe.training.train import Options, train
 from antiphon.core.document.composition import CompositionOfExperts

@@ -42,3 +42,35 @@ def test_evaluate_judges_unseen_rows_and_keeps_promises(artifact: Path, tmp_path
     )
     assert broken.exit_code == 1
     assert "broken: artifact.router is" in broken.output
+
+
+def test_evaluate_of_rows_that_are_all_known_says_so(artifact: Path) -> None:
+    result = RUN.invoke(
+        app, ["evaluate", "--artifact", str(artifact), "--table", str(artifact.parent / "table.jsonl.gz"), "--no-cross-validation"]
+    )
+    assert result.exit_code == 0
+    assert "no row with every score is new to the artifact" in result.output
+
+
+def test_evaluate_compares_with_simple_routers_on_unseen_rows_and_has_a_line_per_dataset(artifact: Path, tmp_path: Path) -> None:
+    _run("example-table", "-o", tmp_path / "other.jsonl.gz", "--seed", 8)
+    asked = (
+        "evaluate",
+        "--artifact",
+        artifact,
+        "--table",
+        tmp_path / "other.jsonl.gz",
+        "--learnt",
+        artifact.parent / "table.jsonl.gz",
+    )
+    value = json.loads(_run(*asked, "--json"))["artifact"]
+    assert set(value["over"]) == {"simple", "kNN-100", "ridge"}
+    assert value["over"]["simple"]["low"] > -0.05
+    shown = _run(*asked)
+    assert "over simple" in shown
+    assert all(f"dataset {name}" in shown for name in value["by_dataset"])
+
+
+def test_evaluate_needs_something_to_judge(artifact: Path) -> None:
+    result = RUN.invoke(app, ["evaluate", "--table", str(artifact.parent / "table.jsonl.gz"), "--no-cross-validation"])
+    assert result.exit_code != 0

@@ -33,8 +33,8 @@ from antiphon.apps.serve.local import DirectDeployment, running, wait_ready
 from antiphon.apps.serve.plan import ServeSettings
 from antiphon.coe.judging.model_card import model_card
 from antiphon.coe.routing.artifact import load_artifact, write_artifact
+from antiphon.coe.training.data.table import ScoreTable, TableExpert
 from antiphon.coe.training.fit import Recipe
-from antiphon.coe.training.table import ScoreTable, TableExpert
 from antiphon.coe.training.train import Options, train
 from antiphon.core.document.loading import parse_object
 from antiphon.core.errors import CheckpointInvalid, Unavailable

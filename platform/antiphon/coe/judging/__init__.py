@@ -1,1 +1,1 @@
-"""How good a router is on a table (control speed, offline)."""
+"""What a router is worth: cross-validation, comparisons, reports (control speed, offline)."""

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.linear_model import Ridge
 
-from antiphon.coe.routing.assessment import Assessment, Floats, Ints
-from antiphon.coe.training.augment import PERTURBATIONS, perturbed
-from antiphon.coe.training.fit import Path, Recipe, folds_of, pick
-from antiphon.coe.training.sentences import encode_sentences
+from antiphon.coe.judging.comparisons import COMPARISONS, Rows, expected_scores
+from antiphon.coe.routing.assessment import Assessment, Ints
+from antiphon.coe.training.data.augment import PERTURBATIONS, perturbed
+from antiphon.coe.training.encoders.sentences import encode_sentences
+from antiphon.coe.training.encoders.topics import presence
+from antiphon.coe.training.fit import Examples, Path, Recipe, folds_of
+from antiphon.coe.training.frontier import TIE_WEIGHT, pick
 from antiphon.coe.training.train import Memos, Prepared, Router, fit_router, slow_embedding
 
 Doubles = npt.NDArray[np.float64]
@@ -50,13 +53,18 @@ class CurvePoint:
 class Verdict:
     """Scores of rows that nothing was fitted on. Arrays are per judged row; -1 stands for no category."""
 
-    score_B: Doubles
+    score_B: Doubles  # policy quality
     single_B: Doubles  # the score of the expert that is best on the fitted rows
     gated_B: npt.NDArray[np.bool_]
     slow_B: npt.NDArray[np.bool_]
     cost_B: Doubles
+    expected_B: Doubles  # what the router expected of its pick
     category_B: Ints  # predicted
     confidence_B: Doubles
+    policies: dict[str, tuple[Doubles, Doubles]]  # policy → score and cost per row
+    comparisons: dict[str, Doubles]  # the simple router, nearest neighbours, ridge, random → score per row
+    advantage_B: Doubles  # expected score of the best expert over the cheapest: what two models are told apart by
+    comparison_advantages: dict[str, Doubles]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +75,6 @@ class Judged:
     true_category_B: Ints
     curve: tuple[CurvePoint, ...]
     agreement: dict[str, Estimate]
-    baselines: dict[str, Doubles]  # name → score per row
 
 
 def estimate(values_B: Doubles, seed: int) -> Estimate:
@@ -91,38 +98,62 @@ def calibration_error(confidence_B: Doubles, right_B: npt.NDArray[np.bool_], num
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """Prompts as both paths see them."""
+
+    fast: Examples
+    slow: Examples | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Seen:
-    """The assessment that serves: the slow path's where the fast one was unsure."""
+    """What serves: the slow path's assessment where the fast one was unsure."""
 
     expert_B: Ints
     gated_B: npt.NDArray[np.bool_]
     slow_B: npt.NDArray[np.bool_]
     category_B: Ints
     confidence_B: Doubles
+    scores_BM: Doubles
 
 
-def _serve(router: Router, fast_BD: Floats, slow_BD: Floats | None, point: int, weight: float, costs_M: Doubles) -> _Seen:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Assessed:
+    """Both paths' assessments of some rows, made once for all policies."""
+
+    fast: Assessment
+    slow: Assessment | None
+
+
+def _assess(router: Router, asked: _Asked, rows: Ints) -> _Assessed:
+    fast = router.fast.assess(asked.fast.features(rows, router.fast.topics))
+    if router.slow is None or asked.slow is None:
+        return _Assessed(fast=fast, slow=None)
+    return _Assessed(fast=fast, slow=router.slow.assess(asked.slow.features(rows, router.slow.topics)))
+
+
+def _serve(router: Router, found: _Assessed, point: int, weight: float, costs_M: Doubles) -> _Seen:
     """Route rows just as the service does."""
-    found = router.fast.assess(fast_BD)
     term = weight * costs_M / costs_M.max()
     experts = router.fast.frontier[point].experts
-    expert_B = pick(found, router.fast.gate, router.fast.general, term, experts)
-    gated_B = found.familiarity_B < router.fast.gate.threshold
+    expert_B = pick(found.fast, router.fast.gate, router.fast.general, term, experts)
+    gated_B = found.fast.familiarity_B < np.float32(router.fast.gate.threshold)
     slow_B = np.zeros(len(gated_B), bool)
-    categories_BC = found.categories_BC.copy()
-    if router.slow is not None and slow_BD is not None and gated_B.any():
-        slow_B = gated_B.copy()
-        again = router.slow.assess(slow_BD[slow_B])
-        expert_B[slow_B] = pick(again, router.slow.gate, router.fast.general, term, experts)
-        gated_B = gated_B.copy()
-        gated_B[slow_B] = again.familiarity_B < router.slow.gate.threshold
-        categories_BC[slow_B] = again.categories_BC
+    categories_BC, scores_BM = found.fast.categories_BC, found.fast.scores_BM
+    if router.slow is not None and found.slow is not None:
+        slow_B = gated_B
+        again_B = pick(found.slow, router.slow.gate, router.fast.general, term, experts)
+        expert_B = np.where(slow_B, again_B, expert_B)
+        gated_B = slow_B & (found.slow.familiarity_B < np.float32(router.slow.gate.threshold))
+        categories_BC = np.where(slow_B[:, None], found.slow.categories_BC, categories_BC)
+        scores_BM = np.where(slow_B[:, None], found.slow.scores_BM, scores_BM)
     return _Seen(
         expert_B=expert_B,
         gated_B=gated_B,
         slow_B=slow_B,
         category_B=categories_BC.argmax(axis=1),
         confidence_B=categories_BC.max(axis=1).astype(np.float64),
+        scores_BM=scores_BM.astype(np.float64),
     )
 
 
@@ -131,26 +162,23 @@ def by_prompt(prepared: Prepared, recipe: Recipe, say: Say) -> Judged:
     num, scores_BM, costs_M = len(prepared.table), prepared.table.scores, prepared.table.params_b
     fold = folds_of(num, NUM_FOLDS, recipe.seed)
     memos = Memos.empty()
-    parts = _Parts.of(num)
+    parts = _Parts.of(prepared)
     curve = np.zeros((len(_COST_WEIGHTS), 2))
     agreed = {name: np.zeros(num) for name in PERTURBATIONS}
-    baselines = {name: np.zeros(num) for name in ("kNN-100", "ridge", "random")}
-    changed = {name: _embedded(prepared, perturbed(prepared.table.prompts, name, recipe.seed)) for name in PERTURBATIONS}
+    plain = _Asked(fast=prepared.fast, slow=prepared.slow)
+    changed = {name: _changed(prepared, perturbed(prepared.table.prompts, name, recipe.seed)) for name in PERTURBATIONS}
     for f in range(NUM_FOLDS):
         say(f"fold {f + 1} of {NUM_FOLDS}")
         seen, judged = np.flatnonzero(fold != f), np.flatnonzero(fold == f)
         router = fit_router(prepared, seen, recipe, memos)
-        plain = _rows(prepared, judged)
-        served = _serve(router, *plain, 0, 0.0, costs_M)
-        parts.put(judged, served, router.fast.general, scores_BM, costs_M)
-        for name, embedded in changed.items():
-            other = _serve(router, *_taken(embedded, judged), 0, 0.0, costs_M)
+        found = _assess(router, plain, judged)
+        served = parts.put(router, found, seen, judged)
+        for name, asked in changed.items():
+            other = _serve(router, _assess(router, asked, judged), 0, TIE_WEIGHT, costs_M)
             agreed[name][judged] = other.expert_B == served.expert_B
         for w, weight in enumerate(_COST_WEIGHTS):
-            point = _nearest(router.fast, weight)
-            expert_B = _serve(router, *plain, point, weight, costs_M).expert_B
+            expert_B = _serve(router, found, _nearest(router.fast, weight), max(weight, TIE_WEIGHT), costs_M).expert_B
             curve[w] += [costs_M[expert_B].sum(), scores_BM[judged, expert_B].sum()]
-        _baselines(prepared, seen, judged, baselines)
     return Judged(
         verdict=parts.verdict(),
         true_category_B=prepared.labels.category_B,
@@ -159,7 +187,6 @@ def by_prompt(prepared: Prepared, recipe: Recipe, say: Say) -> Judged:
             for w, (cost, score) in zip(_COST_WEIGHTS, curve, strict=True)
         ),
         agreement={name: estimate(values, recipe.seed) for name, values in agreed.items()},
-        baselines=baselines,
     )
 
 
@@ -170,14 +197,13 @@ def by_dataset(prepared: Prepared, recipe: Recipe, say: Say) -> Verdict | None:
     if len(names) < 3:
         return None
     memos = Memos.empty()
-    parts = _Parts.of(len(datasets))
-    scores_BM, costs_M = prepared.table.scores, prepared.table.params_b
+    parts = _Parts.of(prepared)
+    plain = _Asked(fast=prepared.fast, slow=prepared.slow)
     for name in names:
         say(f"without {name}")
         seen, judged = np.flatnonzero(datasets != name), np.flatnonzero(datasets == name)
         router = fit_router(prepared, seen, recipe, memos)
-        served = _serve(router, *_rows(prepared, judged), 0, 0.0, costs_M)
-        parts.put(judged, served, router.fast.general, scores_BM, costs_M)
+        parts.put(router, _assess(router, plain, judged), seen, judged)
     return parts.verdict()
 
 
@@ -185,68 +211,90 @@ def by_dataset(prepared: Prepared, recipe: Recipe, say: Say) -> Verdict | None:
 class _Parts:
     """A verdict under construction."""
 
+    prepared: Prepared
     arrays: dict[str, Doubles]
 
     @classmethod
-    def of(cls, num: int) -> _Parts:
-        names = ("score", "single", "gated", "slow", "cost", "category", "confidence")
-        return cls({name: np.zeros(num) for name in names})
+    def of(cls, prepared: Prepared) -> _Parts:
+        return cls(prepared=prepared, arrays={})
 
-    def put(self, rows: Ints, served: _Seen, general: int, scores_BM: Doubles, costs_M: Doubles) -> None:
-        self.arrays["score"][rows] = scores_BM[rows, served.expert_B]
-        self.arrays["single"][rows] = scores_BM[rows, general]
-        self.arrays["gated"][rows] = served.gated_B
-        self.arrays["slow"][rows] = served.slow_B
-        self.arrays["cost"][rows] = costs_M[served.expert_B]
-        self.arrays["category"][rows] = served.category_B
-        self.arrays["confidence"][rows] = served.confidence_B
+    def put(self, router: Router, found: _Assessed, seen: Ints, rows: Ints) -> _Seen:
+        """What a router that learnt from ``seen`` does with ``rows``, and what the comparisons do."""
+        table = self.prepared.table
+        scores_BM, costs_M = table.scores, table.params_b
+        general = router.fast.general
+        strong, weak = int(scores_BM[seen].mean(axis=0).argmax()), int(costs_M.argmin())
+        weak = weak if weak != strong else int(scores_BM[seen].mean(axis=0).argmin())
+        served = _serve(router, found, 0, TIE_WEIGHT, costs_M)
+        own = np.arange(len(rows))
+        self._set("score", rows, scores_BM[rows, served.expert_B])
+        self._set("single", rows, scores_BM[rows, general])
+        self._set("gated", rows, served.gated_B)
+        self._set("slow", rows, served.slow_B)
+        self._set("cost", rows, costs_M[served.expert_B])
+        self._set("expected", rows, served.scores_BM[own, served.expert_B])
+        self._set("category", rows, served.category_B)
+        self._set("confidence", rows, served.confidence_B)
+        self._set("advantage", rows, served.scores_BM[:, strong] - served.scores_BM[:, weak])
+        for policy, point in router.policies.items():
+            expert_B = _serve(router, found, point, router.fast.frontier[point].weight, costs_M).expert_B
+            self._set(f"policy {policy}", rows, scores_BM[rows, expert_B])
+            self._set(f"policy cost {policy}", rows, costs_M[expert_B])
+        fast = self.prepared.fast
+        compared = Rows(
+            prompts=table.prompts,
+            embedding_BD=fast.embedding_BD,
+            num_near=fast.num_near,
+            label_B=self.prepared.labels.source_B if self.prepared.labels.how != "clusters" else np.zeros(len(table), np.int64),
+            scores_BM=scores_BM,
+        )
+        for name in COMPARISONS:
+            expected_BM = expected_scores(name, compared, seen, rows)
+            self._set(f"comparison {name}", rows, scores_BM[rows, expected_BM.argmax(axis=1)])
+            self._set(f"comparison advantage {name}", rows, expected_BM[:, strong] - expected_BM[:, weak])
+        self._set("comparison random", rows, scores_BM[rows].mean(axis=1))
+        return served
+
+    def _set(self, name: str, rows: Ints, values_B: npt.NDArray[Any]) -> None:
+        if name not in self.arrays:
+            self.arrays[name] = np.zeros(len(self.prepared.table))
+        self.arrays[name][rows] = values_B
+
+    def _named(self, prefix: str) -> dict[str, Doubles]:
+        return {name.removeprefix(prefix): values for name, values in self.arrays.items() if name.startswith(prefix)}
 
     def verdict(self) -> Verdict:
+        """The whole, once every row has been judged."""
         a = self.arrays
+        costs = self._named("policy cost ")
         return Verdict(
             score_B=a["score"],
             single_B=a["single"],
             gated_B=a["gated"] > 0,
             slow_B=a["slow"] > 0,
             cost_B=a["cost"],
+            expected_B=a["expected"],
             category_B=a["category"].astype(np.int64),
             confidence_B=a["confidence"],
+            policies={name: (a[f"policy {name}"], cost_B) for name, cost_B in costs.items()},
+            comparisons={name: v for name, v in self._named("comparison ").items() if not name.startswith("advantage ")},
+            advantage_B=a["advantage"],
+            comparison_advantages=self._named("comparison advantage "),
         )
 
 
-_Embedded = tuple[Floats, Floats | None]
-
-
-def _rows(prepared: Prepared, rows: Ints) -> _Embedded:
-    return prepared.fast.embedding_BD[rows], None if prepared.slow is None else prepared.slow.embedding_BD[rows]
-
-
-def _taken(embedded: _Embedded, rows: Ints) -> _Embedded:
-    fast_BD, slow_BD = embedded
-    return fast_BD[rows], None if slow_BD is None else slow_BD[rows]
-
-
-def _embedded(prepared: Prepared, prompts: list[str]) -> _Embedded:
+def _changed(prepared: Prepared, prompts: list[str]) -> _Asked:
     fast_BD = prepared.embedding.encode_all(prompts)
+    present = presence(prepared.embedding, prompts)
+    fast = replace(prepared.fast, embedding_BD=fast_BD, present_BW=present)
     if prepared.slow is None or prepared.encoder is None:
-        return fast_BD, None
-    return fast_BD, slow_embedding(encode_sentences(prepared.encoder, prompts), fast_BD)
+        return _Asked(fast=fast, slow=None)
+    slow_BD = slow_embedding(encode_sentences(prepared.encoder, prompts), fast_BD)
+    return _Asked(fast=fast, slow=replace(prepared.slow, embedding_BD=slow_BD, present_BW=present))
 
 
 def _nearest(path: Path, weight: float) -> int:
     return min(range(len(path.frontier)), key=lambda i: abs(path.frontier[i].weight - weight))
-
-
-def _baselines(prepared: Prepared, seen: Ints, judged: Ints, into: dict[str, Doubles]) -> None:
-    scores_BM, near = prepared.table.scores, prepared.fast.num_near
-    known_BD, asked_BD = prepared.fast.embedding_BD[seen], prepared.fast.embedding_BD[judged]
-    similarity = asked_BD[:, :near] @ known_BD[:, :near].T
-    k = min(100, len(seen))
-    nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-    into["kNN-100"][judged] = scores_BM[judged, scores_BM[seen][nearest].mean(axis=1).argmax(axis=1)]
-    ridge = Ridge(alpha=10.0).fit(known_BD, scores_BM[seen])
-    into["ridge"][judged] = scores_BM[judged, ridge.predict(asked_BD).argmax(axis=1)]
-    into["random"][judged] = scores_BM[judged].mean(axis=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,20 +318,6 @@ def two_models(advantage_B: Doubles, scores_BM: Doubles, weak: int, strong: int)
         return float(share[int(np.argmax(recovered >= part))]) if (recovered >= part).any() else 1.0
 
     return TwoModels(apgr=float(middle.mean()), cpt_50=share_for(0.5), cpt_80=share_for(0.8))
-
-
-def advantages(prepared: Prepared, recipe: Recipe, weak: int, strong: int) -> Doubles:
-    """Expected score of strong minus weak for each row, from models that have not seen it."""
-    num = len(prepared.table)
-    fold = folds_of(num, NUM_FOLDS, recipe.seed)
-    memos = Memos.empty()
-    result = np.zeros(num)
-    for f in range(NUM_FOLDS):
-        judged = np.flatnonzero(fold == f)
-        path = fit_router(prepared, np.flatnonzero(fold != f), recipe, memos).fast
-        found: Assessment = path.assess(prepared.fast.embedding_BD[judged])
-        result[judged] = found.scores_BM[:, strong] - found.scores_BM[:, weak]
-    return result
 
 
 def aiq(points: list[tuple[float, float]]) -> float:

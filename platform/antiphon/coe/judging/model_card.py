@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from antiphon.coe.judging.report import Report, rows_for_people
+from antiphon.coe.judging.report import Report, dataset_rows, policy_rows, rows_for_people
 from antiphon.coe.routing.artifact import Artifact
 
 
@@ -40,7 +40,7 @@ def model_card(artifact: Artifact, report: Report | None) -> str:
         rows.append((name, f"{point.weight:g}", f"{point.score:.4f}", f"{point.avg_cost:.1f}", experts))
     lines += _table(("policy", "cost weight", "score", "average cost", "experts"), rows)
     lines += ["", "## Categories", ""]
-    scores_CM = artifact.fast.fitted.coarse_scores_CM
+    scores_CM = artifact.fast.fitted.category_scores_CM
     lines += _table(
         ("category", "mapped to", *artifact.expert_names),
         [
@@ -50,6 +50,16 @@ def model_card(artifact: Artifact, report: Report | None) -> str:
     )
     gate = artifact.fast.gate
     lines += ["", f"Gate: familiarity below {gate.threshold:.3f} goes to the general expert.", ""]
+    if report is not None:
+        lines[-1:] = [
+            f"It closed on {100 * report.gate_rate:.0f} % of prompts of known kinds"
+            + (
+                "."
+                if report.gate_rate_left_out is None
+                else f" and on {100 * report.gate_rate_left_out:.0f} % of datasets not seen."
+            ),
+            "",
+        ]
     if report is None:
         lines += ["This router has not been judged."]
     else:
@@ -60,11 +70,10 @@ def model_card(artifact: Artifact, report: Report | None) -> str:
             "",
         ]
         lines += _table(("what", "value"), rows_for_people(report))
-        if report.left_out_by_dataset:
-            lines += ["", "### Datasets not seen in training, against the best single expert", ""]
-            lines += _table(
-                ("dataset", "difference"), [(name, f"{gain:+.3f}") for name, gain in report.left_out_by_dataset.items()]
-            )
+        head, *rows = policy_rows(report)
+        lines += ["", "### Policies against other routers, in points with 95 % intervals", "", *_table(head, rows)]
+        head, *rows = dataset_rows(report)
+        lines += ["", "### Datasets", "", *_table(head, rows)]
         lines += ["", *(f"![{name}]({name}.png)" for name in ("quality-cost", "calibration", "confusion"))]
     return "\n".join(lines) + "\n"
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from antiphon.coe.judging import judge
+from antiphon.coe.judging.comparisons import COMPARISONS, SIMPLE
 from antiphon.coe.judging.judge import Estimate, Judged, Say, TwoModels, Verdict
 from antiphon.coe.training.fit import Recipe
 from antiphon.coe.training.train import Prepared
@@ -22,6 +23,29 @@ from antiphon.core.errors import InvalidInput
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyFigures:
+    """One policy on rows that nothing was fitted on."""
+
+    score: float
+    avg_cost: float
+    over_single: Estimate
+    over: dict[str, Estimate]  # against each comparison, row by row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetFigures:
+    """One dataset's rows: mean scores when other prompts of it were learnt from, and when none was."""
+
+    num_rows: int
+    router: float
+    single: float
+    simple: float
+    left_out: float | None
+    left_out_single: float | None
+    left_out_simple: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,13 +63,19 @@ class Report:
     aiq: float
     left_out: Estimate | None  # against the best single expert, each dataset unseen
     left_out_by_dataset: dict[str, float]
+    policies: dict[str, PolicyFigures]  # five folds
+    policies_left_out: dict[str, PolicyFigures]
+    by_dataset: dict[str, DatasetFigures]
+    expected: float  # what the router expected of its picks, five folds
+    expected_left_out: float | None
+    score_left_out: float | None
     gate_rate: float
     gate_rate_left_out: float | None
     slow_rate: float
     agreement: dict[str, Estimate]  # same expert under each perturbation
     category_accuracy: float
     calibration_error: float
-    two_models: TwoModels | None
+    two_models: dict[str, TwoModels]  # the router and its comparisons; empty unless there are two experts
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -76,7 +106,7 @@ def judge_table(prepared: Prepared, recipe: Recipe, say: Say) -> tuple[Report, J
             "router": float(verdict.score_B.mean()),
             "best single": single,
             "oracle": float(table.scores.max(axis=1).mean()),
-            **{name: float(values.mean()) for name, values in judged.baselines.items()},
+            **{name: float(values.mean()) for name, values in verdict.comparisons.items()},
         },
         experts={
             expert.name: (float(cost), float(score))
@@ -90,13 +120,19 @@ def judge_table(prepared: Prepared, recipe: Recipe, say: Say) -> tuple[Report, J
         aiq=judge.aiq([(point.avg_cost, point.score) for point in judged.curve]),
         left_out=None if left is None else judge.estimate(left.score_B - left.single_B, recipe.seed),
         left_out_by_dataset={} if left is None else _by_dataset(prepared, left),
+        policies=_policies(verdict, recipe),
+        policies_left_out={} if left is None else _policies(left, recipe),
+        by_dataset=_dataset_figures(prepared, verdict, left),
+        expected=float(verdict.expected_B.mean()),
+        expected_left_out=None if left is None else float(left.expected_B.mean()),
+        score_left_out=None if left is None else float(left.score_B.mean()),
         gate_rate=float(verdict.gated_B.mean()),
         gate_rate_left_out=None if left is None else float(left.gated_B.mean()),
         slow_rate=float(verdict.slow_B.mean()),
         agreement=judged.agreement,
         category_accuracy=float(right.mean()),
         calibration_error=judge.calibration_error(verdict.confidence_B[labelled], right),
-        two_models=_two_models(prepared, recipe),
+        two_models=_two_models(prepared, verdict),
     )
     return report, judged
 
@@ -107,12 +143,41 @@ def _by_dataset(prepared: Prepared, left: Verdict) -> dict[str, float]:
     return {name: float(gain[prepared.fast.datasets == name].mean()) for name in names}
 
 
-def _two_models(prepared: Prepared, recipe: Recipe) -> TwoModels | None:
-    if prepared.table.scores.shape[1] != 2:
-        return None
-    strong = int(prepared.table.scores.mean(axis=0).argmax())
-    gain_B = judge.advantages(prepared, recipe, 1 - strong, strong)
-    return judge.two_models(gain_B, prepared.table.scores, 1 - strong, strong)
+def _policies(verdict: Verdict, recipe: Recipe) -> dict[str, PolicyFigures]:
+    return {
+        name: PolicyFigures(
+            score=float(score_B.mean()),
+            avg_cost=float(cost_B.mean()),
+            over_single=judge.estimate(score_B - verdict.single_B, recipe.seed),
+            over={other: judge.estimate(score_B - other_B, recipe.seed) for other, other_B in verdict.comparisons.items()},
+        )
+        for name, (score_B, cost_B) in verdict.policies.items()
+    }
+
+
+def _dataset_figures(prepared: Prepared, verdict: Verdict, left: Verdict | None) -> dict[str, DatasetFigures]:
+    figures = {}
+    for name in sorted(set(prepared.fast.datasets.tolist())):
+        rows = prepared.fast.datasets == name
+        figures[name] = DatasetFigures(
+            num_rows=int(rows.sum()),
+            router=float(verdict.score_B[rows].mean()),
+            single=float(verdict.single_B[rows].mean()),
+            simple=float(verdict.comparisons[SIMPLE][rows].mean()),
+            left_out=None if left is None else float(left.score_B[rows].mean()),
+            left_out_single=None if left is None else float(left.single_B[rows].mean()),
+            left_out_simple=None if left is None else float(left.comparisons[SIMPLE][rows].mean()),
+        )
+    return figures
+
+
+def _two_models(prepared: Prepared, verdict: Verdict) -> dict[str, TwoModels]:
+    scores_BM = prepared.table.scores
+    if scores_BM.shape[1] != 2:
+        return {}
+    strong = int(scores_BM.mean(axis=0).argmax())
+    by_name = {"router": verdict.advantage_B, **verdict.comparison_advantages}
+    return {name: judge.two_models(gain_B, scores_BM, 1 - strong, strong) for name, gain_B in by_name.items()}
 
 
 def broken_promises(report: Mapping[str, Any], promises_file: Path) -> list[str]:
@@ -157,20 +222,17 @@ def _figure(report: Mapping[str, Any], path: str) -> float | None:
 def rows_for_people(report: Report) -> list[tuple[str, str]]:
     """Name and value of every headline figure."""
 
-    def shown(e: Estimate) -> str:
-        return f"{100 * e.mean:+.2f} points [{100 * e.low:+.2f}, {100 * e.high:+.2f}]"
-
     unit = "B" if "parameters" in report.cost_unit else ""
     at_quality = report.cost_at_single_quality
     rows = [(f"score, {name}", f"{score:.4f}") for name, score in report.scores.items()]
     rows += [
-        ("over best single, 5-fold", shown(report.over_best_single)),
+        ("over best single, 5-fold", _points(report.over_best_single)),
         ("cost at best single's quality", "not reached" if at_quality is None else f"{at_quality:.1f}{unit}"),
         ("cost of best single", f"{report.single_cost:.1f}{unit}"),
         ("AIQ", f"{report.aiq:.4f}"),
     ]
     if report.left_out is not None and report.gate_rate_left_out is not None:
-        rows.append(("against best single, dataset unseen", shown(report.left_out)))
+        rows.append(("against best single, dataset unseen", _points(report.left_out)))
         rows.append(("gated, dataset unseen", f"{100 * report.gate_rate_left_out:.1f} %"))
     rows += [
         ("gated, 5-fold", f"{100 * report.gate_rate:.1f} %"),
@@ -179,10 +241,49 @@ def rows_for_people(report: Report) -> list[tuple[str, str]]:
         (f"calibration error, {judge.NUM_BINS} bins", f"{report.calibration_error:.4f}"),
     ]
     rows += [(f"same expert: {name}", f"{e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]") for name, e in report.agreement.items()]
-    if report.two_models is not None:
-        two = report.two_models
-        rows.append(("APGR, CPT(50 %), CPT(80 %)", f"{two.apgr:.3f}, {two.cpt_50:.3f}, {two.cpt_80:.3f}"))
+    rows += [
+        (f"APGR, CPT(50 %), CPT(80 %): {name}", f"{two.apgr:.3f}, {two.cpt_50:.3f}, {two.cpt_80:.3f}")
+        for name, two in report.two_models.items()
+    ]
+    rows.append(("expected of its picks, five folds", f"{report.expected:.4f}, scored {report.scores['router']:.4f}"))
+    if report.expected_left_out is not None and report.score_left_out is not None:
+        rows.append(
+            ("expected of its picks, dataset unseen", f"{report.expected_left_out:.4f}, scored {report.score_left_out:.4f}")
+        )
     return rows
+
+
+Rows = list[tuple[str, ...]]
+
+
+def policy_rows(report: Report) -> Rows:
+    """A head, then a line per policy and way of judging: score, cost, and the differences to what it is compared with."""
+    others = [SIMPLE, *(name for name in report.scores if name in COMPARISONS and name != SIMPLE)]
+    rows: Rows = [("policy", "judged by", "score", "cost", "− best single", *(f"− {name}" for name in others))]
+    for how, policies in (("five folds", report.policies), ("dataset unseen", report.policies_left_out)):
+        for name, found in policies.items():
+            differences = (_points(found.over_single), *(_points(found.over[other]) for other in others))
+            rows.append((name, how, f"{found.score:.4f}", f"{found.avg_cost:.1f}", *differences))
+    return rows
+
+
+def dataset_rows(report: Report) -> Rows:
+    """A head, then a line per dataset: router, best single expert and simple router, its prompts known in part and not at all."""
+
+    def shown(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3f}"
+
+    head = ("dataset", "prompts", "router", "single", "simple", "unseen: router", "single", "simple")
+    rows: Rows = [head]
+    for name, found in report.by_dataset.items():
+        known = (found.router, found.single, found.simple)
+        unseen = (found.left_out, found.left_out_single, found.left_out_simple)
+        rows.append((name, str(found.num_rows), *(shown(value) for value in known), *(shown(value) for value in unseen)))
+    return rows
+
+
+def _points(e: Estimate) -> str:
+    return f"{100 * e.mean:+.2f} [{100 * e.low:+.2f}, {100 * e.high:+.2f}]"
 
 
 def plots(report: Report, judged: Judged, categories: Sequence[str]) -> dict[str, bytes]:
@@ -207,7 +308,13 @@ def _quality_cost(report: Report) -> Figure:
     axes.scatter([cost for cost, _ in alone], [score for _, score in alone], color="grey", s=28, label="one expert alone")
     best = max(report.experts, key=lambda name: report.experts[name][1])
     axes.annotate(best, report.experts[best], textcoords="offset points", xytext=(-7, -3), ha="right", fontsize=8, color="dimgrey")
-    for name, style in (("oracle", "solid"), ("kNN-100", "dotted"), ("ridge", "dashdot"), ("random", "dashed")):
+    for name, style in (
+        ("oracle", "solid"),
+        (SIMPLE, "dotted"),
+        ("kNN-100", (0, (1, 3))),
+        ("ridge", "dashdot"),
+        ("random", "dashed"),
+    ):
         axes.axhline(report.scores[name], color="grey", linewidth=0.9, linestyle=style, label=f"{name} {report.scores[name]:.3f}")
     points = sorted({(p.avg_cost, p.score) for p in report.curve})
     axes.plot(

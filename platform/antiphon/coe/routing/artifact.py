@@ -26,14 +26,14 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from antiphon.coe.routing.assessment import Fitted, Gate, Head, Landmarks, Mix
-from antiphon.coe.routing.embedding import StaticEmbedding
+from antiphon.coe.routing.assessment import Fitted, Gate, Mix, Ready
+from antiphon.coe.routing.embedding import StaticEmbedding, TokenVectors
 from antiphon.coe.routing.encoder import SentenceEncoder
 from antiphon.coe.routing.wordpiece import WordPiece
 from antiphon.core.errors import CheckpointInvalid
 
 FORMAT = "antiphon-coe-router"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 _JSON, _ARRAYS, _VOCABULARY, _ENCODER = "router.json", "router.safetensors", "vocab.txt", "encoder.onnx"
 
@@ -67,6 +67,12 @@ class ServedPath:
     fitted: Fitted
     mix: Mix
     gate: Gate
+    quick: Ready
+
+    @classmethod
+    def of(cls, fitted: Fitted, mix: Mix, gate: Gate) -> ServedPath:
+        """The path, made ready for one prompt at a time."""
+        return cls(fitted=fitted, mix=mix, gate=gate, quick=Ready(fitted, mix, gate))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +82,7 @@ class Artifact:
     digest: str
     experts: tuple[ArtifactExpert, ...]
     categories: tuple[str, ...]
-    sources: tuple[str, ...]
+    classes: tuple[str, ...]  # categories within datasets
     general: int  # index of the expert that uncertain prompts go to
     mapping: tuple[int, ...]  # category → expert under the budget of training
     allowed: tuple[bool, ...]  # experts that the subset of training keeps
@@ -95,28 +101,22 @@ class Artifact:
         return tuple(expert.name for expert in self.experts)
 
 
-def _head_arrays(prefix: str, head: Head) -> dict[str, Array]:
-    return {f"{prefix}.weights": head.weights_DC, f"{prefix}.bias": head.bias_C}
-
-
 def _path_arrays(prefix: str, path: ServedPath) -> dict[str, Array]:
     fitted = path.fitted
     return {
-        **_head_arrays(f"{prefix}.coarse", fitted.coarse),
-        **_head_arrays(f"{prefix}.fine", fitted.fine),
-        f"{prefix}.coarse_scores": fitted.coarse_scores_CM,
-        f"{prefix}.fine_scores": fitted.fine_scores_FM,
-        f"{prefix}.landmarks": fitted.landmarks.embedding_ND.astype(np.float16),
-        f"{prefix}.landmark_category": fitted.landmarks.category_N,
-        f"{prefix}.landmark_scores": fitted.landmarks.scores_NM.astype(np.float16),
+        f"{prefix}.heads": fitted.heads_DH,
+        f"{prefix}.bias": fitted.bias_H,
+        f"{prefix}.category_of_class": fitted.category_F,
+        f"{prefix}.class_scores": fitted.class_scores_FM,
+        f"{prefix}.category_scores": fitted.category_scores_CM,
+        f"{prefix}.mean": fitted.mean_M,
+        f"{prefix}.landmarks": fitted.landmarks_ND.astype(np.float16),
     }
 
 
 def _path_json(path: ServedPath) -> dict[str, Any]:
     return {
-        "coarse_temperature": path.fitted.coarse.temperature,
-        "fine_temperature": path.fitted.fine.temperature,
-        "num_neighbours": path.fitted.landmarks.num_neighbours,
+        "temperature": path.fitted.temperature,
         "mix": asdict(path.mix),
         "gate": asdict(path.gate),
     }
@@ -128,30 +128,28 @@ def as_stored(path: ServedPath) -> ServedPath:
 
 
 def _read_path(prefix: str, arrays: Mapping[str, Array], value: Mapping[str, Any]) -> ServedPath:
-    def head(name: str) -> Head:
-        return Head(
-            weights_DC=arrays[f"{prefix}.{name}.weights"],
-            bias_C=arrays[f"{prefix}.{name}.bias"],
-            temperature=float(value[f"{name}_temperature"]),
-        )
-
-    gate = value["gate"]
-    return ServedPath(
+    return ServedPath.of(
         fitted=Fitted(
-            coarse=head("coarse"),
-            fine=head("fine"),
-            landmarks=Landmarks(
-                embedding_ND=arrays[f"{prefix}.landmarks"].astype(np.float32),
-                category_N=arrays[f"{prefix}.landmark_category"],
-                scores_NM=arrays[f"{prefix}.landmark_scores"].astype(np.float32),
-                num_neighbours=int(value["num_neighbours"]),
-            ),
-            coarse_scores_CM=arrays[f"{prefix}.coarse_scores"],
-            fine_scores_FM=arrays[f"{prefix}.fine_scores"],
+            heads_DH=arrays[f"{prefix}.heads"],
+            bias_H=arrays[f"{prefix}.bias"],
+            temperature=float(value["temperature"]),
+            category_F=arrays[f"{prefix}.category_of_class"],
+            class_scores_FM=arrays[f"{prefix}.class_scores"],
+            category_scores_CM=arrays[f"{prefix}.category_scores"],
+            mean_M=arrays[f"{prefix}.mean"],
+            landmarks_ND=arrays[f"{prefix}.landmarks"].astype(np.float32),
         ),
         mix=Mix(**value["mix"]),
-        gate=Gate(weights=tuple(gate["weights"]), bias=gate["bias"], threshold=gate["threshold"]),
+        gate=Gate(**value["gate"]),
     )
+
+
+def _vectors(prefix: str, vectors: TokenVectors) -> dict[str, Array]:
+    return {f"{prefix}.table": vectors.table_VD, f"{prefix}.scale": vectors.scale_V}
+
+
+def _read_vectors(prefix: str, arrays: Mapping[str, Array]) -> TokenVectors:
+    return TokenVectors(table_VD=arrays[f"{prefix}.table"], scale_V=arrays[f"{prefix}.scale"])
 
 
 def write_artifact(artifact: Artifact, directory: Path, extra: Mapping[str, bytes]) -> str:
@@ -163,8 +161,8 @@ def write_artifact(artifact: Artifact, directory: Path, extra: Mapping[str, byte
     if directory.exists() and any(directory.iterdir()) and not (directory / MANIFEST).is_file():
         raise CheckpointInvalid(f"{directory} is not empty and no router artifact; it is left alone")
     arrays = {
-        "embedding.table": artifact.embedding.table_VD,
-        "embedding.scale": artifact.embedding.scale_V,
+        **_vectors("embedding", artifact.embedding.near),
+        **({} if artifact.embedding.topics is None else _vectors("topics", artifact.embedding.topics)),
         **_path_arrays("fast", artifact.fast),
     }
     if artifact.slow is not None:
@@ -202,7 +200,7 @@ def _router_json(artifact: Artifact) -> bytes:
     value = {
         "experts": [asdict(expert) for expert in artifact.experts],
         "categories": artifact.categories,
-        "sources": artifact.sources,
+        "classes": artifact.classes,
         "general": artifact.general,
         "mapping": artifact.mapping,
         "allowed": artifact.allowed,
@@ -250,7 +248,7 @@ def load_artifact(directory: Path, *, slow_path: bool = True, digest: str | None
             digest=str(listed["digest"]),
             experts=tuple(ArtifactExpert(**expert) for expert in value["experts"]),
             categories=tuple(value["categories"]),
-            sources=tuple(value["sources"]),
+            classes=tuple(value["classes"]),
             general=int(value["general"]),
             mapping=tuple(value["mapping"]),
             allowed=tuple(value["allowed"]),
@@ -259,8 +257,8 @@ def load_artifact(directory: Path, *, slow_path: bool = True, digest: str | None
             frontier=tuple(PolicyPoint(**{**point, "experts": tuple(point["experts"])}) for point in value["frontier"]),
             embedding=StaticEmbedding(
                 tokens=tokens,
-                table_VD=arrays["embedding.table"],
-                scale_V=arrays["embedding.scale"],
+                near=_read_vectors("embedding", arrays),
+                topics=_read_vectors("topics", arrays) if "topics.table" in arrays else None,
                 **value["embedding"],
             ),
             fast=_read_path("fast", arrays, value["fast"]),
@@ -312,20 +310,24 @@ def _check_shapes(artifact: Artifact, directory: Path) -> None:
     for name, path in (("fast", artifact.fast), ("slow", artifact.slow)):
         if path is None:
             continue
-        fitted = path.fitted
+        fitted, num_classes = path.fitted, len(artifact.classes)
+        width = num_classes + num_experts
         good = (
-            fitted.coarse_scores_CM.shape == (num_categories, num_experts)
-            and fitted.fine_scores_FM.shape == (len(artifact.sources), num_experts)
-            and fitted.coarse.bias_C.shape == (num_categories,)
-            and fitted.fine.bias_C.shape == (len(artifact.sources),)
-            and fitted.landmarks.scores_NM.shape == (len(fitted.landmarks.category_N), num_experts)
-            and fitted.coarse.weights_DC.shape[0] == fitted.fine.weights_DC.shape[0]
+            fitted.heads_DH.ndim == 2
+            and fitted.heads_DH.shape[1] == width == len(fitted.bias_H)
+            and fitted.category_F.shape == (num_classes,)
+            and bool(((fitted.category_F >= 0) & (fitted.category_F < num_categories)).all())
+            and fitted.class_scores_FM.shape == (num_classes, num_experts)
+            and fitted.category_scores_CM.shape == (num_categories, num_experts)
+            and fitted.mean_M.shape == (num_experts,)
+            and fitted.landmarks_ND.shape[1:] == (len(fitted.heads_DH),)
         )
         if not good:
             raise CheckpointInvalid(f"artifact {directory}: arrays of the {name} path don't fit {_JSON}")
-    dimensions = artifact.fast.fitted.coarse.weights_DC.shape[0]
-    if dimensions != artifact.embedding.num_dimensions or len(artifact.embedding.scale_V) != len(
-        artifact.embedding.tokens.vocabulary
+    num_tokens = len(artifact.embedding.tokens.vocabulary)
+    vectors = [artifact.embedding.near, *([] if artifact.embedding.topics is None else [artifact.embedding.topics])]
+    if len(artifact.fast.fitted.heads_DH) != artifact.embedding.num_dimensions or any(
+        len(found.scale_V) != num_tokens or len(found.table_VD) != num_tokens for found in vectors
     ):
         raise CheckpointInvalid(f"artifact {directory}: the embedding doesn't fit heads or vocabulary")
     points = artifact.policies.values()

@@ -1,15 +1,18 @@
-"""What one path of the router computes: categories, neighbours, expected scores, familiarity (request speed, plain numpy).
+"""What one path of the router computes: categories, expected scores, familiarity (request speed, plain numpy).
 
-    embedding ─► coarse head ─► p(category) ──────┐
-             ├─► fine head ───► p(source) ────────┼─► expected score per expert
-             └─► landmarks ───► neighbours ───────┘   and familiarity 0..1: how much this looks like what was trained on
+    embedding ─┬► class head ─┬─► p(class) ─┬─► p(category): the sum over its classes
+               │              │             └─► mean scores of classes and categories ─┐
+               └► score heads │────────────────────────────────────────────────────────┴─► expected score per expert
+                              └─► energy of the logits ─► familiarity 0..1: how much this looks like what was trained on
 
-Shape letters: B prompts, D embedding, C categories, F sources (finer classes), N landmarks, K neighbours, M experts. Training and
-routing share this code, so what is judged is what is served. Must not know: files, policies, clocks.
+A class is a category within a dataset. Energy is the logarithm of the sum of the logits' exponentials: low where no class speaks
+up (Liu et al. 2020, arXiv 2010.03759). Shape letters: B prompts, D embedding, C categories, F classes, N landmarks, M experts.
+Training and routing share this code, so what is judged is what is served. Must not know: files, policies, clocks.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,119 +21,74 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
-NUM_SIGNALS = 4
-_ONE_AND_TINY = np.float32(1.0 + 1e-4)  # keeps odds finite
+_MAX_LOGIT = 30.0  # of familiarity, which stays off 0 and 1
 
 
 def softmax(logits_BC: npt.NDArray[np.floating], temperature: float) -> Floats:
     """Row-wise softmax of ``logits_BC / temperature``."""
-    scaled = (logits_BC - logits_BC.max(axis=-1, keepdims=True)) / np.float32(temperature)
-    raised = np.exp(scaled)
-    result: Floats = (raised / raised.sum(axis=-1, keepdims=True)).astype(np.float32)
-    return result
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
-    """Multinomial logistic regression over an embedding, calibrated by one temperature."""
-
-    weights_DC: Floats
-    bias_C: Floats
-    temperature: float = 1.0
-
-    def logits(self, embedding_BD: Floats) -> Floats:
-        """Uncalibrated logits [B, C]."""
-        result: Floats = embedding_BD @ self.weights_DC + self.bias_C
-        return result
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Neighbourhood:
-    """What the nearest landmarks say about prompts."""
-
-    scores_BM: Floats  # mean score per expert
-    agreement_B: Floats  # share of neighbours of the prompt's most probable category
-    similarity_B: Floats  # mean product with the neighbours, -1..1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Landmarks:
-    """A fixed sample of training prompts: the first numbers of normalised embeddings, category and score per expert.
-
-    They are few and short, so that looking through them leaves what else a decision needs in the processor's cache.
-    """
-
-    embedding_ND: Floats
-    category_N: Ints
-    scores_NM: Floats
-    num_neighbours: int
-
-    def look(self, embedding_BD: Floats, category_B: Ints) -> Neighbourhood:
-        """The neighbourhood of each prompt, given its most probable category. Only the first D numbers of embeddings count."""
-        num_landmarks, D = self.embedding_ND.shape
-        similarity_BN = embedding_BD[:, :D] @ self.embedding_ND.T
-        k = min(self.num_neighbours, num_landmarks)
-        nearest_BK = similarity_BN.argpartition(num_landmarks - k, axis=1)[:, num_landmarks - k :]
-        row_B1 = np.arange(len(nearest_BK))[:, None]
-        # Plain reductions: the means of numpy cost more than the sums for one prompt.
-        part = np.float32(1.0 / k)
-        same_BK = self.category_N[nearest_BK] == category_B[:, None]
-        return Neighbourhood(
-            scores_BM=np.add.reduce(self.scores_NM[nearest_BK], axis=1) * part,
-            agreement_B=np.add.reduce(same_BK, axis=1, dtype=np.float32) * part,
-            similarity_B=np.add.reduce(similarity_BN[row_B1, nearest_BK], axis=1) * part,
-        )
+    raised: Floats = np.exp((logits_BC - np.maximum.reduce(logits_BC, axis=-1, keepdims=True)) * np.float32(1.0 / temperature))
+    raised /= np.add.reduce(raised, axis=-1, keepdims=True)
+    return raised
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
-    """Familiarity as a logistic regression over the signals; below ``threshold`` a prompt goes to the general expert."""
+    """Familiarity as a logistic function of the energy; below ``threshold`` a prompt goes to the general expert."""
 
-    weights: tuple[float, ...]  # NUM_SIGNALS
+    weight: float
     bias: float
     threshold: float
 
-    def familiarity(self, signals_BS: Floats) -> Floats:
+    def familiarity(self, energy_B: Floats) -> Floats:
         """0..1 for each prompt."""
-        logit_B = signals_BS @ np.array(self.weights, np.float32) + np.float32(self.bias)
-        within_B = np.minimum(np.maximum(logit_B, np.float32(-30.0)), np.float32(30.0))
-        result: Floats = np.float32(1.0) / (np.float32(1.0) + np.exp(-within_B))
+        logit_B = np.clip(self.weight * energy_B.astype(np.float64) + self.bias, -_MAX_LOGIT, _MAX_LOGIT)
+        result: Floats = (1.0 / (1.0 + np.exp(-logit_B))).astype(np.float32)
         return result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Raw:
-    """What heads and landmarks say before calibration, mixing and gate."""
+    """What the heads say before calibration, mixing and gate."""
 
-    coarse_BC: Floats  # logits
-    fine_BF: Floats  # logits
-    near: Neighbourhood
+    logits_BF: Floats
+    value_BM: Floats  # expected scores by the score heads
+
+    @property
+    def energy(self) -> Floats:
+        """The gate's signal."""
+        top_B1 = np.maximum.reduce(self.logits_BF, axis=1, keepdims=True)
+        result: Floats = np.log(np.add.reduce(np.exp(self.logits_BF - top_B1), axis=1)) + top_B1[:, 0]
+        return result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fitted:
-    """Heads, landmarks and mean scores fitted on one set of prompts."""
+    """Heads and mean scores fitted on one set of prompts."""
 
-    coarse: Head
-    fine: Head
-    landmarks: Landmarks
-    coarse_scores_CM: Floats  # shrunken mean score of each expert in each category
-    fine_scores_FM: Floats
+    heads_DH: Floats  # H = F + M: logits of classes, then scores of experts
+    bias_H: Floats
+    temperature: float  # of the classes' logits
+    category_F: Ints  # the category of each class
+    class_scores_FM: Floats  # mean score of each expert in each class
+    category_scores_CM: Floats
+    mean_M: Floats  # mean score of each expert
+    landmarks_ND: Floats  # a fixed sample of training prompts, which stand for requests to come
 
     def raw(self, embedding_BD: Floats) -> Raw:
         """Everything that costs time, once."""
-        coarse_BC = self.coarse.logits(embedding_BD)
-        near = self.landmarks.look(embedding_BD, coarse_BC.argmax(axis=1))
-        return Raw(coarse_BC=coarse_BC, fine_BF=self.fine.logits(embedding_BD), near=near)
+        found_BH: Floats = embedding_BD @ self.heads_DH
+        found_BH += self.bias_H
+        F = len(self.category_F)
+        return Raw(logits_BF=found_BH[:, :F], value_BM=found_BH[:, F:])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mix:
-    """How the three sources of an expected score are mixed."""
+    """How an expected score is mixed from its sources."""
 
-    fine_share: float  # of the heads' part; the rest is the coarse head's
-    knn_share: float  # of the whole
-    sharpness: float  # power of probabilities before they weigh scores: above 1, a few words change fewer decisions
+    category_share: float  # of the means' part: the category's; the rest is the class's
+    value_share: float  # of the whole: the score heads'
+    trust: float  # how much of its distance from the expert's mean counts for a prompt that the gate holds back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,53 +98,76 @@ class Assessment:
     categories_BC: Floats  # calibrated p(category)
     scores_BM: Floats  # expected score per expert
     familiarity_B: Floats
-    signals_BS: Floats
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Spread:
-    """Calibrated probabilities of a head, the largest of each row, and the same sharpened."""
-
-    probability_BC: Floats
-    top_B: Floats
-    weight_BC: Floats
-
-
-def _spread(logits_BC: Floats, temperature: float, sharpness: float) -> _Spread:
-    below_BC = (logits_BC - np.maximum.reduce(logits_BC, axis=1, keepdims=True)) * np.float32(1.0 / temperature)
-    raised_BC, sharp_BC = np.exp(below_BC), np.exp(below_BC * np.float32(sharpness))
-    # The largest logit is raised to 1, so that its probability is one over the sum.
-    top_B1: Floats = np.reciprocal(np.add.reduce(raised_BC, axis=1, keepdims=True))
-    return _Spread(
-        probability_BC=raised_BC * top_B1,
-        top_B=top_B1.reshape(-1),
-        weight_BC=sharp_BC / np.add.reduce(sharp_BC, axis=1, keepdims=True),
-    )
-
-
-def _signals(coarse: _Spread, fine: _Spread, near: Neighbourhood) -> Floats:
-    """The gate's inputs [B, NUM_SIGNALS] from calibrated probabilities: log-odds of both maxima, agreement, similarity."""
-    result_BS = np.empty((len(coarse.top_B), NUM_SIGNALS), np.float32)
-    result_BS[:, 0], result_BS[:, 1] = coarse.top_B, fine.top_B
-    top_B2 = result_BS[:, :2]
-    result_BS[:, :2] = np.log(top_B2 / (_ONE_AND_TINY - top_B2))
-    result_BS[:, 2], result_BS[:, 3] = near.agreement_B, near.similarity_B
-    return result_BS
 
 
 def assess(raw: Raw, fitted: Fitted, mix: Mix, gate: Gate) -> Assessment:
     """Calibrate, mix and gate; pure arithmetic on ``raw``."""
-    coarse = _spread(raw.coarse_BC, fitted.coarse.temperature, mix.sharpness)
-    fine = _spread(raw.fine_BF, fitted.fine.temperature, mix.sharpness)
-    heads, knn = 1.0 - mix.knn_share, mix.knn_share
-    scores_BM = np.float32(heads * (1.0 - mix.fine_share)) * (coarse.weight_BC @ fitted.coarse_scores_CM)
-    scores_BM += np.float32(heads * mix.fine_share) * (fine.weight_BC @ fitted.fine_scores_FM)
-    if knn:
-        scores_BM += np.float32(knn) * raw.near.scores_BM
-    signals_BS = _signals(coarse, fine, raw.near)
+    class_BF = softmax(raw.logits_BF, fitted.temperature)
+    scores_BM = class_BF @ mixed_means(fitted, mix)
+    if mix.value_share:
+        scores_BM += np.float32(mix.value_share) * raw.value_BM
+    categories_BC = class_BF @ members(fitted)
+    familiarity_B = gate.familiarity(raw.energy)
+    # Expected scores of what is not familiar are drawn to the experts' means: there, means are what is known.
+    trust_B1 = np.where(familiarity_B < np.float32(gate.threshold), np.float32(mix.trust), np.float32(1.0))[:, None]
     return Assessment(
-        categories_BC=coarse.probability_BC,
-        scores_BM=scores_BM,
-        familiarity_B=gate.familiarity(signals_BS),
-        signals_BS=signals_BS,
+        categories_BC=categories_BC,
+        scores_BM=fitted.mean_M + trust_B1 * (scores_BM - fitted.mean_M),
+        familiarity_B=familiarity_B,
     )
+
+
+def mixed_means(fitted: Fitted, mix: Mix) -> Floats:
+    """What a class contributes to each expert's expected score [F, M]: its own means and its category's."""
+    own, shared = 1.0 - mix.category_share, mix.category_share
+    mixed_FM = own * fitted.class_scores_FM + shared * fitted.category_scores_CM[fitted.category_F]
+    result: Floats = (np.float32(1.0 - mix.value_share) * mixed_FM).astype(np.float32)
+    return result
+
+
+def members(fitted: Fitted) -> Floats:
+    """1 where a class is of a category [F, C]."""
+    F = len(fitted.category_F)
+    member_FC = np.zeros((F, len(fitted.category_scores_CM)), np.float32)
+    member_FC[np.arange(F), fitted.category_F] = 1.0
+    return member_FC
+
+
+class Ready:
+    """A path made ready for one prompt at a time: the arithmetic of ``assess`` in a dozen calls. Shares nothing that changes."""
+
+    def __init__(self, fitted: Fitted, mix: Mix, gate: Gate) -> None:
+        """Fold what no prompt changes: the mix into the tables, both tables into one."""
+        F = len(fitted.category_F)
+        weights_DH = fitted.heads_DH.copy()
+        weights_DH[:, F:] *= np.float32(mix.value_share)
+        bias_H = fitted.bias_H.copy()
+        bias_H[F:] *= np.float32(mix.value_share)
+        # A row of ones behind the embedding's numbers would save one call and cost a copy of the embedding.
+        self._weights_HD = np.ascontiguousarray(weights_DH.T)
+        self._bias_H = bias_H
+        self._table_FX = np.ascontiguousarray(np.concatenate([mixed_means(fitted, mix), members(fitted)], axis=1))
+        self._mean_M = fitted.mean_M
+        self._num_classes, self._num_experts = F, len(fitted.mean_M)
+        self._cooling = np.float32(1.0 / fitted.temperature)
+        self._trust = np.float32(mix.trust)
+        self._gate = gate
+
+    def assess(self, embedding_D: Floats, threshold: float) -> tuple[list[float], list[float], float]:
+        """p(category), expected scores and familiarity of one prompt; below ``threshold`` scores are drawn to the means."""
+        found_H = self._weights_HD @ embedding_D
+        found_H += self._bias_H
+        logits_F = found_H[: self._num_classes]
+        logits_F -= (top := logits_F[logits_F.argmax()])
+        energy = math.log(float(np.add.reduce(np.exp(logits_F)))) + float(top)
+        logits_F *= self._cooling
+        class_F = np.exp(logits_F, out=logits_F)
+        class_F *= np.float32(1.0 / float(np.add.reduce(class_F)))
+        mixed_X = class_F @ self._table_FX
+        scores_M = mixed_X[: self._num_experts]
+        scores_M += found_H[self._num_classes :]
+        logit = min(max(self._gate.weight * energy + self._gate.bias, -_MAX_LOGIT), _MAX_LOGIT)
+        familiarity = 1.0 / (1.0 + math.exp(-logit))
+        if familiarity < threshold:
+            scores_M = self._mean_M + self._trust * (scores_M - self._mean_M)
+        return mixed_X[self._num_experts :].tolist(), scores_M.tolist(), familiarity

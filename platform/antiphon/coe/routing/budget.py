@@ -57,12 +57,9 @@ def document_budget(artifact: Artifact | None, spec: CompositionSpec) -> Documen
 def _expected_scores(artifact: Artifact, spec: CompositionSpec) -> Array:
     """Expected score of each expert of the document on each landmark, [rows, experts]."""
     path = artifact.fast
-    landmarks_ND = path.fitted.landmarks.embedding_ND
+    landmarks_ND = path.fitted.landmarks_ND
     rows_RD = landmarks_ND[:: max(1, -(-len(landmarks_ND) // _MAX_ROWS))]
-    # What stands behind the part that neighbours are found by is left at zero, its neutral value.
-    num_features = len(path.fitted.coarse.weights_DC)
-    embedding_RD = np.pad(rows_RD, ((0, 0), (0, num_features - rows_RD.shape[1])))
-    found = assess(path.fitted.raw(embedding_RD), path.fitted, path.mix, path.gate)
+    found = assess(path.fitted.raw(rows_RD), path.fitted, path.mix, path.gate)
     order = [artifact.expert_names.index(expert.name) for expert in spec.experts]
     return np.asarray(found.scores_BM[:, order], np.float64)
 

@@ -1,4 +1,4 @@
-"""The fast path's embedding: the mean of static token vectors and the shape of the text, microseconds (request speed).
+"""The fast path's embedding: static token vectors, the shape of the text, topics of training, microseconds (request speed).
 
 Works in plain numpy on arrays of the router artifact. The prompt is cut to a window first, so the time is bounded for any input.
 Must not know: categories, experts.
@@ -17,6 +17,7 @@ from antiphon.coe.routing.framing import without_framing
 from antiphon.coe.routing.wordpiece import WordPiece, window
 
 Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
 
 # Groups of characters whose share of the text is a feature: figures, formulas, code, lists, quotes and dialogue, markup.
 _GROUPS = ("0123456789", "$\\^{}", "()[];:=<>_", ",", "\"'`", "#*|/-")
@@ -38,36 +39,65 @@ def shape_of(text: str) -> list[float]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StaticEmbedding:
-    """Token vectors in int8 with one scale per token. An embedding is [D + NUM_SHAPE]: the normalised mean, then the shape."""
+class TokenVectors:
+    """One vector per token of the vocabulary: int8 with one scale per token."""
 
-    tokens: WordPiece
     table_VD: npt.NDArray[np.int8]
     scale_V: Floats
+
+    def direction(self, id_T: Ints, into_D: Floats) -> None:
+        """Write the normalised sum of the tokens' vectors into ``into_D``; it is left alone when the sum is zero."""
+        # One product of scales and int8 rows: the weighted sum without a scaled fp32 copy of the rows.
+        summed_D: Floats = self.scale_V[id_T] @ self.table_VD[id_T].astype(np.float32)
+        norm = math.sqrt(float(summed_D @ summed_D))
+        if norm > 0.0:
+            np.multiply(summed_D, np.float32(1.0 / norm), out=into_D)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaticEmbedding:
+    """What the fast path sees of a text: [near D | shape NUM_SHAPE | topics].
+
+    near: the normalised sum of its tokens' vectors. topics: the same of the distinct tokens' vectors in a space that was made
+    from the training prompts alone: words that stand together there; no numbers before training.
+    """
+
+    tokens: WordPiece
+    near: TokenVectors
+    topics: TokenVectors | None = None
     num_head_chars: int = 1024
     num_tail_chars: int = 256
     max_tokens: int = 320
 
     @property
+    def num_near(self) -> int:
+        """Numbers that similarity is measured in: the first ones."""
+        return int(self.near.table_VD.shape[1])
+
+    @property
     def num_dimensions(self) -> int:
         """Length of an embedding."""
-        return int(self.table_VD.shape[1]) + NUM_SHAPE
+        return self.num_near + NUM_SHAPE + (0 if self.topics is None else int(self.topics.table_VD.shape[1]))
+
+    def ids(self, text: str) -> list[int]:
+        """Tokens of what is seen of ``text``."""
+        return self.tokens.encode(self._seen(text), self.max_tokens)
+
+    def _seen(self, text: str) -> str:
+        return window(without_framing(text), self.num_head_chars, self.num_tail_chars)
 
     def encode(self, text: str) -> Floats:
-        """Embedding of the window of ``text`` without its framing; the first D numbers have length 1, or 0 without tokens."""
-        seen = window(without_framing(text), self.num_head_chars, self.num_tail_chars)
+        """Embedding of the window of ``text`` without its framing; each part of vectors has length 1, or 0 without tokens."""
+        seen = self._seen(text)
         ids = self.tokens.encode(seen, self.max_tokens)
-        D = self.table_VD.shape[1]
-        embedding = np.zeros(D + NUM_SHAPE, np.float32)
-        embedding[D:] = shape_of(seen)
-        embedding[D:] *= _SHAPE_SCALE
+        D = self.num_near
+        embedding = np.zeros(self.num_dimensions, np.float32)
+        embedding[D : D + NUM_SHAPE] = shape_of(seen)
+        embedding[D : D + NUM_SHAPE] *= _SHAPE_SCALE
         if ids:
-            # One product of scales and int8 rows: the weighted sum without a scaled fp32 copy of the rows.
-            id_T = np.array(ids)
-            summed: Floats = self.scale_V[id_T] @ self.table_VD[id_T].astype(np.float32)
-            norm = math.sqrt(float(summed @ summed))
-            if norm > 0.0:
-                embedding[:D] = summed / np.float32(norm)
+            self.near.direction(np.array(ids), embedding[:D])
+            if self.topics is not None:
+                self.topics.direction(np.array(list(dict.fromkeys(ids))), embedding[D + NUM_SHAPE :])
         return embedding
 
     def encode_all(self, texts: Sequence[str]) -> Floats:
@@ -78,8 +108,8 @@ class StaticEmbedding:
         return rows
 
 
-def quantised(table_VD: npt.NDArray[np.floating]) -> tuple[npt.NDArray[np.int8], Floats]:
-    """A table of token vectors as int8 [V, D] and a scale per token [V]."""
+def quantised(table_VD: npt.NDArray[np.floating]) -> TokenVectors:
+    """A table of token vectors [V, D] in int8."""
     largest = np.abs(table_VD).max(axis=1)
     scale = np.where(largest > 0, largest / 127.0, 1.0)
-    return np.rint(table_VD / scale[:, None]).astype(np.int8), scale.astype(np.float32)
+    return TokenVectors(table_VD=np.rint(table_VD / scale[:, None]).astype(np.int8), scale_V=scale.astype(np.float32))

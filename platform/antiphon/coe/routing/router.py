@@ -16,8 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from antiphon.coe.routing.artifact import Artifact, PolicyPoint, ServedPath
-from antiphon.coe.routing.assessment import Assessment, assess
+from antiphon.coe.routing.artifact import Artifact, PolicyPoint
 from antiphon.coe.routing.budget import DocumentBudget, document_budget, price_of
 from antiphon.coe.routing.decision import (
     EVERYONE_IDLE,
@@ -51,28 +50,24 @@ class Record:
 def judge(artifact: Artifact, prompt: str, *, strictness: float, slow_path: bool) -> Judgement:
     """What the artifact says of a prompt; pure. ``strictness`` scales the gate's threshold (0 = never gated)."""
     embedding = artifact.embedding.encode(prompt)
-    found, path, slow = _assessed(artifact.fast, embedding), artifact.fast, False
-    if slow_path and artifact.slow is not None and artifact.encoder is not None:
-        familiar = float(found.familiarity_B[0]) >= path.gate.threshold * strictness
-        if not familiar:
-            sentence = artifact.encoder.encode(prompt)
-            found = _assessed(artifact.slow, np.concatenate([sentence, embedding]))
-            path, slow = artifact.slow, True
-    category = int(found.categories_BC[0].argmax())
-    familiarity = float(found.familiarity_B[0])
+    path, slow = artifact.fast, False
+    threshold = path.gate.threshold * strictness
+    probabilities, scores, familiarity = path.quick.assess(embedding, threshold)
+    if slow_path and artifact.slow is not None and artifact.encoder is not None and familiarity < threshold:
+        sentence = artifact.encoder.encode(prompt)
+        path, slow = artifact.slow, True
+        threshold = path.gate.threshold * strictness
+        probabilities, scores, familiarity = path.quick.assess(np.concatenate([sentence, embedding]), threshold)
+    confidence = max(probabilities)
     return Judgement(
-        category=artifact.categories[category],
-        confidence=float(found.categories_BC[0, category]),
+        category=artifact.categories[probabilities.index(confidence)],
+        confidence=confidence,
         familiarity=familiarity,
-        gated=familiarity < path.gate.threshold * strictness,
+        gated=familiarity < threshold,
         slow=slow,
-        probabilities=dict(zip(artifact.categories, found.categories_BC[0].tolist(), strict=True)),
-        scores=dict(zip(artifact.expert_names, found.scores_BM[0].tolist(), strict=True)),
+        probabilities=dict(zip(artifact.categories, probabilities, strict=True)),
+        scores=dict(zip(artifact.expert_names, scores, strict=True)),
     )
-
-
-def _assessed(path: ServedPath, embedding: np.ndarray[tuple[int], np.dtype[np.float32]]) -> Assessment:
-    return assess(path.fitted.raw(embedding[None, :]), path.fitted, path.mix, path.gate)
 
 
 def policy_terms(

@@ -1,1 +1,1 @@
-"""From score tables to a router artifact (control speed, offline)."""
+"""How a router is made from a score table (control speed, offline)."""

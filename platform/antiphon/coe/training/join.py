@@ -1,49 +1,74 @@
 """A new expert joins a trained router from a few scored probes; nothing is fitted again (control speed, offline).
 
-Its mean score in each category and source is estimated from the probes that the router itself puts there, drawn towards its
-mean; landmarks take the mean of their category. Must not know: where probes come from.
+Its mean score in each category and class is estimated from the probes that the router itself puts there, drawn towards its mean
+and lowered by a standard error: an expert that few probes speak for is asked where it is surely better. What it brings is
+measured on probes that were left out of the estimate; one that would make things worse is refused. Must not know: where probes
+come from.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from antiphon.coe.routing.artifact import Artifact, ArtifactExpert, ServedPath
-from antiphon.coe.routing.assessment import Floats, Ints
-from antiphon.coe.training.table import ScoreTable
+from antiphon.coe.routing.assessment import Floats, Ints, assess, softmax
+from antiphon.coe.training.data.table import ScoreTable
+from antiphon.coe.training.heads import fit_values, prior_rows, shrunken_means
 from antiphon.core.errors import InvalidInput
 
 Doubles = npt.NDArray[np.float64]
 
 MIN_PROBES = 20
+_NUM_FOLDS = 5
+_SURE = 1.96  # standard errors
 
 
-def join_expert(artifact: Artifact, probes: ScoreTable) -> Artifact:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joined:
+    """The router with the new expert, and what that is worth by the probes, with a 95 % interval."""
+
+    artifact: Artifact
+    share: float  # of the probes that the new expert would be asked
+    gain: float  # mean score per probe, against what the router expects of its other experts there
+    low: float
+    high: float
+
+
+def join_expert(artifact: Artifact, probes: ScoreTable) -> Joined:
     """The artifact with the probes' one expert added.
 
     Raises:
-        InvalidInput: the probes score more than one expert or one that is known, or are too few.
+        InvalidInput: the probes score more than one expert or one that is known, or are too few, or say that the router would get
+            worse.
     """
     if len(probes.experts) != 1:
         raise InvalidInput(f"probes score one new expert, not {len(probes.experts)}", "probes")
     expert = probes.experts[0]
     if expert.name in artifact.expert_names:
         raise InvalidInput(f"the router already knows expert {expert.name!r}", "probes")
+    probes = probes.rows(probes.complete)
     if len(probes) < MIN_PROBES:
-        raise InvalidInput(f"{len(probes)} probes are too few; at least {MIN_PROBES} are needed", "probes")
+        raise InvalidInput(f"{len(probes)} probes with a score are too few; at least {MIN_PROBES} are needed", "probes")
     score_B = probes.scores[:, 0]
     fast_BD = artifact.embedding.encode_all(probes.prompts)
-    prior_rows = float(artifact.training["recipe"]["prior_rows"])
     slow = None
     if artifact.slow is not None and artifact.encoder is not None:
         sentences = np.stack([artifact.encoder.encode(prompt) for prompt in probes.prompts])
-        slow = _joined(artifact.slow, np.concatenate([sentences, fast_BD], axis=1), score_B, prior_rows)
+        slow = _joined(artifact.slow, np.concatenate([sentences, fast_BD], axis=1), score_B)
     known = [e.active_params_b for e in artifact.experts]
     cost = expert.active_params_b if expert.active_params_b is not None and None not in known else 1.0
-    return replace(
+    gain_B, asked_B = _rehearsed(artifact.fast, fast_BD, score_B)
+    gain, error = float(gain_B.mean()), float(gain_B.std(ddof=1) / np.sqrt(len(gain_B)))
+    if gain < 0.0:
+        raise InvalidInput(
+            f"with expert {expert.name!r} the router would score {-gain:.3f} less (± {_SURE * error:.3f}) by these {len(probes)} "
+            "probes; it is not added. Score more probes, 20 to 50 per category",
+            "probes",
+        )
+    joined = replace(
         artifact,
         digest="",
         experts=(
@@ -57,51 +82,62 @@ def join_expert(artifact: Artifact, probes: ScoreTable) -> Artifact:
         ),
         costs=(*artifact.costs, float(cost)),
         allowed=(*artifact.allowed, True),
-        fast=_joined(artifact.fast, fast_BD, score_B, prior_rows),
+        fast=_joined(artifact.fast, fast_BD, score_B),
         slow=slow,
     )
+    share = float(asked_B.mean())
+    return Joined(artifact=joined, share=share, gain=gain, low=gain - _SURE * error, high=gain + _SURE * error)
 
 
-def _joined(path: ServedPath, embedding_BD: Floats, score_B: Doubles, prior_rows: float) -> ServedPath:
+def _rehearsed(path: ServedPath, embedding_BD: Floats, score_B: Doubles) -> tuple[Doubles, Doubles]:
+    """For each probe, learning from the others alone: the gain of asking the new expert where it is picked, and whether it is."""
+    fold = np.random.default_rng(0).permutation(len(score_B)) % _NUM_FOLDS
+    gain_B, asked_B = np.zeros(len(score_B)), np.zeros(len(score_B))
+    for f in range(_NUM_FOLDS):
+        out = fold == f
+        trial = _joined(path, embedding_BD[~out], score_B[~out])
+        expected_BM = assess(trial.fitted.raw(embedding_BD[out]), trial.fitted, trial.mix, trial.gate).scores_BM
+        others_B = expected_BM[:, :-1].max(axis=1)
+        asked_B[out] = expected_BM[:, -1] > others_B
+        gain_B[out] = asked_B[out] * (score_B[out] - others_B)
+    return gain_B, asked_B
+
+
+def _joined(path: ServedPath, embedding_BD: Floats, score_B: Doubles) -> ServedPath:
+    """The path with one more column everywhere; the new expert's score heads say what the means of the classes say."""
     fitted = path.fitted
-    raw = fitted.raw(embedding_BD)
-    coarse = _column(raw.coarse_BC.argmax(axis=1), score_B, len(fitted.coarse.bias_C), prior_rows, float(score_B.mean()))
-    in_category = coarse[_category_of_sources(path)]
-    fine_B: Ints = raw.fine_BF.argmax(axis=1)
-    fine = np.array(
+    F, mean = len(fitted.category_F), float(score_B.mean())
+    class_B: Ints = fitted.raw(embedding_BD).logits_BF.argmax(axis=1)
+    category_B = fitted.category_F[class_B]
+    num_prior = max(1.0, prior_rows(category_B, score_B[:, None]))
+    num_categories = len(fitted.category_scores_CM)
+    of_category = shrunken_means(category_B, score_B[:, None], num_categories, np.array([mean]), num_prior)[:, 0]
+    of_class = np.array(
         [
-            _column(np.where(fine_B == f, 0, 1), score_B, 1, prior_rows, float(in_category[f]))[0]
-            for f in range(len(fitted.fine.bias_C))
+            (score_B[class_B == f].sum() + num_prior * of_category[fitted.category_F[f]]) / ((class_B == f).sum() + num_prior)
+            for f in range(F)
         ],
         np.float32,
     )
-    marks = fitted.landmarks
-    near = coarse[marks.category_N][:, None].astype(np.float32)
-    return replace(
-        path,
-        fitted=replace(
-            fitted,
-            coarse_scores_CM=np.concatenate([fitted.coarse_scores_CM, coarse[:, None]], axis=1),
-            fine_scores_FM=np.concatenate([fitted.fine_scores_FM, fine[:, None]], axis=1),
-            landmarks=replace(marks, scores_NM=np.concatenate([marks.scores_NM, near], axis=1)),
-        ),
+    # Noise within categories; one probe that scored half stands for what none has shown.
+    rest_B = np.append(score_B - of_category[category_B], 0.5)
+    spread = float(np.sqrt((rest_B**2).mean()))
+    of_category = of_category - spread / np.sqrt(np.bincount(category_B, minlength=num_categories) + num_prior)
+    of_class -= (spread / np.sqrt(np.bincount(class_B, minlength=F) + num_prior)).astype(np.float32)
+    of_category = of_category.astype(np.float32)
+    heads_DH = np.concatenate([fitted.heads_DH, np.zeros((len(fitted.heads_DH), 1), np.float32)], axis=1)
+    bias_H = np.append(fitted.bias_H, np.float32(0.0))
+    if path.mix.value_share:
+        # No head can be learnt from so few: the nearest linear one to what the classes' means say of the landmarks.
+        expected_N = softmax(fitted.raw(fitted.landmarks_ND).logits_BF, fitted.temperature) @ of_class
+        head = fit_values(fitted.landmarks_ND, expected_N[:, None].astype(np.float64), 1.0)
+        heads_DH[:, -1], bias_H[-1] = head.weights_DC[:, 0], head.bias_C[0]
+    joined = replace(
+        fitted,
+        heads_DH=heads_DH,
+        bias_H=bias_H,
+        class_scores_FM=np.concatenate([fitted.class_scores_FM, of_class[:, None]], axis=1),
+        category_scores_CM=np.concatenate([fitted.category_scores_CM, of_category[:, None]], axis=1),
+        mean_M=np.append(fitted.mean_M, np.float32(mean)),
     )
-
-
-def _column(label_B: Ints, score_B: Doubles, num_classes: int, prior_rows: float, prior: float) -> Floats:
-    means = [
-        (score_B[label_B == c].sum() + prior_rows * prior) / (int((label_B == c).sum()) + prior_rows) for c in range(num_classes)
-    ]
-    return np.array(means, np.float32)
-
-
-def _category_of_sources(path: ServedPath) -> Ints:
-    """The category of each source: the one whose landmarks the fine head most often puts there."""
-    marks = path.fitted.landmarks
-    head = path.fitted.fine.weights_DC[: marks.embedding_ND.shape[1]]
-    source_N = (marks.embedding_ND @ head + path.fitted.fine.bias_C).argmax(axis=1)
-    num_sources, num_categories = len(path.fitted.fine.bias_C), len(path.fitted.coarse.bias_C)
-    counts = np.zeros((num_sources, num_categories))
-    np.add.at(counts, (source_N, marks.category_N), 1)
-    result: Ints = counts.argmax(axis=1)
-    return result
+    return ServedPath.of(joined, path.mix, path.gate)

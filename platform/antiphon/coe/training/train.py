@@ -23,20 +23,22 @@ from antiphon.coe.routing.assets import ENCODER, VOCABULARY, resolve
 from antiphon.coe.routing.embedding import StaticEmbedding
 from antiphon.coe.routing.encoder import SentenceEncoder
 from antiphon.coe.routing.wordpiece import WordPiece
-from antiphon.coe.training import static
-from antiphon.coe.training.augment import training_variants
-from antiphon.coe.training.fit import Examples, FrontierPoint, Memo, Path, Recipe, fit_path
-from antiphon.coe.training.labels import Labels, label
+from antiphon.coe.training.data.augment import training_variants
+from antiphon.coe.training.data.labels import Labels, label
+from antiphon.coe.training.data.table import Duplicates, ScoreTable, drop_duplicates, filled, normalised
+from antiphon.coe.training.encoders import static
+from antiphon.coe.training.encoders.sentences import encode_sentences, served_encoder
+from antiphon.coe.training.encoders.topics import presence
+from antiphon.coe.training.fit import Examples, Memo, Path, Recipe, fit_path
+from antiphon.coe.training.frontier import policies_of
 from antiphon.coe.training.mapping import Budget, Mapping, solve
-from antiphon.coe.training.sentences import encode_sentences, served_encoder
-from antiphon.coe.training.table import Duplicates, ScoreTable, drop_duplicates, normalised
 from antiphon.core.errors import CheckpointInvalid, InvalidInput
 
 SLOW_TOKENS = 64  # the slow path is trained at the length it is served at
 MIN_ROWS = 20
 _SLOW_VARIANTS = 3
-_CHEAP_LOSS = 0.0  # cheap: as good as the best single expert
-_BALANCED_LOSS = 0.004  # balanced: this much below the best quality
+_FEW_ROWS = 200  # below, categories have too few prompts each for means that can be told apart
+_MANY_CONFLICTS = 0.02  # share of prompts
 
 Say = Callable[[str], None]
 
@@ -47,7 +49,7 @@ class Options:
 
     recipe: Recipe
     embedder: str = "auto"  # auto, minilm or lsa
-    slow_path: bool = True
+    slow_path: bool = False
     budget: Budget = field(default_factory=Budget)
 
 
@@ -57,6 +59,7 @@ class Prepared:
 
     table: ScoreTable
     duplicates: Duplicates
+    num_missing: int  # scores that the table does not know
     embedder: str
     embedding: StaticEmbedding
     encoder: SentenceEncoder | None
@@ -80,6 +83,10 @@ def prepare(table: ScoreTable, options: Options, say: Say) -> Prepared:
     if len(table) < MIN_ROWS:
         raise InvalidInput(f"the table has {len(table)} different prompts; training needs at least {MIN_ROWS}", "table")
     recipe = options.recipe
+    num_missing = int((~np.isfinite(table.scores)).sum())
+    for warning in warnings_of(table, duplicates, num_missing):
+        say(f"warning: {warning}")
+    table = filled(table)
     with threadpool_limits(1):
         published = _published(options, say)
         encoder = None
@@ -93,11 +100,14 @@ def prepare(table: ScoreTable, options: Options, say: Say) -> Prepared:
         variants = _variants(table, recipe)
         plain_BD = embedding.encode_all(table.prompts)
         variants_BVD = np.stack([embedding.encode_all(texts) for texts in variants], axis=1)
-        num_near = int(embedding.table_VD.shape[1])
+        num_near = embedding.num_near
         labels = label(table, plain_BD[:, :num_near], recipe.seed)
         fast = Examples(
             embedding_BD=plain_BD,
             variants_BVD=variants_BVD,
+            present_BW=presence(embedding, table.prompts),
+            variants_present_VBW=tuple(presence(embedding, texts) for texts in variants),
+            token_weight_W=static.courtesy(embedding.tokens),
             num_near=min(recipe.num_near, num_near),
             labels=labels,
             datasets=np.array(table.datasets),
@@ -110,12 +120,30 @@ def prepare(table: ScoreTable, options: Options, say: Say) -> Prepared:
     return Prepared(
         table=table,
         duplicates=duplicates,
+        num_missing=num_missing,
         embedder=embedder,
         embedding=embedding,
         encoder=encoder,
         fast=fast,
         slow=slow,
     )
+
+
+def warnings_of(table: ScoreTable, duplicates: Duplicates, num_missing: int) -> list[str]:
+    """What a person should know of a table before trusting a router of it."""
+    found = []
+    if len(table) < _FEW_ROWS:
+        found.append(f"{len(table)} prompts are few: expect a router about as good as the best single expert, and wide intervals")
+    if duplicates.num_conflicting > _MANY_CONFLICTS * len(table):
+        found.append(
+            f"{duplicates.num_conflicting} prompts stand in the table with different scores, which were averaged: "
+            "no router can be better than the scores are steady"
+        )
+    if num_missing:
+        found.append(
+            f"{num_missing} of {table.scores.size} scores are not known; the expert's mean in the category stands for them"
+        )
+    return found
 
 
 def slow_embedding(sentence_D: Floats, fast_D: Floats) -> Floats:
@@ -198,18 +226,7 @@ def fit_router(prepared: Prepared, rows: Ints, recipe: Recipe, memos: Memos | No
         fast = fit_path(prepared.fast, rows, costs_M, recipe, memos.fast)
         slow = None if prepared.slow is None else fit_path(prepared.slow, rows, costs_M, recipe, memos.slow)
     best_single = float(prepared.table.scores[rows].mean(axis=0).max())
-    return Router(fast=fast, slow=slow, policies=_policies(fast.frontier, best_single))
-
-
-def _policies(frontier: tuple[FrontierPoint, ...], best_single: float) -> dict[str, int]:
-    """quality: no cost; balanced and cheap: the cheapest point that loses no more than its policy allows."""
-    best = frontier[0].score
-
-    def cheapest(at_least: float) -> int:
-        good = [i for i, point in enumerate(frontier) if point.score >= at_least]
-        return min(good, key=lambda i: (frontier[i].avg_cost, i)) if good else 0
-
-    return {"quality": 0, "balanced": cheapest(best - _BALANCED_LOSS), "cheap": cheapest(best_single - _CHEAP_LOSS)}
+    return Router(fast=fast, slow=slow, policies=policies_of(fast.frontier, best_single))
 
 
 def train(table: ScoreTable, options: Options, say: Say) -> tuple[Artifact, Prepared]:
@@ -230,9 +247,12 @@ def train(table: ScoreTable, options: Options, say: Say) -> tuple[Artifact, Prep
 def _mapping(prepared: Prepared, router: Router, budget: Budget) -> Mapping:
     labels = prepared.labels
     share_C = np.bincount(labels.category_B[labels.category_B >= 0], minlength=len(labels.categories)).astype(float)
-    scores_CM = router.fast.fitted.coarse_scores_CM.astype(np.float64)
-    general = router.fast.general
-    return solve(scores_CM, share_C, prepared.table.params_b, budget, general=general)
+    scores_CM = router.fast.fitted.category_scores_CM.astype(np.float64)
+    if budget == Budget():
+        # Who is never picked serves no category either.
+        unpicked = sorted(set(range(scores_CM.shape[1])) - set(router.fast.frontier[router.policies["quality"]].experts))
+        scores_CM[:, unpicked] = -1.0
+    return solve(scores_CM, share_C, prepared.table.params_b, budget, general=router.fast.general)
 
 
 def _artifact(prepared: Prepared, router: Router, mapping: Mapping, options: Options) -> Artifact:
@@ -249,6 +269,7 @@ def _artifact(prepared: Prepared, router: Router, mapping: Mapping, options: Opt
         "table": {"digest": table.digest(), "source": table.source, "num_prompts": len(table)},
         "datasets": sorted(set(table.datasets)),
         "duplicates": asdict(prepared.duplicates),
+        "num_missing": prepared.num_missing,
         "labels": {"how": prepared.labels.how, "num_unlabelled": prepared.labels.num_unlabelled},
         "mapping": {"score": mapping.score, "avg_cost": mapping.avg_cost},
         "prompt_hashes": [prompt_hash(prompt) for prompt in table.prompts],
@@ -260,18 +281,16 @@ def _artifact(prepared: Prepared, router: Router, mapping: Mapping, options: Opt
             for m, e in enumerate(table.experts)
         ),
         categories=prepared.labels.categories,
-        sources=prepared.labels.sources,
+        classes=prepared.labels.sources,
         general=fast.general,
         mapping=mapping.expert_of,
         allowed=allowed,
         costs=tuple(float(cost) for cost in table.params_b),
         policies=router.policies,
         frontier=tuple(PolicyPoint(weight=p.weight, avg_cost=p.avg_cost, score=p.score, experts=p.experts) for p in fast.frontier),
-        embedding=prepared.embedding,
-        fast=as_stored(ServedPath(fitted=fast.fitted, mix=fast.mix, gate=fast.gate)),
-        slow=None
-        if router.slow is None
-        else as_stored(ServedPath(fitted=router.slow.fitted, mix=router.slow.mix, gate=router.slow.gate)),
+        embedding=replace(prepared.embedding, topics=fast.topics),
+        fast=as_stored(ServedPath.of(fast.fitted, fast.mix, fast.gate)),
+        slow=None if router.slow is None else as_stored(ServedPath.of(router.slow.fitted, router.slow.mix, router.slow.gate)),
         encoder=prepared.encoder if router.slow is not None else None,
         training=training,
     )

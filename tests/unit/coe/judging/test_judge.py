@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 
 from antiphon.coe.judging.judge import aiq, by_dataset, by_prompt, calibration_error, estimate, two_models
-from antiphon.coe.training.augment import PERTURBATIONS, perturbed, training_variants
-from antiphon.coe.training.example_table import example_table
-from antiphon.coe.training.fit import Recipe, few_experts, fit_head, folds_of, shrunken_means, steadying
-from antiphon.coe.training.labels import grow, label
+from antiphon.coe.training.data.augment import PERTURBATIONS, perturbed, training_variants
+from antiphon.coe.training.data.example_table import example_table
+from antiphon.coe.training.data.labels import grow, label
+from antiphon.coe.training.fit import Recipe, folds_of
+from antiphon.coe.training.frontier import FrontierPoint, policies_of, worthy_experts
+from antiphon.coe.training.gating import Rehearsal, choose_gate
+from antiphon.coe.training.heads import fit_classes, fit_values, prior_rows, shrunken_means, steadying
 from antiphon.coe.training.train import Options, prepare
 
 
@@ -51,7 +54,82 @@ def test_shrunken_means_draw_few_rows_to_the_prior() -> None:
 def test_experts_that_bring_nothing_are_left_out() -> None:
     scores = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]] * 50)
     expected = scores.astype(np.float32) * 0.9
-    assert few_experts(expected, scores, np.zeros(3), 0, 0.003) == (0, 1)
+    assert worthy_experts(expected, scores, np.zeros(100, np.int64), np.zeros(3), 0, 0.003) == (0, 1)
+
+
+def test_an_expert_that_only_a_small_category_needs_is_kept() -> None:
+    scores = np.zeros((1000, 3))
+    scores[:995, 0] = 1.0
+    scores[995:, 2] = 1.0  # five prompts of a thousand: half a point in all, everything to their category
+    category = np.r_[np.zeros(995, np.int64), np.ones(5, np.int64)]
+    assert worthy_experts(scores.astype(np.float32), scores, category, np.zeros(3), 0, 0.01) == (0, 2)
+
+
+def test_cheap_is_never_dearer_than_balanced_and_ties_go_to_the_cheaper() -> None:
+    def point(cost: float, score: float) -> FrontierPoint:
+        return FrontierPoint(weight=0.0, avg_cost=cost, score=score, experts=(0,))
+
+    points = [point(50.0, 0.700), point(40.0, 0.697), point(30.0, 0.697), point(20.0, 0.60)]
+    found = policies_of(points, best_single=0.6995)  # the best single expert is better than balanced
+    assert points[found["cheap"]].avg_cost <= points[found["balanced"]].avg_cost == 30.0
+    assert found["quality"] == 0
+
+
+def _foreign(gain: float, spread: float = 0.0) -> list[Rehearsal]:
+    source = np.random.default_rng(3)
+    return [
+        Rehearsal(
+            signal_B=source.normal(0.0, 1.0, 300).astype(np.float32),
+            gain_B=np.full(300, gain + spread * (-1) ** group),
+        )
+        for group in range(8)
+    ]
+
+
+KNOWN = [Rehearsal(signal_B=np.random.default_rng(2).normal(3.0, 1.0, 3000).astype(np.float32), gain_B=np.full(3000, 0.04))]
+
+
+def _closed(foreign: list[Rehearsal]) -> tuple[float, float]:
+    gate = choose_gate(KNOWN, foreign)
+    return tuple(
+        float((gate.familiarity(np.concatenate([one.signal_B for one in some])) < gate.threshold).mean())
+        for some in (KNOWN, foreign)
+    )  # type: ignore[return-value]
+
+
+def test_the_gate_closes_on_foreign_prompts_and_on_few_known_ones() -> None:
+    known, foreign = _closed(_foreign(-0.02, spread=0.05))
+    assert known == pytest.approx(0.08, abs=0.01)
+    assert foreign > 0.8
+
+
+def test_the_gate_closes_further_where_routing_surely_harms_and_opens_where_it_surely_helps() -> None:
+    usual = _closed(_foreign(-0.02, spread=0.05))
+    assert _closed(_foreign(-0.3))[1] > usual[1]
+    assert _closed(_foreign(+0.1))[0] == 0.0
+
+
+def test_one_lucky_dataset_does_not_open_the_gate() -> None:
+    unlucky = _foreign(-0.02, spread=0.05)[:7]
+    lucky = Rehearsal(signal_B=unlucky[0].signal_B, gain_B=np.full(300, 0.5))
+    assert _closed([*unlucky, lucky])[0] == pytest.approx(0.08, abs=0.01)
+
+
+def test_means_of_classes_that_differ_much_are_drawn_little() -> None:
+    source = np.random.default_rng(0)
+    label = np.repeat(np.arange(10), 50)
+    apart = source.normal(np.repeat(np.linspace(-1, 1, 10), 50), 0.3)[:, None]
+    alike = source.normal(0.0, 0.3, 500)[:, None]
+    assert prior_rows(label, apart) < 1.0  # the true ratio of variances is .09 / .37
+    assert prior_rows(label, alike) > 20.0
+
+
+def test_score_heads_find_a_linear_score() -> None:
+    source = np.random.default_rng(0)
+    embedding = source.normal(size=(2000, 5)).astype(np.float32)
+    scores = 0.5 + 0.1 * embedding[:, :2].astype(np.float64)
+    head = fit_values(embedding, scores, 1.0)
+    assert np.allclose(embedding @ head.weights_DC + head.bias_C, scores, atol=1e-3)
 
 
 def test_steadying_shrinks_only_what_rewording_moves_and_keeps_the_mean_length() -> None:
@@ -77,7 +155,7 @@ def test_a_head_learnt_after_steadying_changes_its_mind_less_often() -> None:
 
     def flips(steadiness: float) -> float:
         steady = steadying(plain, variants, steadiness)
-        head = fit_head(plain @ steady, label, 2, Recipe(inverse_penalty=0.01))
+        head = fit_classes(plain @ steady, label, 2, 0.01, 150)
         said = (plain @ steady @ head.weights_DC + head.bias_C).argmax(axis=1)
         again = (variants[:, 0] @ steady @ head.weights_DC + head.bias_C).argmax(axis=1)
         return float((said != again).mean())

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from antiphon.coe.judging.comparisons import COMPARISONS
 from antiphon.coe.judging.judge import CurvePoint, Estimate, Judged, Verdict
-from antiphon.coe.judging.report import Report, plots, rows_for_people
+from antiphon.coe.judging.report import DatasetFigures, PolicyFigures, Report, dataset_rows, plots, policy_rows, rows_for_people
 
 NONE = Estimate(mean=0.0, low=0.0, high=0.0)
 
@@ -20,11 +21,16 @@ def found() -> tuple[Report, Judged]:
         cost_B=confidence,
         category_B=np.where(source.random(200) < confidence, np.maximum(true, 0), 2),
         confidence_B=confidence,
+        expected_B=confidence,
+        policies={},
+        comparisons={},
+        advantage_B=confidence,
+        comparison_advantages={},
     )
     curve = (CurvePoint(weight=0.0, avg_cost=40.0, score=0.7), CurvePoint(weight=0.1, avg_cost=12.0, score=0.6))
     report = Report(
         table={},
-        scores={"router": 0.7, "best single": 0.6, "oracle": 0.8, "kNN-100": 0.65, "ridge": 0.64, "random": 0.4},
+        scores={"router": 0.7, "best single": 0.6, "oracle": 0.8, "simple": 0.65, "kNN-100": 0.65, "ridge": 0.64, "random": 0.4},
         experts={"small | odd name": (7.0, 0.5), "large": (70.0, 0.6)},
         over_best_single=NONE,
         cost_at_single_quality=12.0,
@@ -34,15 +40,25 @@ def found() -> tuple[Report, Judged]:
         aiq=0.65,
         left_out=None,
         left_out_by_dataset={},
+        policies={"quality": PolicyFigures(score=0.7, avg_cost=40.0, over_single=NONE, over=dict.fromkeys(COMPARISONS, NONE))},
+        policies_left_out={},
+        by_dataset={
+            "d": DatasetFigures(
+                num_rows=200, router=0.7, single=0.6, simple=0.65, left_out=None, left_out_single=None, left_out_simple=None
+            )
+        },
+        expected=0.71,
+        expected_left_out=None,
+        score_left_out=None,
         gate_rate=0.0,
         gate_rate_left_out=None,
         slow_rate=0.0,
         agreement={},
         category_accuracy=0.9,
         calibration_error=0.02,
-        two_models=None,
+        two_models={},
     )
-    judged = Judged(verdict=verdict, true_category_B=true, curve=curve, agreement={}, baselines={})
+    judged = Judged(verdict=verdict, true_category_B=true, curve=curve, agreement={})
     return report, judged
 
 
@@ -58,3 +74,10 @@ def test_what_was_not_judged_is_not_shown(found: tuple[Report, Judged]) -> None:
     shown = dict(rows_for_people(found[0]))
     assert shown["cost at best single's quality"] == "12.0B"
     assert "against best single, dataset unseen" not in shown
+
+
+def test_every_policy_has_a_line_with_its_intervals_and_every_dataset_has_one(found: tuple[Report, Judged]) -> None:
+    head, *rows = policy_rows(found[0])
+    assert head[4:] == ("− best single", "− simple", "− kNN-100", "− ridge")
+    assert rows == [("quality", "five folds", "0.7000", "40.0", *["+0.00 [+0.00, +0.00]"] * 4)]
+    assert dataset_rows(found[0])[1] == ("d", "200", "0.700", "0.600", "0.650", "–", "–", "–")

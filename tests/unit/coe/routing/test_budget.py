@@ -10,7 +10,7 @@ from antiphon.coe.routing.artifact import Artifact
 from antiphon.coe.routing.budget import document_budget
 from antiphon.coe.routing.decision import Question
 from antiphon.coe.routing.router import Router
-from antiphon.coe.training.example_table import example_table
+from antiphon.coe.training.data.example_table import example_table
 from antiphon.coe.training.fit import Recipe
 from antiphon.coe.training.train import Options, train
 from antiphon.core.document.composition import CompositionSpec

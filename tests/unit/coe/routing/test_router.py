@@ -1,4 +1,6 @@
+import contextlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,16 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antiphon.coe.judging.held_out import judge_artifact
+from antiphon.coe.judging.model_card import model_card
 from antiphon.coe.judging.report import broken_promises
 from antiphon.coe.routing.artifact import Artifact, load_artifact, write_artifact
+from antiphon.coe.routing.assessment import assess
 from antiphon.coe.routing.decision import ExpertState, Question, Reason, View
 from antiphon.coe.routing.record_json import record_json
 from antiphon.coe.routing.router import Router, spec_of
-from antiphon.coe.training.example_table import example_table
+from antiphon.coe.training.data.example_table import example_table
+from antiphon.coe.training.data.table import ScoreTable, TableExpert
 from antiphon.coe.training.fit import Recipe
 from antiphon.coe.training.join import join_expert
 from antiphon.coe.training.mapping import Budget
-from antiphon.coe.training.table import ScoreTable, TableExpert
 from antiphon.coe.training.train import Options, train
 from antiphon.core.document.composition import CompositionSpec
 from antiphon.core.errors import CheckpointInvalid, InvalidInput, Unavailable
@@ -205,13 +209,99 @@ def test_a_new_expert_joins_from_probes(artifact: Artifact, tmp_path: Path) -> N
         categories=table.categories,
         scores=good,
     )
-    write_artifact(join_expert(artifact, probes), tmp_path / "joined", {})
+    found = join_expert(artifact, probes)
+    assert found.share == pytest.approx(1 / 3, abs=0.05)
+    assert 0.0 < found.low < found.gain < found.high
+    write_artifact(found.artifact, tmp_path / "joined", {})
     joined = load_artifact(tmp_path / "joined")
     router = Router(spec_of(joined), joined)
     assert router.route(Question(prompt="name the capital of kingdom 77")).decision.expert == "newcomer"
     assert router.route(Question(prompt="add the numbers 1 and 2")).decision.expert == "model-1"
     with pytest.raises(InvalidInput, match="already knows"):
         join_expert(joined, probes)
+
+
+def test_an_expert_that_probes_speak_against_is_refused_and_one_that_is_never_best_changes_nothing(artifact: Artifact) -> None:
+    table = example_table(num_per_dataset=50, num_datasets=1, seed=5)
+
+    def probes(scores: np.ndarray) -> ScoreTable:
+        experts = (TableExpert(name="newcomer"),)
+        return replace(table, experts=experts, scores=scores[:, None])
+
+    # Right on every second prompt of each subject: good on average, never the better choice.
+    found = join_expert(artifact, probes(np.arange(len(table)) % 2 * 1.0))
+    assert (found.share, found.gain) == (0.0, 0.0)
+    router = Router(spec_of(found.artifact), found.artifact)
+    assert all(router.route(Question(prompt=p)).decision.expert != "newcomer" for p in table.prompts)
+    # Lucky in few prompts of a subject, none in the others: what the probes promise does not hold on those left out.
+    source = np.random.default_rng(0)
+    gains = []
+    for _ in range(20):
+        with contextlib.suppress(InvalidInput):
+            gains.append(join_expert(artifact, probes((source.random(len(table)) < 0.93).astype(float))).gain)
+    assert min(gains, default=0.0) >= 0.0
+
+
+def test_one_prompt_at_a_time_is_assessed_as_many_are(artifact: Artifact) -> None:
+    path = artifact.fast
+    prompts = [*example_table(seed=4).prompts[:60], "", "qwerty zxcvb", "\U0001f600"]
+    many = assess(path.fitted.raw(artifact.embedding.encode_all(prompts)), path.fitted, path.mix, path.gate)
+    for i, prompt in enumerate(prompts):
+        probabilities, scores, familiarity = path.quick.assess(artifact.embedding.encode(prompt), path.gate.threshold)
+        assert probabilities == pytest.approx(many.categories_BC[i].tolist(), abs=1e-4)
+        assert scores == pytest.approx(many.scores_BM[i].tolist(), abs=1e-4)
+        assert familiarity == pytest.approx(float(many.familiarity_B[i]), abs=1e-4)
+
+
+def test_prompts_of_no_known_kind_go_to_the_general_expert_and_known_ones_seldom(artifact: Artifact) -> None:
+    router = Router(spec_of(artifact), artifact)
+
+    def share(prompts: Sequence[str]) -> float:
+        return float(np.mean([router.route(Question(prompt=p)).decision.reason is Reason.UNCERTAIN for p in prompts]))
+
+    assert share(example_table(seed=9).prompts) < 0.2
+    foreign = ("zxqv wvut", "Ceci est une phrase", "blorp fnord", "1", "!!", "lorem ipsum dolor", "ünïcödé", "kpop lyrics?")
+    assert share(foreign) > 0.7
+
+
+def test_experts_of_equal_score_are_asked_by_cost() -> None:
+    table = example_table()
+    scores = table.scores.copy()
+    scores[:, 1] = scores[:, 0]
+    experts = tuple(replace(e, active_params_b=cost) for e, cost in zip(table.experts, (40.0, 4.0, 10.0), strict=True))
+    artifact, _ = train(replace(table, experts=experts, scores=scores), OPTIONS, _quiet)
+    router = Router(spec_of(artifact), artifact)
+    asked = {router.route(Question(prompt=p)).decision.expert for p in example_table(seed=9).prompts}
+    assert "model-0" not in asked
+
+
+def test_the_card_names_no_expert_that_is_never_picked() -> None:
+    table = example_table()
+    useless = np.concatenate([table.scores, np.full((len(table), 1), 0.01)], axis=1)
+    experts = (*table.experts, TableExpert(name="never-good", active_params_b=1.0))
+    artifact, _ = train(replace(table, experts=experts, scores=useless), OPTIONS, _quiet)
+    card = model_card(artifact, None)
+    policies, categories = card.split("## Policies")[1].split("## Categories")
+    assert not [line for line in policies.splitlines() if line.startswith("| quality") and "never-good" in line]
+    assert not [line for line in categories.splitlines() if "| never-good |" in line and not line.startswith("| category")]
+
+
+def test_few_contradicting_and_missing_scores_are_said() -> None:
+    table = example_table(num_per_dataset=10, num_datasets=1)
+    scores = table.scores.copy()
+    scores[0, 0] = np.nan
+    twice = replace(
+        table,
+        prompts=table.prompts * 2,
+        datasets=table.datasets * 2,
+        categories=table.categories * 2,
+        scores=np.concatenate([scores, 1.0 - scores]),
+    )
+    said: list[str] = []
+    train(twice, OPTIONS, said.append)
+    warnings = [text for text in said if text.startswith("warning:")]
+    assert any("are few" in text for text in warnings)
+    assert any("different scores" in text for text in warnings)
 
 
 def test_a_table_without_categories_takes_its_datasets(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from sklearn.cluster import KMeans
 
 from antiphon.coe.routing.assessment import Floats, Ints
-from antiphon.coe.training.table import ScoreTable
+from antiphon.coe.training.data.table import ScoreTable
 
 MIN_SOURCE_ROWS = 15
 _NUM_NEIGHBOURS = 10

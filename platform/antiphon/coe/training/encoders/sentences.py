@@ -18,7 +18,7 @@ import numpy.typing as npt
 from antiphon.coe.routing.assets import cache_directory, keep
 from antiphon.coe.routing.encoder import SentenceEncoder
 from antiphon.coe.routing.wordpiece import WordPiece
-from antiphon.coe.training.encoder_graph import served_graph
+from antiphon.coe.training.encoders.encoder_graph import served_graph
 from antiphon.core.errors import CheckpointInvalid
 
 Floats = npt.NDArray[np.float32]

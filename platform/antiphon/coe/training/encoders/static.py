@@ -23,7 +23,7 @@ from antiphon.coe.routing.assets import cache_directory, keep
 from antiphon.coe.routing.embedding import StaticEmbedding, quantised
 from antiphon.coe.routing.encoder import SentenceEncoder
 from antiphon.coe.routing.wordpiece import WordPiece, window
-from antiphon.coe.training.augment import COURTESY
+from antiphon.coe.training.data.augment import COURTESY
 
 Floats = npt.NDArray[np.float32]
 
@@ -47,9 +47,9 @@ def from_encoder(published: Path, tokens: WordPiece) -> StaticEmbedding:
     centred = vectors - vectors.mean(axis=0)
     values, directions = np.linalg.eigh(centred.T @ centred)
     directions = directions[:, np.argsort(-values)[:NUM_DIMENSIONS]]
-    weight = np.log(2.0 + np.arange(len(vectors))) * _courtesy(tokens)
-    table, scale = quantised(centred @ directions * weight[:, None])
-    return StaticEmbedding(tokens=tokens, table_VD=table, scale_V=scale)
+    weight = np.log(2.0 + np.arange(len(vectors))) * courtesy(tokens)
+    table = quantised(centred @ directions * weight[:, None])
+    return StaticEmbedding(tokens=tokens, near=table)
 
 
 def from_prompts(prompts: Sequence[str], seed: int) -> StaticEmbedding:
@@ -76,8 +76,8 @@ def from_prompts(prompts: Sequence[str], seed: int) -> StaticEmbedding:
     rarity = np.log((1.0 + len(prompts)) / (1.0 + np.bincount(columns, minlength=size)))
     num = max(2, min(NUM_DIMENSIONS // 2, len(prompts) - 1, size - 1))
     svd = TruncatedSVD(num, random_state=seed).fit(present.multiply(rarity).tocsr())
-    table, scale = quantised(svd.components_.T * (rarity * _courtesy(tokens))[:, None])
-    return StaticEmbedding(tokens=tokens, table_VD=table, scale_V=scale)
+    table = quantised(svd.components_.T * (rarity * courtesy(tokens))[:, None])
+    return StaticEmbedding(tokens=tokens, near=table)
 
 
 def cached_array(name: str, compute: Callable[[], Floats]) -> Floats:
@@ -92,5 +92,6 @@ def cached_array(name: str, compute: Callable[[], Floats]) -> Floats:
     return kept
 
 
-def _courtesy(tokens: WordPiece) -> npt.NDArray[np.float64]:
+def courtesy(tokens: WordPiece) -> npt.NDArray[np.float64]:
+    """The weight of every token: less for words that speak to the assistant and say nothing about the subject."""
     return np.array([_COURTESY_WEIGHT if token in COURTESY else 1.0 for token in tokens.vocabulary])

@@ -1,7 +1,7 @@
 """Expert score tables: prompts with the score of every expert on each (control speed, offline).
 
 Format, JSON lines (gzip when the name ends in .gz). First line ``{"experts": [{"name", "active_params_b"?, "role"?}], "source"}``,
-then ``{"prompt", "dataset", "category"?, "scores": [one per expert, 0..1]}``. Must not know: routers.
+then ``{"prompt", "dataset", "category"?, "scores": [one per expert, 0..1; null = not known]}``. Must not know: routers.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import hashlib
 import json
 import math
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 DEFAULT_DATASET = "all"
+_MAX_PARAMS_B = 100_000.0  # as in documents
+_FILL_PRIOR_ROWS = 5.0  # rows of an expert's mean that draw what stands for a missing score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +42,7 @@ class TableExpert:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreTable:
-    """Prompts, where they are from, and scores [num_prompts, num_experts] in 0..1. Rows keep the file's order."""
+    """Prompts, where they are from, and scores [num_prompts, num_experts] in 0..1; NaN = not known. Rows keep the file's order."""
 
     experts: tuple[TableExpert, ...]
     prompts: tuple[str, ...]
@@ -75,6 +78,12 @@ class ScoreTable:
         """True when the table says every expert's active parameters."""
         return all(expert.active_params_b is not None for expert in self.experts)
 
+    @property
+    def complete(self) -> Ints:
+        """Rows whose every score is known."""
+        found: Ints = np.flatnonzero(np.isfinite(self.scores).all(axis=1))
+        return found
+
     def digest(self) -> str:
         """sha256 of experts and rows, independent of how the file was packed."""
         state = hashlib.sha256()
@@ -100,17 +109,22 @@ def normalised(prompt: str) -> str:
 
 
 def drop_duplicates(table: ScoreTable) -> tuple[ScoreTable, Duplicates]:
-    """One row per normalised prompt: the first one's, with the mean of all their scores."""
+    """One row per normalised prompt: the first one's, with the mean of all their known scores."""
     groups: dict[str, list[int]] = {}
     for index, prompt in enumerate(table.prompts):
         groups.setdefault(normalised(prompt), []).append(index)
     kept = [group[0] for group in groups.values()]
     result = table.rows(kept)
-    scores = np.stack([table.scores[group].mean(axis=0) for group in groups.values()])
+    scores = table.scores[kept]
     repeated = [group for group in groups.values() if len(group) > 1]
+    for place, group in enumerate(groups.values()):
+        if len(group) > 1:
+            known = np.isfinite(table.scores[group])
+            total = np.where(known, table.scores[group], 0.0).sum(axis=0)
+            scores[place] = np.where(known.any(axis=0), total / np.maximum(known.sum(axis=0), 1), np.nan)
     found = Duplicates(
         num_exact=len(table) - len(kept),
-        num_conflicting=sum(bool(np.ptp(table.scores[group], axis=0).any()) for group in repeated),
+        num_conflicting=sum(_conflict(table.scores[group]) for group in repeated),
         num_across_datasets=sum(len({table.datasets[i] for i in group}) > 1 for group in repeated),
     )
     return (
@@ -124,6 +138,34 @@ def drop_duplicates(table: ScoreTable) -> tuple[ScoreTable, Duplicates]:
         ),
         found,
     )
+
+
+def _conflict(scores_BM: Floats) -> bool:
+    known = np.isfinite(scores_BM)
+    return bool((np.where(known, scores_BM, -1.0).max(axis=0) > np.where(known, scores_BM, 2.0).min(axis=0)).any())
+
+
+def filled(table: ScoreTable) -> ScoreTable:
+    """The table to learn from: a score that is not known is the expert's mean in the row's category and dataset, drawn to its mean.
+
+    Raises:
+        InvalidInput: an expert has no score at all.
+    """
+    known = np.isfinite(table.scores)
+    for m, expert in enumerate(table.experts):
+        if not known[:, m].any():
+            raise InvalidInput(f"expert {expert.name!r} has no score in this table", "table")
+    if known.all():
+        return table
+    scores = np.where(known, table.scores, 0.0)
+    mean_M = scores.sum(axis=0) / known.sum(axis=0)
+    groups: dict[tuple[str | None, str], list[int]] = {}
+    for i, place in enumerate(zip(table.categories, table.datasets, strict=True)):
+        groups.setdefault(place, []).append(i)
+    for group in groups.values():
+        total_M = scores[group].sum(axis=0) + _FILL_PRIOR_ROWS * mean_M
+        scores[group] = np.where(known[group], scores[group], total_M / (known[group].sum(axis=0) + _FILL_PRIOR_ROWS))
+    return replace(table, scores=scores)
 
 
 def leaked(train: ScoreTable, test: ScoreTable) -> Ints:
@@ -144,7 +186,7 @@ def read_table(path: Path) -> ScoreTable:
                 return _parse(lines, path.name)
         with path.open(encoding="utf-8") as lines:
             return _parse(lines, path.name)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InvalidInput(f"table {path} can't be read: {error}", "table") from error
 
 
@@ -163,7 +205,7 @@ def write_table(table: ScoreTable, path: Path) -> None:
         row: dict[str, Any] = {"prompt": table.prompts[i], "dataset": table.datasets[i]}
         if table.categories[i] is not None:
             row["category"] = table.categories[i]
-        row["scores"] = [round(float(score), 9) for score in table.scores[i]]
+        row["scores"] = [round(float(score), 9) if math.isfinite(score) else None for score in table.scores[i]]
         lines.append(json.dumps(row, ensure_ascii=False))
     data = ("\n".join(lines) + "\n").encode()
     path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
@@ -179,6 +221,8 @@ def _parse(lines: Iterable[str], name: str) -> ScoreTable:
         where = f"table {name}, line {number}"
         try:
             value = json.loads(line)
+        except RecursionError as error:
+            raise InvalidInput(f"{where}: nested too deeply", "table") from error
         except ValueError as error:
             raise InvalidInput(f"{where}: not JSON: {error}", "table") from error
         if not isinstance(value, dict):
@@ -212,8 +256,10 @@ def _experts(value: dict[str, Any], where: str) -> list[TableExpert]:
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not entry["name"]:
             raise InvalidInput(f"{where}: every expert needs a 'name'", "table")
         params = entry.get("active_params_b")
-        if params is not None and not (_is_number(params) and params > 0):
-            raise InvalidInput(f"{where}: active_params_b of {entry['name']} must be a number above 0", "table")
+        if params is not None and not (_is_number(params) and 0 < params <= _MAX_PARAMS_B):
+            raise InvalidInput(
+                f"{where}: active_params_b of {entry['name']} must be a number above 0, at most {_MAX_PARAMS_B:g}", "table"
+            )
         role = entry.get("role")
         experts.append(
             TableExpert(
@@ -240,10 +286,11 @@ def _row(value: dict[str, Any], num_experts: int, where: str) -> tuple[str, str,
     if not isinstance(scores, list) or len(scores) != num_experts:
         raise InvalidInput(f"{where}: expected 'scores', a list of {num_experts} numbers", "table")
     for score in scores:
-        if not (_is_number(score) and 0.0 <= score <= 1.0):
-            raise InvalidInput(f"{where}: score {score!r} is not a number between 0 and 1", "table")
-    return prompt, dataset, category or None, [float(score) for score in scores]
+        if score is not None and not (_is_number(score) and 0.0 <= score <= 1.0):
+            raise InvalidInput(f"{where}: score {str(score)[:40]} is not a number between 0 and 1", "table")
+    return prompt, dataset, category or None, [math.nan if score is None else float(score) for score in scores]
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # An int is finite however large it is; math.isfinite would turn it into a float first, and overflow.
+    return isinstance(value, int | float) and not isinstance(value, bool) and (isinstance(value, int) or math.isfinite(value))

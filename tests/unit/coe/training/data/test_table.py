@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from antiphon.coe.training.example_table import example_table
-from antiphon.coe.training.table import drop_duplicates, leaked, read_table, write_table
+from antiphon.coe.training.data.example_table import example_table
+from antiphon.coe.training.data.table import drop_duplicates, filled, leaked, read_table, write_table
 from antiphon.core.errors import InvalidInput
 
 
@@ -47,6 +47,8 @@ def test_equal_tables_give_equal_bytes(tmp_path: Path) -> None:
         ([HEAD, {"prompt": "p", "scores": [0, True]}], "not a number between 0 and 1"),
         ([HEAD, {"prompt": "p", "category": 3, "scores": [0, 1]}], "'category' must be a string"),
         ([HEAD, [1]], "expected an object"),
+        ([{"experts": [{"name": "a", "active_params_b": 10**400}]}], "line 1: active_params_b of a"),
+        ([HEAD, {"prompt": "p", "scores": [0, 10**400]}], "line 2: score 1000"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, lines: list[object], said: str) -> None:
@@ -88,3 +90,38 @@ def test_prompts_that_differ_in_case_or_space_are_one_with_the_mean_score(tmp_pa
 def test_leaked_rows_are_found(tmp_path: Path) -> None:
     table = example_table()
     assert leaked(table.rows([0, 1, 2]), table.rows([2, 3, 1])).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("opening", ["[", '{"experts": '])
+def test_a_line_that_nests_without_end_is_named(tmp_path: Path, opening: str) -> None:
+    (tmp_path / "t.jsonl").write_text(opening * 100_000)
+    with pytest.raises(InvalidInput, match=r"t\.jsonl, line 1: nested too deeply"):
+        read_table(tmp_path / "t.jsonl")
+
+
+def test_a_damaged_archive_is_refused(tmp_path: Path) -> None:
+    write_table(example_table(), tmp_path / "t.jsonl.gz")
+    data = bytearray((tmp_path / "t.jsonl.gz").read_bytes())
+    data[200:260] = bytes(60)
+    (tmp_path / "t.jsonl.gz").write_bytes(data)
+    with pytest.raises(InvalidInput, match=r"t\.jsonl\.gz can't be read"):
+        read_table(tmp_path / "t.jsonl.gz")
+
+
+def test_a_score_that_is_not_known_is_null_and_survives(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "dataset": "d", "scores": [0, None]}, {"prompt": "q", "dataset": "d", "scores": [1, 0.5]}]
+    table = read_table(_write(tmp_path / "t.jsonl", [HEAD, *rows]))
+    write_table(table, tmp_path / "again.jsonl")
+    again = read_table(tmp_path / "again.jsonl")
+    assert np.isnan(again.scores[0, 1])
+    assert again.complete.tolist() == [1]
+    assert filled(again).scores[0, 1] == pytest.approx(0.5)
+    with pytest.raises(InvalidInput, match="expert 'b' has no score"):
+        filled(again.rows([0]))
+
+
+def test_duplicates_of_which_one_has_the_score_agree(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "dataset": "d", "scores": [0, None]}, {"prompt": "P", "dataset": "d", "scores": [None, 1]}]
+    table, found = drop_duplicates(read_table(_write(tmp_path / "t.jsonl", [HEAD, *rows])))
+    assert table.scores.tolist() == [[0.0, 1.0]]
+    assert found.num_conflicting == 0

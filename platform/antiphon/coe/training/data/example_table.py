@@ -9,7 +9,7 @@ import random
 
 import numpy as np
 
-from antiphon.coe.training.table import ScoreTable, TableExpert
+from antiphon.coe.training.data.table import ScoreTable, TableExpert
 
 _FORMS = {
     "code": (

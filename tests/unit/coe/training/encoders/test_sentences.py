@@ -6,8 +6,8 @@ import pytest
 from antiphon.coe.routing.assets import ENCODER, VOCABULARY, resolve
 from antiphon.coe.routing.encoder import SentenceEncoder
 from antiphon.coe.routing.wordpiece import WordPiece
-from antiphon.coe.training.encoder_graph import served_graph
-from antiphon.coe.training.sentences import encode_sentences, served_encoder
+from antiphon.coe.training.encoders.encoder_graph import served_graph
+from antiphon.coe.training.encoders.sentences import encode_sentences, served_encoder
 from antiphon.core.errors import CheckpointInvalid
 
 TEXTS = ["What is the capital of France?", "Sort a list of numbers in Python.", "x", "die Katze schläft " * 40]

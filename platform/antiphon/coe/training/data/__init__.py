@@ -1,0 +1,1 @@
+"""What routers are trained and judged on: score tables, labels, other wordings (control speed, offline)."""

@@ -1,0 +1,122 @@
+"""What a weight of cost comes to: the experts worth having under it, its average cost and score (control speed, offline).
+
+Must not know: embeddings, gates' making.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from antiphon.coe.routing.assessment import Assessment, Floats, Gate, Ints
+
+Doubles = npt.NDArray[np.float64]
+
+TIE_WEIGHT = 1e-6  # of cost in every policy: among experts of equal score the cheaper serves
+_WEIGHTS = (
+    *(TIE_WEIGHT, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.12, 0.15),
+    *(0.18, 0.2, 0.22, 0.24, 0.26, 0.32, 0.4, 0.55, 0.8, 1.5),
+)
+_BALANCED_LOSS = 0.004  # balanced: this much below the best quality
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontierPoint:
+    """A cost weight, and what it gave on rows that the models had not seen."""
+
+    weight: float  # score given up for the most expensive expert against a free one
+    avg_cost: float  # in the experts' cost unit
+    score: float
+    experts: tuple[int, ...]  # the experts that are worth having at this weight
+
+
+def pick(found: Assessment, gate: Gate, general: int, cost_term_M: Doubles, experts: Sequence[int]) -> Ints:
+    """The expert of each prompt: the best of ``experts`` after cost, or the general one where the gate closes."""
+    allowed = np.array(sorted(experts), np.int64)
+    chosen = allowed[(found.scores_BM - cost_term_M)[:, allowed].argmax(axis=1)]
+    result: Ints = np.where(found.familiarity_B < np.float32(gate.threshold), general, chosen)
+    return result
+
+
+def worthy_experts(
+    expected_BM: Floats, scores_BM: Doubles, category_B: Ints, cost_term_M: Doubles, general: int, worth_having: float
+) -> tuple[int, ...]:
+    """The experts that, in at least one category, bring ``worth_having`` after cost; the general one always stays.
+
+    One after the other, the expert whose absence costs least in the category that would miss it most is let go while that is less
+    than ``worth_having``: near-ties flip with a word and earn nothing, and who is never picked costs nothing to lose. Measured
+    per category, so that a small category keeps the expert that only it needs.
+    """
+    after_BM = expected_BM - cost_term_M
+    value_BM = scores_BM - cost_term_M
+    row = np.arange(len(scores_BM))
+    categories, place_B = np.unique(category_B, return_inverse=True)
+    size_C = np.bincount(place_B)
+    experts = np.unique(np.append(after_BM.argmax(axis=1), general))
+    while len(experts) > 1:
+        open_BE = after_BM[:, experts]
+        first_B = open_BE.argmax(axis=1)
+        open_BE[row, first_B] = -np.inf
+        loss_B = value_BM[row, experts[first_B]] - value_BM[row, experts[open_BE.argmax(axis=1)]]
+        missed_EC = np.zeros((len(experts), len(categories)))
+        np.add.at(missed_EC, (first_B, place_B), loss_B)
+        most_E = (missed_EC / size_C).max(axis=1)
+        most_E[experts == general] = np.inf
+        least = int(most_E.argmin())
+        if most_E[least] >= worth_having:
+            break
+        experts = np.delete(experts, least)
+    return tuple(int(m) for m in experts)
+
+
+def frontier(
+    found: Assessment,
+    scores_BM: Doubles,
+    category_B: Ints,
+    costs_M: Doubles,
+    general: int,
+    gate: Gate,
+    worth_having: float,
+) -> tuple[FrontierPoint, ...]:
+    """A point for each of a fixed row of cost weights; the first one is as good as free of cost."""
+    row = np.arange(len(scores_BM))
+    points = []
+    for weight in _WEIGHTS:
+        term = weight * costs_M / costs_M.max()
+        experts = worthy_experts(found.scores_BM, scores_BM, category_B, term, general, worth_having)
+        chosen = pick(found, gate, general, term, experts)
+        points.append(
+            FrontierPoint(
+                weight=weight,
+                avg_cost=float(costs_M[chosen].mean()),
+                score=float(scores_BM[row, chosen].mean()),
+                experts=tuple(int(m) for m in np.unique(np.append(chosen, general))),
+            )
+        )
+    return tuple(points)
+
+
+def policies_of(points: Sequence[FrontierPoint], best_single: float) -> dict[str, int]:
+    """The point of each policy.
+
+    quality has no cost; balanced is the cheapest that loses no more than its policy allows; cheap the cheapest that is as good as
+    the best single expert, or as balanced where that is less: never the dearer of the two.
+    """
+    best = points[0].score
+    balanced = best - _BALANCED_LOSS
+    return {
+        "quality": 0,
+        "balanced": cheapest(points, balanced),
+        "cheap": cheapest(points, min(best_single, balanced)),
+    }
+
+
+def cheapest(points: Sequence[FrontierPoint], at_least: float) -> int:
+    """The cheapest point with a score of ``at_least``; the best one when there is none."""
+    good = [i for i, point in enumerate(points) if point.score >= at_least]
+    if not good:
+        return max(range(len(points)), key=lambda i: (points[i].score, -points[i].avg_cost))
+    return min(good, key=lambda i: (points[i].avg_cost, -points[i].score, i))
