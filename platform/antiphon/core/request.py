@@ -60,6 +60,25 @@ MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ThinkingRules:
+    """How long the model may think. A thought lasts from ``start`` (or the prompt's end, with ``is_open``) to ``end``."""
+
+    start: str
+    end: str
+    end_token_ids: tuple[int, ...]  # what ends a thought by force
+    budget_tokens: int
+    is_open: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputRules:
+    """What an output must be. Who enforces it needs nothing but the rules and the output's ids so far, wherever those were made."""
+
+    grammar: str | None = None  # in llguidance's Lark; compiled and found affordable by the gateway
+    thinking: ThinkingRules | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the next token is chosen. Ranges are checked by the gateway, which owns the error with the field's name.
 
@@ -81,6 +100,8 @@ class SamplingParams:
     min_tokens: int = 0  # end-of-sequence and stop ids are masked before this many output tokens
     ignore_eos: bool = False
     num_logprobs: int | None = None  # None = none, 0 = the sampled token's only, at most MAX_LOGPROBS
+    num_prompt_logprobs: int | None = None  # the same for the prompt's tokens; the prompt is then computed whole
+    rules: OutputRules | None = None
 
     @property
     def greedy(self) -> bool:
@@ -143,4 +164,5 @@ class RequestOutput:
     num_remote_tokens: int = 0  # prompt tokens whose KV came from a prefill worker
     num_preemptions: int = 0
     times: RequestTimes | None = None  # with the finish
+    prompt_logprobs: Mapping[int, TokenLogprob] = field(default_factory=dict)  # by position in the prompt, from 1 on
     traceparent: str | None = None  # the request's, with the finish

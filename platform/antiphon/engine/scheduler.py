@@ -157,6 +157,8 @@ class Scheduler:
                     self._running.remove(state)
                     self._sending[request_id] = state
                 continue
+            if request_id in result.prompt_logprobs:
+                outputs.append(RequestOutput(request_id=request_id, prompt_logprobs=result.prompt_logprobs[request_id]))
             token_id = result.sampled_token_ids.get(request_id)
             if token_id is not None:
                 outputs.append(self._append(state, token_id, result))
@@ -305,6 +307,8 @@ class Scheduler:
         state.known_to_runner = True
 
     def _find_prefix(self, state: RequestState) -> list[int]:
+        if state.request.sampling.num_prompt_logprobs is not None:
+            return []  # what is in the cache is not computed, and has no likelihoods
         state.update_hashes(self.config.block_size_tokens)
         # The last known token is always computed, since its logits choose the next one.
         limit = len(state.token_ids) - (0 if state.kv_target is not None else 1)
@@ -324,6 +328,7 @@ class Scheduler:
         return (
             state.prefill_worker is not None
             and state.kv_target is None
+            and state.request.sampling.num_prompt_logprobs is None
             and len(state.token_ids) - 1 - num_local >= self.config.remote_prefill_min_tokens
         )
 

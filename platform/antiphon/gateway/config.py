@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from antiphon.core.document.composition import CompositionOfExperts, ExternalEndpoint
+from antiphon.gateway.text.dialect import TextFormats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,6 +16,8 @@ class GatewayConfig:
     """Addresses, models and limits of one gateway process."""
 
     models: Mapping[str, Path]  # name that clients send → checkpoint directory with the tokenizer
+    formats: Mapping[str, TextFormats] = field(default_factory=dict)  # of calls and thoughts, where the document names them
+    unknown_fields: Literal["refuse", "ignore"] = "ignore"  # of HTTP bodies; ignored ones are named in a header
     host: str = "127.0.0.1"
     http_port: int = 8000  # 0 = any free port
     grpc_port: int = 9000  # 0 = any free port

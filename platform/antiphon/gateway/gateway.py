@@ -17,15 +17,18 @@ from antiphon.gateway.auth import ApiKeys, cache_salt
 from antiphon.gateway.compositions import ServedComposition
 from antiphon.gateway.config import GatewayConfig
 from antiphon.gateway.generation.generator import Generator
+from antiphon.gateway.generation.preparing import Preparer
 from antiphon.gateway.generation.request import Event, GenerationRequest
 from antiphon.gateway.http.bodies import Bodies
 from antiphon.gateway.metrics.instruments import GatewayMetrics
 from antiphon.gateway.routing.engine_client import EngineClient
 from antiphon.gateway.routing.placement import Placement
 from antiphon.gateway.status import Status, pools_of, workers_of
+from antiphon.gateway.text.dialect import Dialect, TextFormats
 from antiphon.gateway.text.template_process import TemplateProcess
 from antiphon.gateway.text.tokenizer import TextModel
 from antiphon.telemetry import Telemetry
+from antiphon.worker.structure.checking import GrammarChecker
 
 
 class Gateway:
@@ -68,6 +71,8 @@ class Gateway:
             by_model=config.remote_prefill_min_tokens_by_model,
         )
         self.view.on_refresh(self._client.sync)
+        self.dialects = {name: Dialect(model, config.formats.get(name, TextFormats())) for name, model in models.items()}
+        self._checker = GrammarChecker()
         self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
         self.templates = TemplateProcess(
             {
@@ -84,8 +89,7 @@ class Gateway:
             placement=placement,
             metrics=GatewayMetrics(telemetry, workers=lambda: self.view.workers, num_requests=lambda: self.num_requests),
             tracer=telemetry.tracer(__name__),
-            executor=self._executor,
-            templates=self.templates,
+            preparer=Preparer(models, self.dialects, self._executor, self._checker, self.templates),
             clock=clock,
         )
 
@@ -168,4 +172,5 @@ class Gateway:
         """End the sessions with all workers."""
         await self._client.close()
         await self.templates.close()
+        await self._checker.close()
         self._executor.shutdown(wait=False, cancel_futures=True)

@@ -18,7 +18,7 @@ from antiphon.connectors.afd.attention_side import AttentionSide
 from antiphon.connectors.afd.expert_map import ExpertMap
 from antiphon.connectors.kv.decode_side import DecodeSide
 from antiphon.connectors.kv.prefill_side import PrefillSide
-from antiphon.core.errors import ErrorInfo, PeerLost
+from antiphon.core.errors import AntiphonError, ErrorInfo, InvalidInput, PeerLost
 from antiphon.core.kv import KVTarget
 from antiphon.core.request import RequestId, TokenLogprob
 from antiphon.core.step import KVEvents, ModelRunnerOutput, NewRequestData, SchedulerOutput
@@ -28,10 +28,12 @@ from antiphon.models.decoder import AttentionHalves, StepState
 from antiphon.models.prefetch import WeightPrefetch
 from antiphon.telemetry.step_trace import Mark, StepTrace
 from antiphon.worker.sampler import SamplingState, logprobs_of, numbers_only, sample
+from antiphon.worker.structure.enforcer import Enforcer
 from antiphon.worker.ubatch import Half, Segment, plan_ops, split_segments
 from antiphon.worker.ubatch_tuning import UbatchTuner
 
 _NO_KV = KVEvents()
+_LIKELIHOOD_ROWS = 32  # of a prompt's logits at once: 6 MB at a vocabulary of 49k
 
 # The same step is computed in other batches after a fault: answers to an earlier attempt must not be taken for the new one's.
 _ATTEMPT_SHIFT = 40
@@ -55,7 +57,7 @@ class _Row:
         "token_ids",
     )
 
-    def __init__(self, new: NewRequestData, vocab_size: int) -> None:
+    def __init__(self, new: NewRequestData, vocab_size: int, enforcer: Enforcer | None) -> None:
         self.request_id = new.request_id
         self.bad_at: str | None = None  # where this request's rows were first seen not to be numbers
         self.token_ids = list(new.token_ids)
@@ -63,13 +65,14 @@ class _Row:
         self.block_ids = list(new.block_ids)
         self.num_computed_tokens = new.num_computed_tokens
         self.kv_target: KVTarget | None = new.kv_target
-        self.sampling = SamplingState(
-            new.sampling,
-            new.eos_token_ids,
-            self.token_ids[: self.num_prompt_tokens],
-            self.token_ids[self.num_prompt_tokens :],
-            vocab_size,
-        )
+        output = self.token_ids[self.num_prompt_tokens :]
+        matcher = meter = None
+        if new.sampling.rules is not None and new.kv_target is None:
+            if enforcer is None:
+                raise InvalidInput("this worker has no vocabulary to enforce a grammar with", "grammar")
+            matcher, meter = enforcer.begin(new.sampling.rules, new.eos_token_ids, output)
+        prompt = self.token_ids[: self.num_prompt_tokens]
+        self.sampling = SamplingState(new.sampling, new.eos_token_ids, prompt, output, vocab_size, matcher=matcher, meter=meter)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -98,15 +101,18 @@ class AttentionWorker:
         tuner: UbatchTuner | None = None,
         kv: DecodeSide | PrefillSide | None = None,
         warms: bool = False,
+        enforcer: Enforcer | None = None,
     ) -> None:
         """``num_ubatches``: in flight at most; ``tuner``: chooses how many each step gets, None = always as many as there are;
-        ``warms``: waits are for another processor, and this one fetches weights meanwhile.
+        ``warms``: waits are for another processor, and this one fetches weights meanwhile; ``enforcer``: holds outputs to their
+        rules, None = requests have none.
         """
         self.halves = halves
         self.cache = cache
         self.afd = afd
         self.kv = kv
         self.stats = RunnerStats()
+        self.enforcer = enforcer
         self.trace: StepTrace | None = None  # set before the first step by who wants one
         self._away: dict[int, int] = {}  # place in flight → FFN layer, while tracing
         self._num_ubatches = num_ubatches
@@ -154,9 +160,9 @@ class AttentionWorker:
         start_s = time.perf_counter()
         self.afd.experts = self._experts  # between two steps no exchange is in flight
         refused = self._take_changes(step)
-        if not step.num_scheduled_tokens:
-            return ModelRunnerOutput()
         batch = [(self._rows[request_id], n) for request_id, n in step.num_scheduled_tokens.items() if request_id not in refused]
+        if not batch:
+            return ModelRunnerOutput(errors=refused)
         batch.sort(key=lambda item: item[1] != 1)  # decodes first; the sort is stable
         output = self._run_contained(step.step_id, batch)
         output.errors.update(refused)
@@ -205,6 +211,7 @@ class AttentionWorker:
         return ModelRunnerOutput(
             sampled_token_ids={**first.sampled_token_ids, **second.sampled_token_ids},
             logprobs={**first.logprobs, **second.logprobs},
+            prompt_logprobs={**first.prompt_logprobs, **second.prompt_logprobs},
             errors={**first.errors, **second.errors},
         )
 
@@ -224,11 +231,15 @@ class AttentionWorker:
                 self.kv.start(load)
         for new in step.new_requests:
             try:
-                row = self._rows[new.request_id] = _Row(new, self.halves.config.vocab_size)
+                row = _Row(new, self.halves.config.vocab_size, self.enforcer)
+            except AntiphonError as error:
+                refused[new.request_id] = ErrorInfo.of(error)
+                continue
             except Exception as error:
                 logger.exception("request %s can't be taken in", new.request_id)
                 refused[new.request_id] = ErrorInfo.internal(type(error).__name__)
                 continue
+            self._rows[new.request_id] = row
             if row.kv_target is not None:
                 self._offer_cached(row, row.kv_target)
         for cached in step.cached_requests:
@@ -250,6 +261,7 @@ class AttentionWorker:
         ]
         finals: list[torch.Tensor] = []
         sampled: list[_Row] = []
+        likelihoods: dict[RequestId, dict[int, TokenLogprob]] = {}
         if segments:
             runs, states = self._forward_all(step_id, batch, segments)
             for run, state in zip(runs, states, strict=True):
@@ -258,6 +270,8 @@ class AttentionWorker:
                     at += segment.num_tokens
                     row = batch[segment.request][0]
                     is_last = segment.first_token + segment.num_tokens == len(row.token_ids)
+                    if row.sampling.params.num_prompt_logprobs is not None:
+                        self._note_likelihoods(row, segment, state.x_TD[at - segment.num_tokens : at], likelihoods)
                     if state.bad_rows:
                         self._note_bad(row, state, at - segment.num_tokens, at)
                     if is_last and row.kv_target is None:
@@ -266,6 +280,7 @@ class AttentionWorker:
                     elif row.bad_at is None and not _all_numbers(state.x_TD[at - segment.num_tokens : at]):
                         row.bad_at = "the last layer"
         output = self._sample(finals, sampled)
+        output.prompt_logprobs.update(likelihoods)
         for row, n in batch:
             if row.bad_at is not None and row.request_id not in output.errors:
                 output.errors[row.request_id] = self._refuse(row)
@@ -278,10 +293,29 @@ class AttentionWorker:
                 self.kv.pump()
         return output
 
+    def _note_likelihoods(
+        self, row: _Row, segment: Segment, x_TD: torch.Tensor, found: dict[RequestId, dict[int, TokenLogprob]]
+    ) -> None:
+        """Log-probabilities of the prompt's tokens that follow the segment's, a few rows of logits at a time."""
+        num_top = row.sampling.params.num_prompt_logprobs
+        assert num_top is not None
+        count = min(segment.num_tokens, row.num_prompt_tokens - 1 - segment.first_token)
+        noted = found.setdefault(row.request_id, {})
+        for start in range(0, count, _LIKELIHOOD_ROWS):
+            end = min(count, start + _LIKELIHOOD_ROWS)
+            logits_TV = self.halves.logits(x_TD[start:end])
+            if not _all_numbers(logits_TV):
+                return  # the request ends with an error of its own
+            for offset in range(end - start):
+                position = segment.first_token + start + offset + 1
+                noted[position] = logprobs_of(logits_TV[offset], row.token_ids[position], num_top)
+
     def _refuse(self, row: _Row) -> ErrorInfo:
         """Why a request of rows that are non-finite ends. What this step wrote of it may be none either and is zeroed; what steps
         before it wrote are numbers, and others may share those blocks.
         """
+        if row.bad_at is None and row.sampling.failure is not None:
+            return ErrorInfo.of(InvalidInput(f"the answer's grammar is too complex to go on with: {row.sampling.failure}"))
         self.cache.scrub(row.block_ids[row.num_computed_tokens // self.cache.layout.block_size_tokens :])
         where = "" if row.bad_at is None else f", first seen at {row.bad_at}"
         return ErrorInfo.internal(f"the model's logits are non-finite{where}")

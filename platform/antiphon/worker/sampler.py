@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from antiphon.core.request import SamplingParams, TokenLogprob
 from antiphon.models.native.library import available
+from antiphon.worker.structure.grammar import Matcher
+from antiphon.worker.structure.thinking import ThinkingMeter
 
 _MASK64 = (1 << 64) - 1
 _TOP_P_FIRST_LOOK = 1024  # nearly always holds top_p of the mass; sorting a whole vocabulary costs milliseconds
@@ -35,15 +38,29 @@ def uniform(seed: int, position: int) -> float:
 class SamplingState:
     """What one request's sampling remembers between steps."""
 
-    __slots__ = ("_bias", "_counts_V", "_prompt_V", "end_ids", "needs_best_only", "params", "plain_greedy")
+    __slots__ = (
+        "_bias", "_counts_V", "_matcher", "_meter", "_prompt_V", "end_ids", "needs_best_only", "params", "plain_greedy"
+    )  # fmt: skip
 
     def __init__(
-        self, params: SamplingParams, end_ids: frozenset[int], prompt: Sequence[int], output: Sequence[int], vocab: int
+        self,
+        params: SamplingParams,
+        end_ids: frozenset[int],
+        prompt: Sequence[int],
+        output: Sequence[int],
+        vocab: int,
+        *,
+        matcher: Matcher | None = None,
+        meter: ThinkingMeter | None = None,
     ) -> None:
+        """``matcher`` and ``meter`` stand after ``output``; they enforce ``params.rules``."""
         self.params = params
+        self._matcher = matcher
+        self._meter = meter
         self.end_ids = sorted(i for i in end_ids | params.stop_token_ids if i < vocab)
         penalised = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0 or params.repetition_penalty != 1.0
-        self.plain_greedy = params.greedy and not penalised and not params.logit_bias and params.min_tokens == 0
+        is_free = matcher is None and meter is None
+        self.plain_greedy = params.greedy and not penalised and not params.logit_bias and params.min_tokens == 0 and is_free
         self.needs_best_only = self.plain_greedy and params.num_logprobs is None
         self._prompt_V: torch.Tensor | None = None
         self._counts_V: torch.Tensor | None = None
@@ -60,10 +77,20 @@ class SamplingState:
         """A token was chosen."""
         if self._counts_V is not None:
             self._counts_V[token_id] += 1
+        if self._matcher is not None:
+            self._matcher.append(token_id)
+        if self._meter is not None:
+            self._meter.append(token_id)
+
+    @property
+    def failure(self) -> str | None:
+        """Why no further token can be chosen by the rules, if none can."""
+        return None if self._matcher is None else self._matcher.failure
 
     def changes(self, position: int) -> bool:
         """Whether ``adjust`` would change logits at this position."""
-        return self._counts_V is not None or self._bias is not None or position < self.params.min_tokens
+        has_rules = self._matcher is not None or (self._meter is not None and self._meter.forced is not None)
+        return has_rules or self._counts_V is not None or self._bias is not None or position < self.params.min_tokens
 
     def adjust(self, logits_V: torch.Tensor, position: int) -> torch.Tensor:
         """Penalties, bias and the mask of min_tokens; a new tensor."""
@@ -79,7 +106,20 @@ class SamplingState:
             out.index_add_(0, self._bias[0], self._bias[1])
         if position < params.min_tokens and self.end_ids:
             out[self.end_ids] = float("-inf")
+        self._obey(out)
         return out
+
+    def _obey(self, out_V: torch.Tensor) -> None:
+        """Leave only what the rules allow."""
+        forced = None if self._meter is None else self._meter.forced
+        if forced is not None:
+            kept = out_V[forced].clone()
+            out_V.fill_(float("-inf"))
+            out_V[forced] = kept if bool(torch.isfinite(kept)) else 0.0
+        elif self._matcher is not None:
+            bits = np.frombuffer(self._matcher.allowed(), dtype=np.uint8)
+            allowed_V = np.unpackbits(bits, count=out_V.numel(), bitorder="little").view(np.bool_)
+            out_V.masked_fill_(torch.from_numpy(~allowed_V).to(out_V.device), float("-inf"))
 
 
 def numbers_only(ids_R: torch.Tensor, values_R: torch.Tensor) -> list[int | None]:
@@ -104,14 +144,18 @@ def sample(logits_RV: torch.Tensor, states: Sequence[SamplingState], positions: 
     for row, state in enumerate(states):
         if is_bad[row]:
             chosen[row] = None
-        elif state.plain_greedy:
             continue
+        if state.plain_greedy:
+            continue
+        logits_V = state.adjust(logits_RV[row], positions[row]) if state.changes(positions[row]) else None
+        if state.failure is not None:
+            chosen[row] = None
         elif state.params.greedy:
-            chosen[row] = int(state.adjust(logits_RV[row], positions[row]).argmax())
+            chosen[row] = chosen[row] if logits_V is None else int(logits_V.argmax())
         else:
             drawn.append(row)
-            if state.changes(positions[row]):
-                changed[row] = state.adjust(logits_RV[row], positions[row])
+            if logits_V is not None:
+                changed[row] = logits_V
     for row, token_id in zip(drawn, _draw_all(logits_RV, drawn, changed, states, positions), strict=True):
         chosen[row] = token_id
     return chosen

@@ -103,7 +103,10 @@ class FakeEngine:
         max_num_seqs: int = 8,
         max_queued: int = 8,
         step_s: float = 0.0005,
+        script: Sequence[int] | None = None,
     ) -> None:
+        """``script``: every answer is these tokens, then the end."""
+        self.script = script
         self.allowed = list(allowed)
         self.eos_token_id = eos_token_id
         self.eos_after = eos_after
@@ -162,6 +165,8 @@ class FakeEngine:
             return None
         sampling = request.sampling
         token = next_token(running.tokens, sampling.seed, self.allowed)
+        if self.script is not None:
+            token = self.script[num_output] if num_output < len(self.script) else self.eos_token_id
         ends = self.eos_after is not None and num_output >= max(self.eos_after, sampling.min_tokens)
         if ends and not sampling.ignore_eos:
             token = self.eos_token_id
@@ -264,7 +269,14 @@ class World:
 
 
 def make_worker(
-    directory: MemoryDirectory, name: str, tokenizer: Tokenizer, allowed: Sequence[int], *, epoch: int = 1, **options: object
+    directory: MemoryDirectory,
+    name: str,
+    tokenizer: Tokenizer,
+    allowed: Sequence[int],
+    *,
+    epoch: int = 1,
+    max_model_len: int = MAX_MODEL_LEN,
+    **options: object,
 ) -> FakeWorker:
     engine = FakeEngine(allowed, eos_token_id=tokenizer.token_to_id(EOS), **options)  # type: ignore[arg-type]
     info = WorkerInfo(
@@ -279,7 +291,7 @@ def make_worker(
         endpoint=Endpoint(rpc=""),
         pid=1,
         host="localhost",
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=max_model_len,
         vocab_size=tokenizer.get_vocab_size(),
         block_size_tokens=16,
         max_num_seqs=engine.max_num_seqs,

@@ -27,7 +27,7 @@ USER = {"role": "user", "content": "hi"}
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[fake.World]:
-    async with fake.world(tmp_path, gateway={"max_request_bytes": 200_000}) as made:
+    async with fake.world(tmp_path, gateway={"max_request_bytes": 200_000, "unknown_fields": "refuse"}) as made:
         yield made
 
 
@@ -91,11 +91,11 @@ TABLE: dict[str, tuple[str, bytes, int, str | None, str]] = {
         "invalid_value",
     ),
     "an unknown role": (CHAT, chat(messages=[USER, {"role": "wizard", "content": ""}]), 400, "messages[1].role", "invalid_value"),
-    "a tool's message": (
+    "a tool's call in a user's message": (
         CHAT,
-        chat(messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}]),
+        chat(messages=[{**USER, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}]),
         400,
-        "messages[0].role",
+        "messages[0]",
         "invalid_value",
     ),
     "an image": (
@@ -153,7 +153,6 @@ TABLE: dict[str, tuple[str, bytes, int, str | None, str]] = {
     "negative temperature": (CHAT, chat(temperature=-0.1), 400, "temperature", "invalid_value"),
     "hot temperature": (CHAT, chat(temperature=2.1), 400, "temperature", "invalid_value"),
     "temperature as text": (CHAT, chat(temperature="warm"), 400, "temperature", "invalid_value"),
-    "top_p of zero": (CHAT, chat(top_p=0), 400, "top_p", "invalid_value"),
     "top_p above one": (CHAT, chat(top_p=1.01), 400, "top_p", "invalid_value"),
     "top_k below -1": (CHAT, chat(top_k=-2), 400, "top_k", "invalid_value"),
     "min_p above one": (CHAT, chat(min_p=1.5), 400, "min_p", "invalid_value"),
@@ -173,14 +172,50 @@ TABLE: dict[str, tuple[str, bytes, int, str | None, str]] = {
     "stream as text": (CHAT, chat(stream="yes"), 400, "stream", "invalid_value"),
     "stream_options without stream": (CHAT, chat(stream_options={"include_usage": True}), 400, "stream_options", "invalid_value"),
     "an unknown stream option": (CHAT, chat(stream=True, stream_options={"x": 1}), 400, "stream_options.x", "unknown_parameter"),
-    "tools": (CHAT, chat(tools=[{"type": "function"}]), 400, "tools", "unsupported_parameter"),
-    "a tool_choice": (CHAT, chat(tool_choice="required"), 400, "tool_choice", "unsupported_parameter"),
-    "a response_format": (CHAT, chat(response_format={"type": "json_object"}), 400, "response_format", "unsupported_parameter"),
+    "a tool without a function": (CHAT, chat(tools=[{"type": "function"}]), 400, "tools[0].function", "invalid_value"),
+    "tools of a model without them": (
+        CHAT,
+        chat(tools=[{"type": "function", "function": {"name": "f"}}]),
+        400,
+        "tools",
+        "unsupported_parameter",
+    ),
+    "a tool_choice without tools": (CHAT, chat(tool_choice="required"), 400, "tool_choice", "invalid_value"),
+    "a response_format of no kind": (CHAT, chat(response_format={"type": "xml"}), 400, "response_format.type", "invalid_value"),
+    "two shapes": (
+        CHAT,
+        chat(response_format={"type": "json_object"}, guided_regex="a"),
+        400,
+        "guided_regex",
+        "invalid_value",
+    ),
+    "a schema that is none": (
+        CHAT,
+        chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "objet"}}}),
+        400,
+        "response_format.json_schema.schema",
+        "invalid_value",
+    ),
+    "a shape without an end": (
+        CHAT,
+        chat(response_format={"type": "json_object"}, ignore_eos=True),
+        400,
+        "ignore_eos",
+        "invalid_value",
+    ),
+    "a thinking budget of a model that does not think": (
+        CHAT,
+        chat(thinking_budget=10),
+        400,
+        "thinking_budget",
+        "unsupported_parameter",
+    ),
+    "nothing to answer": (TEXT, text(max_tokens=0), 400, "max_tokens", "invalid_value"),
     "audio": (CHAT, chat(modalities=["text", "audio"]), 400, "modalities", "unsupported_parameter"),
     "a reasoning_effort": (CHAT, chat(reasoning_effort="high"), 400, "reasoning_effort", "unsupported_parameter"),
     "a suffix": (TEXT, text(suffix="end"), 400, "suffix", "unsupported_parameter"),
     "best_of": (TEXT, text(best_of=3), 400, "best_of", "unsupported_parameter"),
-    "echo with logprobs": (TEXT, text(echo=True, logprobs=1), 400, "echo", "unsupported_parameter"),
+    "streamed echo with logprobs": (TEXT, text(echo=True, logprobs=1, stream=True), 400, "echo", "unsupported_parameter"),
     "a template variable of a wrong type": (
         CHAT,
         chat(chat_template_kwargs={"x": {}}),

@@ -102,7 +102,9 @@ class RpcThread:
         try:
             services: list[Service] = []
             if self._part is not None and self._accepts:
-                self.engine = EngineServicer(self._part.engine, loop=self._loop)
+                enforcer = self._part.worker.enforcer
+                prepare = None if enforcer is None else enforcer.prepare
+                self.engine = EngineServicer(self._part.engine, loop=self._loop, prepare=prepare)
                 services.append(self.engine)
             if self._experts is not None:
                 services.append(ExpertsServicer(self._experts))

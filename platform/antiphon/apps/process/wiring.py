@@ -40,6 +40,7 @@ from antiphon.transport.base import Hello, LinkLayout
 from antiphon.transport.loopback import loopback_pair
 from antiphon.worker.ffn_worker import FFNWorker
 from antiphon.worker.model_runner import AttentionWorker
+from antiphon.worker.structure.enforcer import Enforcer
 from antiphon.worker.ubatch_tuning import UbatchTuner
 
 MAX_AUTO_UBATCHES = 4  # links have slots for as many where "auto" chooses step by step; 1 where no FFN worker is remote
@@ -270,7 +271,16 @@ def build_attention(
     if spec.experts.skip_file is not None:
         halves.skip(ExpertSkipping.load(Path(spec.experts.skip_file), facts.config))
     tuner = UbatchTuner(ubatches) if spec.transport.num_ubatches == "auto" and ubatches > 1 else None
-    worker = AttentionWorker(halves, cache, side, num_ubatches=ubatches, tuner=tuner, kv=connector, warms=not role.holds_ffn)
+    worker = AttentionWorker(
+        halves,
+        cache,
+        side,
+        num_ubatches=ubatches,
+        tuner=tuner,
+        kv=connector,
+        warms=not role.holds_ffn,
+        enforcer=Enforcer(facts.checkpoint.path, facts.config.vocab_size) if role.generates else None,
+    )
     scheduler = Scheduler(
         SchedulerConfig(
             max_num_seqs=spec.scheduler.max_num_seqs,

@@ -23,6 +23,7 @@ from antiphon.core.errors import DeadlineExceeded, Unavailable
 from antiphon.directory.memory import open_directory
 from antiphon.directory.workers import WorkerSource
 from antiphon.gateway.config import BoundPorts, GatewayConfig
+from antiphon.gateway.text.dialect import TextFormats
 from antiphon.models.loading.source import resolve
 
 if TYPE_CHECKING:
@@ -79,6 +80,11 @@ def serving_config(serving: Serving, *, drain_s: float, routing: Routing = "here
     thresholds = {d.model_name: d.spec.scheduler.remote_prefill_min_tokens for d in serving.deployments}
     return GatewayConfig(
         models={d.model_name: Path(serving.checkpoints[d.metadata.name]) for d in serving.deployments},
+        formats={
+            d.model_name: TextFormats(tool=d.spec.model.tool_format, reasoning=d.spec.model.reasoning_format)
+            for d in serving.deployments
+        },
+        unknown_fields=endpoint.unknown_fields,
         host=endpoint.host,
         http_port=endpoint.http_port,
         grpc_port=endpoint.grpc_port,

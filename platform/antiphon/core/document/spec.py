@@ -102,6 +102,12 @@ class Metadata(BaseModel):
         return name
 
 
+ToolFormat = Literal[
+    "auto", "none", "hermes", "qwen3_coder", "llama3_json", "mistral", "mistral_args", "deepseek_v3", "deepseek_v31", "glm", "step3"
+]
+ReasoningFormat = Literal["auto", "none", "think", "mistral", "seed"]
+
+
 class ModelSpec(Model):
     """Which weights are served, under which name."""
 
@@ -140,6 +146,12 @@ class ModelSpec(Model):
         default="model",
         description="Temperature, top_p, top_k, min_p and repetition penalty of requests that don't say: the checkpoint's "
         "generation_config.json, or OpenAI's.",
+    )
+    tool_format: ToolFormat = Field(
+        default="auto", description="How the model writes calls of tools; auto = as its chat template asks, none = it has none."
+    )
+    reasoning_format: ReasoningFormat = Field(
+        default="auto", description="How the model marks its thoughts; auto = as its chat template has them, none = it has none."
     )
 
 
@@ -351,6 +363,10 @@ class EndpointSpec(Model):
     )
     max_request_bytes: int = Field(default=4_194_304, ge=1024, le=1 << 30, description="Largest request body.")
     default_deadline_s: float = Field(default=600.0, gt=0, le=86_400, description="Deadline of requests that bring none.")
+    unknown_fields: Literal["refuse", "ignore"] = Field(
+        default="ignore",
+        description="Fields of HTTP bodies that nobody knows: refused with 400, or ignored and named in a Warning header.",
+    )
 
 
 class DirectorySpec(Model):

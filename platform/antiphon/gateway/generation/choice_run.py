@@ -28,6 +28,8 @@ from antiphon.gateway.routing.engine_client import EngineClient
 from antiphon.gateway.routing.picker import RoutePlan
 from antiphon.gateway.routing.placement import Placement
 from antiphon.gateway.text.choice_text import ChoiceText
+from antiphon.gateway.text.dialect import AnswerPlan
+from antiphon.gateway.text.events import Part, merged
 from antiphon.gateway.text.tokenizer import TextModel
 
 _log = logging.getLogger(__name__)
@@ -56,6 +58,8 @@ class ChoiceSpec:
     cache_salt: str
     traceparent: str | None
     resume: tuple[int, ...]
+    plan: AnswerPlan = field(default_factory=AnswerPlan)
+    is_prompt_only: bool = False  # nothing but the prompt's likelihoods is wanted: the one token it takes is dropped
 
 
 @dataclass(slots=True)
@@ -67,6 +71,8 @@ class ChoiceProgress:
     num_remote_tokens: int = 0
     num_resumptions: int = 0
     queue_s: float | None = None
+    num_thought_tokens: int = 0
+    prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position in the prompt
     plans: list[RoutePlan] = field(default_factory=list)  # one per worker that was tried
 
 
@@ -116,6 +122,8 @@ class ChoiceRun:
             include_stop=spec.include_stop,
             min_tokens=spec.sampling.min_tokens,
             skip_special_tokens=spec.skip_special_tokens,
+            kept=spec.plan.kept,
+            parser=spec.plan.new_parser(),
         )
         self._revision: str | None = None
         self._trouble = _Trouble()
@@ -129,8 +137,10 @@ class ChoiceRun:
         """
         self._text.feed(self._spec.resume)  # the client has this text
         if len(self._spec.resume) >= self._spec.sampling.max_tokens:
-            piece = self._text.finish((), stop_token=False)
-            yield ChoiceDelta(index=self._spec.index, text=piece.text, finish_reason=FinishReason.LENGTH)
+            piece = self._text.finish((), stop_token=False, truncated=True)
+            yield ChoiceDelta(
+                index=self._spec.index, text=piece.text, parts=self._parts(piece.parts), finish_reason=FinishReason.LENGTH
+            )
             return
         while True:
             num_tokens = len(self.progress.token_ids)
@@ -198,25 +208,46 @@ class ChoiceRun:
             progress.queue_s = output.times.scheduled_s
         stop_token = output.stop_token_id is not None
         finish_reason = output.finish_reason
+        progress.prompt_logprobs.update(output.prompt_logprobs)
+        if self._spec.is_prompt_only:
+            reason = None if finish_reason is None else FinishReason.LENGTH
+            return ChoiceDelta(index=self._spec.index, finish_reason=reason, prompt_logprobs=self._prompt_logprobs(reason))
         if finish_reason is None:
             piece = self._text.feed(output.new_token_ids)
         else:
-            piece = self._text.finish(output.new_token_ids, stop_token=stop_token)
+            piece = self._text.finish(output.new_token_ids, stop_token=stop_token, truncated=finish_reason is FinishReason.LENGTH)
+        parts = piece.parts
         if self._text.stop_string is not None:
+            if finish_reason is None:
+                parts = merged([*parts, *self._text.end_by_stop()])
             finish_reason, stop_token = FinishReason.STOP, False
         token_ids = output.new_token_ids[: piece.num_tokens]
         progress.token_ids.extend(token_ids)
+        progress.num_thought_tokens = self._text.num_thought_tokens
         named = stop_token and output.stop_token_id in self._spec.client_stop_token_ids
         return ChoiceDelta(
             index=self._spec.index,
             text=piece.text,
+            parts=self._parts(parts),
             token_ids=token_ids,
             logprobs=tuple(self._logprob(logprob) for logprob in output.logprobs[: piece.num_tokens]),
             text_offsets=piece.offsets,
             finish_reason=finish_reason,
             stop_string=self._text.stop_string,
             stop_token_id=output.stop_token_id if named else None,
+            prompt_logprobs=self._prompt_logprobs(finish_reason),
         )
+
+    def _prompt_logprobs(self, finish_reason: FinishReason | None) -> tuple[Logprob, ...]:
+        """With the finish: one per token of the prompt."""
+        found, ids = self.progress.prompt_logprobs, self._spec.prompt_token_ids
+        if finish_reason is None or self._spec.sampling.num_prompt_logprobs is None:
+            return ()
+        first = Logprob(chosen=self._probability(ids[0], 0.0), rank=0, top=(), is_first=True)
+        return (first, *(self._logprob(found[position]) for position in range(1, len(ids)) if position in found))
+
+    def _parts(self, parts: tuple[Part, ...]) -> tuple[Part, ...] | None:
+        return None if self._spec.plan.parser is None else parts
 
     def _logprob(self, logprob: TokenLogprob) -> Logprob:
         return Logprob(

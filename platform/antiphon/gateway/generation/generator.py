@@ -11,52 +11,42 @@ Must not know: HTTP or grpc.
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from antiphon.core.errors import (
     AntiphonError,
     Cancelled,
-    ContextLengthExceeded,
     DeadlineExceeded,
     InternalError,
-    InvalidInput,
     Overloaded,
     UnknownModel,
 )
 from antiphon.directory.workers import WorkerView
 from antiphon.gateway.config import GatewayConfig
 from antiphon.gateway.generation.choice_run import ChoiceRun, ChoiceSpec
+from antiphon.gateway.generation.preparing import Preparer, check_ids, max_tokens_of, prompt_text
 from antiphon.gateway.generation.request import (
-    ChatMessage,
-    ChatPrompt,
     ChoiceDelta,
     Completed,
     Event,
     GenerationRequest,
-    Prompt,
     Started,
-    TextPrompt,
-    TokenPrompt,
     Usage,
 )
 from antiphon.gateway.generation.span import RequestSpan
 from antiphon.gateway.metrics.instruments import GatewayMetrics
 from antiphon.gateway.routing.engine_client import EngineClient
 from antiphon.gateway.routing.placement import Placement
-from antiphon.gateway.text.template_process import TemplateProcess
-from antiphon.gateway.text.tokenizer import TextModel, in_thread
+from antiphon.gateway.text.tokenizer import TextModel
 from antiphon.telemetry import Tracer, log_context
 
 _log = logging.getLogger(__name__)
 
-_MAX_TOKENS = 2**20  # of a prompt, while no worker says what its context is
 
 _Item = ChoiceDelta | AntiphonError
 
@@ -87,8 +77,7 @@ class Generator:
         placement: chooses among them.
         metrics: counts.
         tracer: one span per request.
-        executor: tokenizes long prompts.
-        templates: renders chats.
+        preparer: makes prompts and plans of them.
         clock: monotonic seconds.
     """
 
@@ -102,8 +91,7 @@ class Generator:
         placement: Placement,
         metrics: GatewayMetrics,
         tracer: Tracer,
-        executor: Executor,
-        templates: TemplateProcess,
+        preparer: Preparer,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
@@ -113,8 +101,7 @@ class Generator:
         self._placement = placement
         self._metrics = metrics
         self._tracer = tracer
-        self._executor = executor
-        self._templates = templates
+        self._preparer = preparer
         self._clock = clock
         self._open: set[asyncio.Queue[_Item]] = set()
         self.num_active = 0
@@ -182,12 +169,11 @@ class Generator:
         if left_s <= 0:
             raise DeadlineExceeded("the deadline has passed already")
         max_model_len, vocab_size = self._limits(request.model)
-        prompts = []
-        for prompt in request.prompts:
-            prompts.append(await self._encode(request.model, text_model, prompt, max_model_len or _MAX_TOKENS))
-        _check_ids(request, prompts, vocab_size)
+        prepared = await self._preparer.prepare(request, max_model_len)
+        prompts = [each.token_ids for each in prepared]
+        check_ids(request, prompts, vocab_size)
         max_tokens = [
-            _max_tokens(request, prompt, ids, max_model_len) for prompt, ids in zip(request.prompts, prompts, strict=True)
+            max_tokens_of(request, prompt, ids, max_model_len) for prompt, ids in zip(request.prompts, prompts, strict=True)
         ]
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
         deadline_s = arrival_s + left_s
@@ -199,7 +185,9 @@ class Generator:
                 request_id=request.request_id,
                 model=request.model,
                 prompt_token_ids=prompts[which],
-                sampling=request.sampling.resolve(max_tokens=max_tokens[which], seed=seed + index),
+                sampling=request.sampling.resolve(
+                    max_tokens=max(1, max_tokens[which]), seed=seed + index, rules=prepared[which].rules
+                ),
                 eos_token_ids=text_model.eos_token_ids,
                 client_stop_token_ids=request.sampling.stop_token_ids,
                 stops=request.stop,
@@ -210,6 +198,8 @@ class Generator:
                 cache_salt=request.cache_salt,
                 traceparent=span.traceparent,
                 resume=request.resume.get(index, ()),
+                plan=prepared[which].plan,
+                is_prompt_only=max_tokens[which] == 0,
             )
             job.runs.append(
                 ChoiceRun(
@@ -226,29 +216,6 @@ class Generator:
                 )
             )
         return job
-
-    async def _encode(self, model: str, text_model: TextModel, prompt: Prompt, max_tokens: int) -> tuple[int, ...]:
-        ids: tuple[int, ...]
-        try:
-            match prompt:
-                case TextPrompt():
-                    encode = functools.partial(text_model.encode, max_tokens=max_tokens)
-                    ids = await in_thread(self._executor, len(prompt.text), encode, prompt.text)
-                case ChatPrompt():
-                    if not text_model.takes_chats:
-                        raise InvalidInput("this model has no chat template; use completions", "messages")
-                    messages, breaker = text_model.guard([_message(message) for message in prompt.messages])
-                    text = await self._templates.render(
-                        model, messages, add_generation_prompt=prompt.add_generation_prompt, variables=prompt.variables
-                    )
-                    ids = await in_thread(self._executor, len(text), text_model.encode_rendered, text, breaker, max_tokens)
-                case TokenPrompt():
-                    ids = prompt.token_ids
-        except InvalidInput as error:
-            raise type(error)(str(error), prompt.field) from error
-        if not ids:
-            raise InvalidInput("the prompt is empty: it has no tokens", prompt.field)
-        return ids
 
     def _limits(self, model: str) -> tuple[int | None, int | None]:
         """The model's context and vocabulary, in tokens, as its workers have it; None while none is registered."""
@@ -299,7 +266,7 @@ class Generator:
             seed=job.seed,
             num_prompt_tokens=sum(len(ids) for ids in job.prompts),
             created=int(time.time()),
-            prompt_texts=tuple(_prompt_text(text_model, p, ids) for p, ids in zip(job.request.prompts, job.prompts, strict=True)),
+            prompt_texts=tuple(prompt_text(text_model, p, ids) for p, ids in zip(job.request.prompts, job.prompts, strict=True)),
         )
 
     def _count(self, job: _Job, delta: ChoiceDelta) -> None:
@@ -329,6 +296,7 @@ class Generator:
             num_cached_tokens=sum(p.num_cached_tokens for p in first_of_prompt),
             num_remote_tokens=sum(p.num_remote_tokens for p in first_of_prompt),
             num_resumptions=sum(p.num_resumptions for p in progress),
+            num_thought_tokens=sum(p.num_thought_tokens for p in progress),
             first_token_s=finished_s if job.first_token_s is None else job.first_token_s,
             finished_s=finished_s,
         )
@@ -359,47 +327,3 @@ async def _feed(run: ChoiceRun, items: asyncio.Queue[_Item], request_id: str) ->
     except Exception as error:  # noqa: BLE001 - a background task: its owner raises what it stores
         _log.exception("a choice failed")
         items.put_nowait(InternalError(f"{type(error).__name__}: {error}"))
-
-
-def _message(message: ChatMessage) -> dict[str, str]:
-    named = {} if message.name is None else {"name": message.name}
-    return {"role": message.role, "content": message.content, **named}
-
-
-def _prompt_text(text_model: TextModel, prompt: Prompt, ids: Sequence[int]) -> str:
-    return prompt.text if isinstance(prompt, TextPrompt) else text_model.decode(ids)
-
-
-def _check_ids(request: GenerationRequest, prompts: Sequence[Sequence[int]], vocab_size: int | None) -> None:
-    """Token ids that clients name exist."""
-    if vocab_size is None:
-        return
-    named: list[tuple[str, Iterable[int]]] = [
-        (f"{request.sampling_prefix}logit_bias", request.sampling.logit_bias),
-        (f"{request.sampling_prefix}stop_token_ids", request.sampling.stop_token_ids),
-    ]
-    named += [(p.field, ids) for p, ids in zip(request.prompts, prompts, strict=True) if isinstance(p, TokenPrompt)]
-    named += [("resume", ids) for ids in request.resume.values()]
-    for field_name, ids in named:
-        wrong = next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)
-        if wrong is not None:
-            raise InvalidInput(f"token id {wrong} is not in the model's vocabulary of {vocab_size}", field_name)
-
-
-def _max_tokens(request: GenerationRequest, prompt: Prompt, ids: Sequence[int], max_model_len: int | None) -> int:
-    """What the choice may generate: asked for, or the room that the prompt leaves."""
-    asked = request.sampling.max_tokens
-    if max_model_len is None:  # no worker is registered; placing will say so
-        return 1 if asked is None else asked
-    room = max_model_len - len(ids)
-    if room < 1:
-        raise ContextLengthExceeded(
-            f"the model's context is {max_model_len} tokens, prompt and output together; the prompt has {len(ids)}", prompt.field
-        )
-    if asked is not None and asked > room:
-        raise ContextLengthExceeded(
-            f"the model's context is {max_model_len} tokens, prompt and output together; the prompt has {len(ids)} and "
-            f"{asked} were asked for: at most {room} fit",
-            request.max_tokens_field,
-        )
-    return room if asked is None else asked

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from antiphon.core.request import FinishReason, SamplingParams
+from antiphon.core.request import FinishReason, OutputRules, SamplingParams
+from antiphon.gateway.text.chat_options import ChatOptions, ToolCall
+from antiphon.gateway.text.parts import Part
 
 # What a checkpoint's generation_config.json may decide where the client does not, and the values that make sense.
 SAMPLING_DEFAULTS: Mapping[str, tuple[float, float]] = {
@@ -50,6 +52,9 @@ class ChatMessage:
     role: str
     content: str
     name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +63,7 @@ class ChatPrompt:
 
     messages: tuple[ChatMessage, ...]
     add_generation_prompt: bool = True
+    continue_final_message: bool = False  # the last message is the beginning of the answer
     variables: Mapping[str, Any] = field(default_factory=dict)  # of the chat template
     field: str = "messages"
 
@@ -83,6 +89,7 @@ class Sampling:
     min_tokens: int = 0
     ignore_eos: bool = False
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
     unset: frozenset[str] = frozenset()  # fields that the client left to the model's own defaults
 
     def with_defaults(self, defaults: Mapping[str, float]) -> Sampling:
@@ -90,7 +97,7 @@ class Sampling:
         changes: dict[str, Any] = {name: value for name, value in defaults.items() if name in self.unset}
         return replace(self, **changes) if changes else self
 
-    def resolve(self, *, max_tokens: int, seed: int) -> SamplingParams:
+    def resolve(self, *, max_tokens: int, seed: int, rules: OutputRules | None = None) -> SamplingParams:
         """What the engine of one choice is told."""
         return SamplingParams(
             max_tokens=max_tokens,
@@ -107,6 +114,8 @@ class Sampling:
             min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
             num_logprobs=self.num_logprobs,
+            num_prompt_logprobs=self.num_prompt_logprobs,
+            rules=rules,
         )
 
 
@@ -130,6 +139,7 @@ class GenerationRequest:
     traceparent: str | None = None
     placement_timeout_s: float | None = None  # patience while no worker can take it; None = the gateway's
     resume: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # tokens the client has, by choice
+    options: ChatOptions = field(default_factory=ChatOptions)
     # Paths of fields in the door's own message, for errors found later.
     max_tokens_field: str = "max_tokens"
     sampling_prefix: str = ""
@@ -152,6 +162,7 @@ class Logprob:
     chosen: TokenProbability
     rank: int
     top: tuple[TokenProbability, ...]
+    is_first: bool = False  # of a prompt: nothing came before it, so it has none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +189,8 @@ class ChoiceDelta:
     finish_reason: FinishReason | None = None  # STOP or LENGTH, on the last one
     stop_string: str | None = None
     stop_token_id: int | None = None  # set only when the client named it
+    parts: tuple[Part, ...] | None = None  # what the text means, where it is read for calls and thoughts; None = it is all text
+    prompt_logprobs: tuple[Logprob, ...] = ()  # with the finish, when asked for: one per token of the prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +204,7 @@ class Usage:
     num_resumptions: int
     first_token_s: float
     finished_s: float
+    num_thought_tokens: int = 0  # of the completion's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

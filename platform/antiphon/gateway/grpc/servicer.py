@@ -34,7 +34,8 @@ from antiphon.gateway.generation.request import (
     TokenPrompt,
 )
 from antiphon.gateway.openai.http_io import new_request_id, valid_request_id
-from antiphon.gateway.openai.schema import MAX_MESSAGES, SamplingFields, parse
+from antiphon.gateway.openai.parsing import parse
+from antiphon.gateway.openai.schema import MAX_MESSAGES, SamplingFields
 from antiphon.gateway.status import PoolStatus, WorkerStatus
 from antiphon.rpc.inference import CallInfo
 from antiphon.rpc.v1 import inference_pb2 as pb

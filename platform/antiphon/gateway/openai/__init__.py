@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP door (request speed)."""
+"""OpenAI-shaped bodies in and out (request speed)."""

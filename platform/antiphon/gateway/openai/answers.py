@@ -9,6 +9,8 @@ from typing import Any
 from antiphon.core.errors import AntiphonError, InternalError, InvalidInput
 from antiphon.core.request import FinishReason
 from antiphon.gateway.generation.request import ChoiceDelta, Logprob, Started, TokenProbability, Usage
+from antiphon.gateway.text.folded import Folded, call_id
+from antiphon.gateway.text.parts import CallArguments, CallBegin, CallEnd, Part, Text, Thought
 
 Json = dict[str, Any]
 
@@ -55,6 +57,7 @@ def usage_body(usage: Usage) -> Json:
         "completion_tokens": usage.num_completion_tokens,
         "total_tokens": usage.num_prompt_tokens + usage.num_completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.num_cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.num_thought_tokens},
     }
 
 
@@ -65,6 +68,8 @@ class _Choice:
     offsets: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    folded: Folded = field(default_factory=Folded)
+    prompt_logprobs: tuple[Logprob, ...] = ()
 
 
 class Answer:
@@ -76,9 +81,23 @@ class Answer:
         include_usage: whether a stream ends with the usage.
         echo: begin each text with its prompt (completions).
         n: choices per prompt.
+        with_thoughts: show what the model thought.
+        with_prompt_logprobs: whether the client asked for the prompt's by themselves (vLLM's prompt_logprobs).
     """
 
-    def __init__(self, *, chat: bool, with_logprobs: bool, include_usage: bool = False, echo: bool = False, n: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        chat: bool,
+        with_logprobs: bool,
+        include_usage: bool = False,
+        echo: bool = False,
+        n: int = 1,
+        with_thoughts: bool = True,
+        with_prompt_logprobs: bool = False,
+    ) -> None:
+        self._with_thoughts = with_thoughts
+        self._with_prompt_logprobs = with_prompt_logprobs
         self._chat = chat
         self._with_logprobs = with_logprobs
         self._include_usage = include_usage
@@ -99,6 +118,10 @@ class Answer:
         choice.text.append(delta.text)
         choice.logprobs.extend(delta.logprobs)
         choice.offsets.extend(delta.text_offsets)
+        for part in _parts(delta):
+            choice.folded.add(part)
+        if delta.prompt_logprobs:
+            choice.prompt_logprobs = delta.prompt_logprobs
         if delta.finish_reason is not None:
             choice.finish_reason = delta.finish_reason
             choice.stop_reason = _stop_reason(delta)
@@ -113,13 +136,36 @@ class Answer:
         }
 
     def _whole_choice(self, index: int, choice: _Choice) -> Json:
+        folded = choice.folded
+        reason = _finish(choice.finish_reason, folded, choice.stop_reason)
+        ending: Json = {"finish_reason": reason, "stop_reason": choice.stop_reason}
+        if self._with_prompt_logprobs:
+            ending["prompt_logprobs"] = [_by_token_id(p) for p in choice.prompt_logprobs]
         text = self._prompt_text(index) + "".join(choice.text)
-        ending = {"finish_reason": _finish(choice.finish_reason), "stop_reason": choice.stop_reason}
-        offsets = [min(offset, len(text)) for offset in choice.offsets]
         if self._chat:
-            message = {"role": "assistant", "content": text, "refusal": None}
-            return {"index": index, "message": message, "logprobs": self._logprobs(choice.logprobs, offsets), **ending}
-        return {"index": index, "text": text, "logprobs": self._logprobs(choice.logprobs, offsets), **ending}
+            message = self._message(index, folded)
+            return {"index": index, "message": message, "logprobs": self._logprobs(choice.logprobs, choice.offsets), **ending}
+        prompt = choice.prompt_logprobs if self._echo else ()
+        begin = len(self._prompt_text(index))
+        offsets = [*_prompt_offsets(prompt, begin), *(begin + offset for offset in choice.offsets)]
+        logprobs = self._logprobs([*prompt, *choice.logprobs], [min(offset, len(text)) for offset in offsets])
+        return {"index": index, "text": text, "logprobs": logprobs, **ending}
+
+    def _message(self, index: int, folded: Folded) -> Json:
+        message: Json = {"role": "assistant", "content": folded.text, "refusal": None}
+        if folded.calls:
+            message["content"] = folded.text or None
+            message["tool_calls"] = [
+                {
+                    "id": self._call_id(index, number),
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for number, call in enumerate(folded.calls)
+            ]
+        if folded.thought and self._with_thoughts:
+            message["reasoning_content"] = message["reasoning"] = folded.thought
+        return message
 
     # ---- streamed ------------------------------------------------------------------------------------------------
 
@@ -132,14 +178,41 @@ class Answer:
                 chunks.append(self._chunk({"delta": {"role": "assistant", "content": "", "refusal": None}}, delta.index, None))
             elif self._echo:
                 chunks.append(self._chunk({"text": self._prompt_text(delta.index)}, delta.index, None))
-        if delta.text or delta.logprobs:
-            content = {"delta": {"content": delta.text}} if self._chat else {"text": delta.text}
-            chunks.append(self._chunk(content, delta.index, self._logprobs(delta.logprobs, delta.text_offsets)))
+        choice = self._choices[delta.index]
+        shown: list[Json] = []
+        if self._chat:
+            for part in _parts(delta):
+                choice.folded.add(part)
+                shown += self._part_deltas(part, delta.index)
+        elif delta.text:
+            shown.append({"text": delta.text})
+        if not shown and delta.logprobs:
+            shown.append({"delta": {"content": ""}} if self._chat else {"text": ""})
+        for number, content in enumerate(shown):
+            logprobs = self._logprobs(delta.logprobs, delta.text_offsets) if number == 0 else self._logprobs((), ())
+            chunks.append(self._chunk(content, delta.index, logprobs))
         if delta.finish_reason is not None:
             last = self._chunk({"delta": {}} if self._chat else {"text": ""}, delta.index, None)
-            last["choices"][0].update(finish_reason=_finish(delta.finish_reason), stop_reason=_stop_reason(delta))
+            reason = _finish(delta.finish_reason, choice.folded, _stop_reason(delta))
+            last["choices"][0].update(finish_reason=reason, stop_reason=_stop_reason(delta))
             chunks.append(last)
         return chunks
+
+    def _part_deltas(self, part: Part, index: int) -> list[Json]:
+        match part:
+            case Text():
+                return [{"delta": {"content": part.text}}]
+            case Thought():
+                thought = {"reasoning_content": part.text, "reasoning": part.text}
+                return [{"delta": thought}] if self._with_thoughts else []
+            case CallBegin():
+                function = {"name": part.name, "arguments": ""}
+                begun = {"index": part.index, "id": self._call_id(index, part.index), "type": "function", "function": function}
+                return [{"delta": {"tool_calls": [begun]}}]
+            case CallArguments():
+                return [{"delta": {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}}]
+            case CallEnd():
+                return []
 
     def usage_chunk(self, usage: Usage) -> Json | None:
         """The stream's last chunk, when it was asked for."""
@@ -175,6 +248,10 @@ class Answer:
     def _chunk_kind(self) -> str:
         return "chat.completion.chunk" if self._chat else "text_completion"
 
+    def _call_id(self, index: int, number: int) -> str:
+        assert self._started is not None, "start() comes first"
+        return call_id(self._started.request_id, index, number)
+
     def _prompt_text(self, index: int) -> str:
         if not self._echo or self._started is None:
             return ""
@@ -187,15 +264,45 @@ class Answer:
             return {"content": [_chat_logprob(logprob) for logprob in logprobs], "refusal": None}
         return {
             "tokens": [_token_name(logprob.chosen) for logprob in logprobs],
-            "token_logprobs": [logprob.chosen.logprob for logprob in logprobs],
+            "token_logprobs": [None if logprob.is_first else logprob.chosen.logprob for logprob in logprobs],
             # The sampled token is always among them, as OpenAI promises: up to one more than was asked for.
-            "top_logprobs": [{_token_name(p): p.logprob for p in (*logprob.top, logprob.chosen)} for logprob in logprobs],
+            "top_logprobs": [
+                None if logprob.is_first else {_token_name(p): p.logprob for p in (*logprob.top, logprob.chosen)}
+                for logprob in logprobs
+            ],
             "text_offset": list(offsets),
         }
 
 
-def _finish(reason: FinishReason | None) -> str | None:
-    return None if reason is None else reason.value
+def _prompt_offsets(prompt: Sequence[Logprob], end: int) -> list[int]:
+    offsets, at = [], 0
+    for logprob in prompt:
+        offsets.append(min(at, end))
+        at += len(logprob.chosen.text)
+    return offsets
+
+
+def _parts(delta: ChoiceDelta) -> Sequence[Part]:
+    """What a delta means; where nothing reads it, its text is all there is."""
+    if delta.parts is not None:
+        return delta.parts
+    return (Text(text=delta.text),) if delta.text else ()
+
+
+def _finish(reason: FinishReason | None, folded: Folded, stop: str | int | None) -> str | None:
+    if reason is None:
+        return None
+    return "tool_calls" if folded.ends_in_calls(reason, stop) else reason.value
+
+
+def _by_token_id(logprob: Logprob) -> Json | None:
+    """As vLLM writes the prompt's: by token id, the chosen one among the most probable."""
+    if logprob.is_first:
+        return None
+    ranked = [(p, rank + 1) for rank, p in enumerate(logprob.top)]
+    if all(p.token_id != logprob.chosen.token_id for p, _ in ranked):
+        ranked.append((logprob.chosen, logprob.rank + 1))
+    return {str(p.token_id): {"logprob": p.logprob, "rank": rank, "decoded_token": p.text} for p, rank in ranked}
 
 
 def _stop_reason(delta: ChoiceDelta) -> str | int | None:

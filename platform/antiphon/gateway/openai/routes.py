@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+from collections.abc import Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -34,7 +35,8 @@ from antiphon.gateway.openai.http_io import (
     deadline_of,
     error_response,
 )
-from antiphon.gateway.openai.schema import ChatBody, CompletionBody, parse
+from antiphon.gateway.openai.parsing import parse_tolerant, warning_header
+from antiphon.gateway.openai.schema import ChatBody, CompletionBody
 from antiphon.gateway.status import Status
 from antiphon.telemetry import CONTENT_TYPE
 
@@ -124,7 +126,8 @@ def status_body(status: Status) -> dict[str, Any]:
 async def _complete(gateway: Gateway, request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
     try:
         tenant = gateway.keys.check(request.headers.get("authorization"))
-        body = parse(kind, await gateway.bodies.read_json(request, gateway.config.max_request_bytes))
+        raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
+        body, ignored = parse_tolerant(kind, raw, gateway.config.unknown_fields)
         generation = body.request(
             request_id=request.state.request_id, deadline_s=deadline_of(request), traceparent=request.headers.get("traceparent")
         )
@@ -140,19 +143,28 @@ async def _complete(gateway: Gateway, request: Request, kind: type[ChatBody] | t
         include_usage=include_usage,
         echo=isinstance(body, CompletionBody) and bool(body.echo),
         n=generation.n,
+        with_thoughts=not isinstance(body, ChatBody) or body.shows_thoughts,
+        with_prompt_logprobs=body.prompt_logprobs is not None,
     )
+    headers = warning_header(ignored)
     produce = _stream if generation.stream else _whole
     limit_s = gateway.config.max_deadline_s if generation.deadline_s is None else generation.deadline_s
 
     async def bounded(scope: Scope, receive: Receive, send: Send) -> None:
         async with asyncio.timeout(limit_s + _SEND_GRACE_S):
-            await produce(gateway, generation, answer, scope, receive, send)
+            await produce(gateway, generation, answer, headers, scope, receive, send)
 
     return ClientBound(bounded)
 
 
 async def _whole(
-    gateway: Gateway, generation: GenerationRequest, answer: Answer, scope: Scope, receive: Receive, send: Send
+    gateway: Gateway,
+    generation: GenerationRequest,
+    answer: Answer,
+    headers: Mapping[str, str],
+    scope: Scope,
+    receive: Receive,
+    send: Send,
 ) -> None:
     try:
         async with aclosing(gateway.generate(generation)) as events:
@@ -163,14 +175,20 @@ async def _whole(
                     case ChoiceDelta():
                         answer.add(event)
                     case Completed():
-                        response: Response = JSONResponse(answer.body(event.usage))
+                        response: Response = JSONResponse(answer.body(event.usage), headers=headers)
     except Exception as error:  # noqa: BLE001 - the door, as above
         response = error_response(error)
     await response(scope, receive, send)
 
 
 async def _stream(
-    gateway: Gateway, generation: GenerationRequest, answer: Answer, scope: Scope, receive: Receive, send: Send
+    gateway: Gateway,
+    generation: GenerationRequest,
+    answer: Answer,
+    headers: Mapping[str, str],
+    scope: Scope,
+    receive: Receive,
+    send: Send,
 ) -> None:
     """Server-sent events. Errors before the first token have a status of their own, later ones are an event."""
     started = False
@@ -180,7 +198,9 @@ async def _stream(
                 match event:
                     case Started():
                         answer.start(event)
-                        await send({"type": "http.response.start", "status": 200, "headers": list(_SSE_HEADERS)})
+                        await send(
+                            {"type": "http.response.start", "status": 200, "headers": [*_SSE_HEADERS, *raw_headers(headers)]}
+                        )
                         started = True
                     case ChoiceDelta():
                         await _send_events(send, answer.chunks(event))
@@ -196,6 +216,11 @@ async def _stream(
             await response(scope, receive, send)
             return
         await send({"type": "http.response.body", "body": b"data: " + bytes(response.body) + b"\n\n", "more_body": False})
+
+
+def raw_headers(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """As ASGI has them."""
+    return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
 async def _send_events(send: Send, chunks: list[dict[str, Any]]) -> None:

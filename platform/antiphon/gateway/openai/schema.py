@@ -1,9 +1,9 @@
 """Bodies of OpenAI's requests, strictly typed, to GenerationRequest (request speed).
 
-A field that would change the result and isn't supported is refused by name, as is a field nobody knows; fields without influence
-on the result (user, metadata, store, ...) are taken and ignored; null stands for absent. Beyond OpenAI's there are vLLM's
-extensions top_k, min_p, repetition_penalty, ignore_eos, min_tokens, stop_token_ids, include_stop_str_in_output,
-skip_special_tokens, add_generation_prompt, chat_template_kwargs, priority and cache_salt.
+A field that would change the result and isn't supported is refused by name; fields without influence on the result (user, metadata,
+store, verbosity, ...) are taken and ignored; null stands for absent. Beyond OpenAI's there are vLLM's extensions top_k, min_p,
+repetition_penalty, ignore_eos, min_tokens, stop_token_ids, include_stop_str_in_output, skip_special_tokens, add_generation_prompt,
+continue_final_message, chat_template_kwargs, structured_outputs, priority and cache_salt.
 
 Must not know: HTTP, tokenizers or workers.
 """
@@ -12,16 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from antiphon.core.errors import InvalidInput
 from antiphon.core.request import MAX_LOGPROBS
@@ -30,7 +21,6 @@ from antiphon.gateway.generation.request import (
     MAX_STOP_CHARS,
     MAX_STOPS,
     SAMPLING_DEFAULTS,
-    ChatMessage,
     ChatPrompt,
     GenerationRequest,
     Prompt,
@@ -38,28 +28,18 @@ from antiphon.gateway.generation.request import (
     TextPrompt,
     TokenPrompt,
 )
+from antiphon.gateway.openai.messages import MessageBody
+from antiphon.gateway.openai.parsing import UnsupportedField
+from antiphon.gateway.openai.tools import MAX_TOOLS, ChoiceBody, StructureFields, ToolBody, choice_of, tools_of
+from antiphon.gateway.text.chat_options import ChatOptions
 
 _T = TypeVar("_T")
-_M = TypeVar("_M", bound=BaseModel)
 
 MAX_TOKEN_ID = 2**31 - 1
 MAX_LOGIT_BIASES = 1024
 MAX_MESSAGES = 4096
-MAX_FIELDS = 256  # of a body
-MAX_BODY_VALUES = 100_000  # in all its lists and objects, the prompt left out
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
-
-
-class UnknownField(InvalidInput):
-    """A field that no version of the API has."""
-
-    code = "unknown_parameter"
-
-
-class UnsupportedField(InvalidInput):
-    """A field, or a value of one, that would change the result and isn't supported."""
-
-    code = "unsupported_parameter"
+_SMALLEST_TOP_P = 1e-6  # 0 is taken as this: the most probable token alone
 
 
 def _as_list(value: object) -> object:
@@ -118,7 +98,7 @@ class SamplingFields(BaseModel):
 
     max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKEN_ID)
     temperature: Finite | None = Field(default=None, ge=0, le=2)
-    top_p: Finite | None = Field(default=None, gt=0, le=1)
+    top_p: Finite | None = Field(default=None, ge=0, le=1)
     top_k: int | None = Field(default=None, ge=-1, le=MAX_TOKEN_ID)
     min_p: Finite | None = Field(default=None, ge=0, le=1)
     presence_penalty: Finite | None = Field(default=None, ge=-2, le=2)
@@ -132,7 +112,7 @@ class SamplingFields(BaseModel):
     min_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKEN_ID)
     ignore_eos: bool | None = None
 
-    def sampling(self, *, max_tokens: int | None, num_logprobs: int | None) -> Sampling:
+    def sampling(self, *, max_tokens: int | None, num_logprobs: int | None, num_prompt_logprobs: int | None = None) -> Sampling:
         """The values, with defaults for what is absent.
 
         Raises:
@@ -144,7 +124,7 @@ class SamplingFields(BaseModel):
         return Sampling(
             max_tokens=max_tokens,
             temperature=_default(self.temperature, 1.0),
-            top_p=_default(self.top_p, 1.0),
+            top_p=max(_SMALLEST_TOP_P, _default(self.top_p, 1.0)),
             top_k=max(0, _default(self.top_k, 0)),
             min_p=_default(self.min_p, 0.0),
             presence_penalty=_default(self.presence_penalty, 0.0),
@@ -157,6 +137,7 @@ class SamplingFields(BaseModel):
             ignore_eos=_default(self.ignore_eos, False),
             num_logprobs=num_logprobs,
             unset=frozenset(name for name in SAMPLING_DEFAULTS if getattr(self, name) is None),
+            num_prompt_logprobs=num_prompt_logprobs,
         )
 
 
@@ -169,7 +150,23 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = None  # padding against traffic analysis; not applied
 
 
-class _Body(SamplingFields):
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+class ReasoningBody(BaseModel):
+    """``reasoning`` as other providers write it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    effort: Effort | None = None
+    enabled: bool | None = None
+    max_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKEN_ID)
+    exclude: bool | None = None
+    summary: str | None = None
+    generate_summary: str | None = None
+
+
+class _Body(SamplingFields, StructureFields):
     """What both endpoints share."""
 
     unsupported: ClassVar[dict[str, tuple[object, ...]]] = {}  # field → values that change nothing, besides null
@@ -181,6 +178,7 @@ class _Body(SamplingFields):
     stream_options: StreamOptions | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     priority: int | None = Field(default=None, ge=-(2**31), le=2**31 - 1)
     cache_salt: str | None = Field(default=None, max_length=256)
     # Without influence on the result.
@@ -207,66 +205,36 @@ class _Body(SamplingFields):
     def _stream_options_need_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise InvalidInput("stream_options is only allowed with stream", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidInput("prompt_logprobs come with whole answers only, not with stream", "prompt_logprobs")
         return self
-
-
-class ContentPart(BaseModel):
-    """A part of a message's content."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    type: Literal["text"]
-    text: str
-
-
-class MessageBody(BaseModel):
-    """One message of a chat."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: list[ContentPart]
-    name: str | None = Field(default=None, max_length=256)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty(cls, value: object) -> object:
-        """Clients send an assistant's message back as they got it, with fields that are null or empty."""
-        if isinstance(value, dict) and value.get("role") == "assistant":
-            empty = ("refusal", "audio", "function_call", "tool_calls", "annotations", "reasoning_content")
-            return {name: given for name, given in value.items() if name not in empty or given not in (None, [], "")}
-        return value
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _as_parts(cls, value: object) -> object:
-        return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-    def message(self) -> ChatMessage:
-        """The value; several parts are joined by line ends."""
-        return ChatMessage(role=self.role, content="\n".join(part.text for part in self.content), name=self.name)
 
 
 class ChatBody(_Body):
     """POST /v1/chat/completions."""
 
     unsupported = {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
-        "reasoning_effort": (),
-        "verbosity": (),
         "web_search_options": (),
         "moderation": (),
     }
 
     messages: list[MessageBody] = Field(min_length=1, max_length=MAX_MESSAGES)
+    tools: list[ToolBody] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_choice: ChoiceBody | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
+    reasoning: ReasoningBody | None = None
+    thinking_budget: int | None = Field(default=None, ge=0, le=MAX_TOKEN_ID)
+    enable_thinking: bool | None = None
+    include_reasoning: bool | None = None
+    continue_final_message: bool | None = None
+    verbosity: str | None = None  # a wish that no model here reads
+    request_id: str | None = None  # the header decides
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKEN_ID)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
@@ -283,7 +251,8 @@ class ChatBody(_Body):
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         prompt = ChatPrompt(
             messages=tuple(message.message() for message in self.messages),
-            add_generation_prompt=_default(self.add_generation_prompt, True),
+            add_generation_prompt=_default(self.add_generation_prompt, not self.continue_final_message),
+            continue_final_message=self._continues(),
             variables=_default(self.chat_template_kwargs, {}),
         )
         return _request(
@@ -291,11 +260,52 @@ class ChatBody(_Body):
             request_id=request_id,
             prompts=(prompt,),
             operation="chat",
-            sampling=self.sampling(max_tokens=max_tokens, num_logprobs=num_logprobs),
+            sampling=self.sampling(max_tokens=max_tokens, num_logprobs=num_logprobs, num_prompt_logprobs=self.prompt_logprobs),
             deadline_s=deadline_s,
             traceparent=traceparent,
             max_tokens_field="max_tokens" if self.max_completion_tokens is None else "max_completion_tokens",
+            options=self.options(),
         )
+
+    def options(self) -> ChatOptions:
+        """Tools, shape and thinking.
+
+        Raises:
+            InvalidInput: they contradict each other.
+        """
+        tools = tools_of(_default(self.tools, []))
+        tool_choice, tool_name = choice_of(self.tool_choice, tools)
+        reasoning = ReasoningBody() if self.reasoning is None else self.reasoning
+        effort = reasoning.effort if self.reasoning_effort is None else self.reasoning_effort
+        thinking = reasoning.enabled if self.enable_thinking is None else self.enable_thinking
+        if thinking is None and effort is not None:
+            thinking = effort != "none"
+        own = self.thinking_budget is not None
+        return ChatOptions(
+            tools=tools,
+            tool_choice=tool_choice,
+            tool_name=tool_name,
+            parallel_tool_calls=_default(self.parallel_tool_calls, True),
+            shape=self.shape(),
+            thinking=thinking,
+            effort=None if effort == "none" else effort,
+            thinking_budget=self.thinking_budget if own else reasoning.max_tokens,
+            thinking_field="thinking_budget" if own else "reasoning.max_tokens",
+        )
+
+    @property
+    def shows_thoughts(self) -> bool:
+        """Whether the answer shows what the model thought."""
+        return self.include_reasoning is not False and not (self.reasoning is not None and self.reasoning.exclude)
+
+    def _continues(self) -> bool:
+        if not self.continue_final_message:
+            return False
+        if self.add_generation_prompt:
+            raise InvalidInput("continue_final_message and add_generation_prompt exclude each other", "continue_final_message")
+        if self.messages[-1].role != "assistant":
+            raise InvalidInput("continue_final_message needs a last message of the assistant", "continue_final_message")
+        return True
 
 
 class CompletionBody(_Body):
@@ -306,6 +316,7 @@ class CompletionBody(_Body):
     }
 
     prompt: Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_checked_prompt)]
+    max_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKEN_ID)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
     best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
@@ -315,8 +326,10 @@ class CompletionBody(_Body):
         n = _default(self.n, 1)
         if self.best_of is not None and self.best_of != n:
             raise UnsupportedField("best_of other than n is not supported", "best_of")
-        if self.echo and self.logprobs is not None:
-            raise UnsupportedField("echo together with logprobs is not supported", "echo")
+        if self.echo and self.logprobs is not None and self.stream:
+            raise UnsupportedField("echo: with logprobs the answer is whole, not streamed", "echo")
+        if self.max_tokens == 0 and not (self.echo or self.prompt_logprobs is not None):
+            raise InvalidInput("max_tokens: 0 needs echo or prompt_logprobs, or the answer is empty", "max_tokens")
         prompts = self._prompts()
         if len(prompts) * n > MAX_CHOICES:
             raise InvalidInput(f"{len(prompts)} prompts with n = {n} make more than {MAX_CHOICES} choices", "prompt")
@@ -326,9 +339,14 @@ class CompletionBody(_Body):
             request_id=request_id,
             prompts=prompts,
             operation="text_completion",
-            sampling=self.sampling(max_tokens=max_tokens, num_logprobs=self.logprobs),
+            sampling=self.sampling(
+                max_tokens=max_tokens,
+                num_logprobs=self.logprobs,
+                num_prompt_logprobs=self.logprobs if self.echo else self.prompt_logprobs,
+            ),
             deadline_s=deadline_s,
             traceparent=traceparent,
+            options=ChatOptions(shape=self.shape()),
         )
 
     def _prompts(self) -> tuple[Prompt, ...]:
@@ -357,6 +375,7 @@ def _request(
     deadline_s: float | None,
     traceparent: str | None,
     max_tokens_field: str = "max_tokens",
+    options: ChatOptions,
 ) -> GenerationRequest:
     return GenerationRequest(
         request_id=request_id,
@@ -374,66 +393,9 @@ def _request(
         cache_salt=_default(body.cache_salt, ""),
         traceparent=traceparent,
         max_tokens_field=max_tokens_field,
+        options=options,
     )
 
 
 def _default(value: _T | None, default: _T) -> _T:
     return default if value is None else value
-
-
-def parse(kind: type[_M], value: object, *, prefix: str = "") -> _M:
-    """Validate ``value``; ``prefix`` goes before the fields' names in errors.
-
-    Raises:
-        InvalidInput: the first wrong field, named; UnknownField for one that doesn't exist.
-    """
-    _check_sizes(value, prefix)
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        raise _translate(error, prefix) from error
-
-
-def _check_sizes(value: object, prefix: str) -> None:
-    """Refuse bodies with more values than any request has: validation describes each wrong one before the first can be told."""
-    if not isinstance(value, dict):
-        return
-    if len(value) > MAX_FIELDS:
-        raise InvalidInput(f"the body has {len(value)} fields, more than {MAX_FIELDS}")
-    num_values = 0
-    open_values = [item for name, item in value.items() if name != "prompt"]  # it is checked by hand
-    while open_values:
-        item = open_values.pop()
-        if isinstance(item, dict | list):
-            num_values += len(item)
-            if num_values > MAX_BODY_VALUES:
-                raise InvalidInput(f"{prefix}the body holds more than {MAX_BODY_VALUES} values besides its prompt")
-            open_values += item.values() if isinstance(item, dict) else item
-
-
-def _translate(error: ValidationError, prefix: str) -> InvalidInput:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    if first["type"] == "extra_forbidden":
-        field = prefix + _path(first["loc"])
-        return UnknownField(f"unknown parameter: {field[:200]}", field)
-    field = prefix + _path(first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "missing":
-        return InvalidInput(f"missing required parameter: {field}", field)
-    return InvalidInput(f"{field}: {message[:1].lower()}{message[1:]}" if field else message, field or None)
-
-
-def _path(location: tuple[int | str, ...]) -> str:
-    """pydantic's location as clients write it: messages[0].content. Branches of unions are left out."""
-    path = ""
-    for part in location:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif part in _BRANCHES or "[" in part:
-            continue
-        else:
-            path += f".{part}" if path else part
-    return path
-
-
-_BRANCHES = frozenset({"str", "int", "float", "bool"})  # pydantic's names for a union's branches

@@ -1,1 +1,1 @@
-"""Between text and tokens: templates, tokenizer, stop strings (request speed)."""
+"""Text models and what their text means: calls, thoughts, structure (request speed)."""

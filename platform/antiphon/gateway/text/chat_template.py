@@ -77,7 +77,7 @@ class ChatTemplate:
         Args:
             messages: each with role and content.
             add_generation_prompt: end with the beginning of the assistant's answer.
-            variables: further variables of the template, e.g. enable_thinking.
+            variables: further variables of the template, e.g. tools and enable_thinking.
             max_chars: longest text to make; None = any.
 
         Raises:
@@ -87,7 +87,7 @@ class ChatTemplate:
             **self.special_tokens,
             **variables,
             "messages": [dict(message) for message in messages],
-            "tools": None,
+            "tools": variables.get("tools"),
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }

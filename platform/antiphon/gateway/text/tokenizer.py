@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,10 @@ class TextModel:
         self.special_token_ids = frozenset(special)
         self._markers = ControlMarkers(special.values())
         self._literal_ids = _literal_ids(tokenizer) if self._byte_level else frozenset()
+        self.special_tokens: Mapping[str, int] = {
+            token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        }
+        self.template_source = None if chat_template is None else chat_template.source
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
 
     @classmethod
@@ -235,9 +239,11 @@ class TextModel:
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
-        """A new choice's detokenizer."""
+    def detokenizer(self, *, skip_special_tokens: bool = True, kept: Collection[str] = ()) -> Detokenizer:
+        """A new choice's detokenizer; special tokens in ``kept`` are text all the same."""
         skipped = self.special_token_ids if skip_special_tokens else frozenset()
+        if kept:
+            skipped = skipped - {self.special_tokens[token] for token in kept if token in self.special_tokens}
         if self._byte_level:
             return ByteLevelDetokenizer(self._tokenizer, skipped, self._literal_ids)
         return WindowDetokenizer(self._tokenizer, skipped)

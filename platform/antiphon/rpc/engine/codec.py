@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from antiphon.core.errors import AntiphonError, ErrorInfo, Overloaded, Unavailable
 from antiphon.core.request import (
     FinishReason,
+    OutputRules,
     Request,
     RequestId,
     RequestOutput,
     RequestTimes,
     SamplingParams,
+    ThinkingRules,
     TokenLogprob,
 )
 from antiphon.rpc.errors import error_of
@@ -115,6 +117,40 @@ def _encode_sampling(sampling: SamplingParams) -> pb.EngineSampling:
         min_tokens=sampling.min_tokens,
         ignore_eos=sampling.ignore_eos,
         num_logprobs=sampling.num_logprobs,
+        num_prompt_logprobs=sampling.num_prompt_logprobs,
+        grammar=(sampling.rules.grammar or "") if sampling.rules is not None else "",
+        thinking=_encode_thinking(sampling.rules),
+    )
+
+
+def _encode_thinking(rules: OutputRules | None) -> pb.ThinkingRules | None:
+    if rules is None or rules.thinking is None:
+        return None
+    thinking = rules.thinking
+    return pb.ThinkingRules(
+        start=thinking.start,
+        end=thinking.end,
+        end_token_ids=thinking.end_token_ids,
+        budget_tokens=thinking.budget_tokens,
+        is_open=thinking.is_open,
+    )
+
+
+def _decode_rules(sampling: pb.EngineSampling) -> OutputRules | None:
+    if not sampling.grammar and not sampling.HasField("thinking"):
+        return None
+    thinking = sampling.thinking
+    return OutputRules(
+        grammar=sampling.grammar or None,
+        thinking=ThinkingRules(
+            start=thinking.start,
+            end=thinking.end,
+            end_token_ids=tuple(thinking.end_token_ids),
+            budget_tokens=thinking.budget_tokens,
+            is_open=thinking.is_open,
+        )
+        if sampling.HasField("thinking")
+        else None,
     )
 
 
@@ -134,6 +170,8 @@ def _decode_sampling(sampling: pb.EngineSampling) -> SamplingParams:
         min_tokens=sampling.min_tokens,
         ignore_eos=sampling.ignore_eos,
         num_logprobs=sampling.num_logprobs if sampling.HasField("num_logprobs") else None,
+        num_prompt_logprobs=sampling.num_prompt_logprobs if sampling.HasField("num_prompt_logprobs") else None,
+        rules=_decode_rules(sampling),
     )
 
 
@@ -157,6 +195,7 @@ def _encode_output(output: RequestOutput) -> pb.RequestUpdate:
             first_token_s=_since(times.arrival_s, times.first_token_s),
             finished_s=_since(times.arrival_s, times.finished_s),
         ),
+        prompt_logprobs={position: _encode_logprob(logprob) for position, logprob in output.prompt_logprobs.items()},
     )
 
 
@@ -191,6 +230,7 @@ def _decode_answer(part: pb.RequestUpdate) -> Answer:
         num_remote_tokens=part.num_remote_tokens,
         num_preemptions=part.num_preemptions,
         times=_decode_times(part.times) if part.HasField("times") else None,
+        prompt_logprobs={position: _decode_logprob(logprob) for position, logprob in part.prompt_logprobs.items()},
     )
     return Answer(output=output, error=error)
 

@@ -53,8 +53,18 @@ class EngineServicer:
 
     name = "antiphon.rpc.v1.Engine"
 
-    def __init__(self, port: EnginePort, *, loop: asyncio.AbstractEventLoop, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        port: EnginePort,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        clock: Callable[[], float] = time.monotonic,
+        prepare: Callable[[Request], None] | None = None,
+    ) -> None:
+        """``prepare`` makes a request with rules ready in another thread, before the engine sees it."""
         self._port = port
+        self._prepare = prepare
+        self._preparing: set[asyncio.Task[None]] = set()
         self._loop = loop
         self._clock = clock
         self._owners: dict[RequestId, _Session] = {}
@@ -139,9 +149,30 @@ class EngineServicer:
             return
         self._owners[request_id] = session
         session.live.add(request_id)
+        if self._prepare is None or request.sampling.rules is None:
+            self._hand_over(session, request)
+            return
+        task = self._loop.create_task(self._hand_over_prepared(session, request, self._prepare))
+        self._preparing.add(task)
+        task.add_done_callback(self._preparing.discard)
+
+    async def _hand_over_prepared(self, session: _Session, request: Request, prepare: Callable[[Request], None]) -> None:
+        try:
+            await asyncio.to_thread(prepare, request)
+        except AntiphonError as refused:
+            self._refuse(session, request.request_id, refused)
+            return
+        if self._owners.get(request.request_id) is session:  # not aborted meanwhile
+            self._hand_over(session, request)
+
+    def _hand_over(self, session: _Session, request: Request) -> None:
         try:
             self._port.submit(request)
         except AntiphonError as refused:
+            self._refuse(session, request.request_id, refused)
+
+    def _refuse(self, session: _Session, request_id: RequestId, refused: AntiphonError) -> None:
+        if self._owners.get(request_id) is session:
             del self._owners[request_id]
             session.live.discard(request_id)
             session.refusals.append(encode_refusal(request_id, refused))

@@ -1,0 +1,193 @@
+"""Prompts to token ids with the plan of their answers: what must be known before a worker is asked (request speed).
+
+    messages ─► template's words ─► token ids ─► grammar, found affordable ─► Prepared
+
+Must not know: workers, doors.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+from antiphon.core.errors import ContextLengthExceeded, InvalidInput
+from antiphon.core.request import OutputRules
+from antiphon.gateway.generation.request import ChatMessage, ChatPrompt, GenerationRequest, Prompt, TextPrompt, TokenPrompt
+from antiphon.gateway.text.dialect import AnswerPlan, Dialect
+from antiphon.gateway.text.template_process import TemplateProcess
+from antiphon.gateway.text.tokenizer import TextModel, in_thread
+from antiphon.worker.structure.checking import GrammarChecker
+
+_MAX_TOKENS = 2**20  # of a prompt, while no worker says what its context is
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """One prompt, ready to be placed."""
+
+    token_ids: tuple[int, ...]
+    plan: AnswerPlan
+
+    @property
+    def rules(self) -> OutputRules | None:
+        """What its engine is told of the plan."""
+        if self.plan.grammar is None and self.plan.thinking is None:
+            return None
+        return OutputRules(grammar=self.plan.grammar, thinking=self.plan.thinking)
+
+
+class Preparer:
+    """Prepares requests. Belongs to one event loop.
+
+    Args:
+        models: tokenizers by the name clients send.
+        dialects: the models' ways, by the same names.
+        executor: tokenizes long prompts.
+        checker: finds out whether grammars are affordable.
+        templates: renders chats.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, TextModel],
+        dialects: Mapping[str, Dialect],
+        executor: Executor,
+        checker: GrammarChecker,
+        templates: TemplateProcess,
+    ) -> None:
+        self._templates = templates
+        self._models = models
+        self._dialects = dialects
+        self._executor = executor
+        self._checker = checker
+
+    async def prepare(self, request: GenerationRequest, max_model_len: int | None) -> list[Prepared]:
+        """All prompts of a request.
+
+        Raises:
+            InvalidInput: the model can't do what is asked, or something asked for is wrong; the field is named.
+        """
+        dialect = self._dialects[request.model]
+        dialect.check(request.options)
+        found = []
+        for prompt in request.prompts:
+            ids = await self._encode(request, prompt, max_model_len or _MAX_TOKENS)
+            plan = dialect.plan(request.options, ids, is_chat=isinstance(prompt, ChatPrompt))
+            if plan.grammar is not None:
+                self._check_sampling(request)
+                await self._checker.check(plan.grammar, plan.grammar_field)
+            found.append(Prepared(token_ids=(*ids, *plan.extra_token_ids), plan=plan))
+        return found
+
+    def _check_sampling(self, request: GenerationRequest) -> None:
+        """An answer with a shape ends where the shape does."""
+        for name, is_set in (("min_tokens", request.sampling.min_tokens > 0), ("ignore_eos", request.sampling.ignore_eos)):
+            if is_set:
+                field = f"{request.sampling_prefix}{name}"
+                raise InvalidInput(f"{field}: an answer that must have a shape ends where the shape does", field)
+
+    async def _encode(self, request: GenerationRequest, prompt: Prompt, max_tokens: int) -> tuple[int, ...]:
+        text_model = self._models[request.model]
+        ids: tuple[int, ...]
+        try:
+            match prompt:
+                case TextPrompt():
+                    encode = functools.partial(text_model.encode, max_tokens=max_tokens)
+                    ids = await in_thread(self._executor, len(prompt.text), encode, prompt.text)
+                case ChatPrompt():
+                    ids = await self._encode_chat(text_model, request, prompt, max_tokens)
+                case TokenPrompt():
+                    ids = prompt.token_ids
+        except InvalidInput as error:
+            raise type(error)(str(error), prompt.field if error.field in (None, "prompt") else error.field) from error
+        if not ids:
+            raise InvalidInput("the prompt is empty: it has no tokens", prompt.field)
+        return ids
+
+    async def _encode_chat(
+        self, text_model: TextModel, request: GenerationRequest, prompt: ChatPrompt, max_tokens: int
+    ) -> tuple[int, ...]:
+        if not text_model.takes_chats:
+            raise InvalidInput("this model has no chat template; use completions", "messages")
+        dialect = self._dialects[request.model]
+        begun = prompt.messages[-1:] if prompt.continue_final_message else ()
+        shown = [template_message(message) for message in prompt.messages[: len(prompt.messages) - len(begun)]]
+        messages, breaker = text_model.guard(dialect.messages(shown, request.options))
+        text = await self._templates.render(
+            request.model,
+            messages,
+            add_generation_prompt=prompt.add_generation_prompt or bool(begun),
+            variables=dialect.variables(request.options, prompt.variables),
+        )
+        ids: tuple[int, ...] = await in_thread(self._executor, len(text), text_model.encode_rendered, text, breaker, max_tokens)
+        for message in begun:
+            ids += text_model.encode(message.content, add_special_tokens=False)
+        return ids
+
+
+def template_message(message: ChatMessage) -> dict[str, Any]:
+    """As chat templates read it: arguments of calls as values."""
+    found: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.name is not None:
+        found["name"] = message.name
+    if message.reasoning is not None:
+        found["reasoning_content"] = message.reasoning
+    if message.tool_call_id is not None:
+        found["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        found["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": _arguments(call.arguments)}}
+            for call in message.tool_calls
+        ]
+    return found
+
+
+def _arguments(text: str) -> Any:
+    try:
+        return json.loads(text) if text else {}
+    except ValueError:
+        return text
+
+
+def prompt_text(text_model: TextModel, prompt: Prompt, ids: Sequence[int]) -> str:
+    """A prompt as text, for echo."""
+    return prompt.text if isinstance(prompt, TextPrompt) else text_model.decode(ids)
+
+
+def check_ids(request: GenerationRequest, prompts: Sequence[Sequence[int]], vocab_size: int | None) -> None:
+    """Token ids that clients name exist. Raises InvalidInput."""
+    if vocab_size is None:
+        return
+    named: list[tuple[str, Iterable[int]]] = [
+        (f"{request.sampling_prefix}logit_bias", request.sampling.logit_bias),
+        (f"{request.sampling_prefix}stop_token_ids", request.sampling.stop_token_ids),
+    ]
+    named += [(p.field, ids) for p, ids in zip(request.prompts, prompts, strict=True) if isinstance(p, TokenPrompt)]
+    named += [("resume", ids) for ids in request.resume.values()]
+    for field_name, ids in named:
+        wrong = next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)
+        if wrong is not None:
+            raise InvalidInput(f"token id {wrong} is not in the model's vocabulary of {vocab_size}", field_name)
+
+
+def max_tokens_of(request: GenerationRequest, prompt: Prompt, ids: Sequence[int], max_model_len: int | None) -> int:
+    """What the choice may generate: asked for, or the room that the prompt leaves. Raises ContextLengthExceeded."""
+    asked = request.sampling.max_tokens
+    if max_model_len is None:  # no worker is registered; placing will say so
+        return 1 if asked is None else asked
+    room = max_model_len - len(ids)
+    if room < 1:
+        raise ContextLengthExceeded(
+            f"the model's context is {max_model_len} tokens, prompt and output together; the prompt has {len(ids)}", prompt.field
+        )
+    if asked is not None and asked > room:
+        raise ContextLengthExceeded(
+            f"the model's context is {max_model_len} tokens, prompt and output together; the prompt has {len(ids)} and "
+            f"{asked} were asked for: at most {room} fit",
+            request.max_tokens_field,
+        )
+    return room if asked is None else asked

@@ -1,0 +1,142 @@
+"""Messages of a chat as clients write them, to ChatMessage (request speed).
+
+Taken as the ecosystem writes them: text, null or a list of text parts as content; parts with ``cache_control`` and other marks that
+change nothing; tool calls and their results; an assistant's thoughts. Must not know: HTTP, templates or tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from antiphon.gateway.generation.request import ChatMessage
+from antiphon.gateway.text.chat_options import ToolCall
+
+MAX_TOOL_CALLS = 1024
+# Fields that come back in an assistant's message and say nothing when they are null or empty.
+_SAY_NOTHING = ("refusal", "audio", "function_call", "tool_calls", "annotations", "reasoning_content", "reasoning", "name")
+# Marks beside a part's or message's content that no model sees.
+_MARKS = ("cache_control", "annotations", "id", "index", "status", "citations", "provider_specific_fields", "thinking_blocks")
+
+
+def _without_marks(value: object) -> object:
+    return {k: v for k, v in value.items() if k not in _MARKS} if isinstance(value, dict) else value
+
+
+class ContentPart(BaseModel):
+    """A part of a message's content."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    type: Literal["text", "input_text", "output_text", "refusal"]
+    text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, value: object) -> object:
+        value = _without_marks(value)
+        if isinstance(value, dict) and value.get("type") == "refusal" and "refusal" in value:
+            return {"type": "refusal", "text": value["refusal"]}
+        if isinstance(value, dict) and value.get("type") == "output_text":
+            return {k: v for k, v in value.items() if k != "logprobs"}
+        return value
+
+
+class CalledFunction(BaseModel):
+    """Which function an assistant called, with what."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: str = Field(min_length=1, max_length=256)
+    arguments: str = ""
+
+    @field_validator("arguments", mode="before")
+    @classmethod
+    def _null_is_none(cls, value: object) -> object:
+        return "" if value is None else value
+
+
+class ToolCallBody(BaseModel):
+    """A call in an assistant's message."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    id: str = Field(default="", max_length=256)
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {k: v for k, v in value.items() if k not in ("index", "cache_control", "provider_specific_fields")}
+
+
+def _as_parts(value: object) -> object:
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if isinstance(value, list):
+        return [{"type": "text", "text": part} if isinstance(part, str) else part for part in value]
+    return value
+
+
+class MessageBody(BaseModel):
+    """One message of a chat."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Annotated[list[ContentPart], BeforeValidator(_as_parts)]
+    name: str | None = Field(default=None, max_length=256)
+    tool_calls: list[ToolCallBody] = Field(default_factory=list, max_length=MAX_TOOL_CALLS)
+    function_call: CalledFunction | None = None
+    tool_call_id: str | None = Field(default=None, max_length=256)
+    reasoning_content: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_ecosystem_writes_it(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        plain: dict[Any, Any] = {k: v for k, v in value.items() if k not in _MARKS}
+        if plain.get("role") in ("tool", "function") and plain.get("content", "") is None:
+            plain["content"] = []
+        if plain.get("role") != "assistant":
+            return plain
+        plain = {k: v for k, v in plain.items() if k not in _SAY_NOTHING or v not in (None, [], "")}
+        thought = plain.pop("reasoning", None)  # the newer name
+        if thought is not None:
+            plain.setdefault("reasoning_content", thought)
+        refusal = plain.pop("refusal", None)
+        if plain.get("content") is None and isinstance(refusal, str):
+            plain["content"] = refusal
+        if any(name in plain for name in ("tool_calls", "function_call", "reasoning_content")):
+            plain.setdefault("content", [])
+        if "content" in plain and plain["content"] is None:
+            plain["content"] = []
+        return plain
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.role == "assistant":
+            return self
+        if self.tool_calls or self.function_call is not None:
+            raise ValueError("only an assistant's message has tool calls")
+        return self
+
+    def message(self) -> ChatMessage:
+        """The value; several parts are joined by line ends."""
+        called = [] if self.function_call is None else [ToolCallBody(function=self.function_call)]
+        return ChatMessage(
+            role="tool" if self.role == "function" else self.role,
+            content="\n".join(part.text for part in self.content),
+            name=self.name,
+            tool_calls=tuple(
+                ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments)
+                for call in (*self.tool_calls, *called)
+            ),
+            tool_call_id=self.tool_call_id,
+            reasoning=self.reasoning_content,
+        )

@@ -1,0 +1,239 @@
+"""Tools and the shape of answers as clients write them, to ChatOptions' values (request speed).
+
+Must not know: HTTP, or how models write calls.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from antiphon.core.errors import InvalidInput
+from antiphon.gateway.text.chat_options import AnswerShape, Tool, ToolChoice
+
+MAX_TOOLS = 256
+MAX_CHOICE_TEXTS = 4096
+_TOOL_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class FunctionBody(_Part):
+    """A function that the model may call."""
+
+    name: str = Field(min_length=1, max_length=128)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+def _flat_or_nested(value: object) -> object:
+    """Responses writes a tool's function flat, chats nest it; marks for caches change nothing."""
+    if not isinstance(value, dict):
+        return value
+    plain = {k: v for k, v in value.items() if k != "cache_control"}
+    if plain.get("type") == "function" and "function" not in plain and "name" in plain:
+        return {"type": "function", "function": {k: v for k, v in plain.items() if k != "type"}}
+    return plain
+
+
+class ToolBody(_Part):
+    """One of ``tools``."""
+
+    type: Literal["function"]
+    function: FunctionBody
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nested(cls, value: object) -> object:
+        return _flat_or_nested(value)
+
+
+class NamedFunction(_Part):
+    """A function by name."""
+
+    name: str = Field(min_length=1, max_length=128)
+
+
+class NamedChoice(_Part):
+    """``tool_choice`` that names a function."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nested(cls, value: object) -> object:
+        return _flat_or_nested(value)
+
+
+ChoiceBody = Literal["none", "auto", "required"] | NamedChoice
+
+
+class SchemaBody(_Part):
+    """``response_format.json_schema``."""
+
+    name: str | None = Field(default=None, max_length=256)
+    description: str | None = None
+    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Part):
+    """``response_format``."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaBody | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nested(cls, value: object) -> object:
+        """Responses writes a schema's fields flat."""
+        if isinstance(value, dict) and value.get("type") == "json_schema" and "json_schema" not in value and "schema" in value:
+            return {"type": "json_schema", "json_schema": {k: v for k, v in value.items() if k != "type"}}
+        return value
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("json_schema is missing")
+        return self
+
+    def shape(self, field: str) -> AnswerShape | None:
+        """The value; None for plain text."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object" or self.json_schema is None or self.json_schema.schema_ is None:
+            return AnswerShape(kind="json_object", field=field)
+        return AnswerShape(kind="json_schema", value=self.json_schema.schema_, field=f"{field}.json_schema.schema")
+
+
+def _as_schema(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"not valid JSON: {error}") from error
+
+
+Schema = Annotated[dict[str, Any] | bool, BeforeValidator(_as_schema)]
+Choices = Annotated[list[Annotated[str, Field(min_length=1, max_length=65_536)]], Field(min_length=1, max_length=MAX_CHOICE_TEXTS)]
+Pattern = Annotated[str, Field(min_length=1, max_length=65_536)]
+
+
+class StructuredOutputs(_Part):
+    """vLLM's ``structured_outputs``: one of them."""
+
+    json_: Schema | None = Field(default=None, alias="json")
+    regex: Pattern | None = None
+    choice: Choices | None = None
+    grammar: Pattern | None = None
+    json_object: bool | None = None
+    # How vLLM's own back ends write JSON; ours has one way.
+    disable_fallback: bool | None = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
+    whitespace_pattern: str | None = None
+
+    def shapes(self, field: str) -> list[AnswerShape]:
+        """Those that are given."""
+        return [
+            *([] if self.json_ is None else [AnswerShape(kind="json_schema", value=self.json_, field=f"{field}.json")]),
+            *([] if self.regex is None else [AnswerShape(kind="regex", value=self.regex, field=f"{field}.regex")]),
+            *([] if self.choice is None else [AnswerShape(kind="choice", value=tuple(self.choice), field=f"{field}.choice")]),
+            *([] if self.grammar is None else [AnswerShape(kind="grammar", value=self.grammar, field=f"{field}.grammar")]),
+            *([AnswerShape(kind="json_object", field=f"{field}.json_object")] if self.json_object else []),
+        ]
+
+
+class StructureFields(BaseModel):
+    """The fields of a body that give its answer a shape."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: Pattern | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Pattern | None = None
+    guided_decoding_backend: str | None = None  # there is one
+    guided_whitespace_pattern: str | None = None
+
+    def shape(self) -> AnswerShape | None:
+        """What the answer must be; None = anything.
+
+        Raises:
+            InvalidInput: more than one shape is asked for.
+        """
+        found = [
+            *([] if self.response_format is None else [self.response_format.shape("response_format")]),
+            *([] if self.structured_outputs is None else self.structured_outputs.shapes("structured_outputs")),
+            *([] if self.guided_json is None else [AnswerShape(kind="json_schema", value=self.guided_json, field="guided_json")]),
+            *([] if self.guided_regex is None else [AnswerShape(kind="regex", value=self.guided_regex, field="guided_regex")]),
+            *(
+                []
+                if self.guided_choice is None
+                else [AnswerShape(kind="choice", value=tuple(self.guided_choice), field="guided_choice")]
+            ),
+            *(
+                []
+                if self.guided_grammar is None
+                else [AnswerShape(kind="grammar", value=self.guided_grammar, field="guided_grammar")]
+            ),
+        ]
+        shapes = [shape for shape in found if shape is not None]
+        if len(shapes) > 1:
+            raise InvalidInput(f"{shapes[1].field}: the answer has one shape already, by {shapes[0].field}", shapes[1].field)
+        return shapes[0] if shapes else None
+
+
+def tools_of(bodies: Sequence[ToolBody]) -> tuple[Tool, ...]:
+    """The values.
+
+    Raises:
+        InvalidInput: a name is no function's name, or used twice.
+    """
+    tools: list[Tool] = []
+    for index, body in enumerate(bodies):
+        function, field = body.function, f"tools[{index}].function"
+        if _TOOL_NAME.fullmatch(function.name) is None:
+            raise InvalidInput(f"{field}.name: letters, digits and _ . : - only, at most 128", f"{field}.name")
+        if any(tool.name == function.name for tool in tools):
+            raise InvalidInput(f"{field}.name: {function.name} is there already", f"{field}.name")
+        parameters = function.parameters if function.parameters else {"type": "object", "properties": {}}
+        tools.append(
+            Tool(
+                name=function.name,
+                description=function.description,
+                parameters=parameters,
+                strict=bool(function.strict),
+                field=f"{field}.parameters",
+            )
+        )
+    return tuple(tools)
+
+
+def choice_of(body: ChoiceBody | None, tools: Sequence[Tool]) -> tuple[ToolChoice, str | None]:
+    """The choice, and the function it names.
+
+    Raises:
+        InvalidInput: it needs tools that are not there.
+    """
+    if body is None:
+        return ("auto" if tools else "none"), None
+    if isinstance(body, NamedChoice):
+        name = body.function.name
+        if not any(tool.name == name for tool in tools):
+            raise InvalidInput(f"tool_choice: there is no tool {name[:128]!r}", "tool_choice")
+        return "required", name
+    if body == "required" and not tools:
+        raise InvalidInput("tool_choice: required needs tools", "tool_choice")
+    return body, None

@@ -1,0 +1,143 @@
+"""The one grammar of an answer: a thought, then calls, a shape or free text (request speed; pure).
+
+    thinking?  then   shape                       response_format alone
+                      calls                       tool_choice required or a name
+                      calls | shape               tools beside a shape
+                      text without a call | text up to a call, calls      strict tools, or one call at most
+
+Tools that are not strict, with tool_choice auto and parallel calls, bind nothing. Written in llguidance's Lark. Must not know:
+tokens but special ones, workers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+from antiphon.core.errors import InvalidInput
+from antiphon.gateway.text.chat_options import AnswerShape, ChatOptions, Tool
+from antiphon.gateway.text.formats.base import CallFormat, Rules, ThoughtMarkers
+
+MAX_SCHEMA_CHARS = 262_144
+MAX_DEPTH = 64
+
+
+def answer_grammar(
+    options: ChatOptions,
+    tools: Sequence[Tool],
+    form: CallFormat | None,
+    thoughts: ThoughtMarkers | None,
+    *,
+    is_open: bool,
+    special_tokens: Mapping[str, int],
+) -> tuple[str | None, str]:
+    """The grammar, None when anything goes, and the field that asked for it.
+
+    Raises:
+        InvalidInput: a schema is too large or too deep; the field is named.
+    """
+    rules = Rules(literal=lambda text: _literal(text, special_tokens))
+    shape = options.shape
+    if shape is not None and not options.tools and thoughts is None and shape.kind == "grammar":
+        return str(shape.value), shape.field
+    body, field = _body(options, tools, form, rules)
+    if body is None:
+        return None, ""
+    thinking = "" if thoughts is None else _thinking(thoughts, rules, is_open=is_open)
+    lines = [f"start: {thinking} {body}", *rules.lines, "ANY: /(?s:.*)/", "EMPTY: /[ \\n]{0,4}/"]
+    return "\n".join(lines), field
+
+
+def _body(options: ChatOptions, tools: Sequence[Tool], form: CallFormat | None, rules: Rules) -> tuple[str | None, str]:
+    shape = None if options.shape is None else _shape(options.shape, rules)
+    if form is None or not tools:
+        return shape, "" if options.shape is None else options.shape.field
+    for tool in tools:
+        _check(tool.parameters, tool.field)
+    parallel = options.parallel_tool_calls
+    after = form.grammar(tools, rules, parallel=parallel)
+    calls = rules.name(after if form.opening is None else f"{rules.literal(form.opening)} {after}")
+    if options.tool_choice == "required":
+        return calls, tools[0].field if len(tools) == 1 else options.tool_choice_field
+    if shape is not None and options.shape is not None:
+        if form.opening is None:
+            why = "this model's calls begin like any JSON: tools and a shape exclude each other"
+            raise InvalidInput(f"{options.shape.field}: {why}", options.shape.field)
+        return f"({calls} | {rules.name(shape)})", options.shape.field
+    strict = next((tool.field for tool in tools if tool.strict), None)
+    if strict is None and parallel:
+        return None, ""
+    return _maybe(form, calls, after, rules), "parallel_tool_calls" if strict is None else strict
+
+
+def _maybe(form: CallFormat, calls: str, after: str, rules: Rules) -> str:
+    """Calls, if any come, and before them any text without their opening."""
+    if form.opening is None:
+        rules.lines.append("OTHER: /([^{ \\n](?s:.*))?/")
+        return f"({calls} | OTHER)"
+    opening = rules.literal(form.opening)
+    if opening.startswith("<["):  # a special token, which no text holds
+        return f"ANY ({calls})?"
+    pattern = re.sub(r"([][.^$*+?(){}|\\/&~])", r"\\\1", form.opening)
+    rules.lines.append(f"OTHER: /(?s:.*)/ & ~/(?s:.*){pattern}(?s:.*)/")
+    return f"(OTHER | {rules.until(form.opening)} {after})"
+
+
+def _thinking(thoughts: ThoughtMarkers, rules: Rules, *, is_open: bool) -> str:
+    end = rules.literal(thoughts.end)
+    rest = f"ANY {end} EMPTY" if end.startswith("<[") else f"{rules.until(thoughts.end)} EMPTY"
+    return rest if is_open else f"(EMPTY {rules.literal(thoughts.start)} {rest})?"
+
+
+def _shape(shape: AnswerShape, rules: Rules) -> str:
+    match shape.kind:
+        case "json_object":
+            return rules.json({"type": "object"})
+        case "json_schema":
+            _check(shape.value, shape.field)
+            return rules.json(shape.value)
+        case "regex":
+            pattern = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", str(shape.value)).replace("\n", "\\n")
+            return rules.name(f"/{pattern}/")
+        case "choice":
+            return "(" + " | ".join(rules.literal(text) for text in shape.value) + ")"
+        case "grammar":
+            return f"%lark {{\n{shape.value}\n}}"
+
+
+def _check(schema: object, field: str) -> None:
+    if schema is False:
+        raise InvalidInput(f"{field}: no value fits the schema false", field)
+    if _depth(schema) > MAX_DEPTH:
+        raise InvalidInput(f"{field}: the schema is nested deeper than {MAX_DEPTH}", field)
+    size = len(json.dumps(schema))
+    if size > MAX_SCHEMA_CHARS:
+        raise InvalidInput(f"{field}: the schema has {size} characters, above the limit of {MAX_SCHEMA_CHARS}", field)
+
+
+def _depth(value: object) -> int:
+    """How deep a value is nested, found without recursion."""
+    deepest, level = 0, [value]
+    while level and deepest <= MAX_DEPTH * 3:
+        deepest += 1
+        level = [
+            inner
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+    return deepest
+
+
+def _literal(text: str, special_tokens: Mapping[str, int]) -> str:
+    """An expression of ``text``; special tokens in it by their ids."""
+    found = [token for token in special_tokens if token in text]
+    if not found:
+        return json.dumps(text, ensure_ascii=False)
+    pieces = re.split("(" + "|".join(re.escape(token) for token in sorted(found, key=len, reverse=True)) + ")", text)
+    return " ".join(
+        f"<[{special_tokens[piece]}]>" if piece in special_tokens else json.dumps(piece, ensure_ascii=False)
+        for piece in pieces
+        if piece
+    )

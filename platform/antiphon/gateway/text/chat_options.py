@@ -1,0 +1,69 @@
+"""What a chat may do besides talking: tools, a shape its answer must have, thinking (values; request speed).
+
+Must not know: the doors that ask for it, or the formats models write it in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+ToolChoice = Literal["none", "auto", "required"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A call in the history: ``arguments`` is JSON as the model wrote it."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A function that the model may call; ``parameters`` is the JSON schema of its arguments."""
+
+    name: str
+    description: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
+    strict: bool = False
+    field: str = "tools"
+
+    def as_openai(self) -> dict[str, Any]:
+        """As chat templates read it."""
+        described = {} if self.description is None else {"description": self.description}
+        return {"type": "function", "function": {"name": self.name, **described, "parameters": dict(self.parameters)}}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerShape:
+    """What the answer must be: ``value`` is a schema, a pattern, a list of texts or a grammar. ``field`` is where it was asked."""
+
+    kind: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+    value: Any = None
+    field: str = "response_format"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    """Tools, shape and thinking of one request."""
+
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = "auto"
+    tool_name: str | None = None  # with "required": this one
+    parallel_tool_calls: bool = True
+    shape: AnswerShape | None = None
+    thinking: bool | None = None  # None = as the template does by itself
+    effort: str | None = None
+    thinking_budget: int | None = None  # tokens of thought; None = no bound
+    thinking_field: str = "thinking_budget"
+    tool_choice_field: str = "tool_choice"
+
+    @property
+    def callable_tools(self) -> tuple[Tool, ...]:
+        """Tools that this answer may call."""
+        if self.tool_choice == "none":
+            return ()
+        return tuple(tool for tool in self.tools if self.tool_name is None or tool.name == self.tool_name)

@@ -1,0 +1,192 @@
+"""How one model is asked with tools and thoughts, and how its answers are read and bound (request speed).
+
+    ChatOptions + messages ─► template's messages and variables        (asking)
+    ChatOptions + prompt   ─► AnswerPlan: grammar, thinking, parser    (answering)
+
+A model that can't do what is asked refuses by name. Must not know: doors, workers, or llguidance.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from antiphon.core.errors import InvalidInput
+from antiphon.core.request import ThinkingRules
+from antiphon.gateway.text.answer_grammar import answer_grammar
+from antiphon.gateway.text.chat_options import ChatOptions, Tool, ToolCall
+from antiphon.gateway.text.events import EventParser, ParserSpec
+from antiphon.gateway.text.formats.base import CallFormat
+from antiphon.gateway.text.formats.registry import call_format, thought_format
+from antiphon.gateway.text.tokenizer import TextModel
+
+_TAIL_TOKENS = 64  # of a prompt, in which a thought may stand open
+
+
+class NotForThisModel(InvalidInput):
+    """The model can't do what is asked of it."""
+
+    code = "unsupported_parameter"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextFormats:
+    """The document's choice; "auto" = what the chat template asks for."""
+
+    tool: str = "auto"
+    reasoning: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerPlan:
+    """How an answer is bound and read. ``extra_token_ids`` end the prompt."""
+
+    grammar: str | None = None
+    grammar_field: str = ""
+    thinking: ThinkingRules | None = None
+    parser: ParserSpec | None = None
+    call_format: CallFormat | None = None
+    tools: tuple[Tool, ...] = ()
+    kept: tuple[str, ...] = ()
+    extra_token_ids: tuple[int, ...] = ()
+
+    def new_parser(self) -> EventParser | None:
+        """A parser for one choice; None = its text is all there is."""
+        if self.parser is None:
+            return None
+        machine = None if self.call_format is None or not self.tools else self.call_format.machine(self.tools)
+        spec = self.parser
+        return EventParser(ParserSpec(thoughts=spec.thoughts, is_open=spec.is_open, may_think=spec.may_think, calls=machine))
+
+
+class Dialect:
+    """One model's way. Immutable; any thread may use it.
+
+    Args:
+        model: the tokenizer.
+        formats: the document's choice.
+
+    Raises:
+        CheckpointInvalid: there is no such format.
+    """
+
+    def __init__(self, model: TextModel, formats: TextFormats) -> None:
+        source = model.template_source
+        self._model = model
+        self.calls = call_format(formats.tool, source)
+        self.thoughts = thought_format(formats.reasoning, source)
+        self._template_has_tools = source is not None and "tools" in source
+
+    # ---- asking ----------------------------------------------------------------------------------------------------
+
+    def check(self, options: ChatOptions) -> None:
+        """Refuse what the model can't do.
+
+        Raises:
+            NotForThisModel: the field is named.
+        """
+        if options.tools and options.tool_choice != "none" and self.calls is None:
+            raise NotForThisModel("tools: this model's chat template has none; name one with model.toolFormat", "tools")
+        if self.thoughts is None:
+            if options.thinking_budget is not None:
+                raise NotForThisModel(f"{options.thinking_field}: this model does not think", options.thinking_field)
+            if options.thinking:
+                raise NotForThisModel("reasoning_effort: this model does not think", "reasoning_effort")
+
+    def variables(self, options: ChatOptions, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The chat template's variables."""
+        found = dict(given)
+        if options.tools and options.tool_choice != "none" and self._template_has_tools:
+            found["tools"] = [tool.as_openai() for tool in options.tools]
+        if options.thinking is not None and self.thoughts is not None:
+            found.setdefault("enable_thinking", options.thinking)
+            found.setdefault("thinking", options.thinking)
+        if options.effort is not None and self.thoughts is not None:
+            found.setdefault("reasoning_effort", options.effort)
+        return found
+
+    def messages(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> list[Mapping[str, Any]]:
+        """The messages as the template reads them; where it knows no tools, they and their calls are written into the text."""
+        if self._template_has_tools or self.calls is None:
+            return list(messages)
+        shown: list[Mapping[str, Any]] = [self._without_calls(message, self.calls) for message in messages]
+        if options.tools and options.tool_choice != "none":
+            told = described(options.tools, self.calls)
+            if shown and shown[0]["role"] in ("system", "developer"):
+                shown[0] = {**shown[0], "content": f"{shown[0]['content']}\n\n{told}"}
+            else:
+                shown.insert(0, {"role": "system", "content": told})
+        return shown
+
+    @staticmethod
+    def _without_calls(message: Mapping[str, Any], form: CallFormat) -> Mapping[str, Any]:
+        if message["role"] == "tool":
+            return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+        if "tool_calls" not in message:
+            return message
+        calls = [
+            ToolCall(id=c["id"], name=c["function"]["name"], arguments=json.dumps(c["function"]["arguments"]))
+            for c in message["tool_calls"]
+        ]
+        content = "\n".join(filter(None, (message["content"], form.write(calls))))
+        return {"role": message["role"], "content": content}
+
+    # ---- answering -------------------------------------------------------------------------------------------------
+
+    def plan(self, options: ChatOptions, prompt_ids: Sequence[int], *, is_chat: bool) -> AnswerPlan:
+        """How the answer to a prompt is bound and read.
+
+        Raises:
+            InvalidInput: the shape can't be written as a grammar.
+        """
+        markers = self.thoughts if is_chat else None
+        is_open, is_closed = self._thought_at_end(prompt_ids) if markers is not None else (False, False)
+        extra: tuple[int, ...] = ()
+        if markers is not None and options.thinking is False and not is_closed:
+            begun = "" if is_open else f"{markers.start}\n"
+            extra = self._model.encode(f"{begun}\n{markers.end}\n\n", add_special_tokens=False)
+            is_open, is_closed = False, True
+        tools = options.callable_tools if is_chat and self.calls is not None else ()
+        thoughts = None if is_closed else markers
+        grammar, field = answer_grammar(
+            options, tools, self.calls, thoughts, is_open=is_open, special_tokens=self._model.special_tokens
+        )
+        thinking = None
+        if thoughts is not None and options.thinking_budget is not None:
+            thinking = ThinkingRules(
+                start=thoughts.start,
+                end=thoughts.end,
+                end_token_ids=self._model.encode(thoughts.end, add_special_tokens=False),
+                budget_tokens=options.thinking_budget,
+                is_open=is_open,
+            )
+        reads = thoughts is not None or bool(tools)
+        kept = (
+            *(() if thoughts is None else (thoughts.start, thoughts.end)),
+            *(self.calls.markers if tools and self.calls is not None else ()),
+        )
+        return AnswerPlan(
+            grammar=grammar,
+            grammar_field=field,
+            thinking=thinking,
+            parser=ParserSpec(thoughts=thoughts, is_open=is_open, may_think=thoughts is not None) if reads else None,
+            call_format=self.calls,
+            tools=tools,
+            kept=kept,
+            extra_token_ids=extra,
+        )
+
+    def _thought_at_end(self, prompt_ids: Sequence[int]) -> tuple[bool, bool]:
+        """Whether the prompt ends in an open thought, or just after a closed one."""
+        assert self.thoughts is not None
+        tail = self._model.decode(prompt_ids[-_TAIL_TOKENS:], skip_special_tokens=False).rstrip()
+        return tail.endswith(self.thoughts.start), tail.endswith(self.thoughts.end)
+
+
+def described(tools: Sequence[Tool], form: CallFormat) -> str:
+    """Tools in words, for models whose template has no place for them."""
+    example = form.write([ToolCall(id="", name="name_of_the_function", arguments='{"argument": "value"}')])
+    listed = "\n".join(json.dumps(tool.as_openai()["function"], ensure_ascii=False) for tool in tools)
+    return f"You may call these functions:\n<tools>\n{listed}\n</tools>\n\nTo call one, answer exactly like this:\n{example}"

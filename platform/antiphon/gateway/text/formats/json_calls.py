@@ -1,0 +1,146 @@
+"""Calls that are JSON objects, read as they come (request speed: once per character).
+
+The name is given out as soon as it is known and the arguments verbatim, in whatever order they are written. Must not know: what
+surrounds the object in any format.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+
+from antiphon.gateway.text.chat_options import Tool, ToolCall
+from antiphon.gateway.text.formats.base import SPACE, CallMachine, Malformed, Rules, Steps, example_arguments
+
+_ARGUMENT_KEYS = ("arguments", "parameters")
+
+
+class JsonCallMachine(CallMachine):
+    """Helps machines of formats whose calls are, or hold, JSON."""
+
+    def accepts(self, name: str) -> bool:
+        """Whether an object with this name is a call."""
+        return bool(name)
+
+    def json_call(self) -> Steps[None]:
+        """One object with a name and arguments, from its brace on. Raises Malformed before the call has begun."""
+        if (yield from self.skip_space()) != "{":
+            raise Malformed
+        name: str | None = None
+        early = ""  # arguments that came before the name
+        has_arguments = False
+        while True:
+            char = yield from self.skip_space()
+            if char == "}":
+                break
+            if char == ",":
+                continue
+            if char != '"':
+                raise Malformed
+            key = yield from self._string(char)
+            if (yield from self.skip_space()) != ":":
+                raise Malformed
+            first = yield from self.skip_space()
+            value: list[str] = []
+            if key == "name" and name is None:
+                yield from self.json_value(first, value.append)
+                name = _text_of("".join(value))
+                if name is None or not self.accepts(name):
+                    raise Malformed
+                self.begin(name)
+                if early:
+                    self.arguments(early)
+            elif key in _ARGUMENT_KEYS and not has_arguments:
+                has_arguments = True
+                if name is None or first == '"':
+                    yield from self.json_value(first, value.append)
+                    whole = _unquoted("".join(value))
+                    if name is None:
+                        early = whole
+                    else:
+                        self.arguments(whole)
+                else:
+                    yield from self.json_value(first, self.arguments)
+            else:
+                yield from self.json_value(first, value.append)
+        if name is None:
+            raise Malformed
+        if not has_arguments:
+            self.arguments("{}")
+        self.end()
+
+    def json_value(self, first: str, give: Callable[[str], None]) -> Steps[None]:
+        """One JSON value whose first character was read; what ends a number is given again."""
+        give(first)
+        if first == '"':
+            yield from self._rest_of_string(give)
+            return
+        if first not in "{[":
+            while True:
+                char = yield from self.next_char()
+                if char in ",}]" or char in SPACE:
+                    self.put_back(char)
+                    return
+                give(char)
+        depth = 1
+        while depth:
+            char = yield from self.next_char()
+            give(char)
+            if char == '"':
+                yield from self._rest_of_string(give)
+            elif char in "{[":
+                depth += 1
+            elif char in "}]":
+                depth -= 1
+
+    def _rest_of_string(self, give: Callable[[str], None]) -> Steps[None]:
+        while True:
+            char = yield from self.next_char()
+            give(char)
+            if char == "\\":
+                give((yield from self.next_char()))
+            elif char == '"':
+                return
+
+    def _string(self, first: str) -> Steps[str]:
+        read: list[str] = []
+        yield from self.json_value(first, read.append)
+        text = _text_of("".join(read))
+        if text is None:
+            raise Malformed
+        return text
+
+
+def call_object(tool: Tool, rules: Rules, *, key: str = "arguments") -> str:
+    """An expression of a call as an object."""
+    before = rules.literal('{"name": ' + json.dumps(tool.name) + ', "' + key + '": ')
+    return f"{before} {rules.json(tool.parameters)} {rules.literal('}')}"
+
+
+def written(call: ToolCall, *, key: str = "arguments") -> str:
+    """A call as an object."""
+    return json.dumps({"name": call.name, key: example_arguments(call)}, ensure_ascii=False)
+
+
+def any_of(expressions: Sequence[str]) -> str:
+    """One of several expressions."""
+    return "(" + " | ".join(f"({expression})" for expression in expressions) + ")"
+
+
+def _text_of(raw: str) -> str | None:
+    try:
+        value = json.loads(raw)
+    except ValueError:
+        return None
+    return value if isinstance(value, str) else None
+
+
+def _unquoted(raw: str) -> str:
+    """Arguments that were written as a string of JSON, without the quotes."""
+    inner = _text_of(raw) if raw.startswith('"') else None
+    if inner is None:
+        return raw
+    try:
+        return inner if isinstance(json.loads(inner), Mapping) else raw
+    except ValueError:
+        return raw

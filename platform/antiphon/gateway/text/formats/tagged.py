@@ -1,0 +1,215 @@
+"""Calls whose arguments are tags, one per parameter: Qwen3-Coder (and Step-3.5), GLM-4.5, Step-3 (request speed).
+
+A parameter's value is given out whole, as JSON of the type that the tool's schema names: text stays text, whatever it looks like.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from antiphon.gateway.text.chat_options import Tool, ToolCall
+from antiphon.gateway.text.formats.base import CallMachine, Malformed, Rules, Steps, example_arguments, one_or_more
+from antiphon.gateway.text.formats.json_calls import any_of
+
+
+class TaggedFormat:
+    """What these formats share; ``spell`` says how a family writes.
+
+    ``call`` and ``parameter`` are texts around a name and a value: (before the name, after it, the end).
+    """
+
+    name = ""
+    markers: tuple[str, ...] = ()
+    opening: str | None = ""
+    each_opening = ""  # of every call; the same as ``opening`` where nothing is around all calls
+    call: tuple[str, str, str] = ("", "", "")
+    parameter: tuple[str, str, str] = ("", "", "")
+    between = "\n"
+    around = ("", "")  # all calls together
+    trims_lines = False  # a value stands between line ends of its own
+    hint = ""  # what a template of this format has
+
+    def detect(self, template: str) -> bool:
+        """See ``CallFormat``."""
+        return self.hint in template
+
+    def machine(self, tools: Sequence[Tool]) -> CallMachine:
+        """See ``CallFormat``."""
+        return TaggedMachine(tools, self)
+
+    def write(self, calls: Sequence[ToolCall]) -> str:
+        """See ``CallFormat``."""
+        each = []
+        for call in calls:
+            text = self.call[0] + call.name + self.call[1]
+            for key, value in example_arguments(call).items():
+                shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                text += self.parameter[0] + key + self.parameter[1] + shown + self.parameter[2]
+            each.append(text + self.call[2])
+        return self.around[0] + self.between.join(each) + self.around[1]
+
+    def grammar(self, tools: Sequence[Tool], rules: Rules, *, parallel: bool) -> str:
+        """See ``CallFormat``."""
+        call = rules.name(any_of([self._call(tool, rules) for tool in tools]))
+        calls = one_or_more(call, rules.literal(self.between + self.each_opening), parallel=parallel)
+        before = "" if self.opening == self.each_opening else rules.literal(self.each_opening)
+        after = rules.literal(self.around[1]) if self.around[1] else ""
+        return f"{before} {calls} {after}"
+
+    def _call(self, tool: Tool, rules: Rules) -> str:
+        needed = tool.parameters.get("required") or ()
+        parts = [rules.literal(self.call[0].removeprefix(self.each_opening) + tool.name + self.call[1])]
+        for key, schema in properties_of(tool).items():
+            before = rules.literal(self.parameter[0] + key + self.parameter[1])
+            part = f"{before} {self._value(tool, schema, rules)}"
+            parts.append(part if key in needed else f"({part})?")
+        return " ".join([*parts, rules.literal(self.call[2])])
+
+    def _value(self, tool: Tool, schema: object, rules: Rules) -> str:
+        end = self.parameter[2]
+        if isinstance(schema, dict) and isinstance(schema.get("enum"), list):
+            texts = [v if isinstance(v, str) else json.dumps(v) for v in schema["enum"]]
+            return f"{any_of([rules.literal(text) for text in texts])} {rules.literal(end)}"
+        if is_text(schema):
+            return rules.until(end)
+        defs = {k: v for k, v in tool.parameters.items() if k in ("$defs", "definitions")}
+        whole = {**schema, **defs} if isinstance(schema, dict) else True
+        return f"{rules.json(whole)} {rules.literal(end)}"
+
+
+class TaggedMachine(CallMachine):
+    """Reads any of them."""
+
+    def __init__(self, tools: Sequence[Tool], form: TaggedFormat) -> None:
+        self._form = form
+        super().__init__(tools)
+
+    def run(self) -> Steps[None]:
+        """See ``CallMachine``."""
+        form = self._form
+        opening = form.each_opening
+        while True:
+            met = yield from self.until(tuple(filter(None, (opening, form.around[0]))), self.text)
+            if met != opening:
+                continue  # what is around all calls says nothing
+            self.opened(met)
+            try:
+                yield from self._read_spelled(form.call[0].removeprefix(opening))
+                yield from self._call()
+            except Malformed:
+                self.not_a_call()
+
+    def _call(self) -> Steps[None]:
+        form = self._form
+        after, end, before_key = form.call[1], form.call[2].strip(), form.parameter[0].strip()
+        name: list[str] = []
+        met = yield from self.until(_stripped(after.strip() or "\n", before_key, end), name.append)
+        tool_name = "".join(name).strip()
+        if not tool_name or "<" in tool_name:
+            raise Malformed
+        self.begin(tool_name)
+        num_given = 0
+        while met != end:
+            if met != before_key:
+                met = yield from self.until((before_key, end), self.drop)
+                continue
+            key: list[str] = []
+            yield from self.until((form.parameter[1].strip(),), key.append)
+            value: list[str] = []
+            yield from self.until((form.parameter[2].strip(),), value.append)
+            name_of = "".join(key).strip()
+            text = self._typed(tool_name, name_of, "".join(value))
+            self.arguments(("{" if not num_given else ", ") + json.dumps(name_of, ensure_ascii=False) + ": " + text)
+            num_given += 1
+            met = yield from self.until((before_key, end), self.drop)
+        self.arguments("}" if num_given else "{}")
+        self.end()
+        if form.around[1]:
+            yield from self.may_follow(form.around[1])
+
+    def _read_spelled(self, text: str) -> Steps[None]:
+        """``text`` with any white space at its line ends."""
+        for line in filter(None, (piece.strip() for piece in text.split("\n"))):
+            self.put_back((yield from self.skip_space()))
+            yield from self.expect(line)
+
+    def _typed(self, tool: str, key: str, raw: str) -> str:
+        if self._form.trims_lines:
+            raw = raw.removeprefix("\n").removesuffix("\n")
+        known = self.tools.get(tool)
+        schema = properties_of(known).get(key) if known is not None else None
+        if not is_text(schema):
+            try:
+                return json.dumps(json.loads(raw), ensure_ascii=False)
+            except ValueError:
+                pass
+        return json.dumps(raw, ensure_ascii=False)
+
+    def drop(self, text: str) -> None:
+        """What is between parameters says nothing."""
+
+
+def properties_of(tool: Tool) -> Mapping[str, Any]:
+    """A tool's parameters."""
+    found = tool.parameters.get("properties")
+    return found if isinstance(found, dict) else {}
+
+
+def is_text(schema: object) -> bool:
+    """True when a value of ``schema`` can only be text."""
+    return isinstance(schema, dict) and (
+        schema.get("type") == "string" or (bool(schema.get("enum")) and all(isinstance(v, str) for v in schema["enum"]))
+    )
+
+
+def _stripped(*markers: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(markers))
+
+
+class Qwen3CoderFormat(TaggedFormat):
+    """Qwen3-Coder; Step-3.5 writes the same."""
+
+    name = "qwen3_coder"
+    markers = ("<tool_call>", "</tool_call>")
+    opening: str | None = "<tool_call>"
+    each_opening = "<tool_call>"
+    call = ("<tool_call>\n<function=", ">\n", "</function>\n</tool_call>")
+    parameter = ("<parameter=", ">\n", "\n</parameter>\n")
+    trims_lines = True
+    hint = "<function="
+
+    def detect(self, template: str) -> bool:
+        """See ``CallFormat``."""
+        return self.hint in template and "<tool_call>" in template
+
+
+class GlmFormat(TaggedFormat):
+    """GLM-4.5 and later."""
+
+    name = "glm"
+    markers = ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+    opening: str | None = "<tool_call>"
+    each_opening = "<tool_call>"
+    call = ("<tool_call>", "\n", "</tool_call>")
+    parameter = ("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n")
+    hint = "<arg_key>"
+
+
+class Step3Format(TaggedFormat):
+    """Step-3."""
+
+    name = "step3"
+    markers = (
+        "<｜tool_calls_begin｜>", "<｜tool_calls_end｜>", "<｜tool_call_begin｜>", "<｜tool_call_end｜>", "<｜tool_sep｜>"
+    )  # fmt: skip
+    opening: str | None = "<｜tool_calls_begin｜>"
+    each_opening = "<｜tool_call_begin｜>"
+    call = (
+        '<｜tool_call_begin｜>function<｜tool_sep｜><steptml:invoke name="', '">', "</steptml:invoke><｜tool_call_end｜>"
+    )  # fmt: skip
+    parameter = ('<steptml:parameter name="', '">', "</steptml:parameter>")
+    between = ""
+    around = ("<｜tool_calls_begin｜>", "<｜tool_calls_end｜>")
+    hint = "steptml:invoke"

@@ -1,0 +1,45 @@
+"""What an answer is made of (values; request speed)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thought:
+    """Text of a thought."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """Text for the reader."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallBegin:
+    """A call of a function begins; ``index`` counts the answer's calls."""
+
+    index: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallArguments:
+    """A piece of a call's arguments; all of them together are JSON, where the model wrote JSON."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallEnd:
+    """A call is whole."""
+
+    index: int
+
+
+Part = Thought | Text | CallBegin | CallArguments | CallEnd

@@ -1,0 +1,133 @@
+"""Whether a grammar is affordable, found out in a process of its own that is killed when it takes too long (request speed).
+
+Some grammars can't be compiled in any useful time or memory, and a compiler can't be interrupted. So a gateway compiles each new
+one here first: the process has bounds on time and memory, and a worker only ever sees what has passed. Must not know: requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections import OrderedDict
+
+from antiphon.core.errors import InvalidInput, Overloaded
+
+CHECK_TIMEOUT_S = 0.8
+START_TIMEOUT_S = 20.0
+MAX_MEMORY_BYTES = 2**30
+_MAX_PROCESSES = 3
+_MAX_WAITING = 64
+_MAX_REMEMBERED = 1024
+_MAX_LINE_BYTES = 8 * 2**20
+
+
+class TooExpensive(InvalidInput):
+    """Compiling the grammar takes more than its bounds."""
+
+    code = "structure_too_expensive"
+
+
+class GrammarChecker:
+    """Checks grammars; remembers the answers. Belongs to one event loop; ``close`` is idempotent."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, str | None] = OrderedDict()
+        self._idle: list[Process] = []
+        self._all: set[Process] = set()
+        self._slots = asyncio.Semaphore(_MAX_PROCESSES)
+        self._num_waiting = 0
+
+    async def check(self, grammar: str, field: str) -> None:
+        """Return when a worker may compile ``grammar``.
+
+        Raises:
+            InvalidInput: it does not compile; ``field`` is named.
+            TooExpensive: it takes too long or too much memory.
+            Overloaded: too many are being checked.
+        """
+        if grammar in self._known:
+            self._known.move_to_end(grammar)
+            why = self._known[grammar]
+        else:
+            why = await self._ask(grammar, field)
+            self._known[grammar] = why
+            if len(self._known) > _MAX_REMEMBERED:
+                self._known.popitem(last=False)
+        if why is not None:
+            raise InvalidInput(f"{field}: {why}", field)
+
+    async def close(self) -> None:
+        """End the processes."""
+        for process in list(self._all):
+            await self._end(process)
+
+    async def _ask(self, grammar: str, field: str) -> str | None:
+        if self._num_waiting >= _MAX_WAITING:
+            raise Overloaded("too many new schemas and grammars at once", retry_after_s=1.0)
+        self._num_waiting += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self._num_waiting -= 1
+        process: Process | None = None
+        try:
+            process = self._idle.pop() if self._idle else await self._start()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                process.stdin.write(json.dumps(grammar).encode() + b"\n")
+                await process.stdin.drain()
+                line = await process.stdout.readline()
+            if not line:
+                raise TooExpensive(f"{field}: compiling it takes too much memory", field)
+            why: str | None = json.loads(line)
+        except (TimeoutError, ConnectionError) as error:
+            raise TooExpensive(f"{field}: compiling it takes longer than {CHECK_TIMEOUT_S} s", field) from error
+        else:
+            self._idle.append(process)
+            process = None
+            return why
+        finally:
+            if process is not None:
+                await self._end(process)
+            self._slots.release()
+
+    async def _start(self) -> Process:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", __name__, stdin=PIPE, stdout=PIPE, limit=_MAX_LINE_BYTES
+        )
+        self._all.add(process)
+        assert process.stdout is not None
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await process.stdout.readline()  # it has imported what it needs
+        except TimeoutError as error:
+            await self._end(process)
+            raise Overloaded("the process that checks grammars does not start", retry_after_s=5.0) from error
+        return process
+
+    async def _end(self, process: Process) -> None:
+        self._all.discard(process)
+        if process in self._idle:
+            self._idle.remove(process)
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+def main() -> None:
+    """The checking process: a grammar per line in, what is wrong with it out."""
+    from antiphon.worker.structure.grammar import why_invalid
+
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    print("null", flush=True)  # noqa: T201 - the pipe to the gateway
+    for line in sys.stdin:
+        print(json.dumps(why_invalid(json.loads(line))), flush=True)  # noqa: T201 - as above
+
+
+if __name__ == "__main__":
+    main()

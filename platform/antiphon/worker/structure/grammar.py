@@ -1,0 +1,133 @@
+"""The only door to llguidance: a grammar over a model's vocabulary, and which tokens it allows next (step speed).
+
+A matcher's state is a function of the grammar and the output's ids, so that preemption, hand-off and another worker's going on
+need nothing but the ids. Must not know: JSON schemas, formats of calls, or torch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from antiphon.core.errors import CheckpointInvalid, InvalidInput
+
+MAX_GRAMMAR_CHARS = 1_048_576
+_MAX_CACHED = 64  # compiled grammars; those of running requests are held by their matchers
+_MAX_VOCABULARIES = 4  # by end-of-sequence ids: one model has one
+_SPECIAL_MARK = b"\xff"  # llguidance marks special tokens' bytes with it
+
+
+def limits() -> LLParserLimits:
+    """Bounds of one grammar, to compile and per token: what exceeds them ends with an error, never late."""
+    return LLParserLimits(
+        initial_lexer_fuel=1_000_000,
+        step_lexer_fuel=200_000,
+        max_grammar_size=500_000,
+        step_max_items=50_000,
+        max_items_in_row=2_000,
+        max_lexer_states=50_000,
+    )
+
+
+def why_invalid(grammar: str) -> str | None:
+    """What is wrong with a grammar; None when it compiles. Takes as long as it takes: see ``checking``."""
+    wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=limits())
+    return messages[0] if wrong else None
+
+
+class Matcher:
+    """Where one output stands in its grammar. Belongs to one thread."""
+
+    __slots__ = ("_matcher",)
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def allowed(self) -> bytes:
+        """A bit per token of the vocabulary, lowest first."""
+        mask: bytes = self._matcher.compute_bitmask()
+        return mask
+
+    def append(self, token_id: int) -> None:
+        """A token was chosen."""
+        self._matcher.consume_token(token_id)
+
+    @property
+    def failure(self) -> str | None:
+        """Why it can't go on, if it can't: a limit was hit."""
+        return self._matcher.get_error().splitlines()[0] if self._matcher.is_error() else None
+
+
+class Grammars:
+    """Grammars over one checkpoint's vocabulary, compiled once each. Any thread may use it.
+
+    Args:
+        tokenizer: the checkpoint's tokenizer.json.
+        vocab_size: of the model; may be above the tokenizer's.
+    """
+
+    def __init__(self, tokenizer: Path, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._lock = threading.Lock()
+        self._vocabularies: OrderedDict[frozenset[int], LLTokenizer] = OrderedDict()
+        self._compiled: OrderedDict[tuple[str, frozenset[int]], LLMatcher] = OrderedDict()
+
+    def matcher(self, grammar: str, end_ids: frozenset[int], output: Sequence[int] = ()) -> Matcher:
+        """A matcher that stands after ``output``; ``end_ids`` are allowed where the grammar may end.
+
+        Raises:
+            InvalidInput: the grammar does not compile, or ``output`` is not of it.
+            CheckpointInvalid: the tokenizer can't be read.
+        """
+        with self._lock:
+            root = self._root(grammar, end_ids)
+        matcher = root.deep_copy()
+        if output and not matcher.consume_tokens(list(output)):
+            raise InvalidInput(f"the output so far is not of its grammar: {matcher.get_error().splitlines()[0]}", "grammar")
+        return Matcher(matcher)
+
+    def token_bytes(self, end_ids: frozenset[int]) -> Callable[[int], bytes]:
+        """Bytes of single tokens; a special one's are those of its name."""
+        with self._lock:
+            vocabulary = self._vocabulary(end_ids)
+
+        def of(token_id: int) -> bytes:
+            return bytes(vocabulary.decode_bytes([token_id])).removeprefix(_SPECIAL_MARK)
+
+        return of
+
+    def _root(self, grammar: str, end_ids: frozenset[int]) -> LLMatcher:
+        key = (grammar, end_ids)
+        found = self._compiled.get(key)
+        if found is not None:
+            self._compiled.move_to_end(key)
+            return found
+        if len(grammar) > MAX_GRAMMAR_CHARS:
+            raise InvalidInput(f"the grammar has {len(grammar)} characters, above the limit of {MAX_GRAMMAR_CHARS}", "grammar")
+        made = LLMatcher(self._vocabulary(end_ids), grammar, log_level=0, limits=limits())
+        if made.is_error():
+            raise InvalidInput(f"the grammar does not compile: {made.get_error().splitlines()[0]}", "grammar")
+        self._compiled[key] = made
+        if len(self._compiled) > _MAX_CACHED:
+            self._compiled.popitem(last=False)
+        return made
+
+    def _vocabulary(self, end_ids: frozenset[int]) -> LLTokenizer:
+        found = self._vocabularies.get(end_ids)
+        if found is not None:
+            return found
+        try:
+            text = self._tokenizer.read_text(encoding="utf-8")
+            ends = sorted(i for i in end_ids if i < self._vocab_size)
+            made = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=ends or None)
+        except (OSError, ValueError) as error:
+            raise CheckpointInvalid(f"{self._tokenizer}: {error}") from error
+        self._vocabularies[end_ids] = made
+        if len(self._vocabularies) > _MAX_VOCABULARIES:
+            self._vocabularies.popitem(last=False)
+        return made

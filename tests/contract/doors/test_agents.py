@@ -1,0 +1,187 @@
+"""Tools, thoughts and shapes through the HTTP door, with OpenAI's own client, over an engine that answers what the test says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pydantic
+import pytest
+
+_spec = importlib.util.spec_from_file_location("doors_fake_engine", Path(__file__).with_name("fake_engine.py"))
+assert _spec is not None
+assert _spec.loader is not None
+fake = sys.modules.setdefault(_spec.name, importlib.util.module_from_spec(_spec))
+if not hasattr(fake, "world"):
+    _spec.loader.exec_module(fake)
+
+QUESTION = [{"role": "user", "content": "what is it?"}]
+TEMPLATE = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }} {{ c.function.arguments | tojson }}</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is not defined or enable_thinking %}<think>\n"
+    "{% else %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "How it is outside",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Où?"}}\n</tool_call>'
+THOUGHT = "Hm, let me see."
+
+
+@asynccontextmanager
+async def answering(tmp_path: Path, text: str, **options: Any) -> AsyncIterator[tuple[Any, openai.AsyncOpenAI]]:
+    """A world whose model has tools and thoughts, and always answers ``text``."""
+    checkpoint = fake.make_checkpoint(tmp_path / "tokenizer")
+    script = fake.Tokenizer.from_file(str(checkpoint / "tokenizer.json")).encode(text).ids
+    async with (
+        fake.world(tmp_path, chat_template=TEMPLATE, script=script, max_model_len=4096, **options) as world,
+        openai.AsyncOpenAI(base_url=f"{world.url}/v1", api_key="none", max_retries=0, timeout=30) as client,
+    ):
+        yield world, client
+
+
+def prompt_of(world: Any, number: int = -1) -> str:
+    return str(world.tokenizer.decode(list(world.engine.requests[number].prompt_token_ids), skip_special_tokens=False))
+
+
+async def test_a_call_comes_whole_and_streamed_alike(tmp_path: Path) -> None:
+    async with answering(tmp_path, f"{THOUGHT}</think>\n\nI look.\n{CALL}\n{CALL}") as (world, client):
+        whole = await client.chat.completions.create(model="tiny", messages=QUESTION, tools=[WEATHER])
+        message = whole.choices[0].message
+        assert whole.choices[0].finish_reason == "tool_calls"
+        assert message.content == "I look."
+        assert message.model_extra is not None
+        assert message.model_extra["reasoning_content"] == message.model_extra["reasoning"] == THOUGHT
+        assert message.tool_calls is not None
+        assert [(c.function.name, json.loads(c.function.arguments)) for c in message.tool_calls] == [
+            ("weather", {"city": "Où?"})
+        ] * 2
+        assert len({call.id for call in message.tool_calls}) == 2
+        assert whole.usage is not None
+        assert whole.usage.completion_tokens_details is not None
+        assert 0 < (whole.usage.completion_tokens_details.reasoning_tokens or 0) < whole.usage.completion_tokens
+        assert "How it is outside" in prompt_of(world)
+
+        async with client.chat.completions.stream(model="tiny", messages=QUESTION, tools=[WEATHER]) as stream:
+            async for _ in stream:
+                pass
+            streamed = (await stream.get_final_completion()).choices[0]
+        assert streamed.finish_reason == "tool_calls"
+        assert streamed.message.content == "I look."
+        assert streamed.message.tool_calls is not None
+        assert [c.function.arguments for c in streamed.message.tool_calls] == [c.function.arguments for c in message.tool_calls]
+
+
+async def test_a_call_that_is_cut_off_claims_nothing(tmp_path: Path) -> None:
+    async with answering(tmp_path, f"</think>{CALL}") as (world, client):
+        num_tokens = len(world.tokenizer.encode(f"</think>{CALL[:-20]}").ids)
+        answer = await client.chat.completions.create(model="tiny", messages=QUESTION, tools=[WEATHER], max_tokens=num_tokens)
+        assert answer.choices[0].finish_reason == "length"
+
+
+async def test_calls_and_their_results_go_back_into_the_prompt(tmp_path: Path) -> None:
+    async with answering(tmp_path, "</think>Fine.") as (world, client):
+        call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "x"}'}}
+        history: list[Any] = [
+            *QUESTION,
+            {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "thought"},
+            {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "21 degrees"}]},
+            {"role": "user", "content": [{"type": "text", "text": "and now?", "cache_control": {"type": "ephemeral"}}]},
+        ]
+        answer = await client.chat.completions.create(model="tiny", messages=history, tools=[WEATHER], verbosity="medium", top_p=0)
+        assert answer.choices[0].message.content == "Fine."
+        assert answer.choices[0].finish_reason == "stop"
+        prompt = prompt_of(world)
+        assert '<tool_call>weather {"city": "x"}</tool_call>' in prompt
+        assert "<|im_start|>tool\n21 degrees" in prompt
+        assert "and now?" in prompt
+
+
+async def test_the_grammar_reaches_the_engine_and_parse_gives_a_model(tmp_path: Path) -> None:
+    class Weather(pydantic.BaseModel):
+        city: str
+        degrees: int
+
+    async with answering(tmp_path, f'{THOUGHT}</think>\n\n{{"city": "Paris", "degrees": 21}}') as (world, client):
+        parsed = await client.chat.completions.parse(model="tiny", messages=QUESTION, response_format=Weather)
+        assert parsed.choices[0].message.parsed == Weather(city="Paris", degrees=21)
+        rules = world.engine.requests[-1].sampling.rules
+        assert rules is not None
+        assert rules.grammar is not None
+        assert '"degrees"' in rules.grammar
+        await client.chat.completions.create(model="tiny", messages=QUESTION, tools=[WEATHER])
+        assert world.engine.requests[-1].sampling.rules is None  # tools that are not strict bind nothing
+        for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+            await client.chat.completions.create(model="tiny", messages=QUESTION, tools=[WEATHER], tool_choice=choice)  # type: ignore[arg-type]
+            assert "weather" in (world.engine.requests[-1].sampling.rules.grammar or "")
+
+
+async def test_thinking_is_switched_bounded_and_hidden(tmp_path: Path) -> None:
+    async with answering(tmp_path, f"{THOUGHT}</think>\n\nYes.") as (world, client):
+        off = await client.chat.completions.create(model="tiny", messages=QUESTION, reasoning_effort="none")
+        assert prompt_of(world).endswith("<think>\n\n</think>\n\n")
+        assert off.choices[0].message.content == f"{THOUGHT}</think>\n\nYes."  # outside a thought it is text
+        hidden = await client.chat.completions.create(model="tiny", messages=QUESTION, extra_body={"include_reasoning": False})
+        assert hidden.choices[0].message.content == "Yes."
+        assert "reasoning_content" not in (hidden.choices[0].message.model_extra or {})
+        await client.chat.completions.create(model="tiny", messages=QUESTION, extra_body={"thinking_budget": 7})
+        thinking = world.engine.requests[-1].sampling.rules.thinking
+        assert (thinking.budget_tokens, thinking.is_open) == (7, True)
+        assert list(thinking.end_token_ids) == world.tokenizer.encode("</think>").ids
+
+
+async def test_an_expensive_schema_ends_within_a_second_by_name_and_delays_nobody(tmp_path: Path) -> None:
+    patterns = [{"type": "string", "pattern": f"a.{{{i}}}b.*c{{{i * 3}}}"} for i in range(1, 30)]
+    costly = {
+        "a pattern": {"allOf": patterns},
+        "many values": {"enum": [f"value{i * 7919}" for i in range(100_000)]},
+        "depth": json.loads('{"items":' * 150 + "{}" + "}" * 150),
+    }
+    async with answering(tmp_path, "</think>{}") as (_, client):
+        await client.chat.completions.create(model="tiny", messages=QUESTION, response_format={"type": "json_object"})
+        for name, schema in costly.items():
+            shape: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+            with pytest.raises(openai.BadRequestError) as refused:
+                await client.chat.completions.create(model="tiny", messages=QUESTION, response_format=shape, timeout=5)
+            assert refused.value.param == "response_format.json_schema.schema", name
+        assert (await client.chat.completions.create(model="tiny", messages=QUESTION)).choices[0].finish_reason == "stop"
+
+
+async def test_unknown_fields_are_named_in_a_header_or_refused(tmp_path: Path) -> None:
+    body = {"model": "tiny", "messages": [{**QUESTION[0], "mood": 1}], "max_tokens": 1, "num_ctx": 4096}
+    async with answering(tmp_path, "x") as (world, _), httpx.AsyncClient() as http:
+        answer = await http.post(f"{world.url}/v1/chat/completions", json=body)
+        assert answer.status_code == 200
+        assert "num_ctx" in answer.headers["warning"]
+        assert "messages[0].mood" in answer.headers["warning"]
+    async with (
+        answering(tmp_path / "2", "x", gateway={"unknown_fields": "refuse"}) as (world, _),
+        httpx.AsyncClient() as http,
+    ):
+        answer = await http.post(f"{world.url}/v1/chat/completions", json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unknown_parameter")
+
+
+async def test_an_answer_that_was_begun_is_continued(tmp_path: Path) -> None:
+    async with answering(tmp_path, "is Paris.") as (world, client):
+        messages: list[Any] = [*QUESTION, {"role": "assistant", "content": "The capital"}]
+        await client.chat.completions.create(
+            model="tiny", messages=messages, reasoning_effort="none", extra_body={"continue_final_message": True, "max_tokens": 3}
+        )
+        assert "The capital" in prompt_of(world)
+        assert not prompt_of(world).endswith("<|im_end|>\n")
