@@ -15,7 +15,7 @@ from typing import Any
 from antiphon_operator.planning.memory import WeightSizes
 
 _FFN = re.compile(r"\.(mlp|feed_forward|ffn|block_sparse_moe|experts|shared_expert)\.")
-_ROUTER = re.compile(r"\.(gate|router)\.(weight|bias)$")  # picks experts on the attention side
+_ROUTER = re.compile(r"\.(gate|router)\.(weight|bias)\Z")  # picks experts on the attention side
 _MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 

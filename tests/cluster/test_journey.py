@@ -214,7 +214,7 @@ def test_the_example_serves(cluster: Cluster) -> None:
 def test_it_stays_ready_under_load(cluster: Cluster) -> None:
     before = cluster.conditions()["Ready"]["lastTransitionTime"]
     with cluster.traffic() as seen:
-        time.sleep(120)
+        time.sleep(120)  # real time: it is to stay so for that long
     assert seen.failed == []
     assert seen.answered > 0
     assert cluster.conditions()["Ready"]["lastTransitionTime"] == before, "Ready did not flap"

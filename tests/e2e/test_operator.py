@@ -227,7 +227,7 @@ async def test_the_operator_runs_as_a_user_that_no_passwd_file_knows(tmp_path: P
     monkeypatch.delenv("POD_ID", raising=False)
     api = MemoryApi(clock=time.time)
     api.create(LLM_DEPLOYMENT, document(), manager="kubectl")
-    async with replica(api, tmp_path):
+    async with replica(api, tmp_path):  # raises what the operator ended with
         await until(lambda: api.get(RAY_SERVICE, "default", "demo") is not None)
 
 
