@@ -4,6 +4,8 @@ import contextlib
 import os
 import socket
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -13,6 +15,7 @@ from antiphon.core.errors import CorruptMessage, PeerLost, Unavailable
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.rpc.raw_stream import open_stream
 from antiphon.transport.base import HEADER_BYTES, Hello, Link, LinkLayout, Listener
+from antiphon.transport.connect.choose import connect_auto
 from antiphon.transport.connect.hello import Greeting, decode_greeting, encode_greeting
 from antiphon.transport.connect.proof import connect_proven
 from antiphon.transport.credits import CREDIT, DATA, PREFIX
@@ -158,3 +161,56 @@ def test_memory_that_can_still_shrink_is_not_mapped() -> None:
     assert isinstance(refused, Unavailable)
     assert "change size" in str(refused)
     listener.close()
+
+
+def test_a_door_of_a_process_that_may_open_no_more_files_rests_and_opens_again() -> None:
+    """accept() fails at once while the peer waits in the backlog: asking again at once would take a whole processor."""
+    script = """
+import os, resource, socket, threading, time
+from antiphon.core.ids import Epoch, WorkerId
+from antiphon.transport.base import Hello, LinkLayout
+from antiphon.transport.shm.transport import ShmTransport
+layout = LinkLayout(channel="afd", num_slots=2, send_slot_bytes=64, recv_slot_bytes=64, fields=())
+hello = lambda name: Hello(worker_id=WorkerId(name), epoch=Epoch(1), layout=layout)
+listener = ShmTransport().listen("", lambda _: hello("b"))
+waiting = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+held = []
+try:
+    while True:
+        held.append(os.open("/dev/null", os.O_RDONLY))
+except OSError:
+    pass
+waiting.connect("\\0" + listener.address.removeprefix("shm://"))
+before = time.process_time()
+time.sleep(1.0)
+print("rests", time.process_time() - before < 0.3)
+for fd in held:
+    os.close(fd)
+waiting.close()
+link = ShmTransport().connect(listener.address, hello("a"), 10.0)
+print("opens", link.peer)
+link.close()
+listener.close()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == ["rests", "True", "opens", "b"], done.stdout + done.stderr
+
+
+def test_memory_that_can_not_be_had_ends_the_attempt_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a full /dev/shm or a limit of the container: another transport takes its place."""
+
+    def full(*_args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    listener = ShmTransport().listen("", lambda _: hello("b"))
+    with pytest.raises(Unavailable, match="No space left on device"):
+        ShmTransport().connect(listener.address, hello("a"), 10.0)
+    other = GrpcTransport().listen("127.0.0.1", lambda _: hello("b"))
+    link = connect_auto([listener.address, other.address], hello("a"), 10.0)
+    assert link.peer == "b"
+    eventually(other.accept).close()
+    link.close()
+    listener.close()
+    other.close()

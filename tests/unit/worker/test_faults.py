@@ -99,3 +99,17 @@ def test_a_request_that_can_not_be_set_up_ends_alone(cluster: LocalCluster, monk
     cluster.run()
     assert str(cluster.outputs["bad"].error) == "internal_error: IndexError"  # type: ignore[index]
     assert cluster.outputs[name].token_ids == expected
+
+
+def test_a_worker_whose_ffn_does_not_answer_says_so(checkpoint: Path) -> None:
+    with LocalCluster(wiring(checkpoint, "afd"), checkpoint) as made:
+        side = made.generating[0].worker.afd
+        now = [100.0]
+        side._clock = lambda: now[0]
+        assert side.waits_s == 0.0
+        made.generate([1, 2, 3], max_tokens=1)  # links are taken up
+        side.send(1, 0, 0, torch.zeros(1, made.facts.config.hidden_size))
+        now[0] += 3.0
+        assert side.waits_s == pytest.approx(3.0)
+        side.abandon()
+        assert side.waits_s == 0.0

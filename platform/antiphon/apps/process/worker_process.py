@@ -56,6 +56,7 @@ from antiphon.worker.ffn_worker import FFNWorker
 _PEERS_TIMEOUT_S = 90.0
 _PREFILL_TIMEOUT_S = 10.0
 _READY_POLL_S = 0.02
+_STALLED_S = 2.0
 
 # How long another thread may keep the GIL that the loop wants back, after every operator and every wait. Python's own 5 ms would be
 # a stall of several layers whenever the rpc thread or the lease has something to do.
@@ -373,7 +374,7 @@ class WorkerProcess:
             # Whoever only answers peers must be found by them before they are ready themselves.
             ready=self._ready,
             draining=self._stop.is_set(),
-            message=self._message,
+            message=self._message or self._stalled(),
             max_model_len=facts.max_model_len,
             vocab_size=facts.config.vocab_size,
             block_size_tokens=facts.kv.block_size_tokens,
@@ -382,6 +383,11 @@ class WorkerProcess:
             num_experts=facts.config.num_experts,
             load=self._load(),
         )
+
+    def _stalled(self) -> str:
+        """What a loop that waits for FFN workers waits for, once that takes longer than any computing."""
+        waits_s = 0.0 if self._part is None else self._part.worker.afd.waits_s
+        return f"waiting for FFN workers to answer, for {waits_s:.0f} s" if waits_s > _STALLED_S else ""
 
     def _load(self) -> WorkerLoad:
         resident = psutil.Process().memory_info().rss

@@ -28,13 +28,13 @@ import torch
 
 from antiphon.connectors.afd.expert_map import ExpertMap, Share
 from antiphon.connectors.afd.inflight import Exchange, Peer, StageTimes
-from antiphon.connectors.afd.rows import RowFormat, SlotViews
+from antiphon.connectors.afd.rows import RowFormat
+from antiphon.connectors.afd.shard_links import ShardLinks
 from antiphon.connectors.headers import WIRE_DTYPES, Header, Kind, unpack
 from antiphon.core.errors import AntiphonError, CorruptMessage, PeerLost
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.models.experts.routing import Routing
 from antiphon.transport.base import Link, Message, Slot
-from antiphon.transport.waiting import WaitSet
 
 _WAIT_SLICE_S = 0.05
 
@@ -63,35 +63,44 @@ class AttentionSide:
         self.times = StageTimes()
         self.experts = experts  # may be set to another map of as many groups by the worker's loop, between exchanges
         self.num_free_slots = -1  # fewest over all links when last at rest; a ring at rest has all of its slots. -1: not known yet
-        self.losses: deque[AntiphonError] = deque(maxlen=64)  # peers dropped, and why
         self._epoch = epoch
         self._out = RowFormat(dtype, hidden_size)
         self._back = RowFormat(return_dtype, hidden_size)
         self._answer_timeout_s = answer_timeout_s
-        self._hold_s = hold_s
-        self._preferred = preferred_replica
         self._clock = clock
-        self._shards: list[list[Peer]] = [[] for _ in range(num_shards)]  # the first of a shard's replicas is in use
+        self._links = ShardLinks(
+            num_shards, out=self._out, back=self._back, preferred_replica=preferred_replica, hold_s=hold_s, clock=clock
+        )
+        self._shards = self._links.shards
         self._exchanges = [Exchange(parts=[None] * num_shards) for _ in range(num_ubatches)]
         self._dense = _dense_shares(0, num_shards)
-        self._arrivals: deque[tuple[int, Link]] = deque()
-        self._waiting = WaitSet()
+        self._waiting = self._links.waiting
 
     # ---- links -------------------------------------------------------------------------------------------------
 
     def add_link(self, shard: int, link: Link) -> None:
         """Offer an open link to a worker of ``shard``; safe from any thread, taken up when no rows are away or it is needed."""
-        self._arrivals.append((shard, link))
+        self._links.add(shard, link)
 
     def peers(self) -> set[tuple[WorkerId, Epoch]]:
         """Workers linked now, links still to be taken up included; safe from any thread."""
-        linked = [peer.link for peers in self._shards for peer in tuple(peers)]
-        return {(link.peer, link.peer_epoch) for link in [*linked, *(link for _, link in tuple(self._arrivals))]}
+        return self._links.workers()
+
+    @property
+    def losses(self) -> deque[AntiphonError]:
+        """Peers dropped, and why."""
+        return self._links.losses
+
+    @property
+    def waits_s(self) -> float:
+        """How long the rows that have been away longest have been so, 0 while none are; safe from any thread."""
+        away = [exchange.sent_s for exchange in self._exchanges if exchange.is_away]
+        return max(0.0, self._clock() - min(away)) if away else 0.0
 
     @property
     def complete(self) -> bool:
         """True when every shard has a link."""
-        self._take_arrivals()
+        self._links.take_arrivals()
         return all(self._shards)
 
     # ---- the exchange ------------------------------------------------------------------------------------------
@@ -111,8 +120,8 @@ class AttentionSide:
         Raises:
             PeerLost: a shard has no worker and none came back in time.
         """
-        if self._arrivals and not any(other.is_away for other in self._exchanges):
-            self._take_arrivals()
+        if self._links.has_arrivals and not any(other.is_away for other in self._exchanges):
+            self._links.take_arrivals()
         exchange = self._exchanges[ubatch]
         exchange.give_back()
         exchange.step, exchange.layer, exchange.num_rows = step, layer, rows_TD.shape[0]
@@ -170,11 +179,8 @@ class AttentionSide:
         """No exchange is under way, and no result of one is in use: give everything back, and count the free slots."""
         for exchange in self._exchanges:
             exchange.give_back()
-        for index, peers in enumerate(self._shards):
-            for spare in peers[1:]:
-                self._look_after(index, spare)
-        free = [peer.link.num_free_slots for peers in self._shards for peer in peers]
-        self.num_free_slots = min(free, default=-1)
+        self._links.look_after_spares()
+        self.num_free_slots = self._links.fewest_free_slots()
 
     def abandon(self) -> None:
         """Give up all exchanges in flight (the step failed); late answers are dropped by their step number."""
@@ -185,13 +191,9 @@ class AttentionSide:
 
     def close(self) -> None:
         """Close all links; idempotent."""
-        self._take_arrivals()
+        self._links.take_arrivals()
         self.abandon()
-        for peers in self._shards:
-            for peer in peers:
-                self._waiting.remove(peer.link)
-                peer.link.close()
-            peers.clear()
+        self._links.close()
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
@@ -231,42 +233,6 @@ class AttentionSide:
         exchange.give_back()
         return out_TD
 
-    def _take_arrivals(self, only: int | None = None) -> None:
-        """Take up links that were offered; of shards other than ``only`` none while their rows may be away: the first link of a
-        shard is the one that answers are expected from.
-        """
-        for _ in range(len(self._arrivals)):
-            index, link = self._arrivals.popleft()
-            if only is not None and index != only:
-                self._arrivals.append((index, link))
-                continue
-            peers = self._shards[index]
-            for old in [old for old in peers if old.link.peer == link.peer]:
-                old.link.close()  # the peer restarted: its older epoch answers no more
-                peers.remove(old)
-                self._waiting.remove(old.link)
-            peers.append(Peer(link, SlotViews(self._out), SlotViews(self._back)))
-            self._waiting.add(link)
-            peers.sort(key=lambda each: each.link.peer)
-            # Attention workers spread over the replicas of a shard instead of all using the first.
-            turn = self._preferred % len(peers)
-            peers[:] = peers[turn:] + peers[:turn]
-
-    def _peer(self, index: int) -> Peer:
-        """A worker of the shard, waiting for one to come (back) for at most hold_s."""
-        peers = self._shards[index]
-        if not peers:
-            deadline = time.monotonic() + self._hold_s
-            while not peers:
-                self._take_arrivals(only=index)
-                if peers:
-                    break
-                if time.monotonic() > deadline:
-                    last = f"; lost before: {self.losses[-1]}" if self.losses else ""
-                    raise PeerLost(f"FFN shard {index}", f"no worker holds it and none came within {self._hold_s:g} s{last}")
-                time.sleep(0.002)
-        return peers[0]
-
     def _post(self, index: int, ubatch: int, exchange: Exchange, share: Share) -> None:
         num_rows = share.num_rows
         num_ids = 0 if share.ids_RK is None else share.ids_RK.shape[1]
@@ -284,7 +250,7 @@ class AttentionSide:
             spare=0 if self.experts is None else self.experts.number,
         ).pack()
         while True:
-            peer = self._peer(index)
+            peer = self._links.in_use(index)
             try:
                 slot = self._slot(index, peer)
                 if slot is None:
@@ -301,7 +267,7 @@ class AttentionSide:
                 peer.link.commit(slot, header, num_bytes)
                 peer.num_owed += 1
             except (PeerLost, CorruptMessage) as error:
-                self._drop(index, peer, error)
+                self._links.drop(index, peer, error)
                 continue
             return
 
@@ -311,9 +277,9 @@ class AttentionSide:
         slot = peer.link.acquire() if peer.num_owed < len(self._exchanges) else None
         if slot is not None:
             return slot
-        deadline = time.monotonic() + self._answer_timeout_s
+        deadline = self._clock() + self._answer_timeout_s
         while slot is None:
-            if time.monotonic() > deadline:
+            if self._clock() > deadline:
                 raise PeerLost(peer.link.peer, f"took no rows for {self._answer_timeout_s:g} s")
             peer.link.wait(_WAIT_SLICE_S)
             self._drain(index)
@@ -334,7 +300,7 @@ class AttentionSide:
             while (message := peer.link.poll()) is not None:
                 self._accept(index, peer, message)
         except (PeerLost, CorruptMessage) as error:
-            self._drop(index, peer, error)
+            self._links.drop(index, peer, error)
             self._resend(index)
 
     def _accept(self, index: int, peer: Peer, message: Message) -> None:
@@ -374,7 +340,7 @@ class AttentionSide:
                 peers = self._shards[index]
                 if peers:
                     silent = PeerLost(peers[0].link.peer, f"owed an answer for {self._answer_timeout_s:g} s")
-                    self._drop(index, peers[0], silent)
+                    self._links.drop(index, peers[0], silent)
                     self._resend(index)
             return
         peers = self._shards[0]
@@ -385,23 +351,6 @@ class AttentionSide:
             for index, peers in enumerate(self._shards):  # what came may be for another ubatch, from a shard not waited for here
                 if peers:
                     self._drain(index)
-
-    def _look_after(self, index: int, spare: Peer) -> None:
-        """Nothing comes from a replica that is not in use, but its loss."""
-        try:
-            while (message := spare.link.poll()) is not None:
-                spare.link.release(message)
-                spare.num_owed = max(0, spare.num_owed - 1)
-        except (PeerLost, CorruptMessage) as error:
-            self._drop(index, spare, error)
-
-    def _drop(self, index: int, peer: Peer, error: AntiphonError) -> None:
-        peers = self._shards[index]
-        if peer in peers:
-            self.losses.append(error)
-            peers.remove(peer)
-            self._waiting.remove(peer.link)
-        peer.link.close()
 
     def _resend(self, index: int) -> None:
         for ubatch, exchange in enumerate(self._exchanges):

@@ -6,6 +6,8 @@ Must not know: what is said in a greeting.
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import select
 import socket
 import threading
@@ -16,6 +18,10 @@ from antiphon.transport.wakeup import Wakeup
 
 _MAX_GREETINGS = 64  # at once; further peers wait in the socket's backlog
 _JOIN_S = 1.0
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_NO_ROOM_REST_S = 0.25
+
+logger = logging.getLogger(__name__)
 
 
 class Acceptor:
@@ -62,6 +68,8 @@ class Acceptor:
         poller = select.poll()
         poller.register(self._listening, select.POLLIN)
         poller.register(self._stop.fd, select.POLLIN)
+        stopping = select.poll()
+        stopping.register(self._stop.fd, select.POLLIN)
         while True:
             ready = {fd for fd, _ in poller.poll()}
             if self._stop.fd in ready:
@@ -72,13 +80,23 @@ class Acceptor:
                     continue
             try:
                 sock, _ = self._listening.accept()
-            except OSError:  # it went away between poll and accept
+            except OSError as error:  # it went away between poll and accept, or this process may open no more files
                 self._room.release()
+                if error.errno in _NO_ROOM:
+                    logger.warning("no peer is taken for %g s: %s", _NO_ROOM_REST_S, error)
+                    stopping.poll(_NO_ROOM_REST_S * 1000)  # the peer is still there, and asking at once would only spin
                 continue
             thread = threading.Thread(target=self._greet_one, args=(sock,), name="link-greeting", daemon=True)
             with self._lock:
                 self._greeting[thread] = self._unproven[thread] = sock
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:  # this process may start no more threads
+                logger.warning("a peer is turned away: %s", error)
+                with self._lock:
+                    del self._greeting[thread], self._unproven[thread]
+                self._room.release()
+                sock.close()
 
     def _turn_out_the_oldest(self) -> None:
         with self._lock:

@@ -1,0 +1,130 @@
+"""Links of an attention worker to the FFN workers of every shard: who came, who is in use, who was lost (control).
+
+Of a shard's workers the first is in use and the others are spares. Links come through ``add``, which other threads may call; all
+else belongs to the worker's loop. Must not know: what is sent over them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from antiphon.connectors.afd.inflight import Peer
+from antiphon.connectors.afd.rows import RowFormat, SlotViews
+from antiphon.core.errors import AntiphonError, CorruptMessage, PeerLost
+from antiphon.core.ids import Epoch, WorkerId
+from antiphon.transport.base import Link
+from antiphon.transport.waiting import WaitSet
+
+_LOOK_S = 0.002  # between two looks for a worker that is waited for
+
+
+class ShardLinks:
+    """The links of ``num_shards`` shards."""
+
+    def __init__(
+        self,
+        num_shards: int,
+        *,
+        out: RowFormat,
+        back: RowFormat,
+        preferred_replica: int,
+        hold_s: float,
+        clock: Callable[[], float],
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """``hold_s``: wait this long on ``clock`` for a worker of a shard that has none, with ``sleep`` between looks."""
+        self.shards: list[list[Peer]] = [[] for _ in range(num_shards)]  # the first of a shard's replicas is in use
+        self.waiting = WaitSet()  # on all of them
+        self.losses: deque[AntiphonError] = deque(maxlen=64)  # peers dropped, and why
+        self._out = out
+        self._back = back
+        self._preferred = preferred_replica
+        self._hold_s = hold_s
+        self._clock = clock
+        self._sleep = sleep
+        self._arrivals: deque[tuple[int, Link]] = deque()
+
+    def add(self, shard: int, link: Link) -> None:
+        """Offer an open link; safe from any thread."""
+        self._arrivals.append((shard, link))
+
+    @property
+    def has_arrivals(self) -> bool:
+        """Links wait to be taken up."""
+        return bool(self._arrivals)
+
+    def workers(self) -> set[tuple[WorkerId, Epoch]]:
+        """Workers linked now, links still to be taken up included; safe from any thread."""
+        linked = [peer.link for peers in self.shards for peer in tuple(peers)]
+        return {(link.peer, link.peer_epoch) for link in [*linked, *(link for _, link in tuple(self._arrivals))]}
+
+    def fewest_free_slots(self) -> int:
+        """Over all links; -1 where there is none."""
+        return min((peer.link.num_free_slots for peers in self.shards for peer in peers), default=-1)
+
+    def take_arrivals(self, only: int | None = None) -> None:
+        """Take up links that were offered; of shards other than ``only`` none while their rows may be away: the first link of a
+        shard is the one that answers are expected from.
+        """
+        for _ in range(len(self._arrivals)):
+            index, link = self._arrivals.popleft()
+            if only is not None and index != only:
+                self._arrivals.append((index, link))
+                continue
+            peers = self.shards[index]
+            for old in [old for old in peers if old.link.peer == link.peer]:
+                old.link.close()  # the peer restarted: its older epoch answers no more
+                peers.remove(old)
+                self.waiting.remove(old.link)
+            peers.append(Peer(link, SlotViews(self._out), SlotViews(self._back)))
+            self.waiting.add(link)
+            peers.sort(key=lambda each: each.link.peer)
+            # Attention workers spread over the replicas of a shard instead of all using the first.
+            turn = self._preferred % len(peers)
+            peers[:] = peers[turn:] + peers[:turn]
+
+    def in_use(self, index: int) -> Peer:
+        """A worker of the shard, waiting for one to come (back). Raises PeerLost when none does in time."""
+        peers = self.shards[index]
+        if not peers:
+            deadline = self._clock() + self._hold_s
+            while not peers:
+                self.take_arrivals(only=index)
+                if peers:
+                    break
+                if self._clock() > deadline:
+                    last = f"; lost before: {self.losses[-1]}" if self.losses else ""
+                    raise PeerLost(f"FFN shard {index}", f"no worker holds it and none came within {self._hold_s:g} s{last}")
+                self._sleep(_LOOK_S)
+        return peers[0]
+
+    def drop(self, index: int, peer: Peer, error: AntiphonError) -> None:
+        """A worker is lost, and why."""
+        peers = self.shards[index]
+        if peer in peers:
+            self.losses.append(error)
+            peers.remove(peer)
+            self.waiting.remove(peer.link)
+        peer.link.close()
+
+    def look_after_spares(self) -> None:
+        """Nothing comes from a replica that is not in use, but its loss."""
+        for index, peers in enumerate(self.shards):
+            for spare in peers[1:]:
+                try:
+                    while (message := spare.link.poll()) is not None:
+                        spare.link.release(message)
+                        spare.num_owed = max(0, spare.num_owed - 1)
+                except (PeerLost, CorruptMessage) as error:
+                    self.drop(index, spare, error)
+
+    def close(self) -> None:
+        """Close all links; idempotent."""
+        self.take_arrivals()
+        for peers in self.shards:
+            for peer in peers:
+                self.waiting.remove(peer.link)
+                peer.link.close()
+            peers.clear()
