@@ -154,6 +154,7 @@ class Scheduler:
             self._cache_full_blocks(state)
             if state.kv_target is not None:
                 if state.num_tokens_to_compute == 0:
+                    self.stats.num_prompt_tokens += state.kv_target.num_tokens  # no token is sampled here that would count them
                     self._running.remove(state)
                     self._sending[request_id] = state
                 continue

@@ -122,7 +122,7 @@ async def _run(
         await grpc.start()
         if on_bound is not None:
             on_bound(BoundPorts(host=config.host, http_port=http.port, grpc_port=grpc.port))
-        loops = (gateway.view.run(), experts.run(), http.failed(), _wait(stop))
+        loops = (gateway.view.run(), gateway.tell(), experts.run(), http.failed(), _wait(stop))
         tasks = [asyncio.create_task(loop) for loop in loops]
         if compositions is not None:
             tasks.append(asyncio.create_task(compositions.run()))

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from antiphon import __version__
-from antiphon.core.errors import Unavailable, UnknownModel
+from antiphon.core.errors import AntiphonError, InternalError, Unavailable, UnknownModel
 from antiphon.directory.workers import WorkerSource, WorkerView
 from antiphon.gateway.auth import ApiKeys, cache_salt
 from antiphon.gateway.compositions import ServedComposition
@@ -21,6 +21,7 @@ from antiphon.gateway.generation.preparing import Preparer
 from antiphon.gateway.generation.request import Event, GenerationRequest
 from antiphon.gateway.http.bodies import Bodies
 from antiphon.gateway.metrics.instruments import GatewayMetrics
+from antiphon.gateway.metrics.throughput import tell
 from antiphon.gateway.routing.engine_client import EngineClient
 from antiphon.gateway.routing.placement import Placement
 from antiphon.gateway.status import Status, pools_of, workers_of
@@ -109,6 +110,15 @@ class Gateway:
         if self.draining:
             raise Unavailable("this gateway is shutting down", retry_after_s=1.0)
         return self._generator.generate(request)
+
+    def refused(self, error: Exception, model: object = None) -> None:
+        """Count what a door refused by itself; ``model`` as the client sent it."""
+        known = error if isinstance(error, AntiphonError) else InternalError(type(error).__name__)
+        self._generator.refused(model if isinstance(model, str) else "", known)
+
+    async def tell(self) -> None:
+        """Log what is done, now and then, for ever."""
+        await tell(lambda: replace(self._generator.totals), lambda: self.num_requests, lambda: self.view.workers)
 
     def end_all(self) -> None:
         """The time to drain is over: requests that are still answered end with an error, not with a closed connection."""

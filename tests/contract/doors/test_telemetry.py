@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import logging
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -124,3 +125,30 @@ async def test_without_tracing_the_callers_context_still_reaches_the_engine(worl
     async with httpx.AsyncClient(base_url=world.url) as http:
         await http.post(CHAT, json=BODY, headers={"traceparent": traceparent})
     assert world.engine.requests[0].traceparent == traceparent
+
+
+async def test_what_a_door_refuses_is_counted_by_its_code(world: fake.World) -> None:
+    async with httpx.AsyncClient(base_url=world.url) as http:
+        for refused in ({**BODY, "temperature": 9}, {**BODY, "nonsense": 1}, {**BODY, "messages": []}):
+            assert (await http.post(CHAT, json=refused)).status_code == 400
+        assert (await http.post(CHAT, content=b"{")).status_code == 400
+    found = await metrics_of(world)
+    assert found["antiphon_requests_failed_total", "unknown_parameter"] == 1
+    async with httpx.AsyncClient(base_url=world.url) as http:
+        text = (await http.get("/metrics")).text
+    lines = [line for line in text.splitlines() if line.startswith("antiphon_requests_failed_total{")]
+    assert sum(float(line.rpartition(" ")[2]) for line in lines) == 4
+
+
+async def test_each_request_is_one_line_of_the_access_log_without_its_content(
+    world: fake.World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="antiphon")
+    body = {**BODY, "messages": [{"role": "user", "content": "a canary"}], "stop": ["a canary"]}
+    async with httpx.AsyncClient(base_url=world.url) as http:
+        assert (await http.post(CHAT, json=body)).status_code == 200
+        assert (await http.get("/nowhere")).status_code == 404
+    lines = [record for record in caplog.records if record.name == "antiphon.access"]
+    assert [(record.message, record.status) for record in lines] == [(f"POST {CHAT}", 200), ("GET /nowhere", 404)]
+    assert all(record.duration_s >= 0 and record.client == "127.0.0.1" for record in lines)
+    assert "canary" not in "".join(str(record.__dict__) for record in caplog.records)

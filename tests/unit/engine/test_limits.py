@@ -8,8 +8,11 @@ from dataclasses import replace
 import pytest
 
 from antiphon.core.errors import InvalidInput
+from antiphon.core.kv import KVTarget, TransferId
 from antiphon.core.request import Request, RequestId, SamplingParams
+from antiphon.core.step import ModelRunnerOutput
 from antiphon.engine.limits import SchedulerConfig, check_request
+from antiphon.engine.scheduler import Scheduler
 
 CONFIG = SchedulerConfig(
     max_num_seqs=4,
@@ -76,3 +79,12 @@ def test_sampling_beyond_the_engine_is_refused_by_name(field: str, value: object
     with pytest.raises(InvalidInput) as refused:
         check_request(replace(GOOD, sampling=sampling), CONFIG)
     assert refused.value.field == field
+
+
+def test_a_prompt_that_is_computed_for_another_worker_is_counted() -> None:
+    scheduler = Scheduler(CONFIG, clock=lambda: 0.0)
+    prompt = replace(GOOD, prompt_token_ids=(1,) * 20)
+    scheduler.add(prompt, KVTarget(peer=0, transfer_id=TransferId(1), first_token=0, num_tokens=19))
+    step = scheduler.schedule()
+    scheduler.update(step, ModelRunnerOutput())
+    assert scheduler.stats.num_prompt_tokens == 19

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from antiphon.apps.process.config import LogSettings
 from antiphon.apps.serve.deployment_set import Serving
 from antiphon.apps.serve.plan import GATEWAY, ServeSettings
 from antiphon.apps.supervision.event_log import EventLog, Fact
@@ -25,6 +26,7 @@ from antiphon.directory.workers import WorkerSource
 from antiphon.gateway.config import BoundPorts, GatewayConfig
 from antiphon.gateway.text.dialect import TextFormats
 from antiphon.models.loading.source import resolve
+from antiphon.telemetry import configure_logging
 
 if TYPE_CHECKING:
     from antiphon.core.directory import Notes
@@ -200,6 +202,11 @@ class GatewayThread:
         self._opened.set()
 
 
+def log_to(path: Path, log: LogSettings) -> None:
+    """Send this process's logs to a file of the run directory, as JSON: the console reads it too."""
+    configure_logging(log.level, json=True, worker=GATEWAY, stream=path.open("a", buffering=1, encoding="utf-8"))
+
+
 class GatewayReplica:
     """The Serve deployment's class. Its constructor returns when the doors are open."""
 
@@ -214,6 +221,8 @@ class GatewayReplica:
 
     def _open(self, config: GatewayConfig, directory: str, settings: ServeSettings) -> None:
         event_log = None if settings.run_dir is None else EventLog(Path(settings.run_dir))
+        if settings.run_dir is not None:
+            log_to(Path(settings.run_dir) / f"{GATEWAY}-{os.getpid()}.log", settings.log)
         self._gateway = GatewayThread(config, directory)
         try:
             bound = self._gateway.wait_open(settings.start_timeout_s)

@@ -11,10 +11,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -37,9 +35,10 @@ from antiphon.apps.serve.host import (
 )
 from antiphon.apps.serve.kernels import ensure_kernels
 from antiphon.apps.serve.local import DirectDeployment, RayDeployment, read_event_logs, running_of
-from antiphon.apps.serve.plan import ServeSettings
+from antiphon.apps.serve.plan import GATEWAY, ServeSettings
 from antiphon.apps.serve.stop_signals import StopSignals
 from antiphon.apps.supervision.event_log import EventLog, EventLogEntry
+from antiphon.apps.supervision.log_mirror import LogMirror
 from antiphon.core.directory import WorkerRecord
 from antiphon.core.errors import Unavailable
 from antiphon.device.driver import look_for_cards
@@ -73,14 +72,13 @@ class ServeSession:
         serving: what to serve.
         settings: how its processes are run.
         with_ray: over Ray Serve; otherwise the same processes directly.
-        log_dir: where logs are kept at the end; None = nowhere.
+        log_dir: where logs are copied while they grow; None = nowhere.
     """
 
     def __init__(self, serving: Serving, settings: ServeSettings, *, with_ray: bool = True, log_dir: Path | None = None) -> None:
         self._serving = serving
         self._settings = settings
         self._with_ray = with_ray
-        self._log_dir = log_dir
         self._ready = False
         self._closed = False
         self._deployment: RayDeployment | DirectDeployment | None = None
@@ -92,6 +90,7 @@ class ServeSession:
         give_key(self.run_dir)
         self._reaper = OrphanReaper(self.run_dir)
         self._event_log = EventLog(self.run_dir)
+        self._mirror = LogMirror(self._logs, log_dir)
         self._signals = StopSignals(self._force)
         self._signals.install()
 
@@ -133,6 +132,7 @@ class ServeSession:
         while not deployment.poll():
             self._signals.check()
             show(self.entries())
+            self._mirror.sync()
             if time.monotonic() > deadline:
                 raise Unavailable(self._what_is_missing())
             time.sleep(_POLL_S)
@@ -152,6 +152,7 @@ class ServeSession:
         assert self._deployment is not None
         while not self._signals.wait(_WATCH_S):
             show(self.entries())
+            self._mirror.sync()
             self._deployment.poll()
 
     def close(self) -> None:
@@ -231,15 +232,19 @@ class ServeSession:
             parts.append(f"no worker was started; the end of the log:\n{tail(self.run_dir / 'host.log')}")
         return "\n".join(parts)
 
+    def _logs(self) -> dict[str, Path]:
+        """Every log of the run directory, by a name that says whose it is."""
+        found = {log.name: log for pattern in ("*.log", "*.jsonl") for log in self.run_dir.glob(pattern)}
+        for name in self._serving.models if len(self._serving.deployments) > 1 else ():
+            found |= {f"{name}-{log.name}": log for log in (self.run_dir / name).glob("*.log")}
+        return found
+
+    def gateway_logs(self) -> list[Path]:
+        """Logs of the gateways."""
+        return sorted(self.run_dir.rglob(f"{GATEWAY}-*.log"))
+
     def _remove_files(self) -> None:
-        if self._log_dir is not None:
-            with suppress(OSError):  # the log directory may be full or gone; serving is over anyway
-                self._log_dir.mkdir(parents=True, exist_ok=True)
-                for log in [*self.run_dir.glob("*.log"), *self.run_dir.glob("*.jsonl")]:
-                    shutil.copy2(log, self._log_dir / log.name)
-                for name in self._serving.models if len(self._serving.deployments) > 1 else ():
-                    for log in (self.run_dir / name).glob("*.log"):
-                        shutil.copy2(log, self._log_dir / f"{name}-{log.name}")
+        self._mirror.sync()
         remove_tree(self.run_dir)
 
     def _force(self) -> None:

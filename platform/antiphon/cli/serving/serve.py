@@ -227,9 +227,10 @@ def _print_ready(console: Console, serving: Serving, ready: Ready) -> None:
 
 
 def _watch(console: Console, session: ServeSession) -> None:
-    from antiphon.cli.serving.serve_view import later_line
+    from antiphon.cli.serving.serve_view import ThroughputLines, later_line
 
     num_seen = len(session.entries())
+    throughput = ThroughputLines(session.gateway_logs)
 
     def show(entries: Sequence[EventLogEntry]) -> None:
         nonlocal num_seen
@@ -238,6 +239,8 @@ def _watch(console: Console, session: ServeSession) -> None:
             if line is not None:
                 console.print(f"{time.strftime('%H:%M:%S')}  {line}", markup=False)
         num_seen = len(entries)
+        for line in throughput.new():
+            console.print(f"{time.strftime('%H:%M:%S')}  {line}", markup=False, style="dim")
 
     session.watch(show)
 

@@ -5,7 +5,9 @@ Must not know: how anything is started.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
@@ -176,3 +178,45 @@ def later_line(entry: EventLogEntry) -> str | None:
             return f"{entry.subject}: {entry.message}"
         case _:
             return None
+
+
+class ThroughputLines:
+    """What gateways said about their throughput since the last look, read from their logs.
+
+    Args:
+        logs: the logs there are now.
+    """
+
+    def __init__(self, logs: Callable[[], Sequence[Path]]) -> None:
+        self._logs = logs
+        self._read: dict[Path, int] = {}
+
+    def new(self) -> list[str]:
+        """The lines."""
+        found = []
+        for log in self._logs():
+            try:
+                with log.open("rb") as file:
+                    file.seek(self._read.get(log, 0))
+                    data = file.read()
+            except OSError:
+                continue
+            whole = data[: data.rfind(b"\n") + 1]  # the last line may still be being written
+            self._read[log] = self._read.get(log, 0) + len(whole)
+            found += [line for text in whole.splitlines() if (line := throughput_line(text)) is not None]
+        return found
+
+
+def throughput_line(text: bytes) -> str | None:
+    """A line of a gateway's log in words; None = it is about something else."""
+    if b'"message": "throughput"' not in text:
+        return None
+    try:
+        said = json.loads(text)
+        return (
+            f"prompt {said['prompt_tokens_per_s']:.1f} tokens/s, generation {said['generation_tokens_per_s']:.1f} tokens/s, "
+            f"{said['requests_per_s']:.2f} requests/s, running {said['running']}, waiting {said['waiting']}, "
+            f"failed {said['failed']}, KV cache {said['kv_usage']:.0%}"
+        )
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -40,6 +40,7 @@ from antiphon.gateway.generation.request import (
 )
 from antiphon.gateway.generation.span import RequestSpan
 from antiphon.gateway.metrics.instruments import GatewayMetrics
+from antiphon.gateway.metrics.throughput import Totals
 from antiphon.gateway.routing.engine_client import EngineClient
 from antiphon.gateway.routing.placement import Placement
 from antiphon.gateway.text.tokenizer import TextModel
@@ -103,6 +104,7 @@ class Generator:
         self._tracer = tracer
         self._preparer = preparer
         self._clock = clock
+        self.totals = Totals()
         self._open: set[asyncio.Queue[_Item]] = set()
         self.num_active = 0
 
@@ -149,10 +151,16 @@ class Generator:
         return replace(request, sampling=request.sampling.with_defaults(model.sampling_defaults))
 
     def _failed(self, request: GenerationRequest, error: AntiphonError, span: RequestSpan) -> None:
+        self.totals.num_failed += 1
         self._metrics.request_failed(self._known(request.model), error.code)
         span.failed(error)
         level = logging.ERROR if isinstance(error, InternalError) else logging.INFO
         _log.log(level, "request failed: %s", error, extra={"request_id": request.request_id, "code": error.code})
+
+    def refused(self, model: str, error: AntiphonError) -> None:
+        """A door refused a request before it came here."""
+        self.totals.num_failed += 1
+        self._metrics.request_failed(self._known(model), error.code)
 
     def _known(self, model: str) -> str:
         """Names that clients make up don't become labels."""
@@ -275,6 +283,7 @@ class Generator:
         if num_tokens:
             now_s = self._clock()
             self._metrics.generated(model, num_tokens)
+            self.totals.num_generation_tokens += num_tokens
             if job.first_token_s is None:
                 job.first_token_s = now_s - job.arrival_s
                 self._metrics.first_token(model, job.first_token_s)
@@ -300,6 +309,8 @@ class Generator:
             first_token_s=finished_s if job.first_token_s is None else job.first_token_s,
             finished_s=finished_s,
         )
+        self.totals.num_requests += 1
+        self.totals.num_prompt_tokens += usage.num_prompt_tokens
         self._metrics.request_finished(job.request.model, finished_s, usage.num_prompt_tokens, usage.num_cached_tokens)
         _log.info(
             "request finished",

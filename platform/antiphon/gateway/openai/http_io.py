@@ -10,6 +10,7 @@ import logging
 import math
 import re
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 
 from fastapi import Request
@@ -24,6 +25,7 @@ from antiphon.gateway.openai.answers import error_body
 from antiphon.telemetry import log_context
 
 _log = logging.getLogger(__name__)
+_access = logging.getLogger("antiphon.access")  # one line a request, without what it asks or answers
 
 REQUEST_ID_HEADER = "x-request-id"
 TIMEOUT_HEADER = "x-request-timeout-s"
@@ -75,13 +77,31 @@ class RequestIds:
         request_id = given if given is not None and valid_request_id(given) else new_request_id()
         scope["state"]["request_id"] = request_id
 
+        started_s = time.perf_counter()
+        status = 0
+
         async def send_with_id(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
         with log_context(request_id=request_id):
-            await self._app(scope, receive, send_with_id)
+            try:
+                await self._app(scope, receive, send_with_id)
+            finally:
+                client = scope.get("client")
+                _access.info(
+                    "%s %s",
+                    scope["method"],
+                    scope["path"][:200],
+                    extra={
+                        "status": status or 499,  # nothing was sent: the client left
+                        "duration_s": round(time.perf_counter() - started_s, 4),
+                        "client": client[0] if client else "",
+                    },
+                )
 
 
 def error_response(error: Exception) -> Response:

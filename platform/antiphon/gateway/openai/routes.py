@@ -124,10 +124,11 @@ def status_body(status: Status) -> dict[str, Any]:
 
 
 async def _complete(gateway: Gateway, request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
+    given: dict[str, Any] = {}
     try:
         tenant = gateway.keys.check(request.headers.get("authorization"))
-        raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
-        body, ignored = parse_tolerant(kind, raw, gateway.config.unknown_fields)
+        given = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
+        body, ignored = parse_tolerant(kind, given, gateway.config.unknown_fields)
         generation = body.request(
             request_id=request.state.request_id, deadline_s=deadline_of(request), traceparent=request.headers.get("traceparent")
         )
@@ -135,6 +136,7 @@ async def _complete(gateway: Gateway, request: Request, kind: type[ChatBody] | t
             gateway.for_tenant(generation, tenant), placement_timeout_s=getattr(request.state, "placement_timeout_s", None)
         )
     except Exception as error:  # noqa: BLE001 - the door, as above
+        gateway.refused(error, given.get("model"))
         return error_response(error)
     include_usage = bool(body.stream_options is not None and body.stream_options.include_usage)
     answer = Answer(
