@@ -18,7 +18,8 @@ from antiphon.planner.pipeline.prefill import TAIL, PrefillModel, PrefillPool, w
 from antiphon.planner.pipeline.stages import Roofline
 from antiphon.planner.traffic import Traffic
 
-PROMPT_ROOM = 1.25  # colocated steps have room for this many times the mean prompt rows, so that prompts don't queue up
+# Colocated steps have room for this many times the mean prompt rows, so that prompts don't queue up: the first that keeps TTFT.
+PROMPT_ROOMS = (1.25, 2.5, 5.0, 10.0, 20.0)
 SECONDS_PER_HOUR = 3600.0
 NUM_FINALISTS = 12
 
@@ -86,6 +87,7 @@ class Option:
     usd_per_hour: float | None  # idle cards too; None when a card of the question has no price
     tpot_s: float
     ttft_s: float
+    prompt_room: float = PROMPT_ROOMS[0]  # colocated only
 
     @property
     def num_paid(self) -> int:
@@ -130,8 +132,8 @@ class Planner:
         """The same question at another TPOT target."""
         return replace(self, demand=replace(self.demand, tpot_s=tpot_s))
 
-    def decode_model(self, wiring: Wiring) -> DecodeModel:
-        """The decode side of a wiring."""
+    def decode_model(self, wiring: Wiring, room: float = PROMPT_ROOMS[0]) -> DecodeModel:
+        """The decode side of a wiring; colocated steps have ``room`` times the mean prompt rows."""
         traffic, cards = self.demand.traffic, self.cards
         attention, ffn = {
             Wiring.COLOCATED: (cards.colocated, cards.colocated),
@@ -151,7 +153,7 @@ class Planner:
             contexts=Contexts(
                 mean=traffic.mean_context,
                 deviation=traffic.context_deviation,
-                prompt_rows_per_decode_row=PROMPT_ROOM * traffic.mean_prompt / traffic.mean_output if in_step else 0.0,
+                prompt_rows_per_decode_row=room * traffic.mean_prompt / traffic.mean_output if in_step else 0.0,
                 prompt=traffic.mean_prompt,
             ),
             memory_share=self.assumptions.memory_share,
@@ -170,14 +172,19 @@ class Planner:
 
     def best(self, wiring: Wiring) -> Option | None:
         """The wiring's best option; None when nothing keeps the demand."""
-        model = self.decode_model(wiring)
+        rooms = PROMPT_ROOMS if wiring is Wiring.COLOCATED else PROMPT_ROOMS[:1]
+        found = (self._best(wiring, room) for room in rooms)
+        return next((option for option in found if option is not None), None)
+
+    def _best(self, wiring: Wiring, room: float) -> Option | None:
+        model = self.decode_model(wiring, room)
         points = self._afd_points(model) if wiring is Wiring.AFD else self._whole_points(model)
         ranked = sorted(points, key=self._usd_per_token)[:NUM_FINALISTS]
         if wiring is Wiring.AFD:
             ranked = sorted([*ranked, *self._neighbours(model, ranked[:4])], key=self._usd_per_token)[:NUM_FINALISTS]
         # A budget of few cards may not hold the cheapest groups: the smallest stay in the race.
         small = sorted(points, key=_size)[:NUM_FINALISTS]
-        options = [option for point in [*ranked, *small] if (option := self._option(wiring, point)) is not None]
+        options = [option for point in [*ranked, *small] if (option := self._option(wiring, point, room)) is not None]
         return max(options, key=lambda option: option.score, default=None)
 
     @property
@@ -263,7 +270,7 @@ class Planner:
         found = (model.best_point(layout, self.demand.tpot_s) for layout in layouts)
         return [point for point in found if point is not None]
 
-    def _option(self, wiring: Wiring, point: GroupPoint) -> Option | None:
+    def _option(self, wiring: Wiring, point: GroupPoint, room: float) -> Option | None:
         """As many groups of ``point`` as the budget or the rate takes, with their prefill pool."""
         demand = self.demand
         per_group = point.tokens_per_s / demand.traffic.mean_output  # requests per second at full batch
@@ -272,20 +279,20 @@ class Planner:
             return None
         if demand.rate is not None:
             needed = max(1, math.ceil(demand.rate / (per_group * self.assumptions.fill)))
-            return self._assembled(wiring, point, needed, demand.rate) if needed <= most else None
-        if self._assembled(wiring, point, 1, per_group) is None:
+            return self._assembled(wiring, point, needed, demand.rate, room) if needed <= most else None
+        if self._assembled(wiring, point, 1, per_group, room) is None:
             return None
-        count = largest(lambda n: self._assembled(wiring, point, n, n * per_group) is not None, most)
-        return self._assembled(wiring, point, count, count * per_group)
+        count = largest(lambda n: self._assembled(wiring, point, n, n * per_group, room) is not None, most)
+        return self._assembled(wiring, point, count, count * per_group, room)
 
-    def _assembled(self, wiring: Wiring, point: GroupPoint, num_groups: int, rate: float) -> Option | None:
+    def _assembled(self, wiring: Wiring, point: GroupPoint, num_groups: int, rate: float, room: float) -> Option | None:
         demand, cards, layout = self.demand, self.cards, point.layout
         left = demand.max_cards - num_groups * layout.num_cards
         if left < 0:
             return None
         pool: PrefillPool | None = None
         if wiring is Wiring.COLOCATED:
-            ttft_s = self._colocated_ttft_s(point, num_groups)
+            ttft_s = self._colocated_ttft_s(point, num_groups, room)
             prices = [(num_groups * layout.num_cards, cards.colocated)]
         else:
             attention = cards.decode if wiring is Wiring.PD else cards.attention
@@ -321,13 +328,14 @@ class Planner:
             usd_per_hour=None if self.unpriced else usd + idle * self._price(idle_card),
             tpot_s=point.step_s,
             ttft_s=ttft_s,
+            prompt_room=room,
         )
 
-    def _colocated_ttft_s(self, point: GroupPoint, num_groups: int) -> float:
+    def _colocated_ttft_s(self, point: GroupPoint, num_groups: int, room: float) -> float:
         """Prompts run in chunks beside decode rows; each rank serves one prompt at a time."""
         traffic = self.demand.traffic
-        chunk = colocated_chunk(point, traffic)
-        servers, load = num_groups * point.layout.num_ranks, 1 / PROMPT_ROOM
+        chunk = colocated_chunk(point, traffic, room)
+        servers, load = num_groups * point.layout.num_ranks, 1 / room
         second = sum(share * prompt**2 for prompt, share in traffic.prompt_points)
         wait_s = waiting_quantile_s(
             service_s=traffic.mean_prompt / chunk * point.step_s,
@@ -341,9 +349,9 @@ class Planner:
         return wait_s + (traffic.prompt_quantile(1 - TAIL) / chunk + 1.5) * point.step_s
 
 
-def colocated_chunk(point: GroupPoint, traffic: Traffic) -> float:
+def colocated_chunk(point: GroupPoint, traffic: Traffic, room: float) -> float:
     """Prompt rows that a colocated rank takes into each step; prompts are packed into them."""
-    return point.batch * PROMPT_ROOM * traffic.mean_prompt / traffic.mean_output
+    return point.batch * room * traffic.mean_prompt / traffic.mean_output
 
 
 def _grid(low: int, high: int, factor: float) -> list[int]:

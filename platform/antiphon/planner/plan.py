@@ -156,7 +156,7 @@ def explain(plan: Plan) -> Derivation:
         if plan.chosen is not None and wiring is not plan.chosen.wiring:
             continue
         point = option.point
-        planner.decode_model(wiring).point(point.layout, point.rows, point.limit, derivation)
+        planner.decode_model(wiring, option.prompt_room).point(point.layout, point.rows, point.limit, derivation)
         if option.prefill is not None:
             rate = option.tokens_per_s / planner.demand.traffic.mean_output
             planner.prefill_model().pool(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from antiphon.planner.cost.hardware import Accelerator, Catalogue, Efficiency
 from antiphon.planner.cost.library import Model, find_model, model_names, read_model
 from antiphon.planner.cost.local_machine import measure_local
 from antiphon.planner.fleet import assign
-from antiphon.planner.options import Assumptions, Demand, Planner
+from antiphon.planner.options import Assumptions, Cards, Demand, Planner, Wiring
 from antiphon.planner.traffic import RequestShape, Traffic
 
 DEFAULT_CONTEXT = 8192.0
@@ -143,7 +143,24 @@ def question(wishes: Wishes, catalogue: Catalogue, document: LLMDeployment | Non
             rate=rate,
         ),
     )
+    if len(set(fleet)) > 1 and (budget or rate is not None):
+        planner = _on_cards_that_do(planner, lambda one: assign(model, formats, traffic.mean_context, [one], fixed), fleet)
     return Question(model=model, planner=planner, fleet=tuple(dict.fromkeys([*fleet, *fixed.values()])))
+
+
+def _on_cards_that_do(planner: Planner, assigned: Callable[[Accelerator], Cards], fleet: Sequence[Accelerator]) -> Planner:
+    """The planner, unless nothing is feasible on the cards that cost least: then on the card of the fleet that does best."""
+    if any(planner.best(wiring) for wiring in Wiring):
+        return planner
+    best, most = planner, 0.0
+    for card in dict.fromkeys(fleet):
+        other = dataclasses.replace(planner, cards=assigned(card))
+        price = 1.0 if card.usd_per_hour is None else card.usd_per_hour
+        found = [option for wiring in Wiring if (option := other.best(wiring)) is not None]
+        worth = max((option.tokens_per_s_per_card / price for option in found), default=0.0)
+        if worth > most:
+            best, most = other, worth
+    return best
 
 
 def _seconds(wish_ms: float | None, document_ms: float | None) -> float:

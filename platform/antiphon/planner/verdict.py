@@ -243,7 +243,7 @@ def _budget(planner: Planner, wiring: Wiring) -> Violation:
                 needed=patient.ttft_s,
                 available=planner.demand.ttft_s,
                 unit="s",
-                what="prompts that enter decode steps at their mean rate wait longer than TTFT (larger chunks are not modelled)",
+                what="prompts that enter decode steps wait longer than TTFT, or make steps longer than TPOT",
             )
     return Violation(
         constraint=Constraint.BUDGET,
@@ -256,7 +256,7 @@ def _budget(planner: Planner, wiring: Wiring) -> Violation:
 
 def binding(planner: Planner, option: Option) -> str:
     """What keeps the option's groups from serving more."""
-    point, model = option.point, planner.decode_model(option.wiring)
+    point, model = option.point, planner.decode_model(option.wiring, option.prompt_room)
     if point.limit == "memory":
         return "KV memory of the attention cards" if option.wiring is Wiring.AFD else "memory of the cards"
     if point.limit == "rows":
@@ -313,7 +313,7 @@ def reason(planner: Planner, chosen: Option, options: Mapping[Wiring, Option], f
 
 def _ffn_facts(planner: Planner, option: Option) -> tuple[int, float]:
     point: GroupPoint = option.point
-    model = planner.decode_model(option.wiring)
+    model = planner.decode_model(option.wiring, option.prompt_room)
     ffn, rows = point.main.layer.ffn, point.rows_per_ffn_ubatch
     return rows, model.stages.ffn_compute_share(ffn, rows, point.layout.num_ffn)
 

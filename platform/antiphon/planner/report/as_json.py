@@ -79,6 +79,7 @@ def option_json(option: Option, binding: str) -> Json:
         "usd_per_mtok": option.usd_per_mtok,
         "tpot_ms": option.tpot_s * 1e3,
         "ttft_ms": option.ttft_s * 1e3,
+        "prompt_room": option.prompt_room if prefill is None else None,
         "binding": binding,
         "memory": {
             "attention_card_bytes": point.attention_bytes,

@@ -170,10 +170,10 @@ def random_faults(option: Option, num_prefill: int, inputs: SimulationInput) -> 
 
 def service_of(planner: Planner, option: Option) -> Service:
     """Service times of an option: its prefill instances, its KV links, its groups at every batch."""
-    model, point = planner.decode_model(option.wiring), option.point
+    model, point = planner.decode_model(option.wiring, option.prompt_room), option.point
     prefill, pool = planner.prefill_model(), option.prefill
     if pool is None:  # chunks of prompts run beside decode rows
-        chunk = colocated_chunk(point, planner.demand.traffic)
+        chunk = colocated_chunk(point, planner.demand.traffic, option.prompt_room)
         prefill_s = _kept(lambda prompt: prompt / chunk * point.step_s)
         transfer_s: Callable[[int], float] = _kept(lambda prompt: 0.5 * point.step_s)
     else:

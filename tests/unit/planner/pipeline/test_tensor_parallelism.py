@@ -81,3 +81,14 @@ def test_one_rank_of_all_cards_sends_nothing_to_its_ffn_and_adds_up_once():
     times = model.layer_times(Layout(num_attention=8, num_ffn=8, num_ubatches=1, colocated=True, tensor=8), 16)[-1].times
     assert times.a2f_s == 0
     assert times.f2a_s == pytest.approx(model.stages.all_reduce_s(16, 8, H800))
+
+
+@pytest.mark.parametrize("more", [[], ["--ttft-ms", "2000", "--context", "4096", "--hardware", "H800"], ["--context", "2048"]])
+def test_llama_70b_is_not_called_infeasible_for_the_card_or_the_chunk_that_was_tried_first(more):
+    arguments = ["deploy", "--model", "llama-3.3-70b", "--gpus", "8", "--tpot-ms", "15", *more, "--json"]
+    value = json.loads(CliRunner().invoke(app, arguments).stdout)
+    assert value["verdict"] == "colocated"
+    assert value["chosen"]["tpot_ms"] <= 15
+    if "--ttft-ms" in more:
+        assert value["chosen"]["ttft_ms"] <= 2000
+        assert value["chosen"]["prompt_room"] > 1.25
