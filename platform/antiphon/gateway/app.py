@@ -16,6 +16,7 @@ from antiphon.core.directory import Notes
 from antiphon.core.errors import AntiphonError, InvalidInput
 from antiphon.directory.memory import MemoryDirectory
 from antiphon.directory.workers import WorkerSource
+from antiphon.gateway.anthropic.routes import add_message_routes
 from antiphon.gateway.compositions import Compositions, OpenCompositions
 from antiphon.gateway.config import BoundPorts, GatewayConfig
 from antiphon.gateway.experts import GatewayExperts
@@ -23,7 +24,9 @@ from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.grpc.servicer import GrpcDoor
 from antiphon.gateway.openai.experts_routes import add_expert_routes
 from antiphon.gateway.openai.http_server import HttpServer
+from antiphon.gateway.openai.responses import add_response_routes
 from antiphon.gateway.openai.routes import make_app
+from antiphon.gateway.openai.text_routes import add_text_routes
 from antiphon.gateway.text.tokenizer import TextModel
 from antiphon.rpc.channels import ChannelLimits
 from antiphon.rpc.experts import ExpertsServicer
@@ -91,6 +94,9 @@ async def _run(
     experts = GatewayExperts(workers=lambda: gateway.view.workers, keys=gateway.keys, telemetry=telemetry)
     application = make_app(gateway)
     add_expert_routes(application, experts)
+    add_message_routes(application, gateway)
+    add_response_routes(application, gateway, notes)
+    add_text_routes(application, gateway)
     http = HttpServer(
         application if compositions is None else compositions.before(application),
         host=config.host,

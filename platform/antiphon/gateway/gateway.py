@@ -18,13 +18,14 @@ from antiphon.gateway.compositions import ServedComposition
 from antiphon.gateway.config import GatewayConfig
 from antiphon.gateway.generation.generator import Generator
 from antiphon.gateway.generation.preparing import Preparer
-from antiphon.gateway.generation.request import Event, GenerationRequest
+from antiphon.gateway.generation.request import Event, GenerationRequest, Prompt
 from antiphon.gateway.http.bodies import Bodies
 from antiphon.gateway.metrics.instruments import GatewayMetrics
 from antiphon.gateway.metrics.throughput import tell
 from antiphon.gateway.routing.engine_client import EngineClient
 from antiphon.gateway.routing.placement import Placement
 from antiphon.gateway.status import Status, pools_of, workers_of
+from antiphon.gateway.text.chat_options import ChatOptions
 from antiphon.gateway.text.dialect import Dialect, TextFormats
 from antiphon.gateway.text.template_process import TemplateProcess
 from antiphon.gateway.text.tokenizer import TextModel
@@ -82,6 +83,7 @@ class Gateway:
                 if model.chat_template is not None
             }
         )
+        self._preparer = Preparer(models, self.dialects, self._executor, self._checker, self.templates)
         self._generator = Generator(
             config,
             models=models,
@@ -90,7 +92,7 @@ class Gateway:
             placement=placement,
             metrics=GatewayMetrics(telemetry, workers=lambda: self.view.workers, num_requests=lambda: self.num_requests),
             tracer=telemetry.tracer(__name__),
-            preparer=Preparer(models, self.dialects, self._executor, self._checker, self.templates),
+            preparer=self._preparer,
             clock=clock,
         )
 
@@ -123,6 +125,15 @@ class Gateway:
     def end_all(self) -> None:
         """The time to drain is over: requests that are still answered end with an error, not with a closed connection."""
         self._generator.end_all(Unavailable("this gateway is shutting down", retry_after_s=1.0))
+
+    async def prompt_ids(self, model: str, prompt: Prompt, options: ChatOptions) -> tuple[int, ...]:
+        """Token ids of a prompt, as a request with it would have them.
+
+        Raises:
+            UnknownModel: no such model is served here.
+            InvalidInput: the model can't take it.
+        """
+        return await self._preparer.token_ids(model, prompt, options, self.max_model_len(model))
 
     def max_model_len(self, model: str) -> int | None:
         """Longest prompt plus output; None while no worker of it is registered.

@@ -17,6 +17,7 @@ from typing import Any
 from antiphon.core.errors import ContextLengthExceeded, InvalidInput
 from antiphon.core.request import OutputRules
 from antiphon.gateway.generation.request import ChatMessage, ChatPrompt, GenerationRequest, Prompt, TextPrompt, TokenPrompt
+from antiphon.gateway.text.chat_options import ChatOptions
 from antiphon.gateway.text.dialect import AnswerPlan, Dialect
 from antiphon.gateway.text.template_process import TemplateProcess
 from antiphon.gateway.text.tokenizer import TextModel, in_thread
@@ -75,7 +76,7 @@ class Preparer:
         dialect.check(request.options)
         found = []
         for prompt in request.prompts:
-            ids = await self._encode(request, prompt, max_model_len or _MAX_TOKENS)
+            ids = await self._encode(request.model, prompt, request.options, max_model_len or _MAX_TOKENS)
             plan = dialect.plan(request.options, ids, is_chat=isinstance(prompt, ChatPrompt))
             if plan.grammar is not None:
                 self._check_sampling(request)
@@ -90,8 +91,19 @@ class Preparer:
                 field = f"{request.sampling_prefix}{name}"
                 raise InvalidInput(f"{field}: an answer that must have a shape ends where the shape does", field)
 
-    async def _encode(self, request: GenerationRequest, prompt: Prompt, max_tokens: int) -> tuple[int, ...]:
-        text_model = self._models[request.model]
+    async def token_ids(self, model: str, prompt: Prompt, options: ChatOptions, max_model_len: int | None) -> tuple[int, ...]:
+        """Token ids of a prompt, as ``prepare`` would have them.
+
+        Raises:
+            InvalidInput: the model can't take it.
+        """
+        dialect = self._dialects[model]
+        dialect.check(options)
+        ids = await self._encode(model, prompt, options, max_model_len or _MAX_TOKENS)
+        return (*ids, *dialect.plan(options, ids, is_chat=isinstance(prompt, ChatPrompt)).extra_token_ids)
+
+    async def _encode(self, model: str, prompt: Prompt, options: ChatOptions, max_tokens: int) -> tuple[int, ...]:
+        text_model = self._models[model]
         ids: tuple[int, ...]
         try:
             match prompt:
@@ -99,7 +111,7 @@ class Preparer:
                     encode = functools.partial(text_model.encode, max_tokens=max_tokens)
                     ids = await in_thread(self._executor, len(prompt.text), encode, prompt.text)
                 case ChatPrompt():
-                    ids = await self._encode_chat(text_model, request, prompt, max_tokens)
+                    ids = await self._encode_chat(model, prompt, options, max_tokens)
                 case TokenPrompt():
                     ids = prompt.token_ids
         except InvalidInput as error:
@@ -108,20 +120,18 @@ class Preparer:
             raise InvalidInput("the prompt is empty: it has no tokens", prompt.field)
         return ids
 
-    async def _encode_chat(
-        self, text_model: TextModel, request: GenerationRequest, prompt: ChatPrompt, max_tokens: int
-    ) -> tuple[int, ...]:
+    async def _encode_chat(self, model: str, prompt: ChatPrompt, options: ChatOptions, max_tokens: int) -> tuple[int, ...]:
+        text_model, dialect = self._models[model], self._dialects[model]
         if not text_model.takes_chats:
             raise InvalidInput("this model has no chat template; use completions", "messages")
-        dialect = self._dialects[request.model]
         begun = prompt.messages[-1:] if prompt.continue_final_message else ()
         shown = [template_message(message) for message in prompt.messages[: len(prompt.messages) - len(begun)]]
-        messages, breaker = text_model.guard(dialect.messages(shown, request.options))
+        messages, breaker = text_model.guard(dialect.messages(shown, options))
         text = await self._templates.render(
-            request.model,
+            model,
             messages,
             add_generation_prompt=prompt.add_generation_prompt or bool(begun),
-            variables=dialect.variables(request.options, prompt.variables),
+            variables=dialect.variables(options, prompt.variables),
         )
         ids: tuple[int, ...] = await in_thread(self._executor, len(text), text_model.encode_rendered, text, breaker, max_tokens)
         for message in begun:

@@ -105,6 +105,11 @@ class ResponseFormat(_Part):
             raise ValueError("json_schema is missing")
         return self
 
+    def flat(self) -> dict[str, Any]:
+        """As Responses writes it."""
+        schema = self.json_schema
+        return {"type": self.type} if schema is None else {"type": self.type, **schema.model_dump(by_alias=True)}
+
     def shape(self, field: str) -> AnswerShape | None:
         """The value; None for plain text."""
         if self.type == "text":

@@ -1,0 +1,169 @@
+"""POST /v1/messages and /v1/messages/count_tokens, in Anthropic's shapes (request speed).
+
+Must not know: how requests are answered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from antiphon.core.request import FinishReason
+from antiphon.gateway.anthropic.schema import CountBody, MessagesBody
+from antiphon.gateway.gateway import Gateway
+from antiphon.gateway.generation.request import ChoiceDelta, Started, Usage
+from antiphon.gateway.openai.http_io import deadline_of, error_response
+from antiphon.gateway.openai.parsing import parse_tolerant, warning_header
+from antiphon.gateway.openai.serving import answered, parts_of
+from antiphon.gateway.text.blocks import Block, Blocks, Change
+from antiphon.gateway.text.folded import call_id
+
+Json = dict[str, Any]
+
+_KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 413: "request_too_large",
+          429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error"}  # fmt: skip
+
+
+def add_message_routes(app: FastAPI, gateway: Gateway) -> None:
+    """Put the routes into the application."""
+
+    @app.post("/v1/messages")
+    async def messages(request: Request) -> Response:
+        try:
+            tenant = gateway.keys.check(authorization_of(request))
+            raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
+            body, ignored = parse_tolerant(MessagesBody, raw, gateway.config.unknown_fields)
+            generation = body.request(
+                request_id=request.state.request_id, deadline_s=deadline_of(request), traceparent=request.headers.get("traceparent")
+            )
+            generation = dataclasses.replace(gateway.for_tenant(generation, tenant))
+        except Exception as error:  # noqa: BLE001 - the door: whatever happens, the client gets Anthropic's error shape
+            return anthropic_error(error)
+        return answered(gateway, generation, MessageWriter(), warning_header(ignored))
+
+    @app.post("/v1/messages/count_tokens")
+    async def count_tokens(request: Request) -> Response:
+        try:
+            gateway.keys.check(authorization_of(request))
+            raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
+            body, ignored = parse_tolerant(CountBody, raw, gateway.config.unknown_fields)
+            ids = await gateway.prompt_ids(body.model, body.prompt(), body.options())
+        except Exception as error:  # noqa: BLE001 - the door, as above
+            return anthropic_error(error)
+        return JSONResponse({"input_tokens": len(ids)}, headers=warning_header(ignored))
+
+
+def authorization_of(request: Request) -> str | None:
+    """The key, by either header that Anthropic's clients send."""
+    key = request.headers.get("x-api-key")
+    return request.headers.get("authorization") if key is None else f"Bearer {key}"
+
+
+def anthropic_error(error: Exception) -> Response:
+    """Any error in Anthropic's shape."""
+    response = error_response(error)
+    told = json.loads(bytes(response.body))["error"]
+    kind = _KINDS.get(response.status_code, "api_error" if response.status_code >= 500 else "invalid_request_error")
+    headers = {name: value for name, value in response.headers.items() if name in ("retry-after", "www-authenticate")}
+    body = {"type": "error", "error": {"type": kind, "message": told["message"]}}
+    return JSONResponse(body, status_code=response.status_code, headers=headers)
+
+
+class MessageWriter:
+    """One answer in Anthropic's shapes; an ``openai.serving.Writer``."""
+
+    def __init__(self) -> None:
+        self._blocks = Blocks()
+        self._started: Started | None = None
+        self._stop_reason: str | None = None
+        self._stop_sequence: str | None = None
+        self._usage: Json = {}
+
+    def start(self, started: Started) -> list[Json]:
+        """See ``Writer``."""
+        self._started = started
+        self._usage = {"input_tokens": started.num_prompt_tokens, "output_tokens": 0}
+        return [{"type": "message_start", "message": {**self._head(), "content": []}}]
+
+    def add(self, delta: ChoiceDelta) -> list[Json]:
+        """See ``Writer``."""
+        changes = [change for part in parts_of(delta) for change in self._blocks.take(part)]
+        if delta.finish_reason is not None:
+            changes += self._blocks.close()
+            self._stop_sequence = delta.stop_string
+            if delta.finish_reason is FinishReason.LENGTH:
+                self._stop_reason = "max_tokens"
+            elif delta.stop_string is not None:
+                self._stop_reason = "stop_sequence"
+            else:
+                self._stop_reason = "tool_use" if self._blocks.ends_in_calls else "end_turn"
+        return [event for change in changes if (event := self._event(change)) is not None]
+
+    def end(self, usage: Usage) -> list[Json]:
+        """See ``Writer``."""
+        self._usage = {
+            "input_tokens": usage.num_prompt_tokens - usage.num_cached_tokens,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": usage.num_cached_tokens,
+            "output_tokens": usage.num_completion_tokens,
+        }
+        delta = {"stop_reason": self._stop_reason, "stop_sequence": self._stop_sequence}
+        return [{"type": "message_delta", "delta": delta, "usage": self._usage}, {"type": "message_stop"}]
+
+    def body(self) -> Json:
+        """See ``Writer``."""
+        return {**self._head(), "content": [self._content(block, whole=True) for block in self._blocks.all]}
+
+    def error(self, error: Exception) -> Response:
+        """See ``Writer``."""
+        return anthropic_error(error)
+
+    def _head(self) -> Json:
+        assert self._started is not None, "start() comes first"
+        return {
+            "id": f"msg_{self._started.request_id}",
+            "type": "message",
+            "role": "assistant",
+            "model": self._started.model,
+            "stop_reason": self._stop_reason,
+            "stop_sequence": self._stop_sequence,
+            "usage": self._usage,
+        }
+
+    def _content(self, block: Block, *, whole: bool) -> Json:
+        text = block.text if whole else ""
+        match block.kind:
+            case "thought":
+                return {"type": "thinking", "thinking": text, "signature": ""}
+            case "text":
+                return {"type": "text", "text": text}
+            case "call":
+                assert self._started is not None, "start() comes first"
+                called = {"id": call_id(self._started.request_id, 0, block.call), "name": block.name}
+                return {"type": "tool_use", **called, "input": _object(text) if whole else {}}
+
+    def _event(self, change: Change) -> Json | None:
+        index = change.block.index
+        match change.what:
+            case "open":
+                block = self._content(change.block, whole=False)
+                return {"type": "content_block_start", "index": index, "content_block": block}
+            case "close":
+                return {"type": "content_block_stop", "index": index}
+            case "grow":
+                kinds = {"thought": ("thinking_delta", "thinking"), "text": ("text_delta", "text")}
+                kind, field = kinds.get(change.block.kind, ("input_json_delta", "partial_json"))
+                return {"type": "content_block_delta", "index": index, "delta": {"type": kind, field: change.text}}
+
+
+def _object(text: str) -> Json:
+    """Arguments as an object; what is none is shown under a name of its own."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {"_raw": text}
+    return value if isinstance(value, dict) else {"_raw": text}

@@ -1,0 +1,172 @@
+"""Bodies of Anthropic's Messages, to GenerationRequest (request speed). Must not know: HTTP, tokenizers or workers."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from antiphon.core.errors import InvalidInput
+from antiphon.gateway.generation.request import MAX_STOPS, ChatMessage, ChatPrompt, GenerationRequest
+from antiphon.gateway.openai.schema import MAX_MESSAGES, MAX_TOKEN_ID, SamplingFields, Stop
+from antiphon.gateway.openai.tools import MAX_TOOLS
+from antiphon.gateway.text.chat_options import ChatOptions, Tool, ToolCall, ToolChoice
+
+
+class _Part(BaseModel):
+    # Blocks carry marks for caches and citations that change nothing, and clients send them all.
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+
+def _as_blocks(value: object) -> object:
+    if value is None:
+        return []
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+class Block(_Part):
+    """A block of a message's content."""
+
+    type: Literal["text", "tool_use", "tool_result", "thinking", "redacted_thinking"]
+    text: str = ""
+    id: str = ""
+    name: str = ""
+    input: dict[str, Any] = Field(default_factory=dict)
+    tool_use_id: str = ""
+    content: Annotated[list[Block], BeforeValidator(_as_blocks)] = Field(default_factory=list)
+    thinking: str = ""
+
+
+class Message(_Part):
+    """One message."""
+
+    role: Literal["user", "assistant", "system"]
+    content: Annotated[list[Block], BeforeValidator(_as_blocks)]
+
+
+class ToolBody(_Part):
+    """One of ``tools``."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")
+    description: str | None = None
+    input_schema: dict[str, Any]
+    type: Literal["custom"] | None = None
+    strict: bool | None = None
+
+
+class ToolChoiceBody(_Part):
+    """``tool_choice``."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class Thinking(_Part):
+    """``thinking``."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKEN_ID)
+
+
+class CountBody(BaseModel):
+    """POST /v1/messages/count_tokens."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: str = Field(min_length=1, max_length=512)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    system: Annotated[list[Block], BeforeValidator(_as_blocks)] = Field(default_factory=list)
+    tools: list[ToolBody] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tool_choice: ToolChoiceBody | None = None
+    thinking: Thinking | None = None
+
+    def prompt(self) -> ChatPrompt:
+        """The chat; a last message of the assistant is the beginning of the answer."""
+        messages: list[ChatMessage] = []
+        if self.system:
+            messages.append(ChatMessage(role="system", content="\n".join(block.text for block in self.system)))
+        for message in self.messages:
+            messages += _messages_of(message)
+        begun = self.messages[-1].role == "assistant" and not messages[-1].tool_calls
+        return ChatPrompt(messages=tuple(messages), add_generation_prompt=not begun, continue_final_message=begun)
+
+    def options(self) -> ChatOptions:
+        """Tools and thinking.
+
+        Raises:
+            InvalidInput: tool_choice names no tool.
+        """
+        tools = tuple(
+            Tool(
+                name=tool.name,
+                description=tool.description,
+                parameters=tool.input_schema,
+                strict=bool(tool.strict),
+                field=f"tools[{index}].input_schema",
+            )
+            for index, tool in enumerate(self.tools)
+        )
+        choice = self.tool_choice or ToolChoiceBody(type="auto" if tools else "none")
+        kinds: dict[str, ToolChoice] = {"auto": "auto", "any": "required", "tool": "required", "none": "none"}
+        name = choice.name if choice.type == "tool" else None
+        if kinds[choice.type] == "required" and not any(name in (None, tool.name) for tool in tools):
+            raise InvalidInput("tool_choice: there is no such tool", "tool_choice")
+        return ChatOptions(
+            tools=tools,
+            tool_choice=kinds[choice.type],
+            tool_name=name,
+            parallel_tool_calls=not choice.disable_parallel_tool_use,
+            thinking=None if self.thinking is None or self.thinking.type == "adaptive" else self.thinking.type == "enabled",
+            thinking_budget=None if self.thinking is None else self.thinking.budget_tokens,
+            thinking_field="thinking",
+        )
+
+
+class MessagesBody(CountBody):
+    """POST /v1/messages."""
+
+    max_tokens: int = Field(ge=1, le=MAX_TOKEN_ID)
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: int | None = Field(default=None, ge=0, le=MAX_TOKEN_ID)
+    stop_sequences: list[Stop] | None = Field(default=None, max_length=MAX_STOPS)
+    stream: bool | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: str | None = None
+
+    def request(self, *, request_id: str, deadline_s: float | None, traceparent: str | None) -> GenerationRequest:
+        """The value. Raises InvalidInput where fields contradict each other."""
+        fields = SamplingFields(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
+        return GenerationRequest(
+            request_id=request_id,
+            model=self.model,
+            prompts=(self.prompt(),),
+            sampling=fields.sampling(max_tokens=self.max_tokens, num_logprobs=None),
+            operation="chat",
+            stop=tuple(self.stop_sequences or ()),
+            stream=bool(self.stream),
+            deadline_s=deadline_s,
+            traceparent=traceparent,
+            options=self.options(),
+        )
+
+
+def _messages_of(message: Message) -> list[ChatMessage]:
+    """A message's results of tools first, as messages of their own, then what it says and calls."""
+    results = [
+        ChatMessage(role="tool", content="\n".join(part.text for part in block.content), tool_call_id=block.tool_use_id)
+        for block in message.content
+        if block.type == "tool_result"
+    ]
+    text = "\n".join(block.text for block in message.content if block.type == "text")
+    calls = tuple(
+        ToolCall(id=block.id, name=block.name, arguments=json.dumps(block.input, ensure_ascii=False))
+        for block in message.content
+        if block.type == "tool_use"
+    )
+    thought = "\n".join(block.thinking for block in message.content if block.type == "thinking")
+    if results and not text and not calls:
+        return results
+    return [*results, ChatMessage(role=message.role, content=text, tool_calls=calls, reasoning=thought or None)]

@@ -1,0 +1,143 @@
+"""Bodies of OpenAI's Responses, to GenerationRequest (request speed). Must not know: HTTP, or where earlier responses are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from antiphon.core.errors import InvalidInput
+from antiphon.core.request import MAX_LOGPROBS
+from antiphon.gateway.generation.request import ChatMessage, ChatPrompt, GenerationRequest
+from antiphon.gateway.openai.messages import MessageBody
+from antiphon.gateway.openai.parsing import UnsupportedField, parse
+from antiphon.gateway.openai.schema import MAX_MESSAGES, MAX_TOKEN_ID, ReasoningBody, SamplingFields
+from antiphon.gateway.openai.tools import MAX_TOOLS, ChoiceBody, ResponseFormat, ToolBody, choice_of, tools_of
+from antiphon.gateway.text.chat_options import ChatOptions
+
+Json = dict[str, Any]
+
+
+class TextBody(BaseModel):
+    """``text``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    format: ResponseFormat | None = None
+    verbosity: str | None = None
+
+
+class ResponsesBody(BaseModel):
+    """POST /v1/responses."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: str = Field(min_length=1, max_length=512)
+    input: str | Annotated[list[Json], Field(max_length=MAX_MESSAGES)]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKEN_ID)
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    tools: list[ToolBody] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_choice: ChoiceBody | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextBody | None = None
+    reasoning: ReasoningBody | None = None
+    stream: bool | None = None
+    stream_options: Json | None = None
+    store: bool | None = None
+    previous_response_id: str | None = Field(default=None, max_length=256)
+    background: Literal[False] | None = None
+    truncation: Literal["disabled", "auto"] | None = None
+    # Without influence on the result.
+    include: list[str] | None = None
+    metadata: Json | None = None
+    user: str | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    max_tool_calls: int | None = None
+
+    def messages(self) -> list[MessageBody]:
+        """What ``input`` adds to the conversation.
+
+        Raises:
+            InvalidInput: an item is wrong or not supported; it is named.
+        """
+        if isinstance(self.input, str):
+            return [parse(MessageBody, {"role": "user", "content": self.input})]
+        return [parse(MessageBody, item, prefix=f"input[{index}].") for index, item in _items(self.input)]
+
+    def request(
+        self, history: Sequence[MessageBody], *, request_id: str, deadline_s: float | None, traceparent: str | None
+    ) -> GenerationRequest:
+        """The value, with the conversation so far. Raises InvalidInput where fields contradict each other."""
+        tools = tools_of(self.tools or [])
+        tool_choice, tool_name = choice_of(self.tool_choice, tools)
+        reasoning = ReasoningBody() if self.reasoning is None else self.reasoning
+        thinking = reasoning.enabled if reasoning.effort is None else reasoning.effort != "none"
+        form = None if self.text is None or self.text.format is None else self.text.format.shape("text.format")
+        system = [] if self.instructions is None else [ChatMessage(role="system", content=self.instructions)]
+        messages = (*system, *(message.message() for message in history))
+        if not messages:
+            raise InvalidInput("input: nothing is said", "input")
+        fields = SamplingFields(temperature=self.temperature, top_p=self.top_p)
+        return GenerationRequest(
+            request_id=request_id,
+            model=self.model,
+            prompts=(ChatPrompt(messages=messages, field="input"),),
+            sampling=fields.sampling(max_tokens=self.max_output_tokens, num_logprobs=None),
+            operation="chat",
+            stream=bool(self.stream),
+            deadline_s=deadline_s,
+            traceparent=traceparent,
+            max_tokens_field="max_output_tokens",
+            options=ChatOptions(
+                tools=tools,
+                tool_choice=tool_choice,
+                tool_name=tool_name,
+                parallel_tool_calls=self.parallel_tool_calls is not False,
+                shape=form,
+                thinking=thinking,
+                effort=None if reasoning.effort == "none" else reasoning.effort,
+                thinking_budget=reasoning.max_tokens,
+                thinking_field="reasoning.max_tokens",
+            ),
+        )
+
+
+def _items(items: Sequence[Json]) -> list[tuple[int, Json]]:
+    """Items as a chat's messages, each with its place; neighbouring calls are one message of the assistant."""
+    found: list[tuple[int, Json]] = []
+    thought = ""
+    for index, item in enumerate(items):
+        match item.get("type", "message"):
+            case "message":
+                message = {"role": item.get("role"), "content": item.get("content")}
+                if message["role"] == "assistant" and thought:
+                    message["reasoning_content"], thought = thought, ""
+                found.append((index, message))
+            case "reasoning":
+                parts = [*(item.get("summary") or []), *(item.get("content") or [])]
+                thought = "\n".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
+            case "function_call":
+                called = {"name": item.get("name"), "arguments": item.get("arguments") or ""}
+                call = {"id": item.get("call_id") or "", "type": "function", "function": called}
+                last = found[-1][1] if found else {}
+                if last.get("role") == "assistant":
+                    last.setdefault("tool_calls", []).append(call)
+                    continue
+                message = {"role": "assistant", "content": None, "tool_calls": [call]}
+                if thought:
+                    message["reasoning_content"], thought = thought, ""
+                found.append((index, message))
+            case "function_call_output":
+                content = item.get("output")
+                found.append((index, {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}))
+            case other:
+                field = f"input[{index}].type"
+                raise UnsupportedField(f"{field}: items of type {str(other)[:64]!r} are not supported", field)
+    return found

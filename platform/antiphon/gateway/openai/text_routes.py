@@ -1,0 +1,90 @@
+"""POST /tokenize and /detokenize, as vLLM has them (request speed). Must not know: how requests are answered."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from antiphon.core.errors import InvalidInput, UnknownModel
+from antiphon.gateway.gateway import Gateway
+from antiphon.gateway.generation.request import ChatPrompt
+from antiphon.gateway.openai.http_io import error_response
+from antiphon.gateway.openai.messages import MessageBody
+from antiphon.gateway.openai.parsing import parse_tolerant, warning_header
+from antiphon.gateway.openai.schema import MAX_MESSAGES, MAX_TOKEN_ID
+from antiphon.gateway.openai.tools import MAX_TOOLS, ToolBody, tools_of
+from antiphon.gateway.text.chat_options import ChatOptions
+
+MAX_TOKENS = 1_048_576
+
+
+class TokenizeBody(BaseModel):
+    """POST /tokenize: a prompt, or a chat."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: str = Field(min_length=1, max_length=512)
+    prompt: str | None = None
+    messages: list[MessageBody] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
+    tools: list[ToolBody] | None = Field(default=None, max_length=MAX_TOOLS)
+    add_generation_prompt: bool | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(BaseModel):
+    """POST /detokenize."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: str = Field(min_length=1, max_length=512)
+    tokens: list[Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]] = Field(max_length=MAX_TOKENS)
+
+
+def add_text_routes(app: FastAPI, gateway: Gateway) -> None:
+    """Put the routes into the application."""
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        try:
+            gateway.keys.check(request.headers.get("authorization"))
+            raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
+            body, ignored = parse_tolerant(TokenizeBody, raw, gateway.config.unknown_fields)
+            ids = await _ids(gateway, body)
+            answer = {"count": len(ids), "max_model_len": gateway.max_model_len(body.model), "tokens": list(ids)}
+            if body.return_token_strs:
+                answer["token_strs"] = [gateway.models[body.model].token_text(token_id).text for token_id in ids]
+        except Exception as error:  # noqa: BLE001 - the door: whatever happens, the client gets OpenAI's error shape
+            return error_response(error)
+        return JSONResponse(answer, headers=warning_header(ignored))
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        try:
+            gateway.keys.check(request.headers.get("authorization"))
+            raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
+            body, ignored = parse_tolerant(DetokenizeBody, raw, gateway.config.unknown_fields)
+            if body.model not in gateway.models:
+                raise UnknownModel(f"the model {body.model!r} does not exist", "model")
+            text = gateway.models[body.model].decode(body.tokens, skip_special_tokens=False)
+        except Exception as error:  # noqa: BLE001 - the door, as above
+            return error_response(error)
+        return JSONResponse({"prompt": text}, headers=warning_header(ignored))
+
+
+async def _ids(gateway: Gateway, body: TokenizeBody) -> tuple[int, ...]:
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidInput("one of prompt and messages is needed", "prompt")
+    if body.model not in gateway.models:
+        raise UnknownModel(f"the model {body.model!r} does not exist", "model")
+    if body.prompt is not None:
+        return gateway.models[body.model].encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+    tools = tools_of(body.tools or [])
+    prompt = ChatPrompt(
+        messages=tuple(message.message() for message in body.messages or ()),
+        add_generation_prompt=body.add_generation_prompt is not False,
+    )
+    return await gateway.prompt_ids(body.model, prompt, ChatOptions(tools=tools, tool_choice="auto" if tools else "none"))

@@ -1,0 +1,105 @@
+"""Responses, Messages and tokens: the same answers through other doors, with their own clients."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx
+import openai
+import pytest
+
+_spec = importlib.util.spec_from_file_location("doors_agents", Path(__file__).with_name("test_agents.py"))
+assert _spec is not None
+assert _spec.loader is not None
+agents = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = agents
+_spec.loader.exec_module(agents)
+
+ANSWER = f"{agents.THOUGHT}</think>\n\nI look.\n{agents.CALL}"
+FLAT_TOOL: dict[str, Any] = {"type": "function", **agents.WEATHER["function"]}
+
+
+async def test_a_response_comes_whole_and_streamed_alike_and_is_gone_on_with(tmp_path: Path) -> None:
+    async with agents.answering(tmp_path, ANSWER) as (world, client):
+        asked: dict[str, Any] = {"model": "tiny", "input": "what is it?", "instructions": "Be brief.", "tools": [FLAT_TOOL]}
+        whole = await client.responses.create(**asked)
+        assert [item.type for item in whole.output] == ["reasoning", "message", "function_call"]
+        assert whole.output_text == "I look."
+        assert whole.status == "completed"
+        call: Any = whole.output[2]
+        assert (call.name, call.arguments) == ("weather", '{"city": "Où?"}')
+        assert whole.usage is not None
+        assert whole.usage.output_tokens_details.reasoning_tokens > 0
+        assert "Be brief." in agents.prompt_of(world)
+
+        async with client.responses.stream(**asked) as stream:
+            kinds = [event.type async for event in stream]
+            final = await stream.get_final_response()
+        assert kinds[0] == "response.created"
+        assert kinds[-1] == "response.completed"
+        assert {"response.output_text.delta", "response.function_call_arguments.delta"} <= set(kinds)
+        assert final.output_text == whole.output_text
+        last: Any = final.output[2]
+        assert last.arguments == call.arguments
+
+        result: Any = [{"type": "function_call_output", "call_id": call.call_id, "output": "21 degrees"}]
+        await client.responses.create(model="tiny", previous_response_id=whole.id, input=result)
+        prompt = agents.prompt_of(world)
+        assert prompt.index("what is it?") < prompt.index("I look.") < prompt.index("21 degrees")
+        assert (await client.responses.retrieve(whole.id)).output_text == "I look."
+        unkept = await client.responses.create(**asked, store=False)
+        with pytest.raises(openai.BadRequestError) as refused:
+            await client.responses.create(model="tiny", previous_response_id=unkept.id, input="x")
+        assert refused.value.param == "previous_response_id"
+
+
+async def test_a_message_comes_whole_and_streamed_alike(tmp_path: Path) -> None:
+    tool: Any = {"name": "weather", "input_schema": agents.WEATHER["function"]["parameters"]}
+    async with (
+        agents.answering(tmp_path, ANSWER) as (world, _),
+        anthropic.AsyncAnthropic(base_url=world.url, api_key="none", max_retries=0) as client,
+    ):
+        history: Any = [
+            {"role": "user", "content": "what is it?"},
+            {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "weather", "input": {"city": "x"}}]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "21 degrees"}]},
+        ]
+        asked: dict[str, Any] = {"model": "tiny", "max_tokens": 500, "messages": history, "tools": [tool], "system": "Be brief."}
+        whole = await client.messages.create(**asked)
+        assert [block.type for block in whole.content] == ["thinking", "text", "tool_use"]
+        assert whole.stop_reason == "tool_use"
+        used: Any = whole.content[2]
+        assert (used.name, used.input) == ("weather", {"city": "Où?"})
+        assert "21 degrees" in agents.prompt_of(world)
+        assert "Be brief." in agents.prompt_of(world)
+
+        async with client.messages.stream(**asked) as stream:
+            final = await stream.get_final_message()
+        assert [block.model_dump(exclude={"id"}) for block in final.content] == [
+            block.model_dump(exclude={"id"}) for block in whole.content
+        ]
+        assert final.stop_reason == "tool_use"
+
+        counted = await client.messages.count_tokens(model="tiny", messages=history, tools=[tool], system="Be brief.")
+        assert counted.input_tokens == len(world.engine.requests[-1].prompt_token_ids)
+        short = await client.messages.create(**{**asked, "max_tokens": 2})
+        assert short.stop_reason == "max_tokens"
+        with pytest.raises(anthropic.NotFoundError):
+            await client.messages.create(**{**asked, "model": "nobody"})
+
+
+async def test_tokens_go_there_and_back(tmp_path: Path) -> None:
+    async with agents.answering(tmp_path, "x") as (world, _), httpx.AsyncClient(base_url=world.url) as http:
+        made = (await http.post("/tokenize", json={"model": "tiny", "prompt": "The choir answers"})).json()
+        assert made["tokens"] == world.tokenizer.encode("The choir answers").ids
+        assert made["count"] == len(made["tokens"])
+        back = (await http.post("/detokenize", json={"model": "tiny", "tokens": made["tokens"]})).json()
+        assert back["prompt"] == "The choir answers"
+        chat = (await http.post("/tokenize", json={"model": "tiny", "messages": agents.QUESTION})).json()
+        assert "<|im_start|>" in world.tokenizer.decode(chat["tokens"], skip_special_tokens=False)
+        wrong = await http.post("/tokenize", json={"model": "tiny"})
+        assert wrong.status_code == 400
