@@ -48,6 +48,7 @@ class Reason(StrEnum):
     NAME_CONFLICT = "NameConflict"
     FIELD_CONFLICT = "FieldConflict"
     APPLY_REFUSED = "ApplyRefused"
+    GATEWAY_API_MISSING = "GatewayApiMissing"
     INSUFFICIENT_MEMORY = "InsufficientMemory"
     CACHED = "Cached"
     DIRECT = "Direct"

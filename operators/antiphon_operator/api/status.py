@@ -76,6 +76,7 @@ class LLMDeploymentStatus(Model):
     rollout: RolloutStatus | None = Field(default=None, description="The rollout under way, or the last one.")
     stages: StageTimes | None = Field(default=None, description="Start-up of the applied revision.")
     active_cluster: str = Field(default="", description="RayCluster that serves.", max_length=253)
+    route: str = Field(default="", description="HTTPRoute that leads to it.", max_length=253)
 
 
 class ServingPoolStatus(Model):

@@ -46,6 +46,7 @@ DEPLOYMENT = Resource(group="apps", version="v1", kind="Deployment", plural="dep
 CONTROLLER_REVISION = Resource(group="apps", version="v1", kind="ControllerRevision", plural="controllerrevisions")
 DISRUPTION_BUDGET = Resource(group="policy", version="v1", kind="PodDisruptionBudget", plural="poddisruptionbudgets")
 NETWORK_POLICY = Resource(group="networking.k8s.io", version="v1", kind="NetworkPolicy", plural="networkpolicies")
+HTTP_ROUTE = Resource(group="gateway.networking.k8s.io", version="v1", kind="HTTPRoute", plural="httproutes")
 LEASE = Resource(group="coordination.k8s.io", version="v1", kind="Lease", plural="leases")
 
 RESOURCES: tuple[Resource, ...] = (
@@ -65,6 +66,7 @@ RESOURCES: tuple[Resource, ...] = (
     CONTROLLER_REVISION,
     DISRUPTION_BUDGET,
     NETWORK_POLICY,
+    HTTP_ROUTE,
     LEASE,
 )
 _BY_KIND = {(resource.api_version, resource.kind): resource for resource in RESOURCES}

@@ -104,7 +104,10 @@ def source_fingerprint(document: LLMDeployment, weights: Weights | None) -> str:
     for pool in spec["pools"]:
         for key in ("scaling", "replicas", "cores"):
             pool.pop(key, None)
-    spec.get("kubernetes", {}).pop("networkPolicy", None)
+    kubernetes = spec.get("kubernetes", {})
+    kubernetes.pop("networkPolicy", None)
+    if kubernetes.pop("gateway", None) is not None and not kubernetes:
+        del spec["kubernetes"]
     place = None if weights is None else [weights.claim, weights.path]
     return fingerprint([document.metadata.name, spec, place])
 

@@ -44,10 +44,10 @@ def accept(live: Object, runtime: Runtime) -> LLMDeployment:
     uri = document.spec.model.uri
     if not re.match(URI_PATTERN, uri):
         raise Refused(Reason.INVALID_SPEC, f"model.uri: {uri!r} is neither an absolute path nor hf://, s3://, pvc:// or pypi://")
-    first, last = RAY_WORKER_PORTS
-    if ports[0] == ports[1] or any(port in RESERVED_PORTS or first <= port <= last for port in ports):
+    lowest, highest = RAY_WORKER_PORTS
+    if ports[0] == ports[1] or any(port in RESERVED_PORTS or lowest <= port <= highest for port in ports):
         listed = ", ".join(str(port) for port in sorted(RESERVED_PORTS))
-        message = f"endpoint: ports {ports[0]} and {ports[1]} must differ and be none of Ray's: {listed}, {first} to {last}"
+        message = f"endpoint: ports {ports[0]} and {ports[1]} must differ and be none of Ray's: {listed}, {lowest} to {highest}"
         raise Refused(Reason.INVALID_SPEC, message)
     misfits = [f"spec.{path}: {why}" for path, why in device_problems(document.spec)]
     if misfits:

@@ -19,6 +19,7 @@ from antiphon_operator.kube.base import Conflict, Kube, NotFound, Object, Unknow
 from antiphon_operator.kube.resources import (
     CONTROLLER_REVISION,
     DISRUPTION_BUDGET,
+    HTTP_ROUTE,
     LLM_DEPLOYMENT,
     MODEL_ARTIFACT,
     NETWORK_POLICY,
@@ -46,7 +47,7 @@ from antiphon_operator.reconcile.llm.status import (
 )
 from antiphon_operator.reconcile.llm.weights import Found, find_weights
 from antiphon_operator.reconcile.observe import Observed, view_cluster, view_pods, view_service
-from antiphon_operator.reconcile.writer import NotOurs, Writer
+from antiphon_operator.reconcile.writer import NotOurs, Unapplied, Writer
 from antiphon_operator.render import children as render
 from antiphon_operator.render.names import (
     LABEL_DEPLOYMENT,
@@ -58,6 +59,7 @@ from antiphon_operator.render.names import (
 )
 from antiphon_operator.render.ray_cluster import bounds
 from antiphon_operator.render.revision import Revision, from_object, render_revision, to_object
+from antiphon_operator.render.route import http_route
 from antiphon_operator.render.settings import Settings
 
 BUSY_S = 5.0  # while something moves
@@ -210,6 +212,7 @@ class LLMReconciler:
         await self._apply_pools(writer, world)
         await self._apply_service(writer, world, plan, step, planned, revision)
         await self._apply_surroundings(writer, world)
+        route = await self._apply_route(writer, world)
         if step.action is Action.DELETE_PENDING:
             await self._kube.delete(RAY_CLUSTER, document.metadata.namespace, planned.stale_pending)
         await self._raise_bounds(writer, world)
@@ -219,7 +222,7 @@ class LLMReconciler:
         status, conditions = llm_status(
             world.live, document, plan, observed, step, found.model,
             rollout=rollout, failed=failed, last_good=previous.get("lastGoodRevision", ""),
-            unapplied=tuple(writer.unapplied), now_s=writer.now_s,
+            unapplied=tuple(writer.unapplied), route=route, now_s=writer.now_s,
         )  # fmt: skip
         await _tell(writer, world.live, conditions)
         await writer.status(world.live, status.model_dump(mode="json", by_alias=True, exclude_none=True))
@@ -308,6 +311,24 @@ class LLMReconciler:
         for (kind, name), live in world.surroundings.items():
             if (kind, name) not in names and controller_of(live) == writer.owner_uid:
                 await self._kube.delete(by_kind[kind], document.metadata.namespace, name, uid=live["metadata"]["uid"])
+
+    async def _apply_route(self, writer: Writer, world: _World) -> str:
+        """The HTTPRoute's name, for the status, which remembers that there is one to delete; empty when there is none."""
+        route = http_route(world.document, world.owner)
+        before = str(world.live.get("status", {}).get("route", ""))
+        if route is None:
+            if before:
+                live = await self._kube.get(HTTP_ROUTE, world.document.metadata.namespace, before)
+                if live is not None and controller_of(live) == writer.owner_uid:
+                    await self._kube.delete(HTTP_ROUTE, world.document.metadata.namespace, before, uid=live["metadata"]["uid"])
+            return ""
+        try:
+            await writer.ensure(route)
+        except NotFound:
+            missing = "kubernetes.gateway: the API server knows no HTTPRoute of gateway.networking.k8s.io/v1"
+            writer.unapplied.append(Unapplied(reason=Reason.GATEWAY_API_MISSING, message=missing))
+            return before
+        return name_of(route)
 
     async def _raise_bounds(self, writer: Writer, world: _World) -> None:
         """Bounds of groups never reach a living RayCluster by themselves."""

@@ -78,6 +78,7 @@ def llm_status(
     failed: str,
     last_good: str,
     unapplied: tuple[Unapplied, ...],
+    route: str,
     now_s: float,
 ) -> tuple[LLMDeploymentStatus, ConditionSet]:
     """The new status, and its conditions with what changed."""
@@ -129,6 +130,7 @@ def llm_status(
         rollout=rollout,
         stages=_stages(previous, observed, rollout, cluster, is_complete=is_complete, now_s=now_s),
         active_cluster=active,
+        route=route,
     )
     return status, conditions
 

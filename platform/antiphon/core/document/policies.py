@@ -158,6 +158,30 @@ class TolerationSpec(Model):
     )
 
 
+class GatewayParentSpec(Model):
+    """A Gateway of the Gateway API that clients come through."""
+
+    name: SecretName = Field(description="Name of the Gateway.")
+    namespace: SecretName | None = Field(default=None, description="Its namespace; None = the deployment's.")
+    section_name: str | None = Field(default=None, description="One of its listeners; None = all.", min_length=1, max_length=253)
+
+
+class GatewaySpec(Model):
+    """An HTTPRoute of the Gateway API that leads to the deployment's HTTP API."""
+
+    parent_refs: tuple[GatewayParentSpec, ...] = Field(
+        description="The Gateways; they must allow routes of this namespace.", min_length=1, max_length=8
+    )
+    hostnames: tuple[Annotated[str, Field(pattern=r"^(\*\.)?[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)], ...] = Field(
+        default=(), description="Host names that clients use; empty = every one of the Gateway's.", max_length=16
+    )
+
+    @field_validator("parent_refs", "hostnames", mode="before")
+    @classmethod
+    def _lists(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+
 class KubernetesSpec(Model):
     """What the pods need that a laptop does not."""
 
@@ -190,6 +214,7 @@ class KubernetesSpec(Model):
         default=True,
         description="Restrict traffic to the pods: within the deployment, from clients to the gateway, from KubeRay.",
     )
+    gateway: GatewaySpec | None = Field(default=None, description="Gateways that lead to the HTTP API; None = no HTTPRoute.")
     drain_s: float = Field(default=60.0, ge=0, le=3600, description="Time that requests in flight get before a worker stops.")
 
     @field_validator("image_pull_secrets", "secret_env", mode="before")

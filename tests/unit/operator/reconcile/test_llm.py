@@ -17,11 +17,12 @@ import pytest
 from antiphon_operator.api.crds import KINDS, definition
 from antiphon_operator.controller.observability import JsonFormatter
 from antiphon_operator.controller.work_queue import WorkQueue
-from antiphon_operator.kube.base import Conflict, KubeError, ServerFault, Throttled, error_of
+from antiphon_operator.kube.base import Conflict, KubeError, NotFound, ServerFault, Throttled, error_of
 from antiphon_operator.kube.resources import (
     CONTROLLER_REVISION,
     DISRUPTION_BUDGET,
     EVENT,
+    HTTP_ROUTE,
     LLM_DEPLOYMENT,
     MODEL_ARTIFACT,
     NETWORK_POLICY,
@@ -475,6 +476,39 @@ def test_a_pool_with_too_little_memory_is_refused_with_the_figures_and_nothing_s
     cluster.edit(lambda s: s.update(cache={"memory": "64Mi"}) or s["pools"][0].update(resources={"memory": "2Gi"}))
     cluster.run()
     assert cluster.condition("Ready") == ("True", "Ready")
+
+
+def gateway(cluster: Cluster) -> None:
+    parents = [{"name": "public", "namespace": "gateways"}]
+    cluster.edit(lambda s: s.update(kubernetes={"gateway": {"parentRefs": parents, "hostnames": ["models.example.org"]}}))
+
+
+def test_gateways_that_the_document_names_lead_to_it_until_they_are_taken_out(cluster: Cluster) -> None:
+    cluster.run()
+    before = cluster.ray_service["spec"]
+    gateway(cluster)
+    cluster.run(4)
+    route = cluster.api.get(HTTP_ROUTE, "default", "demo-http")
+    assert route is not None
+    assert route["spec"]["parentRefs"] == [{"name": "public", "namespace": "gateways"}]
+    assert route["spec"]["hostnames"] == ["models.example.org"]
+    (rule,) = route["spec"]["rules"]
+    assert rule["backendRefs"] == [{"name": "demo-http", "port": 8000}]
+    assert rule["timeouts"] == {"request": "600s"}
+    assert cluster.ray_service["spec"] == before, "no pod is replaced for a route"
+    assert cluster.condition("Ready") == ("True", "Ready")
+    cluster.edit(lambda s: s.update(kubernetes={}))
+    cluster.run(4)
+    assert cluster.api.get(HTTP_ROUTE, "default", "demo-http") is None
+
+
+def test_without_the_gateway_api_that_is_told_and_serving_goes_on(cluster: Cluster) -> None:
+    cluster.run()
+    cluster.api.faults.append(lambda call: NotFound("no such kind") if call.resource == "httproutes" and call.writes else None)
+    gateway(cluster)
+    cluster.run(2)
+    assert cluster.condition("Ready") == ("False", "GatewayApiMissing")
+    assert cluster.condition("Available") == ("True", "Ready")
 
 
 def test_a_child_deleted_by_hand_comes_back(cluster: Cluster) -> None:
