@@ -50,7 +50,7 @@ def build(source: Path, compiler: str, flags: Sequence[str]) -> Path:
     return library if library.exists() else compile_into(library, source, compiler, flags)
 
 
-def compile_into(library: Path, source: Path, compiler: str, flags: Sequence[str]) -> Path:
+def compile_into(library: Path, source: Path, compiler: str, flags: Sequence[str], *, timeout_s: float = COMPILE_TIMEOUT_S) -> Path:
     """Compile ``source`` to the file ``library``, which is there whole or not at all.
 
     Raises:
@@ -61,7 +61,7 @@ def compile_into(library: Path, source: Path, compiler: str, flags: Sequence[str
         with tempfile.TemporaryDirectory(dir=library.parent) as private:
             unfinished = Path(private) / library.name
             command = [compiler, str(source), "-shared", "-fPIC", "-o", str(unfinished), *flags]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=timeout_s)
             unfinished.replace(library)
     except subprocess.CalledProcessError as error:
         raise Unavailable(f"{source.name} does not compile: {error.stderr[-2000:]}") from error

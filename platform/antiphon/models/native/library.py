@@ -25,6 +25,7 @@ from antiphon.native_build import build, compile_into, find_compiler, library_pa
 logger = logging.getLogger(__name__)
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "experts.cpp", "halves.cpp", "sampling.cpp"))
+_IMAGE_TIMEOUT_S = 3600.0  # images for other machines are built under emulation, some thirty times as slow
 _COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -60,7 +61,9 @@ def build_for_image(directory: Path, wanted: tuple[InstructionSet, ...] | None =
     if compiler is None:
         raise Unavailable("no C++ compiler (c++, g++ or clang++) on PATH")
     return tuple(
-        compile_into(directory / each.name / f"lib{source.stem}.so", source, compiler, _flags(each.flags))
+        compile_into(
+            directory / each.name / f"lib{source.stem}.so", source, compiler, _flags(each.flags), timeout_s=_IMAGE_TIMEOUT_S
+        )
         for each in (instruction_sets() if wanted is None else wanted)
         for source in _SOURCES
     )
