@@ -70,8 +70,9 @@ def cases() -> dict[str, Run]:
     for shape in ATTENTION:
         found[f"decode-{shape.name}"] = decoding(shape, BFLOAT)
         if not shape.is_latent:  # prompts of latent attention are computed with expanded keys, by torch
-            found[f"prefill-{shape.name}"] = prefilling(shape, BFLOAT)
             found[f"rope-{shape.name}"] = rotating(shape)
+        if shape.num_kv_heads == 8:  # programs of one query head do not differ by how many share a KV head
+            found[f"prefill-{shape.name}"] = prefilling(shape, BFLOAT)
     found["decode-float32"] = decoding(ATTENTION[0], FLOAT)
     found["prefill-float32"] = prefilling(ATTENTION[0], FLOAT)
     for mixture in EXPERTS:
@@ -102,11 +103,9 @@ def _shown(value: object) -> object:
 
 
 def test_a_kernel_that_takes_too_much_is_seen() -> None:
-    (launch, _) = ahead.launches(decoding(ATTENTION[0], FLOAT))
+    (launch,) = ahead.launches(prefilling(ATTENTION[1], BFLOAT))
     greedy = ahead.Launch(
-        kernel=launch.kernel,
-        arguments={**launch.arguments, "ROWS": 64, "COLUMNS": 128, "DIM": 128, "MAIN": 128},
-        options=launch.options,
+        kernel=launch.kernel, arguments={**launch.arguments, "ROWS": 256}, options={"num_warps": 4, "num_stages": 4}
     )
     found = ahead.compiled(greedy, 80)
     assert found.spilled_bytes > 0 or found.shared_bytes > SHARED_BYTES[80]

@@ -5,6 +5,7 @@ Asking for a card where none can be used is refused in one sentence; nothing fal
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,8 @@ import torch
 
 from antiphon.core.errors import InvalidInput
 
+# A process with this variable takes its CPU for a card: the cards' paths run, on kernels' references. For tests and debugging.
+PRETENDS = os.environ.get("ANTIPHON_PRETEND_CARD") == "1"
 MIN_CAPABILITY = (8, 0)  # the oldest that our kernels are compiled for: bfloat16 matrix units and asynchronous copies
 
 
@@ -38,6 +41,11 @@ class Device:
         return int(torch.cuda.mem_get_info(self.torch)[0])
 
 
+def is_card(device: torch.device) -> bool:
+    """Whether the cards' paths serve tensors of ``device``."""
+    return PRETENDS or device.type == "cuda"
+
+
 CPU = Device(torch=torch.device("cpu"))
 
 
@@ -58,6 +66,7 @@ def open_device(kind: Literal["cpu", "cuda"], memory_share: float, field: str) -
         needed = ".".join(map(str, MIN_CAPABILITY))
         raise InvalidInput(f"{field}: {name} has compute capability {major}.{minor}, {needed} or newer is needed", field)
     torch.cuda.set_device(0)
+    torch.cuda.set_per_process_memory_fraction(memory_share, 0)  # the allocator refuses what is beyond, weights and KV alike
     torch.backends.cuda.matmul.allow_tf32 = False  # fp32 weights are served in fp32
     torch.backends.cudnn.allow_tf32 = False
     return Device(torch=torch.device("cuda", 0), memory_share=memory_share)

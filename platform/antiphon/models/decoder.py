@@ -15,9 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
 from antiphon.core.ids import FFNShard
 from antiphon.core.kv import KVLayout
+from antiphon.device.device import is_card
 from antiphon.models.attention.grouped_query import GroupedAttention
 from antiphon.models.attention.kv_cache import KVCache
 from antiphon.models.attention.latent import LatentAttention
@@ -54,6 +56,15 @@ class StepState:
     rope_tables: Sequence[tuple[torch.Tensor, torch.Tensor]]  # by distinct rotation
     away: list[Outgoing | None] = field(default_factory=lambda: [None, None])  # by stream
     bad_rows: dict[int, str] = field(default_factory=dict)  # row -> the first gate that found it not to be numbers
+    unseen: list[tuple[str, torch.Tensor]] = field(default_factory=list)  # gates of a card, and what they say of each row, bool [T]
+
+    def settle(self) -> None:
+        """The step is over: take up what a card's gates say of rows, with one question to it."""
+        if self.unseen:
+            for (where, _), bad_T in zip(self.unseen, torch.stack([bad_T for _, bad_T in self.unseen]).tolist(), strict=True):
+                for row in (row for row, is_bad in enumerate(bad_T) if is_bad):
+                    self.bad_rows.setdefault(row, where)
+            self.unseen.clear()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,6 +89,7 @@ class AttentionHalves:
         self.config = config
         self.dtype = dtype
         self.device = device
+        self.max_model_len = max_model_len
         weights = Weights(checkpoint, dtype, device)
         names = config.names
         self._embed_VD = weights.read(names.embed)
@@ -86,6 +98,7 @@ class AttentionHalves:
         kinds = list(dict.fromkeys(layer.attention.rope for layer in config.layers))
         self._ropes = [Rope(kind, max_model_len, dtype, device) for kind in kinds]
         self._layers = [self._layer(i, layer, weights, kinds) for i, layer in enumerate(config.layers)]
+        self._on_card = is_card(device)
         self._needs_no_tables = all(half.joined is not None for half in self._layers)
         self._final_norm = read_norm(config.norm, weights, names.final_norm, config.norm_eps)
         self._lm_head = Linear(
@@ -125,6 +138,11 @@ class AttentionHalves:
         )
 
     @property
+    def reads_context_slots(self) -> bool:
+        """Whether a layer reads the slots of prefill chunks one by one, on a card too."""
+        return any(isinstance(half.attention, LatentAttention) for half in self._layers)
+
+    @property
     def first_weights(self) -> list[torch.Tensor | None]:
         """What each layer's half reads first."""
         attentions = [half.attention for half in self._layers]
@@ -151,7 +169,7 @@ class AttentionHalves:
 
     def begin(self, token_ids_T: torch.Tensor, batch: AttentionBatch) -> StepState:
         """Embed the rows of one ubatch."""
-        x_TD = self._embed_VD[token_ids_T]
+        x_TD = F.embedding(token_ids_T, self._embed_VD)
         if self._embed_scale is not None:
             x_TD.mul_(self._embed_scale)
         tables = [] if self._needs_no_tables else [rope.tables(batch.positions_T) for rope in self._ropes]
@@ -173,8 +191,11 @@ class AttentionHalves:
     def _attend_in_parts(layer: int, half: _AttentionLayer, state: StepState, cache: KVCache) -> torch.Tensor:
         normed = _normed(half.norms.get("input"), state.x_TD)
         attended = half.attention(normed, state.batch, state.rope_tables[half.rope], layer, cache)
-        state.x_TD.add_(_normed(half.norms.get("attention_out"), attended))
+        attended = _normed(half.norms.get("attention_out"), attended)
         norm = half.norms.get("ffn")
+        if isinstance(norm, RMSNorm):
+            return norm.after_adding(state.x_TD, attended)
+        state.x_TD.add_(attended)
         if norm is not None:
             return norm(state.x_TD)
         return state.x_TD if half.shortcut is None else state.x_TD.clone()  # x itself changes while a shortcut's rows are away
@@ -183,9 +204,14 @@ class AttentionHalves:
         routing = None if router is None else router(rows_TD)
         if routing is not None:
             for row in routing.bad_rows:
-                state.bad_rows.setdefault(row, f"the gate of {self.config.layers[layer].prefix.rstrip('.')}")
+                state.bad_rows.setdefault(row, self._gate_name(layer))
+            if routing.bad_T is not None:
+                state.unseen.append((self._gate_name(layer), routing.bad_T))
         leaving = state.away[stream] = Outgoing(ffn=ffn, stream=stream, rows_TD=rows_TD, routing=routing)
         return leaving
+
+    def _gate_name(self, layer: int) -> str:
+        return f"the gate of {self.config.layers[layer].prefix.rstrip('.')}"
 
     def streams_due(self, layer: int) -> tuple[int, ...]:
         """Streams whose results ``combine`` of this layer takes, in order."""
@@ -198,6 +224,8 @@ class AttentionHalves:
             left = state.away[stream]
             assert left is not None  # attend() filled the stream before its rows could be sent
             state.away[stream] = None
+            if self._on_card:  # where the FFN side's memory is the host's
+                result_TD = result_TD.to(state.x_TD.device)
             if left.routing is not None and left.routing.identity_T is not None:
                 result_TD = result_TD + left.rows_TD * left.routing.identity_T[:, None].to(left.rows_TD.dtype)
             state.x_TD.add_(result_TD if norm is None else norm(result_TD.to(state.x_TD.dtype)))
@@ -309,6 +337,8 @@ class FFNHalves:
         self, number: int, rows_TD: torch.Tensor, ids_TK: torch.Tensor | None = None, weights_TK: torch.Tensor | None = None
     ) -> torch.Tensor:
         """This shard's partial sum for every row, [T, D]; ids and weights where ``number`` is a mixture of experts."""
+        if rows_TD.device != self._weights.device:  # rows that came through host memory
+            rows_TD = rows_TD.to(self._weights.device)
         ffn = self.ffns[number]
         if isinstance(ffn, ExpertBank):
             assert ids_TK is not None  # the connector refuses rows without ids for a mixture of experts

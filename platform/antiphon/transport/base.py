@@ -30,8 +30,9 @@ from typing import Protocol
 
 import torch
 
-from antiphon.core.errors import AntiphonError
+from antiphon.core.errors import AntiphonError, InternalError
 from antiphon.core.ids import Epoch, WorkerId
+from antiphon.device.ready import DEADLINE_S, THERE, Ready
 
 HEADER_BYTES = 64  # every message carries a fixed binary header of this size; its fields are the connector's
 
@@ -94,6 +95,12 @@ class Message:
     data: torch.Tensor
 
 
+def await_bytes(ready: Ready, peer: WorkerId) -> None:
+    """Wait until what goes to ``peer`` is there. Raises InternalError where it never comes."""
+    if ready is not THERE and not ready.wait(DEADLINE_S):
+        raise InternalError(f"what was to go to {peer} was not written within {DEADLINE_S:g} s")
+
+
 class Waitable(Protocol):
     """What a ``WaitSet`` needs from a link or a listener to spin on it and then to sleep on it.
 
@@ -141,8 +148,15 @@ class Link(Waitable, Protocol):
         """A free slot to write into, or None while all are in flight. Raises PeerLost."""
         ...
 
-    def commit(self, slot: Slot, header: bytes | bytearray | memoryview, num_bytes: int) -> None:
-        """Send the first ``num_bytes`` of the slot with its header (HEADER_BYTES long). Raises PeerLost."""
+    def commit(self, slot: Slot, header: bytes | bytearray | memoryview, num_bytes: int, ready: Ready = THERE) -> None:
+        """Send the first ``num_bytes`` of the slot with its header (HEADER_BYTES long), not before ``ready``.
+
+        Nothing is published whose bytes are not there: a card writes later than the call that asked for it.
+
+        Raises:
+            PeerLost: the peer is gone.
+            InternalError: the bytes are not there after ``ready.DEADLINE_S``.
+        """
         ...
 
     def poll(self) -> Message | None:

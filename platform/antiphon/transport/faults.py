@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from antiphon.core.errors import PeerLost
 from antiphon.core.ids import Epoch, WorkerId
+from antiphon.device.ready import THERE, Ready
 from antiphon.transport.base import Link, Message, Slot
 from antiphon.transport.waiting import wait_on
 
@@ -65,10 +66,10 @@ class FaultyLink(Link):
         self._check()
         return self._inner.acquire()
 
-    def commit(self, slot: Slot, header: bytes | bytearray | memoryview, num_bytes: int) -> None:
+    def commit(self, slot: Slot, header: bytes | bytearray | memoryview, num_bytes: int, ready: Ready = THERE) -> None:
         """As the inner link, unless the peer is lost by plan."""
         self._check()
-        self._inner.commit(slot, header, num_bytes)
+        self._inner.commit(slot, header, num_bytes, ready)
 
     def poll(self) -> Message | None:
         """The next message that is due."""

@@ -20,8 +20,9 @@ import torch
 
 from antiphon.core.errors import AntiphonError, CorruptMessage, PeerLost, Unavailable
 from antiphon.core.ids import Epoch, WorkerId
+from antiphon.device.ready import THERE, Ready
 from antiphon.rpc.raw_stream import RawServer, RawStream, open_stream
-from antiphon.transport.base import HEADER_BYTES, Answer, Hello, Link, Listener, Message, Slot, Transport
+from antiphon.transport.base import HEADER_BYTES, Answer, Hello, Link, Listener, Message, Slot, Transport, await_bytes
 from antiphon.transport.connect.address import join_host, split_host
 from antiphon.transport.connect.hello import Greeting, check_layouts, decode_greeting, encode_greeting, encode_refusal
 from antiphon.transport.connect.listener import QueuedListener
@@ -98,8 +99,9 @@ class GrpcLink(Link):
         self._starved = True
         return None
 
-    def commit(self, slot: Slot, header: bytes | bytearray | memoryview, num_bytes: int) -> None:
+    def commit(self, slot: Slot, header: bytes | bytearray | memoryview, num_bytes: int, ready: Ready = THERE) -> None:
         """Queue the message; its bytes are copied here. Raises PeerLost."""
+        await_bytes(ready, self.peer)
         if self._gone or self._lost is not None:
             self._raise_lost()
         if len(header) != HEADER_BYTES:

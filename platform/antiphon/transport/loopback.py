@@ -18,7 +18,8 @@ import torch
 
 from antiphon.core.errors import AntiphonError, InvalidInput, LayoutMismatch, PeerLost, Unavailable
 from antiphon.core.ids import Epoch, WorkerId
-from antiphon.transport.base import HEADER_BYTES, Answer, Hello, Link, Listener, Message, Slot, Transport
+from antiphon.device.ready import THERE, Ready
+from antiphon.transport.base import HEADER_BYTES, Answer, Hello, Link, Listener, Message, Slot, Transport, await_bytes
 from antiphon.transport.connect.hello import check_layouts
 from antiphon.transport.connect.listener import QueuedListener
 from antiphon.transport.slots import MessageViews, slots_of
@@ -34,8 +35,8 @@ class _Direction:
 
     __slots__ = ("arrived", "free", "headers", "slots", "views")
 
-    def __init__(self, num_slots: int, slot_bytes: int) -> None:
-        memory = torch.zeros(num_slots, slot_bytes, dtype=torch.uint8)
+    def __init__(self, num_slots: int, slot_bytes: int, device: torch.device | None) -> None:
+        memory = torch.zeros(num_slots, slot_bytes, dtype=torch.uint8, device=device)
         headers = memoryview(bytearray(num_slots * HEADER_BYTES))
         self.slots = slots_of(memory)
         self.headers = [headers[i * HEADER_BYTES : (i + 1) * HEADER_BYTES] for i in range(num_slots)]
@@ -89,8 +90,9 @@ class LoopbackLink(Link):
         self._starved = True
         return None
 
-    def commit(self, slot: Slot, header: bytes | bytearray | memoryview, num_bytes: int) -> None:
+    def commit(self, slot: Slot, header: bytes | bytearray | memoryview, num_bytes: int, ready: Ready = THERE) -> None:
         """Hand the slot's memory to the peer. Raises PeerLost."""
+        await_bytes(ready, self.peer)
         if self._lost is not None or self._gone:
             self._raise_lost()
         direction = self._send
@@ -188,12 +190,16 @@ class LoopbackLink(Link):
         raise PeerLost(self.peer, self._lost)
 
 
-def loopback_pair(hello_a: Hello, hello_b: Hello) -> tuple[LoopbackLink, LoopbackLink]:
-    """Both ends of a link, a's first. Raises LayoutMismatch when the layouts differ."""
+def loopback_pair(hello_a: Hello, hello_b: Hello, device: torch.device | None = None) -> tuple[LoopbackLink, LoopbackLink]:
+    """Both ends of a link, a's first; its slots lie on ``device``, where one stream orders what both ends do. None = host memory.
+
+    Raises:
+        LayoutMismatch: the layouts differ.
+    """
     check_layouts(hello_a, hello_b)
     layout = hello_a.layout
-    a_to_b = _Direction(layout.num_slots, layout.send_slot_bytes)
-    b_to_a = _Direction(layout.num_slots, layout.recv_slot_bytes)
+    a_to_b = _Direction(layout.num_slots, layout.send_slot_bytes, device)
+    b_to_a = _Direction(layout.num_slots, layout.recv_slot_bytes, device)
     a, b = LoopbackLink(hello_a, hello_b, a_to_b, b_to_a), LoopbackLink(hello_b, hello_a, b_to_a, a_to_b)
     a._other, b._other = b, a
     return a, b

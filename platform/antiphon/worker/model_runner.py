@@ -23,10 +23,10 @@ from antiphon.core.kv import KVTarget
 from antiphon.core.request import RequestId, TokenLogprob
 from antiphon.core.step import KVEvents, ModelRunnerOutput, NewRequestData, SchedulerOutput
 from antiphon.models.attention.kv_cache import KVCache
-from antiphon.models.attention.paged import AttentionBatch, Chunk
 from antiphon.models.decoder import AttentionHalves, StepState
 from antiphon.models.prefetch import WeightPrefetch
 from antiphon.telemetry.step_trace import Mark, StepTrace
+from antiphon.worker.batch_builder import BatchBuilder, Run
 from antiphon.worker.sampler import SamplingState, logprobs_of, numbers_only, sample
 from antiphon.worker.structure.enforcer import Enforcer
 from antiphon.worker.ubatch import Half, Segment, plan_ops, split_segments
@@ -116,6 +116,7 @@ class AttentionWorker:
         self.trace: StepTrace | None = None  # set before the first step by who wants one
         self._away: dict[int, int] = {}  # place in flight → FFN layer, while tracing
         self._num_ubatches = num_ubatches
+        self._builder = BatchBuilder(cache, halves.device, halves.max_model_len, with_slots=halves.reads_context_slots)
         self._tuner = tuner
         self._plans = {m: plan_ops(halves.config.num_layers, m) for m in range(1, num_ubatches + 1)}
         self._prefetch = WeightPrefetch(halves.first_weights) if warms else None
@@ -333,6 +334,8 @@ class AttentionWorker:
         runs = split_segments(segments, wanted)
         states = [self._lay_out(batch, run) for run in runs]
         self._forward(step_id, batch, runs, states)
+        for state in states:
+            state.settle()
         if tuner is not None:
             num_exchanges = max(1, times.num_exchanges - before[0])
             ffn_s, wait_s, away_s = times.ffn_compute_s - before[1], times.ffn_wait_s - before[2], times.round_trip_s - before[3]
@@ -352,45 +355,12 @@ class AttentionWorker:
             row.bad_at = next((gate for at, gate in state.bad_rows.items() if start <= at < end), None)
 
     def _lay_out(self, batch: list[tuple[_Row, int]], run: list[Segment]) -> StepState:
-        size = self.cache.layout.block_size_tokens
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        decodes: list[Segment] = []
-        chunks: list[Chunk] = []
-        for segment in run:
-            row = batch[segment.request][0]
-            end = segment.first_token + segment.num_tokens
-            if segment.num_tokens == 1 and not chunks:
-                decodes.append(segment)
-            else:
-                chunks.append(
-                    Chunk(
-                        first_row=len(token_ids),
-                        num_rows=segment.num_tokens,
-                        context_slots=self.cache.slots(row.block_ids, 0, end),
-                    )
-                )
-            token_ids += row.token_ids[segment.first_token : end]
-            positions += range(segment.first_token, end)
-            slots += [row.block_ids[t // size] * size + t % size for t in range(segment.first_token, end)]
-        decode_blocks = decode_lens = None
-        if decodes:
-            decode_lens = torch.tensor([segment.first_token + 1 for segment in decodes])
-            num_blocks = -(-int(decode_lens.max()) // size)
-            padded = [batch[s.request][0].block_ids[:num_blocks] for s in decodes]
-            decode_blocks = torch.tensor([ids + [0] * (num_blocks - len(ids)) for ids in padded], dtype=torch.int32)
-        return self.halves.begin(
-            torch.tensor(token_ids),
-            AttentionBatch(
-                positions_T=torch.tensor(positions),
-                slots_T=torch.tensor(slots),
-                block_size_tokens=size,
-                decode_blocks_BM=decode_blocks,
-                decode_lens_B=decode_lens,
-                chunks=chunks,
-            ),
-        )
+        rows = [(batch[segment.request][0], segment) for segment in run]
+        runs = [
+            Run(token_ids=row.token_ids, block_ids=row.block_ids, first_token=part.first_token, num_tokens=part.num_tokens)
+            for row, part in rows
+        ]
+        return self.halves.begin(*self._builder.build(runs))
 
     def _forward(self, step_id: int, batch: list[tuple[_Row, int]], runs: list[list[Segment]], states: list[StepState]) -> None:
         hands_over = isinstance(self.kv, PrefillSide) and any(row.kv_target is not None for row, _ in batch)
@@ -435,6 +405,7 @@ class AttentionWorker:
     def _offer(self, layer: int, batch: list[tuple[_Row, int]], run: list[Segment], state: StepState) -> None:
         assert isinstance(self.kv, PrefillSide)
         at = 0
+        state.settle()
         are_numbers = _all_numbers(state.x_TD) and not state.bad_rows
         for segment in run:
             row = batch[segment.request][0]

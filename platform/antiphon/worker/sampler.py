@@ -134,6 +134,8 @@ def numbers_only(ids_R: torch.Tensor, values_R: torch.Tensor) -> list[int | None
 
 def sample(logits_RV: torch.Tensor, states: Sequence[SamplingState], positions: Sequence[int]) -> list[int | None]:
     """One token per row; None where the logits are non-finite. ``positions``: output tokens so far, per row."""
+    if logits_RV.device.type != "cpu":  # drawn as on a CPU, so that seeds give the same tokens wherever the logits were computed
+        logits_RV = logits_RV.cpu()
     greedy_R = logits_RV.argmax(dim=-1)
     best_R = logits_RV.gather(1, greedy_R[:, None]).squeeze(1)
     bad = torch.isnan(best_R) | torch.isinf(best_R)

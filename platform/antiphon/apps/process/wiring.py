@@ -258,6 +258,7 @@ def build_attention(
             Hello(
                 worker_id=worker_id, epoch=epoch, layout=afd_layout(facts, spec, FFNShard(), attention_end=False, ubatches=ubatches)
             ),
+            facts.device,
         )
         near.on_poll = _pumped(ffn)
         side.add_link(0, near)

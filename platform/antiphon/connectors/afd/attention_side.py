@@ -33,6 +33,7 @@ from antiphon.connectors.afd.shard_links import ShardLinks
 from antiphon.connectors.headers import WIRE_DTYPES, Header, Kind, unpack
 from antiphon.core.errors import AntiphonError, CorruptMessage, PeerLost
 from antiphon.core.ids import Epoch, WorkerId
+from antiphon.device.ready import written
 from antiphon.models.experts.routing import Routing
 from antiphon.transport.base import Link, Message, Slot
 
@@ -213,7 +214,8 @@ class AttentionSide:
         first = parts[0]
         if len(parts) == 1 and first is not None and shares[0] is not None and shares[0].rows_R is None:
             return first
-        out_TD = torch.empty(exchange.num_rows, self._back.width, dtype=self._back.dtype)
+        device = next((part.device for part in parts if part is not None), None)
+        out_TD = torch.empty(exchange.num_rows, self._back.width, dtype=self._back.dtype, device=device)
         fresh = True
         for share, part in zip(shares, parts, strict=True):
             if share is None or part is None:
@@ -264,7 +266,7 @@ class AttentionSide:
                 assert exchange.coded is not None  # send() fills it before it posts
                 self._out.write(views, exchange.coded, share.rows_R)
                 self.times.num_rows_sent += num_rows
-                peer.link.commit(slot, header, num_bytes)
+                peer.link.commit(slot, header, num_bytes, written(exchange.coded.rows_TD, slot.data))
                 peer.num_owed += 1
             except (PeerLost, CorruptMessage) as error:
                 self._links.drop(index, peer, error)

@@ -57,6 +57,8 @@ class ExpertMap:
                 return [Share(rows_R=None, num_rows=ids_TK.shape[0], ids_RK=ids_TK, weights_RK=weights_TK)]
             owners_TK = torch.where(ids_TK < 0, NO_EXPERT, 0)
         else:
+            if ids_TK.device.type != "cpu":  # which rows go where is decided here: one question to the card, for all groups
+                ids_TK, weights_TK = ids_TK.cpu(), weights_TK.cpu()
             owners_TK = self._owners(number, ids_TK)
         shares: list[Share | None] = []
         for group in range(self.num_groups):

@@ -16,6 +16,7 @@ from antiphon.connectors.afd.rows import RowFormat, SlotViews
 from antiphon.connectors.headers import WIRE_DTYPES, Header, Kind, unpack
 from antiphon.core.errors import AntiphonError, CorruptMessage, PeerLost
 from antiphon.core.ids import Epoch
+from antiphon.device.ready import written
 from antiphon.transport.base import Link, Listener, Message
 from antiphon.transport.waiting import WaitSet, any_pending
 
@@ -129,9 +130,9 @@ class FFNSide:
             slot = work.link.acquire()
             if slot is None:
                 raise PeerLost(work.link.peer, "left no slot free for its own answer")
-            self._views[work.link][1].of(slot.index, slot.data, num_rows).rows_RD.copy_(out_RD)
+            self._views[work.link][1].of(slot.index, slot.data, num_rows).rows_RD.copy_(out_RD, non_blocking=True)
             work.link.release(work.message)
-            work.link.commit(slot, header, num_bytes)
+            work.link.commit(slot, header, num_bytes, written(out_RD, slot.data))
         except PeerLost as error:
             self._drop(work.link, error)
             return False

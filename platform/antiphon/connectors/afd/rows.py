@@ -119,6 +119,8 @@ class SlotViews:
 
 def _pick(source: torch.Tensor, rows_R: torch.Tensor | None, target: torch.Tensor) -> None:
     if rows_R is None:
-        target.copy_(source)
-    else:
+        target.copy_(source, non_blocking=True)  # who commits waits for it: device.ready
+    elif source.device == target.device:
         torch.index_select(source, 0, rows_R, out=target)
+    else:  # from a card into host memory
+        target.copy_(source.index_select(0, rows_R.to(source.device)), non_blocking=True)

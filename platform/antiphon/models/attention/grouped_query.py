@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import torch
 
+from antiphon.device.device import is_card
 from antiphon.models.attention.kv_cache import KVCache
 from antiphon.models.attention.paged import AttentionBatch, paged_attention, prefill_attention
+from antiphon.models.cards import kernels
 from antiphon.models.config import AttentionConfig, LayerConfig, NormKind
 from antiphon.models.layers.functional import Norm, RMSNorm, Rope, read_norm
 from antiphon.models.layers.linear import Linear
@@ -49,15 +51,19 @@ class GroupedAttention:
         self._head_norms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if isinstance(self._q_norm, RMSNorm) and isinstance(self._k_norm, RMSNorm):
             self._head_norms = (self._q_norm.weight_D, self._k_norm.weight_D)
+        rotates_whole_rows = (
+            config.q_rank is None
+            and config.qkv_clip is None
+            and config.qk_norm in ("none", "head")
+            and (config.qk_norm == "none") == (self._head_norms[0] is None)
+        )
         self._native = (
             available()
             and weight.device.type == "cpu"
-            and config.q_rank is None
-            and config.qkv_clip is None
-            and config.qk_norm in ("none", "head")
+            and rotates_whole_rows
             and all(w is None or w.dtype is weight.dtype for w in self._head_norms)
-            and (config.qk_norm == "none") == (self._head_norms[0] is None)
         )
+        self._card = kernels() if rotates_whole_rows and is_card(weight.device) else None
         self._tiles = self._native and self._qkv.tiles is not None and config.head_dim % _TILE_DIMS == 0
 
     @property
@@ -92,6 +98,16 @@ class GroupedAttention:
             return self._attend_natively(x_TD, batch, layer, cache)
         c = self._config
         num_rows = x_TD.shape[0]
+        if self._card is not None:
+            qkv = self._qkv(x_TD)
+            k_cache, v_cache = cache.planes[layer]
+            self._card.rope_and_cache(
+                *(qkv, self._rope.cos, self._rope.sin, batch.positions_T, batch.slots_T, k_cache, v_cache),
+                *(c.num_heads, *self._head_norms, self._eps),
+            )
+            q_TNH = qkv.narrow(1, 0, c.num_heads * c.head_dim).view(num_rows, c.num_heads, c.head_dim)
+            out_TNH = paged_attention(q_TNH, k_cache, v_cache, batch, c.scale, c.sliding_window)
+            return self._out(out_TNH.reshape(num_rows, c.num_heads * c.head_dim))
         q, k, v = torch.split_with_sizes(self._qkv(x_TD), self._widths, dim=1)
         if self._rank_norm is not None and self._expand is not None:
             q = self._expand(self._rank_norm(q))

@@ -45,7 +45,7 @@ class KVCache:
         slots = self.slots(block_ids, 0, len(block_ids) * self.layout.block_size_tokens)
         for planes in self.planes:
             for plane in planes:
-                plane.index_fill_(0, slots, 0)
+                plane.index_fill_(0, slots.to(plane.device), 0)
 
     def export(self, layer: int, slots_T: torch.Tensor, out: torch.Tensor) -> int:
         """Copy the planes of ``slots_T`` one after another into ``out`` (uint8); returns the bytes written."""
@@ -53,7 +53,10 @@ class KVCache:
         for plane in self.planes[layer]:
             num_bytes = slots_T.numel() * plane[0].numel() * plane.element_size()
             target = out[at : at + num_bytes].view(plane.dtype).view(slots_T.numel(), *plane.shape[1:])
-            torch.index_select(plane, 0, slots_T, out=target)
+            if plane.device == target.device:
+                torch.index_select(plane, 0, slots_T, out=target)
+            else:  # into host memory; the copy ends before it returns
+                target.copy_(plane.index_select(0, slots_T.to(plane.device)))
             at += num_bytes
         return at
 
@@ -63,7 +66,7 @@ class KVCache:
         for plane in self.planes[layer]:
             num_bytes = slots_T.numel() * plane[0].numel() * plane.element_size()
             source = data[at : at + num_bytes].view(plane.dtype).view(slots_T.numel(), *plane.shape[1:])
-            plane.index_copy_(0, slots_T, source)
+            plane.index_copy_(0, slots_T.to(plane.device), source.to(plane.device))
             at += num_bytes
 
 

@@ -80,7 +80,7 @@ class LatentAttention:
         parts = []
         if batch.num_decodes:
             parts.append(self._decode(q_TNH[: batch.num_decodes], q_TNP[: batch.num_decodes], plane, batch))
-        for chunk in batch.chunks:
+        for chunk in batch.chunks:  # on a card, too: there are few, and their keys are expanded by a product each
             end = chunk.first_row + chunk.num_rows
             q_CNx = torch.cat((q_TNH[chunk.first_row : end], q_TNP[chunk.first_row : end]), dim=2)
             parts.append(self._prefill(q_CNx, plane, chunk))
@@ -90,7 +90,9 @@ class LatentAttention:
     def _decode(self, q_BNH: torch.Tensor, q_BNP: torch.Tensor, plane: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         c = self._config
         q_BNR = torch.matmul(q_BNH.transpose(0, 1), self._k_up_NHR).transpose(0, 1)
-        decodes = batch if not batch.chunks else replace(batch, chunks=())
+        decodes = (
+            batch if not batch.chunks else replace(batch, chunks=(), card=None if batch.card is None else batch.card.decodes())
+        )
         q_BNx = torch.cat((q_BNR, q_BNP), dim=2)
         out_BNR = paged_attention(q_BNx, plane, plane[..., : c.kv_rank], decodes, self._scale, None)
         return torch.matmul(out_BNR.transpose(0, 1), self._v_up_NRV).transpose(0, 1)

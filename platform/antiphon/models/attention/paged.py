@@ -9,10 +9,12 @@ Legend: T rows, N query heads, K KV heads, G = N/K, H head dim, V of values, B d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
+
+from antiphon.models.cards import kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,22 @@ class Chunk:
         return self.context_slots.numel() - self.num_rows
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardTables:
+    """What a card's kernels take besides: chunks as numbers that lie on the card, none of them known to the host in a capture."""
+
+    num_parts: int  # that a decode row's context is cut into
+    chunk_blocks_CM: torch.Tensor  # int32
+    first_rows_C: torch.Tensor  # int64, among the rows behind the decodes
+    num_rows_C: torch.Tensor  # int64
+    num_past_C: torch.Tensor  # int64: context before the chunk's first row
+    max_rows: int  # of a chunk
+
+    def decodes(self) -> CardTables:
+        """The same without chunks."""
+        return replace(self, max_rows=0)
+
+
 @dataclass(slots=True, kw_only=True)
 class AttentionBatch:
     """Where the rows of one step (or one ubatch of it) stand in the cache. Nobody changes it once it is laid out."""
@@ -39,6 +57,7 @@ class AttentionBatch:
     decode_blocks_BM: torch.Tensor | None  # int32 block ids, padded with 0; None = no decodes
     decode_lens_B: torch.Tensor | None  # int64: context lengths, the row itself included
     chunks: Sequence[Chunk]
+    card: CardTables | None = None  # on a card; ``chunks`` are there only where something reads their slots
     _decode_slots_BC: torch.Tensor | None = None
     chunk_slots: Sequence[torch.Tensor] = field(init=False)  # context slots by chunk, and rows by chunk: as our kernels take them
     chunk_rows: Sequence[int] = field(init=False)
@@ -71,11 +90,39 @@ def paged_attention(
     sliding_window: int | None,
 ) -> torch.Tensor:
     """Attention of every row over its own context, whose K and V are in the cache already. [T, N, H]."""
+    if batch.card is not None:
+        return _on_card(q_TNH, k_cache, v_cache, batch, batch.card, scale, sliding_window or 0)
     parts = []
     if batch.decode_slots_BC is not None and batch.decode_lens_B is not None:
         q_BNH = q_TNH[: batch.num_decodes]
         parts.append(_decode(q_BNH, k_cache, v_cache, batch.decode_slots_BC, batch.decode_lens_B, scale, sliding_window))
     parts += [prefill_attention(q_TNH, k_cache, v_cache, chunk, scale, sliding_window) for chunk in batch.chunks]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _on_card(
+    q_TNH: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    card: CardTables,
+    scale: float,
+    window: int,
+) -> torch.Tensor:
+    num_decodes, size = batch.num_decodes, batch.block_size_tokens
+    parts = []
+    if batch.decode_blocks_BM is not None:
+        lens_B = batch.decode_lens_B
+        q_BNH = q_TNH.narrow(0, 0, num_decodes)
+        parts.append(
+            kernels().decode_attention(
+                *(q_BNH, k_cache, v_cache, batch.decode_blocks_BM, lens_B, size, scale, window, card.num_parts)
+            )
+        )
+    if card.max_rows:
+        chunks = card.first_rows_C, card.num_rows_C, card.num_past_C, card.max_rows
+        q_PNH = q_TNH.narrow(0, num_decodes, q_TNH.shape[0] - num_decodes)
+        parts.append(kernels().prefill_attention(q_PNH, k_cache, v_cache, card.chunk_blocks_CM, *chunks, size, scale, window))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -17,7 +17,7 @@ import torch
 from antiphon.models.cards import reference
 
 _KERNELS = "antiphon.models.cards."
-_library = torch.library.Library("antiphon_cards", "DEF")
+_library = torch.library.Library("antiphon_cards", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _rows_like(x: torch.Tensor, *_rest: object) -> torch.Tensor:
@@ -114,11 +114,11 @@ def _kernel_of(module: str, name: str) -> Callable[..., Any]:
 def _register() -> None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     for name, signature, module, fake in _OPS:
-        _library.define(name + signature)
+        _library.define(name + signature)  # type: ignore[no-untyped-call]
         kernel = _kernel_of(module, name)
-        _library.impl(name, kernel, "CUDA")
-        _library.impl(name, kernel if interpreted else getattr(reference, name), "CPU")
-        _library.impl(name, fake, "Meta")
+        _library.impl(name, kernel, "CUDA")  # type: ignore[no-untyped-call]
+        _library.impl(name, kernel if interpreted else getattr(reference, name), "CPU")  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"antiphon_cards::{name}", fake, lib=_library)
 
 
 _register()

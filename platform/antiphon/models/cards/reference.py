@@ -72,8 +72,8 @@ def _attend(
     q = q_TNH.reshape(num_rows, kv_heads, num_heads // kv_heads, dim).float()
     scores = torch.einsum("tkgh,tckh->tkgc", q, k) * scale
     scores = scores.masked_fill(~seen_TC[:, None, None, :], float("-inf"))
-    shares = torch.softmax(scores, dim=-1).nan_to_num(0.0) if not seen_TC.shape[1] else torch.softmax(scores, dim=-1)
-    out = torch.einsum("tkgc,tckv->tkgv", shares, v)
+    v = v.masked_fill(~seen_TC[:, :, None, None], 0.0)  # others' blocks may hold NaN, and 0 x NaN would reach the result
+    out = torch.einsum("tkgc,tckv->tkgv", torch.softmax(scores, dim=-1), v)
     out = torch.where(seen_TC.any(1)[:, None, None, None], out, 0.0)
     return out.reshape(num_rows, num_heads, -1).to(q_TNH.dtype)
 

@@ -17,7 +17,9 @@ import torch
 
 from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import FFNShard, slice_bounds
+from antiphon.device.device import is_card
 from antiphon.models.config import Activation, FFNConfig, LayerConfig, MoEConfig
+from antiphon.models.experts.on_card import CardExperts
 from antiphon.models.experts.packed import Int8Parts, PackedExperts, can_pack
 from antiphon.models.layers.functional import gated
 from antiphon.models.layers.gated_ffn import GatedFFN
@@ -156,20 +158,23 @@ class ExpertBank:
         int8: Int8Choice | None = None,
     ) -> None:
         self.config = config
-        self.rows_by_expert = torch.zeros(config.num_ids, dtype=torch.int64)  # since start
+        self.rows_by_expert = torch.zeros(config.num_ids, dtype=torch.int64, device=weights.device)  # since start
         self.num_late_loads = 0  # experts read because rows for them arrived
         self._weights = weights
         self._layer = layer
         self._shard = shard
         self._int8 = int8
         self._reading = threading.Lock()
-        self._experts: PackedExperts | _PlainExperts
-        if can_pack(weights.dtype, weights.device, config.activation):
+        self._experts: PackedExperts | CardExperts | _PlainExperts
+        if is_card(weights.device):
+            num_routed = config.gate.num_experts
+            self._experts = CardExperts(config.num_ids, num_routed, weights.dtype, weights.device, config.activation)
+        elif can_pack(weights.dtype, weights.device, config.activation):
             self._experts = PackedExperts(config.num_ids, weights.dtype, config.activation, self._int8_of)
         else:
             self._experts = _PlainExperts(config.num_ids, config.activation, self._int8_of)
         first = tuple(held)
-        if isinstance(self._experts, PackedExperts):
+        if not isinstance(self._experts, _PlainExperts):
             self._experts.expect(sum(expert != config.gate.num_experts for expert in first))
         for expert in first:
             self.hold(expert)

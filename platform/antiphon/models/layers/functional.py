@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from antiphon.device.device import is_card
+from antiphon.models.cards import kernels
 from antiphon.models.config import Activation, NormKind
 from antiphon.models.layers.rope_config import RopeConfig
 from antiphon.models.loading.weights import Weights
@@ -22,12 +24,23 @@ class RMSNorm:
         self._shape = (weight_D.shape[0],)
         self._eps = self.eps = eps
         self._native = weight_D.device.type == "cpu" and weight_D.is_contiguous() and available()
+        self._card = kernels() if is_card(weight_D.device) else None
+
+    def after_adding(self, x_TD: torch.Tensor, y_TD: torch.Tensor) -> torch.Tensor:
+        """The norm of x += y, in one kernel on a card."""
+        if self._card is None:
+            return self(x_TD.add_(y_TD))
+        out: torch.Tensor = self._card.add_norm(x_TD, y_TD, self.weight_D, self._eps)
+        return out
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Same shape and dtype as x."""
         if self._native and self.weight_D.dtype is x.dtype and x.is_contiguous():
             out: torch.Tensor = torch.ops.antiphon.rms_norm(x, self.weight_D, self._eps, 0.0)
             return out
+        if self._card is not None:
+            normed: torch.Tensor = self._card.norm(x, self.weight_D, self._eps)
+            return normed
         if self.weight_D.dtype is not x.dtype:  # a weight of more precision than the rows: round once, at the end
             return F.rms_norm(x.to(self.weight_D.dtype), self._shape, self.weight_D, self._eps).to(x.dtype)
         return F.rms_norm(x, self._shape, self.weight_D, self._eps)
@@ -72,7 +85,8 @@ class Rope:
 
     def tables(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cos and sin, each [T, 1, R/2], for one step; every layer of the step reuses them."""
-        return self._cos[positions_T].unsqueeze(1), self._sin[positions_T].unsqueeze(1)
+        cos, sin = self._cos.index_select(0, positions_T), self._sin.index_select(0, positions_T)
+        return cos.unsqueeze(1), sin.unsqueeze(1)
 
     def rotate(self, x_TNH: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Rotate the leading R dimensions of each head."""
@@ -89,6 +103,9 @@ def gated(gate_up_TI: torch.Tensor, activation: Activation) -> torch.Tensor:
     if activation == "silu" and gate_up_TI.is_contiguous() and gate_up_TI.device.type == "cpu" and available():
         out: torch.Tensor = torch.ops.antiphon.silu_mul(gate_up_TI)
         return out
+    if is_card(gate_up_TI.device):
+        acted: torch.Tensor = kernels().gated(gate_up_TI, activation)
+        return acted
     gate, up = gate_up_TI.chunk(2, dim=-1)
     if activation == "silu":
         return F.silu(gate).mul_(up)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from antiphon.device.device import is_card
 from antiphon.models.native.library import tiles_available
 
 # The row count that oneDNN packs for: decode batches. Other counts run on the same packed weight.
@@ -79,6 +80,7 @@ def has_tiles(weight: torch.Tensor) -> bool:
 def _can_pack(weight: torch.Tensor) -> bool:
     return (
         weight.device.type == "cpu"
+        and not is_card(weight.device)
         and weight.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and (weight.dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())

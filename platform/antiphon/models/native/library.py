@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from antiphon.core.errors import Unavailable
+from antiphon.device.device import PRETENDS
 from antiphon.models.native.instruction_sets import InstructionSet, instruction_sets, newest_usable, processor_features
 from antiphon.native_build import build, compile_into, find_compiler, library_path
 
@@ -87,7 +88,7 @@ def _built() -> list[Path] | None:
 @functools.cache
 def available() -> bool:
     """Whether this process has the kernels, loading them at the first call."""
-    if os.environ.get("ANTIPHON_NATIVE") == "0" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if PRETENDS or os.environ.get("ANTIPHON_NATIVE") == "0" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     libraries = _built()
     if libraries is None:

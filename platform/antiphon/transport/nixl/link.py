@@ -19,7 +19,8 @@ import torch
 
 from antiphon.core.errors import CorruptMessage, PeerLost
 from antiphon.core.ids import Epoch, WorkerId
-from antiphon.transport.base import HEADER_BYTES, Hello, Link, Message, Slot
+from antiphon.device.ready import THERE, Ready
+from antiphon.transport.base import HEADER_BYTES, Hello, Link, Message, Slot, await_bytes
 from antiphon.transport.credits import FRAME_BYTES, PREFIX, Credits, DamageError, is_credit
 from antiphon.transport.liveness import PeerLiveness
 from antiphon.transport.nixl.agent import Agent
@@ -152,8 +153,9 @@ class NixlLink(Link):
         self._starved = True
         return None
 
-    def commit(self, slot: Slot, header: bytes | bytearray | memoryview, num_bytes: int) -> None:
+    def commit(self, slot: Slot, header: bytes | bytearray | memoryview, num_bytes: int, ready: Ready = THERE) -> None:
         """Post the write. Raises PeerLost."""
+        await_bytes(ready, self.peer)
         if self._lost is not None:
             self._raise_lost()
         if len(header) != HEADER_BYTES:

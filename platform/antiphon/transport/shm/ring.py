@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from antiphon.core.errors import CorruptMessage, PeerLost
 from antiphon.core.ids import Epoch, WorkerId
-from antiphon.transport.base import HEADER_BYTES, Hello, Link, Message, Slot
+from antiphon.device.ready import THERE, Ready
+from antiphon.transport.base import HEADER_BYTES, Hello, Link, Message, Slot, await_bytes
 from antiphon.transport.liveness import PeerLiveness
 from antiphon.transport.shm.control_channel import CORRUPT, NOTHING, ControlChannel, can_spin, open_control_channel, spin
 from antiphon.transport.shm.segment import Segment
@@ -93,8 +94,9 @@ class RingLink(Link):
             self._starve(True)
         return None
 
-    def commit(self, slot: Slot, header: bytes | bytearray | memoryview, num_bytes: int) -> None:
+    def commit(self, slot: Slot, header: bytes | bytearray | memoryview, num_bytes: int, ready: Ready = THERE) -> None:
         """Publish the slot. Raises PeerLost."""
+        await_bytes(ready, self.peer)
         if self._lost is not None:
             self._raise_lost()
         index = slot.index
