@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
 from collections.abc import Mapping
 
 from pydantic import Field, ValidationError, field_validator
 from ray import serve
 from ray.serve import Application
 
+from antiphon.apps.serve.door_thread import DoorThread
 from antiphon.coe.serving.app import CoeConfig, run_coe
 from antiphon.core.document.composition import CompositionOfExperts, ExternalEndpoint
 from antiphon.core.document.part import Model
-from antiphon.core.errors import DeadlineExceeded, InvalidInput, Unavailable
+from antiphon.core.errors import InvalidInput, Unavailable
 from antiphon.gateway.auth import keys_from
-from antiphon.gateway.config import BoundPorts
 
 ROUTER = "router"  # Serve name of the deployment
 ROUTER_CPU = 0.1  # what Ray reserves for a replica; a decision takes well under a millisecond
@@ -83,57 +82,13 @@ class CoeArgs(Model):
         )
 
 
-class CoeThread:
-    """Composition doors on a thread and event loop of their own, until closed. ``close`` is idempotent."""
+class CoeThread(DoorThread):
+    """Composition doors on a thread of their own. ``wait_open`` also raises CheckpointInvalid and InvalidInput, for an artifact
+    that can't be loaded and a document that doesn't fit it.
+    """
 
     def __init__(self, config: CoeConfig) -> None:
-        self._config = config
-        self._bound: BoundPorts | None = None
-        self._error: BaseException | None = None
-        self._opened = threading.Event()
-        self._loop = asyncio.new_event_loop()
-        self._stop = asyncio.Event()
-        self._thread = threading.Thread(target=self._run, name="coe", daemon=True)
-        self._thread.start()
-
-    def wait_open(self, timeout_s: float) -> BoundPorts:
-        """Where it listens, once it does.
-
-        Raises:
-            CheckpointInvalid: an artifact can't be loaded.
-            InvalidInput: a document doesn't fit its artifact or endpoints.
-            Unavailable: a port is taken.
-            DeadlineExceeded: it has not opened its doors in time.
-        """
-        if not self._opened.wait(timeout_s):
-            raise DeadlineExceeded(f"the router has not opened its doors after {timeout_s:g} s")
-        self.check()
-        assert self._bound is not None  # opened without an error
-        return self._bound
-
-    def check(self) -> None:
-        """Raise what ended the doors, if anything did."""
-        if self._error is not None:
-            raise self._error
-
-    def close(self) -> None:
-        """Close the doors."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join(_STOP_TIMEOUT_S)
-
-    def _run(self) -> None:
-        try:
-            self._loop.run_until_complete(run_coe(self._config, self._stop, on_bound=self._set_bound))
-        except BaseException as error:  # noqa: BLE001 - stored; wait_open() and check() raise it
-            self._error = error
-        finally:
-            self._opened.set()
-            self._loop.close()
-
-    def _set_bound(self, bound: BoundPorts) -> None:
-        self._bound = bound
-        self._opened.set()
+        super().__init__("router", lambda stop, on_bound: run_coe(config, stop, on_bound=on_bound), stop_timeout_s=_STOP_TIMEOUT_S)
 
 
 class CoeReplica:

@@ -19,7 +19,7 @@ from antiphon.client.status_values import (
 from antiphon.client.values import Chunk, Logprob, Message, ModelInfo, TokenProbability, Usage
 from antiphon.core.errors import InvalidInput
 from antiphon.core.request import FinishReason
-from antiphon.core.worker_info import WorkerLoad
+from antiphon.rpc.load import decode_load
 from antiphon.rpc.v1 import inference_pb2 as pb
 
 _FINISH: Mapping[int, FinishReason] = {
@@ -260,29 +260,5 @@ def _worker(worker: pb.WorkerStatus) -> WorkerStatus:
         lease_remaining_s=worker.lease_remaining_s if worker.HasField("lease_remaining_s") else None,
         connected=worker.connected if worker.HasField("connected") else None,
         num_requests=worker.num_requests,
-        load=_load(worker.load),
-    )
-
-
-def _load(load: pb.WorkerLoadStatus) -> WorkerLoad:
-    return WorkerLoad(
-        num_waiting=load.num_waiting,
-        num_running=load.num_running,
-        num_free_blocks=load.num_free_blocks,
-        num_total_blocks=load.num_total_blocks,
-        num_cached_blocks=load.num_cached_blocks,
-        num_steps=load.num_steps,
-        num_prompt_tokens=load.num_prompt_tokens,
-        num_generation_tokens=load.num_generation_tokens,
-        num_preemptions=load.num_preemptions,
-        num_prefix_hit_tokens=load.num_prefix_hit_tokens,
-        num_prefix_query_tokens=load.num_prefix_query_tokens,
-        num_peers=load.num_peers,
-        num_ffn_rows=load.num_ffn_rows,
-        num_ffn_batches=load.num_ffn_batches,
-        num_kv_transfers=load.num_kv_transfers,
-        num_kv_failures=load.num_kv_failures,
-        resident_weight_bytes=load.resident_weight_bytes,
-        resident_memory_bytes=load.resident_memory_bytes,
-        gauges=dict(load.gauges),
+        load=decode_load(worker.load),
     )

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from antiphon.apps.process.config import LogSettings
 from antiphon.apps.serve.deployment_set import Serving
+from antiphon.apps.serve.door_thread import DoorThread, OnBound
 from antiphon.apps.serve.plan import GATEWAY, ServeSettings
 from antiphon.apps.supervision.event_log import EventLog, Fact
 from antiphon.core.document.composition import ExternalEndpoint
 from antiphon.core.document.spec import LLMDeployment
-from antiphon.core.errors import DeadlineExceeded, Unavailable
+from antiphon.core.errors import Unavailable
 from antiphon.directory.memory import open_directory
 from antiphon.directory.workers import WorkerSource
 from antiphon.gateway.config import BoundPorts, GatewayConfig
@@ -119,8 +119,8 @@ def port_facts(bound: BoundPorts) -> dict[str, Fact]:
     return {"host": bound.host, "http_port": bound.http_port, "grpc_port": bound.grpc_port}
 
 
-class GatewayThread:
-    """A gateway on a thread and event loop of its own, until closed.
+class GatewayThread(DoorThread):
+    """A gateway on a thread of its own; closing lets open streams end within the drain time.
 
     Args:
         config: addresses, models and limits.
@@ -129,77 +129,19 @@ class GatewayThread:
     """
 
     def __init__(self, config: GatewayConfig, directory: str, run_gateway: RunGateway | None = None) -> None:
-        self._config = config
-        self._directory = directory
-        self._run_gateway = run_gateway
-        self._bound: BoundPorts | None = None
-        self._error: BaseException | None = None
-        self._opened = threading.Event()
-        self._loop = asyncio.new_event_loop()
-        self._stop = asyncio.Event()
-        self._thread = threading.Thread(target=self._run, name="gateway", daemon=True)
-        self._thread.start()
+        async def serve(stop: asyncio.Event, on_bound: OnBound) -> None:
+            workers = open_directory(directory)
+            try:
+                if run_gateway is not None:
+                    await run_gateway(config, workers, stop, on_bound=on_bound)
+                    return
+                from antiphon.gateway.app import run_gateway as run
 
-    def wait_open(self, timeout_s: float) -> BoundPorts:
-        """Where it listens, once it does.
+                await run(config, workers, stop, on_bound=on_bound, notes=workers, open_compositions=_open_compositions)
+            finally:
+                await workers.close()
 
-        Raises:
-            Unavailable: it could not open its doors, e.g. because a port is taken.
-            DeadlineExceeded: it has not after ``timeout_s`` seconds.
-        """
-        if not self._opened.wait(timeout_s):
-            raise DeadlineExceeded(f"the gateway has not opened its doors after {timeout_s:g} s")
-        self.check()
-        assert self._bound is not None
-        return self._bound
-
-    @property
-    def is_open(self) -> bool:
-        """It has opened its doors, or failed to."""
-        return self._opened.is_set()
-
-    def check(self) -> None:
-        """Raise what ended the gateway, if anything did."""
-        if self._error is not None:
-            raise self._error
-
-    def close(self) -> None:
-        """Let open streams end within the drain time, then close the doors; idempotent."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join(self._config.drain_timeout_s + _STOP_MARGIN_S)
-
-    def _run(self) -> None:
-        try:
-            self._loop.run_until_complete(self._serve())
-        except BaseException as error:  # noqa: BLE001  # stored; wait_open() and check() raise it
-            self._error = error
-        finally:
-            self._opened.set()
-            self._loop.close()
-
-    async def _serve(self) -> None:
-        directory = open_directory(self._directory)
-        try:
-            if self._run_gateway is not None:
-                await self._run_gateway(self._config, directory, self._stop, on_bound=self._set_bound)
-            else:
-                from antiphon.gateway.app import run_gateway
-
-                await run_gateway(
-                    self._config,
-                    directory,
-                    self._stop,
-                    on_bound=self._set_bound,
-                    notes=directory,
-                    open_compositions=_open_compositions,
-                )
-        finally:
-            await directory.close()
-
-    def _set_bound(self, bound: BoundPorts) -> None:
-        self._bound = bound
-        self._opened.set()
+        super().__init__("gateway", serve, stop_timeout_s=config.drain_timeout_s + _STOP_MARGIN_S)
 
 
 def log_to(path: Path, log: LogSettings) -> None:

@@ -38,6 +38,7 @@ from antiphon.gateway.openai.parsing import parse
 from antiphon.gateway.openai.schema import MAX_MESSAGES, SamplingFields
 from antiphon.gateway.status import PoolStatus, WorkerStatus
 from antiphon.rpc.inference import CallInfo
+from antiphon.rpc.load import encode_load
 from antiphon.rpc.v1 import inference_pb2 as pb
 
 _ROLES = ("system", "developer", "user", "assistant")
@@ -300,7 +301,7 @@ def _pool(pool: PoolStatus) -> pb.PoolStatus:
 
 
 def _worker(worker: WorkerStatus) -> pb.WorkerStatus:
-    info, load = worker.info, worker.info.load
+    info = worker.info
     return pb.WorkerStatus(
         worker_id=info.worker_id,
         deployment=info.deployment,
@@ -321,27 +322,7 @@ def _worker(worker: WorkerStatus) -> pb.WorkerStatus:
         lease_remaining_s=worker.lease_remaining_s,
         connected=worker.connected,
         num_requests=worker.num_requests,
-        load=pb.WorkerLoadStatus(
-            num_waiting=load.num_waiting,
-            num_running=load.num_running,
-            num_free_blocks=load.num_free_blocks,
-            num_total_blocks=load.num_total_blocks,
-            num_cached_blocks=load.num_cached_blocks,
-            num_steps=load.num_steps,
-            num_prompt_tokens=load.num_prompt_tokens,
-            num_generation_tokens=load.num_generation_tokens,
-            num_preemptions=load.num_preemptions,
-            num_prefix_hit_tokens=load.num_prefix_hit_tokens,
-            num_prefix_query_tokens=load.num_prefix_query_tokens,
-            num_peers=load.num_peers,
-            num_ffn_rows=load.num_ffn_rows,
-            num_ffn_batches=load.num_ffn_batches,
-            num_kv_transfers=load.num_kv_transfers,
-            num_kv_failures=load.num_kv_failures,
-            resident_weight_bytes=load.resident_weight_bytes,
-            resident_memory_bytes=load.resident_memory_bytes,
-            gauges=load.gauges,
-        ),
+        load=encode_load(info.load),
     )
 
 

@@ -10,6 +10,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "exponent.h"
 #include "thread_pool.h"
 
 #ifdef __linux__
@@ -22,6 +23,8 @@
 #include <cstdint>
 #include <optional>
 #include <vector>
+
+using antiphon::exp_negative;
 
 namespace {
 
@@ -55,22 +58,6 @@ void dispatch(const Tensor& t, Body body) {
 template <typename T>
 T* data(const Tensor& t) {
   return static_cast<T*>(const_cast<void*>(t.const_data_ptr()));
-}
-
-// exp for arguments <= 0, relative error below 2e-7 (Cephes' polynomial after range reduction); 0 below -87.
-inline float exp_negative(float x) {
-  const float bounded = x < -87.0f ? -87.0f : x;
-  const float n = std::nearbyint(bounded * 1.44269504088896341f);
-  const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const float scale = std::bit_cast<float>(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
-  return x < -87.0f ? 0.0f : p * scale;
 }
 
 template <typename T>

@@ -14,7 +14,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "exponent.h"
 #include "thread_pool.h"
+
+using antiphon::exp_negative;
 
 namespace {
 
@@ -22,22 +25,6 @@ using at::Tensor;
 
 constexpr int kShift = 20;                     // a bucket: sign, exponent and three bits of mantissa
 constexpr int64_t kBuckets = (127 << 3) + 1;  // weights are at most 1
-
-// exp for x <= 0, relative error below 2e-7; 0 below -87.
-inline float exp_negative(float x) {
-  const float bounded = x < -87.0f ? -87.0f : x;
-  const float n = std::nearbyint(bounded * 1.44269504088896341f);
-  const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const float scale = std::bit_cast<float>(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
-  return x < -87.0f ? 0.0f : p * scale;
-}
 
 inline int64_t bucket_of(float weight) { return std::bit_cast<uint32_t>(weight) >> kShift; }
 
