@@ -139,3 +139,13 @@ def test_help_imports_neither_arithmetic_nor_plots():
     script = "import sys, antiphon.cli.plan; print([m for m in ('numpy', 'matplotlib', 'torch') if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert shown.stdout.strip() == "[]"
+
+
+def test_a_plan_says_the_traffic_it_is_for(tmp_path):
+    page = tmp_path / "plan.html"
+    arguments = ["--model", "mixtral-8x7b", "--gpus", 8, "--hardware", "H800", "--context", 2048, "--output-tokens", 96]
+    shown = " ".join(run("deploy", *arguments, "--html", page).stdout.split())
+    assert "prompts of 2,000 and outputs of 96 tokens" in shown
+    assert "context of 2,048 tokens" in shown
+    assert "prompts of 2,000 and outputs of 96 tokens" in page.read_text()
+    assert "prompts are shorter than this by half" in " ".join(run("deploy", "--help").stdout.replace("│", " ").split())
