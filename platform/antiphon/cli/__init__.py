@@ -11,11 +11,12 @@ import functools
 import importlib
 import sys
 from dataclasses import dataclass
+from types import ModuleType
 
 import click
 import typer
 
-from antiphon.core.errors import AntiphonError, SpecInvalid
+from antiphon.core.errors import AntiphonError, SpecInvalid, Unavailable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,9 @@ VERBS = {
 }
 
 
+_ASK_A_GATEWAY = ("chat", "status", "experts")
+
+
 class _LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
@@ -69,6 +73,16 @@ class _LazyGroup(click.Group):
 
 def _run(name: str, verb: Verb, arguments: tuple[str, ...]) -> None:
     module = importlib.import_module(f"antiphon.cli.{verb.module}")
+    try:
+        _call(name, module, arguments)
+    except Unavailable as error:
+        if name not in _ASK_A_GATEWAY:
+            raise
+        click.echo(f"error: {error}\nis `antiphon serve` running? --endpoint names another gateway", err=True)
+        sys.exit(1)
+
+
+def _call(name: str, module: ModuleType, arguments: tuple[str, ...]) -> None:
     typer.main.get_command(module.app).main(args=list(arguments), prog_name=f"antiphon {name}", help_option_names=["-h", "--help"])
 
 

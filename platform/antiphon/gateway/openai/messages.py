@@ -74,11 +74,19 @@ class ToolCallBody(BaseModel):
         return {k: v for k, v in value.items() if k not in ("index", "cache_control", "provider_specific_fields")}
 
 
+MAX_PARTS = 4096  # of one message
+
+
 def _as_parts(value: object) -> object:
     if isinstance(value, str):
         return [{"type": "text", "text": value}]
     if isinstance(value, list):
-        return [{"type": "text", "text": part} if isinstance(part, str) else part for part in value]
+        if len(value) > MAX_PARTS:
+            raise ValueError(f"{len(value)} parts are more than {MAX_PARTS}")
+        wrong = [index for index, part in enumerate(value) if not isinstance(part, str | dict)]
+        # Only the first wrong part is described: validation would describe every one before it can be told.
+        parts = value if not wrong else value[: wrong[0] + 1]
+        return [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
     return value
 
 

@@ -43,6 +43,9 @@ def parse(kind: type[_M], value: object, *, prefix: str = "") -> _M:
     return parse_tolerant(kind, value, "refuse", prefix=prefix)[0]
 
 
+_MAX_IGNORED = 64  # unknown fields of one body
+
+
 def parse_tolerant(kind: type[_M], value: object, unknown: UnknownFields, *, prefix: str = "") -> tuple[_M, tuple[str, ...]]:
     """As ``parse``; with "ignore" the paths of the fields that nobody knows come back beside the value.
 
@@ -54,7 +57,7 @@ def parse_tolerant(kind: type[_M], value: object, unknown: UnknownFields, *, pre
         return kind.model_validate(value), ()
     except ValidationError as error:
         unknown_at = [e["loc"] for e in error.errors(include_url=False, include_context=False) if e["type"] == "extra_forbidden"]
-        if unknown == "refuse" or not unknown_at:
+        if unknown == "refuse" or not unknown_at or len(unknown_at) > _MAX_IGNORED:  # leaving one out copies what is around it
             raise _translate(error, prefix) from error
     for location in unknown_at:
         value = _without(value, location)

@@ -51,8 +51,15 @@ _MODULES = (
     qwen3_moe,
     step3,
 )
+_MAX_LAYERS = 10_000  # a description is made of each
 _Describe = Callable[[Mapping[str, Any]], DecoderConfig]
 _FAMILIES: dict[str, _Describe] = {name: module.describe for module in _MODULES for name in module.ARCHITECTURES}
+
+
+def _check_size(raw: Mapping[str, Any]) -> None:
+    num_layers = raw.get("num_hidden_layers")
+    if num_layers is not None and int(num_layers) > _MAX_LAYERS:
+        raise UnsupportedModel(f"{num_layers} layers are more than any model has", "num_hidden_layers")
 
 
 def describe(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -62,10 +69,13 @@ def describe(raw: Mapping[str, Any]) -> DecoderConfig:
         UnsupportedModel: the family is unknown, or a field that would change results is not supported.
     """
     architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise UnsupportedModel(f"architectures is {architectures!r}, not a list of names", "architectures")
     for name in architectures:
-        if name in _FAMILIES:
+        if isinstance(name, str) and name in _FAMILIES:
             fields = Fields({**raw, "architectures": [name]})
             try:
+                _check_size(fields)
                 check_quantization(fields)
                 config = _FAMILIES[name](fields)
                 fields.refuse_unread()

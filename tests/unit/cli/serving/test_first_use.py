@@ -161,3 +161,10 @@ def test_options_of_a_model_are_refused_beside_a_document(tmp_path: Path) -> Non
     done, _ = antiphon("serve", tmp_path / "a.yaml", "--topology", "pd")
     assert "--topology is for a model" in done.stderr
     assert "what to serve?" in antiphon("serve")[0].stderr
+
+
+def test_verbs_that_ask_a_gateway_say_what_to_start() -> None:
+    done, _ = antiphon("status", "--endpoint", "127.0.0.1:9")
+    assert done.returncode == 1
+    assert "is `antiphon serve` running?" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -11,7 +11,8 @@ import pytest
 
 from antiphon.core.errors import InvalidInput
 from antiphon.gateway.http.bodies import parse_object
-from antiphon.gateway.openai.schema import ChatBody, CompletionBody, parse
+from antiphon.gateway.openai.parsing import parse, parse_tolerant
+from antiphon.gateway.openai.schema import ChatBody, CompletionBody
 
 M = 4 * 2**20 - 200
 DEAR: dict[str, tuple[Any, str]] = {
@@ -43,7 +44,7 @@ def test_a_dear_body_is_refused_for_little(name: str) -> None:
     spent_s = time.process_time() - started_s
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert spent_s < 4  # with allocations traced, on any machine; it was 24
+    assert spent_s < 6  # with allocations traced, on a machine that does much else; it was 24 without
     assert peak_bytes < 256 * 2**20  # it was 4 GB
 
 
@@ -56,3 +57,11 @@ def test_many_ids_are_taken() -> None:
     body = parse_object(json.dumps({"model": "m", "prompt": [[7] * 30_000] * 20}).encode())
     request = parse(CompletionBody, body).request(request_id="r", deadline_s=None, traceparent=None)
     assert [len(prompt.token_ids) for prompt in request.prompts] == [30_000] * 20  # type: ignore[union-attr]
+
+
+def test_thousands_of_unknown_fields_are_refused_for_little_where_unknown_ones_are_ignored() -> None:
+    message = {"role": "user", "content": "x", **{f"k{index}": 1 for index in range(30_000)}}
+    started_s = time.process_time()
+    with pytest.raises(InvalidInput):
+        parse_tolerant(ChatBody, {"model": "m", "messages": [message]}, "ignore")
+    assert time.process_time() - started_s < 5
