@@ -34,6 +34,7 @@ from antiphon.directory.memory import MemoryDirectory
 from antiphon.gateway.app import run_gateway
 from antiphon.gateway.config import BoundPorts, GatewayConfig
 from antiphon.gateway.openai.http_server import HttpServer
+from antiphon.rpc.channels import open_part_channel
 from antiphon.rpc.directory.service import DirectoryServer
 from antiphon.rpc.v1 import inference_pb2, inference_pb2_grpc, router_pb2, router_pb2_grpc
 from antiphon.telemetry import disabled
@@ -407,7 +408,7 @@ async def test_two_routers_over_one_directory_decide_alike_and_killing_one_under
                 assert len(addresses) == 2
 
                 async def asked(address: str, prompt: str, **more: Any) -> router_pb2.RouteDecision:
-                    async with grpc.aio.insecure_channel(address) as channel:
+                    async with open_part_channel(address) as channel:
                         request = router_pb2.RouteRequest(model="coe/team", prompt=prompt, **more)
                         decision = await router_pb2_grpc.RouterStub(channel).Route(request, timeout=WAIT_S)
                         decision.decision_id = ""
