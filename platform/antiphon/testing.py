@@ -60,6 +60,7 @@ class Generated:
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
     finish_reason: FinishReason | None = None
     error: ErrorInfo | None = None
     last: RequestOutput | None = None
@@ -196,9 +197,12 @@ class LocalCluster:
         prefill: int | None = None,
         deadline_s: float | None = None,
         eos: Sequence[int] = (),
+        output: Sequence[int] = (),
         **sampling: Any,
     ) -> RequestId:
-        """Submit to generating worker ``on``; ``prefill`` names a prefill worker by index. Greedy unless told otherwise."""
+        """Submit to generating worker ``on``; ``prefill`` names a prefill worker by index, ``output`` is what another made.
+        Greedy unless told otherwise.
+        """
         params = {"max_tokens": 16, "temperature": 0.0, **sampling}
         name = RequestId(request_id if request_id is not None else f"request-{len(self.outputs)}")
         self.outputs[name] = Generated()
@@ -206,6 +210,7 @@ class LocalCluster:
             Request(
                 request_id=name,
                 prompt_token_ids=tuple(prompt),
+                output_token_ids=tuple(output),
                 sampling=SamplingParams(**params),
                 eos_token_ids=frozenset(eos),
                 arrival_s=self.clock(),
@@ -257,6 +262,7 @@ class LocalCluster:
                 continue  # a hand-off on a prefill worker
             got.token_ids += output.new_token_ids
             got.logprobs += output.logprobs
+            got.prompt_logprobs.update(output.prompt_logprobs)
             got.last = output
             if output.finish_reason is not None:
                 got.finish_reason = output.finish_reason
