@@ -38,7 +38,7 @@ def test_every_verb_of_the_command_has_its_application() -> None:
     for name, verb in VERBS.items():
         path = ROOT / "platform/antiphon/cli" / verb.module.replace(".", "/")
         source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        assert re.search(r"^app = typer\.Typer\(", source.read_text(), re.MULTILINE), f"antiphon {name}: {verb.module}"
+        assert re.search(r"^app = ", source.read_text(), re.MULTILINE), f"antiphon {name}: {verb.module}"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["validate", "--help"], ["status", "--help"], ["chat", "--help"]])

@@ -27,7 +27,7 @@ from antiphon.gateway.routing.placement import Placement
 from antiphon.gateway.status import Status, pools_of, workers_of
 from antiphon.gateway.text.chat_options import ChatOptions
 from antiphon.gateway.text.dialect import Dialect, TextFormats
-from antiphon.gateway.text.template_process import TemplateProcess
+from antiphon.gateway.text.templates.template_process import TemplateProcess
 from antiphon.gateway.text.tokenizer import TextModel
 from antiphon.telemetry import Telemetry
 from antiphon.worker.structure.checking import GrammarChecker

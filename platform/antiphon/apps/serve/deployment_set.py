@@ -16,7 +16,8 @@ from antiphon.apps.tiers.plan import TierPool, tier_pools_of, tier_problems
 from antiphon.core.device import device_problems
 from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.core.document.loading import Document
-from antiphon.core.document.spec import EndpointSpec, LLMDeployment
+from antiphon.core.document.serving import EndpointSpec
+from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import Problem, SpecInvalid
 
 

@@ -13,7 +13,8 @@ import socket
 import psutil
 
 from antiphon.apps.serve.deployment_set import Serving
-from antiphon.core.document.spec import EndpointSpec, LLMDeployment, parse_quantity
+from antiphon.core.document.serving import EndpointSpec
+from antiphon.core.document.spec import LLMDeployment, parse_quantity
 from antiphon.core.errors import InvalidInput, Problem, SpecInvalid
 from antiphon.core.ids import Role
 

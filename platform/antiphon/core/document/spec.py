@@ -36,6 +36,7 @@ from antiphon.core.document.policies import (
     SloSpec,
     TolerationSpec,
 )
+from antiphon.core.document.serving import DirectorySpec, EndpointSpec, SchedulerSpec
 from antiphon.core.ids import Role
 
 GROUP = "serving.antiphon.dev"
@@ -320,21 +321,6 @@ class TransportSpec(Model):
         return value
 
 
-class SchedulerSpec(Model):
-    """Limits of the engine's step."""
-
-    max_num_seqs: int = Field(default=64, ge=1, le=65_536, description="Requests running at once, per worker.")
-    max_num_batched_tokens: int = Field(default=1024, ge=16, le=1_048_576, description="Token budget of one step.")
-    max_queued_requests: int = Field(default=256, ge=0, le=1_000_000, description="Waiting requests, per worker, before 429.")
-    remote_prefill_min_tokens: int = Field(
-        default=64,
-        ge=1,
-        le=10_000_000,
-        description="Prompts with fewer uncached tokens are prefilled where they decode.",
-    )
-    kv_lease_s: float = Field(default=30.0, gt=0, le=3600, description="A KV hand-off without progress for this long fails.")
-
-
 class CacheSpec(Model):
     """The paged KV cache of one worker."""
 
@@ -347,33 +333,6 @@ class CacheSpec(Model):
         description="Who may use a prefix that is kept: tenant = requests with the same API key, so that no key learns what "
         "another has sent; deployment = all.",
     )
-
-
-class EndpointSpec(Model):
-    """Where clients connect."""
-
-    host: str = Field(default="127.0.0.1", description="Address that the gateway binds.", max_length=253)
-    http_port: int = Field(default=8000, ge=0, le=65_535, description="OpenAI-compatible HTTP; 0 = any free port.")
-    grpc_port: int = Field(default=9000, ge=0, le=65_535, description="gRPC; 0 = any free port.")
-    replicas: int = Field(default=1, ge=1, le=1000, description="Gateway replicas.")
-    api_keys_env: str | None = Field(
-        default=None,
-        description="Environment variable with the accepted API keys, comma-separated; None = open.",
-        max_length=128,
-    )
-    max_request_bytes: int = Field(default=4_194_304, ge=1024, le=1 << 30, description="Largest request body.")
-    default_deadline_s: float = Field(default=600.0, gt=0, le=86_400, description="Deadline of requests that bring none.")
-    unknown_fields: Literal["refuse", "ignore"] = Field(
-        default="ignore",
-        description="Fields of HTTP bodies that nobody knows: refused with 400, or ignored and named in a Warning header.",
-    )
-
-
-class DirectorySpec(Model):
-    """Where workers register."""
-
-    redis_url: str | None = Field(default=None, description="redis:// URL; None = an embedded store.", max_length=1024)
-    lease_s: float = Field(default=5.0, gt=0.5, le=300, description="A worker that does not renew this long is gone.")
 
 
 class LLMDeploymentSpec(Model):

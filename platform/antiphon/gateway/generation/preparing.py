@@ -19,7 +19,7 @@ from antiphon.core.request import OutputRules
 from antiphon.gateway.generation.request import ChatMessage, ChatPrompt, GenerationRequest, Prompt, TextPrompt, TokenPrompt
 from antiphon.gateway.text.chat_options import ChatOptions
 from antiphon.gateway.text.dialect import AnswerPlan, Dialect
-from antiphon.gateway.text.template_process import TemplateProcess
+from antiphon.gateway.text.templates.template_process import TemplateProcess
 from antiphon.gateway.text.tokenizer import TextModel, in_thread
 from antiphon.worker.structure.checking import GrammarChecker
 

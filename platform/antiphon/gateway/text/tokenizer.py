@@ -19,14 +19,14 @@ from tokenizers import Tokenizer
 
 from antiphon.core.errors import CheckpointInvalid, ContextLengthExceeded, InvalidInput
 from antiphon.gateway.generation.request import SAMPLING_DEFAULTS
-from antiphon.gateway.text.chat_template import ChatTemplate
 from antiphon.gateway.text.detokenizer import (
     ByteLevelDetokenizer,
     Detokenizer,
     WindowDetokenizer,
     byte_level_bytes,
 )
-from antiphon.gateway.text.markers import ControlMarkers
+from antiphon.gateway.text.templates.chat_template import ChatTemplate
+from antiphon.gateway.text.templates.markers import ControlMarkers
 
 _log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
 from antiphon.core.errors import AntiphonError
-from antiphon.gateway.text.chat_template import ChatTemplate
+from antiphon.gateway.text.templates.chat_template import ChatTemplate
 from antiphon.gateway.text.tokenizer import TextModel
 from antiphon.models.families import describe
 from antiphon.models.loading.checkpoint import Checkpoint

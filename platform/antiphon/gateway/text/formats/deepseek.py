@@ -1,4 +1,4 @@
-"""DeepSeek: V3 and R1 fence the arguments after the name, V3.1 writes both plainly; calls stand between full-width markers."""
+"""DeepSeek: V3 and R1 fence the arguments after the name, V3.1 writes both plainly, between full-width markers (request speed)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hermes and Qwen: <tool_call> {"name": ..., "arguments": {...}} </tool_call>, one pair of markers per call."""
+"""Hermes and Qwen: <tool_call> {"name": ..., "arguments": {...}} </tool_call>, one pair of markers per call (request speed)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Llama 3.x: the whole answer is {"name": ..., "parameters": {...}}, several apart by "; "; <|python_tag|> may come before."""
+"""Llama 3.x: the answer is {"name": ..., "parameters": {...}}, several apart by "; ", after <|python_tag|> (request speed)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistral: [TOOL_CALLS] before a list of {"name": ..., "arguments": {...}}, or before each call as name[ARGS]{...}."""
+"""Mistral: [TOOL_CALLS] before a list of {"name": ..., "arguments": {...}}, or each call as name[ARGS]{...} (request speed)."""
 
 from __future__ import annotations
 

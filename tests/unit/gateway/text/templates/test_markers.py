@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from antiphon.core.errors import ContextLengthExceeded
-from antiphon.gateway.text.chat_template import ChatTemplate
+from antiphon.gateway.text.templates.chat_template import ChatTemplate
 from antiphon.gateway.text.tokenizer import TextModel
 
 CHATML = (

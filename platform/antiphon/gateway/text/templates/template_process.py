@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from antiphon.core.errors import CheckpointInvalid, InvalidInput, Unavailable
-from antiphon.gateway.text.template_child import MAX_MESSAGE_BYTES
+from antiphon.gateway.text.templates.template_child import MAX_MESSAGE_BYTES
 
 CPU_S: Final = 2.0  # of one rendering
 WALL_S: Final = 30.0  # of one rendering, the start of the process included, on a machine that does much else
@@ -23,7 +23,7 @@ _MEMORY_BYTES: Final = 512 * 2**20  # address space of the process
 MAX_CHARS: Final = 16 * 2**20  # of one rendered text
 _ENDLESS: Final = "the model's chat template takes more time or memory than it may"
 _PROBE: Final = [{"role": "user", "content": "hello"}]
-_CHILD: Final = "antiphon.gateway.text.template_child"
+_CHILD: Final = "antiphon.gateway.text.templates.template_child"
 
 
 class TemplateProcess:

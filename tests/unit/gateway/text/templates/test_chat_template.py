@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from antiphon.core.errors import CheckpointInvalid, InvalidInput
-from antiphon.gateway.text.chat_template import ChatTemplate
+from antiphon.gateway.text.templates.chat_template import ChatTemplate
 from antiphon.gateway.text.tokenizer import TextModel
 
 CHATML = (

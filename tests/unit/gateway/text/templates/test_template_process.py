@@ -8,8 +8,8 @@ import time
 import pytest
 
 from antiphon.core.errors import CheckpointInvalid, InvalidInput
-from antiphon.gateway.text.chat_template import ChatTemplate
-from antiphon.gateway.text.template_process import TemplateProcess
+from antiphon.gateway.text.templates.chat_template import ChatTemplate
+from antiphon.gateway.text.templates.template_process import TemplateProcess
 
 GOOD = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | tojson }}\n{% endfor %}{% if think %}<think>{% endif %}"
 CHAT = [{"role": "user", "content": "là-bas \ud83d 天🎵"}]

@@ -15,7 +15,7 @@ import sys
 from typing import Any, BinaryIO
 
 from antiphon.core.errors import CheckpointInvalid, InvalidInput
-from antiphon.gateway.text.chat_template import ChatTemplate
+from antiphon.gateway.text.templates.chat_template import ChatTemplate
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 

@@ -1,0 +1,1 @@
+"""Chat templates: rendered within limits, and the markers that clients may not write (request speed)."""
