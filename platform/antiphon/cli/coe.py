@@ -102,6 +102,10 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     policy: Annotated[PolicyName, typer.Option(help="Policy of the artifact on unseen rows.")] = PolicyName.QUALITY,
+    at_least: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Instead of a policy: the least cost that keeps this share of the best quality."),
+    ] = None,
     learnt: Annotated[
         Path | None, typer.Option(help="The table that the artifact was trained on: simple routers learn from it and are compared.")
     ] = None,
@@ -120,7 +124,7 @@ def evaluate(
     from antiphon.coe.training.train import Options, prepare, recipe_of
     from antiphon.core.errors import InvalidInput
 
-    if artifact is None and (learnt is not None or cross_validation is False):
+    if artifact is None and (learnt is not None or at_least is not None or cross_validation is False):
         raise InvalidInput("without an artifact there is nothing but the recipe to judge", "artifact")
     loaded = None if artifact is None else load_artifact(artifact)
     known = None if learnt is None else drop_duplicates(read_table(learnt))[0]
@@ -152,11 +156,12 @@ def evaluate(
                 _print_table("recipe, cross-validated", rows_for_people(report))
                 _print_table("policies, differences in points with 95 % intervals", policy_rows(report), head=True)
                 _print_table("datasets", dataset_rows(report), head=True)
-        held_out = None if loaded is None else judge_artifact(loaded, rows, policy.policy, recipe.seed, known)
+        held_out = None if loaded is None else judge_artifact(loaded, rows, policy.policy, recipe.seed, known, at_least)
         if held_out is not None:
             result["artifact"] = asdict(held_out)
             if not as_json:
-                _print_table(f"artifact, rows it has not seen, policy {policy.value}", rows_of(held_out))
+                asked = f"policy {policy.value}" if at_least is None else f"at least {100 * at_least:g} % of the best quality"
+                _print_table(f"artifact, rows it has not seen, {asked}", rows_of(held_out))
         elif loaded is not None:
             _say(f"{path}: no row with every score is new to the artifact; it is not judged by this table")
     result = next(iter(results.values())) if len(table) == 1 else {"tables": results}

@@ -53,11 +53,17 @@ def unseen_rows(artifact: Artifact, table: ScoreTable) -> list[int]:
 
 
 def judge_artifact(
-    artifact: Artifact, table: ScoreTable, policy: Policy, seed: int, learnt: ScoreTable | None = None
+    artifact: Artifact,
+    table: ScoreTable,
+    policy: Policy,
+    seed: int,
+    learnt: ScoreTable | None = None,
+    at_least: float | None = None,
 ) -> HeldOut | None:
     """Route every unseen row whose scores are all known; None when there is none.
 
-    ``learnt`` is the table that the artifact was trained on: the comparisons learn from it and are asked the same.
+    ``at_least`` is a share of the best quality to keep at the least cost, instead of ``policy``. ``learnt`` is the table that the
+    artifact was trained on: the comparisons learn from it and are asked the same.
 
     Raises:
         InvalidInput: a table has not the artifact's experts.
@@ -71,7 +77,7 @@ def judge_artifact(
     if not rows:
         return None
     spec = spec_of(artifact)
-    terms = policy_terms(artifact, spec, policy)
+    terms = policy_terms(artifact, spec, policy, at_least=at_least)
     known = {name: c for c, name in enumerate(artifact.categories)}
     chosen, gated, confidence, right = [], [], [], []
     expected, advantage = [], []

@@ -71,12 +71,17 @@ def judge(artifact: Artifact, prompt: str, *, strictness: float, slow_path: bool
 
 
 def policy_terms(
-    artifact: Artifact | None, spec: CompositionSpec, policy: Policy, budget: DocumentBudget = DocumentBudget()
+    artifact: Artifact | None,
+    spec: CompositionSpec,
+    policy: Policy,
+    budget: DocumentBudget = DocumentBudget(),
+    at_least: float | None = None,
 ) -> PolicyTerms:
     """A policy as cost per expert and the experts worth having, from the artifact's frontier and the document's costs.
 
     An expert costs by its active parameters or its price, whichever is the greater share of the largest; under a budget of
-    price, by its price alone. What the memory leaves out is not worth having under any policy.
+    price, by its price alone. ``at_least`` is a share of the best quality to keep at the least cost, instead of a policy. What the
+    memory leaves out is not worth having under any policy.
     """
     names = [expert.name for expert in spec.experts]
     resident = frozenset(names) if budget.resident is None else budget.resident
@@ -86,7 +91,7 @@ def policy_terms(
     dearest = max(prices.values()) or 1.0
     if policy == "budget" and budget.price_weight is not None:
         return PolicyTerms(cost={name: budget.price_weight * price / dearest for name, price in prices.items()}, experts=resident)
-    point = _point(artifact, spec, policy)
+    point = _point(artifact, spec, policy) if at_least is None else _cheapest(artifact, at_least)
     known = dict(zip(artifact.expert_names, artifact.costs, strict=True))
     costs = {e.name: e.active_params_b if e.active_params_b is not None else known.get(e.name, 1.0) for e in spec.experts}
     largest = max(costs.values())
@@ -96,6 +101,13 @@ def policy_terms(
         cost={name: point.weight * max(cost / largest, prices[name] / dearest) for name, cost in costs.items()},
         experts=frozenset(worth & resident) or resident,
     )
+
+
+def _cheapest(artifact: Artifact, at_least: float) -> PolicyPoint:
+    """The cheapest point that keeps this share of the best score that training saw on rows it had not learnt from."""
+    best = max(point.score for point in artifact.frontier)
+    good = [point for point in artifact.frontier if point.score >= at_least * best]
+    return min(good, key=lambda point: (point.avg_cost, -point.score))
 
 
 def _point(artifact: Artifact, spec: CompositionSpec, policy: Policy) -> PolicyPoint:

@@ -275,6 +275,22 @@ def test_experts_of_equal_score_are_asked_by_cost() -> None:
     assert "model-0" not in asked
 
 
+def test_a_share_of_the_best_quality_is_kept_at_less_cost() -> None:
+    table = example_table()
+    experts = tuple(replace(e, active_params_b=cost) for e, cost in zip(table.experts, (70.0, 7.0, 3.0), strict=True))
+    artifact, _ = train(replace(table, experts=experts), OPTIONS, _quiet)
+    fresh = replace(example_table(seed=9), experts=experts)
+    best = judge_artifact(artifact, fresh, "quality", 0)
+    assert best is not None
+    costs = []
+    for share in (1.0, 0.8):
+        found = judge_artifact(artifact, fresh, "quality", 0, at_least=share)
+        assert found is not None
+        assert found.router >= (share - 0.03) * best.router
+        costs.append(found.avg_cost)
+    assert costs[1] < costs[0] / 3
+
+
 def test_the_card_names_no_expert_that_is_never_picked() -> None:
     table = example_table()
     useless = np.concatenate([table.scores, np.full((len(table), 1), 0.01)], axis=1)
