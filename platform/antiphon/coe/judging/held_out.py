@@ -156,7 +156,7 @@ def rows_of(found: HeldOut) -> list[tuple[str, ...]]:
     def points(e: Estimate) -> str:
         return f"{100 * e.mean:+.2f} points [{100 * e.low:+.2f}, {100 * e.high:+.2f}]"
 
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("rows, of which seen in training and left out", f"{found.num_rows + found.num_seen}, {found.num_seen}"),
         ("score, router", f"{found.router:.4f}"),
         ("score, general expert", f"{found.general:.4f}"),

@@ -33,7 +33,7 @@ def model_card(artifact: Artifact, report: Report | None) -> str:
         ],
     )
     lines += ["", "## Policies", "", "Figures of rows that the fitted models had not seen.", ""]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, index in sorted(artifact.policies.items()):
         point = artifact.frontier[index]
         experts = ", ".join(artifact.expert_names[m] for m in point.experts)

@@ -229,7 +229,7 @@ class ResponseWriter:
         inner = {"item_id": self._item(block)["id"], **place}
         kind, part, index = _EVENTS[block.kind]
         if change.what == "grow":
-            logprobs = {"logprobs": []} if block.kind == "text" else {}
+            logprobs: Json = {"logprobs": []} if block.kind == "text" else {}
             return [{"type": f"{kind}.delta", **inner, **index, "delta": change.text, **logprobs}]
         if change.what == "open":
             begun = [{"type": "response.output_item.added", **place, "item": self._item(block, is_new=True)}]
@@ -238,7 +238,7 @@ class ResponseWriter:
         if block.kind == "call":
             ends = [{"type": f"{kind}.done", **inner, "name": block.name, "arguments": block.text}]
         else:
-            logprobs = {"logprobs": []} if block.kind == "text" else {}
+            logprobs: Json = {"logprobs": []} if block.kind == "text" else {}
             ends = [
                 {"type": f"{kind}.done", **inner, **index, "text": block.text, **logprobs},
                 {"type": f"{part}.done", **inner, **index, "part": _part(block, block.text)},

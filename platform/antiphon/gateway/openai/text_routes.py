@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -54,7 +54,7 @@ def add_text_routes(app: FastAPI, gateway: Gateway) -> None:
             raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
             body, ignored = parse_tolerant(TokenizeBody, raw, gateway.config.unknown_fields)
             ids = await _ids(gateway, body)
-            answer = {"count": len(ids), "max_model_len": gateway.max_model_len(body.model), "tokens": list(ids)}
+            answer: dict[str, Any] = {"count": len(ids), "max_model_len": gateway.max_model_len(body.model), "tokens": list(ids)}
             if body.return_token_strs:
                 answer["token_strs"] = [gateway.models[body.model].token_text(token_id).text for token_id in ids]
         except Exception as error:  # noqa: BLE001 - the door: whatever happens, the client gets OpenAI's error shape
