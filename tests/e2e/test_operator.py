@@ -100,6 +100,7 @@ async def running_world(tmp_path: Path) -> AsyncIterator[World]:
                 metrics=metrics,
                 login=lambda: connection_of(config),
                 namespaces=("default",),
+                kube=MemoryKube(api),
                 resting=lambda unsettled, looked: Resync(kube, look, unsettled=unsettled, on_pass=looked),
             )
             running = asyncio.create_task(controller.run())
@@ -147,6 +148,23 @@ async def test_a_cut_watch_with_a_delete_inside_is_repaired(tmp_path: Path) -> N
         await until(lambda: world.condition("Ready", "other") == ("True", "Ready"))
         await until(lambda: world.api.get(RAY_SERVICE, "default", "demo") is not None)
         assert refused, "the watch was never opened again, so nothing was missed"
+
+
+async def test_a_worker_that_ends_is_told_at_once_though_kuberay_says_nothing(tmp_path: Path) -> None:
+    async with running_world(tmp_path) as world:
+        world.api.create(LLM_DEPLOYMENT, document(), manager="kubectl")
+        await until(lambda: world.condition("Progressing") == ("False", "Complete"))
+        world.kuberay.asleep = True
+        (worker,) = [
+            p for p in world.api.list(POD, "default").items if p["metadata"]["labels"]["serving.antiphon.dev/pool"] == "all"
+        ]
+        ended = [{"name": "ray-worker", "state": {"terminated": {"exitCode": 1, "reason": "Error"}}}]
+        status = {**worker["status"], "containerStatuses": ended}
+        world.api.update(POD, {**worker, "status": status}, manager="kubelet", subresource="status")
+        await until(lambda: world.condition("Available") == ("False", "PodsPending"))
+        live = world.api.get(LLM_DEPLOYMENT, "default", "demo")
+        assert live is not None
+        assert live["status"]["summary"] == "all 0/1"
 
 
 async def test_deleting_a_document_removes_everything(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from antiphon.core.ids import Endpoint, Epoch, Role, WorkerId
 from antiphon.core.worker_info import WorkerInfo, WorkerLoad
 from antiphon.gateway.metrics.instruments import GatewayMetrics
 from antiphon.telemetry import setup
-from antiphon_operator.controller.handlers import WATCHED
+from antiphon_operator.controller.handlers import WATCHED, WATCHED_BY_LABEL
 from antiphon_operator.controller.observability import OperatorMetrics
 from antiphon_operator.kube.resources import COMPOSITION, JOB, LLM_DEPLOYMENT, MODEL_ARTIFACT, NETWORK_POLICY
 from antiphon_operator.reconcile import scrape
@@ -356,7 +356,7 @@ def recorded() -> set[tuple[str, str, str]]:
     scenario.quietly(lambda: scenario.api.delete(LLM_DEPLOYMENT, "default", "demo"))
     scenario.passes(3)
     calls = {(c.verb, c.group, c.resource) for c in scenario.api.calls}
-    return calls | {(verb, r.group, r.plural) for r in WATCHED for verb in ("list", "watch")}
+    return calls | {(verb, r.group, r.plural) for r in (*WATCHED, *WATCHED_BY_LABEL) for verb in ("list", "watch")}
 
 
 def test_the_operator_may_do_what_it_does_and_nothing_else(helm: Path) -> None:

@@ -14,15 +14,18 @@ import kopf
 
 from antiphon.core.document.spec import API_VERSION
 from antiphon_operator.controller.observability import OperatorMetrics
+from antiphon_operator.controller.pod_watch import PodWatch
 from antiphon_operator.controller.resync import Resync
 from antiphon_operator.controller.work_queue import Pass, WorkQueue
-from antiphon_operator.kube.resources import COMPOSITION, LLM_DEPLOYMENT, MODEL_ARTIFACT, RAY_SERVICE, SERVING_POOL
+from antiphon_operator.kube.base import Kube
+from antiphon_operator.kube.resources import COMPOSITION, LLM_DEPLOYMENT, MODEL_ARTIFACT, POD, RAY_SERVICE, SERVING_POOL
 from antiphon_operator.reconcile.llm.reconciler import REST_S
 
 Key = tuple[str, str, str]  # kind, namespace, name
 Reconcile = Callable[[str, str], Awaitable[float | None]]
 
 WATCHED = (LLM_DEPLOYMENT, SERVING_POOL, COMPOSITION, MODEL_ARTIFACT, RAY_SERVICE)
+WATCHED_BY_LABEL = (POD,)
 _OURS = (LLM_DEPLOYMENT.kind, COMPOSITION.kind, MODEL_ARTIFACT.kind)
 _LOG = logging.getLogger(__name__)
 
@@ -57,6 +60,7 @@ class Controller:
         num_workers: int = 8,
         resting: Callable[[Callable[[str, str], None], Callable[[Pass], None]], Resync] | None = None,
         identity: str = "antiphon-operator",
+        kube: Kube | None = None,
     ) -> None:
         self._reconcilers = reconcilers
         self._metrics = metrics
@@ -66,6 +70,7 @@ class Controller:
         self._queue: WorkQueue[Key] = WorkQueue(self._reconcile, num_workers=num_workers, on_pass=self._passed)
         self._compositions: set[Key] = set()
         self._resync = None if resting is None else resting(self._unsettled, self._looked)
+        self._pods = None if kube is None else PodWatch(kube, namespaces=self._namespaces, changed=self._unsettled)
         self.watching = asyncio.Event()
 
     async def run(self) -> None:
@@ -79,6 +84,8 @@ class Controller:
                 group.create_task(self._queue.run())
                 if self._resync is not None:
                     group.create_task(self._resync.run())
+                if self._pods is not None:
+                    group.create_task(self._pods.run())
                 group.create_task(self._watch())
         except* _Stopped:
             _LOG.info("stopped")

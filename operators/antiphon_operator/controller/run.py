@@ -64,6 +64,7 @@ async def run(options: Options) -> None:
     identity = f"{options.pod_name or socket.gethostname()}-{uuid.uuid4().hex[:8]}"
     async with (
         RestKube(config) as kube,
+        RestKube(config) as streams,  # connections of their own: a watch keeps one for minutes
         HealthServer(metrics, host=options.host, port=options.port, ready=lambda: True),
         ScrapedMetrics(clock=time.time) as measured,
     ):
@@ -85,6 +86,7 @@ async def run(options: Options) -> None:
             namespaces=options.namespaces,
             num_workers=options.num_workers,
             identity=identity,
+            kube=streams,
             resting=lambda unsettled, looked: Resync(kube, look, unsettled=unsettled, on_pass=looked),
         )
         if not options.elect:

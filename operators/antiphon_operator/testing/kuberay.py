@@ -35,12 +35,15 @@ class KubeRay:
     broken_images: set[str] = field(default_factory=set)  # pods of these never start
     unhealthy: dict[str, str] = field(default_factory=dict)  # deployment -> Serve's status for it
     application_status: str | None = None  # says this for every application
+    asleep: bool = False  # does nothing, as when its operator is down
     max_gpus_seen: int = 0
     max_clusters_seen: int = 0
     _serial: int = 0
 
     def tick(self) -> None:
         """Move everything one stage on."""
+        if self.asleep:
+            return
         self.api.quiet = True
         try:
             for service in self.api.list(RAY_SERVICE, None).items:
