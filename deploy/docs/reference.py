@@ -24,9 +24,12 @@ from antiphon.core.document.artifact import ModelArtifact
 from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.core.document.serving_pool import ServingPool
 from antiphon.core.document.spec import LLMDeployment
+from antiphon.gateway.anthropic.routes import add_message_routes
 from antiphon.gateway.openai.experts_routes import add_expert_routes
+from antiphon.gateway.openai.responses import add_response_routes
 from antiphon.gateway.openai.routes import make_app
 from antiphon.gateway.openai.schema import ChatBody, CompletionBody
+from antiphon.gateway.openai.text_routes import add_text_routes
 
 HERE = Path(__file__).resolve().parent
 PROTOS = HERE.parents[1] / "protos/antiphon/rpc/v1"
@@ -43,6 +46,12 @@ ROUTES: Mapping[tuple[str, str], str] = {
     ("GET", "/health"): "200 while the process answers.",
     ("GET", "/ready"): "200 once requests can be answered, else 503 with the reason.",
     ("GET", "/metrics"): "Prometheus text.",
+    ("POST", "/v1/responses"): "OpenAI's Responses: items in and out, `previous_response_id` goes on with a stored one.",
+    ("GET", "/v1/responses/{response_id}"): "A stored response, for an hour.",
+    ("POST", "/v1/messages"): "Anthropic's Messages: blocks, tools, thinking, streamed or whole.",
+    ("POST", "/v1/messages/count_tokens"): "How many tokens a message's prompt has.",
+    ("POST", "/tokenize"): "Token ids of a prompt or a chat.",
+    ("POST", "/detokenize"): "The text of token ids.",
     ("GET", "/experts"): "Rows by layer and expert of a mixture of experts; `?deployment=` where there are several.",
 }
 # Answered in front of that application where a composition is served (antiphon.coe.serving.doors.http).
@@ -171,6 +180,9 @@ def configuration() -> str:
 def http_lines() -> list[str]:
     """The routes. Raises SystemExit where they are others than those described."""
     app = make_app(cast(Any, None))  # nothing is asked of the gateway until a request comes
+    add_response_routes(app, cast(Any, None), cast(Any, None))
+    add_message_routes(app, cast(Any, None))
+    add_text_routes(app, cast(Any, None))
     add_expert_routes(app, cast(Any, None))
     found = {(method, route.path) for route in app.routes if isinstance(route, APIRoute) for method in route.methods}
     if found != set(ROUTES):
