@@ -15,7 +15,7 @@ SHELL := /bin/sh
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: help demo test attack fuzz lint types bench protos docs clean
+.PHONY: help demo test gpu attack fuzz lint types bench protos docs clean
 
 help:  ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*  ## /  make \1#/p' $(firstword $(MAKEFILE_LIST)) | awk -F'#' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -65,6 +65,9 @@ lint: $(READY)  ## Check style, format, types and the direction of imports.
 
 types: $(READY)  ## Check types alone.
 	@$(BIN)/mypy
+
+gpu: $(READY)  ## Test and measure on this machine's graphics card: under ten minutes, build/gpu/card.json.
+	@$(BIN)/python -m antiphon.apps.bench.card --out build/gpu
 
 bench: $(BUILT)  ## Measure transports, prefill, decode and mixed load.
 	@$(BIN)/antiphon bench transports

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,10 +34,13 @@ from antiphon.core.document.spec import LLMDeploymentSpec
 from antiphon.core.errors import DeadlineExceeded, ErrorInfo
 from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
 from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput, SamplingParams, TokenLogprob
+from antiphon.device.device import CPU, open_device
 from antiphon.models.experts.placement import ExpertPlacement
 from antiphon.transport.base import Hello
 from antiphon.transport.loopback import loopback_pair
 from antiphon.worker.ffn_worker import FFNWorker
+
+CARD_VARIABLE = "ANTIPHON_TEST_CARD"  # 1: workers of a LocalCluster compute on this machine's card
 
 
 class FakeClock:
@@ -108,7 +112,9 @@ class LocalCluster:
     def __init__(self, spec: LLMDeploymentSpec, checkpoint_dir: str | Path, clock: Callable[[], float] | None = None) -> None:
         self.spec = spec
         self.clock = clock if clock is not None else FakeClock()
-        self.facts: ModelFacts = resolve_model(spec, str(checkpoint_dir), "test")
+        # The same tests run on a card where ``make gpu`` asks for it.
+        device = open_device("cuda", 0.9, CARD_VARIABLE) if os.environ.get(CARD_VARIABLE) == "1" else CPU
+        self.facts: ModelFacts = resolve_model(spec, str(checkpoint_dir), "test", device)
         self.outputs: dict[RequestId, Generated] = {}
         self.ffns: list[FFNWorker] = []
         self.generating: list[AttentionPart] = []

@@ -77,11 +77,12 @@ class _Played:
 
     def replay(self) -> None:
         """See ``Recorded``."""
-        for func, args, kwargs, before in self._entries:
-            now = func(*args, **kwargs)
-            for new, old in zip(_tensors(now), _tensors(before), strict=True):
-                if new is not old and new.data_ptr() != old.data_ptr():
-                    old.copy_(new)
+        with torch.inference_mode():  # tensors made in it may be written in it alone
+            for func, args, kwargs, before in self._entries:
+                now = func(*args, **kwargs)
+                for new, old in zip(_tensors(now), _tensors(before), strict=True):
+                    if new is not old and new.data_ptr() != old.data_ptr():
+                        old.copy_(new)
 
 
 class TapeGraphs:

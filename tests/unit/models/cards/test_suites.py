@@ -16,7 +16,12 @@ SUITES = Path(__file__).parents[3] / "cards"
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("suite", "variable"),
-    [("test_values.py", "TRITON_INTERPRET"), ("test_builds.py", ""), ("test_step.py", "ANTIPHON_PRETEND_CARD")],
+    [
+        ("test_values.py", "TRITON_INTERPRET"),
+        ("test_builds.py", ""),
+        ("test_step.py", "ANTIPHON_PRETEND_CARD"),
+        ("test_bench.py", "ANTIPHON_PRETEND_CARD"),
+    ],
 )
 def test_cards_paths_without_a_card(suite: str, variable: str, triton_path: list[str], tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*(p for p in sys.path if p), *triton_path])}

@@ -1,0 +1,63 @@
+"""What ``make gpu`` does, on a CPU that is taken for a card (``ANTIPHON_PRETEND_CARD=1``) and a model small enough for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from antiphon.apps.bench.card import Bench, Shape, run_sections, suite
+from antiphon.device.driver import look_for_cards
+
+SHAPE = Shape(name="tiny", hidden=32, width=48, heads=4, kv_heads=2, dim=8, layers=2, vocab=97)
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    made = Bench(device=torch.device("cpu"), repeats=2)
+    made.ceilings(num_bytes=1 << 20, side=64)
+    return made
+
+
+def test_shares_are_of_what_was_measured(bench: Bench) -> None:
+    assert "batch 3: " in bench.decode(SHAPE, (1, 3), 32)
+    assert "of the matrix rate" in bench.prefill(SHAPE, 64)
+    decode, prefill = bench.found["decode tiny, batch 3"], bench.found["prefill tiny"]
+    num_bytes = 2 * (SHAPE.num_weights + 3 * 32 * SHAPE.kv_numbers)
+    assert decode["share_of_copy"]["graph"] == pytest.approx(num_bytes / decode["graph_s"] / bench.copy_bytes_per_s)
+    assert prefill["share_of_matrix_rate"] > 0
+
+
+def test_the_same_shape_is_measured_in_transformers(bench: Bench) -> None:
+    bench.decode(SHAPE, (1,), 32)
+    assert "x ours" in bench.transformers(SHAPE, (1,), 8, num_tokens=2)
+
+
+def test_a_section_that_fails_says_so_and_ends_no_other() -> None:
+    said: list[str] = []
+
+    def fails() -> str:
+        raise RuntimeError("out of memory")
+
+    failed = run_sections([("first", fails), ("second", lambda: "fine")], said.append)
+    assert failed == {"first": "RuntimeError: out of memory"}
+    assert said[0].startswith("first: FAILED: RuntimeError: out of memory")
+    assert said[1].startswith("second: fine")
+
+
+def test_a_suite_that_fails_is_a_failure() -> None:
+    with pytest.raises(RuntimeError, match="not_there"):
+        suite(["tests/not_there.py"])
+
+
+def test_a_machine_without_a_card_is_told_so_in_one_line() -> None:
+    if look_for_cards().cards:
+        pytest.skip("this machine has a card: make gpu runs")
+    command = [sys.executable, "-m", "antiphon.apps.bench.card"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stdout.startswith("make gpu: this machine has no NVIDIA driver")
