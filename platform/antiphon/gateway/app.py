@@ -22,8 +22,8 @@ from antiphon.gateway.config import BoundPorts, GatewayConfig
 from antiphon.gateway.experts import GatewayExperts
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.grpc.servicer import GrpcDoor
+from antiphon.gateway.http.server import HttpServer
 from antiphon.gateway.openai.experts_routes import add_expert_routes
-from antiphon.gateway.openai.http_server import HttpServer
 from antiphon.gateway.openai.responses import add_response_routes
 from antiphon.gateway.openai.routes import make_app
 from antiphon.gateway.openai.text_routes import add_text_routes

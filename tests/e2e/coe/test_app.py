@@ -20,7 +20,7 @@ from antiphon.coe.training.train import Options, train
 from antiphon.core.document.composition import CompositionOfExperts, ExternalEndpoint
 from antiphon.core.errors import CheckpointInvalid
 from antiphon.gateway.config import BoundPorts
-from antiphon.gateway.openai.http_server import HttpServer
+from antiphon.gateway.http.server import HttpServer
 from antiphon.rpc.v1 import router_pb2 as pb
 from antiphon.rpc.v1 import router_pb2_grpc as stubs
 

@@ -33,7 +33,7 @@ from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.directory.memory import MemoryDirectory
 from antiphon.gateway.app import run_gateway
 from antiphon.gateway.config import BoundPorts, GatewayConfig
-from antiphon.gateway.openai.http_server import HttpServer
+from antiphon.gateway.http.server import HttpServer
 from antiphon.rpc.channels import open_part_channel
 from antiphon.rpc.directory.service import DirectoryServer
 from antiphon.rpc.v1 import inference_pb2, inference_pb2_grpc, router_pb2, router_pb2_grpc

@@ -31,8 +31,8 @@ from antiphon.directory.memory import MemoryDirectory, open_directory
 from antiphon.directory.workers import WorkerView
 from antiphon.gateway.auth import ApiKeys
 from antiphon.gateway.config import BoundPorts
+from antiphon.gateway.http.server import HttpServer
 from antiphon.gateway.openai.http_io import NotFound, RequestIds, error_response
-from antiphon.gateway.openai.http_server import HttpServer
 from antiphon.rpc.channels import ChannelLimits
 from antiphon.rpc.router.service import RouterServicer
 from antiphon.rpc.services import RpcServer

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from antiphon.gateway.http import server as http_server
 from antiphon.gateway.http.protocol import MAX_HEADER_BYTES, MAX_HEADERS, BoundedProtocol, max_connections
-from antiphon.gateway.openai import http_server
-from antiphon.gateway.openai.http_server import HttpServer
+from antiphon.gateway.http.server import HttpServer
 
 
 class Tight(BoundedProtocol):

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from antiphon.gateway.openai.http_server import HttpServer
+from antiphon.gateway.http.server import HttpServer
 
 
 async def test_answers_do_not_wait_for_the_clients_acknowledgement() -> None:
