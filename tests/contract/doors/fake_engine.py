@@ -104,9 +104,11 @@ class FakeEngine:
         max_queued: int = 8,
         step_s: float = 0.0005,
         script: Sequence[int] | None = None,
+        prepare: Callable[[Request], None] | None = None,
     ) -> None:
-        """``script``: every answer is these tokens, then the end."""
+        """``script``: every answer is these tokens, then the end; ``prepare``: what a worker does to requests with rules first."""
         self.script = script
+        self.prepare = prepare
         self.allowed = list(allowed)
         self.eos_token_id = eos_token_id
         self.eos_after = eos_after
@@ -205,7 +207,7 @@ class FakeWorker:
         self._server: RpcServer | None = None
 
     async def start(self) -> None:
-        self.servicer = EngineServicer(self.engine, loop=asyncio.get_running_loop())
+        self.servicer = EngineServicer(self.engine, loop=asyncio.get_running_loop(), prepare=self.engine.prepare)
         self.engine.on_steps = self.servicer.deliver
         self._server = RpcServer([self.servicer], host="127.0.0.1")
         await self._server.start()

@@ -15,6 +15,8 @@ import openai
 import pydantic
 import pytest
 
+from antiphon.core.errors import InvalidInput
+
 _spec = importlib.util.spec_from_file_location("doors_fake_engine", Path(__file__).with_name("fake_engine.py"))
 assert _spec is not None
 assert _spec.loader is not None
@@ -185,3 +187,22 @@ async def test_an_answer_that_was_begun_is_continued(tmp_path: Path) -> None:
         )
         assert "The capital" in prompt_of(world)
         assert not prompt_of(world).endswith("<|im_end|>\n")
+
+
+async def test_a_worker_prepares_a_grammar_before_its_engine_sees_the_request_and_may_refuse_it(tmp_path: Path) -> None:
+    prepared: list[Any] = []
+
+    def prepare(request: Any) -> None:
+        prepared.append(request.request_id)
+        if '"b"' in request.sampling.rules.grammar:
+            raise InvalidInput("the grammar does not compile here", "grammar")
+
+    async with answering(tmp_path, "</think>a", prepare=prepare) as (world, client):
+        answer = await client.chat.completions.create(model="tiny", messages=QUESTION, extra_body={"guided_choice": ["a"]})
+        assert answer.choices[0].message.content == "a"
+        assert prepared == [request.request_id for request in world.engine.requests]
+        with pytest.raises(openai.BadRequestError):
+            await client.chat.completions.create(model="tiny", messages=QUESTION, extra_body={"guided_choice": ["b"]})
+        assert len(world.engine.requests) == 1
+        await client.chat.completions.create(model="tiny", messages=QUESTION)
+        assert len(prepared) == 2

@@ -288,3 +288,11 @@ async def test_the_request_id_is_taken_over_and_returned(world: fake.World, clie
     assert raw.headers["x-request-id"] == "mine-1"
     assert raw.parse().id == "chatcmpl-mine-1"
     assert world.engine.requests[-1].request_id.startswith("mine-1/")
+
+
+async def test_an_echo_of_nothing_more_is_the_prompt(client: openai.AsyncOpenAI) -> None:
+    answer = await client.completions.create(model="tiny", prompt="The choir", max_tokens=0, echo=True)
+    assert answer.choices[0].text == "The choir"
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 0
