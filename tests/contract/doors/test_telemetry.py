@@ -129,11 +129,11 @@ async def test_without_tracing_the_callers_context_still_reaches_the_engine(worl
 
 async def test_what_a_door_refuses_is_counted_by_its_code(world: fake.World) -> None:
     async with httpx.AsyncClient(base_url=world.url) as http:
-        for refused in ({**BODY, "temperature": 9}, {**BODY, "nonsense": 1}, {**BODY, "messages": []}):
+        for refused in ({**BODY, "temperature": 9}, {**BODY, "audio": {}}, {**BODY, "messages": []}):
             assert (await http.post(CHAT, json=refused)).status_code == 400
         assert (await http.post(CHAT, content=b"{")).status_code == 400
     found = await metrics_of(world)
-    assert found["antiphon_requests_failed_total", "unknown_parameter"] == 1
+    assert found["antiphon_requests_failed_total", "unsupported_parameter"] == 1
     async with httpx.AsyncClient(base_url=world.url) as http:
         text = (await http.get("/metrics")).text
     lines = [line for line in text.splitlines() if line.startswith("antiphon_requests_failed_total{")]
