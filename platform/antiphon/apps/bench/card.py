@@ -132,7 +132,7 @@ class RandomCheckpoint:
         shape = self._shapes.get(key, self._norm)
         if len(shape) == 1:
             return torch.ones(shape, dtype=dtype, device=self._device)
-        made = torch.randn(shape, device=self._device, dtype=dtype) * shape[1] ** -0.5
+        made: torch.Tensor = torch.randn(shape, device=self._device, dtype=dtype) * shape[1] ** -0.5
         made = made if rows is None else made[rows[0] : rows[1]]
         return made if cols is None else made[:, cols[0] : cols[1]]
 
@@ -154,7 +154,7 @@ class Bench:
         """Median seconds of one run, by the card's events."""
         repeats = self.repeats if repeats is None else repeats
         run()
-        times = []
+        times: list[float] = []
         for _ in range(repeats):
             if self.device.type == "cuda":
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -246,7 +246,8 @@ class Bench:
 
         keep = {key: value for key, value in shape.config.items() if key not in ("architectures", "model_type", "torch_dtype")}
         with torch.device(self.device):
-            model: Any = LlamaForCausalLM(LlamaConfig(**keep)).to(torch.bfloat16).eval()
+            made: Any = LlamaForCausalLM(LlamaConfig(**keep))
+            model = made.to(torch.bfloat16).eval()
         lines = []
         for batch in batches:
             ids = torch.randint(1, shape.vocab, (batch, context), device=self.device)

@@ -14,18 +14,22 @@ SUITES = Path(__file__).parents[3] / "cards"
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("suite", "variable"),
-    [
-        ("test_values.py", "TRITON_INTERPRET"),
-        ("test_builds.py", ""),
-        ("test_step.py", "ANTIPHON_PRETEND_CARD"),
-        ("test_bench.py", "ANTIPHON_PRETEND_CARD"),
-    ],
-)
-def test_cards_paths_without_a_card(suite: str, variable: str, triton_path: list[str], tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*(p for p in sys.path if p), *triton_path])}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+@pytest.mark.parametrize(("suite", "variable"), [("test_values.py", "TRITON_INTERPRET"), ("test_builds.py", "")])
+def test_kernels_without_a_card(suite: str, variable: str, triton_path: list[str], tmp_path: Path) -> None:
+    passes(suite, variable, triton_path, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("suite", ["test_step.py", "test_bench.py"])
+def test_a_step_of_a_card_without_one(suite: str, tmp_path: Path) -> None:
+    passes(suite, "ANTIPHON_PRETEND_CARD", [], tmp_path)
+
+
+def passes(suite: str, variable: str, paths: list[str], folder: Path) -> None:
+    """The suite, in a process with ``variable`` set and ``paths`` to import from."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*(p for p in sys.path if p), *paths])}
+    environment |= {"TRITON_CACHE_DIR": str(folder), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     for name in ("TRITON_INTERPRET", "ANTIPHON_PRETEND_CARD"):
         environment.pop(name, None)
     if variable:
