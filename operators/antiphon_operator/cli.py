@@ -138,12 +138,11 @@ def fetch(
         result.write_text(str(error)[:MAX_TERMINATION_MESSAGE], encoding="utf-8")  # the condition repeats it
         raise
     found = sizes_in(into)
-    value = {
-        "digest": fetched.digest,
-        "sizeBytes": fetched.size_bytes,
-        "ffnBytes": found.ffn_bytes or 0,
-        "kvBytesPerToken": found.kv_bytes_per_token or 0,
-    }
+    value: dict[str, str | int] = {"digest": fetched.digest, "sizeBytes": fetched.size_bytes}
+    if found.ffn_bytes:
+        value["ffnBytes"] = found.ffn_bytes
+    if found.kv_bytes_per_token:
+        value["kvBytesPerToken"] = found.kv_bytes_per_token
     result.write_text(json.dumps(value), encoding="utf-8")
     typer.echo(f"{fetched.digest} {fetched.size_bytes} bytes")
 

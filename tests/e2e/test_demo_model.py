@@ -57,7 +57,7 @@ def test_reading_a_slice_of_one_tensor_reads_no_more(directory):
     checkpoint = Checkpoint.open(directory)
     name = "model.layers.7.mlp.gate_proj.weight"
     part = checkpoint.tensor(name, rows=(768, 1536))
-    assert checkpoint.bytes_read == 768 * 576 * 2 == part.nbytes
+    assert checkpoint.bytes_read == 768 * 576 * 4 == part.nbytes  # the file holds what Q4_1 stood for, exactly: fp32
     assert torch.equal(part, checkpoint.tensor(name)[768:])
 
 

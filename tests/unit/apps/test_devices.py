@@ -108,7 +108,7 @@ def test_serve_without_a_card_says_so_in_one_sentence_and_fails(tmp_path: Path) 
         check=False,
     )
     assert done.returncode == 1, done.stdout + done.stderr
-    errors = [line for line in done.stdout.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1, done.stdout
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, done.stdout + done.stderr
     assert "LLMDeployment/demo: spec.pools[0].resources.gpu: pool all asks for a card and " in errors[0]
     assert errors[0].endswith("with gpu: 0 it computes on the CPU")

@@ -88,10 +88,10 @@ def test_a_request_that_can_not_be_set_up_ends_alone(cluster: LocalCluster, monk
 
     made = model_runner.SamplingState
 
-    def fails(params: object, *rest: object) -> object:
+    def fails(params: object, *rest: object, **more: object) -> object:
         if getattr(params, "seed", 0) == 666:
             raise IndexError("no such token")
-        return made(params, *rest)  # type: ignore[arg-type]
+        return made(params, *rest, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(model_runner, "SamplingState", fails)
     cluster.submit([1, 2], request_id="bad", seed=666)

@@ -12,11 +12,13 @@ import socket
 
 import psutil
 
+from antiphon.apps.devices import deal
 from antiphon.apps.serve.deployment_set import Serving
 from antiphon.core.document.serving import EndpointSpec
 from antiphon.core.document.spec import LLMDeployment, parse_quantity
 from antiphon.core.errors import InvalidInput, Problem, SpecInvalid
 from antiphon.core.ids import Role
+from antiphon.device.driver import look_for_cards
 
 LEAST_FILES = 1024  # Ray, its workers' links and connections
 
@@ -25,8 +27,10 @@ def check(serving: Serving) -> None:
     """Everything that is known at once.
 
     Raises:
+        InvalidInput: a pool asks for a card that is not there.
         SpecInvalid: names every wrong field.
     """
+    deal(serving.deployments, look_for_cards)
     problems = [
         *_ports(serving.endpoint),
         *[problem for document in serving.deployments for problem in _checkpoint(document)],

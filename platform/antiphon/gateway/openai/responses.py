@@ -228,17 +228,16 @@ class ResponseWriter:
         place = {"output_index": block.index}
         inner = {"item_id": self._item(block)["id"], **place}
         kind, part, index = _EVENTS[block.kind]
+        logprobs: Json = {"logprobs": []} if block.kind == "text" else {}
         if change.what == "grow":
-            logprobs: Json = {"logprobs": []} if block.kind == "text" else {}
             return [{"type": f"{kind}.delta", **inner, **index, "delta": change.text, **logprobs}]
         if change.what == "open":
             begun = [{"type": "response.output_item.added", **place, "item": self._item(block, is_new=True)}]
             return begun if part is None else [*begun, {"type": f"{part}.added", **inner, **index, "part": _part(block, "")}]
-        ends: list[Json] = []
+        ends: list[Json]
         if block.kind == "call":
             ends = [{"type": f"{kind}.done", **inner, "name": block.name, "arguments": block.text}]
         else:
-            logprobs: Json = {"logprobs": []} if block.kind == "text" else {}
             ends = [
                 {"type": f"{kind}.done", **inner, **index, "text": block.text, **logprobs},
                 {"type": f"{part}.done", **inner, **index, "part": _part(block, block.text)},
