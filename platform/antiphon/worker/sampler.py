@@ -118,7 +118,7 @@ class SamplingState:
             out_V[forced] = kept if bool(torch.isfinite(kept)) else 0.0
         elif self._matcher is not None:
             # Inverted while it is small. On the processor by numpy: 49k values are enough for torch to wake its threads for.
-            barred = np.frombuffer(self._matcher.allowed(), dtype=np.uint8) ^ 0xFF
+            barred = np.frombuffer(self._matcher.allowed(), dtype=np.uint8) ^ np.uint8(0xFF)
             barred_V = np.unpackbits(barred, count=out_V.numel(), bitorder="little").view(np.bool_)
             if out_V.device.type == "cpu" and out_V.dtype is torch.float32:
                 np.copyto(out_V.numpy(), -np.inf, where=barred_V)
