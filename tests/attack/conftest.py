@@ -104,7 +104,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = yield
     if report.when == "call" or (report.when == "setup" and not report.passed):
         name = item.name.removeprefix("test_").replace("_", " ")
-        item.config.stash.setdefault(_RESULTS, []).append((name, report.outcome, report.duration))
+        outcome = "not set up" if report.when == "setup" and report.failed else report.outcome
+        item.config.stash.setdefault(_RESULTS, []).append((name, outcome, report.duration))
     return report
 
 
@@ -112,6 +113,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     results = config.stash.get(_RESULTS, [])
     if results:
         terminalreporter.section("attacks")
-        words = {"passed": "held", "failed": "GOT IN", "skipped": "not tried"}
+        words = {"passed": "held", "failed": "GOT IN", "skipped": "not tried", "not set up": "not tried"}
         for name, outcome, seconds in results:
             terminalreporter.write_line(f"{words[outcome]:>9}  {seconds:6.1f} s  {name}")

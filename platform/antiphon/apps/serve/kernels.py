@@ -5,29 +5,24 @@ Workers load what is built and go on without, several times slower; here somebod
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
-import antiphon
-from antiphon.native_build import cache_directory, find_compiler, library_path
+from antiphon.models.native.marker import COMPILERS, built_marker
+from antiphon.native_build import find_compiler
 
 _MODULE = "antiphon.models.native.library"
-_DIRECTORY = Path(antiphon.__file__).parent / "models" / "native"
-_COMPILERS = ("c++", "g++", "clang++")
 _BUILD_S = 600.0
 COST = "models run on torch alone, several times slower"
 
 
 def kernels_missing() -> str | None:
-    """Why there are no kernels yet, in words; None = they were built on this machine, or are turned off."""
-    if os.environ.get("ANTIPHON_NATIVE") == "0" or _marker().exists():
+    """Why there are no kernels yet, in words; None = they were built on this machine, came with the image, or are turned off."""
+    if os.environ.get("ANTIPHON_NATIVE") == "0" or os.environ.get("ANTIPHON_KERNELS") or built_marker().exists():
         return None
-    if find_compiler("CXX", _COMPILERS) is None:
+    if find_compiler("CXX", COMPILERS) is None:
         return "there is no C++ compiler (c++, g++ or clang++): install g++"
     return f"they are not built: python -m {_MODULE}"
 
@@ -36,7 +31,7 @@ def ensure_kernels(say: Callable[[str], None]) -> None:
     """Build the kernels unless they are; where they can't be, say what it costs and go on."""
     if kernels_missing() is None:
         return
-    if find_compiler("CXX", _COMPILERS) is None:
+    if find_compiler("CXX", COMPILERS) is None:
         say(f"No kernels, {COST}: {kernels_missing()}")
         return
     say("Building kernels for this processor: once, about half a minute")
@@ -51,15 +46,3 @@ def ensure_kernels(say: Callable[[str], None]) -> None:
         words = (done.stderr.strip() or done.stdout.strip()).splitlines()
         say(f"No kernels, {COST}: {words[-1][:300] if words else 'the build failed'}")
         return
-    marker = _marker()
-    marker.parent.mkdir(parents=True, exist_ok=True)
-    marker.touch()
-
-
-def _marker() -> Path:
-    """A file whose name changes with everything the built libraries depend on: torch need not be imported to know."""
-    compiler = find_compiler("CXX", _COMPILERS) or ""
-    digest = hashlib.sha256()
-    for source in sorted(_DIRECTORY.glob("*.cpp")):
-        digest.update(str(library_path(source, compiler, (importlib.metadata.version("torch"), sys.prefix))).encode())
-    return cache_directory() / f"built-{digest.hexdigest()[:16]}"

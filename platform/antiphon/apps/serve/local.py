@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
+import httpx
+
 from antiphon.apps.serve.deployment_set import Serving
 from antiphon.apps.serve.gateway_app import GatewayThread, RunGateway, port_facts, serving_config
 from antiphon.apps.serve.plan import GATEWAY, GATEWAY_CPU, PoolTemplate, ServeSettings, plan_serve
@@ -31,12 +33,14 @@ from antiphon.directory.lease import BlockingDirectory
 from antiphon.directory.memory import MemoryDirectory, open_directory
 from antiphon.gateway.config import BoundPorts
 from antiphon.rpc.directory.service import DirectoryServer
+from antiphon.transport.connect.address import join_host
 
 Say = Callable[[str], None]
 
 _APPLICATION = "antiphon"
 _LOOK_S = 5.0  # between two questions to Serve
 _HOSTING_DEADLINE_S = 10.0
+_READY_S = 2.0  # for the gateway to say whether it is ready
 
 
 class LocalDeployment(Protocol):
@@ -90,6 +94,7 @@ class DirectDeployment:
         self._supervisors: list[WorkerSupervisor] = []
         self._gateway: GatewayThread | None = None
         self._gateway_ready = False
+        self._answers = False  # the gateway has seen the workers in the directory
 
     @property
     def directory_address(self) -> str:
@@ -145,7 +150,10 @@ class DirectDeployment:
             bound = self._gateway.wait_open(0.0)
             EventLog(self._run_dir).write("ready", GATEWAY, pid=os.getpid(), facts=port_facts(bound))
             self._gateway_ready = True
-        return self._gateway_ready and all(s.status().state is SupervisorState.READY for s in self._supervisors)
+        if not self._gateway_ready or not all(s.status().state is SupervisorState.READY for s in self._supervisors):
+            return False
+        self._answers = self._answers or self._run_gateway is not None or _is_ready(self._gateway.wait_open(0.0))
+        return self._answers
 
     def close(self, *, graceful: bool = True) -> None:
         """See ``LocalDeployment``."""
@@ -165,6 +173,15 @@ class DirectDeployment:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _is_ready(bound: BoundPorts) -> bool:
+    """Whether a gateway of this machine would take requests now."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound.host, bound.host)  # noqa: S104 - asked, not listened on
+    try:
+        return httpx.get(f"http://{join_host(host, bound.http_port)}/ready", timeout=_READY_S, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 class RayDeployment:

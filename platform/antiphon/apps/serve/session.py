@@ -33,7 +33,7 @@ from antiphon.apps.serve.host import (
     sweep_run_dirs,
     take_key_back,
 )
-from antiphon.apps.serve.kernels import ensure_kernels
+from antiphon.apps.serve.kernels import ensure_kernels, kernels_missing
 from antiphon.apps.serve.local import DirectDeployment, RayDeployment, read_event_logs, running_of
 from antiphon.apps.serve.plan import GATEWAY, ServeSettings
 from antiphon.apps.serve.stop_signals import StopSignals
@@ -121,8 +121,9 @@ class ServeSession:
                 checkpoints[document.metadata.name] = str(resolve(model.uri, model.revision))
         self._serving = replace(self._serving, checkpoints=checkpoints)
         self._check_artifacts(step)
-        with self._event_log.timed("kernels"):
-            ensure_kernels(step)
+        if kernels_missing() is not None:
+            with self._event_log.timed("kernels"):
+                ensure_kernels(step)
         kind = RayDeployment if self._with_ray else DirectDeployment
         deployment = kind(self._serving, run_dir=self.run_dir, settings=settings)
         self._deployment = deployment

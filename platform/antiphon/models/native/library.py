@@ -21,13 +21,13 @@ import torch
 from antiphon.core.errors import Unavailable
 from antiphon.device.device import PRETENDS
 from antiphon.models.native.instruction_sets import InstructionSet, instruction_sets, newest_usable, processor_features
+from antiphon.models.native.marker import COMPILERS, built_marker
 from antiphon.native_build import build, compile_into, find_compiler, library_path
 
 logger = logging.getLogger(__name__)
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "experts.cpp", "halves.cpp", "sampling.cpp"))
 _IMAGE_TIMEOUT_S = 3600.0  # images for other machines are built under emulation, some thirty times as slow
-_COMPILERS = ("c++", "g++", "clang++")
 
 
 def _flags(machine: tuple[str, ...] = ("-march=native",)) -> list[str]:
@@ -46,10 +46,12 @@ def build_kernels() -> tuple[Path, ...]:
     Raises:
         Unavailable: there is no compiler, or it refuses.
     """
-    compiler = find_compiler("CXX", _COMPILERS)
+    compiler = find_compiler("CXX", COMPILERS)
     if compiler is None:
         raise Unavailable("no C++ compiler (c++, g++ or clang++) on PATH")
-    return tuple(build(source, compiler, _flags()) for source in _SOURCES)
+    libraries = tuple(build(source, compiler, _flags()) for source in _SOURCES)
+    built_marker().touch()
+    return libraries
 
 
 def build_for_image(directory: Path, wanted: tuple[InstructionSet, ...] | None = None) -> tuple[Path, ...]:
@@ -58,7 +60,7 @@ def build_for_image(directory: Path, wanted: tuple[InstructionSet, ...] | None =
     Raises:
         Unavailable: there is no compiler, or it refuses.
     """
-    compiler = find_compiler("CXX", _COMPILERS)
+    compiler = find_compiler("CXX", COMPILERS)
     if compiler is None:
         raise Unavailable("no C++ compiler (c++, g++ or clang++) on PATH")
     return tuple(
@@ -81,7 +83,7 @@ def _built() -> list[Path] | None:
             return None
         logger.info("kernels for %s", chosen.name)
         return [Path(carried) / chosen.name / f"lib{source.stem}.so" for source in _SOURCES]
-    compiler = find_compiler("CXX", _COMPILERS)
+    compiler = find_compiler("CXX", COMPILERS)
     return None if compiler is None else [library_path(source, compiler, _flags()) for source in _SOURCES]
 
 
