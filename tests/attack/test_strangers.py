@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -164,8 +165,9 @@ def test_the_data_doors_open_for_no_other_deployments_key(target: Target, scheme
             connect_proven(sock, address, time.monotonic() + DEADLINE_S, target.stranger)
         with connect(scheme, address) as sock:  # nor for who does not even try
             sock.sendall(encode_greeting(Greeting(hello=hello)))
-            sock.shutdown(socket.SHUT_WR)
-            assert sock.recv(1 << 16) == b""
+            with contextlib.suppress(ConnectionResetError):  # closed with what was sent unread
+                sock.shutdown(socket.SHUT_WR)
+                assert sock.recv(1 << 16) == b""
 
 
 def test_the_raw_stream_answers_no_stranger(target: Target, knock: Callable[[str], grpc.Channel]) -> None:

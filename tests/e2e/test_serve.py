@@ -218,7 +218,8 @@ def test_the_table_names_every_worker_with_its_role_and_weights(doors: Doors) ->
 
 def test_the_start_is_timed_by_stages(doors: Doors) -> None:
     assert re.search(
-        r"Ready \d+\.\d s after .*: checkpoint [\d.]+, Ray [\d.]+, Ray Serve [\d.]+, workers [\d.]+ \(", doors.serve.output
+        r"Ready \d+\.\d s after .*: checkpoint [\d.]+, (kernels [\d.]+, )?Ray [\d.]+, Ray Serve [\d.]+, workers [\d.]+ \(",
+        doors.serve.output,
     )
 
 
