@@ -81,10 +81,11 @@ def decoded(kind: str, token_ids: list[int], *, skip: bool) -> str:
     added = tokenizer.get_added_tokens_decoder()
     text, run = "", []
     for token_id in token_ids:
+        if token_id in added and skip and added[token_id].special:
+            continue  # the library leaves it out before it decodes, so that the bytes on its sides meet
         if token_id in added:
-            text += tokenizer.decode(run, skip_special_tokens=False)
+            text += tokenizer.decode(run, skip_special_tokens=False) + added[token_id].content
             run = []
-            text += "" if skip and added[token_id].special else added[token_id].content
         else:
             run.append(token_id)
     return text + str(tokenizer.decode(run, skip_special_tokens=False))
