@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from antiphon.models.native.marker import COMPILERS, built_marker
+from antiphon.models.kernel_marker import COMPILERS, built_marker
 from antiphon.native_build import find_compiler
 
 _MODULE = "antiphon.models.native.library"

@@ -1,6 +1,6 @@
 """Whether kernels were built on this machine, known without importing torch (control speed).
 
-``library`` leaves a file whose name changes with everything that the built libraries depend on.
+``native.library`` leaves a file whose name changes with everything that the built libraries depend on.
 """
 
 from __future__ import annotations
@@ -19,6 +19,6 @@ def built_marker() -> Path:
     """The file that is there once this machine's kernels are built."""
     compiler = find_compiler("CXX", COMPILERS) or ""
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.cpp")):
+    for source in sorted((Path(__file__).parent / "native").glob("*.cpp")):
         digest.update(str(library_path(source, compiler, (importlib.metadata.version("torch"), sys.prefix))).encode())
     return cache_directory() / f"built-{digest.hexdigest()[:16]}"
