@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -97,7 +98,7 @@ class Malformed(Exception):
     """What was read is no call."""
 
 
-class CallMachine:
+class CallMachine(ABC):
     """Reads one answer; a format's ``run`` is the reading. After ``finish`` nothing may be fed."""
 
     def __init__(self, tools: Sequence[Tool]) -> None:
@@ -111,9 +112,9 @@ class CallMachine:
         self._steps = self.run()
         next(self._steps)
 
+    @abstractmethod
     def run(self) -> Steps[None]:
         """The reading; never returns."""
-        raise NotImplementedError
 
     def feed(self, text: str) -> list[Part]:
         """What has become certain with ``text``."""
