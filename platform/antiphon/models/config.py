@@ -41,6 +41,8 @@ class AttentionConfig:
     qkv_clip: float | None = None  # bound on the magnitude of q, k and v before the rotation
     q_rank: int | None = None  # q = expand(norm(project(x))) over this many dimensions; None = one projection
     sliding_window: int | None = None  # tokens seen, the current one included; None = all
+    softcap: float | None = None  # c·tanh(score / c) on scores
+    has_sinks: bool = False  # a learned logit per head beside the scores, which takes a share of the softmax
 
     @property
     def planes(self) -> tuple[KVPlane, ...]:
@@ -144,6 +146,7 @@ class LayerNames:
     attention: str = "self_attn."
     q_norm: str = "q_norm"
     k_norm: str = "k_norm"
+    sinks: str = "sinks"
     q_expand: str = "q_b_proj"
     q_rank_norm: str = "q_a_layernorm"
     ffn: str = "mlp."  # of a dense FFN

@@ -45,6 +45,17 @@ YARN: dict[str, Any] = {
 DEEPSEEK: dict[str, Any] = {**SHAPE, **LATENT, "num_key_value_heads": 4, "n_routed_experts": 8, "moe_intermediate_size": 36}
 
 FAMILIES: dict[str, Callable[[], Any]] = {
+    "gemma2": lambda: hf.Gemma2ForCausalLM(
+        hf.Gemma2Config(
+            **SHAPE,
+            head_dim=24,
+            sliding_window=20,
+            query_pre_attn_scalar=40,
+            attn_logit_softcapping=1.5,
+            final_logit_softcapping=3.0,
+            attn_implementation="eager",  # the one that bounds scores
+        )
+    ),
     "gemma3": lambda: hf.Gemma3ForCausalLM(
         hf.Gemma3TextConfig(
             **{**SHAPE, "num_hidden_layers": 7},

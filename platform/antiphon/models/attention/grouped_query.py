@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 
+from antiphon.core.errors import UnsupportedModel
 from antiphon.device.device import is_card
 from antiphon.models.attention.kv_cache import KVCache
-from antiphon.models.attention.paged import AttentionBatch, paged_attention, prefill_attention
+from antiphon.models.attention.paged import AttentionBatch, Shaping, paged_attention, prefill_attention
 from antiphon.models.cards import kernels
 from antiphon.models.config import AttentionConfig, LayerConfig, NormKind
 from antiphon.models.layers.functional import Norm, RMSNorm, Rope, read_norm
@@ -57,6 +58,12 @@ class GroupedAttention:
             and config.qk_norm in ("none", "head")
             and (config.qk_norm == "none") == (self._head_norms[0] is None)
         )
+        self._sinks_N = weights.read(prefix + names.sinks, dtype=torch.float32) if config.has_sinks else None
+        self._shaping: Shaping | None = None
+        if config.softcap is not None or self._sinks_N is not None:
+            if is_card(weight.device):
+                raise UnsupportedModel("attention with bounded scores or sinks is not computed on a card yet", "softcap")
+            self._shaping = Shaping(softcap=config.softcap, sinks_N=self._sinks_N)
         self._native = (
             available()
             and weight.device.type == "cpu"
@@ -64,7 +71,8 @@ class GroupedAttention:
             and all(w is None or w.dtype is weight.dtype for w in self._head_norms)
         )
         self._card = kernels() if rotates_whole_rows and is_card(weight.device) else None
-        self._tiles = self._native and self._qkv.tiles is not None and config.head_dim % _TILE_DIMS == 0
+        # The matrix units' attention does not shape scores: such layers take the decode kernel and, for chunks, torch.
+        self._tiles = self._native and self._qkv.tiles is not None and config.head_dim % _TILE_DIMS == 0 and self._shaping is None
 
     @property
     def first_weight(self) -> torch.Tensor | None:
@@ -124,7 +132,7 @@ class GroupedAttention:
         k_TKH = self._rope.rotate(k_TKH, tables)
         cache.write(layer, batch.slots_T, (k_TKH, v_TKH))
         k_cache, v_cache = cache.planes[layer]
-        out_TNH = paged_attention(q_TNH, k_cache, v_cache, batch, c.scale, c.sliding_window)
+        out_TNH = paged_attention(q_TNH, k_cache, v_cache, batch, c.scale, c.sliding_window, self._shaping)
         return self._out(out_TNH.reshape(num_rows, c.num_heads * c.head_dim))
 
     def _attend_natively(self, x_TD: torch.Tensor, batch: AttentionBatch, layer: int, cache: KVCache) -> torch.Tensor:
@@ -152,11 +160,13 @@ class GroupedAttention:
                 kernels.decode_attention(
                     *(qkv[:num_decodes], k_cache, v_cache, batch.decode_blocks_BM, batch.decode_lens_B),
                     *(batch.block_size_tokens, c.num_heads, c.scale, c.sliding_window or 0),
+                    *(0.0 if c.softcap is None else c.softcap, self._sinks_N),
                 )
             )
         if batch.chunks:
             q_TNH = qkv[:, : c.num_heads * c.head_dim].reshape(-1, c.num_heads, c.head_dim)
             parts += [
-                prefill_attention(q_TNH, k_cache, v_cache, chunk, c.scale, c.sliding_window).flatten(1) for chunk in batch.chunks
+                prefill_attention(q_TNH, k_cache, v_cache, chunk, c.scale, c.sliding_window, self._shaping).flatten(1)
+                for chunk in batch.chunks
             ]
         return self._out(parts[0] if len(parts) == 1 else torch.cat(parts))

@@ -2,7 +2,8 @@
 
 Rows are ordered decodes first (one row a request), then prefill chunks. Query heads that share a KV head are grouped as extra
 queries: torch's own grouped attention is several times slower on CPUs in bf16.
-K and V may differ in head dim, and V may be a view of K's cache (latent attention).
+K and V may differ in head dim, and V may be a view of K's cache (latent attention). Scores that are bounded, or that share their
+softmax with a learned logit, are worked out whole, some rows at a time (``Shaping``).
 Legend: T rows, N query heads, K KV heads, G = N/K, H head dim, V of values, B decoding requests, C context.
 """
 
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from antiphon.models.cards import kernels
+
+_ROWS = 256  # of a chunk whose scores are held at once, where they are worked out whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +32,26 @@ class Chunk:
     def num_past(self) -> int:
         """Context tokens before the chunk's first row."""
         return self.context_slots.numel() - self.num_rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shaping:
+    """What some models do with scores before and within the softmax."""
+
+    softcap: float | None = None  # scores become c·tanh(score / c) (Gemma 2, arXiv 2408.00118 §2)
+    sinks_N: torch.Tensor | None = None  # fp32: a logit per head that takes its share and gives no value (gpt-oss)
+
+    def weights(self, scores: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Softmax of fp32 scores [..., N, rows, C] without what ``hidden`` (broadcast over them) hides; changes the scores."""
+        if self.softcap is not None:
+            scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        scores.masked_fill_(hidden, float("-inf"))
+        if self.sinks_N is None:
+            return torch.softmax(scores, dim=-1)
+        sinks_N11 = self.sinks_N[:, None, None]
+        best = torch.maximum(scores.amax(dim=-1, keepdim=True), sinks_N11)
+        scores = scores.sub_(best).exp_()
+        return scores.div_(scores.sum(dim=-1, keepdim=True) + torch.exp(sinks_N11 - best))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +111,7 @@ def paged_attention(
     batch: AttentionBatch,
     scale: float,
     sliding_window: int | None,
+    shaping: Shaping | None = None,
 ) -> torch.Tensor:
     """Attention of every row over its own context, whose K and V are in the cache already. [T, N, H]."""
     if batch.card is not None:
@@ -95,8 +119,8 @@ def paged_attention(
     parts = []
     if batch.decode_slots_BC is not None and batch.decode_lens_B is not None:
         q_BNH = q_TNH[: batch.num_decodes]
-        parts.append(_decode(q_BNH, k_cache, v_cache, batch.decode_slots_BC, batch.decode_lens_B, scale, sliding_window))
-    parts += [prefill_attention(q_TNH, k_cache, v_cache, chunk, scale, sliding_window) for chunk in batch.chunks]
+        parts.append(_decode(q_BNH, k_cache, v_cache, batch.decode_slots_BC, batch.decode_lens_B, scale, sliding_window, shaping))
+    parts += [prefill_attention(q_TNH, k_cache, v_cache, chunk, scale, sliding_window, shaping) for chunk in batch.chunks]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -134,6 +158,7 @@ def _decode(
     lens_B: torch.Tensor,
     scale: float,
     sliding_window: int | None,
+    shaping: Shaping | None,
 ) -> torch.Tensor:
     num_requests, num_heads, _ = q_BNH.shape
     num_kv_heads = k_cache.shape[1]
@@ -145,20 +170,59 @@ def _decode(
     hidden_BC = columns_C >= lens_B[:, None]
     if sliding_window is not None:
         hidden_BC |= columns_C < lens_B[:, None] - sliding_window
-    scores.masked_fill_(hidden_BC[:, None, None, :], float("-inf"))
-    out = torch.matmul(torch.softmax(scores, dim=-1).to(q_BNH.dtype), v_BKCH)
+    if shaping is None:
+        weights = torch.softmax(scores.masked_fill_(hidden_BC[:, None, None, :], float("-inf")), dim=-1)
+    else:
+        by_head = scores.view(num_requests, num_heads, 1, -1)
+        weights = shaping.weights(by_head, hidden_BC[:, None, None, :]).view(scores.shape)
+    out = torch.matmul(weights.to(q_BNH.dtype), v_BKCH)
     return out.reshape(num_requests, num_heads, -1)
 
 
 def prefill_attention(
-    q_TNH: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, chunk: Chunk, scale: float, sliding_window: int | None
+    q_TNH: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    chunk: Chunk,
+    scale: float,
+    sliding_window: int | None,
+    shaping: Shaping | None = None,
 ) -> torch.Tensor:
     """Causal attention of one chunk among the rows of q_TNH over its paged context. [chunk's rows, N, H]."""
     q_TNH = q_TNH[chunk.first_row : chunk.first_row + chunk.num_rows]
     num_groups = q_TNH.shape[1] // k_cache.shape[1]
     k_CNH = k_cache[chunk.context_slots].repeat_interleave(num_groups, dim=1)
     v_CNH = v_cache[chunk.context_slots].repeat_interleave(num_groups, dim=1)
+    if shaping is not None:
+        return _shaped_attention(q_TNH, k_CNH, v_CNH, chunk, scale, sliding_window, shaping)
     return chunk_attention(q_TNH, k_CNH, v_CNH, chunk, scale, sliding_window)
+
+
+def _shaped_attention(
+    q_TNH: torch.Tensor,
+    k_CNH: torch.Tensor,
+    v_CNV: torch.Tensor,
+    chunk: Chunk,
+    scale: float,
+    sliding_window: int | None,
+    shaping: Shaping,
+) -> torch.Tensor:
+    """``chunk_attention`` with shaped scores, over only the context that some row of a run of rows sees."""
+    q_NTH, k_NHC, v_NCV = q_TNH.transpose(0, 1), k_CNH.permute(1, 2, 0), v_CNV.transpose(0, 1)
+    parts = []
+    for first in range(0, chunk.num_rows, _ROWS):
+        last = min(first + _ROWS, chunk.num_rows)
+        low = 0 if sliding_window is None else max(0, chunk.num_past + first - sliding_window + 1)
+        high = chunk.num_past + last
+        rows_T = torch.arange(chunk.num_past + first, high, device=q_TNH.device)[:, None]
+        columns_C = torch.arange(low, high, device=q_TNH.device)
+        hidden_TC = columns_C > rows_T
+        if sliding_window is not None:
+            hidden_TC |= columns_C <= rows_T - sliding_window
+        scores = torch.matmul(q_NTH[:, first:last], k_NHC[:, :, low:high]).float().mul_(scale)
+        parts.append(torch.matmul(shaping.weights(scores, hidden_TC).to(q_TNH.dtype), v_NCV[:, low:high]))
+    out_NTV = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return out_NTV.transpose(0, 1)
 
 
 def chunk_attention(

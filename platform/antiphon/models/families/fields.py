@@ -124,6 +124,12 @@ def refuse(raw: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
             raise UnsupportedModel(f"{key} = {found!r} is not supported (only {value!r})", key)
 
 
+def optional_number(raw: Mapping[str, Any], key: str) -> float | None:
+    """A number, or None where the field is absent or null."""
+    value = raw.get(key)
+    return None if value is None else float(value)
+
+
 def eos_ids(raw: Mapping[str, Any]) -> tuple[int, ...]:
     """End-of-sequence ids, which configs give as one id, several or none."""
     eos = raw.get("eos_token_id")

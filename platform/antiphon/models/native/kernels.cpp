@@ -154,10 +154,12 @@ void rope_and_cache(const Tensor& qkv, const Tensor& cos, const Tensor& sin, con
 }
 
 // One query row per request: q is the leading N heads of qkv_BWH (W = N+2K heads) over blocks_BM (int32, M blocks a row) with
-// lens_B tokens of context; window <= 0 sees all of it. Returns [B, N*H].
+// lens_B tokens of context; window <= 0 sees all of it. Scores are bounded to cap * tanh(score / cap) where cap > 0; sinks_N are
+// logits beside the scores that take a share of the softmax and give no value. Returns [B, N*H].
 template <typename T>
 void decode_task(const T* q, int64_t groups, int64_t h, const T* k_cache, const T* v_cache, int64_t stride, const int32_t* blocks,
-                 int64_t block_size, int64_t first, int64_t len, float scale, T* out, std::vector<float>& scratch) {
+                 int64_t block_size, int64_t first, int64_t len, float scale, float cap, const float* sinks, T* out,
+                 std::vector<float>& scratch) {
   const int64_t span = len - first;
   scratch.resize(groups * (span + 2 * h) + h);
   float* scores = scratch.data();             // [G, span]
@@ -186,12 +188,19 @@ void decode_task(const T* q, int64_t groups, int64_t h, const T* k_cache, const 
   }
   for (int64_t g = 0; g < groups; ++g) {
     float* s = scores + g * span;
-    float best = s[0];
+    if (cap > 0.0f) {
+#pragma omp simd
+      for (int64_t c = 0; c < span; ++c) {
+        const float x = s[c] / cap, e = exp_negative(-2.0f * std::fabs(x));
+        s[c] = std::copysign(cap * ((1.0f - e) / (1.0f + e)), x);
+      }
+    }
+    float best = sinks != nullptr ? std::max(s[0], sinks[g]) : s[0];
 #pragma omp simd reduction(max : best)
     for (int64_t c = 0; c < span; ++c) {
       best = s[c] > best ? s[c] : best;
     }
-    float sum = 0.0f;
+    float sum = sinks != nullptr ? exp_negative(sinks[g] - best) : 0.0f;
 #pragma omp simd reduction(+ : sum)
     for (int64_t c = 0; c < span; ++c) {
       s[c] = exp_negative(s[c] - best);
@@ -224,11 +233,14 @@ void decode_task(const T* q, int64_t groups, int64_t h, const T* k_cache, const 
 }
 
 Tensor decode_attention(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache, const Tensor& blocks, const Tensor& lens,
-                        int64_t block_size, int64_t num_heads, double scale, int64_t window) {
+                        int64_t block_size, int64_t num_heads, double scale, int64_t window, double cap,
+                        const std::optional<Tensor>& sinks) {
   const int64_t kv_heads = k_cache.size(1), h = k_cache.size(2), groups = num_heads / kv_heads;
   const int64_t batch = lens.numel(), width = qkv.numel() / std::max<int64_t>(batch, 1);
   TORCH_CHECK(qkv.is_contiguous() && k_cache.is_contiguous() && v_cache.is_contiguous() && blocks.is_contiguous());
   TORCH_CHECK(width >= num_heads * h && num_heads % kv_heads == 0 && blocks.size(0) == batch);
+  TORCH_CHECK(!sinks.has_value() || (sinks->is_contiguous() && sinks->scalar_type() == at::kFloat && sinks->numel() == num_heads));
+  const float* sink = sinks.has_value() ? sinks->const_data_ptr<float>() : nullptr;
   Tensor out = at::empty({batch, num_heads * h}, qkv.options());
   const int32_t* table = blocks.const_data_ptr<int32_t>();
   const int64_t* len = lens.const_data_ptr<int64_t>();
@@ -241,7 +253,7 @@ Tensor decode_attention(const Tensor& qkv, const Tensor& k_cache, const Tensor& 
         const int64_t first = window > 0 ? std::max<int64_t>(0, len[b] - window) : 0;
         decode_task(data<T>(qkv) + b * width + k * groups * h, groups, h, data<T>(k_cache) + k * h, data<T>(v_cache) + k * h,
                     kv_heads * h, table + b * blocks.size(1), block_size, first, len[b], static_cast<float>(scale),
-                    data<T>(out) + (b * num_heads + k * groups) * h, scratch);
+                    static_cast<float>(cap), sink == nullptr ? nullptr : sink + k * groups, data<T>(out) + (b * num_heads + k * groups) * h, scratch);
       }
     });
   });
@@ -331,7 +343,7 @@ Tensor attend_decode(const Tensor& x, const Tensor& input_norm, const Tensor& qk
                      const Tensor& out_weight, const std::optional<Tensor>& out_bias, const Tensor& ffn_norm, double eps) {
   const Tensor qkv = packed_linear(rms_norm(x, input_norm, eps, 0.0), qkv_weight, qkv_bias);
   rope_and_cache(qkv, cos, sin, positions, slots, k_cache, v_cache, num_heads, q_norm, k_norm, eps, 0.0);
-  const Tensor seen = decode_attention(qkv, k_cache, v_cache, blocks, lens, block_size, num_heads, scale, window);
+  const Tensor seen = decode_attention(qkv, k_cache, v_cache, blocks, lens, block_size, num_heads, scale, window, 0.0, std::nullopt);
   return add_rms_norm(x, packed_linear(seen, out_weight, out_bias), ffn_norm, eps, 0.0);
 }
 
@@ -351,7 +363,7 @@ TORCH_LIBRARY(antiphon, m) {
       "int num_heads, Tensor? q_norm, Tensor? k_norm, float eps, float shift) -> ()");
   m.def(
       "decode_attention(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor blocks, Tensor lens, int block_size, int num_heads, "
-      "float scale, int window) -> Tensor");
+      "float scale, int window, float cap=0.0, Tensor? sinks=None) -> Tensor");
   m.def("silu_mul(Tensor gate_up) -> Tensor");
   m.def("read_all(Tensor memory) -> int");
   m.def("pin_threads(int[] cores, bool share) -> int", &pin_threads);

@@ -111,6 +111,11 @@ DEEPSEEK_V2 |= {"n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_
 QWEN3 = {"hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128}
 QWEN3 |= {"moe_intermediate_size": 1536, "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936}
 
+GEMMA2_9B = {"hidden_size": 3584, "num_hidden_layers": 42, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256}
+GEMMA2_9B |= {"intermediate_size": 14336, "query_pre_attn_scalar": 256}
+GEMMA2_27B = {"hidden_size": 4608, "num_hidden_layers": 46, "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128}
+GEMMA2_27B |= {"intermediate_size": 36864, "query_pre_attn_scalar": 144}
+
 MODELS: dict[str, tuple[Mapping[str, Any], float, float]] = {  # config; parameters and activated parameters in billions
     "Step-3, text": (STEP3, 316.0, 38.0),
     "Step-3, the text of a published checkpoint": (STEP3_VL, 316.0, 38.0),
@@ -121,6 +126,10 @@ MODELS: dict[str, tuple[Mapping[str, Any], float, float]] = {  # config; paramet
     "dots.llm1": (of("Dots1ForCausalLM", hf.Dots1Config(**DOTS1)), 142.0, 14.0),
     "Phi-3.5-MoE": (of("PhimoeForCausalLM", hf.PhimoeConfig()), 41.9, 6.6),
     "Qwen3-235B-A22B": (of("Qwen3MoeForCausalLM", hf.Qwen3MoeConfig(**QWEN3)), 235.0, 22.0),
+    # arXiv 2408.00118, table 2: embedding and other parameters.
+    "Gemma 2 2B": (of("Gemma2ForCausalLM", hf.Gemma2Config()), 0.590 + 2.024, 0.590 + 2.024),
+    "Gemma 2 9B": (of("Gemma2ForCausalLM", hf.Gemma2Config(**GEMMA2_9B)), 0.918 + 8.324, 0.918 + 8.324),
+    "Gemma 2 27B": (of("Gemma2ForCausalLM", hf.Gemma2Config(**GEMMA2_27B)), 1.180 + 26.047, 1.180 + 26.047),
     "Mixtral 8x7B": (of("MixtralForCausalLM", hf.MixtralConfig()), 46.7, 12.9),
 }
 

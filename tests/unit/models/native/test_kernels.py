@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from antiphon.core.errors import Unavailable
-from antiphon.models.attention.paged import AttentionBatch, paged_attention
+from antiphon.models.attention.paged import AttentionBatch, Shaping, paged_attention
 from antiphon.models.layers.functional import Rope
 from antiphon.models.layers.rope_config import RopeConfig
 from antiphon.models.native.library import available, build_kernels
@@ -115,3 +115,24 @@ def test_a_row_s_attention_does_not_depend_on_its_batch(dtype: torch.dtype) -> N
         one = slice(row, row + 1)
         alone = torch.ops.antiphon.decode_attention(qkv[one], *caches, tables[one], lens[one], BLOCK, 4, 0.25, 0)
         assert torch.equal(alone, together[one])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize(("cap", "has_sinks"), [(1.5, False), (None, True), (1.5, True)])
+def test_decodes_with_bounded_scores_and_sinks_equal_the_reference(
+    dtype: torch.dtype, tolerance: float, cap: float | None, has_sinks: bool
+) -> None:
+    torch.manual_seed(2)
+    lens = torch.tensor([9, 33, 20])
+    tables = torch.randperm(27).view(3, 9).to(torch.int32)
+    caches = [torch.randn(27 * BLOCK, 2, 16).to(dtype) for _ in range(2)]
+    qkv = (torch.randn(3, 8 * 16) * 3).to(dtype)
+    sinks = torch.randn(4) * 3 if has_sinks else None
+    got = torch.ops.antiphon.decode_attention(qkv, *caches, tables, lens, BLOCK, 4, 0.25, 12, cap or 0.0, sinks)
+    batch = AttentionBatch(
+        positions_T=lens - 1, slots_T=lens, block_size_tokens=BLOCK, decode_blocks_BM=tables, decode_lens_B=lens, chunks=()
+    )
+    q_BNH = qkv[:, :64].view(3, 4, 16).float()
+    shaping = Shaping(softcap=cap, sinks_N=sinks)
+    expected = paged_attention(q_BNH, *(cache.float() for cache in caches), batch, 0.25, 12, shaping)
+    torch.testing.assert_close(got.float(), expected.reshape(3, -1), atol=4 * tolerance, rtol=4 * tolerance)
