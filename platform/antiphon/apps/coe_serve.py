@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from pydantic import Field, ValidationError, field_validator
 from ray import serve
@@ -22,7 +23,7 @@ from antiphon.coe.serving.app import CoeConfig, run_coe
 from antiphon.core.document.composition import CompositionOfExperts, ExternalEndpoint
 from antiphon.core.document.part import Model
 from antiphon.core.errors import InvalidInput, Unavailable
-from antiphon.gateway.auth import keys_from
+from antiphon.gateway.access.keys import keys_from
 
 ROUTER = "router"  # Serve name of the deployment
 ROUTER_CPU = 0.1  # what Ray reserves for a replica; a decision takes well under a millisecond
@@ -41,6 +42,7 @@ class CoeArgs(Model):
     http_port: int | None = Field(default=8100, ge=0, le=65_535, description="HTTP; 0 = any free port, None = no HTTP.")
     grpc_port: int = Field(default=9100, ge=0, le=65_535, description="gRPC; 0 = any free port.")
     api_keys_env: str | None = Field(default=None, description="Environment variable with the accepted API keys; None = open.")
+    api_keys_file: str | None = Field(default=None, description="File of hashed API keys; None = none.")
     start_timeout_s: float = Field(default=120.0, gt=0, le=3600, strict=False, description="Deadline of a replica's start.")
 
     @field_validator("documents", mode="before")
@@ -78,6 +80,7 @@ class CoeArgs(Model):
             http_port=self.http_port,
             grpc_port=self.grpc_port,
             api_keys=self.api_keys(),
+            api_keys_file=None if self.api_keys_file is None else Path(self.api_keys_file),
             reuse_port=self.num_replicas > 1 and not self.registers,  # a registered one is asked by its own address
         )
 

@@ -136,7 +136,6 @@ def application_of(serving: Serving, settings: ServeSettings, run_dirs: Mapping[
             registers=True,
             http_port=None,
             grpc_port=0,
-            api_keys_env=serving.endpoint.api_keys_env,
             start_timeout_s=settings.start_timeout_s,
         )
         others.append(router_deployment(args))

@@ -40,6 +40,7 @@ VERBS = {
     "bench": Verb(module="bench", help="Measure transports, prefill, decode and mixed load."),
     "plan": Verb(module="plan", help="Plan pools: cost, attention:FFN ratio, verdict, simulation."),
     "coe": Verb(module="coe", help="Composition of experts: train, evaluate, route."),
+    "keys": Verb(module="keys", help="Make API keys, and the hashed lines that a key file holds."),
     "k8s": Verb(module="k8s", help="A deployment on a cluster: its tree, why it is not ready, logs, a port to it."),
     "doctor": Verb(module="doctor", help="Check this machine and cluster for what Antiphon needs."),
 }

@@ -238,6 +238,7 @@ def serve(
     http_port: Annotated[int, typer.Option(help="HTTP; 0 = any free port.")] = 8100,
     grpc_port: Annotated[int, typer.Option(help="gRPC; 0 = any free port.")] = 9100,
     api_keys_env: Annotated[str | None, typer.Option(help="Environment variable with the accepted API keys.")] = None,
+    api_keys_file: Annotated[Path | None, typer.Option(help="File of hashed API keys (antiphon keys).")] = None,
 ) -> None:
     """Serve the router: with doors of its own over experts elsewhere, or for gateways that find it in a directory."""
     import asyncio
@@ -248,7 +249,7 @@ def serve(
     from antiphon.core.document.composition import CompositionOfExperts, ExternalEndpoint
     from antiphon.core.document.loading import read_documents
     from antiphon.core.errors import InvalidInput, Unavailable
-    from antiphon.gateway.auth import keys_from
+    from antiphon.gateway.access.keys import keys_from
     from antiphon.gateway.config import BoundPorts
 
     documents = tuple(d for d in read_documents(file) if isinstance(d, CompositionOfExperts))
@@ -280,6 +281,7 @@ def serve(
         http_port=http_port,
         grpc_port=grpc_port,
         api_keys=keys,
+        api_keys_file=api_keys_file,
     )
 
     def opened(ports: BoundPorts) -> None:

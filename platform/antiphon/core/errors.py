@@ -7,6 +7,7 @@ AntiphonError                       http  grpc                 retryable
 │   ├── UnknownModel                404   NOT_FOUND            no
 │   └── UnsupportedModel            400   INVALID_ARGUMENT     no
 ├── Unauthenticated                 401   UNAUTHENTICATED      no
+├── PermissionDenied                403   PERMISSION_DENIED    no
 ├── Overloaded(retry_after_s)       429   RESOURCE_EXHAUSTED   yes
 ├── Cancelled                       499   CANCELLED            no
 ├── DeadlineExceeded                504   DEADLINE_EXCEEDED    no
@@ -116,6 +117,14 @@ class Unauthenticated(AntiphonError):
     code = "invalid_api_key"
     http_status = 401
     grpc_status = "UNAUTHENTICATED"
+
+
+class PermissionDenied(AntiphonError):
+    """The caller's key is good, but not for this."""
+
+    code = "permission_denied"
+    http_status = 403
+    grpc_status = "PERMISSION_DENIED"
 
 
 class Overloaded(AntiphonError):

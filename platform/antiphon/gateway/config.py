@@ -22,7 +22,9 @@ class GatewayConfig:
     http_port: int = 8000  # 0 = any free port
     grpc_port: int = 9000  # 0 = any free port
     reuse_port: bool = False  # several gateways of one machine share the ports
-    api_keys: frozenset[str] = field(default_factory=frozenset)  # empty = open
+    api_keys: frozenset[str] = field(default_factory=frozenset)  # plain; neither these nor a file = open
+    api_keys_file: Path | None = None  # hashed, with names and scopes; looked at again when it changes
+    metrics_access: Literal["open", "admin"] = "open"  # who may read /metrics
     shared_cache_models: frozenset[str] = field(default_factory=frozenset)  # prefix cache shared by all keys
     control_marker_models: frozenset[str] = field(default_factory=frozenset)  # markers in messages become control tokens
     plain_sampling_models: frozenset[str] = field(default_factory=frozenset)  # whose generation_config.json decides nothing

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from antiphon.core.errors import AntiphonError, InvalidInput, Unavailable
 from antiphon.core.ids import Epoch, Role, WorkerId
 from antiphon.core.worker_info import WorkerInfo
-from antiphon.gateway.auth import ApiKeys
+from antiphon.gateway.access.keys import ApiKeys
 from antiphon.rpc.experts import AsyncExpertsCalls, ExpertLoad, PlaceStep, RebalanceWish
 from antiphon.telemetry import CallbackOptions, Observation, Telemetry, semconv
 
@@ -106,13 +106,13 @@ class GatewayExperts:
 
     async def expert_load(self, deployment: str, metadata: Mapping[str, str]) -> ExpertLoad:
         """See ``ExpertsPort``; asks the workers now."""
-        self._keys.check(metadata.get("authorization"))
+        self._keys.check(metadata.get("authorization"), admin=True)
         await self.refresh()
         return self.load(deployment)
 
     async def rebalance(self, wish: RebalanceWish, metadata: Mapping[str, str]) -> str:
         """See ``ExpertsPort``."""
-        self._keys.check(metadata.get("authorization"))
+        self._keys.check(metadata.get("authorization"), admin=True)
         name = self._named(wish.deployment)
         ready = [i for i in self._workers() if i.deployment == name and i.role is Role.ATTENTION and i.ready and not i.draining]
         if not ready:

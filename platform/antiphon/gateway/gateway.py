@@ -13,7 +13,8 @@ from dataclasses import replace
 from antiphon import __version__
 from antiphon.core.errors import AntiphonError, InternalError, Unavailable, UnknownModel
 from antiphon.directory.workers import WorkerSource, WorkerView
-from antiphon.gateway.auth import ApiKeys, cache_salt
+from antiphon.gateway.access.key_file import KeyFile
+from antiphon.gateway.access.keys import ApiKeys, cache_salt
 from antiphon.gateway.compositions import ServedComposition
 from antiphon.gateway.config import GatewayConfig
 from antiphon.gateway.generation.generator import Generator
@@ -54,7 +55,8 @@ class Gateway:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
-        self.keys = ApiKeys(config.api_keys)
+        file = config.api_keys_file
+        self.keys = ApiKeys(config.api_keys, None if file is None else KeyFile(file))
         self.bodies = Bodies()
         self.models = models
         self.compositions: Mapping[str, ServedComposition] = {}  # by metadata.name; set once, before the doors open

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
+import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -24,10 +25,11 @@ from antiphon.core.errors import (
     Unavailable,
     UnknownModel,
 )
+from antiphon.gateway.access.key_lines import key_line
 from antiphon.rpc.channels import open_channel
 from antiphon.rpc.errors import error_from_call
+from antiphon.rpc.v1 import experts_pb2, experts_pb2_grpc, inference_pb2_grpc
 from antiphon.rpc.v1 import inference_pb2 as pb
-from antiphon.rpc.v1 import inference_pb2_grpc
 
 _spec = importlib.util.spec_from_file_location("doors_fake_engine", Path(__file__).with_name("fake_engine.py"))
 assert _spec is not None
@@ -274,6 +276,38 @@ async def test_keys_are_asked_for_where_they_are_configured(tmp_path: Path) -> N
         assert isinstance(await error_of(stub, request()), Unauthenticated)
         metadata = (("authorization", "Bearer secret"),)
         assert [response async for response in stub.Generate(request(), metadata=metadata)]
+
+
+async def test_a_users_key_asks_models_and_an_admins_sees_workers_too(tmp_path: Path) -> None:
+    lines = [key_line("a", "user", "a-users-key-of-random"), key_line("ops", "admin", "an-admins-key-of-random")]
+    (tmp_path / "keys").write_text("\n".join(map(str, lines)))
+    async with (
+        fake.world(tmp_path, gateway={"api_keys_file": tmp_path / "keys", "metrics_access": "admin"}) as world,
+        open_channel(world.grpc_address) as channel,
+        httpx.AsyncClient(base_url=world.url) as http,
+    ):
+        user = (("authorization", "Bearer a-users-key-of-random"),)
+        admin = (("authorization", "Bearer an-admins-key-of-random"),)
+        stub, experts = inference_pb2_grpc.InferenceStub(channel), experts_pb2_grpc.ExpertsStub(channel)
+        assert [response async for response in stub.Generate(request(), metadata=user)]
+        assert (await stub.ListModels(pb.ListModelsRequest(), metadata=user)).models
+        for call in (
+            stub.GetStatus(pb.GetStatusRequest(), metadata=user),
+            experts.GetExpertLoad(experts_pb2.GetExpertLoadRequest(), metadata=user),
+            experts.Rebalance(experts_pb2.RebalanceRequest(), metadata=user),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await call
+            assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        assert (await stub.GetStatus(pb.GetStatusRequest(), metadata=admin)).workers
+        for path, status in (("/v1/models", 200), ("/status", 403), ("/experts", 403), ("/metrics", 403)):
+            answer = await http.get(path, headers=dict(user))
+            assert answer.status_code == status, path
+            if status == 403:
+                assert answer.json()["error"]["code"] == "permission_denied"
+                assert (await http.get(path)).status_code == 401
+        for path in ("/status", "/metrics"):
+            assert (await http.get(path, headers=dict(admin))).status_code == 200
 
 
 async def test_health_and_reflection_are_served(channel: grpc.aio.Channel) -> None:

@@ -25,7 +25,7 @@ from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.core.ids import Endpoint, Epoch, Role, WorkerId
 from antiphon.core.worker_info import WorkerInfo
 from antiphon.directory.memory import MemoryDirectory
-from antiphon.gateway.auth import ApiKeys
+from antiphon.gateway.access.keys import ApiKeys
 
 SUMS = {"messages": [{"role": "user", "content": "add the numbers 31 and 12 (case 1-7)"}]}  # model-1 is good at these
 
@@ -275,4 +275,12 @@ async def test_keys_are_checked_and_large_bodies_refused(artifact: Artifact) -> 
         assert (await _ask(client)).status_code == 401
         assert (await _ask(client, headers={"authorization": "Bearer secret"})).status_code == 200
         assert (await client.post("/v1/route", json={"model": "coe/team"})).status_code == 401
-        assert (await _ask(client, padding="x" * 200_000)).status_code == 413
+        assert (await _ask(client, padding="x" * 200_000)).status_code == 401  # the key comes before the body
+        large = await _ask(client, headers={"authorization": "Bearer secret"}, padding="x" * 200_000)
+        assert large.status_code == 413
+
+        async def silent() -> AsyncIterator[bytes]:
+            raise AssertionError("the body was asked for")
+            yield b""
+
+        assert (await client.post("/v1/completions", content=silent())).status_code == 401

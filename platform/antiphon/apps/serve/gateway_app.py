@@ -92,6 +92,8 @@ def serving_config(serving: Serving, *, drain_s: float, routing: Routing = "here
         grpc_port=endpoint.grpc_port,
         reuse_port=endpoint.replicas > 1,
         api_keys=keys,
+        api_keys_file=None if endpoint.api_keys_file is None else Path(endpoint.api_keys_file),
+        metrics_access=endpoint.metrics_access,
         shared_cache_models=frozenset(d.model_name for d in serving.deployments if d.spec.cache.sharing == "deployment"),
         control_marker_models=frozenset(d.model_name for d in serving.deployments if d.spec.model.markers_in_messages == "control"),
         plain_sampling_models=frozenset(d.model_name for d in serving.deployments if d.spec.model.sampling_defaults == "none"),

@@ -296,5 +296,9 @@ def _await_view(client: Client, serving: Serving) -> None:
 
 
 def _api_key(serving: Serving) -> str | None:
-    variable = serving.endpoint.api_keys_env
-    return None if variable is None else os.environ.get(variable, "").partition(",")[0].strip() or None
+    """What this process, whose deployment it is, comes in with."""
+    if serving.endpoint.api_keys_env is None and serving.endpoint.api_keys_file is None:
+        return None
+    from antiphon.gateway.access.keys import own_key
+
+    return own_key()

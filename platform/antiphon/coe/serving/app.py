@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
@@ -29,7 +30,8 @@ from antiphon.core.document.composition import CompositionOfExperts, ExternalEnd
 from antiphon.core.errors import AntiphonError, InvalidInput
 from antiphon.directory.memory import MemoryDirectory, open_directory
 from antiphon.directory.workers import WorkerView
-from antiphon.gateway.auth import ApiKeys
+from antiphon.gateway.access.key_file import KeyFile
+from antiphon.gateway.access.keys import ApiKeys
 from antiphon.gateway.config import BoundPorts
 from antiphon.gateway.http.server import HttpServer
 from antiphon.gateway.openai.http_io import NotFound, RequestIds, error_response
@@ -56,7 +58,8 @@ class CoeConfig:
     http_port: int | None = 8100  # 0 = any free port; None = no HTTP
     grpc_port: int = 9100  # 0 = any free port
     reuse_port: bool = False  # several routers of one machine share the ports
-    api_keys: frozenset[str] = field(default_factory=frozenset)  # empty = open
+    api_keys: frozenset[str] = field(default_factory=frozenset)  # plain; neither these nor a file = open
+    api_keys_file: Path | None = None  # hashed
     max_request_bytes: int = 4 * 2**20
     refresh_s: float = 0.5  # between looks for changed artifacts and experts
 
@@ -83,13 +86,15 @@ async def _run(config: CoeConfig, directory: Directory, stop: asyncio.Event, on_
         document.metadata.name: await asyncio.to_thread(_composition_of, document, config, view, directory, owner)
         for document in config.documents
     }
-    keys = ApiKeys(config.api_keys)
+    file = None if config.api_keys_file is None else KeyFile(config.api_keys_file, field="the router's API keys")
+    keys = ApiKeys(config.api_keys, file)
     door = CoeDoor(_alone(), compositions, keys=keys, max_request_bytes=config.max_request_bytes)
     http = None
     if config.http_port is not None:
         http = HttpServer(RequestIds(door), host=config.host, port=config.http_port, reuse_port=config.reuse_port)
     grpc = RpcServer(
-        [RouterServicer(CoeGrpcDoor(compositions, keys))],
+        # Who asks a registered router has proven to be a part of the deployment.
+        [RouterServicer(CoeGrpcDoor(compositions, ApiKeys() if config.registers else keys))],
         host=config.host,
         port=config.grpc_port,
         reuse_port=config.reuse_port,

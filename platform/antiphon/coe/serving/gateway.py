@@ -100,6 +100,5 @@ def _composition(document: CompositionOfExperts, gateway: Gateway, notes: Notes)
     if config.routing == "here":
         routes: Routes = WatchedRoutes(document, owner)
     else:
-        key = next(iter(sorted(config.api_keys)), None)
-        routes = RemoteRoutes(document, notes, avoided=lambda: health.avoided, api_key=key)
+        routes = RemoteRoutes(document, notes, avoided=lambda: health.avoided)
     return Composition(document, routes, health, notes)

@@ -45,7 +45,6 @@ class RemoteRoutes:
         document: the composition.
         notes: where replicas register.
         avoided: experts that this gateway can't reach now.
-        api_key: sent to the replicas; None = none.
         clock: monotonic seconds.
     """
 
@@ -55,14 +54,12 @@ class RemoteRoutes:
         notes: Notes,
         *,
         avoided: Callable[[], frozenset[str]],
-        api_key: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = document.model_name
         self._topic = routers_topic(document.metadata.name)
         self._notes = notes
         self._avoided = avoided
-        self._api_key = api_key
         self._clock = clock
         self._timeout_s = document.spec.router.timeout_s * _TIMEOUT_FACTOR
         self._alone = Router(document.spec, None, replica="gateway")
@@ -120,7 +117,7 @@ class RemoteRoutes:
             return  # those that are known may still be there
         wanted = set(found.values())
         for address in wanted - self._calls.keys():
-            self._calls[address] = RouterCalls(address, self._api_key)
+            self._calls[address] = RouterCalls(address)
         for address in self._calls.keys() - wanted:
             self._shunned.pop(address, None)
             task = asyncio.create_task(self._calls.pop(address).close())

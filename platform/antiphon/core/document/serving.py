@@ -39,6 +39,16 @@ class EndpointSpec(Model):
         description="Environment variable with the accepted API keys, comma-separated; None = open.",
         max_length=128,
     )
+    api_keys_file: str | None = Field(
+        default=None,
+        description="File of hashed API keys with tenant, scope and expiry (`antiphon keys`), e.g. of a mounted Secret; looked "
+        "at again when it changes.",
+        min_length=1,
+        max_length=4096,
+    )
+    metrics_access: Literal["open", "admin"] = Field(
+        default="open", description="Who may read /metrics: everybody, or keys of scope admin."
+    )
     max_request_bytes: int = Field(default=4_194_304, ge=1024, le=1 << 30, description="Largest request body.")
     default_deadline_s: float = Field(default=600.0, gt=0, le=86_400, description="Deadline of requests that bring none.")
     unknown_fields: Literal["refuse", "ignore"] = Field(

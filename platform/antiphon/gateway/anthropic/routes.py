@@ -24,8 +24,16 @@ from antiphon.gateway.text.folded import call_id
 
 Json = dict[str, Any]
 
-_KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 413: "request_too_large",
-          429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error"}  # fmt: skip
+_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 
 def add_message_routes(app: FastAPI, gateway: Gateway) -> None:

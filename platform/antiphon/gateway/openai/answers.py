@@ -18,8 +18,10 @@ Json = dict[str, Any]
 def error_body(error: AntiphonError) -> Json:
     """{"error": {...}} for any error of the tree."""
     status = error.http_status
-    if status in (401, 403):
+    if status == 401:
         kind = "authentication_error"
+    elif status == 403:
+        kind = "permission_error"
     elif status == 429:
         kind = "rate_limit_error"
     elif status < 500:

@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from antiphon import __version__
-from antiphon.core.errors import InvalidInput
+from antiphon.core.errors import AntiphonError, InvalidInput
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.generation.request import ChoiceDelta, Completed, GenerationRequest, Started
 from antiphon.gateway.http.manners import Manners
@@ -75,7 +75,8 @@ def make_app(gateway: Gateway) -> FastAPI:
 
     @app.get("/status")
     async def status(request: Request) -> Response:
-        return _guarded(gateway, request, lambda: status_body(gateway.status(request.query_params.get("deployment", ""))))
+        asked = request.query_params.get("deployment", "")
+        return _guarded(gateway, request, lambda: status_body(gateway.status(asked)), admin=True)
 
     @app.get("/health")
     async def health() -> Response:
@@ -88,16 +89,21 @@ def make_app(gateway: Gateway) -> FastAPI:
         return JSONResponse(body, status_code=200 if why is None else 503)
 
     @app.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
+        if gateway.config.metrics_access == "admin":
+            try:
+                gateway.keys.check(request.headers.get("authorization"), admin=True)
+            except AntiphonError as error:
+                return error_response(error)
         text = await asyncio.to_thread(gateway.telemetry.prometheus_text)
         return Response(text, media_type=CONTENT_TYPE)
 
     return app
 
 
-def _guarded(gateway: Gateway, request: Request, make: Any) -> Response:
+def _guarded(gateway: Gateway, request: Request, make: Any, *, admin: bool = False) -> Response:
     try:
-        gateway.keys.check(request.headers.get("authorization"))
+        gateway.keys.check(request.headers.get("authorization"), admin=admin)
         return JSONResponse(make())
     except Exception as error:  # noqa: BLE001 - the door: whatever happens, the client gets OpenAI's error shape
         return error_response(error)

@@ -18,10 +18,9 @@ from antiphon.rpc.v1.router_pb2_grpc import RouterStub
 class RouterCalls:
     """A connection to a router of this deployment at ``address`` (host:port); of one event loop. Raises errors of the tree."""
 
-    def __init__(self, address: str, api_key: str | None = None) -> None:
+    def __init__(self, address: str) -> None:
         self._channel = open_part_channel(address)
         self._stub: Any = RouterStub(self._channel)  # type: ignore[no-untyped-call]
-        self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
 
     async def route(self, request: pb.RouteRequest, timeout_s: float) -> pb.RouteDecision:
         """Decide."""
@@ -43,7 +42,7 @@ class RouterCalls:
 
     async def _call(self, method: Any, request: Any, timeout_s: float) -> Any:
         try:
-            return await method(request, timeout=timeout_s, metadata=self._metadata)
+            return await method(request, timeout=timeout_s)
         except grpc.RpcError as error:
             raise error_from_call(error) from error
         except grpc.aio.UsageError as error:  # grpc's word for a closed channel

@@ -14,7 +14,7 @@ from antiphon.coe.serving.doors.attempt import key_headers
 from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import CheckpointInvalid, Unavailable
-from antiphon.gateway.auth import ApiKeys, keys_from
+from antiphon.gateway.access.keys import ApiKeys, keys_from
 from antiphon_operator.fetch import digest_of, fetch
 from antiphon_operator.kube.resources import (
     CLAIM,

@@ -9,7 +9,7 @@ from antiphon.coe.serving.composition import Composition, explained
 from antiphon.coe.serving.wire import message_of, question_of
 from antiphon.core.document.composition import policy_named, split_model_name
 from antiphon.core.errors import InvalidInput, UnknownModel
-from antiphon.gateway.auth import ApiKeys
+from antiphon.gateway.access.keys import ApiKeys
 from antiphon.rpc.v1 import router_pb2 as pb
 
 

@@ -41,7 +41,7 @@ from antiphon.coe.serving.doors.question import question_of
 from antiphon.coe.serving.fallback import Fallback, Turn
 from antiphon.core.document.composition import Policy, policy_named, split_model_name
 from antiphon.core.errors import DeadlineExceeded, InvalidInput, Overloaded, Unavailable, UnknownModel
-from antiphon.gateway.auth import ApiKeys
+from antiphon.gateway.access.keys import ApiKeys
 from antiphon.gateway.http.bodies import RequestTooLarge
 from antiphon.gateway.openai.http_io import deadline_of, error_response
 
@@ -102,6 +102,7 @@ class CoeDoor:
     async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         try:
+            self._keys.check(request.headers.get("authorization"))  # before a byte of the body is read
             raw = await _read(request, self._max_bytes)
         except Exception as error:  # noqa: BLE001 - the door, as above
             await error_response(error)(scope, receive, send)
@@ -112,7 +113,6 @@ class CoeDoor:
             await self._inner(scope, replayed(raw, receive), send)
             return
         try:
-            self._keys.check(request.headers.get("authorization"))
             composition, policy = self._composition(*named)
             deadline_s = deadline_of(request)
             question = question_of(body, dict(request.headers), composition.document.spec, policy)
