@@ -28,8 +28,6 @@ from antiphon.apps.process.wiring import (
     resolve_model,
 )
 from antiphon.connectors.afd.expert_map import ExpertMap
-from antiphon.connectors.kv.decode_side import DecodeSide
-from antiphon.connectors.kv.prefill_side import PrefillSide
 from antiphon.core.document.spec import LLMDeploymentSpec
 from antiphon.core.errors import DeadlineExceeded, ErrorInfo
 from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
@@ -150,10 +148,10 @@ class LocalCluster:
                         worker_id=WorkerId(f"test/prefill/{p}"), epoch=Epoch(1), layout=kv_link_layout(self.facts, decode_end=False)
                     ),
                 )
-                assert isinstance(part.worker.kv, DecodeSide)
-                assert isinstance(prefill.worker.kv, PrefillSide)
-                part.worker.kv.add_link(near)
-                prefill.worker.kv.add_link(far)
+                assert part.decode_side is not None
+                assert prefill.prefill_side is not None
+                part.decode_side.add_link(near)
+                prefill.prefill_side.add_link(far)
 
     def connect_ffn(self, attention: int, ffn: int) -> None:
         """Link an attention worker to an FFN worker."""

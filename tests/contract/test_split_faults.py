@@ -10,7 +10,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from antiphon.connectors.headers import Header, Kind
-from antiphon.connectors.kv.prefill_side import PrefillSide
 from antiphon.core.errors import CorruptMessage, LayoutMismatch, PeerLost
 from antiphon.core.ids import Epoch, FFNShard, WorkerId
 from antiphon.core.request import FinishReason, RequestId
@@ -131,8 +130,8 @@ def test_a_prefill_worker_lost_at_any_moment_is_made_up_for(checkpoint: Path, un
         ids = [cluster.submit(p, max_tokens=20, prefill=0) for p in prompts(4)]
         for _ in range(steps):
             cluster.step()
-        side = cluster.prefilling[0].worker.kv
-        assert isinstance(side, PrefillSide)
+        side = cluster.prefilling[0].prefill_side
+        assert side is not None
         for peer in list(side._peers.values()):
             peer.link.close()
         cluster.run()

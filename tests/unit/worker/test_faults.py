@@ -84,16 +84,16 @@ def test_a_worker_at_which_every_request_fails_ends_so_that_another_is_started(
 
 def test_a_request_that_can_not_be_set_up_ends_alone(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = cluster.generate([8, 9], max_tokens=3)
-    from antiphon.worker import model_runner
+    from antiphon.worker import request_row
 
-    made = model_runner.SamplingState
+    made = request_row.SamplingState
 
     def fails(params: object, *rest: object, **more: object) -> object:
         if getattr(params, "seed", 0) == 666:
             raise IndexError("no such token")
         return made(params, *rest, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(model_runner, "SamplingState", fails)
+    monkeypatch.setattr(request_row, "SamplingState", fails)
     cluster.submit([1, 2], request_id="bad", seed=666)
     name = cluster.submit([8, 9], max_tokens=3)
     cluster.run()

@@ -11,8 +11,6 @@ import time
 from collections.abc import Sequence
 
 from antiphon.apps.process.wiring import AttentionPart
-from antiphon.connectors.kv.decode_side import DecodeSide
-from antiphon.connectors.kv.prefill_side import PrefillSide
 from antiphon.core.errors import Unavailable
 from antiphon.core.request import RequestOutput
 from antiphon.core.worker_info import WorkerLoad
@@ -21,7 +19,6 @@ from antiphon.rpc.experts import ExpertsPort, ExpertsServicer
 from antiphon.rpc.services import RpcServer, Service
 from antiphon.telemetry import Telemetry
 from antiphon.telemetry.stages import StageWindow, attention_figures
-from antiphon.transport.waiting import WaitSet
 from antiphon.transport.wakeup import Wakeup
 
 IDLE_WAIT_S = 0.5
@@ -130,8 +127,7 @@ class EngineHost:
         self._window = StageWindow(attention_figures)
         self.draining = False
         self.wakeup = InboxWakeup(part)
-        kv = part.worker.kv
-        self._waiting = kv.waiting if kv is not None else WaitSet()
+        self._waiting = part.kv_waiting
         self._waiting.add(self.wakeup)
         self.servicer: EngineServicer | None = None
 
@@ -170,7 +166,7 @@ class EngineHost:
         """The worker's load now; read without locks, so figures may be a step apart."""
         scheduler, runner = self._part.engine.scheduler, self._part.worker
         stats, blocks, times = scheduler.stats, scheduler.blocks, runner.afd.times
-        kv, routers = runner.kv, runner.halves.routers.values()
+        routers = runner.halves.routers.values()
         sums = self._sums()
         return WorkerLoad(
             num_waiting=scheduler.num_waiting,
@@ -184,7 +180,7 @@ class EngineHost:
             num_preemptions=stats.num_preemptions,
             num_prefix_hit_tokens=stats.num_prefix_hit_tokens,
             num_prefix_query_tokens=stats.num_prefix_query_tokens,
-            num_peers=kv.num_peers if isinstance(kv, PrefillSide) else len(runner.afd.peers()) + _num_prefill(kv),
+            num_peers=self._part.num_peers,
             num_kv_transfers=stats.num_kv_transfers,
             num_kv_failures=stats.num_kv_failures,
             num_expert_choices=sum(router.num_chosen for router in routers),
@@ -254,7 +250,3 @@ class EngineHost:
         )
         if times.first_token_s is not None:
             span("decode", first_s, end_s, **{"antiphon.preemptions": output.num_preemptions})
-
-
-def _num_prefill(kv: DecodeSide | PrefillSide | None) -> int:
-    return len(kv.peers()) if isinstance(kv, DecodeSide) else 0

@@ -38,7 +38,9 @@ from antiphon.models.layers.quantized import Int8Choice
 from antiphon.models.loading.checkpoint import Checkpoint
 from antiphon.transport.base import Hello, LinkLayout
 from antiphon.transport.loopback import loopback_pair
+from antiphon.transport.waiting import WaitSet
 from antiphon.worker.ffn_worker import FFNWorker
+from antiphon.worker.kv_roles import KVRole, NoHandOff, ReceivesKV, SendsKV
 from antiphon.worker.model_runner import AttentionWorker
 from antiphon.worker.structure.enforcer import Enforcer
 from antiphon.worker.ubatch_tuning import UbatchTuner
@@ -204,6 +206,8 @@ class AttentionPart:
     engine: EngineCore
     worker: AttentionWorker
     ffn: FFNWorker | None  # the inline half of roles that hold whole layers
+    decode_side: DecodeSide | None = None  # of roles that decode, where a pool prefills for them
+    prefill_side: PrefillSide | None = None  # of the prefill role
 
     @property
     def resident_bytes(self) -> dict[str, int]:
@@ -212,6 +216,20 @@ class AttentionPart:
         if self.ffn is not None:
             held |= self.ffn.halves.resident_bytes
         return held
+
+    @property
+    def kv_waiting(self) -> WaitSet:
+        """What a loop that waits for hand-offs sleeps on."""
+        side = self.decode_side if self.prefill_side is None else self.prefill_side
+        return WaitSet() if side is None else side.waiting
+
+    @property
+    def num_peers(self) -> int:
+        """Workers linked now: those that FFN work or prefills are asked of, or those that ask for prefills."""
+        if self.prefill_side is not None:
+            return self.prefill_side.num_peers
+        num_prefill = 0 if self.decode_side is None else len(self.decode_side.peers())
+        return len(self.worker.afd.peers()) + num_prefill
 
     def close(self) -> None:
         """Close links; idempotent."""
@@ -263,11 +281,14 @@ def build_attention(
         near.on_poll = _pumped(ffn)
         side.add_link(0, near)
         ffn.side.add_link(far)
-    connector: DecodeSide | PrefillSide | None = None
+    kv_role: KVRole = NoHandOff()
+    decode_side, prefill_side = None, None
     if role is Role.PREFILL:
-        connector = PrefillSide(epoch=epoch, cache=cache)
+        prefill_side = PrefillSide(epoch=epoch, cache=cache)
+        kv_role = SendsKV(prefill_side, cache, facts.config)
     elif any(pool.role == "prefill" for pool in spec.pools):
-        connector = DecodeSide(epoch=epoch, cache=cache)
+        decode_side = DecodeSide(epoch=epoch, cache=cache)
+        kv_role = ReceivesKV(decode_side)
     halves = AttentionHalves(facts.config, facts.checkpoint, facts.dtype, facts.device, facts.max_model_len)
     if spec.experts.skip_file is not None:
         halves.skip(ExpertSkipping.load(Path(spec.experts.skip_file), facts.config))
@@ -278,7 +299,7 @@ def build_attention(
         side,
         num_ubatches=ubatches,
         tuner=tuner,
-        kv=connector,
+        kv=kv_role,
         warms=not role.holds_ffn,
         enforcer=Enforcer(facts.checkpoint.path, facts.config.vocab_size) if role.generates else None,
     )
@@ -297,7 +318,9 @@ def build_attention(
         ),
         clock,
     )
-    return AttentionPart(engine=EngineCore(scheduler, worker, outbox), worker=worker, ffn=ffn)
+    return AttentionPart(
+        engine=EngineCore(scheduler, worker, outbox), worker=worker, ffn=ffn, decode_side=decode_side, prefill_side=prefill_side
+    )
 
 
 def _pumped(ffn: FFNWorker) -> Callable[[], None]:

@@ -37,8 +37,6 @@ from antiphon.apps.process.wiring import (
     num_ubatches,
     resolve_model,
 )
-from antiphon.connectors.kv.decode_side import DecodeSide
-from antiphon.connectors.kv.prefill_side import PrefillSide
 from antiphon.core.device import memory_share
 from antiphon.core.errors import InternalError, LayoutMismatch, Unavailable
 from antiphon.core.ids import Endpoint, Role
@@ -275,9 +273,9 @@ class WorkerProcess:
             self._ffn.side.add_listener(listener)
             return listener
         assert self._part is not None
-        if isinstance(self._part.worker.kv, PrefillSide):
+        if self._part.prefill_side is not None:
             listener = data_links.listen(spec.transport.kv, config.host, self._answer_kv())
-            self._part.worker.kv.add_listener(listener)
+            self._part.prefill_side.add_listener(listener)
             return listener
         return None
 
@@ -307,7 +305,7 @@ class WorkerProcess:
         if part is None:
             return []
         wishes: list[PeerWish] = []
-        side, kv = part.worker.afd, part.worker.kv
+        side, decode_side = part.worker.afd, part.decode_side
         if config.role is Role.ATTENTION:
 
             def afd_hello(info: WorkerInfo) -> Hello:
@@ -319,26 +317,25 @@ class WorkerProcess:
                 side.add_link(info.shard.index, link)
 
             wishes.append(PeerWish(role=Role.FFN, hello=afd_hello, linked=side.peers, add_link=add_ffn))
-        if isinstance(kv, DecodeSide):
-            decode_kv = kv
+        if decode_side is not None:
 
             def kv_hello(_info: WorkerInfo) -> Hello:
                 layout = kv_link_layout(self._facts, decode_end=True)
                 return Hello(worker_id=config.worker_id, epoch=config.epoch, layout=layout)
 
             def add_prefill(_info: WorkerInfo, link: Link) -> None:
-                decode_kv.add_link(link)
+                decode_side.add_link(link)
                 assert self._host is not None
                 self._host.wakeup.ring()
 
-            wishes.append(PeerWish(role=Role.PREFILL, hello=kv_hello, linked=kv.peers, add_link=add_prefill))
+            wishes.append(PeerWish(role=Role.PREFILL, hello=kv_hello, linked=decode_side.peers, add_link=add_prefill))
         return wishes
 
     def _await_peers(self, peers: PeerKeeper) -> None:
         """Wait for FFN workers, without whom nothing can be computed; and a little for a prefill worker, who is only better."""
         if self._part is None:
             return
-        side, kv = self._part.worker.afd, self._part.worker.kv
+        side, decode_side = self._part.worker.afd, self._part.decode_side
         self._message = "waiting for FFN workers"
         deadline = time.monotonic() + _PEERS_TIMEOUT_S
         while not side.complete and not self._stop.is_set():
@@ -350,7 +347,7 @@ class WorkerProcess:
             time.sleep(_READY_POLL_S)
         self._message = "waiting for a prefill worker"
         deadline = time.monotonic() + _PREFILL_TIMEOUT_S
-        while isinstance(kv, DecodeSide) and not kv.peers() and not self._stop.is_set() and time.monotonic() < deadline:
+        while decode_side is not None and not decode_side.peers() and not self._stop.is_set() and time.monotonic() < deadline:
             peers.check()
             time.sleep(_READY_POLL_S)
 

@@ -1,0 +1,100 @@
+"""Runs a step's plan, layer by layer and ubatch by ubatch: attend and send one, receive and combine another (hot).
+
+Legend: T rows, D hidden. Must not know: requests, sampling, KV hand-offs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from antiphon.connectors.afd.attention_side import AttentionSide
+from antiphon.models.attention.kv_cache import KVCache
+from antiphon.models.decoder import AttentionHalves, StepState
+from antiphon.models.prefetch import WeightPrefetch
+from antiphon.telemetry.step_trace import Mark, StepTrace
+from antiphon.worker.ubatch import Half, Op, plan_ops
+
+
+@dataclass(slots=True, kw_only=True)
+class LayerTimes:
+    """Since start, in seconds of this worker's own clock."""
+
+    attention_s: float = 0.0  # attention halves, and adding what comes back to their rows
+    send_s: float = 0.0  # handing rows over
+
+
+class LayerLoop:
+    """Owns the plans, one for each number of ubatches, and what is in flight while tracing."""
+
+    def __init__(
+        self,
+        halves: AttentionHalves,
+        cache: KVCache,
+        afd: AttentionSide,
+        *,
+        num_ubatches: int,
+        warms: bool,
+        times: LayerTimes,
+    ) -> None:
+        """``num_ubatches``: in flight at most; ``warms``: waits are for another processor, and this one fetches weights meanwhile;
+        ``times``: added to.
+        """
+        self.times = times
+        self.trace: StepTrace | None = None
+        self._halves = halves
+        self._cache = cache
+        self._afd = afd
+        self._num_ubatches = num_ubatches
+        self._plans = {m: plan_ops(halves.config.num_layers, m) for m in range(1, num_ubatches + 1)}
+        self._prefetch = WeightPrefetch(halves.first_weights) if warms else None
+        self._away: dict[int, int] = {}  # place in flight → FFN layer, while tracing
+
+    def run(self, step_id: int, states: Sequence[StepState], attended: Callable[[int, int], None] | None) -> None:
+        """Compute all layers of the ubatches; ``attended(layer, ubatch)`` is called when a layer's K and V are in the cache.
+
+        Raises:
+            PeerLost: FFN workers that nobody replaces.
+        """
+        for op in self._plans[len(states)]:
+            if op.half is Half.ATTEND:
+                self._attend(step_id, op, states[op.ubatch])
+                if attended is not None:
+                    attended(op.layer, op.ubatch)
+            else:
+                self._combine(step_id, op, states[op.ubatch])
+
+    def _attend(self, step_id: int, op: Op, state: StepState) -> None:
+        trace = self.trace
+        start_s = time.perf_counter()
+        leaving = self._halves.attend(op.layer, state, self._cache)
+        attended_s = time.perf_counter()
+        self.times.attention_s += attended_s - start_s
+        for out in leaving:
+            place = out.stream * self._num_ubatches + op.ubatch
+            self._afd.send(step_id, out.ffn, place, out.rows_TD, out.routing)
+            if trace is not None:
+                self._away[place] = out.ffn
+                trace.add(Mark.SEND, attended_s, time.perf_counter(), step_id, out.ffn, place)
+        self.times.send_s += time.perf_counter() - attended_s
+        if trace is not None:
+            trace.add(Mark.ATTEND, start_s, attended_s, step_id, op.layer, op.ubatch, state.x_TD.shape[0])
+
+    def _combine(self, step_id: int, op: Op, state: StepState) -> None:
+        start_s = time.perf_counter()
+        streams = self._halves.streams_due(op.layer)
+        if self._prefetch is not None and op.layer + 1 < self._halves.config.num_layers:
+            self._prefetch.warm(op.layer + 1, partial(self._afd.has_arrived, streams[-1] * self._num_ubatches + op.ubatch))
+            self._afd.times.blocked_s += time.perf_counter() - start_s  # a wait, whatever it was used for
+        results = [self._afd.receive(stream * self._num_ubatches + op.ubatch) for stream in streams]
+        received_s = time.perf_counter()
+        self._halves.combine(op.layer, state, results)
+        combined_s = time.perf_counter()
+        self.times.attention_s += combined_s - received_s
+        if self.trace is not None:
+            for stream in streams:
+                place = stream * self._num_ubatches + op.ubatch
+                self.trace.add(Mark.RECEIVE, start_s, received_s, step_id, self._away[place], place)
+            self.trace.add(Mark.COMBINE, received_s, combined_s, step_id, op.layer, op.ubatch)

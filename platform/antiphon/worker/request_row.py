@@ -1,0 +1,72 @@
+"""One request as the attention worker knows it: its tokens, its blocks, what its sampling remembers (step).
+
+Must not know: queues, budgets, how rows are computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from antiphon.core.errors import InvalidInput
+from antiphon.core.step import NewRequestData
+from antiphon.models.decoder import StepState
+from antiphon.worker.sampler import SamplingState
+from antiphon.worker.structure.enforcer import Enforcer
+
+
+class RequestRow:
+    """Mutable; belongs to the worker's loop."""
+
+    __slots__ = (
+        "bad_at",
+        "block_ids",
+        "kv_target",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "request_id",
+        "sampling",
+        "token_ids",
+    )
+
+    def __init__(self, new: NewRequestData, vocab_size: int, enforcer: Enforcer | None) -> None:
+        """Raises InvalidInput where its rules can't be enforced."""
+        self.request_id = new.request_id
+        self.bad_at: str | None = None  # where this request's rows were first seen not to be numbers
+        self.token_ids = list(new.token_ids)
+        self.num_prompt_tokens = new.num_prompt_tokens
+        self.block_ids = list(new.block_ids)
+        self.num_computed_tokens = new.num_computed_tokens
+        self.kv_target = new.kv_target
+        output = self.token_ids[self.num_prompt_tokens :]
+        matcher = meter = None
+        if new.sampling.rules is not None and new.kv_target is None:
+            if enforcer is None:
+                raise InvalidInput("this worker has no vocabulary to enforce a grammar with", "grammar")
+            matcher, meter = enforcer.begin(new.sampling.rules, new.eos_token_ids, output)
+        prompt = self.token_ids[: self.num_prompt_tokens]
+        self.sampling = SamplingState(new.sampling, new.eos_token_ids, prompt, output, vocab_size, matcher=matcher, meter=meter)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated, those of an earlier worker included."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def note_bad(self, state: StepState, start: int, end: int) -> None:
+        """Remember where rows [start, end) of the ubatch, which are this request's, were first seen not to be numbers."""
+        if self.bad_at is None:
+            self.bad_at = next((gate for at, gate in state.bad_rows.items() if start <= at < end), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheduled:
+    """A request and how many of its tokens a step computes."""
+
+    row: RequestRow
+    num_tokens: int
+
+
+def all_finite(x_TD: torch.Tensor) -> bool:
+    """Whether rows are numbers: their sum tells, without a mask of them."""
+    return bool(torch.isfinite(x_TD.sum(dtype=torch.float32)))
