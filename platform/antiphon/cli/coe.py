@@ -239,6 +239,8 @@ def serve(
     grpc_port: Annotated[int, typer.Option(help="gRPC; 0 = any free port.")] = 9100,
     api_keys_env: Annotated[str | None, typer.Option(help="Environment variable with the accepted API keys.")] = None,
     api_keys_file: Annotated[Path | None, typer.Option(help="File of hashed API keys (antiphon keys).")] = None,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM file of the doors' certificate.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of its private key.")] = None,
 ) -> None:
     """Serve the router: with doors of its own over experts elsewhere, or for gateways that find it in a directory."""
     import asyncio
@@ -251,6 +253,7 @@ def serve(
     from antiphon.core.errors import InvalidInput, Unavailable
     from antiphon.gateway.access.keys import keys_from
     from antiphon.gateway.config import BoundPorts
+    from antiphon.rpc.certificates import TlsFiles
 
     documents = tuple(d for d in read_documents(file) if isinstance(d, CompositionOfExperts))
     if not documents:
@@ -271,6 +274,8 @@ def serve(
     keys = frozenset() if api_keys_env is None else keys_from(os.environ.get(api_keys_env))
     if api_keys_env is not None and not keys:
         raise Unavailable(f"no API keys in the environment variable {api_keys_env}")
+    if (tls_certificate is None) != (tls_key is None):
+        raise InvalidInput("give --tls-certificate and --tls-key, or neither", "tls-key")
     config = CoeConfig(
         documents=documents,
         endpoints=endpoints,
@@ -282,10 +287,11 @@ def serve(
         grpc_port=grpc_port,
         api_keys=keys,
         api_keys_file=api_keys_file,
+        tls=None if tls_certificate is None or tls_key is None else TlsFiles(certificate=tls_certificate, key=tls_key),
     )
 
     def opened(ports: BoundPorts) -> None:
-        click.echo(f"HTTP http://{ports.host}:{ports.http_port}/v1  gRPC {ports.host}:{ports.grpc_port}")
+        click.echo(f"HTTP http{'s' if tls_key else ''}://{ports.host}:{ports.http_port}/v1  gRPC {ports.host}:{ports.grpc_port}")
 
     async def run() -> None:
         stop = asyncio.Event()

@@ -28,6 +28,7 @@ from antiphon.gateway.openai.responses import add_response_routes
 from antiphon.gateway.openai.routes import make_app
 from antiphon.gateway.openai.text_routes import add_text_routes
 from antiphon.gateway.text.tokenizer import TextModel
+from antiphon.rpc.certificates import DoorCertificate
 from antiphon.rpc.channels import ChannelLimits
 from antiphon.rpc.experts import ExpertsServicer
 from antiphon.rpc.inference import InferenceServicer
@@ -92,6 +93,7 @@ async def _run(
     gateway = Gateway(config, models=models, source=workers, telemetry=telemetry)
     compositions = await _compositions(gateway, notes, open_compositions)
     experts = GatewayExperts(workers=lambda: gateway.view.workers, keys=gateway.keys, telemetry=telemetry)
+    tls = None if config.tls is None else DoorCertificate(config.tls)
     application = make_app(gateway)
     add_expert_routes(application, experts)
     add_message_routes(application, gateway)
@@ -102,6 +104,7 @@ async def _run(
         host=config.host,
         port=config.http_port,
         reuse_port=config.reuse_port,
+        tls=tls,
     )
     grpc = RpcServer(
         [
@@ -114,6 +117,7 @@ async def _run(
         reuse_port=config.reuse_port,
         limits=ChannelLimits(max_message_bytes=config.max_request_bytes),
         public=True,
+        tls=tls,
     )
     tasks: list[asyncio.Task[None]] = []
     try:

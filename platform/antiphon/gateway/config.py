@@ -9,6 +9,7 @@ from typing import Literal
 
 from antiphon.core.document.composition import CompositionOfExperts, ExternalEndpoint
 from antiphon.gateway.text.dialect import TextFormats
+from antiphon.rpc.certificates import TlsFiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,7 @@ class GatewayConfig:
     shared_cache_models: frozenset[str] = field(default_factory=frozenset)  # prefix cache shared by all keys
     control_marker_models: frozenset[str] = field(default_factory=frozenset)  # markers in messages become control tokens
     plain_sampling_models: frozenset[str] = field(default_factory=frozenset)  # whose generation_config.json decides nothing
+    tls: TlsFiles | None = None  # None = plain text
     max_request_bytes: int = 4 * 2**20
     default_deadline_s: float = 600.0
     max_deadline_s: float = 86_400.0

@@ -39,6 +39,18 @@ TARGET_OPTIONS: list[tuple[str, str]] = [("grpc.ssl_target_name_override", PART_
 HANDSHAKE_OPTIONS: list[tuple[str, int]] = [("grpc.server_handshake_timeout_ms", 5_000)]
 
 
+def name_in(certificate: bytes) -> str | None:
+    """A DNS name or address that a PEM certificate is for; None = it names none."""
+    from cryptography import x509
+
+    try:
+        names = x509.load_pem_x509_certificate(certificate).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (ValueError, x509.ExtensionNotFound):
+        return None
+    found = [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
+    return next(iter(found), None)
+
+
 @functools.lru_cache(maxsize=16)
 def _material(identity: Identity) -> tuple[bytes, bytes, bytes]:
     """Authorities' certificates, this process' private key and its certificate, all PEM."""

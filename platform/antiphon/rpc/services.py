@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from antiphon.core.errors import Unavailable
 from antiphon.core.identity import Identity
+from antiphon.rpc.certificates import DoorCertificate
 from antiphon.rpc.channels import DEFAULT_LIMITS, ChannelLimits, server_options
 from antiphon.rpc.credentials import server_credentials
 
@@ -51,6 +52,7 @@ class RpcServer:
         max_concurrent_calls: int | None = None,
         public: bool = False,
         identity: Identity | None = None,
+        tls: DoorCertificate | None = None,
     ) -> None:
         """Nothing is bound yet.
 
@@ -63,7 +65,9 @@ class RpcServer:
             max_concurrent_calls: None = any number.
             public: For users, who have keys of another kind; otherwise only parts of this deployment get in.
             identity: Whose parts; None = this process'.
+            tls: A public server's certificate; None = plain text.
         """
+        self._tls = tls
         self._public = public
         self._identity = identity
         self._server = grpc.aio.server(
@@ -97,7 +101,9 @@ class RpcServer:
         """
         try:
             where = _join(self._host, self._port)
-            if self._public:
+            if self._public and self._tls is not None:
+                self._port = self._server.add_secure_port(where, self._tls.server_credentials())
+            elif self._public:
                 self._port = self._server.add_insecure_port(where)
             else:
                 self._port = self._server.add_secure_port(where, server_credentials(self._identity))

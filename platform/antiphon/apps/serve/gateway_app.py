@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -19,6 +20,7 @@ from antiphon.apps.serve.door_thread import DoorThread, OnBound
 from antiphon.apps.serve.plan import GATEWAY, ServeSettings
 from antiphon.apps.supervision.event_log import EventLog, Fact
 from antiphon.core.document.composition import ExternalEndpoint
+from antiphon.core.document.serving import EndpointSpec
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import Unavailable
 from antiphon.directory.memory import open_directory
@@ -26,7 +28,9 @@ from antiphon.directory.workers import WorkerSource
 from antiphon.gateway.config import BoundPorts, GatewayConfig
 from antiphon.gateway.text.dialect import TextFormats
 from antiphon.models.loading.source import resolve
+from antiphon.rpc.certificates import TlsFiles, own_door_context
 from antiphon.telemetry import configure_logging
+from antiphon.transport.connect.address import join_host
 
 if TYPE_CHECKING:
     from antiphon.core.directory import Notes
@@ -94,6 +98,9 @@ def serving_config(serving: Serving, *, drain_s: float, routing: Routing = "here
         api_keys=keys,
         api_keys_file=None if endpoint.api_keys_file is None else Path(endpoint.api_keys_file),
         metrics_access=endpoint.metrics_access,
+        tls=None
+        if endpoint.tls is None
+        else TlsFiles(certificate=Path(endpoint.tls.certificate_file), key=Path(endpoint.tls.key_file)),
         shared_cache_models=frozenset(d.model_name for d in serving.deployments if d.spec.cache.sharing == "deployment"),
         control_marker_models=frozenset(d.model_name for d in serving.deployments if d.spec.model.markers_in_messages == "control"),
         plain_sampling_models=frozenset(d.model_name for d in serving.deployments if d.spec.model.sampling_defaults == "none"),
@@ -114,6 +121,17 @@ def _check_key(external: ExternalEndpoint | None, where: str) -> None:
         raise Unavailable(f"{where}.apiKeySecret: secrets are the cluster's; use apiKeyEnv here")
     if external.api_key_env is not None and not os.environ.get(external.api_key_env):
         raise Unavailable(f"{where}.apiKeyEnv: no API key in the environment variable {external.api_key_env}")
+
+
+def door_url(endpoint: EndpointSpec, host: str, port: int) -> str:
+    """Where the HTTP door is, as seen from this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - asked, not listened on
+    return f"{'http' if endpoint.tls is None else 'https'}://{join_host(host, port)}"
+
+
+def door_trust(endpoint: EndpointSpec) -> ssl.SSLContext | bool:
+    """What httpx verifies of this deployment's own door with."""
+    return True if endpoint.tls is None else own_door_context(Path(endpoint.tls.certificate_file))
 
 
 def port_facts(bound: BoundPorts) -> dict[str, Fact]:

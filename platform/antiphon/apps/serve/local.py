@@ -21,11 +21,12 @@ from typing import Protocol, Self
 import httpx
 
 from antiphon.apps.serve.deployment_set import Serving
-from antiphon.apps.serve.gateway_app import GatewayThread, RunGateway, port_facts, serving_config
+from antiphon.apps.serve.gateway_app import GatewayThread, RunGateway, door_trust, door_url, port_facts, serving_config
 from antiphon.apps.serve.plan import GATEWAY, GATEWAY_CPU, PoolTemplate, ServeSettings, plan_serve
 from antiphon.apps.serve.ray_runtime import ApplicationState, RayRuntime
 from antiphon.apps.supervision.event_log import EventLog, EventLogEntry
 from antiphon.apps.supervision.supervisor import DEFAULT_ARGV, RestartLimits, SupervisorState, WorkerSupervisor
+from antiphon.core.document.serving import EndpointSpec
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import AntiphonError, InvalidInput, Unavailable
 from antiphon.core.identity import own_identity
@@ -33,7 +34,6 @@ from antiphon.directory.lease import BlockingDirectory
 from antiphon.directory.memory import MemoryDirectory, open_directory
 from antiphon.gateway.config import BoundPorts
 from antiphon.rpc.directory.service import DirectoryServer
-from antiphon.transport.connect.address import join_host
 
 Say = Callable[[str], None]
 
@@ -152,7 +152,9 @@ class DirectDeployment:
             self._gateway_ready = True
         if not self._gateway_ready or not all(s.status().state is SupervisorState.READY for s in self._supervisors):
             return False
-        self._answers = self._answers or self._run_gateway is not None or _is_ready(self._gateway.wait_open(0.0))
+        self._answers = (
+            self._answers or self._run_gateway is not None or _is_ready(self._serving.endpoint, self._gateway.wait_open(0.0))
+        )
         return self._answers
 
     def close(self, *, graceful: bool = True) -> None:
@@ -175,12 +177,12 @@ class DirectDeployment:
         self.close()
 
 
-def _is_ready(bound: BoundPorts) -> bool:
+def _is_ready(endpoint: EndpointSpec, bound: BoundPorts) -> bool:
     """Whether a gateway of this machine would take requests now."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound.host, bound.host)  # noqa: S104 - asked, not listened on
+    url = f"{door_url(endpoint, bound.host, bound.http_port)}/ready"
     try:
-        return httpx.get(f"http://{join_host(host, bound.http_port)}/ready", timeout=_READY_S, trust_env=False).status_code == 200
-    except httpx.HTTPError:
+        return httpx.get(url, timeout=_READY_S, trust_env=False, verify=door_trust(endpoint)).status_code == 200
+    except (httpx.HTTPError, OSError):
         return False
 
 

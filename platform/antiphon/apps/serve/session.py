@@ -23,6 +23,7 @@ import httpx
 from antiphon.apps.devices import deal
 from antiphon.apps.process.quiet_streams import QuietStreams
 from antiphon.apps.serve.deployment_set import Serving
+from antiphon.apps.serve.gateway_app import door_trust, door_url
 from antiphon.apps.serve.host import (
     OrphanReaper,
     adopt_orphans,
@@ -207,9 +208,10 @@ class ServeSession:
 
     def _await_gateway(self, ports: BoundPorts) -> None:
         """Wait until the gateway has seen all workers, too: it looks into the directory now and then."""
-        url = f"http://{ports.host}:{ports.http_port}/ready"
+        endpoint = self._serving.endpoint
+        url = f"{door_url(endpoint, ports.host, ports.http_port)}/ready"
         deadline = time.monotonic() + _RECORDS_DEADLINE_S
-        with httpx.Client(timeout=_POLL_S * 10, trust_env=False) as client:
+        with httpx.Client(timeout=_POLL_S * 10, trust_env=False, verify=door_trust(endpoint)) as client:
             while True:
                 try:
                     answer = client.get(url)

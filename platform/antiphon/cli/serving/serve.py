@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from antiphon.apps.serve.deployment_set import Serving
     from antiphon.apps.serve.session import Ready, ServeSession
     from antiphon.apps.supervision.event_log import EventLogEntry
-    from antiphon.client import Client
+    from antiphon.client import Client, Tls
 
 app = typer.Typer(add_completion=False)
 
@@ -251,7 +251,7 @@ def _ask(console: Console, serving: Serving, ready: Ready, question: str) -> Non
 
     ports = ready.ports
     console.print(f"[bold]>[/] {escape(question)}")
-    with Client(f"{ports.host}:{ports.grpc_port}", api_key=_api_key(serving)) as client:
+    with Client(f"{ports.host}:{ports.grpc_port}", api_key=_api_key(serving), tls=_tls(serving)) as client:
         _await_view(client, serving)
         messages = [{"role": "user", "content": question}]
         with client.stream(first_model(serving), messages=messages, max_tokens=64, temperature=0.0) as stream:
@@ -293,6 +293,17 @@ def _await_view(client: Client, serving: Serving) -> None:
         if sum(worker.ready for worker in workers) >= serving.num_workers and linked:
             return
         time.sleep(0.1)
+
+
+def _tls(serving: Serving) -> Tls | None:
+    """How this process trusts its own deployment's door."""
+    if serving.endpoint.tls is None:
+        return None
+    from antiphon.client import Tls
+    from antiphon.rpc.credentials import name_in
+
+    certificate = Path(serving.endpoint.tls.certificate_file).read_bytes()
+    return Tls(root_certificates=certificate, server_name=name_in(certificate))
 
 
 def _api_key(serving: Serving) -> str | None:

@@ -119,11 +119,13 @@ def times_line(entries: Sequence[EventLogEntry], since_process_start_s: float) -
 def endpoints(serving: Serving, ports: BoundPorts) -> Text:
     """Where clients connect, and a first request."""
     model = first_model(serving)
-    url = f"http://{ports.host}:{ports.http_port}"
+    tls = serving.endpoint.tls
+    url = f"{'http' if tls is None else 'https'}://{ports.host}:{ports.http_port}"
+    trust = "" if tls is None else f"--cacert {tls.certificate_file} "
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     return Text.assemble(
         ("HTTP  ", "bold"), f"{url}/v1\n", ("gRPC  ", "bold"), f"{ports.host}:{ports.grpc_port}\n",
-        (f"try   curl -s {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'", "dim"),
+        (f"try   curl -s {trust}{url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'", "dim"),
     )  # fmt: skip
 
 

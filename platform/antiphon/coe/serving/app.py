@@ -35,6 +35,7 @@ from antiphon.gateway.access.keys import ApiKeys
 from antiphon.gateway.config import BoundPorts
 from antiphon.gateway.http.server import HttpServer
 from antiphon.gateway.openai.http_io import NotFound, RequestIds, error_response
+from antiphon.rpc.certificates import DoorCertificate, TlsFiles
 from antiphon.rpc.channels import ChannelLimits
 from antiphon.rpc.router.service import RouterServicer
 from antiphon.rpc.services import RpcServer
@@ -60,6 +61,7 @@ class CoeConfig:
     reuse_port: bool = False  # several routers of one machine share the ports
     api_keys: frozenset[str] = field(default_factory=frozenset)  # plain; neither these nor a file = open
     api_keys_file: Path | None = None  # hashed
+    tls: TlsFiles | None = None  # of the doors for users; None = plain text
     max_request_bytes: int = 4 * 2**20
     refresh_s: float = 0.5  # between looks for changed artifacts and experts
 
@@ -90,8 +92,9 @@ async def _run(config: CoeConfig, directory: Directory, stop: asyncio.Event, on_
     keys = ApiKeys(config.api_keys, file)
     door = CoeDoor(_alone(), compositions, keys=keys, max_request_bytes=config.max_request_bytes)
     http = None
+    tls = None if config.tls is None else DoorCertificate(config.tls)
     if config.http_port is not None:
-        http = HttpServer(RequestIds(door), host=config.host, port=config.http_port, reuse_port=config.reuse_port)
+        http = HttpServer(RequestIds(door), host=config.host, port=config.http_port, reuse_port=config.reuse_port, tls=tls)
     grpc = RpcServer(
         # Who asks a registered router has proven to be a part of the deployment.
         [RouterServicer(CoeGrpcDoor(compositions, ApiKeys() if config.registers else keys))],
@@ -99,6 +102,7 @@ async def _run(config: CoeConfig, directory: Directory, stop: asyncio.Event, on_
         port=config.grpc_port,
         reuse_port=config.reuse_port,
         limits=ChannelLimits(max_message_bytes=config.max_request_bytes),
+        tls=tls,
         public=not config.registers,  # a registered one is asked by gateways of its own deployment alone
     )
     tasks: list[asyncio.Task[None]] = []

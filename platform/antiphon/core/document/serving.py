@@ -27,6 +27,13 @@ class SchedulerSpec(Model):
     kv_lease_s: float = Field(default=30.0, gt=0, le=3600, description="A KV hand-off without progress for this long fails.")
 
 
+class DoorTlsSpec(Model):
+    """The doors' certificate; files that change are taken up for new connections, open streams go on."""
+
+    certificate_file: str = Field(description="PEM: the certificate and its chain.", min_length=1, max_length=4096)
+    key_file: str = Field(description="PEM: its private key, without a password.", min_length=1, max_length=4096)
+
+
 class EndpointSpec(Model):
     """Where clients connect."""
 
@@ -49,6 +56,7 @@ class EndpointSpec(Model):
     metrics_access: Literal["open", "admin"] = Field(
         default="open", description="Who may read /metrics: everybody, or keys of scope admin."
     )
+    tls: DoorTlsSpec | None = Field(default=None, description="TLS at both doors; None = plain text.")
     max_request_bytes: int = Field(default=4_194_304, ge=1024, le=1 << 30, description="Largest request body.")
     default_deadline_s: float = Field(default=600.0, gt=0, le=86_400, description="Deadline of requests that bring none.")
     unknown_fields: Literal["refuse", "ignore"] = Field(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
+import ssl
 from collections.abc import Iterator
 
 import uvicorn
@@ -12,6 +14,9 @@ from starlette.types import ASGIApp
 
 from antiphon.core.errors import Unavailable
 from antiphon.gateway.http.protocol import BoundedProtocol, max_connections
+from antiphon.rpc.certificates import HANDSHAKE_S, LOOK_S, DoorCertificate
+
+_log = logging.getLogger(__name__)
 
 
 class _Protocol(BoundedProtocol):
@@ -19,6 +24,26 @@ class _Protocol(BoundedProtocol):
 
 
 class _Server(uvicorn.Server):
+    tls: ssl.SSLContext | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen on the sockets; uvicorn's own way lets a client take a minute to shake hands."""
+        if self.tls is None:
+            await super().startup(sockets)
+            return
+        loop = asyncio.get_running_loop()
+
+        def protocol() -> asyncio.Protocol:
+            return _Protocol(config=self.config, server_state=self.server_state, app_state={}, _loop=loop)
+
+        self.servers = [
+            await loop.create_server(
+                protocol, sock=each, ssl=self.tls, backlog=self.config.backlog, ssl_handshake_timeout=HANDSHAKE_S
+            )
+            for each in sockets or []
+        ]
+        self.started = True
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Signals belong to the process, not to this server."""
@@ -33,9 +58,10 @@ class HttpServer:
         host: address to bind.
         port: 0 = any free one.
         reuse_port: several processes share the port.
+        tls: its certificate; None = plain text.
     """
 
-    def __init__(self, app: ASGIApp, *, host: str, port: int, reuse_port: bool = False) -> None:
+    def __init__(self, app: ASGIApp, *, host: str, port: int, reuse_port: bool = False, tls: DoorCertificate | None = None) -> None:
         self._host = host
         self._port = port
         self._reuse_port = reuse_port
@@ -52,7 +78,9 @@ class HttpServer:
             timeout_graceful_shutdown=1,
         )
         self._server = _Server(self._config)
+        self._tls = tls
         self._task: asyncio.Task[None] | None = None
+        self._renewing: asyncio.Task[None] | None = None
 
     @property
     def port(self) -> int:
@@ -65,6 +93,9 @@ class HttpServer:
         Raises:
             Unavailable: the address can't be bound.
         """
+        if self._tls is not None:
+            self._server.tls = self._tls.server_context()
+            self._renewing = asyncio.create_task(self._renew(self._tls, self._server.tls), name="http certificate")
         listening = self._bind()
         self._port = listening.getsockname()[1]
         self._task = asyncio.create_task(self._server.serve(sockets=[listening]), name="http server")
@@ -81,9 +112,25 @@ class HttpServer:
 
     async def close(self) -> None:
         """Stop listening and end what is left."""
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.gather(self._renewing, return_exceptions=True)
         if self._task is not None:
             self._server.should_exit = True
             await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _renew(self, tls: DoorCertificate, context: ssl.SSLContext) -> None:
+        given = tls.number
+        while True:
+            await asyncio.sleep(LOOK_S)
+            number = tls.look()
+            if number == given:
+                continue
+            try:
+                tls.renew(context)
+                given = number
+            except (OSError, ValueError) as error:  # changed once more, in this moment: the next look has it
+                _log.warning("the HTTP door's certificate stays as it is: %s", error)
 
     def _bind(self) -> socket.socket:
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
