@@ -21,7 +21,8 @@ from typing import Literal
 from antiphon.core.kv import KVPlane
 from antiphon.models.layers.rope_config import RopeConfig
 
-Activation = Literal["silu", "gelu_tanh", "gelu"]
+# "gpt_oss" is g·sigmoid(1.702 g)·(u + 1) of the gate g and the up projection u; the others are act(g)·u.
+Activation = Literal["silu", "gelu_tanh", "gelu", "gpt_oss"]
 NormKind = Literal["rms", "rms_plus_one", "layer"]  # weight; 1 + weight (Gemma); mean and variance, weight and bias
 NormPlace = Literal["input", "attention_out", "ffn", "ffn_out"]
 
@@ -84,6 +85,7 @@ class FFNConfig:
     intermediate_size: int
     activation: Activation = "silu"
     bias: bool = False
+    limit: float | None = None  # bound on act(gate) from above and on up both ways; gpt_oss bounds the gate before it acts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +102,7 @@ class GateConfig:
     num_groups: int = 1
     num_kept_groups: int = 1  # group_limited: experts outside the best groups can't be chosen
     group_score: Literal["max", "top2_sum"] = "max"
+    has_logit_bias: bool = False  # on the logits
     has_correction_bias: bool = False  # added to scores for the choice only (arXiv 2408.15664)
     has_expert_scale: bool = False  # a learned factor per expert on its weight
     renormalise: bool = False  # weights of the chosen experts with weights of their own sum to 1
@@ -121,7 +124,10 @@ class MoEConfig:
     gate: GateConfig
     intermediate_size: int  # of one expert
     activation: Activation = "silu"
+    bias: bool = False  # of the routed experts' projections
+    limit: float | None = None  # see FFNConfig; of the routed experts
     shared_intermediate_size: int = 0
+    shared_limit: float | None = None
     has_shared_gate: bool = False  # sigmoid(x·w) on the shared expert
 
     @property
@@ -154,7 +160,10 @@ class LayerNames:
     correction_bias: str = "mlp.gate.e_score_correction_bias"
     expert_scale: str = "mlp.router_scale"
     expert: str = "mlp.experts.{e}."
+    router_bias: str = "mlp.router.bias"
     stacked_experts: str | None = None  # prefix of [E, ...] tensors that hold all experts; None = each expert has its own
+    # Prefix of "gate_up_proj" [E, D, 2W], columns of gate and up in turn, and "down_proj" [E, W, D], or of their MXFP4 blocks.
+    fused_experts: str | None = None
     shared: str = "mlp.shared_expert."
     shared_gate: str = "mlp.shared_expert_gate.weight"
     gate: str = "gate_proj"

@@ -17,9 +17,10 @@ from collections.abc import Callable
 
 import torch
 
-from antiphon.models.config import GateConfig
+from antiphon.models.config import GateConfig, MoEConfig
 from antiphon.models.experts.gates import choose
 from antiphon.models.experts.packed import Int8Parts, PackedExperts
+from antiphon.models.experts.reading import ExpertWeights
 from antiphon.models.experts.shard import _PlainExperts
 from antiphon.models.layers.linear import Linear
 from antiphon.models.native.library import available
@@ -38,10 +39,14 @@ def build(way: str, width: int) -> list[Bank]:
             bank = PackedExperts(EXPERTS, torch.bfloat16, "silu", lambda _: int8)
             bank.expect(EXPERTS)
         else:
-            bank = _PlainExperts(EXPERTS, "silu", lambda _: int8)
+            gate = GateConfig(num_experts=EXPERTS, top_k=TOP_K)
+            bank = _PlainExperts(MoEConfig(gate=gate, intermediate_size=width), lambda _: int8)
         for expert in range(EXPERTS):
-            gate, up, down = (torch.randn(shape).bfloat16() for shape in ((width, HIDDEN), (width, HIDDEN), (HIDDEN, width)))
-            bank.put(expert, gate, up, down)
+            gate_proj, up, down = (torch.randn(shape).bfloat16() for shape in ((width, HIDDEN), (width, HIDDEN), (HIDDEN, width)))
+            if isinstance(bank, PackedExperts):
+                bank.put(expert, gate_proj, up, down)
+            else:
+                bank.put(expert, ExpertWeights(gate=gate_proj, up=up, down=down))
         banks.append(bank)
     return banks
 

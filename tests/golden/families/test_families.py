@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as hf
 
+from antiphon.models.experts.placement import ExpertPlacement
 from antiphon.testing import LocalCluster, wiring
 
 WIRINGS: dict[str, tuple[str, dict[str, int]]] = {
@@ -66,6 +67,17 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         )
     ),
     "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**SHAPE)),
+    "gpt_oss": lambda: hf.GptOssForCausalLM(
+        hf.GptOssConfig(
+            **SHAPE,
+            head_dim=24,
+            num_local_experts=8,
+            num_experts_per_tok=3,
+            sliding_window=20,
+            swiglu_limit=0.5,
+            rope_parameters={k: v for k, v in YARN.items() if not k.startswith("mscale")} | {"truncate": False},
+        )
+    ),
     "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**SHAPE, num_local_experts=8, sliding_window=37)),
     "qwen2_moe": lambda: hf.Qwen2MoeForCausalLM(
         hf.Qwen2MoeConfig(
@@ -199,3 +211,55 @@ def test_tokens_and_logits_equal_transformers(tiny: tuple[Path, Any], name: str)
         assert theirs.argmax(dim=-1).tolist() == answer
         # Rows of a batch come in the scheduler's order: each expected row must be among those computed.
         assert torch.cdist(theirs, ours, p=torch.inf).amin(dim=1).max() < 1e-4
+
+
+def die_with_rows_taken(worker: Any) -> None:
+    """The worker's next message is taken and never answered."""
+
+    def die(*_args: Any) -> Any:
+        worker.side.close()
+        return torch.zeros(1)
+
+    worker.halves.compute = die
+
+
+# Families whose caches, masks or experts are unlike the others': all that can happen to a request happens at once.
+@pytest.mark.parametrize("tiny", ["gemma2", "gpt_oss"], indirect=True)
+def test_nothing_that_happens_to_requests_changes_a_token(tiny: tuple[Path, Any]) -> None:
+    path, model = tiny
+    chance = random.Random(8)
+    stem = [chance.randrange(SHAPE["vocab_size"]) for _ in range(48)]
+    prompts = [stem, *([*stem[:n], *(chance.randrange(SHAPE["vocab_size"]) for _ in range(9))] for n in (48, 33, 48, 16))]
+    has_experts = hasattr(model.config, "num_experts_per_tok")
+    spec = wiring(
+        path,
+        "pd-afd",
+        attention=2,
+        expert_groups=3 if has_experts else 1,
+        ffn=1 if has_experts else 3,
+        ffn_replicas=2,
+        cache={"numBlocks": 8, "blockSizeTokens": 16},
+        scheduler={"maxNumBatchedTokens": 32, "remotePrefillMinTokens": 8},
+        transport={"numUbatches": 2},
+    )
+    with LocalCluster(spec, path) as cluster:
+        first = [cluster.submit(stem, max_tokens=40, on=on, prefill=0) for on in (0, 1)]
+        cluster.run()  # from now on workers hold the stem
+        ids = [cluster.submit(p, max_tokens=40, on=i % 2, prefill=0) for i, p in enumerate(prompts[1:])]
+        for _ in range(9):
+            cluster.step()
+        die_with_rows_taken(cluster.ffns[0])
+        for _ in range(9):
+            cluster.step()
+        if has_experts:
+            load = {n: [chance.random() ** 4 for _ in range(cluster.facts.config.num_experts)] for n in range(9)}
+            cluster.rebalance(ExpertPlacement.balanced(cluster.facts.config, load, 3, 3))
+        cluster.run()
+        answers = [cluster.outputs[name].token_ids for name in (first[0], *ids)]
+        assert max(cluster.outputs[name].last.num_cached_tokens for name in ids) > 0
+        assert sum(part.engine.scheduler.stats.num_preemptions for part in cluster.generating) > 0
+        assert sum(part.worker.afd.times.num_resent for part in cluster.generating) > 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        with torch.inference_mode():
+            theirs = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        assert theirs.argmax(dim=-1).tolist() == answer

@@ -46,7 +46,8 @@ class Router:
         self.config = config
         self.skip_below = 0.0  # share of a row's weight below which an expert is skipped; the row's best never is
         self._num_chosen_and_skipped = torch.zeros(2, dtype=torch.int64, device=weights.device)
-        self._linear = Linear(weights.read(layer.prefix + names.router, dtype=fp32))
+        logit_bias = weights.read(layer.prefix + names.router_bias, dtype=fp32) if gate.has_logit_bias else None
+        self._linear = Linear(weights.read(layer.prefix + names.router, dtype=fp32), logit_bias)
         self._bias = weights.read(layer.prefix + names.correction_bias, dtype=fp32) if gate.has_correction_bias else None
         self._scale = weights.read(layer.prefix + names.expert_scale, dtype=fp32).flatten() if gate.has_expert_scale else None
         self._shared_gate = weights.read(layer.prefix + names.shared_gate, dtype=fp32) if config.has_shared_gate else None
@@ -123,7 +124,7 @@ class Router:
     def _pack(self, weight_ED: torch.Tensor) -> torch.Tensor | None:
         """The gate's rows and, behind them, the shared expert's gate as the kernel wants them; None: torch computes this gate."""
         gate = self.config.gate
-        if gate.choice not in ("top_k", "group_limited") or gate.num_null or gate.num_identity:
+        if gate.choice not in ("top_k", "group_limited") or gate.num_null or gate.num_identity or gate.has_logit_bias:
             return None
         if weight_ED.device.type != "cpu" or not available():
             return None

@@ -15,15 +15,16 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from antiphon.core.errors import InvalidInput
+from antiphon.core.errors import InvalidInput, UnsupportedModel
 from antiphon.core.ids import FFNShard, slice_bounds
 from antiphon.device.device import is_card
 from antiphon.models.config import Activation, FFNConfig, LayerConfig, MoEConfig
 from antiphon.models.experts.on_card import CardExperts
 from antiphon.models.experts.packed import Int8Parts, PackedExperts, can_pack
+from antiphon.models.experts.reading import ExpertReader, ExpertWeights
 from antiphon.models.layers.functional import gated
 from antiphon.models.layers.gated_ffn import GatedFFN
-from antiphon.models.layers.quantized import AnyLinear, Int8Choice, make_linear
+from antiphon.models.layers.quantized import AnyLinear, Int8Choice, join_linear
 from antiphon.models.loading.weights import Weights
 
 
@@ -41,11 +42,12 @@ class DenseFFN:
             gate_up_bias = torch.cat([weights.read(part + ".bias")[low:high] for part in parts])
             # Added once: by the first slice.
             down_bias = weights.read(prefix + names.down + ".bias") if shard.index == 0 else None
-        gate_up = torch.cat([weights.read(part + ".weight", rows=(low, high)) for part in parts])
+        read = weights.part if int8 is None else weights.read
         self._ffn = GatedFFN(
-            gate_up,
-            weights.read(prefix + names.down + ".weight", cols=(low, high)),
+            [read(part + ".weight", rows=(low, high)) for part in parts],
+            read(prefix + names.down + ".weight", cols=(low, high)),
             config.activation,
+            limit=config.limit,
             gate_up_bias=gate_up_bias,
             down_bias=down_bias,
             int8_gate_up=int8 is not None,
@@ -69,24 +71,25 @@ class DenseFFN:
 class _Expert:
     """One gated expert, or this shard's slice of it."""
 
-    __slots__ = ("_activation", "_down", "_gate_up", "num_bytes")
+    __slots__ = ("_activation", "_down", "_gate_up", "_limit", "num_bytes")
 
-    def __init__(self, gate_up: AnyLinear, down: AnyLinear, activation: Activation) -> None:
+    def __init__(self, gate_up: AnyLinear, down: AnyLinear, activation: Activation, limit: float | None) -> None:
         self._gate_up = gate_up
         self._down = down
         self._activation = activation
+        self._limit = limit
         self.num_bytes = gate_up.num_bytes + down.num_bytes
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        return self._down(gated(self._gate_up(rows), self._activation))
+        return self._down(gated(self._gate_up(rows), self._activation, self._limit))
 
 
 class _PlainExperts:
     """Experts of one layer as separate linear layers: the reference, and what serves where the kernel can't."""
 
-    def __init__(self, num_ids: int, activation: Activation, int8_of: Callable[[int], Int8Parts]) -> None:
-        self._num_ids = num_ids
-        self._activation = activation
+    def __init__(self, config: MoEConfig, int8_of: Callable[[int], Int8Parts]) -> None:
+        self._config = config
+        self._num_ids = config.num_ids
         self._int8_of = int8_of
         self._experts: dict[int, _Expert] = {}
 
@@ -98,12 +101,13 @@ class _PlainExperts:
     def num_bytes(self) -> int:
         return sum(expert.num_bytes for expert in tuple(self._experts.values()))
 
-    def put(self, expert: int, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> tuple[int, int]:
-        int8 = self._int8_of(expert)
-        gate_up = make_linear(torch.cat((gate, up)), int8=int8.gate_up)
-        down_linear = make_linear(down, int8=int8.down)
-        self._experts[expert] = _Expert(gate_up, down_linear, self._activation)
-        return gate_up.num_bytes, down_linear.num_bytes
+    def put(self, expert: int, weights: ExpertWeights) -> tuple[int, int]:
+        int8, config = self._int8_of(expert), self._config
+        gate_up = join_linear((weights.gate, weights.up), weights.gate_up_bias, int8=int8.gate_up)
+        down = join_linear((weights.down,), weights.down_bias, int8=int8.down)
+        limit = config.shared_limit if expert == config.gate.num_experts else config.limit
+        self._experts[expert] = _Expert(gate_up, down, config.activation, limit)
+        return gate_up.num_bytes, down.num_bytes
 
     def drop(self, expert: int) -> None:
         del self._experts[expert]
@@ -161,18 +165,20 @@ class ExpertBank:
         self.rows_by_expert = torch.zeros(config.num_ids, dtype=torch.int64, device=weights.device)  # since start
         self.num_late_loads = 0  # experts read because rows for them arrived
         self._weights = weights
-        self._layer = layer
-        self._shard = shard
         self._int8 = int8
+        self._reader = ExpertReader(config, weights, layer, shard, keep_four_bit=int8 is None and weights.device.type == "cpu")
         self._reading = threading.Lock()
         self._experts: PackedExperts | CardExperts | _PlainExperts
+        is_plain = not config.bias and config.limit is None and config.shared_limit is None and config.activation != "gpt_oss"
         if is_card(weights.device):
+            if not is_plain:
+                raise UnsupportedModel("experts with biases or bounded activations are not computed on a card yet", "swiglu_limit")
             num_routed = config.gate.num_experts
             self._experts = CardExperts(config.num_ids, num_routed, weights.dtype, weights.device, config.activation)
-        elif can_pack(weights.dtype, weights.device, config.activation):
+        elif is_plain and not self._reader.is_four_bit and can_pack(weights.dtype, weights.device, config.activation):
             self._experts = PackedExperts(config.num_ids, weights.dtype, config.activation, self._int8_of)
         else:
-            self._experts = _PlainExperts(config.num_ids, config.activation, self._int8_of)
+            self._experts = _PlainExperts(config, self._int8_of)
         first = tuple(held)
         if not isinstance(self._experts, _PlainExperts):
             self._experts.expect(sum(expert != config.gate.num_experts for expert in first))
@@ -200,8 +206,8 @@ class ExpertBank:
         with self._reading:
             if expert in self._experts.held:
                 self._experts.drop(expert)
-                for name in self._names(expert):
-                    self._weights.resident_bytes.pop(self._key(expert, name), None)
+                for name in self._reader.keys(expert):
+                    self._weights.resident_bytes.pop(name, None)
 
     def compute(
         self, rows_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, out_TD: torch.Tensor | None = None
@@ -234,36 +240,21 @@ class ExpertBank:
             return Int8Parts(gate_up=False, down=False)
         return Int8Parts(gate_up=True, down=int8.down)
 
-    def _names(self, expert: int) -> tuple[str, ...]:
-        names, prefix = self._layer.names, self._layer.prefix
-        if expert == self.config.gate.num_experts:
-            return tuple(prefix + names.shared + part + ".weight" for part in (names.gate, names.up, names.down))
-        parts = (names.expert_gate, names.expert_up, names.expert_down)
-        if names.stacked_experts is not None:
-            return tuple(prefix + names.stacked_experts + part + ".weight" for part in parts)
-        return tuple(prefix + names.expert.format(e=expert) + part + ".weight" for part in parts)
-
-    def _key(self, expert: int, name: str) -> str:
-        """The name under which this expert's bytes are noted: one tensor may hold all experts."""
-        return f"{name}[{expert}]" if self._layer.names.stacked_experts is not None else name
+    def _read(self, expert: int) -> None:
+        weights = self._reader.read(expert)
+        if isinstance(self._experts, _PlainExperts):
+            gate_up_bytes, down_bytes = self._experts.put(expert, weights)
+        else:
+            # Only experts without biases, and not in four bits, go where they are packed.
+            assert isinstance(weights.gate, torch.Tensor)
+            assert isinstance(weights.up, torch.Tensor)
+            assert isinstance(weights.down, torch.Tensor)
+            gate_up_bytes, down_bytes = self._experts.put(expert, weights.gate, weights.up, weights.down)
+        gate, up, down = self._reader.keys(expert)
+        for name in (gate, up):
+            self._note(expert, name, gate_up_bytes // 2)
+        self._note(expert, down, down_bytes)
 
     def _note(self, expert: int, name: str, num_bytes: int) -> None:
-        self._weights.resident_bytes.pop(name, None)  # what was read on the way
-        self._weights.hold(self._key(expert, name), num_bytes)
-
-    def _read(self, expert: int) -> None:
-        is_shared = expert == self.config.gate.num_experts
-        width = self.config.shared_intermediate_size if is_shared else self.config.intermediate_size
-        low, high = slice_bounds(width, self._shard.tensor_index, self._shard.num_tensor)
-        gate_name, up_name, down_name = self._names(expert)
-        if self._layer.names.stacked_experts is not None and not is_shared:
-            which = (expert, expert + 1)
-            halves = [self._weights.read(name, rows=which, cols=(low, high))[0] for name in (gate_name, up_name)]
-            down = self._weights.read(down_name, rows=which)[0][:, low:high].contiguous()
-        else:
-            halves = [self._weights.read(name, rows=(low, high)) for name in (gate_name, up_name)]
-            down = self._weights.read(down_name, cols=(low, high))
-        gate_up_bytes, down_bytes = self._experts.put(expert, halves[0], halves[1], down)
-        for name in (gate_name, up_name):
-            self._note(expert, name, gate_up_bytes // 2)
-        self._note(expert, down_name, down_bytes)
+        self._weights.resident_bytes.pop(name.removesuffix(f"[{expert}]"), None)  # what was read on the way
+        self._weights.hold(name, num_bytes)

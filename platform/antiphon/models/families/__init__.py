@@ -18,6 +18,7 @@ from antiphon.models.families import (
     dots1,
     gemma2,
     gemma3,
+    gpt_oss,
     llama,
     longcat_flash,
     mixtral,
@@ -32,7 +33,7 @@ from antiphon.models.families import (
     step3,
 )
 from antiphon.models.families.fields import Fields
-from antiphon.models.loading.block_scales import check_quantization
+from antiphon.models.loading.stored.quantization import check_quantization
 
 _MODULES = (
     adamoe,
@@ -40,6 +41,7 @@ _MODULES = (
     dots1,
     gemma2,
     gemma3,
+    gpt_oss,
     llama,
     longcat_flash,
     mixtral,

@@ -98,8 +98,10 @@ class Rope:
         return torch.cat(rotated, dim=-1)
 
 
-def gated(gate_up_TI: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """act(gate) * up, from both side by side: [T, 2I] -> [T, I]."""
+def gated(gate_up_TI: torch.Tensor, activation: Activation, limit: float | None = None) -> torch.Tensor:
+    """act(gate) * up, from both side by side: [T, 2I] -> [T, I]. ``limit``: see FFNConfig."""
+    if activation == "gpt_oss" or limit is not None:
+        return _bounded(gate_up_TI, activation, limit)
     if activation == "silu" and gate_up_TI.is_contiguous() and gate_up_TI.device.type == "cpu" and available():
         out: torch.Tensor = torch.ops.antiphon.silu_mul(gate_up_TI)
         return out
@@ -110,3 +112,13 @@ def gated(gate_up_TI: torch.Tensor, activation: Activation) -> torch.Tensor:
     if activation == "silu":
         return F.silu(gate).mul_(up)
     return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none").mul_(up)
+
+
+def _bounded(gate_up_TI: torch.Tensor, activation: Activation, limit: float | None) -> torch.Tensor:
+    gate, up = gate_up_TI.chunk(2, dim=-1)
+    if activation == "gpt_oss":
+        if limit is not None:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return torch.sigmoid(gate * 1.702).mul_(gate).mul_(up + 1.0)
+    acted = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return acted if limit is None else acted.clamp_(max=limit).mul_(up.clamp(-limit, limit))

@@ -5,12 +5,14 @@ Legend: T rows, D hidden, I intermediate size. Must not know: shards, experts, c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from antiphon.models.config import Activation
 from antiphon.models.layers.functional import gated
 from antiphon.models.layers.linear import has_tiles
-from antiphon.models.layers.quantized import AnyLinear, TileInt8, make_linear
+from antiphon.models.layers.quantized import AnyLinear, Part, TileInt8, join_linear
 
 
 class GatedFFN:
@@ -18,26 +20,31 @@ class GatedFFN:
 
     def __init__(
         self,
-        gate_up_2ID: torch.Tensor,
-        down_DI: torch.Tensor,
+        gate_up: Sequence[Part],
+        down: Part,
         activation: Activation,
         *,
+        limit: float | None = None,
         gate_up_bias: torch.Tensor | None = None,
         down_bias: torch.Tensor | None = None,
         int8_gate_up: bool = False,
         int8_down: bool = False,
     ) -> None:
+        """``gate_up``: the weights of gate and up, one after the other in one or more parts; ``limit``: see FFNConfig."""
         self._activation = activation
-        self._width = down_DI.shape[1]
-        self._has_tiles = activation == "silu" and has_tiles(gate_up_2ID)
-        if self._has_tiles:
-            gate_up, gate_up_scales, gate_up_bytes = _packed(gate_up_2ID, int8=int8_gate_up, pairs=True)
-            down, down_scales, down_bytes = _packed(down_DI, int8=int8_down, pairs=False)
-            self._parts = gate_up, gate_up_scales, gate_up_bias, down, down_scales, down_bias
+        self._limit = limit
+        self._width = down.shape[1]
+        plain = [part for part in gate_up if isinstance(part, torch.Tensor) and has_tiles(part)]
+        self._has_tiles = activation == "silu" and limit is None and len(plain) == len(gate_up) and isinstance(down, torch.Tensor)
+        if self._has_tiles and isinstance(down, torch.Tensor):
+            gate_up_2ID = plain[0] if len(plain) == 1 else torch.cat(plain)
+            gate_up_packed, gate_up_scales, gate_up_bytes = _packed(gate_up_2ID, int8=int8_gate_up, pairs=True)
+            down_packed, down_scales, down_bytes = _packed(down, int8=int8_down, pairs=False)
+            self._parts = gate_up_packed, gate_up_scales, gate_up_bias, down_packed, down_scales, down_bias
             self.num_bytes = gate_up_bytes, down_bytes  # of gate and up; of down
         else:
-            self._gate_up: AnyLinear = make_linear(gate_up_2ID, gate_up_bias, int8=int8_gate_up)
-            self._down: AnyLinear = make_linear(down_DI, down_bias, int8=int8_down)
+            self._gate_up: AnyLinear = join_linear(gate_up, gate_up_bias, int8=int8_gate_up)
+            self._down: AnyLinear = join_linear((down,), down_bias, int8=int8_down)
             self.num_bytes = self._gate_up.num_bytes, self._down.num_bytes
 
     @property
@@ -48,7 +55,7 @@ class GatedFFN:
     def __call__(self, rows_TD: torch.Tensor) -> torch.Tensor:
         """[T, D], newly allocated."""
         if not self._has_tiles:
-            return self._down(gated(self._gate_up(rows_TD), self._activation))
+            return self._down(gated(self._gate_up(rows_TD), self._activation, self._limit))
         out: torch.Tensor = torch.ops.antiphon.gated_half(rows_TD.contiguous(), *self._parts, self._width)
         return out
 

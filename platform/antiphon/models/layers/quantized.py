@@ -7,12 +7,15 @@ weight on the way, since then arithmetic costs more than bytes. Legend: T rows, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from antiphon.models.layers.four_bit import FourBitLinear
 from antiphon.models.layers.linear import Linear, has_tiles
+from antiphon.models.loading.stored.four_bit import FourBit
 
 _KERNEL_MAX_ROWS = 8
 _KERNEL_BLOCK = 32  # the int8 kernel reads whole blocks of inputs
@@ -79,9 +82,20 @@ class Int8Linear:
         return out if self._bias is None else out.add_(self._bias)
 
 
-AnyLinear = Linear | Int8Linear
+AnyLinear = Linear | Int8Linear | FourBitLinear
+Part = torch.Tensor | FourBit  # a weight [O, I] as it is held
 
 
-def make_linear(weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None, *, int8: bool) -> AnyLinear:
+def make_linear(weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None, *, int8: bool = False) -> Linear | Int8Linear:
     """A linear layer in the weight's own format or in int8."""
     return Int8Linear(weight_OI, bias_O) if int8 else Linear(weight_OI, bias_O)
+
+
+def join_linear(parts: Sequence[Part], bias_O: torch.Tensor | None = None, *, int8: bool = False) -> AnyLinear:
+    """A linear layer over the outputs of several weights, kept in four bits where all are."""
+    four_bit = [part for part in parts if isinstance(part, FourBit)]
+    if four_bit and len(four_bit) == len(parts) and not int8:
+        return FourBitLinear(four_bit, bias_O)
+    dtype = next((part.dtype for part in parts if isinstance(part, torch.Tensor)), torch.float32)
+    plain = [part.values(dtype) if isinstance(part, FourBit) else part for part in parts]
+    return make_linear(plain[0] if len(plain) == 1 else torch.cat(plain), bias_O, int8=int8)

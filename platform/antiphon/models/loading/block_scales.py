@@ -29,24 +29,19 @@ _SUPPORTED: Mapping[str, tuple[object, ...]] = {
 _HARMLESS = frozenset(("modules_to_not_convert", "ignored_layers", "dequantize"))
 
 
-def check_quantization(raw: Mapping[str, Any]) -> None:
-    """Check that weights stored as a ``config.json`` says can be read.
+def check_block_scales(section: Mapping[str, Any]) -> None:
+    """Check the section of a config that says how weights are stored.
 
     Raises:
         UnsupportedModel: names the field that says otherwise.
     """
-    section = raw.get(CONFIG_FIELD)
-    if section is None:
-        return
-    if not isinstance(section, Mapping):
-        raise UnsupportedModel(f"{CONFIG_FIELD} = {section!r}: expected a section", CONFIG_FIELD)
     for key, value in section.items():
         name = f"{CONFIG_FIELD}.{key}"
         if key in _SUPPORTED and value not in _SUPPORTED[key]:
             raise UnsupportedModel(f"{name} = {value!r} is not supported (only {_SUPPORTED[key][0]!r})", name)
         if key not in _SUPPORTED and key not in _HARMLESS and key != "weight_block_size":
             raise UnsupportedModel(f"{name} = {value!r} is not known: it could change results", name)
-    _block_size(raw)
+    _block_size({CONFIG_FIELD: section})
 
 
 def is_scaled(checkpoint: Checkpoint, name: str) -> bool:

@@ -99,6 +99,47 @@ PANGU: dict[str, Any] = {
 }
 
 
+GPT_OSS: dict[str, Any] = {  # the 120b
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "attention_bias": True,
+    "eos_token_id": 200002,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 18,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "num_local_experts": 128,
+    "quantization_config": {
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+        "quant_method": "mxfp4",
+    },
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 201088,
+}
+GPT_OSS_20B = {**GPT_OSS, "num_hidden_layers": 24, "num_local_experts": 32}
+GPT_OSS_20B |= {"layer_types": ["sliding_attention", "full_attention"] * 12}
+
+
 def of(name: str, config: Any) -> dict[str, Any]:
     return {**config.to_dict(), "architectures": [name]}
 
@@ -130,6 +171,9 @@ MODELS: dict[str, tuple[Mapping[str, Any], float, float]] = {  # config; paramet
     "Gemma 2 2B": (of("Gemma2ForCausalLM", hf.Gemma2Config()), 0.590 + 2.024, 0.590 + 2.024),
     "Gemma 2 9B": (of("Gemma2ForCausalLM", hf.Gemma2Config(**GEMMA2_9B)), 0.918 + 8.324, 0.918 + 8.324),
     "Gemma 2 27B": (of("Gemma2ForCausalLM", hf.Gemma2Config(**GEMMA2_27B)), 1.180 + 26.047, 1.180 + 26.047),
+    # arXiv 2508.10925, table 1; its activated ones leave out one of the two embeddings.
+    "gpt-oss-120b": (GPT_OSS, 116.83, 5.13 + 0.58),
+    "gpt-oss-20b": (GPT_OSS_20B, 20.91, 3.61 + 0.58),
     "Mixtral 8x7B": (of("MixtralForCausalLM", hf.MixtralConfig()), 46.7, 12.9),
 }
 

@@ -85,7 +85,7 @@ def test_a_gated_ffn_equals_torch(rows: int, hidden: int, width: int, has_bias: 
     gate_up, down = torch.randn(2 * width, hidden).bfloat16() / 8, torch.randn(hidden, width).bfloat16() / 8
     biases = (torch.randn(2 * width).bfloat16(), torch.randn(hidden).bfloat16()) if has_bias else (None, None)
     x = torch.randn(rows, hidden).bfloat16()
-    got = GatedFFN(gate_up, down, "silu", gate_up_bias=biases[0], down_bias=biases[1])(x)
+    got = GatedFFN([gate_up], down, "silu", gate_up_bias=biases[0], down_bias=biases[1])(x)
     wide = [None if b is None else b.double() for b in biases]
     gate, up = F.linear(x.double(), gate_up.double(), wide[0]).chunk(2, dim=-1)
     close(got, F.linear(F.silu(gate) * up, down.double(), wide[1]))
@@ -111,8 +111,8 @@ def test_an_int8_ffn_is_near_the_whole_one(hidden: int, width: int, down_too: bo
     torch.manual_seed(0)
     gate_up, down = torch.randn(2 * width, hidden).bfloat16() / 8, torch.randn(hidden, width).bfloat16() / 8
     x = torch.randn(40, hidden).bfloat16()
-    whole = GatedFFN(gate_up, down, "silu")
-    int8 = GatedFFN(gate_up, down, "silu", int8_gate_up=True, int8_down=down_too)
+    whole = GatedFFN([gate_up], down, "silu")
+    int8 = GatedFFN([gate_up], down, "silu", int8_gate_up=True, int8_down=down_too)
     assert sum(int8.num_bytes) < (0.55 if down_too else 0.75) * sum(whole.num_bytes)
     close(int8(x), whole(x), 0.06)
 
@@ -129,7 +129,7 @@ def test_the_activation_bears_extremes() -> None:
     gate_up[32:] = 1.0 / 32
     x = torch.full((2, 32), 1.0).bfloat16()
     x[0], x[1] = 3e4, -3e4
-    got = GatedFFN(gate_up, torch.eye(32).bfloat16(), "silu")(x)
+    got = GatedFFN([gate_up], torch.eye(32).bfloat16(), "silu")(x)
     assert torch.isfinite(got).all()
     assert float(got[1].abs().max()) == 0.0
 
