@@ -22,7 +22,7 @@ from pydantic_core import PydanticUndefined
 
 from antiphon.core.document.artifact import ModelArtifact
 from antiphon.core.document.composition import CompositionOfExperts
-from antiphon.core.document.serving_pool import ServingPool
+from antiphon.core.document.pools import ServingPool
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.gateway.anthropic.routes import add_message_routes
 from antiphon.gateway.openai.experts_routes import add_expert_routes

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from antiphon.core.document.artifact import ModelArtifact
 from antiphon.core.document.composition import CompositionOfExperts
-from antiphon.core.document.serving_pool import ServingPool
+from antiphon.core.document.pools import ServingPool
 from antiphon.core.document.spec import GROUP, VERSION, LLMDeployment
 from antiphon_operator.api import status
 from antiphon_operator.api.rules import ARTIFACT_RULES, COMPOSITION_RULES, LLM_RULES, POOL_RULES, Rule

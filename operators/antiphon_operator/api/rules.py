@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from antiphon.core.document.part import MAX_NAME_LENGTH
 from antiphon.core.document.policies import RESERVED_POOL_NAMES
-from antiphon.core.document.spec import MAX_NAME_LENGTH
 from antiphon_operator.render.names import RAY_WORKER_PORTS, RESERVED_PORTS, URI_PATTERN
 
 

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from antiphon.core.document.policies import ScalingMode, ScalingSpec, SloSpec
-from antiphon.core.document.spec import PoolRole, PoolSpec
+from antiphon.core.document.pools import PoolRole, PoolSpec
 
 TOLERANCE = 0.1  # a measure within this share of its target changes nothing
 _TTFT_ROLES: tuple[PoolRole, ...] = ("prefill", "monolith")

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from antiphon.core.document.spec import LLMDeploymentSpec, PoolSpec, parse_quantity
+from antiphon.core.document.pools import PoolSpec, parse_quantity
+from antiphon.core.document.spec import LLMDeploymentSpec
 
 # Seen on a cluster with Ray 2.60: a worker of 1.57 GB held 1.07 of KV cache and 0.11 of weights; beside it stood Ray's serve
 # replica, ray start, dashboard agent, runtime-env agent, log monitor and raylet with 0.62.

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from antiphon.core.document.policies import ScalingMode
-from antiphon.core.document.spec import API_VERSION, LLMDeployment, PoolSpec
+from antiphon.core.document.pools import PoolSpec
+from antiphon.core.document.spec import API_VERSION, LLMDeployment
 from antiphon_operator.render.canonical import Json
 from antiphon_operator.render.names import (
     AGENT_PORT,

@@ -6,7 +6,8 @@ Every field the API server would default inside a list is written out where comp
 from __future__ import annotations
 
 from antiphon.core.document.policies import KubernetesSpec, TolerationSpec
-from antiphon.core.document.spec import LLMDeployment, LLMDeploymentSpec, PoolSpec, Resources, parse_quantity
+from antiphon.core.document.pools import PoolSpec, Resources, parse_quantity
+from antiphon.core.document.spec import LLMDeployment, LLMDeploymentSpec
 from antiphon_operator.planning.memory import NOTHING_KNOWN, memory_need
 from antiphon_operator.render.canonical import Json
 from antiphon_operator.render.names import (

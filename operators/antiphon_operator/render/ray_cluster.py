@@ -10,7 +10,8 @@ import math
 import urllib.parse
 from collections.abc import Mapping
 
-from antiphon.core.document.spec import LLMDeployment, PoolSpec, Resources, parse_quantity
+from antiphon.core.document.pools import PoolSpec, Resources, parse_quantity
+from antiphon.core.document.spec import LLMDeployment
 from antiphon_operator.render.canonical import Json, fingerprint
 from antiphon_operator.render.names import (
     GATEWAY,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from antiphon.core.document.spec import LLMDeployment, PoolSpec, Resources, parse_quantity
+from antiphon.core.document.pools import PoolSpec, Resources, parse_quantity
+from antiphon.core.document.spec import LLMDeployment
 from antiphon_operator.render.canonical import Json, fingerprint, to_yaml
 from antiphon_operator.render.names import GATEWAY, IMPORT_PATH, group_of, grpc_port, http_port, pool_resource, serve_deployment
 from antiphon_operator.render.ray_cluster import http_options

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from antiphon.core.document.spec import LLMDeploymentSpec, PoolSpec
+from antiphon.core.document.pools import PoolSpec
+from antiphon.core.document.spec import LLMDeploymentSpec
 
 DEFAULT_MEMORY_UTILIZATION = 0.9  # the driver, other processes' contexts and fragments of the allocator take the rest
 

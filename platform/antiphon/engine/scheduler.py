@@ -19,14 +19,15 @@ import bisect
 from collections.abc import Callable, Iterable
 
 from antiphon.core.errors import DeadlineExceeded, ErrorInfo, InvalidInput, Overloaded
-from antiphon.core.ids import WorkerId
 from antiphon.core.kv import KVLoad, KVTarget
 from antiphon.core.request import Request, RequestId, RequestOutput, RequestStatus
 from antiphon.core.step import CachedRequestData, KVEvents, ModelRunnerOutput, NewRequestData, SchedulerOutput
 from antiphon.engine.block_manager import KVBlockManager
 from antiphon.engine.limits import SchedulerConfig, SchedulerStats, check_request
 from antiphon.engine.outcome import end_output, stop_status, token_output
+from antiphon.engine.request_blocks import RequestBlocks
 from antiphon.engine.request_state import RequestState
+from antiphon.engine.step_values import announced, continued, load_asked
 
 _TOO_LATE = ErrorInfo(code=DeadlineExceeded.code, message="deadline exceeded")
 
@@ -44,6 +45,7 @@ class Scheduler:
         self.config = config
         self.stats = SchedulerStats()
         self.blocks = KVBlockManager(config.num_blocks, config.block_size_tokens, prefix_caching=config.prefix_caching)
+        self._blocks_of = RequestBlocks(self.blocks, self.stats)
         self._clock = clock
         self._states: dict[RequestId, RequestState] = {}
         self._waiting: list[RequestState] = []
@@ -151,7 +153,7 @@ class Scheduler:
                 self._end(state, RequestStatus.FINISHED_ERROR, error)
                 continue
             state.num_computed_tokens += num_tokens
-            self._cache_full_blocks(state)
+            self._blocks_of.cache_full(state)
             if state.kv_target is not None:
                 if state.num_tokens_to_compute == 0:
                     self.stats.num_prompt_tokens += state.kv_target.num_tokens  # no token is sampled here that would count them
@@ -176,7 +178,7 @@ class Scheduler:
                 self.stats.num_kv_transfers += 1
                 state.num_remote_tokens = len(state.token_ids) - 1 - state.num_computed_tokens
                 state.num_computed_tokens = len(state.token_ids) - 1
-                self._cache_full_blocks(state)
+                self._blocks_of.cache_full(state)
                 self._rejoin(state)
         for request_id, _reason in events.failed:
             state = self._remote.pop(request_id, None)
@@ -216,14 +218,7 @@ class Scheduler:
             if num_tokens > 0:
                 num_scheduled[state.request_id] = num_tokens
                 budget -= num_tokens
-                cached.append(
-                    CachedRequestData(
-                        request_id=state.request_id,
-                        new_block_ids=tuple(state.block_ids[state.num_sent_block_ids :]),
-                        num_computed_tokens=state.num_computed_tokens,
-                    )
-                )
-                state.num_sent_block_ids = len(state.block_ids)
+                cached.append(continued(state))
             index += 1
         return budget
 
@@ -235,12 +230,7 @@ class Scheduler:
         cached: list[CachedRequestData],
     ) -> bool:
         """Give a running request blocks for ``num_tokens`` more, preempting from the tail; False if it was itself preempted."""
-        needed = self.blocks.num_blocks_for(state.num_computed_tokens + num_tokens) - len(state.block_ids)
-        while needed > 0:
-            fresh = self.blocks.allocate(needed)
-            if fresh is not None:
-                state.block_ids += fresh
-                break
+        while not self._blocks_of.grow(state, state.num_computed_tokens + num_tokens):
             victim = self._running[-1]
             if victim.request_id in num_scheduled:  # scheduled earlier in this very step: only when order and queue differ
                 del num_scheduled[victim.request_id]
@@ -261,9 +251,9 @@ class Scheduler:
                 budget -= self._admit(self._ready.pop(0), budget, num_scheduled, new)
                 continue
             state = self._waiting[0]
-            prefix = self._find_prefix(state)
+            prefix = self._blocks_of.find_prefix(state)
             # All of what is known must fit at once: admitting on a chunk's worth of blocks would only preempt soon.
-            if self.blocks.num_free_after(prefix) < self.blocks.num_blocks_for(len(state.token_ids)) - len(prefix):
+            if not self._blocks_of.fits(state, prefix):
                 break
             if self._worth_remote(state, len(prefix) * self.config.block_size_tokens):
                 self._waiting.pop(0)
@@ -272,58 +262,21 @@ class Scheduler:
             if full:
                 break
             self._waiting.pop(0)
-            self._take_prefix(state, prefix)
+            self._blocks_of.take_prefix(state, prefix)
             budget -= self._admit(state, budget, num_scheduled, new)
 
     def _admit(self, state: RequestState, budget: int, num_scheduled: dict[RequestId, int], new: list[NewRequestData]) -> int:
         """Run a request whose blocks fit; the tokens it takes of the budget (0 for a hand-off that is all cached here)."""
         num_tokens = min(state.num_tokens_to_compute, budget)
-        fresh = self.blocks.allocate(
-            max(0, self.blocks.num_blocks_for(state.num_computed_tokens + num_tokens) - len(state.block_ids))
-        )
-        assert fresh is not None  # the caller saw that all of it fits, or it holds its blocks already
-        state.block_ids += fresh
+        has_room = self._blocks_of.grow(state, state.num_computed_tokens + num_tokens)
+        assert has_room  # the caller saw that all of it fits, or it holds its blocks already
         state.status = RequestStatus.RUNNING
         if state.scheduled_s is None:
             state.scheduled_s = self._clock()
-        self._announce(state, new)
+        new.append(announced(state))
         num_scheduled[state.request_id] = num_tokens
         self._running.append(state)
         return num_tokens
-
-    def _announce(self, state: RequestState, new: list[NewRequestData]) -> None:
-        new.append(
-            NewRequestData(
-                request_id=state.request_id,
-                token_ids=tuple(state.token_ids),
-                num_prompt_tokens=state.num_prompt_tokens,
-                block_ids=tuple(state.block_ids),
-                num_computed_tokens=state.num_computed_tokens,
-                sampling=state.request.sampling,
-                eos_token_ids=state.request.eos_token_ids,
-                kv_target=state.kv_target,
-            )
-        )
-        state.num_sent_block_ids = len(state.block_ids)
-        state.known_to_runner = True
-
-    def _find_prefix(self, state: RequestState) -> list[int]:
-        if state.request.sampling.num_prompt_logprobs is not None:
-            return []  # what is in the cache is not computed, and has no likelihoods
-        state.update_hashes(self.config.block_size_tokens)
-        # The last known token is always computed, since its logits choose the next one.
-        limit = len(state.token_ids) - (0 if state.kv_target is not None else 1)
-        return self.blocks.find_prefix(state.block_hashes, limit)
-
-    def _take_prefix(self, state: RequestState, prefix: list[int]) -> None:
-        self.blocks.hold(prefix)
-        state.block_ids = list(prefix)
-        state.num_computed_tokens = len(prefix) * self.config.block_size_tokens
-        state.num_cached_blocks = len(prefix)
-        if state.scheduled_s is None:
-            state.num_cached_tokens = min(state.num_computed_tokens, state.num_prompt_tokens)
-            self.stats.num_prefix_query_tokens += len(state.token_ids)
-            self.stats.num_prefix_hit_tokens += state.num_computed_tokens
 
     def _worth_remote(self, state: RequestState, num_local: int) -> bool:
         return (
@@ -335,33 +288,18 @@ class Scheduler:
 
     def _start_load(self, state: RequestState, prefix: list[int], loads: list[KVLoad]) -> None:
         assert state.prefill_worker is not None
-        self._take_prefix(state, prefix)
-        num_tokens = len(state.token_ids) - 1
-        fresh = self.blocks.allocate(self.blocks.num_blocks_for(len(state.token_ids)) - len(prefix))
-        assert fresh is not None  # the caller saw that the whole request fits
-        state.block_ids += fresh
+        self._blocks_of.take_prefix(state, prefix)
+        has_room = self._blocks_of.grow(state, len(state.token_ids))
+        assert has_room  # the caller saw that the whole request fits
         state.status = RequestStatus.WAITING_FOR_REMOTE_KV
         if state.scheduled_s is None:
             state.scheduled_s = self._clock()
         self._remote[state.request_id] = state
-        loads.append(
-            KVLoad(
-                request_id=state.request_id,
-                prefill_worker=WorkerId(state.prefill_worker),
-                token_ids=tuple(state.token_ids[:num_tokens]),
-                first_token=state.num_computed_tokens,
-                num_tokens=num_tokens - state.num_computed_tokens,
-                block_ids=tuple(state.block_ids),
-                deadline_s=self.config.kv_lease_s,
-                traceparent=state.request.traceparent,
-                cache_salt=state.request.cache_salt,
-            )
-        )
+        loads.append(load_asked(state, state.prefill_worker, self.config.kv_lease_s))
 
     def _preempt(self, state: RequestState) -> None:
         self._running.remove(state)
-        self.blocks.release(state.block_ids)
-        state.block_ids = []
+        self._blocks_of.release(state)
         state.num_cached_blocks = 0
         state.num_computed_tokens = 0
         state.num_preemptions += 1
@@ -392,15 +330,6 @@ class Scheduler:
             self._close(state, status)
         return token_output(state, token_id, result.logprobs.get(state.request_id), status, now_s)
 
-    def _cache_full_blocks(self, state: RequestState) -> None:
-        num_full = state.num_computed_tokens // self.config.block_size_tokens
-        if num_full <= state.num_cached_blocks:
-            return
-        state.update_hashes(self.config.block_size_tokens)
-        for index in range(state.num_cached_blocks, num_full):
-            self.blocks.cache(state.block_ids[index], state.block_hashes[index])
-        state.num_cached_blocks = num_full
-
     # ---- ends, inside --------------------------------------------------------------------------------------------
 
     def _expire(self) -> None:
@@ -430,8 +359,7 @@ class Scheduler:
             self._load_aborts.append(state.request_id)
         else:
             (self._ready if state in self._ready else self._waiting).remove(state)
-        self.blocks.release(state.block_ids)
-        state.block_ids = []
+        self._blocks_of.release(state)
         state.status = status
         self._forget(state)
 

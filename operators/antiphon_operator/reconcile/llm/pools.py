@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from antiphon.core.document.policies import ScalingMode
-from antiphon.core.document.spec import LLMDeployment, PoolSpec
+from antiphon.core.document.pools import PoolSpec
+from antiphon.core.document.spec import LLMDeployment
 from antiphon_operator.api.conditions import ConditionSet, Reason, Type, seconds, timestamp
 from antiphon_operator.api.status import PoolStatus, ServingPoolStatus
 from antiphon_operator.kube.base import Object

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from antiphon.apps.tiers.plan import TierPool
-from antiphon.core.document.spec import LLMDeploymentSpec, PoolSpec
+from antiphon.core.document.pools import PoolSpec
+from antiphon.core.document.spec import LLMDeploymentSpec
 from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
 

@@ -20,7 +20,8 @@ from antiphon.connectors.afd.ffn_side import FFNSide
 from antiphon.connectors.kv import handoff as kv
 from antiphon.connectors.kv.decode_side import DecodeSide
 from antiphon.connectors.kv.prefill_side import PrefillSide
-from antiphon.core.document.spec import LLMDeploymentSpec, parse_quantity
+from antiphon.core.document.pools import parse_quantity
+from antiphon.core.document.spec import LLMDeploymentSpec
 from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
 from antiphon.core.kv import KVLayout

@@ -13,7 +13,8 @@ from typing import Any
 
 from antiphon.apps.process.config import LogSettings, WorkerConfig
 from antiphon.apps.tiers.plan import TierPool
-from antiphon.core.document.spec import LLMDeployment, LLMDeploymentSpec, PoolSpec, parse_quantity
+from antiphon.core.document.pools import PoolSpec, parse_quantity
+from antiphon.core.document.spec import LLMDeployment, LLMDeploymentSpec
 from antiphon.core.ids import Epoch, FFNShard
 
 GATEWAY = "gateway"  # Serve name of the gateway's deployment; pools are called pool-<name> and can't collide with it

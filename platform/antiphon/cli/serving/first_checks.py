@@ -14,8 +14,9 @@ import psutil
 
 from antiphon.apps.devices import deal
 from antiphon.apps.serve.deployment_set import Serving
+from antiphon.core.document.pools import parse_quantity
 from antiphon.core.document.serving import EndpointSpec
-from antiphon.core.document.spec import LLMDeployment, parse_quantity
+from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import InvalidInput, Problem, SpecInvalid
 from antiphon.core.ids import Role
 from antiphon.device.driver import look_for_cards

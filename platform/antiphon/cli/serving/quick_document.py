@@ -11,7 +11,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from antiphon.core.document.spec import API_VERSION, MAX_NAME_LENGTH, ROLES_OF, Topology
+from antiphon.core.document.part import MAX_NAME_LENGTH
+from antiphon.core.document.spec import API_VERSION, ROLES_OF, Topology
 from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import Role
 

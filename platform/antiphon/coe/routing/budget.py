@@ -16,7 +16,7 @@ import numpy.typing as npt
 from antiphon.coe.routing.artifact import Artifact
 from antiphon.coe.routing.assessment import assess
 from antiphon.core.document.composition import CompositionSpec, ExpertSpec
-from antiphon.core.document.spec import parse_quantity
+from antiphon.core.document.pools import parse_quantity
 
 _MAX_ROWS = 500  # landmarks that are looked at
 _MAX_EXHAUSTIVE = 12  # experts whose subsets are all tried; above, they are added one by one

@@ -9,9 +9,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from antiphon.core.document.part import Model
+from antiphon.core.document.part import Metadata, Model
 from antiphon.core.document.policies import SecretName
-from antiphon.core.document.spec import Metadata, Quantity
+from antiphon.core.document.pools import Quantity
 
 ARTIFACT_SCHEMES = ("hf", "s3", "file", "pvc")
 

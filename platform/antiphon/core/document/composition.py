@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from antiphon.core.document.part import Model
-from antiphon.core.document.spec import Metadata, Quantity, Resources, parse_quantity
+from antiphon.core.document.part import Metadata, Model
+from antiphon.core.document.pools import Quantity, Resources, parse_quantity
 from antiphon.core.errors import InvalidInput
 
 Policy = Literal["quality", "balanced", "cheap", "budget"]

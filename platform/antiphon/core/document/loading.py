@@ -13,10 +13,10 @@ from pydantic import ValidationError
 
 from antiphon.core.document.artifact import ModelArtifact
 from antiphon.core.document.composition import CompositionOfExperts
-from antiphon.core.document.part import Model
+from antiphon.core.document.part import Metadata, Model
+from antiphon.core.document.pools import ServingPool
 from antiphon.core.document.problems import findings, shown, suggestion
-from antiphon.core.document.serving_pool import ServingPool
-from antiphon.core.document.spec import API_VERSION, LLMDeployment, Metadata
+from antiphon.core.document.spec import API_VERSION, LLMDeployment
 from antiphon.core.document.yaml import YamlDocument, load_yaml, path_text
 from antiphon.core.errors import Problem, SpecInvalid
 

@@ -14,37 +14,24 @@ Must not know: how pools are started, or any transport.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from antiphon.core.document.experts import ExpertsSpec
-from antiphon.core.document.part import FieldsError, Model
+from antiphon.core.document.part import FieldsError, Metadata, Model
 from antiphon.core.document.planning import PlanningSpec
-from antiphon.core.document.policies import (
-    MAX_RATIOS,
-    RESERVED_POOL_NAMES,
-    KubernetesSpec,
-    RatioSpec,
-    RolloutSpec,
-    ScalingMode,
-    ScalingSpec,
-    SloSpec,
-    TolerationSpec,
-)
+from antiphon.core.document.policies import MAX_RATIOS, KubernetesSpec, RatioSpec, RolloutSpec, ScalingMode, SloSpec
+from antiphon.core.document.pools import PoolSpec, Quantity
 from antiphon.core.document.serving import DirectorySpec, EndpointSpec, SchedulerSpec
 from antiphon.core.ids import Role
 
 GROUP = "serving.antiphon.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
-MAX_NAME_LENGTH = 40  # a RayService of the same name with its suffix must stay within 47 characters
-
-_DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 
 
 class Topology(StrEnum):
@@ -63,44 +50,8 @@ ROLES_OF: dict[Topology, tuple[Role, ...]] = {
     Topology.PD_AFD: (Role.PREFILL, Role.ATTENTION, Role.FFN),
 }
 
-PoolRole = Literal["monolith", "prefill", "decode", "attention", "ffn"]
 DType = Literal["auto", "float32", "bfloat16"]
-DeviceName = Literal["auto", "cpu", "cuda"]
 TransportName = Literal["auto", "loopback", "shm", "nixl", "grpc"]
-
-
-def parse_quantity(text: str) -> float:
-    """A Kubernetes quantity ("500m", "2Gi", "1") as a number.
-
-    Raises:
-        ValueError: it is none.
-    """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(m|k|Ki|M|Mi|G|Gi|T|Ti)?", text)
-    if match is None:
-        raise ValueError(f"{text!r} is not a quantity such as 500m, 2 or 4Gi")
-    factors = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-    return float(match[1]) * factors.get(match[2] or "", 1.0)
-
-
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$", max_length=32)]
-
-
-class Metadata(BaseModel):
-    """The part of Kubernetes' ObjectMeta that a document carries; the rest of ObjectMeta is accepted and ignored."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    name: str = Field(description="Name of the deployment; a DNS label.", min_length=1, max_length=MAX_NAME_LENGTH)
-    namespace: str | None = Field(default=None, description="Namespace; None = the current one.")
-    labels: dict[str, str] = Field(default_factory=dict, description="Labels.")
-    annotations: dict[str, str] = Field(default_factory=dict, description="Annotations.")
-
-    @field_validator("name")
-    @classmethod
-    def _is_dns_label(cls, name: str) -> str:
-        if not _DNS_LABEL.fullmatch(name):
-            raise ValueError("must be a DNS label: lower-case letters, digits and '-', starting with a letter")
-        return name
 
 
 ToolFormat = Literal[
@@ -154,133 +105,6 @@ class ModelSpec(Model):
     reasoning_format: ReasoningFormat = Field(
         default="auto", description="How the model marks its thoughts; auto = as its chat template has them, none = it has none."
     )
-
-
-class Parallelism(Model):
-    """How one copy of the pool's weights is spread over its workers (FFN pools)."""
-
-    tensor: int = Field(default=1, ge=1, le=1024, description="Slices of the FFN's intermediate dimension.")
-    expert: int = Field(default=1, ge=1, le=4096, description="Groups of experts.")
-
-    @property
-    def num_shards(self) -> int:
-        """Workers that together hold the pool's weights once."""
-        return self.tensor * self.expert
-
-
-class Resources(Model):
-    """What one worker of the pool asks of its machine."""
-
-    cpu: Quantity = Field(default="1", description="Processors, as a Kubernetes quantity.")
-    memory: Quantity | None = Field(
-        default=None,
-        description="Memory, as a Kubernetes quantity; None = no limit; a cluster requests what is known to be needed.",
-    )
-    gpu: int = Field(
-        default=0, ge=0, le=16, description="Cards per worker; 1 = the worker computes on it. More than 1 is refused when served."
-    )
-    gpu_memory_utilization: float | None = Field(
-        default=None,
-        gt=0,
-        le=1,
-        description="Share of its card's memory that one worker may fill; None = 0.9. Workers on one card share it: 0.45 for two.",
-    )
-    gpu_resource: str = Field(default="nvidia.com/gpu", description="Kubernetes resource name of the accelerator.", max_length=128)
-
-
-class PoolSpec(Model):
-    """One pool: workers of one role."""
-
-    name: str = Field(description="Name of the pool; a DNS label, unique in the document.", min_length=1, max_length=32)
-    role: PoolRole = Field(description="What its workers hold and do.")
-    replicas: int = Field(default=1, ge=0, le=10_000, description="Number of workers.")
-    parallelism: Parallelism = Field(default_factory=Parallelism, description="How an FFN pool's weights are sharded.")
-    threads: int | None = Field(default=None, ge=1, le=1024, description="Compute threads per worker; None = its cpu resource.")
-    cores: tuple[Annotated[int, Field(ge=0, le=4095)], ...] | None = Field(
-        default=None,
-        description="Processors to pin workers to, dealt out in equal runs over the replicas; None = not pinned. Pools that take "
-        "turns, such as attention and FFN, may list the same ones, each beginning with its own: the first is where a worker's own "
-        "thread runs, the others help while nobody else runs there.",
-        max_length=4096,
-    )
-    resources: Resources = Field(default_factory=Resources, description="What one worker asks of its machine.")
-    device: DeviceName = Field(
-        default="auto", description="What its workers compute on; auto = cuda where resources.gpu is 1, else cpu."
-    )
-    node_selector: dict[str, str] = Field(default_factory=dict, description="Labels of the nodes it may run on (Kubernetes).")
-    env: dict[str, str] = Field(default_factory=dict, description="Environment variables of its workers.")
-    scaling: ScalingSpec = Field(default_factory=ScalingSpec, description="How its size is decided (Kubernetes).")
-    tolerations: tuple[TolerationSpec, ...] = Field(
-        default=(), description="Taints that its pods tolerate (Kubernetes).", max_length=16
-    )
-
-    @field_validator("name")
-    @classmethod
-    def _is_dns_label(cls, name: str) -> str:
-        if not _DNS_LABEL.fullmatch(name):
-            raise ValueError("must be a DNS label: lower-case letters, digits and '-', starting with a letter")
-        if name in RESERVED_POOL_NAMES:
-            raise ValueError(f"{name!r} is reserved")
-        return name
-
-    @field_validator("cores", "tolerations", mode="before")
-    @classmethod
-    def _cores_are_a_list(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
-
-    @property
-    def num_threads(self) -> int:
-        """Compute threads per worker, resolved."""
-        if self.threads is not None:
-            return self.threads
-        return max(1, int(parse_quantity(self.resources.cpu)))
-
-    @property
-    def worker_device(self) -> Literal["cpu", "cuda"]:
-        """What its workers compute on, resolved."""
-        if self.device != "auto":
-            return self.device
-        return "cuda" if self.resources.gpu else "cpu"
-
-    @property
-    def floor(self) -> int:
-        """Fewest workers it ever has while not asleep or suspended."""
-        if self.scaling.mode is ScalingMode.STATIC or self.scaling.min_replicas is None:
-            return self.replicas
-        return self.scaling.min_replicas
-
-    @property
-    def ceiling(self) -> int:
-        """Most workers it ever has."""
-        if self.scaling.mode is ScalingMode.STATIC or self.scaling.max_replicas is None:
-            return self.replicas
-        return self.scaling.max_replicas
-
-    @property
-    def worker_role(self) -> Role:
-        """The role as the data plane's enum."""
-        return Role(self.role)
-
-    @model_validator(mode="after")
-    def _shards_fit(self) -> PoolSpec:
-        found = []
-        num_shards = self.parallelism.num_shards
-        if self.role != "ffn" and num_shards != 1:
-            found.append(("parallelism", f"only ffn pools are sharded, this pool's role is {self.role}"))
-        else:
-            why = f"is not a multiple of the {num_shards} shards of parallelism; each copy of the weights has a worker per shard"
-            for path, size in (
-                ("replicas", self.replicas),
-                ("scaling.minReplicas", self.scaling.min_replicas),
-                ("scaling.maxReplicas", self.scaling.max_replicas),
-            ):
-                if size is not None and size % num_shards:
-                    found.append((path, f"{size} {why}"))
-        if self.cores is not None and self.replicas and len(self.cores) % self.replicas:
-            found.append(("cores", f"{len(self.cores)} processors can't be dealt equally to {self.replicas} replicas"))
-        if found:
-            raise FieldsError(found)
-        return self
 
 
 class TransportSpec(Model):

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from antiphon.core.document.spec import API_VERSION, ROLES_OF, LLMDeployment, PoolSpec, Topology, parse_quantity
+from antiphon.core.document.pools import PoolSpec, parse_quantity
+from antiphon.core.document.spec import API_VERSION, ROLES_OF, LLMDeployment, Topology
 from antiphon.core.ids import Role
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from antiphon.core.document.policies import SloSpec
-from antiphon.core.document.spec import PoolSpec
+from antiphon.core.document.pools import PoolSpec
 from antiphon_operator.planning.autoscaler import Metrics, PoolMemory, PoolView, wish
 
 SLO = SloSpec(ttft_ms=500.0, tpot_ms=50.0)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from antiphon.core.document.spec import LLMDeploymentSpec, parse_quantity
+from antiphon.core.document.pools import parse_quantity
+from antiphon.core.document.spec import LLMDeploymentSpec
 from antiphon_operator.planning.memory import RAY_BYTES, RUNTIME_BYTES, WeightSizes, memory_need, memory_problems
 from antiphon_operator.render.settings import Runtime, Settings
 from antiphon_operator.weight_sizes import sizes_in
