@@ -28,6 +28,7 @@ from antiphon.gateway.openai.responses import add_response_routes
 from antiphon.gateway.openai.routes import make_app
 from antiphon.gateway.openai.text_routes import add_text_routes
 from antiphon.gateway.text.tokenizer import TextModel
+from antiphon.gateway.web.routes import add_web_routes
 from antiphon.rpc.certificates import DoorCertificate
 from antiphon.rpc.channels import ChannelLimits
 from antiphon.rpc.experts import ExpertsServicer
@@ -99,6 +100,7 @@ async def _run(
     add_message_routes(application, gateway)
     add_response_routes(application, gateway, notes)
     add_text_routes(application, gateway)
+    add_web_routes(application, gateway)
     http = HttpServer(
         application if compositions is None else compositions.before(application),
         host=config.host,

@@ -1,6 +1,7 @@
 """What one worker did in real steps, stamped by its own clock: off unless asked for (hot while it records).
 
     ANTIPHON_STEP_TRACE=DIR      in a worker's environment: it leaves DIR/<worker>.<epoch>.steps.json when it ends
+    POST /trace at a gateway     records for a moment, and shows one step
 
 Events are kept in a ring, the latest ``CAPACITY`` of them. An attention worker's exchange and an FFN worker's answer are named by
 the same (step, layer, ubatch), so that ``step_timeline`` finds the pairs. Must not know: other workers' clocks, pictures.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 import os
 import time
 from collections import deque
@@ -85,11 +87,12 @@ class StepTrace:
         """Keep one event; the fields are those of ``Event``."""
         self._events.append((mark, start_s, end_s, step, layer, ubatch, rows, peer))
 
-    def taken(self, *, worker: str, role: str) -> WorkerTrace:
-        """What was collected, oldest first."""
+    def taken(self, *, worker: str, role: str, since_s: float = -math.inf, max_events: int = CAPACITY) -> WorkerTrace:
+        """What was collected from ``since_s`` on, oldest first, at most the latest ``max_events``. Any thread may call."""
+        kept = [event for event in self._events.copy() if event[1] >= since_s][-max_events:]
         events = tuple(
             Event(mark=mark, start_s=start_s, end_s=end_s, step=step, layer=layer, ubatch=ubatch, rows=rows, peer=peer)
-            for mark, start_s, end_s, step, layer, ubatch, rows, peer in tuple(self._events)
+            for mark, start_s, end_s, step, layer, ubatch, rows, peer in kept
         )
         return WorkerTrace(worker=worker, role=role, pid=os.getpid(), events=events)
 

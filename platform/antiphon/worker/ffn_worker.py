@@ -50,7 +50,8 @@ class FFNWorker:
         self.halves = halves
         self.side = side
         self.stats = FFNStats()
-        self.trace: StepTrace | None = None  # set before the loop by who wants one
+        self.wanted_trace: StepTrace | None = None  # any thread may set it
+        self.trace: StepTrace | None = None  # the one of this batch
         self.placement = 0  # number of the placement that was settled last: experts of older ones may be gone
         self._batching: Batching[Link] = Batching(max_batch_wait_s)
         self._held: list[FFNWork] = []  # not answered yet
@@ -126,6 +127,7 @@ class FFNWorker:
         return due_s
 
     def _answer(self, layer: int, batch: list[FFNWork]) -> None:
+        self.trace = self.wanted_trace
         start_s = time.perf_counter()
         try:
             out_RD = self._compute(layer, batch)

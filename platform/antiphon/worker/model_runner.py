@@ -71,6 +71,7 @@ class AttentionWorker:
         self.afd = afd
         self.stats = RunnerStats()
         self.enforcer = enforcer
+        self.wanted_trace: StepTrace | None = None  # any thread may set it; taken up between two steps
         self._kv: KVRole = NoHandOff() if kv is None else kv
         self._num_ubatches = num_ubatches
         self._builder = BatchBuilder(cache, halves.device, halves.max_model_len, with_slots=halves.reads_context_slots)
@@ -83,12 +84,8 @@ class AttentionWorker:
 
     @property
     def trace(self) -> StepTrace | None:
-        """Where events of steps go; set before the first step by who wants them."""
+        """Where events of this step go."""
         return self._layers.trace
-
-    @trace.setter
-    def trace(self, trace: StepTrace | None) -> None:
-        self._layers.trace = trace
 
     def rebalance(self, experts: ExpertMap) -> None:
         """Send rows by another map from the next step on; safe from any thread."""
@@ -125,6 +122,7 @@ class AttentionWorker:
     def _execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         start_s = time.perf_counter()
         self.afd.experts = self._experts  # between two steps no exchange is in flight
+        self._layers.trace = self.wanted_trace
         refused = self._take_changes(step)
         batch = [
             Scheduled(row=self._rows[request_id], num_tokens=n)

@@ -17,6 +17,7 @@ from antiphon.core.worker_info import WorkerLoad
 from antiphon.rpc.engine.server import EngineServicer
 from antiphon.rpc.experts import ExpertsPort, ExpertsServicer
 from antiphon.rpc.services import RpcServer, Service
+from antiphon.rpc.steps import StepsPort, StepsServicer
 from antiphon.telemetry import Telemetry
 from antiphon.telemetry.stages import StageWindow, attention_figures
 from antiphon.transport.wakeup import Wakeup
@@ -58,9 +59,16 @@ class RpcThread:
     """A grpc server on an event loop of its own thread. ``engine`` is its Engine service, where there is one."""
 
     def __init__(
-        self, host: str, port: AttentionPart | None, *, accepts_requests: bool, experts: ExpertsPort | None = None
+        self,
+        host: str,
+        port: AttentionPart | None,
+        *,
+        accepts_requests: bool,
+        experts: ExpertsPort | None = None,
+        steps: StepsPort | None = None,
     ) -> None:
         self._host = host
+        self._steps = steps
         self._experts = experts
         self._part = port
         self._accepts = accepts_requests
@@ -105,6 +113,8 @@ class RpcThread:
                 services.append(self.engine)
             if self._experts is not None:
                 services.append(ExpertsServicer(self._experts))
+            if self._steps is not None:
+                services.append(StepsServicer(self._steps))
             self._server = RpcServer(services, host=self._host)
             self._loop.run_until_complete(self._server.start())
         except BaseException as error:  # noqa: BLE001  # the constructor raises it

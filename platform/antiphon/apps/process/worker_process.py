@@ -50,6 +50,7 @@ from antiphon.telemetry.stages import StageWindow, ffn_figures
 from antiphon.transport.base import Answer, Hello, Link, Listener
 from antiphon.transport.waiting import give_way
 from antiphon.worker.ffn_worker import FFNWorker
+from antiphon.worker.tracing import StepRecorder
 
 _PEERS_TIMEOUT_S = 90.0
 _PREFILL_TIMEOUT_S = 10.0
@@ -118,7 +119,13 @@ class WorkerProcess:
         self._lease: LeaseKeeper | None = None
         self._experts = self._expert_host()
         with events.timed("listeners"), unpinned():
-            self._rpc = RpcThread(config.host, self._part, accepts_requests=config.role.generates, experts=self._experts)
+            self._rpc = RpcThread(
+                config.host,
+                self._part,
+                accepts_requests=config.role.generates,
+                experts=self._experts,
+                steps=self._step_recorder(),
+            )
             self._closers.append(self._rpc.close)
             if self._host is not None:
                 self._host.servicer = self._rpc.engine
@@ -178,12 +185,16 @@ class WorkerProcess:
         worker = self._ffn if self._part is None else self._part.worker
         if directory is None or worker is None:
             return
-        trace = worker.trace = step_trace.StepTrace()
+        trace = worker.wanted_trace = step_trace.StepTrace()
 
         def leave() -> None:
             step_trace.save(trace.taken(worker=config.worker_id, role=config.role.value), directory, config.epoch)
 
         self._closers.append(leave)
+
+    def _step_recorder(self) -> StepRecorder | None:
+        worker = self._ffn if self._part is None else self._part.worker
+        return None if worker is None else StepRecorder(worker, worker_id=self._config.worker_id, role=self._config.role.value)
 
     # ---- the loop ----------------------------------------------------------------------------------------------
 

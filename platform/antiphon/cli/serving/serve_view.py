@@ -124,7 +124,7 @@ def endpoints(serving: Serving, ports: BoundPorts) -> Text:
     trust = "" if tls is None else f"--cacert {tls.certificate_file} "
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     return Text.assemble(
-        ("HTTP  ", "bold"), f"{url}/v1\n", ("gRPC  ", "bold"), f"{ports.host}:{ports.grpc_port}\n",
+        ("page  ", "bold"), f"{url}\n", ("HTTP  ", "bold"), f"{url}/v1\n", ("gRPC  ", "bold"), f"{ports.host}:{ports.grpc_port}\n",
         (f"try   curl -s {trust}{url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'", "dim"),
     )  # fmt: skip
 
