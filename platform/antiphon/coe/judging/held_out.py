@@ -134,7 +134,7 @@ def _over(artifact: Artifact, learnt: ScoreTable, asked: ScoreTable, score_B: Do
     learnt = filled(learnt)
     places = [f"{category}/{dataset}" for category, dataset in zip(learnt.categories, learnt.datasets, strict=True)]
     label_B = np.unique(places, return_inverse=True)[1].astype(np.int64)
-    embedding = replace(artifact.embedding, topics=None)
+    embedding = replace(artifact.embedding, topics=None, words=None)
     rows = Rows(
         prompts=[*learnt.prompts, *asked.prompts],
         embedding_BD=embedding.encode_all([*learnt.prompts, *asked.prompts]),

@@ -126,10 +126,10 @@ class _Assessed:
 
 
 def _assess(router: Router, asked: _Asked, rows: Ints) -> _Assessed:
-    fast = router.fast.assess(asked.fast.features(rows, router.fast.topics))
+    fast = router.fast.assess(asked.fast.features(rows, router.fast.spaces))
     if router.slow is None or asked.slow is None:
         return _Assessed(fast=fast, slow=None)
-    return _Assessed(fast=fast, slow=router.slow.assess(asked.slow.features(rows, router.slow.topics)))
+    return _Assessed(fast=fast, slow=router.slow.assess(asked.slow.features(rows, router.slow.spaces)))
 
 
 def _serve(router: Router, found: _Assessed, point: int, weight: float, costs_M: Doubles) -> _Seen:
@@ -286,11 +286,12 @@ class _Parts:
 def _changed(prepared: Prepared, prompts: list[str]) -> _Asked:
     fast_BD = prepared.embedding.encode_all(prompts)
     present = presence(prepared.embedding, prompts)
-    fast = replace(prepared.fast, embedding_BD=fast_BD, present_BW=present)
+    counts = prepared.fast.counts.of(prepared.embedding, prompts)
+    fast = replace(prepared.fast, embedding_BD=fast_BD, present_BW=present, counts=counts)
     if prepared.slow is None or prepared.encoder is None:
         return _Asked(fast=fast, slow=None)
     slow_BD = slow_embedding(encode_sentences(prepared.encoder, prompts), fast_BD)
-    return _Asked(fast=fast, slow=replace(prepared.slow, embedding_BD=slow_BD, present_BW=present))
+    return _Asked(fast=fast, slow=replace(prepared.slow, embedding_BD=slow_BD, present_BW=present, counts=counts))
 
 
 def _nearest(path: Path, weight: float) -> int:

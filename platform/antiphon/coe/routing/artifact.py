@@ -4,6 +4,7 @@
     router.json      experts, categories, policies, gates, figures of training
     router.safetensors  token table, heads, landmarks, mean scores
     vocab.txt        the tokenizer's vocabulary
+    words.txt        the words of the training prompts that the word head knows
     encoder.onnx     the slow path's sentence encoder, when it has one
     model_card.md, *.png  for people
 
@@ -27,15 +28,17 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from antiphon.coe.routing.assessment import Fitted, Gate, Mix, Ready
-from antiphon.coe.routing.embedding import StaticEmbedding, TokenVectors
+from antiphon.coe.routing.embedding import StaticEmbedding, TokenVectors, WordVectors
 from antiphon.coe.routing.encoder import SentenceEncoder
 from antiphon.coe.routing.wordpiece import WordPiece
 from antiphon.core.errors import CheckpointInvalid
 
 FORMAT = "antiphon-coe-router"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READ_VERSIONS = (2, 3)  # 2 has no words
 MANIFEST = "manifest.json"
 _JSON, _ARRAYS, _VOCABULARY, _ENCODER = "router.json", "router.safetensors", "vocab.txt", "encoder.onnx"
+_WORDS = "words.txt"
 
 Array = npt.NDArray[Any]
 
@@ -152,6 +155,13 @@ def _read_vectors(prefix: str, arrays: Mapping[str, Array]) -> TokenVectors:
     return TokenVectors(table_VD=arrays[f"{prefix}.table"], scale_V=arrays[f"{prefix}.scale"])
 
 
+def _read_words(directory: Path, arrays: Mapping[str, Array]) -> WordVectors | None:
+    if "words.table" not in arrays:
+        return None
+    text = (directory / _WORDS).read_text(encoding="utf-8")
+    return WordVectors(words=tuple(text.removesuffix("\n").split("\n")), vectors=_read_vectors("words", arrays))
+
+
 def write_artifact(artifact: Artifact, directory: Path, extra: Mapping[str, bytes]) -> str:
     """Write all files, the manifest last, and return the digest. ``extra`` are files for people. Replaces an older artifact whole.
 
@@ -167,10 +177,14 @@ def write_artifact(artifact: Artifact, directory: Path, extra: Mapping[str, byte
     }
     if artifact.slow is not None:
         arrays |= _path_arrays("slow", artifact.slow)
+    words = artifact.embedding.words
+    if words is not None:
+        arrays |= _vectors("words", words.vectors)
     files = {
         _JSON: _router_json(artifact),
         _ARRAYS: save({name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}),
         _VOCABULARY: ("\n".join(artifact.embedding.tokens.vocabulary) + "\n").encode(),
+        **({} if words is None else {_WORDS: ("\n".join(words.words) + "\n").encode()}),
         **extra,
     }
     if artifact.slow is not None and artifact.encoder is not None:
@@ -259,6 +273,7 @@ def load_artifact(directory: Path, *, slow_path: bool = True, digest: str | None
                 tokens=tokens,
                 near=_read_vectors("embedding", arrays),
                 topics=_read_vectors("topics", arrays) if "topics.table" in arrays else None,
+                words=_read_words(directory, arrays),
                 **value["embedding"],
             ),
             fast=_read_path("fast", arrays, value["fast"]),
@@ -281,10 +296,10 @@ def _checked_manifest(directory: Path, digest: str | None) -> dict[str, Any]:
         raise CheckpointInvalid(f"artifact {directory}: {MANIFEST} is not JSON: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointInvalid(f"artifact {directory}: is no router artifact")
-    if manifest.get("version") != FORMAT_VERSION:
+    if manifest.get("version") not in READ_VERSIONS:
         raise CheckpointInvalid(
-            f"artifact {directory}: has format version {manifest.get('version')}, this router reads {FORMAT_VERSION}; "
-            "train it again"
+            f"artifact {directory}: has format version {manifest.get('version')}, this router reads {READ_VERSIONS[0]} "
+            f"to {READ_VERSIONS[-1]}; train it again"
         )
     files = manifest.get("files")
     if not isinstance(files, dict) or not {_JSON, _ARRAYS, _VOCABULARY} <= files.keys():
@@ -311,10 +326,11 @@ def _check_shapes(artifact: Artifact, directory: Path) -> None:
         if path is None:
             continue
         fitted, num_classes = path.fitted, len(artifact.classes)
-        width = num_classes + num_experts
+        width = num_classes + num_experts + (num_classes if artifact.embedding.words is not None else 0)
         good = (
             fitted.heads_DH.ndim == 2
             and fitted.heads_DH.shape[1] == width == len(fitted.bias_H)
+            and (path.mix.word_share == 0.0 or artifact.embedding.words is not None)
             and fitted.category_F.shape == (num_classes,)
             and bool(((fitted.category_F >= 0) & (fitted.category_F < num_categories)).all())
             and fitted.class_scores_FM.shape == (num_classes, num_experts)
@@ -326,6 +342,9 @@ def _check_shapes(artifact: Artifact, directory: Path) -> None:
             raise CheckpointInvalid(f"artifact {directory}: arrays of the {name} path don't fit {_JSON}")
     num_tokens = len(artifact.embedding.tokens.vocabulary)
     vectors = [artifact.embedding.near, *([] if artifact.embedding.topics is None else [artifact.embedding.topics])]
+    known = artifact.embedding.words
+    if known is not None and not len(known.words) == len(known.vectors.scale_V) == len(known.vectors.table_VD):
+        raise CheckpointInvalid(f"artifact {directory}: the words' vectors don't fit {_WORDS}")
     if len(artifact.fast.fitted.heads_DH) != artifact.embedding.num_dimensions or any(
         len(found.scale_V) != num_tokens or len(found.table_VD) != num_tokens for found in vectors
     ):

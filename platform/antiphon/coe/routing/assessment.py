@@ -1,7 +1,8 @@
 """What one path of the router computes: categories, expected scores, familiarity (request speed, plain numpy).
 
     embedding ─┬► class head ─┬─► p(class) ─┬─► p(category): the sum over its classes
-               │              │             └─► mean scores of classes and categories ─┐
+               │              │       ▲     └─► mean scores of classes and categories ─┐
+               ├► word head ──│───────┘ a share                                        │
                └► score heads │────────────────────────────────────────────────────────┴─► expected score per expert
                               └─► energy of the logits ─► familiarity 0..1: how much this looks like what was trained on
 
@@ -52,6 +53,7 @@ class Raw:
 
     logits_BF: Floats
     value_BM: Floats  # expected scores by the score heads
+    word_BF: Floats  # logits of classes by the words alone; no columns without a word head
 
     @property
     def energy(self) -> Floats:
@@ -65,7 +67,7 @@ class Raw:
 class Fitted:
     """Heads and mean scores fitted on one set of prompts."""
 
-    heads_DH: Floats  # H = F + M: logits of classes, then scores of experts
+    heads_DH: Floats  # H = F + M or F + M + F: logits of classes, scores of experts, logits of classes by words
     bias_H: Floats
     temperature: float  # of the classes' logits
     category_F: Ints  # the category of each class
@@ -78,8 +80,8 @@ class Fitted:
         """Everything that costs time, once."""
         found_BH: Floats = embedding_BD @ self.heads_DH
         found_BH += self.bias_H
-        F = len(self.category_F)
-        return Raw(logits_BF=found_BH[:, :F], value_BM=found_BH[:, F:])
+        F, end = len(self.category_F), len(self.category_F) + len(self.mean_M)
+        return Raw(logits_BF=found_BH[:, :F], value_BM=found_BH[:, F:end], word_BF=found_BH[:, end:])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,7 @@ class Mix:
     category_share: float  # of the means' part: the category's; the rest is the class's
     value_share: float  # of the whole: the score heads'
     trust: float  # how much of its distance from the expert's mean counts for a prompt that the gate holds back
+    word_share: float = 0.0  # of p(class): the word head's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +105,7 @@ class Assessment:
 
 def assess(raw: Raw, fitted: Fitted, mix: Mix, gate: Gate) -> Assessment:
     """Calibrate, mix and gate; pure arithmetic on ``raw``."""
-    class_BF = softmax(raw.logits_BF, fitted.temperature)
+    class_BF = class_probabilities(raw, fitted.temperature, mix.word_share)
     scores_BM = class_BF @ mixed_means(fitted, mix)
     if mix.value_share:
         scores_BM += np.float32(mix.value_share) * raw.value_BM
@@ -115,6 +118,15 @@ def assess(raw: Raw, fitted: Fitted, mix: Mix, gate: Gate) -> Assessment:
         scores_BM=fitted.mean_M + trust_B1 * (scores_BM - fitted.mean_M),
         familiarity_B=familiarity_B,
     )
+
+
+def class_probabilities(raw: Raw, temperature: float, word_share: float) -> Floats:
+    """p(class) [B, F]: both heads' opinions, averaged."""
+    class_BF = softmax(raw.logits_BF, temperature)
+    if word_share:
+        class_BF *= np.float32(1.0 - word_share)
+        class_BF += np.float32(word_share) * softmax(raw.word_BF, 1.0)
+    return class_BF
 
 
 def mixed_means(fitted: Fitted, mix: Mix) -> Floats:
@@ -138,17 +150,19 @@ class Ready:
 
     def __init__(self, fitted: Fitted, mix: Mix, gate: Gate) -> None:
         """Fold what no prompt changes: the mix into the tables, both tables into one."""
-        F = len(fitted.category_F)
-        weights_DH = fitted.heads_DH.copy()
-        weights_DH[:, F:] *= np.float32(mix.value_share)
-        bias_H = fitted.bias_H.copy()
-        bias_H[F:] *= np.float32(mix.value_share)
+        F, end = len(fitted.category_F), len(fitted.category_F) + len(fitted.mean_M)
+        width = fitted.heads_DH.shape[1] if mix.word_share else end
+        weights_DH = fitted.heads_DH[:, :width].copy()
+        weights_DH[:, F:end] *= np.float32(mix.value_share)
+        bias_H = fitted.bias_H[:width].copy()
+        bias_H[F:end] *= np.float32(mix.value_share)
         # A row of ones behind the embedding's numbers would save one call and cost a copy of the embedding.
         self._weights_HD = np.ascontiguousarray(weights_DH.T)
         self._bias_H = bias_H
         self._table_FX = np.ascontiguousarray(np.concatenate([mixed_means(fitted, mix), members(fitted)], axis=1))
         self._mean_M = fitted.mean_M
-        self._num_classes, self._num_experts = F, len(fitted.mean_M)
+        self._num_classes, self._num_experts, self._end = F, len(fitted.mean_M), end
+        self._word_share = mix.word_share
         self._cooling = np.float32(1.0 / fitted.temperature)
         self._trust = np.float32(mix.trust)
         self._gate = gate
@@ -162,10 +176,16 @@ class Ready:
         energy = math.log(float(np.add.reduce(np.exp(logits_F)))) + float(top)
         logits_F *= self._cooling
         class_F = np.exp(logits_F, out=logits_F)
-        class_F *= np.float32(1.0 / float(np.add.reduce(class_F)))
+        class_F *= np.float32((1.0 - self._word_share) / float(np.add.reduce(class_F)))
+        if self._word_share:
+            word_F = found_H[self._end :]
+            word_F -= word_F[word_F.argmax()]
+            np.exp(word_F, out=word_F)
+            word_F *= np.float32(self._word_share / float(np.add.reduce(word_F)))
+            class_F += word_F
         mixed_X = class_F @ self._table_FX
         scores_M = mixed_X[: self._num_experts]
-        scores_M += found_H[self._num_classes :]
+        scores_M += found_H[self._num_classes : self._end]
         logit = min(max(self._gate.weight * energy + self._gate.bias, -_MAX_LOGIT), _MAX_LOGIT)
         familiarity = 1.0 / (1.0 + math.exp(-logit))
         if familiarity < threshold:

@@ -7,8 +7,10 @@ Must not know: categories, experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -54,17 +56,47 @@ class TokenVectors:
             np.multiply(summed_D, np.float32(1.0 / norm), out=into_D)
 
 
+@dataclass(frozen=True, kw_only=True)
+class WordVectors:
+    """One vector per word of the training prompts: a second opinion that knows whole words and how often they stand."""
+
+    words: tuple[str, ...]
+    vectors: TokenVectors
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """The place of each word."""
+        return {word: place for place, word in enumerate(self.words)}
+
+    def direction(self, words: Iterable[str], into_D: Floats) -> None:
+        """Write the normalised sum of the words' vectors, each by one plus the logarithm of its count, into ``into_D``."""
+        index = self.index
+        counts = Counter([index[word] for word in words if word in index])
+        if not counts:
+            return
+        weight_U = np.log(np.fromiter(counts.values(), np.float32, len(counts)))
+        weight_U += np.float32(1.0)
+        id_U = np.fromiter(counts, np.int64, len(counts))
+        weight_U *= self.vectors.scale_V[id_U]
+        summed_D: Floats = weight_U @ self.vectors.table_VD[id_U].astype(np.float32)
+        norm = math.sqrt(float(summed_D @ summed_D))
+        if norm > 0.0:
+            np.multiply(summed_D, np.float32(1.0 / norm), out=into_D)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StaticEmbedding:
-    """What the fast path sees of a text: [near D | shape NUM_SHAPE | topics].
+    """What the fast path sees of a text: [near D | shape NUM_SHAPE | topics | words].
 
     near: the normalised sum of its tokens' vectors. topics: the same of the distinct tokens' vectors in a space that was made
-    from the training prompts alone: words that stand together there; no numbers before training.
+    from the training prompts alone: words that stand together there. words: the same of whole words and their counts. Topics and
+    words have no numbers before training.
     """
 
     tokens: WordPiece
     near: TokenVectors
     topics: TokenVectors | None = None
+    words: WordVectors | None = None
     num_head_chars: int = 1024
     num_tail_chars: int = 256
     max_tokens: int = 320
@@ -77,11 +109,16 @@ class StaticEmbedding:
     @property
     def num_dimensions(self) -> int:
         """Length of an embedding."""
-        return self.num_near + NUM_SHAPE + (0 if self.topics is None else int(self.topics.table_VD.shape[1]))
+        num_topics = 0 if self.topics is None else int(self.topics.table_VD.shape[1])
+        return self.num_near + NUM_SHAPE + num_topics + (0 if self.words is None else int(self.words.vectors.table_VD.shape[1]))
 
     def ids(self, text: str) -> list[int]:
         """Tokens of what is seen of ``text``."""
         return self.tokens.encode(self._seen(text), self.max_tokens)
+
+    def words_of(self, text: str) -> list[str]:
+        """Words of what is seen of ``text``, each as often as it stands there."""
+        return self.tokens.words(self._seen(text))
 
     def _seen(self, text: str) -> str:
         return window(without_framing(text), self.num_head_chars, self.num_tail_chars)
@@ -89,15 +126,21 @@ class StaticEmbedding:
     def encode(self, text: str) -> Floats:
         """Embedding of the window of ``text`` without its framing; each part of vectors has length 1, or 0 without tokens."""
         seen = self._seen(text)
-        ids = self.tokens.encode(seen, self.max_tokens)
+        words = self.tokens.words(seen)
+        ids = self.tokens.encode_words(words, self.max_tokens)
         D = self.num_near
         embedding = np.zeros(self.num_dimensions, np.float32)
         embedding[D : D + NUM_SHAPE] = shape_of(seen)
         embedding[D : D + NUM_SHAPE] *= _SHAPE_SCALE
         if ids:
             self.near.direction(np.array(ids), embedding[:D])
+            begin = D + NUM_SHAPE
             if self.topics is not None:
-                self.topics.direction(np.array(list(dict.fromkeys(ids))), embedding[D + NUM_SHAPE :])
+                end = begin + self.topics.table_VD.shape[1]
+                self.topics.direction(np.array(list(dict.fromkeys(ids))), embedding[begin:end])
+                begin = end
+            if self.words is not None:
+                self.words.direction(words, embedding[begin:])
         return embedding
 
     def encode_all(self, texts: Sequence[str]) -> Floats:

@@ -71,9 +71,13 @@ class WordPiece:
 
     def encode(self, text: str, max_tokens: int) -> list[int]:
         """At most ``max_tokens`` ids of ``text``, without special tokens."""
+        return self.encode_words(self.words(text), max_tokens)
+
+    def encode_words(self, words: Sequence[str], max_tokens: int) -> list[int]:
+        """The same of words that ``words`` found."""
         cache = self._cache
         ids: list[int] = []
-        for word in self.words(text):
+        for word in words:
             pieces = cache.get(word)
             if pieces is None:
                 pieces = self._pieces(word)

@@ -19,10 +19,22 @@ import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 from scipy.sparse import csr_matrix, vstack
 
-from antiphon.coe.routing.assessment import Assessment, Fitted, Floats, Gate, Ints, Mix, Raw, assess, softmax
-from antiphon.coe.routing.embedding import TokenVectors
+from antiphon.coe.routing.assessment import (
+    Assessment,
+    Fitted,
+    Floats,
+    Gate,
+    Ints,
+    Mix,
+    Raw,
+    assess,
+    class_probabilities,
+    softmax,
+)
+from antiphon.coe.routing.embedding import TokenVectors, WordVectors
 from antiphon.coe.training.data.labels import Labels
 from antiphon.coe.training.encoders.topics import fit_topics, topic_rows
+from antiphon.coe.training.encoders.words import WordCounts, fit_words, word_rows
 from antiphon.coe.training.frontier import FrontierPoint, frontier
 from antiphon.coe.training.gating import OPEN, Rehearsal, choose_gate
 from antiphon.coe.training.heads import fit_classes, fit_values, landmark_rows, prior_rows, shrunken_means, steadying
@@ -38,10 +50,12 @@ class Recipe:
     num_variants: int = 6  # augmented forms per prompt in the final model
     num_inner_variants: int = 1  # the same in models that only tune
     num_topics: int = 128
+    num_word_directions: int = 100
     inverse_penalty: float = 10.0  # C of logistic regression, per prompt: its variants share its weight
     value_penalty: float = 30.0  # of the score heads
     steadiness: float = 5.0  # how much dearer weights are in directions in which rewording moves prompts
     max_iterations: int = 60
+    max_word_iterations: int = 200
     num_landmarks: int = 1024
     num_near: int = 128  # numbers of the fast path's embedding that neighbours are measured in; they come in order of spread
     num_inner_folds: int = 3
@@ -49,6 +63,15 @@ class Recipe:
     worth_having: float = 0.001  # mean score that an expert must bring to the category that would miss it most
     category_share: float = 0.5
     value_shares: tuple[float, ...] = (0.0, 0.2, 0.4, 0.7)
+    word_shares: tuple[float, ...] = (0.0, 0.15, 0.3, 0.4, 0.5, 0.6, 0.7)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spaces:
+    """Vectors that were made from the rows that a model was fitted on."""
+
+    topics: TokenVectors
+    words: WordVectors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,14 +82,19 @@ class Examples:
     variants_BVD: Floats
     present_BW: csr_matrix  # distinct tokens of each prompt
     variants_present_VBW: tuple[csr_matrix, ...]
+    counts: WordCounts
     token_weight_W: Doubles
     num_near: int  # the first numbers of an embedding, which neighbours are measured in
     labels: Labels
     datasets: npt.NDArray[np.str_]
     scores_BM: Doubles
 
-    def features(self, rows: Ints, topics: TokenVectors) -> Floats:
-        """What a model sees of these prompts [rows, D + topics]."""
+    def features(self, rows: Ints, spaces: Spaces) -> Floats:
+        """What a model sees of these prompts [rows, D + topics + words]."""
+        return np.concatenate([self.plain_features(rows, spaces.topics), word_rows(self.counts, rows, spaces.words)], axis=1)
+
+    def plain_features(self, rows: Ints, topics: TokenVectors) -> Floats:
+        """What all heads but the word head see of these prompts [rows, D + topics]."""
         return np.concatenate([self.embedding_BD[rows], topic_rows(self.present_BW[rows], topics)], axis=1)
 
     def variant_features(self, rows: Ints, num_variants: int, topics: TokenVectors) -> Floats:
@@ -81,10 +109,10 @@ class Examples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """What was fitted on one set of rows: the served part, and the space of its topics."""
+    """What was fitted on one set of rows: the served part, and its spaces."""
 
     fitted: Fitted
-    topics: TokenVectors
+    spaces: Spaces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,14 +120,14 @@ class Path:
     """A path, ready to serve."""
 
     fitted: Fitted
-    topics: TokenVectors
+    spaces: Spaces
     mix: Mix
     gate: Gate
     general: int  # the expert with the best mean score
     frontier: tuple[FrontierPoint, ...]
 
     def assess(self, features_BD: Floats) -> Assessment:
-        """Categories, expected scores and familiarity of prompts, topics included in their features."""
+        """Categories, expected scores and familiarity of prompts, of features in its own spaces."""
         return assess(self.fitted.raw(features_BD), self.fitted, self.mix, self.gate)
 
 
@@ -129,8 +157,9 @@ def fit_path(examples: Examples, rows: Ints, costs_M: Doubles, recipe: Recipe, m
     outside = _left_out(examples, rows, recipe, memo)
     seen = np.concatenate([part.rows for part in inside])
     final = _fit(examples, rows, recipe, recipe.num_variants, memo)
-    temperature = _temperature(np.concatenate([part.raw.logits_BF for part in inside]), examples.labels.source_B[seen])
-    mix = _best_mix(inside, scores_BM, temperature, recipe)
+    source_B = examples.labels.source_B[seen]
+    temperature = _temperature(np.concatenate([part.raw.logits_BF for part in inside]), source_B)
+    mix = _best_mix(inside, scores_BM, temperature, _word_share(inside, source_B, temperature, recipe), recipe)
     gate = choose_gate(
         [_rehearsal(part, temperature, mix, scores_BM) for part in inside],
         [_rehearsal(part, temperature, mix, scores_BM) for part in outside],
@@ -139,7 +168,7 @@ def fit_path(examples: Examples, rows: Ints, costs_M: Doubles, recipe: Recipe, m
     found = _joined([_assessed(part, temperature, mix, gate) for part in inside])
     points = frontier(found, scores_BM[seen], category_B[seen], costs_M, general, gate, recipe.worth_having)
     fitted = replace(final.fitted, temperature=temperature)
-    return Path(fitted=fitted, topics=final.topics, mix=mix, gate=gate, general=general, frontier=points)
+    return Path(fitted=fitted, spaces=final.spaces, mix=mix, gate=gate, general=general, frontier=points)
 
 
 def _fit(examples: Examples, rows: Ints, recipe: Recipe, num_variants: int, memo: Memo) -> Model:
@@ -150,7 +179,8 @@ def _fit(examples: Examples, rows: Ints, recipe: Recipe, num_variants: int, memo
     labelled = rows[labels.category_B[rows] >= 0]
     num_variants = min(num_variants, examples.variants_BVD.shape[1])
     topics = fit_topics(examples.present_BW[rows], examples.token_weight_W, recipe.num_topics, recipe.seed)
-    plain_BD = examples.features(labelled, topics)
+    words = fit_words(examples.counts, rows, recipe.num_word_directions, recipe.seed)
+    plain_BD = examples.plain_features(labelled, topics)
     variants_BVD = examples.variant_features(labelled, num_variants, topics)
     D = plain_BD.shape[1]
     steady_DD = steadying(plain_BD, variants_BVD, recipe.steadiness)
@@ -162,12 +192,15 @@ def _fit(examples: Examples, rows: Ints, recipe: Recipe, num_variants: int, memo
     inverse_penalty = recipe.inverse_penalty / (num_variants + 1)
     classes = fit_classes(together, repeated_B, num_classes, inverse_penalty, recipe.max_iterations)
     values = fit_values(together, np.tile(scores_BM[labelled], (num_variants + 1, 1)), recipe.value_penalty * (num_variants + 1))
+    # Words as they stand, without variants: what rewording leaves alone is the other head's to know.
+    word_BD = word_rows(examples.counts, labelled, words)
+    by_word = fit_classes(word_BD, class_B, num_classes, recipe.inverse_penalty, recipe.max_word_iterations)
     mean_M = scores_BM[rows].mean(axis=0)
     chosen = landmark_rows(np.arange(len(labelled)), class_B, recipe.num_landmarks, recipe.seed)
     result = Model(
         fitted=Fitted(
-            heads_DH=np.concatenate([steady_DD @ classes.weights_DC, steady_DD @ values.weights_DC], axis=1),
-            bias_H=np.concatenate([classes.bias_C, values.bias_C]),
+            heads_DH=_stacked(steady_DD @ np.concatenate([classes.weights_DC, values.weights_DC], axis=1), by_word.weights_DC),
+            bias_H=np.concatenate([classes.bias_C, values.bias_C, by_word.bias_C]),
             temperature=1.0,
             category_F=_categories_of(labels),
             class_scores_FM=shrunken_means(
@@ -177,11 +210,19 @@ def _fit(examples: Examples, rows: Ints, recipe: Recipe, num_variants: int, memo
                 category_B, scores_BM[labelled], num_categories, mean_M, prior_rows(category_B, scores_BM[labelled])
             ),
             mean_M=mean_M.astype(np.float32),
-            landmarks_ND=plain_BD[chosen],
+            landmarks_ND=np.concatenate([plain_BD, word_BD], axis=1)[chosen],
         ),
-        topics=topics,
+        spaces=Spaces(topics=topics, words=words),
     )
     memo.models[key] = result
+    return result
+
+
+def _stacked(upper: Floats, lower: Floats) -> Floats:
+    """Heads of the first numbers of an embedding and heads of its last ones, side by side, zero elsewhere."""
+    result = np.zeros((len(upper) + len(lower), upper.shape[1] + lower.shape[1]), np.float32)
+    result[: len(upper), : upper.shape[1]] = upper
+    result[len(upper) :, upper.shape[1] :] = lower
     return result
 
 
@@ -225,7 +266,7 @@ def _left_out(examples: Examples, rows: Ints, recipe: Recipe, memo: Memo) -> lis
 
 def _part(examples: Examples, learnt: Ints, judged: Ints, recipe: Recipe, memo: Memo, group: str = "") -> _Part:
     model = _fit(examples, learnt, recipe, recipe.num_inner_variants, memo)
-    raw = model.fitted.raw(examples.features(judged, model.topics))
+    raw = model.fitted.raw(examples.features(judged, model.spaces))
     return _Part(rows=judged, raw=raw, fitted=model.fitted, group=group)
 
 
@@ -253,11 +294,23 @@ def _temperature(logits_BC: Floats, label_B: Ints) -> float:
     return float(np.exp(found.x))
 
 
-def _best_mix(inside: Sequence[_Part], scores_BM: Doubles, temperature: float, recipe: Recipe) -> Mix:
+def _word_share(inside: Sequence[_Part], source_B: Ints, temperature: float, recipe: Recipe) -> float:
+    """The word head's share of p(class) with the least cross-entropy: far less noisy a measure than routed scores."""
+    row = np.arange(len(source_B))
+
+    def loss(share: float) -> float:
+        class_BF = np.concatenate([class_probabilities(part.raw, temperature, share) for part in inside])
+        return float(-np.log(np.maximum(class_BF[row, source_B], 1e-9)).mean())
+
+    return min(recipe.word_shares, key=loss)
+
+
+def _best_mix(inside: Sequence[_Part], scores_BM: Doubles, temperature: float, word_share: float, recipe: Recipe) -> Mix:
     """The share of the score heads that predicts differences between experts best, where it costs no routed score."""
     actual_BM = np.concatenate([scores_BM[part.rows] for part in inside])
     row = np.arange(len(actual_BM))
-    best, best_error, plain = Mix(category_share=recipe.category_share, value_share=0.0, trust=0.0), np.inf, -np.inf
+    best = Mix(category_share=recipe.category_share, value_share=0.0, trust=0.0, word_share=word_share)
+    best_error, plain = np.inf, -np.inf
     for share in recipe.value_shares:
         mix = replace(best, value_share=share)
         expected_BM = np.concatenate([_assessed(part, temperature, mix, OPEN).scores_BM for part in inside])

@@ -48,7 +48,8 @@ def worthy_experts(
 
     One after the other, the expert whose absence costs least in the category that would miss it most is let go while that is less
     than ``worth_having``: near-ties flip with a word and earn nothing, and who is never picked costs nothing to lose. Measured
-    per category, so that a small category keeps the expert that only it needs.
+    per category, so that a small category keeps the expert that only it needs. What its absence costs is the greater of what is
+    expected and what these rows show: an expert is let go where neither speaks for it, not because a few rows went against it.
     """
     after_BM = expected_BM - cost_term_M
     value_BM = scores_BM - cost_term_M
@@ -59,11 +60,14 @@ def worthy_experts(
     while len(experts) > 1:
         open_BE = after_BM[:, experts]
         first_B = open_BE.argmax(axis=1)
+        top_B = open_BE[row, first_B]
         open_BE[row, first_B] = -np.inf
-        loss_B = value_BM[row, experts[first_B]] - value_BM[row, experts[open_BE.argmax(axis=1)]]
-        missed_EC = np.zeros((len(experts), len(categories)))
-        np.add.at(missed_EC, (first_B, place_B), loss_B)
-        most_E = (missed_EC / size_C).max(axis=1)
+        second_B = open_BE.argmax(axis=1)
+        shown_EC = np.zeros((len(experts), len(categories)))
+        np.add.at(shown_EC, (first_B, place_B), value_BM[row, experts[first_B]] - value_BM[row, experts[second_B]])
+        expected_EC = np.zeros_like(shown_EC)
+        np.add.at(expected_EC, (first_B, place_B), top_B - open_BE[row, second_B])
+        most_E = (np.maximum(shown_EC, expected_EC) / size_C).max(axis=1)
         most_E[experts == general] = np.inf
         least = int(most_E.argmin())
         if most_E[least] >= worth_having:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from antiphon.coe.routing.artifact import Artifact, ArtifactExpert, ServedPath
-from antiphon.coe.routing.assessment import Floats, Ints, assess, softmax
+from antiphon.coe.routing.assessment import Floats, Ints, assess, class_probabilities
 from antiphon.coe.training.data.table import ScoreTable
 from antiphon.coe.training.heads import fit_values, prior_rows, shrunken_means
 from antiphon.core.errors import InvalidInput
@@ -125,13 +125,15 @@ def _joined(path: ServedPath, embedding_BD: Floats, score_B: Doubles) -> ServedP
     of_category = of_category - spread / np.sqrt(np.bincount(category_B, minlength=num_categories) + num_prior)
     of_class -= (spread / np.sqrt(np.bincount(class_B, minlength=F) + num_prior)).astype(np.float32)
     of_category = of_category.astype(np.float32)
-    heads_DH = np.concatenate([fitted.heads_DH, np.zeros((len(fitted.heads_DH), 1), np.float32)], axis=1)
-    bias_H = np.append(fitted.bias_H, np.float32(0.0))
+    end = F + len(fitted.mean_M)  # the new expert's column comes behind those of the other experts
+    heads_DH = np.insert(fitted.heads_DH, end, np.float32(0.0), axis=1)
+    bias_H = np.insert(fitted.bias_H, end, np.float32(0.0))
     if path.mix.value_share:
         # No head can be learnt from so few: the nearest linear one to what the classes' means say of the landmarks.
-        expected_N = softmax(fitted.raw(fitted.landmarks_ND).logits_BF, fitted.temperature) @ of_class
+        known = fitted.raw(fitted.landmarks_ND)
+        expected_N = class_probabilities(known, fitted.temperature, path.mix.word_share) @ of_class
         head = fit_values(fitted.landmarks_ND, expected_N[:, None].astype(np.float64), 1.0)
-        heads_DH[:, -1], bias_H[-1] = head.weights_DC[:, 0], head.bias_C[0]
+        heads_DH[:, end], bias_H[end] = head.weights_DC[:, 0], head.bias_C[0]
     joined = replace(
         fitted,
         heads_DH=heads_DH,

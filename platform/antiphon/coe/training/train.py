@@ -29,6 +29,7 @@ from antiphon.coe.training.data.table import Duplicates, ScoreTable, drop_duplic
 from antiphon.coe.training.encoders import static
 from antiphon.coe.training.encoders.sentences import encode_sentences, served_encoder
 from antiphon.coe.training.encoders.topics import presence
+from antiphon.coe.training.encoders.words import word_counts
 from antiphon.coe.training.fit import Examples, Memo, Path, Recipe, fit_path
 from antiphon.coe.training.frontier import policies_of
 from antiphon.coe.training.mapping import Budget, Mapping, solve
@@ -107,6 +108,7 @@ def prepare(table: ScoreTable, options: Options, say: Say) -> Prepared:
             variants_BVD=variants_BVD,
             present_BW=presence(embedding, table.prompts),
             variants_present_VBW=tuple(presence(embedding, texts) for texts in variants),
+            counts=word_counts(embedding, table.prompts),
             token_weight_W=static.courtesy(embedding.tokens),
             num_near=min(recipe.num_near, num_near),
             labels=labels,
@@ -288,7 +290,7 @@ def _artifact(prepared: Prepared, router: Router, mapping: Mapping, options: Opt
         costs=tuple(float(cost) for cost in table.params_b),
         policies=router.policies,
         frontier=tuple(PolicyPoint(weight=p.weight, avg_cost=p.avg_cost, score=p.score, experts=p.experts) for p in fast.frontier),
-        embedding=replace(prepared.embedding, topics=fast.topics),
+        embedding=replace(prepared.embedding, topics=fast.spaces.topics, words=fast.spaces.words),
         fast=as_stored(ServedPath.of(fast.fitted, fast.mix, fast.gate)),
         slow=None if router.slow is None else as_stored(ServedPath.of(router.slow.fitted, router.slow.mix, router.slow.gate)),
         encoder=prepared.encoder if router.slow is not None else None,

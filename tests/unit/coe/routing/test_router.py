@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from antiphon.coe.judging.held_out import judge_artifact
 from antiphon.coe.judging.model_card import model_card
 from antiphon.coe.judging.report import broken_promises
-from antiphon.coe.routing.artifact import Artifact, load_artifact, write_artifact
+from antiphon.coe.routing.artifact import Artifact, ServedPath, load_artifact, write_artifact
 from antiphon.coe.routing.assessment import assess
 from antiphon.coe.routing.decision import ExpertState, Question, Reason, View
 from antiphon.coe.routing.record_json import record_json
@@ -190,6 +190,23 @@ def test_a_missing_file_another_version_and_another_digest_are_refused(directory
         load_artifact(later)
     with pytest.raises(CheckpointInvalid, match="expected sha256:0"):
         load_artifact(directory, digest="sha256:0")
+
+
+def test_an_artifact_from_before_words_is_read_and_decides(artifact: Artifact, tmp_path: Path) -> None:
+    fitted, mix, gate = artifact.fast.fitted, artifact.fast.mix, artifact.fast.gate
+    width, before = len(fitted.category_F) + len(fitted.mean_M), replace(artifact.embedding, words=None)
+    D = before.num_dimensions
+    older = replace(
+        fitted, heads_DH=fitted.heads_DH[:D, :width], bias_H=fitted.bias_H[:width], landmarks_ND=fitted.landmarks_ND[:, :D]
+    )
+    path = ServedPath.of(older, replace(mix, word_share=0.0), gate)
+    write_artifact(replace(artifact, embedding=before, fast=path), tmp_path / "old", {})
+    manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
+    assert "words.txt" not in manifest["files"]
+    (tmp_path / "old" / "manifest.json").write_text(json.dumps({**manifest, "version": 2}))
+    loaded = load_artifact(tmp_path / "old")
+    router = Router(spec_of(loaded), loaded)
+    assert router.route(Question(prompt="add the numbers 3 and 39")).decision.expert == "model-1"
 
 
 def test_a_directory_that_is_no_artifact_is_left_alone(artifact: Artifact, tmp_path: Path) -> None:
