@@ -9,7 +9,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from antiphon.core.errors import InvalidInput
 from antiphon.gateway.generation.request import MAX_STOPS, ChatMessage, ChatPrompt, GenerationRequest
-from antiphon.gateway.openai.schema import MAX_MESSAGES, MAX_TOKEN_ID, SamplingFields, Stop
+from antiphon.gateway.generation.sampling_fields import MAX_TOKEN_ID, SamplingFields, Stop
+from antiphon.gateway.openai.schema import MAX_MESSAGES
 from antiphon.gateway.openai.tools import MAX_TOOLS
 from antiphon.gateway.text.chat_options import ChatOptions, Tool, ToolCall, ToolChoice
 

@@ -33,9 +33,10 @@ from antiphon.gateway.generation.request import (
     TokenProbability,
     TokenPrompt,
 )
+from antiphon.gateway.generation.sampling_fields import SamplingFields
 from antiphon.gateway.openai.http_io import new_request_id, valid_request_id
 from antiphon.gateway.openai.parsing import parse
-from antiphon.gateway.openai.schema import MAX_MESSAGES, SamplingFields
+from antiphon.gateway.openai.schema import MAX_MESSAGES
 from antiphon.gateway.status import PoolStatus, WorkerStatus
 from antiphon.rpc.inference import CallInfo
 from antiphon.rpc.load import encode_load

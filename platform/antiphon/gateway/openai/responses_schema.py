@@ -10,9 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from antiphon.core.errors import InvalidInput
 from antiphon.core.request import MAX_LOGPROBS
 from antiphon.gateway.generation.request import ChatMessage, ChatPrompt, GenerationRequest
+from antiphon.gateway.generation.sampling_fields import MAX_TOKEN_ID, SamplingFields
 from antiphon.gateway.openai.messages import MessageBody
 from antiphon.gateway.openai.parsing import UnsupportedField, parse
-from antiphon.gateway.openai.schema import MAX_MESSAGES, MAX_TOKEN_ID, ReasoningBody, SamplingFields
+from antiphon.gateway.openai.schema import MAX_MESSAGES, ReasoningBody
 from antiphon.gateway.openai.tools import MAX_TOOLS, ChoiceBody, ResponseFormat, ToolBody, choice_of, tools_of
 from antiphon.gateway.text.chat_options import ChatOptions
 

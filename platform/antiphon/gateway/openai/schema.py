@@ -10,7 +10,7 @@ Must not know: HTTP, tokenizers or workers.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
@@ -18,9 +18,7 @@ from antiphon.core.errors import InvalidInput
 from antiphon.core.request import MAX_LOGPROBS
 from antiphon.gateway.generation.request import (
     MAX_CHOICES,
-    MAX_STOP_CHARS,
     MAX_STOPS,
-    SAMPLING_DEFAULTS,
     ChatPrompt,
     GenerationRequest,
     Prompt,
@@ -28,36 +26,18 @@ from antiphon.gateway.generation.request import (
     TextPrompt,
     TokenPrompt,
 )
+from antiphon.gateway.generation.sampling_fields import MAX_TOKEN_ID, SamplingFields, Stop, value_or
 from antiphon.gateway.openai.messages import MessageBody
 from antiphon.gateway.openai.parsing import UnsupportedField
 from antiphon.gateway.openai.tools import MAX_TOOLS, ChoiceBody, StructureFields, ToolBody, choice_of, tools_of
 from antiphon.gateway.text.chat_options import ChatOptions
 
-_T = TypeVar("_T")
-
-MAX_TOKEN_ID = 2**31 - 1
-MAX_LOGIT_BIASES = 1024
 MAX_MESSAGES = 4096
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
-_SMALLEST_TOP_P = 1e-6  # 0 is taken as this: the most probable token alone
 
 
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
-
-
-def _as_token_biases(value: object) -> object:
-    if not isinstance(value, dict):
-        return value
-    try:
-        return {int(key): bias for key, bias in value.items()}
-    except (ValueError, TypeError) as error:
-        raise ValueError("keys must be token ids") from error
-
-
-TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
-Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 _PROMPT_FORMS = "must be a string, a list of strings, a list of token ids or a list of such lists"
@@ -89,56 +69,6 @@ def _check_token_ids(ids: list[object], field: str) -> None:
     for index, item in enumerate(ids):
         if type(item) is not int or not 0 <= item <= MAX_TOKEN_ID:
             raise InvalidInput(f"prompt: {_PROMPT_FORMS}; {field}[{index}] is not a token id", "prompt")
-
-
-class SamplingFields(BaseModel):
-    """How tokens are chosen: the one place of the ranges, for both doors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKEN_ID)
-    temperature: Finite | None = Field(default=None, ge=0, le=2)
-    top_p: Finite | None = Field(default=None, ge=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1, le=MAX_TOKEN_ID)
-    min_p: Finite | None = Field(default=None, ge=0, le=1)
-    presence_penalty: Finite | None = Field(default=None, ge=-2, le=2)
-    frequency_penalty: Finite | None = Field(default=None, ge=-2, le=2)
-    repetition_penalty: Finite | None = Field(default=None, gt=0, le=10)
-    logit_bias: Annotated[dict[TokenId, Annotated[Finite, Field(ge=-100, le=100)]] | None, BeforeValidator(_as_token_biases)] = (
-        Field(default=None, max_length=MAX_LOGIT_BIASES)
-    )
-    seed: int | None = Field(default=None, ge=-(2**63), le=2**64 - 1)
-    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=1024)
-    min_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKEN_ID)
-    ignore_eos: bool | None = None
-
-    def sampling(self, *, max_tokens: int | None, num_logprobs: int | None, num_prompt_logprobs: int | None = None) -> Sampling:
-        """The values, with defaults for what is absent.
-
-        Raises:
-            InvalidInput: min_tokens is above max_tokens.
-        """
-        min_tokens = _default(self.min_tokens, 0)
-        if max_tokens is not None and min_tokens > max_tokens:
-            raise InvalidInput(f"min_tokens is {min_tokens}, above max_tokens, {max_tokens}", "min_tokens")
-        return Sampling(
-            max_tokens=max_tokens,
-            temperature=_default(self.temperature, 1.0),
-            top_p=max(_SMALLEST_TOP_P, _default(self.top_p, 1.0)),
-            top_k=max(0, _default(self.top_k, 0)),
-            min_p=_default(self.min_p, 0.0),
-            presence_penalty=_default(self.presence_penalty, 0.0),
-            frequency_penalty=_default(self.frequency_penalty, 0.0),
-            repetition_penalty=_default(self.repetition_penalty, 1.0),
-            logit_bias=_default(self.logit_bias, {}),
-            seed=None if self.seed is None else self.seed % 2**64,
-            stop_token_ids=frozenset(_default(self.stop_token_ids, [])),
-            min_tokens=min_tokens,
-            ignore_eos=_default(self.ignore_eos, False),
-            num_logprobs=num_logprobs,
-            unset=frozenset(name for name in SAMPLING_DEFAULTS if getattr(self, name) is None),
-            num_prompt_logprobs=num_prompt_logprobs,
-        )
 
 
 class StreamOptions(BaseModel):
@@ -213,7 +143,7 @@ class _Body(SamplingFields, StructureFields):
 class ChatBody(_Body):
     """POST /v1/chat/completions."""
 
-    unsupported = {
+    unsupported: ClassVar[dict[str, tuple[object, ...]]] = {
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
@@ -247,13 +177,13 @@ class ChatBody(_Body):
         """The value. Raises InvalidInput where fields contradict each other."""
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidInput("top_logprobs needs logprobs: true", "top_logprobs")
-        num_logprobs = _default(self.top_logprobs, 0) if self.logprobs else None
+        num_logprobs = value_or(self.top_logprobs, 0) if self.logprobs else None
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         prompt = ChatPrompt(
             messages=tuple(message.message() for message in self.messages),
-            add_generation_prompt=_default(self.add_generation_prompt, not self.continue_final_message),
+            add_generation_prompt=value_or(self.add_generation_prompt, not self.continue_final_message),
             continue_final_message=self._continues(),
-            variables=_default(self.chat_template_kwargs, {}),
+            variables=value_or(self.chat_template_kwargs, {}),
         )
         return _request(
             self,
@@ -273,7 +203,7 @@ class ChatBody(_Body):
         Raises:
             InvalidInput: they contradict each other.
         """
-        tools = tools_of(_default(self.tools, []))
+        tools = tools_of(value_or(self.tools, []))
         tool_choice, tool_name = choice_of(self.tool_choice, tools)
         reasoning = ReasoningBody() if self.reasoning is None else self.reasoning
         effort = reasoning.effort if self.reasoning_effort is None else self.reasoning_effort
@@ -285,7 +215,7 @@ class ChatBody(_Body):
             tools=tools,
             tool_choice=tool_choice,
             tool_name=tool_name,
-            parallel_tool_calls=_default(self.parallel_tool_calls, True),
+            parallel_tool_calls=value_or(self.parallel_tool_calls, True),
             shape=self.shape(),
             thinking=thinking,
             effort=None if effort == "none" else effort,
@@ -311,7 +241,7 @@ class ChatBody(_Body):
 class CompletionBody(_Body):
     """POST /v1/completions."""
 
-    unsupported = {
+    unsupported: ClassVar[dict[str, tuple[object, ...]]] = {
         "suffix": ("",),
     }
 
@@ -323,7 +253,7 @@ class CompletionBody(_Body):
 
     def request(self, *, request_id: str, deadline_s: float | None, traceparent: str | None) -> GenerationRequest:
         """The value. Raises InvalidInput where fields contradict each other."""
-        n = _default(self.n, 1)
+        n = value_or(self.n, 1)
         if self.best_of is not None and self.best_of != n:
             raise UnsupportedField("best_of other than n is not supported", "best_of")
         if self.echo and self.logprobs is not None and self.stream:
@@ -333,7 +263,7 @@ class CompletionBody(_Body):
         prompts = self._prompts()
         if len(prompts) * n > MAX_CHOICES:
             raise InvalidInput(f"{len(prompts)} prompts with n = {n} make more than {MAX_CHOICES} choices", "prompt")
-        max_tokens = _default(self.max_tokens, max(DEFAULT_COMPLETION_TOKENS, _default(self.min_tokens, 0)))
+        max_tokens = value_or(self.max_tokens, max(DEFAULT_COMPLETION_TOKENS, value_or(self.min_tokens, 0)))
         return _request(
             self,
             request_id=request_id,
@@ -383,19 +313,15 @@ def _request(
         prompts=prompts,
         sampling=sampling,
         operation=operation,
-        n=_default(body.n, 1),
-        stop=tuple(_default(body.stop, [])),
-        include_stop=_default(body.include_stop_str_in_output, False),
-        skip_special_tokens=_default(body.skip_special_tokens, True),
-        stream=_default(body.stream, False),
+        n=value_or(body.n, 1),
+        stop=tuple(value_or(body.stop, [])),
+        include_stop=value_or(body.include_stop_str_in_output, False),
+        skip_special_tokens=value_or(body.skip_special_tokens, True),
+        stream=value_or(body.stream, False),
         deadline_s=deadline_s,
-        priority=_default(body.priority, 0),
-        cache_salt=_default(body.cache_salt, ""),
+        priority=value_or(body.priority, 0),
+        cache_salt=value_or(body.cache_salt, ""),
         traceparent=traceparent,
         max_tokens_field=max_tokens_field,
         options=options,
     )
-
-
-def _default(value: _T | None, default: _T) -> _T:
-    return default if value is None else value

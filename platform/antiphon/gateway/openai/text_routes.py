@@ -11,10 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from antiphon.core.errors import InvalidInput, UnknownModel
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.generation.request import ChatPrompt
+from antiphon.gateway.generation.sampling_fields import MAX_TOKEN_ID
 from antiphon.gateway.openai.http_io import error_response
 from antiphon.gateway.openai.messages import MessageBody
 from antiphon.gateway.openai.parsing import parse_tolerant, warning_header
-from antiphon.gateway.openai.schema import MAX_MESSAGES, MAX_TOKEN_ID
+from antiphon.gateway.openai.schema import MAX_MESSAGES
 from antiphon.gateway.openai.tools import MAX_TOOLS, ToolBody, tools_of
 from antiphon.gateway.text.chat_options import ChatOptions
 
