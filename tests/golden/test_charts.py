@@ -235,7 +235,7 @@ def scraped(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
         epoch=Epoch(1), endpoint=Endpoint(rpc="h:1", data=""), pid=1, host="h", load=WorkerLoad(),
     )  # fmt: skip
     with setup("gateway") as telemetry:
-        gateway = GatewayMetrics(telemetry, workers=lambda: [worker], num_requests=lambda: 0)
+        gateway = GatewayMetrics(telemetry, workers=lambda: [worker], num_requests=lambda: 0, held=lambda: {"m": 0})
         gateway.first_token("m", 0.1)
         gateway.tokens("m", 2, 0.1)
         gateway.generated("m", 2)
@@ -269,7 +269,14 @@ def test_dashboards_and_alerts_read_what_is_really_exposed(helm: Path, scraped: 
 
 
 def test_autoscaling_reads_what_a_gateway_really_exposes(scraped: dict[str, set[str]]) -> None:
-    assert {f"{scrape.TTFT}_bucket", f"{scrape.TPOT}_bucket", scrape.WAITING, scrape.KV_USAGE} <= scraped.keys()
+    assert {
+        f"{scrape.TTFT}_bucket",
+        f"{scrape.TPOT}_bucket",
+        scrape.WAITING,
+        scrape.RUNNING,
+        scrape.HELD,
+        scrape.KV_USAGE,
+    } <= scraped.keys()
     assert scrape.POOL_LABEL in scraped[scrape.WAITING] & scraped[scrape.KV_USAGE]
 
 

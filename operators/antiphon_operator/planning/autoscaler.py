@@ -29,6 +29,7 @@ class Metrics:
     tpot_p95_ms: float | None = None
     num_waiting: float | None = None  # over all workers of the pool
     kv_usage: float | None = None  # mean over its workers, 0 to 1
+    num_busy: float | None = None  # requests of the whole deployment: held for a pool to wake, waiting, running
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +91,14 @@ def wish(pool: PoolSpec, slo: SloSpec, view: PoolView, memory: PoolMemory, now_s
 
 
 def _by_slo(pool: PoolSpec, slo: SloSpec, metrics: Metrics, current: int) -> int:
+    """By its targets; a pool that may sleep does when nothing is asked of the deployment, and never while something is."""
+    if metrics.num_busy is not None and pool.floor == 0:
+        step = pool.parallelism.num_shards
+        return max(step, _by_pressure(pool, slo, metrics, current)) if metrics.num_busy > 0 else 0
+    return _by_pressure(pool, slo, metrics, current)
+
+
+def _by_pressure(pool: PoolSpec, slo: SloSpec, metrics: Metrics, current: int) -> int:
     pressures = []
     if pool.role in _TTFT_ROLES and slo.ttft_ms is not None and metrics.ttft_p95_ms is not None:
         pressures.append(metrics.ttft_p95_ms / slo.ttft_ms)

@@ -20,6 +20,8 @@ from antiphon_operator.render.names import http_port, http_service
 TTFT = "gen_ai_server_time_to_first_token_seconds"
 TPOT = "gen_ai_server_time_per_output_token_seconds"
 WAITING = "vllm:num_requests_waiting"
+RUNNING = "vllm:num_requests_running"
+HELD = "antiphon_requests_held"  # for a sleeping pool's first worker
 KV_USAGE = "vllm:kv_cache_usage_perc"
 POOL_LABEL = "antiphon_pool"
 _DEADLINE_S = 5.0
@@ -75,13 +77,16 @@ class ScrapedMetrics:
 def _parse(text: str, document: LLMDeployment, before: Mapping[str, Buckets], now_s: float) -> _Scrape:
     histograms: dict[str, dict[float, float]] = {TTFT: {}, TPOT: {}}
     gauges: dict[tuple[str, str], list[float]] = {}
+    busy: list[float] = []
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             name = sample.name.removesuffix("_bucket")
             if name in histograms and sample.name.endswith("_bucket"):
                 bound = float(sample.labels["le"])
                 histograms[name][bound] = histograms[name].get(bound, 0.0) + sample.value
-            elif sample.name in (WAITING, KV_USAGE):
+            if sample.name in (HELD, WAITING, RUNNING):
+                busy.append(sample.value)
+            if sample.name in (WAITING, KV_USAGE):
                 gauges.setdefault((sample.name, sample.labels.get(POOL_LABEL, _ALL)), []).append(sample.value)
     ttft = percentile_ms(histograms[TTFT], before.get(TTFT, {}))
     tpot = percentile_ms(histograms[TPOT], before.get(TPOT, {}))
@@ -95,6 +100,7 @@ def _parse(text: str, document: LLMDeployment, before: Mapping[str, Buckets], no
             tpot_p95_ms=tpot,
             num_waiting=None if waiting is None else sum(waiting),
             kv_usage=None if usage is None else sum(usage) / len(usage),
+            num_busy=sum(busy) if busy else None,
         )
     return _Scrape(at_s=now_s, histograms=histograms, metrics=out)
 

@@ -38,6 +38,8 @@ def worker_document(document: LLMDeployment, weights: Weights | None) -> Json:
         "grpcPort": grpc_port(document),
         "replicas": 1,
     }
+    if document.spec.wake_timeout_s > 0:
+        spec["endpoint"]["wakeTimeoutS"] = document.spec.wake_timeout_s  # the gateway does not see which pools may sleep
     if weights is not None:
         spec["model"]["uri"] = weights.directory
     metadata: Json = {"name": document.metadata.name}

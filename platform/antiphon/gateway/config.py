@@ -37,6 +37,7 @@ class GatewayConfig:
     remote_prefill_min_tokens: int = 64
     remote_prefill_min_tokens_by_model: Mapping[str, int] = field(default_factory=dict)  # where a model differs
     placement_timeout_s: float = 30.0  # how long a request whose worker was lost before its first token looks for another
+    wake_timeout_s_by_model: Mapping[str, float] = field(default_factory=dict)  # a request waits so long for a first worker
     refresh_s: float = 0.5  # between looks into the directory
     drain_timeout_s: float = 30.0  # at the stop, how long open streams may go on
     compositions: tuple[CompositionOfExperts, ...] = ()

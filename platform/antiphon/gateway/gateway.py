@@ -25,6 +25,7 @@ from antiphon.gateway.metrics.instruments import GatewayMetrics
 from antiphon.gateway.metrics.throughput import tell
 from antiphon.gateway.routing.engine_client import EngineClient
 from antiphon.gateway.routing.placement import Placement
+from antiphon.gateway.routing.waking import Waking
 from antiphon.gateway.status import Status, pools_of, workers_of
 from antiphon.gateway.text.chat_options import ChatOptions
 from antiphon.gateway.text.dialect import Dialect, TextFormats
@@ -86,15 +87,19 @@ class Gateway:
             }
         )
         self._preparer = Preparer(models, self.dialects, self._executor, self._checker, self.templates)
+        waking = Waking(config.wake_timeout_s_by_model)
         self._generator = Generator(
             config,
             models=models,
             view=self.view,
             client=self._client,
             placement=placement,
-            metrics=GatewayMetrics(telemetry, workers=lambda: self.view.workers, num_requests=lambda: self.num_requests),
+            metrics=GatewayMetrics(
+                telemetry, workers=lambda: self.view.workers, num_requests=lambda: self.num_requests, held=lambda: waking.held
+            ),
             tracer=telemetry.tracer(__name__),
             preparer=self._preparer,
+            waking=waking,
             clock=clock,
         )
 

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from antiphon.core.errors import CheckpointInvalid
+from antiphon.telemetry import setup
 
 _spec = importlib.util.spec_from_file_location("doors_fake_engine", Path(__file__).with_name("fake_engine.py"))
 assert _spec is not None
@@ -345,3 +346,48 @@ async def test_a_template_without_end_is_refused_at_the_start(tmp_path: Path) ->
     with pytest.raises(CheckpointInvalid, match="takes more time or memory than it may"):
         async with fake.world(tmp_path, chat_template=endless):
             pass
+
+
+@pytest.fixture
+async def asleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[fake.World]:
+    """No worker yet, and a gateway that waits for one."""
+    monkeypatch.delenv("OTEL_SDK_DISABLED", raising=False)
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+    waits = {"wake_timeout_s_by_model": {"tiny": 60.0}}
+    with setup("antiphon-gateway-test") as telemetry:
+        async with fake.world(tmp_path, workers=(), gateway=waits, telemetry=telemetry) as made:
+            yield made
+
+
+async def held(http: httpx.AsyncClient, num_requests: int) -> None:
+    line = f'antiphon_requests_held{{gen_ai_request_model="tiny"}} {num_requests:.1f}'
+    async with asyncio.timeout(30):
+        while line not in (await http.get("/metrics")).text:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_request_for_a_pool_that_sleeps_waits_for_its_first_worker(asleep: fake.World) -> None:
+    async with httpx.AsyncClient(base_url=asleep.url, timeout=20) as http:
+        answer = asyncio.create_task(http.post(CHAT, json=body(4)))
+        await held(http, 1)
+        assert not answer.done()
+        await asleep.add_worker("first")
+        assert (await answer).status_code == 200
+        await held(http, 0)
+
+
+async def test_a_client_that_leaves_while_it_is_held_is_forgotten(asleep: fake.World) -> None:
+    async with httpx.AsyncClient(base_url=asleep.url, timeout=20) as http:
+        with pytest.raises(httpx.ReadTimeout):
+            await http.post(CHAT, json=body(4), timeout=0.5)
+        await held(http, 0)
+
+
+async def test_a_request_is_held_no_longer_than_the_document_says(tmp_path: Path) -> None:
+    async with (
+        fake.world(tmp_path, workers=(), gateway={"wake_timeout_s_by_model": {"tiny": 0.2}}) as never,
+        httpx.AsyncClient(base_url=never.url, timeout=20) as http,
+    ):
+        answer = await http.post(CHAT, json=body(4))
+        assert answer.status_code == 503
+        assert "no worker of tiny is registered, 0.2 s after it was asked for" in answer.json()["error"]["message"]

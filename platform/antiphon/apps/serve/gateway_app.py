@@ -107,6 +107,7 @@ def serving_config(serving: Serving, *, drain_s: float, routing: Routing = "here
         max_request_bytes=endpoint.max_request_bytes,
         default_deadline_s=endpoint.default_deadline_s,
         remote_prefill_min_tokens_by_model=thresholds,
+        wake_timeout_s_by_model={d.model_name: d.spec.wake_timeout_s for d in serving.deployments if d.spec.wake_timeout_s > 0},
         drain_timeout_s=drain_s,
         compositions=serving.compositions,
         deployment_models=serving.models,

@@ -16,6 +16,7 @@ from antiphon.core.document.part import FieldsError, Model
 
 RESERVED_POOL_NAMES = ("gateway", "headgroup")  # the gateway's own deployment and worker group, and Ray's head group
 MAX_RATIOS = 16
+WAKE_TIMEOUT_S = 600.0  # of a pool that may scale to zero: a node, an image and the weights take minutes
 
 SecretName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", min_length=1, max_length=253)]
 

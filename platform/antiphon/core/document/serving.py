@@ -59,6 +59,13 @@ class EndpointSpec(Model):
     tls: DoorTlsSpec | None = Field(default=None, description="TLS at both doors; None = plain text.")
     max_request_bytes: int = Field(default=4_194_304, ge=1024, le=1 << 30, description="Largest request body.")
     default_deadline_s: float = Field(default=600.0, gt=0, le=86_400, description="Deadline of requests that bring none.")
+    wake_timeout_s: float | None = Field(
+        default=None,
+        ge=0,
+        le=86_400,
+        description="How long a request waits while no worker is ready, before it is refused; None = 600 where a pool may scale "
+        "to zero, else 0.",
+    )
     unknown_fields: Literal["refuse", "ignore"] = Field(
         default="ignore",
         description="Fields of HTTP bodies that nobody knows: refused with 400, or ignored and named in a Warning header.",

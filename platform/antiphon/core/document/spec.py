@@ -24,7 +24,15 @@ from pydantic import Field, field_validator, model_validator
 from antiphon.core.document.experts import ExpertsSpec
 from antiphon.core.document.part import FieldsError, Metadata, Model
 from antiphon.core.document.planning import PlanningSpec
-from antiphon.core.document.policies import MAX_RATIOS, KubernetesSpec, RatioSpec, RolloutSpec, ScalingMode, SloSpec
+from antiphon.core.document.policies import (
+    MAX_RATIOS,
+    WAKE_TIMEOUT_S,
+    KubernetesSpec,
+    RatioSpec,
+    RolloutSpec,
+    ScalingMode,
+    SloSpec,
+)
 from antiphon.core.document.pools import PoolSpec, Quantity
 from antiphon.core.document.serving import DirectorySpec, EndpointSpec, SchedulerSpec
 from antiphon.core.ids import Role
@@ -195,6 +203,13 @@ class LLMDeploymentSpec(Model):
         """Processors that more than one worker is pinned to."""
         uses = Counter(core for pool in self.pools if pool.replicas for core in pool.cores or ())
         return frozenset(core for core, count in uses.items() if count > 1)
+
+    @property
+    def wake_timeout_s(self) -> float:
+        """How long a request waits while no worker is ready, resolved."""
+        if self.endpoint.wake_timeout_s is not None:
+            return self.endpoint.wake_timeout_s
+        return WAKE_TIMEOUT_S if any(pool.floor == 0 for pool in self.pools) else 0.0
 
     @field_validator("pools", "ratios", mode="before")
     @classmethod

@@ -5,7 +5,8 @@
       └── worker lost ◄──┘   with output_token_ids = the tokens so far: no gap, no duplicate
 
 A choice that was lost goes on until the request's deadline, unless nobody has seen any of the request's tokens: then it
-looks for a worker for ``placement_timeout_s``. A choice that takes its workers down with it is given up.
+looks for a worker for ``placement_timeout_s``. Where the model's pool may sleep, a new choice waits for it to wake. A choice that
+takes its workers down with it is given up.
 
 Must not know: the doors, or the other choices.
 """
@@ -27,6 +28,7 @@ from antiphon.gateway.generation.request import ChoiceDelta, Logprob, TokenProba
 from antiphon.gateway.routing.engine_client import EngineClient
 from antiphon.gateway.routing.picker import RoutePlan
 from antiphon.gateway.routing.placement import Placement
+from antiphon.gateway.routing.waking import Waking
 from antiphon.gateway.text.choice_text import ChoiceText
 from antiphon.gateway.text.dialect import AnswerPlan
 from antiphon.gateway.text.events import Part, merged
@@ -94,6 +96,7 @@ class ChoiceRun:
         text_model: the model's tokenizer.
         committed: whether the client has been told anything of this request yet.
         placement_timeout_s: see the module.
+        waking: how long it waits for the first worker of a pool that sleeps.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class ChoiceRun:
         committed: Callable[[], bool],
         clock: Callable[[], float],
         placement_timeout_s: float,
+        waking: Waking,
     ) -> None:
         self._spec = spec
         self._text_model = text_model
@@ -116,6 +120,7 @@ class ChoiceRun:
         self._committed = committed
         self._clock = clock
         self._placement_timeout_s = placement_timeout_s
+        self._waking = waking
         self._text = ChoiceText(
             text_model,
             stops=spec.stops,
@@ -146,7 +151,7 @@ class ChoiceRun:
             num_tokens = len(self.progress.token_ids)
             plan: RoutePlan | None = None
             try:
-                plan = self._place()
+                plan = await self._place_or_wake()
                 async with aclosing(self._on_worker(plan)) as deltas:
                     async for delta in deltas:
                         yield delta
@@ -157,6 +162,31 @@ class ChoiceRun:
                     self._trouble = _Trouble()
                 self._note_failure(error, plan)
             await self._pause()
+
+    async def _place_or_wake(self) -> RoutePlan:
+        """A plan; while the model's pool sleeps, and nothing has gone wrong yet, the plan that there is once a worker is ready.
+
+        Raises:
+            Unavailable: nobody is ready, and it is not worth waiting.
+            Overloaded: all who are ready are full, or too many requests wait for a pool to wake.
+        """
+        model = self._spec.model
+        timeout_s = self._waking.timeout_s(model)
+        if timeout_s <= 0 or self._trouble.num_failures or self._committed():
+            return self._place()
+        try:
+            return self._place()
+        except Unavailable:
+            end_s = self._clock() + timeout_s
+            with self._waking.hold(model):
+                while self._clock() < end_s:
+                    await self._view.wait(min(_MAX_PAUSE_S, max(0.0, end_s - self._clock())))
+                    try:
+                        return self._place()
+                    except Unavailable as again:
+                        error = again
+                    await asyncio.sleep(_MIN_PAUSE_S)
+            raise Unavailable(f"{error}, {timeout_s:g} s after it was asked for", retry_after_s=error.retry_after_s) from error
 
     def _place(self) -> RoutePlan:
         spec = self._spec

@@ -43,6 +43,7 @@ from antiphon.gateway.metrics.instruments import GatewayMetrics
 from antiphon.gateway.metrics.throughput import Totals
 from antiphon.gateway.routing.engine_client import EngineClient
 from antiphon.gateway.routing.placement import Placement
+from antiphon.gateway.routing.waking import Waking
 from antiphon.gateway.text.tokenizer import TextModel
 from antiphon.telemetry import Tracer, log_context
 
@@ -79,6 +80,7 @@ class Generator:
         metrics: counts.
         tracer: one span per request.
         preparer: makes prompts and plans of them.
+        waking: holds requests of pools that sleep.
         clock: monotonic seconds.
     """
 
@@ -93,6 +95,7 @@ class Generator:
         metrics: GatewayMetrics,
         tracer: Tracer,
         preparer: Preparer,
+        waking: Waking,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
@@ -104,6 +107,7 @@ class Generator:
         self._tracer = tracer
         self._preparer = preparer
         self._clock = clock
+        self._waking = waking
         self.totals = Totals()
         self._open: set[asyncio.Queue[_Item]] = set()
         self.num_active = 0
@@ -218,6 +222,7 @@ class Generator:
                     view=self._view,
                     committed=lambda: job.committed,
                     clock=self._clock,
+                    waking=self._waking,
                     placement_timeout_s=(
                         self._config.placement_timeout_s if request.placement_timeout_s is None else request.placement_timeout_s
                     ),

@@ -6,7 +6,7 @@ Must not know: exporters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from antiphon.core.worker_info import WorkerInfo
 from antiphon.gateway.metrics.stages import observe_stages
@@ -27,10 +27,16 @@ class GatewayMetrics:
         telemetry: makes the instruments.
         workers: the latest records' workers, read at each scrape.
         num_requests: this gateway's requests, read at each scrape.
+        held: requests that wait for a pool to wake, by model, read at each scrape.
     """
 
     def __init__(
-        self, telemetry: Telemetry, *, workers: Callable[[], Sequence[WorkerInfo]], num_requests: Callable[[], int]
+        self,
+        telemetry: Telemetry,
+        *,
+        workers: Callable[[], Sequence[WorkerInfo]],
+        num_requests: Callable[[], int],
+        held: Callable[[], Mapping[str, int]],
     ) -> None:
         meter = telemetry.meter(__name__)
         self._workers = workers
@@ -70,6 +76,11 @@ class GatewayMetrics:
             "antiphon.gateway.requests",
             callbacks=[lambda _options: [Observation(num_requests())]],
             description="Requests this gateway is answering.",
+        )
+        meter.create_observable_gauge(
+            "antiphon.requests.held",
+            callbacks=[lambda _options: [Observation(n, {semconv.REQUEST_MODEL: model}) for model, n in held().items()]],
+            description="Requests that wait for a sleeping pool's first worker.",
         )
         self._observe_workers(meter)
         observe_stages(meter, workers, _attributes)

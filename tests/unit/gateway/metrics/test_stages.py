@@ -29,7 +29,7 @@ def scraped(monkeypatch):
     monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
     workers = [info(Role.ATTENTION, ATTENTION), info(Role.FFN, FFN), info(Role.PREFILL, {})]
     with setup("test") as telemetry:
-        GatewayMetrics(telemetry, workers=lambda: workers, num_requests=lambda: 0)
+        GatewayMetrics(telemetry, workers=lambda: workers, num_requests=lambda: 0, held=dict)
         yield telemetry.prometheus_text().decode()
 
 

@@ -93,3 +93,30 @@ def test_pods_without_room_lower_the_target_after_the_deadline_and_it_is_tried_a
     assert wish(external, SLO, calm, capped.memory, 200.0).replicas == 3
     again = wish(external, SLO, calm, replace(capped.memory, accepted=3), 220.0)
     assert again.replicas == 8
+
+
+ASLEEP = pool(minReplicas=0, targetQueuePerWorker=10, scaleDownWindowS=300)
+
+
+def test_a_pool_that_may_sleep_goes_to_sleep_when_nothing_was_asked_for_a_window() -> None:
+    idle = measured(num_busy=0.0, num_waiting=0.0)
+    first = wish(ASLEEP, SLO, idle, NOW, 100.0)
+    assert (first.desired, first.replicas) == (0, 4)
+    later = replace(idle, metrics=Metrics(measured_at_s=400.0, num_busy=0.0))
+    assert wish(ASLEEP, SLO, later, first.memory, 400.0).replicas == 0
+
+
+def test_a_stream_keeps_a_pool_awake_though_nothing_waits() -> None:
+    streaming = measured(num_busy=1.0, num_waiting=0.0)
+    assert wish(ASLEEP, SLO, streaming, replace(NOW, low_since_s=-1000.0), 100.0).replicas == 1
+
+
+@pytest.mark.parametrize("role", ["monolith", "attention", "ffn", "prefill"])
+def test_a_held_request_wakes_every_pool_at_once(role: str) -> None:
+    asleep = PoolView(metrics=Metrics(measured_at_s=100.0, num_busy=1.0))
+    sleeper = pool(role, minReplicas=0, targetQueuePerWorker=10)
+    assert wish(sleeper, SloSpec(), asleep, PoolMemory(accepted=0), 100.0).replicas == 1
+
+
+def test_a_pool_with_a_floor_never_sleeps() -> None:
+    assert wish(pool(), SLO, measured(num_busy=0.0, tpot_p95_ms=0.1), replace(NOW, low_since_s=-1000.0), 100.0).replicas == 1
