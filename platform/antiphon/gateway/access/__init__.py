@@ -1,1 +1,1 @@
-"""Who may ask for what: API keys, tenants, their limits and what they used."""
+"""Who may ask for what: API keys, tenants, their limits and what they used (request speed)."""
