@@ -16,17 +16,9 @@ from typing import Any
 
 import torch
 
-from antiphon.apps.process.wiring import (
-    AttentionPart,
-    ModelFacts,
-    afd_layout,
-    build_attention,
-    build_ffn,
-    ffn_parallelism,
-    kv_link_layout,
-    num_ubatches,
-    resolve_model,
-)
+from antiphon.apps.process.wiring.build import AttentionPart, build_attention, build_ffn
+from antiphon.apps.process.wiring.resolve import ModelFacts, resolve_model
+from antiphon.apps.process.wiring.sizes import afd_layout, ffn_parallelism, kv_link_layout, num_ubatches
 from antiphon.connectors.afd.expert_map import ExpertMap
 from antiphon.core.document.spec import LLMDeploymentSpec
 from antiphon.core.errors import DeadlineExceeded, ErrorInfo

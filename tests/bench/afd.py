@@ -26,7 +26,9 @@ from typing import Any
 
 import torch
 
-from antiphon.apps.process.wiring import afd_layout, build_attention, build_ffn, num_ubatches, resolve_model
+from antiphon.apps.process.wiring.build import build_attention, build_ffn
+from antiphon.apps.process.wiring.resolve import resolve_model
+from antiphon.apps.process.wiring.sizes import afd_layout, num_ubatches
 from antiphon.core.document.spec import LLMDeploymentSpec
 from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
 from antiphon.core.request import Request, RequestId, RequestOutput, SamplingParams

@@ -190,7 +190,7 @@ def test_an_ffn_worker_drops_a_peer_that_sends_nonsense_and_names_it(checkpoint:
     with LocalCluster(wiring(checkpoint, "afd", cache={"numBlocks": 64}), checkpoint) as cluster:
         layout = links_of(cluster, 0)[0]
         assert layout.peer == "test/attention/0"
-        from antiphon.apps.process.wiring import afd_layout
+        from antiphon.apps.process.wiring.sizes import afd_layout
 
         near, far = loopback_pair(
             Hello(
@@ -222,7 +222,7 @@ def test_peers_of_another_model_or_revision_do_not_pair(checkpoint: Path) -> Non
     with LocalCluster(wiring(checkpoint, "afd", cache={"numBlocks": 64}), checkpoint) as cluster:
         from dataclasses import replace
 
-        from antiphon.apps.process.wiring import afd_layout
+        from antiphon.apps.process.wiring.sizes import afd_layout
 
         other = replace(cluster.facts, revision="another", fingerprint="ffff")
         with pytest.raises(LayoutMismatch, match=r"model .* revision another"):

@@ -14,7 +14,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from antiphon.apps.process.wiring import AttentionPart, afd_layout, build_attention, build_ffn, num_ubatches, resolve_model
+from antiphon.apps.process.wiring.build import AttentionPart, build_attention, build_ffn
+from antiphon.apps.process.wiring.resolve import resolve_model
+from antiphon.apps.process.wiring.sizes import afd_layout, num_ubatches
 from antiphon.core.errors import Unavailable
 from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
 from antiphon.core.request import Request, RequestId, RequestOutput, SamplingParams

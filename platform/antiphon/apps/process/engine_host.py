@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from antiphon.apps.process.wiring import AttentionPart
+from antiphon.apps.process.wiring.build import AttentionPart
 from antiphon.core.errors import Unavailable
 from antiphon.core.request import RequestOutput
 from antiphon.core.worker_info import WorkerLoad

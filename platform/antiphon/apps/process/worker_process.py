@@ -26,17 +26,9 @@ from antiphon.apps.process.expert_host import ExpertHost
 from antiphon.apps.process.peers import PeerKeeper, PeerWish
 from antiphon.apps.process.pinning import pin_each, unpinned
 from antiphon.apps.process.rebalancer import ModelShape, Rebalancer, adopt_newest
-from antiphon.apps.process.wiring import (
-    AttentionPart,
-    ModelFacts,
-    afd_layout,
-    build_attention,
-    build_ffn,
-    ffn_parallelism,
-    kv_link_layout,
-    num_ubatches,
-    resolve_model,
-)
+from antiphon.apps.process.wiring.build import AttentionPart, build_attention, build_ffn
+from antiphon.apps.process.wiring.resolve import ModelFacts, resolve_model
+from antiphon.apps.process.wiring.sizes import afd_layout, ffn_parallelism, kv_link_layout, num_ubatches
 from antiphon.core.device import memory_share
 from antiphon.core.errors import InternalError, LayoutMismatch, Unavailable
 from antiphon.core.ids import Endpoint, Role

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
-from antiphon.apps.process.wiring import ModelFacts
+from antiphon.apps.process.wiring.resolve import ModelFacts
 from antiphon.apps.tiers.model_pool import ModelPool
 from antiphon.apps.tiers.plan import TierMember
 from antiphon.coe.serving.expert_health import LOAD_GAUGE, RESIDENT_GAUGE

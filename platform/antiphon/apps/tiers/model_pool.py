@@ -22,7 +22,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from antiphon.apps.process.wiring import AttentionPart, build_attention, resolve_model
+from antiphon.apps.process.wiring.build import AttentionPart, build_attention
+from antiphon.apps.process.wiring.resolve import resolve_model
 from antiphon.coe.tiers.policy import Load, LoadTimes, Prefetch, Tier
 from antiphon.core.document.spec import LLMDeploymentSpec
 from antiphon.core.errors import AntiphonError, CheckpointInvalid, DeadlineExceeded, ErrorInfo, Unavailable

@@ -28,7 +28,7 @@ import torch
 from antiphon.apps.process.config import WorkerConfig, worker_id
 from antiphon.apps.process.events import EventWriter
 from antiphon.apps.process.pinning import pin
-from antiphon.apps.process.wiring import resolve_model
+from antiphon.apps.process.wiring.resolve import resolve_model
 from antiphon.apps.serve.plan import revision_of
 from antiphon.apps.tiers.expert_servicer import ExpertServicer
 from antiphon.apps.tiers.model_pool import ModelPool

@@ -3,7 +3,7 @@
 import pytest
 
 from antiphon.apps.process.config import CONFIG_VARIABLE, LogSettings, WorkerConfig
-from antiphon.apps.process.wiring import num_ubatches
+from antiphon.apps.process.wiring.sizes import num_ubatches
 from antiphon.apps.serve.plan import PoolPlan, PoolTemplate, ServeSettings, cores_of, plan_serve, revision_of
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import InvalidInput

@@ -1,0 +1,182 @@
+"""Builds the workers of a deployment from its document and resolved model (control speed).
+
+A monolith, a prefill/decode split and an attention/FFN split are the same parts with other links: roles that hold whole layers get
+their FFN half behind a loopback link that runs it inline. Must not know: where processes run, or how peers find each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from antiphon.apps.process.wiring.resolve import ModelFacts
+from antiphon.apps.process.wiring.sizes import afd_layout, experts_per_row, ffn_parallelism, num_ubatches
+from antiphon.connectors.afd.attention_side import AttentionSide
+from antiphon.connectors.afd.expert_map import ExpertMap
+from antiphon.connectors.afd.ffn_side import FFNSide
+from antiphon.connectors.kv.decode_side import DecodeSide
+from antiphon.connectors.kv.prefill_side import PrefillSide
+from antiphon.core.document.spec import LLMDeploymentSpec
+from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
+from antiphon.engine.core import EngineCore, Outbox
+from antiphon.engine.limits import SchedulerConfig
+from antiphon.engine.scheduler import Scheduler
+from antiphon.models.attention.kv_cache import KVCache
+from antiphon.models.decoder import AttentionHalves, FFNHalves
+from antiphon.models.experts.skipping import ExpertSkipping
+from antiphon.transport.base import Hello
+from antiphon.transport.loopback import loopback_pair
+from antiphon.transport.waiting import WaitSet
+from antiphon.worker.ffn_worker import FFNWorker
+from antiphon.worker.kv_roles import KVRole, NoHandOff, ReceivesKV, SendsKV
+from antiphon.worker.model_runner import AttentionWorker
+from antiphon.worker.structure.enforcer import Enforcer
+from antiphon.worker.ubatch_tuning import UbatchTuner
+
+
+def build_ffn(facts: ModelFacts, shard: FFNShard, epoch: Epoch) -> FFNWorker:
+    """An FFN worker without peers."""
+    halves = FFNHalves(
+        facts.config, facts.checkpoint, facts.dtype, facts.device, shard, facts.placement(shard.num_expert), facts.int8
+    )
+    side = FFNSide(
+        epoch=epoch,
+        hidden_size=facts.config.hidden_size,
+        dtype=facts.activation_dtype,
+        return_dtype=facts.return_dtype,
+        compute_dtype=facts.dtype,
+        experts_per_row=experts_per_row(facts.config),
+    )
+    return FFNWorker(halves, side, max_batch_wait_s=facts.batch_wait_s)
+
+
+@dataclass(slots=True, kw_only=True)
+class AttentionPart:
+    """An engine with everything around it that its process owns."""
+
+    engine: EngineCore
+    worker: AttentionWorker
+    ffn: FFNWorker | None  # the inline half of roles that hold whole layers
+    decode_side: DecodeSide | None = None  # of roles that decode, where a pool prefills for them
+    prefill_side: PrefillSide | None = None  # of the prefill role
+
+    @property
+    def resident_bytes(self) -> dict[str, int]:
+        """Checkpoint tensors that this worker holds, with their bytes."""
+        held = dict(self.worker.halves.resident_bytes)
+        if self.ffn is not None:
+            held |= self.ffn.halves.resident_bytes
+        return held
+
+    @property
+    def kv_waiting(self) -> WaitSet:
+        """What a loop that waits for hand-offs sleeps on."""
+        side = self.decode_side if self.prefill_side is None else self.prefill_side
+        return WaitSet() if side is None else side.waiting
+
+    @property
+    def num_peers(self) -> int:
+        """Workers linked now: those that FFN work or prefills are asked of, or those that ask for prefills."""
+        if self.prefill_side is not None:
+            return self.prefill_side.num_peers
+        num_prefill = 0 if self.decode_side is None else len(self.decode_side.peers())
+        return len(self.worker.afd.peers()) + num_prefill
+
+    def close(self) -> None:
+        """Close links; idempotent."""
+        self.worker.close()
+        if self.ffn is not None:
+            self.ffn.side.close()
+
+
+def build_attention(
+    facts: ModelFacts,
+    spec: LLMDeploymentSpec,
+    role: Role,
+    worker_id: WorkerId,
+    epoch: Epoch,
+    outbox: Outbox,
+    clock: Callable[[], float],
+    *,
+    index: int = 0,
+    hold_s: float | None = None,
+) -> AttentionPart:
+    """An engine of any role but FFN. Whole-layer roles are complete; an attention worker still needs links to FFN workers."""
+    ubatches = num_ubatches(spec, role)
+    tensor, expert = ffn_parallelism(spec) if role is Role.ATTENTION else (1, 1)
+    cache = KVCache(facts.kv, facts.num_blocks, facts.device)
+    side = AttentionSide(
+        epoch=epoch,
+        num_shards=tensor * expert,
+        num_ubatches=ubatches * facts.config.num_streams,
+        hidden_size=facts.config.hidden_size,
+        dtype=facts.activation_dtype,
+        return_dtype=facts.return_dtype,
+        answer_timeout_s=spec.transport.peer_timeout_s,
+        hold_s=spec.transport.peer_timeout_s if hold_s is None else hold_s,
+        preferred_replica=index,
+        experts=ExpertMap(facts.config, facts.placement(expert)),
+    )
+    ffn = None
+    if role.holds_ffn:
+        ffn = build_ffn(facts, FFNShard(), epoch)
+        near, far = loopback_pair(
+            Hello(
+                worker_id=worker_id, epoch=epoch, layout=afd_layout(facts, spec, FFNShard(), attention_end=True, ubatches=ubatches)
+            ),
+            Hello(
+                worker_id=worker_id, epoch=epoch, layout=afd_layout(facts, spec, FFNShard(), attention_end=False, ubatches=ubatches)
+            ),
+            facts.device,
+        )
+        near.on_poll = _pumped(ffn)
+        side.add_link(0, near)
+        ffn.side.add_link(far)
+    kv_role: KVRole = NoHandOff()
+    decode_side, prefill_side = None, None
+    if role is Role.PREFILL:
+        prefill_side = PrefillSide(epoch=epoch, cache=cache)
+        kv_role = SendsKV(prefill_side, cache, facts.config)
+    elif any(pool.role == "prefill" for pool in spec.pools):
+        decode_side = DecodeSide(epoch=epoch, cache=cache)
+        kv_role = ReceivesKV(decode_side)
+    halves = AttentionHalves(facts.config, facts.checkpoint, facts.dtype, facts.device, facts.max_model_len)
+    if spec.experts.skip_file is not None:
+        halves.skip(ExpertSkipping.load(Path(spec.experts.skip_file), facts.config))
+    tuner = UbatchTuner(ubatches) if spec.transport.num_ubatches == "auto" and ubatches > 1 else None
+    worker = AttentionWorker(
+        halves,
+        cache,
+        side,
+        num_ubatches=ubatches,
+        tuner=tuner,
+        kv=kv_role,
+        warms=not role.holds_ffn,
+        enforcer=Enforcer(facts.checkpoint.path, facts.config.vocab_size) if role.generates else None,
+    )
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_num_seqs=spec.scheduler.max_num_seqs,
+            max_num_batched_tokens=spec.scheduler.max_num_batched_tokens,
+            max_queued_requests=spec.scheduler.max_queued_requests,
+            max_model_len=facts.max_model_len,
+            block_size_tokens=facts.kv.block_size_tokens,
+            num_blocks=facts.num_blocks,
+            prefix_caching=spec.cache.prefix_caching,
+            remote_prefill_min_tokens=spec.scheduler.remote_prefill_min_tokens,
+            kv_lease_s=spec.scheduler.kv_lease_s,
+            vocab_size=facts.config.vocab_size,
+        ),
+        clock,
+    )
+    return AttentionPart(
+        engine=EngineCore(scheduler, worker, outbox), worker=worker, ffn=ffn, decode_side=decode_side, prefill_side=prefill_side
+    )
+
+
+def _pumped(ffn: FFNWorker) -> Callable[[], None]:
+    def pump() -> None:
+        ffn.pump()
+
+    return pump

@@ -1,0 +1,114 @@
+"""A document's model section, resolved against its checkpoint: what all workers of a deployment agree on (control speed).
+
+Must not know: workers, links.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+
+from antiphon.core.document.pools import parse_quantity
+from antiphon.core.document.spec import LLMDeploymentSpec
+from antiphon.core.errors import InvalidInput
+from antiphon.core.kv import KVLayout
+from antiphon.device.device import CPU, Device
+from antiphon.models.attention.kv_cache import TORCH_DTYPES
+from antiphon.models.config import DecoderConfig
+from antiphon.models.decoder import kv_layout
+from antiphon.models.experts.placement import ExpertPlacement
+from antiphon.models.families import describe
+from antiphon.models.layers.quantized import Int8Choice
+from antiphon.models.loading.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """A document's model section, resolved against its checkpoint: what every worker of the deployment agrees on."""
+
+    checkpoint: Checkpoint
+    config: DecoderConfig
+    dtype: torch.dtype
+    activation_dtype: torch.dtype
+    return_dtype: torch.dtype
+    device: torch.device
+    max_model_len: int
+    kv: KVLayout
+    num_blocks: int
+    fingerprint: str
+    revision: str
+    int8: Int8Choice | None = None  # which FFN weights are held in int8
+    placement_file: Path | None = None
+    batch_wait_s: float = 0.0  # rows are held for those of other attention workers at most this long
+
+    def placement(self, num_groups: int) -> ExpertPlacement:
+        """Where experts are when serving starts. Raises InvalidInput when the placement file does not fit."""
+        if self.placement_file is None or num_groups == 1:
+            return ExpertPlacement.spread(self.config, num_groups)
+        placement = ExpertPlacement.load(self.placement_file, self.config)
+        if placement.num_groups != num_groups:
+            raise InvalidInput(
+                f"{self.placement_file} has {placement.num_groups} groups of experts, the pools have {num_groups}", "placement"
+            )
+        return placement
+
+
+def resolve_model(spec: LLMDeploymentSpec, checkpoint_dir: str, revision: str, device: Device = CPU) -> ModelFacts:
+    """Resolve every "auto" of the document. ``device``: the worker's own; everything else is equal for all workers.
+
+    Raises:
+        CheckpointInvalid, UnsupportedModel: the checkpoint can't be served.
+        InvalidInput: the document asks for more than the model or the cache memory has.
+    """
+    checkpoint = Checkpoint.open(Path(checkpoint_dir))
+    config = describe(checkpoint.config)
+    dtype = TORCH_DTYPES[_dtype_name(spec, checkpoint)]
+    max_model_len = spec.model.max_model_len if spec.model.max_model_len is not None else config.max_position
+    if max_model_len > config.max_position:
+        raise InvalidInput(f"maxModelLen {max_model_len} is more than the model's {config.max_position}", "spec.model.maxModelLen")
+    layout = kv_layout(config, dtype, spec.cache.block_size_tokens)
+    num_blocks = spec.cache.num_blocks
+    if num_blocks is None:
+        num_blocks = int(parse_quantity(spec.cache.memory)) // layout.block_bytes
+    if num_blocks * layout.block_size_tokens < max_model_len:
+        if spec.model.max_model_len is not None:
+            raise InvalidInput(
+                f"{num_blocks} blocks hold {num_blocks * layout.block_size_tokens} tokens, maxModelLen is {max_model_len}",
+                "spec.cache",
+            )
+        max_model_len = num_blocks * layout.block_size_tokens
+    int8 = Int8Choice(shared="shared" not in spec.experts.keep, down="down" not in spec.experts.keep)
+    quantized = int8 if spec.model.quantization == "int8" else None
+    digest = blake2b(f"{checkpoint.digest}/{config.fingerprint}/{dtype}/{quantized}".encode(), digest_size=8).hexdigest()
+    return ModelFacts(
+        checkpoint=checkpoint,
+        config=config,
+        dtype=dtype,
+        activation_dtype=_wire_dtype(spec.transport.activation_dtype, dtype),
+        return_dtype=_wire_dtype(spec.transport.return_dtype, dtype),
+        device=device.torch,
+        max_model_len=max_model_len,
+        kv=layout,
+        num_blocks=num_blocks,
+        fingerprint=digest,
+        revision=revision,
+        int8=quantized,
+        batch_wait_s=spec.transport.batch_wait_us * 1e-6,
+        placement_file=None if spec.experts.placement_file is None else Path(spec.experts.placement_file),
+    )
+
+
+def _dtype_name(spec: LLMDeploymentSpec, checkpoint: Checkpoint) -> str:
+    if spec.model.dtype != "auto":
+        return spec.model.dtype
+    name = str(checkpoint.config.get("torch_dtype") or checkpoint.config.get("dtype") or "float32").removeprefix("torch.")
+    return "float32" if name == "float32" else "bfloat16"  # float16 checkpoints run in bfloat16: CPUs have no fp16 units
+
+
+def _wire_dtype(name: str, compute: torch.dtype) -> torch.dtype:
+    if name == "auto":
+        return compute
+    return torch.int8 if name == "int8" else TORCH_DTYPES[name]
