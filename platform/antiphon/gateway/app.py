@@ -22,6 +22,7 @@ from antiphon.gateway.config import BoundPorts, GatewayConfig
 from antiphon.gateway.experts import GatewayExperts
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.grpc.servicer import GrpcDoor
+from antiphon.gateway.http.cors import with_cors
 from antiphon.gateway.http.server import HttpServer
 from antiphon.gateway.openai.experts_routes import add_expert_routes
 from antiphon.gateway.openai.responses import add_response_routes
@@ -102,7 +103,7 @@ async def _run(
     add_text_routes(application, gateway)
     add_web_routes(application, gateway)
     http = HttpServer(
-        application if compositions is None else compositions.before(application),
+        with_cors(application if compositions is None else compositions.before(application), config.cors_origins),
         host=config.host,
         port=config.http_port,
         reuse_port=config.reuse_port,

@@ -30,6 +30,7 @@ class GatewayConfig:
     control_marker_models: frozenset[str] = field(default_factory=frozenset)  # markers in messages become control tokens
     plain_sampling_models: frozenset[str] = field(default_factory=frozenset)  # whose generation_config.json decides nothing
     tls: TlsFiles | None = None  # None = plain text
+    cors_origins: tuple[str, ...] = ()  # whose pages may ask from a browser; "*" = all
     max_request_bytes: int = 4 * 2**20
     default_deadline_s: float = 600.0
     max_deadline_s: float = 86_400.0

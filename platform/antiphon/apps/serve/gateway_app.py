@@ -104,6 +104,7 @@ def serving_config(serving: Serving, *, drain_s: float, routing: Routing = "here
         shared_cache_models=frozenset(d.model_name for d in serving.deployments if d.spec.cache.sharing == "deployment"),
         control_marker_models=frozenset(d.model_name for d in serving.deployments if d.spec.model.markers_in_messages == "control"),
         plain_sampling_models=frozenset(d.model_name for d in serving.deployments if d.spec.model.sampling_defaults == "none"),
+        cors_origins=endpoint.cors_origins,
         max_request_bytes=endpoint.max_request_bytes,
         default_deadline_s=endpoint.default_deadline_s,
         remote_prefill_min_tokens_by_model=thresholds,

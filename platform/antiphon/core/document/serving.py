@@ -5,11 +5,14 @@ Must not know: pools, models.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from antiphon.core.document.part import Model
+
+# A scheme, a host and at most a port, as browsers write it: without a path, nor a slash at the end.
+_ORIGIN: Final = r"^(\*|[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?)$"
 
 
 class SchedulerSpec(Model):
@@ -57,6 +60,12 @@ class EndpointSpec(Model):
         default="open", description="Who may read /metrics: everybody, or keys of scope admin."
     )
     tls: DoorTlsSpec | None = Field(default=None, description="TLS at both doors; None = plain text.")
+    cors_origins: tuple[Annotated[str, Field(pattern=_ORIGIN, max_length=512)], ...] = Field(
+        default=(),
+        description="Origins whose pages may ask this endpoint from a browser, such as https://app.example.org; * = all. "
+        "The gateway's own page needs none.",
+        max_length=64,
+    )
     max_request_bytes: int = Field(default=4_194_304, ge=1024, le=1 << 30, description="Largest request body.")
     default_deadline_s: float = Field(default=600.0, gt=0, le=86_400, description="Deadline of requests that bring none.")
     wake_timeout_s: float | None = Field(
@@ -70,6 +79,11 @@ class EndpointSpec(Model):
         default="ignore",
         description="Fields of HTTP bodies that nobody knows: refused with 400, or ignored and named in a Warning header.",
     )
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _origins_are_a_list(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
 
 
 class DirectorySpec(Model):

@@ -51,7 +51,7 @@ _SSE_HEADERS = [
 
 def make_app(gateway: Gateway) -> FastAPI:
     """The application over a gateway."""
-    app = FastAPI(title="Antiphon", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Antiphon", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Manners, routes=app.routes)
     app.add_middleware(RequestIds)
     app.add_exception_handler(HTTPException, _routing_error)

@@ -1,4 +1,4 @@
-"""The page at ``/`` and what it shows that no other door has: a traced step (request speed).
+"""The pages at ``/`` and ``/docs``, and what they show that no other door has: a traced step, the types (request speed).
 
 Files come with the package and ask for nothing from elsewhere; a browser is told so (Content-Security-Policy). They are the same
 for everybody: what a key is asked for, the page asks the other doors for. Must not know: how requests are answered.
@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, Response
 from antiphon.core.errors import InvalidInput
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.openai.http_io import error_response
+from antiphon.gateway.web.openapi import openapi
 from antiphon.gateway.web.traced_step import GatewaySteps
 
 _POLICY: Final = "; ".join(
@@ -47,14 +48,23 @@ _KINDS: Final = {
 
 
 def add_web_routes(app: FastAPI, gateway: Gateway) -> None:
-    """Put the page, its files and ``POST /trace`` into the application."""
+    """Put the page, the API reference, their files and ``POST /trace`` into the application."""
     steps = GatewaySteps(lambda: gateway.view.workers)
+    document = openapi(unknown_fields=gateway.config.unknown_fields, with_keys=not gateway.keys.is_open)
     folder = resources.files("antiphon.gateway.web") / "static"
     files = {each.name: each.read_bytes() for each in folder.iterdir() if each.name.rpartition(".")[2] in _KINDS}
 
     @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
         return _file(request, "page.html", files["page.html"])
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> Response:
+        return _file(request, "docs.html", files["docs.html"])
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def described() -> Response:
+        return JSONResponse(document)
 
     @app.get("/web/{name}", include_in_schema=False)
     async def part(request: Request, name: str) -> Response:
@@ -69,7 +79,7 @@ def add_web_routes(app: FastAPI, gateway: Gateway) -> None:
     @app.post("/trace", summary="Record what the workers do for a moment, and show one step of it")
     async def trace(request: Request) -> Response:
         try:
-            gateway.keys.check(request.headers.get("authorization"))
+            gateway.keys.check(request.headers.get("authorization"), admin=True)
             asked = request.query_params
             found = await steps.trace(asked.get("deployment", ""), _seconds(asked.get("seconds")))
         except Exception as error:  # noqa: BLE001 - the door: whatever happens, the client gets OpenAI's error shape

@@ -168,7 +168,7 @@ class Answer {
     for (const other of document.querySelectorAll(".again")) other.hidden = !this.element.contains(other);
     if (error && error.name !== "AbortError") {
       this.element.insertBefore(make("p", { class: "alert", role: "alert" }, error.message), this.facts);
-      if (error.status === 401 || error.status === 403) onKeyNeeded();
+      if (error.status === 401) onKeyNeeded();
     }
     at("said").textContent = error && error.name !== "AbortError" ? "" : `The answer is finished: ${facts.join(", ")}.`;
     toEnd();
