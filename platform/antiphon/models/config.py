@@ -43,6 +43,7 @@ class AttentionConfig:
     q_rank: int | None = None  # q = expand(norm(project(x))) over this many dimensions; None = one projection
     sliding_window: int | None = None  # tokens seen, the current one included; None = all
     softcap: float | None = None  # c·tanh(score / c) on scores
+    has_head_gate: bool = False  # each head's result times the sigmoid of a projection of the row
     has_sinks: bool = False  # a learned logit per head beside the scores, which takes a share of the softmax
 
     @property
@@ -52,6 +53,15 @@ class AttentionConfig:
             KVPlane(name="k", num_heads=self.num_kv_heads, head_dim=self.head_dim),
             KVPlane(name="v", num_heads=self.num_kv_heads, head_dim=self.head_dim),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexConfig:
+    """The lightning indexer of sparse attention (DeepSeek-V3.2-Exp's report §2.1): a row sees ``top_k`` tokens of its context."""
+
+    num_heads: int
+    head_dim: int  # the leading ``rope_dim`` of the attention's are rotated
+    top_k: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,11 +81,13 @@ class LatentAttentionConfig:
     bias: bool = False  # on the projections from and to the hidden size
     q_factor: float = 1.0  # on q
     kv_factor: float = 1.0  # on the normed latent
+    index: IndexConfig | None = None  # None = a row sees all of its context
 
     @property
     def planes(self) -> tuple[KVPlane, ...]:
-        """What the layer caches per token: the normed latent and, behind it, the rotated key."""
-        return (KVPlane(name="latent", num_heads=1, head_dim=self.kv_rank + self.rope_dim),)
+        """What the layer caches per token: the normed latent and, behind it, the rotated key; the index's key."""
+        latent = KVPlane(name="latent", num_heads=1, head_dim=self.kv_rank + self.rope_dim)
+        return (latent,) if self.index is None else (latent, KVPlane(name="index", num_heads=1, head_dim=self.index.head_dim))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +165,7 @@ class LayerNames:
     q_norm: str = "q_norm"
     k_norm: str = "k_norm"
     sinks: str = "sinks"
+    head_gate: str = "g_proj"
     q_expand: str = "q_b_proj"
     q_rank_norm: str = "q_a_layernorm"
     ffn: str = "mlp."  # of a dense FFN

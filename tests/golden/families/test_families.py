@@ -134,6 +134,49 @@ FAMILIES: dict[str, Callable[[], Any]] = {
             **DEEPSEEK, num_experts_per_tok=3, first_k_dense_replace=1, n_group=4, topk_group=2, rope_parameters=YARN
         )
     ),
+    "deepseek_v32": lambda: hf.DeepseekV32ForCausalLM(
+        hf.DeepseekV32Config(
+            **DEEPSEEK,
+            num_experts_per_tok=3,
+            first_k_dense_replace=1,
+            n_group=4,
+            topk_group=2,
+            rope_parameters=YARN,
+            index_topk=24,
+            index_n_heads=16,  # fewer have many scores of exactly 0, and which of equals is chosen nobody says
+            index_head_dim=16,
+        )
+    ),
+    "step3p7": lambda: hf.Step3p7ForConditionalGeneration(
+        hf.Step3p7Config(
+            text_config={
+                **SHAPE,
+                "num_hidden_layers": 4,
+                "head_dim": 16,
+                "n_routed_experts": 8,
+                "num_experts_per_tok": 3,
+                "moe_intermediate_size": 36,
+                "share_expert_dim": 28,
+                "sliding_window": 20,
+                "num_sliding_attention_heads": 6,
+                "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+                "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+                "moe_router_scaling_factor": 1.7,
+                "swiglu_limits": [0.0, 0.0, 0.3, 0.0],
+                "swiglu_limits_shared": [0.2, 0.0, 0.2, 0.1],
+                "rope_theta": [5000.0, 100.0, 100.0, 5000.0],
+                "partial_rotary_factors": [0.5, 1.0, 1.0, 0.5],
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 2.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 32.0,
+                    "original_max_position_embeddings": 64,
+                },
+            },
+            vision_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28},
+        )
+    ),
     "longcat_flash": lambda: hf.LongcatFlashForCausalLM(
         hf.LongcatFlashConfig(
             **LATENT,
@@ -224,13 +267,13 @@ def die_with_rows_taken(worker: Any) -> None:
 
 
 # Families whose caches, masks or experts are unlike the others': all that can happen to a request happens at once.
-@pytest.mark.parametrize("tiny", ["gemma2", "gpt_oss"], indirect=True)
+@pytest.mark.parametrize("tiny", ["gemma2", "gpt_oss", "deepseek_v32", "step3p7"], indirect=True)
 def test_nothing_that_happens_to_requests_changes_a_token(tiny: tuple[Path, Any]) -> None:
     path, model = tiny
     chance = random.Random(8)
     stem = [chance.randrange(SHAPE["vocab_size"]) for _ in range(48)]
     prompts = [stem, *([*stem[:n], *(chance.randrange(SHAPE["vocab_size"]) for _ in range(9))] for n in (48, 33, 48, 16))]
-    has_experts = hasattr(model.config, "num_experts_per_tok")
+    has_experts = hasattr(model.config.get_text_config(), "num_experts_per_tok")
     spec = wiring(
         path,
         "pd-afd",

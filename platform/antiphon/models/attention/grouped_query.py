@@ -58,6 +58,7 @@ class GroupedAttention:
             and config.qk_norm in ("none", "head")
             and (config.qk_norm == "none") == (self._head_norms[0] is None)
         )
+        self._head_gate = Linear(weights.read(prefix + names.head_gate + ".weight")) if config.has_head_gate else None
         self._sinks_N = weights.read(prefix + names.sinks, dtype=torch.float32) if config.has_sinks else None
         self._shaping: Shaping | None = None
         if config.softcap is not None or self._sinks_N is not None:
@@ -82,7 +83,7 @@ class GroupedAttention:
     @property
     def joins_norms(self) -> bool:
         """Whether ``half`` can be called."""
-        return self._tiles and self._out.tiles is not None
+        return self._tiles and self._out.tiles is not None and self._head_gate is None
 
     def half(
         self, x_TD: torch.Tensor, batch: AttentionBatch, layer: int, cache: KVCache, input_norm: RMSNorm, ffn_norm: RMSNorm
@@ -115,7 +116,7 @@ class GroupedAttention:
             )
             q_TNH = qkv.narrow(1, 0, c.num_heads * c.head_dim).view(num_rows, c.num_heads, c.head_dim)
             out_TNH = paged_attention(q_TNH, k_cache, v_cache, batch, c.scale, c.sliding_window)
-            return self._out(out_TNH.reshape(num_rows, c.num_heads * c.head_dim))
+            return self._project(out_TNH.reshape(num_rows, c.num_heads * c.head_dim), x_TD)
         q, k, v = torch.split_with_sizes(self._qkv(x_TD), self._widths, dim=1)
         if self._rank_norm is not None and self._expand is not None:
             q = self._expand(self._rank_norm(q))
@@ -133,7 +134,7 @@ class GroupedAttention:
         cache.write(layer, batch.slots_T, (k_TKH, v_TKH))
         k_cache, v_cache = cache.planes[layer]
         out_TNH = paged_attention(q_TNH, k_cache, v_cache, batch, c.scale, c.sliding_window, self._shaping)
-        return self._out(out_TNH.reshape(num_rows, c.num_heads * c.head_dim))
+        return self._project(out_TNH.reshape(num_rows, c.num_heads * c.head_dim), x_TD)
 
     def _attend_natively(self, x_TD: torch.Tensor, batch: AttentionBatch, layer: int, cache: KVCache) -> torch.Tensor:
         """The same by the compiled kernels; without matrix units, prefill chunks go through torch's own attention."""
@@ -142,13 +143,12 @@ class GroupedAttention:
         k_cache, v_cache = cache.planes[layer]
         qkv = self._qkv(x_TD)
         if self._tiles:
-            return self._out(
-                kernels.tile_attention(
-                    *(qkv, self._rope.cos, self._rope.sin, batch.positions_T, batch.slots_T, k_cache, v_cache),
-                    *(batch.decode_blocks_BM, batch.decode_lens_B, batch.block_size_tokens, batch.chunk_slots, batch.chunk_rows),
-                    *(c.num_heads, c.scale, c.sliding_window or 0, *self._head_norms, self._eps),
-                )
+            out = kernels.tile_attention(
+                *(qkv, self._rope.cos, self._rope.sin, batch.positions_T, batch.slots_T, k_cache, v_cache),
+                *(batch.decode_blocks_BM, batch.decode_lens_B, batch.block_size_tokens, batch.chunk_slots, batch.chunk_rows),
+                *(c.num_heads, c.scale, c.sliding_window or 0, *self._head_norms, self._eps),
             )
+            return self._project(out, x_TD)
         kernels.rope_and_cache(
             *(qkv, self._rope.cos, self._rope.sin, batch.positions_T, batch.slots_T, k_cache, v_cache),
             *(c.num_heads, *self._head_norms, self._eps, 0.0),
@@ -169,4 +169,11 @@ class GroupedAttention:
                 prefill_attention(q_TNH, k_cache, v_cache, chunk, c.scale, c.sliding_window, self._shaping).flatten(1)
                 for chunk in batch.chunks
             ]
-        return self._out(parts[0] if len(parts) == 1 else torch.cat(parts))
+        return self._project(parts[0] if len(parts) == 1 else torch.cat(parts), x_TD)
+
+    def _project(self, out_TW: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
+        """The heads' results [T, N*H], each times its gate, through the output projection."""
+        if self._head_gate is not None:
+            gate_TN = torch.sigmoid(self._head_gate(x_TD))
+            out_TW = (out_TW.view(*gate_TN.shape, -1) * gate_TN[..., None]).flatten(1)
+        return self._out(out_TW)

@@ -12,12 +12,16 @@ Legend: T rows, D hidden, N heads, R latent rank, P rotated dims, H not rotated 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
+from antiphon.core.errors import UnsupportedModel
+from antiphon.device.device import is_card
+from antiphon.models.attention.indexer import Indexer
 from antiphon.models.attention.kv_cache import KVCache
-from antiphon.models.attention.paged import AttentionBatch, Chunk, chunk_attention, paged_attention
+from antiphon.models.attention.paged import AttentionBatch, Chunk, chunk_attention, paged_attention, slot_attention
 from antiphon.models.config import LatentAttentionConfig, LayerConfig
 from antiphon.models.layers.functional import RMSNorm, Rope
 from antiphon.models.layers.linear import Linear
@@ -60,6 +64,11 @@ class LatentAttention:
         heads_NxR = kv_up.view(c.num_heads, c.nope_dim + c.v_dim, c.kv_rank)
         self._k_up_NHR = heads_NxR[:, : c.nope_dim].contiguous()
         self._v_up_NRV = heads_NxR[:, c.nope_dim :].transpose(1, 2).contiguous()
+        self._indexer: Indexer | None = None
+        if c.index is not None:
+            if is_card(weights.device):
+                raise UnsupportedModel("sparse attention is not computed on a card yet", "index_topk")
+            self._indexer = Indexer(c.index, weights, prefix + "indexer.", rope)
         out_bias = weights.read(prefix + "o_proj" + bias) if bias else None
         self._out = Linear(weights.read(prefix + "o_proj.weight"), out_bias)
 
@@ -75,8 +84,14 @@ class LatentAttention:
         q_TNP = self._rope.rotate(q_TNP, tables)
         latent_TR, r_TP = torch.split_with_sizes(self._kv_down(x_TD), [c.kv_rank, c.rope_dim], dim=1)
         r_T1P = self._rope.rotate(r_TP[:, None], tables)
-        cache.write(layer, batch.slots_T, (torch.cat((self._kv_norm(latent_TR)[:, None], r_T1P), dim=2),))
+        written = [torch.cat((self._kv_norm(latent_TR)[:, None], r_T1P), dim=2)]
+        if self._indexer is not None:
+            written.append(self._indexer.keys(x_TD, tables))
+        cache.write(layer, batch.slots_T, written)
         plane = cache.planes[layer][0]
+        if self._indexer is not None and _num_seen(batch) > self._indexer.top_k:
+            out_TNV = self._attend_sparsely(self._indexer, low, x_TD, q_TNH, q_TNP, batch, tables, cache.planes[layer])
+            return self._out(out_TNV.reshape(num_rows, c.num_heads * c.v_dim))
         parts = []
         if batch.num_decodes:
             parts.append(self._decode(q_TNH[: batch.num_decodes], q_TNP[: batch.num_decodes], plane, batch))
@@ -87,23 +102,67 @@ class LatentAttention:
         out_TNV = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self._out(out_TNV.reshape(num_rows, c.num_heads * c.v_dim))
 
+    def _attend_sparsely(
+        self,
+        indexer: Indexer,
+        low_TQ: torch.Tensor,
+        x_TD: torch.Tensor,
+        q_TNH: torch.Tensor,
+        q_TNP: torch.Tensor,
+        batch: AttentionBatch,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        planes: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """Rows see what the indexer chooses of their contexts: decodes read no other latent, chunks mask the others. [T, N, V]."""
+        plane, keys = planes
+        index_q_TNH, index_w_TN = indexer.queries(low_TQ, x_TD, tables)
+        parts, num_decodes = [], batch.num_decodes
+        slots_BC, lens_B = batch.decode_slots_BC, batch.decode_lens_B
+        if slots_BC is not None and lens_B is not None:
+            seen_BC = torch.arange(slots_BC.shape[1]) < lens_B[:, None]
+            chosen_BC = indexer.choose(index_q_TNH[:num_decodes], index_w_TN[:num_decodes], keys, slots_BC, seen_BC)
+            order_BK = torch.argsort((~chosen_BC).to(torch.uint8), dim=1, stable=True)[:, : indexer.top_k]
+            q_BNx = self._in_latent_space(q_TNH[:num_decodes], q_TNP[:num_decodes])
+            out_BNR = slot_attention(
+                *(q_BNx, plane, plane[..., : self._config.kv_rank], slots_BC.gather(1, order_BK)),
+                *(lens_B.clamp(max=indexer.top_k), self._scale),
+            )
+            parts.append(torch.matmul(out_BNR.transpose(0, 1), self._v_up_NRV).transpose(0, 1))
+        for chunk in batch.chunks:
+            rows = slice(chunk.first_row, chunk.first_row + chunk.num_rows)
+            columns_C = torch.arange(chunk.context_slots.numel())
+            seen_TC = columns_C <= torch.arange(chunk.num_past, columns_C.numel())[:, None]
+            chosen_TC = indexer.choose(index_q_TNH[rows], index_w_TN[rows], keys, chunk.context_slots[None], seen_TC)
+            parts.append(self._prefill(torch.cat((q_TNH[rows], q_TNP[rows]), dim=2), plane, chunk, chosen_TC))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _in_latent_space(self, q_BNH: torch.Tensor, q_BNP: torch.Tensor) -> torch.Tensor:
+        q_BNR = torch.matmul(q_BNH.transpose(0, 1), self._k_up_NHR).transpose(0, 1)
+        return torch.cat((q_BNR, q_BNP), dim=2)
+
     def _decode(self, q_BNH: torch.Tensor, q_BNP: torch.Tensor, plane: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         c = self._config
-        q_BNR = torch.matmul(q_BNH.transpose(0, 1), self._k_up_NHR).transpose(0, 1)
         decodes = (
             batch if not batch.chunks else replace(batch, chunks=(), card=None if batch.card is None else batch.card.decodes())
         )
-        q_BNx = torch.cat((q_BNR, q_BNP), dim=2)
-        out_BNR = paged_attention(q_BNx, plane, plane[..., : c.kv_rank], decodes, self._scale, None)
+        out_BNR = paged_attention(self._in_latent_space(q_BNH, q_BNP), plane, plane[..., : c.kv_rank], decodes, self._scale, None)
         return torch.matmul(out_BNR.transpose(0, 1), self._v_up_NRV).transpose(0, 1)
 
-    def _prefill(self, q_CNx: torch.Tensor, plane: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    def _prefill(
+        self, q_CNx: torch.Tensor, plane: torch.Tensor, chunk: Chunk, chosen_TC: torch.Tensor | None = None
+    ) -> torch.Tensor:
         c = self._config
         cached = plane[chunk.context_slots, 0]
         kv = self._kv_up(cached[:, : c.kv_rank].contiguous()).view(-1, c.num_heads, c.nope_dim + c.v_dim)
         k_up, v = torch.split_with_sizes(kv, [c.nope_dim, c.v_dim], dim=2)
         r = cached[:, None, c.kv_rank :].expand(-1, c.num_heads, -1)
-        return chunk_attention(q_CNx, torch.cat((k_up, r), dim=2), v, chunk, self._scale, None)
+        return chunk_attention(q_CNx, torch.cat((k_up, r), dim=2), v, chunk, self._scale, None, chosen_TC)
+
+
+def _num_seen(batch: AttentionBatch) -> int:
+    """The longest context of a row."""
+    longest = 0 if batch.decode_slots_BC is None else batch.decode_slots_BC.shape[1]
+    return max([longest, *(slots.numel() for slots in batch.chunk_slots)])
 
 
 def _halves(weight: torch.Tensor, rope_dim: int) -> torch.Tensor:

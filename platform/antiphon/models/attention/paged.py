@@ -150,6 +150,13 @@ def _on_card(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def slot_attention(
+    q_BNH: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots_BC: torch.Tensor, lens_B: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention of one row a request over the first ``lens_B`` of its slots. [B, N, V]."""
+    return _decode(q_BNH, k_cache, v_cache, slots_BC, lens_B, scale, None, None)
+
+
 def _decode(
     q_BNH: torch.Tensor,
     k_cache: torch.Tensor,
@@ -226,9 +233,21 @@ def _shaped_attention(
 
 
 def chunk_attention(
-    q_TNH: torch.Tensor, k_CNH: torch.Tensor, v_CNV: torch.Tensor, chunk: Chunk, scale: float, sliding_window: int | None
+    q_TNH: torch.Tensor,
+    k_CNH: torch.Tensor,
+    v_CNV: torch.Tensor,
+    chunk: Chunk,
+    scale: float,
+    sliding_window: int | None,
+    chosen_TC: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of a chunk's rows over its context, K and V given per query head. [T, N, V]."""
+    """Causal attention of a chunk's rows over its context, K and V given per query head. [T, N, V].
+
+    ``chosen_TC``: the tokens that each row sees, where it does not see all.
+    """
+    if chosen_TC is not None:
+        q, k, v = q_TNH.transpose(0, 1)[None], k_CNH.transpose(0, 1)[None], v_CNV.transpose(0, 1)[None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=chosen_TC, scale=scale)[0].transpose(0, 1)
     q, k, v = q_TNH.transpose(0, 1)[None], k_CNH.transpose(0, 1)[None], v_CNV.transpose(0, 1)[None]
     num_context = chunk.context_slots.numel()
     if chunk.num_past == 0 and (sliding_window is None or sliding_window >= num_context):

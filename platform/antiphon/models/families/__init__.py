@@ -31,6 +31,7 @@ from antiphon.models.families import (
     qwen3,
     qwen3_moe,
     step3,
+    step3p7,
 )
 from antiphon.models.families.fields import Fields
 from antiphon.models.loading.stored.quantization import check_quantization
@@ -54,6 +55,7 @@ _MODULES = (
     qwen3,
     qwen3_moe,
     step3,
+    step3p7,
 )
 _MAX_LAYERS = 10_000  # a description is made of each
 _Describe = Callable[[Mapping[str, Any]], DecoderConfig]

@@ -1,26 +1,38 @@
-"""DeepSeek-V2 and V3 (arXiv 2405.04434, 2412.19437): latent attention, shared experts, first layers dense (control speed)."""
+"""DeepSeek-V2, V3 and V3.2 (arXiv 2405.04434, 2412.19437, 2512.02556): latent attention, shared experts (control speed).
+
+The first layers are dense. In V3.2 a row sees the tokens that an indexer chooses.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from antiphon.core.errors import UnsupportedModel
-from antiphon.models.config import DecoderConfig, GateConfig, LatentAttentionConfig, MoEConfig
+from antiphon.models.config import DecoderConfig, GateConfig, IndexConfig, LatentAttentionConfig, MoEConfig
 from antiphon.models.families.dense import decoder, dense_ffn
 from antiphon.models.families.fields import activation, refuse
 from antiphon.models.families.sparse import DEEPSEEK_NAMES, first_dense_layers, mixed_layers, num_experts
 from antiphon.models.layers.rope_config import rope_config, rope_settings, rope_type
 
-ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
+_FAMILIES = {
+    "DeepseekV2ForCausalLM": "deepseek_v2",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
+    "DeepseekV32ForCausalLM": "deepseek_v32",
+}
+ARCHITECTURES = tuple(_FAMILIES)
 
 
 def describe(raw: Mapping[str, Any]) -> DecoderConfig:
     """See families.describe."""
-    is_v3 = raw["architectures"][0] == "DeepseekV3ForCausalLM"
+    name = raw["architectures"][0]
+    is_v3 = name != "DeepseekV2ForCausalLM"
     _ = raw.get("num_key_value_heads")  # the latent is shared by all heads
     attention = latent_attention(raw, interleaved=bool(raw.get("rope_interleave", True)) if is_v3 else True)
+    if name == "DeepseekV32ForCausalLM":
+        attention = replace(attention, index=_index(raw))
     moe = MoEConfig(
         gate=sigmoid_gate(raw) if is_v3 else _v2_gate(raw),
         intermediate_size=int(raw["moe_intermediate_size"]),
@@ -28,8 +40,22 @@ def describe(raw: Mapping[str, Any]) -> DecoderConfig:
         shared_intermediate_size=int(raw["moe_intermediate_size"]) * int(raw.get("n_shared_experts") or 0),
     )
     refuse(raw, {"mlp_bias": False})
-    layers = mixed_layers(first_dense_layers(raw), attention, dense_ffn(raw), moe, names=DEEPSEEK_NAMES)
-    return decoder(raw, "deepseek_v3" if is_v3 else "deepseek_v2", layers)
+    layers = mixed_layers(_sparse_layers(raw), attention, dense_ffn(raw), moe, names=DEEPSEEK_NAMES)
+    return decoder(raw, _FAMILIES[name], layers)
+
+
+def _index(raw: Mapping[str, Any]) -> IndexConfig:
+    """The indexer of every layer."""
+    num_layers = int(raw["num_hidden_layers"])
+    refuse(raw, {"layer_types": ["indexed_attention"] * num_layers})
+    return IndexConfig(num_heads=int(raw["index_n_heads"]), head_dim=int(raw["index_head_dim"]), top_k=int(raw["index_topk"]))
+
+
+def _sparse_layers(raw: Mapping[str, Any]) -> list[bool]:
+    is_sparse, kinds = first_dense_layers(raw), raw.get("mlp_layer_types")
+    if kinds is not None and list(kinds) != ["sparse" if sparse else "dense" for sparse in is_sparse]:
+        raise UnsupportedModel("mlp_layer_types say otherwise than first_k_dense_replace: keep one of them", "mlp_layer_types")
+    return is_sparse
 
 
 def latent_attention(

@@ -140,6 +140,84 @@ GPT_OSS_20B = {**GPT_OSS, "num_hidden_layers": 24, "num_local_experts": 32}
 GPT_OSS_20B |= {"layer_types": ["sliding_attention", "full_attention"] * 12}
 
 
+_STEP_KINDS = [
+    "full_attention",
+    "sliding_attention",
+    "sliding_attention",
+    "sliding_attention",
+] * 12  # the last 3 of them predict more
+STEP37: dict[str, Any] = {
+    "architectures": ["Step3p5ForCausalLM"],
+    "model_type": "step3p5",
+    "hidden_size": 4096,
+    "intermediate_size": 11264,
+    "num_hidden_layers": 45,
+    "num_nextn_predict_layers": 3,
+    "max_seq_len": 262144,
+    "max_position_embeddings": 262144,
+    "vocab_size": 128896,
+    "rms_norm_eps": 1e-5,
+    "num_attention_heads": 64,
+    "num_attention_groups": 8,
+    "head_dim": 128,
+    "use_moe": True,
+    "moe_num_experts": 288,
+    "moe_top_k": 8,
+    "moe_intermediate_size": 1280,
+    "share_expert_dim": 1280,
+    "moe_layers_enum": ",".join(str(i) for i in range(3, 45)),
+    "moe_router_activation": "sigmoid",
+    "moe_router_scaling_factor": 3.0,
+    "norm_expert_weight": True,
+    "use_moe_router_bias": True,
+    "need_fp32_gate": True,
+    "att_impl_type": "GQA",
+    "use_head_wise_attn_gate": True,
+    "sliding_window": 512,
+    "layer_types": _STEP_KINDS,
+    "rope_theta": [5e6 if kind == "full_attention" else 1e4 for kind in _STEP_KINDS],
+    "partial_rotary_factors": [0.5 if kind == "full_attention" else 1.0 for kind in _STEP_KINDS],
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 2.0,
+        "original_max_position_embeddings": 131072,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 32.0,
+    },
+    "yarn_only_types": ["full_attention"],
+    "attention_other_setting": {
+        "attention_type": "sliding_attention",
+        "num_attention_heads": 96,
+        "num_attention_groups": 8,
+        "head_dim": 128,
+    },
+    "swiglu_limits": [0.0] * 43 + [7.0] * 2 + [0.0] * 3,
+    "swiglu_limits_shared": [0.0] * 43 + [16.0] * 2 + [0.0] * 3,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+}
+STEP37_VL: dict[str, Any] = {
+    "architectures": ["Step3p7ForConditionalGeneration"],
+    "model_type": "step3p7",
+    "vision_config": {"model_type": "perception_encoder", "width": 1536, "layers": 47, "heads": 16, "image_size": 728},
+    "text_config": STEP37,
+    "understand_projector_stride": 2,
+    "projector_bias": False,
+    "image_token_id": 128001,
+}
+DEEPSEEK_V32: dict[str, Any] = {
+    **hf.DeepseekV32Config().to_dict(),
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "scale_fmt": "ue8m0",
+        "weight_block_size": [128, 128],
+    },
+}
+
+
 def of(name: str, config: Any) -> dict[str, Any]:
     return {**config.to_dict(), "architectures": [name]}
 
@@ -171,6 +249,10 @@ MODELS: dict[str, tuple[Mapping[str, Any], float, float]] = {  # config; paramet
     "Gemma 2 2B": (of("Gemma2ForCausalLM", hf.Gemma2Config()), 0.590 + 2.024, 0.590 + 2.024),
     "Gemma 2 9B": (of("Gemma2ForCausalLM", hf.Gemma2Config(**GEMMA2_9B)), 0.918 + 8.324, 0.918 + 8.324),
     "Gemma 2 27B": (of("Gemma2ForCausalLM", hf.Gemma2Config(**GEMMA2_27B)), 1.180 + 26.047, 1.180 + 26.047),
+    # Their card: 196B parameters, 11B activated without embeddings.
+    "Step-3.5-Flash": (STEP37, 196.0, 11.0 + 1.06),
+    "Step-3.7-Flash, the text of a published checkpoint": (STEP37_VL, 196.0, 11.0 + 1.06),
+    "DeepSeek-V3.2": (DEEPSEEK_V32, 671.0, 37.0),  # V3's, and an indexer a layer
     # arXiv 2508.10925, table 1; its activated ones leave out one of the two embeddings.
     "gpt-oss-120b": (GPT_OSS, 116.83, 5.13 + 0.58),
     "gpt-oss-20b": (GPT_OSS_20B, 20.91, 3.61 + 0.58),
