@@ -81,6 +81,7 @@ class KVLoad:
     deadline_s: float  # seconds from now
     traceparent: str | None = None
     cache_salt: str = ""
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

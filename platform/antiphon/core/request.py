@@ -128,6 +128,7 @@ class Request:
     prefill_worker: str | None = None  # worker id of a prefill worker worth using; None = prefill here
     traceparent: str | None = None  # W3C trace context of the caller
     cache_salt: str = ""  # separates prefix caches, e.g. by tenant
+    tenant: str = ""  # whose request it is; tenants take turns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -56,7 +56,7 @@ def check_request(request: Request, config: SchedulerConfig) -> None:
     """
     if not 0 < len(request.request_id) <= _MAX_ID_CHARS:
         raise InvalidInput(f"a request id of {len(request.request_id)} characters", "request_id")
-    for name, text in (("cache_salt", request.cache_salt), ("traceparent", request.traceparent or "")):
+    for name, text in (("cache_salt", request.cache_salt), ("tenant", request.tenant), ("traceparent", request.traceparent or "")):
         if len(text) > _MAX_TEXT_CHARS:
             raise InvalidInput(f"{len(text)} characters, at most {_MAX_TEXT_CHARS} are taken", name)
     if len(request.prefill_worker or "") > _MAX_ID_CHARS:

@@ -9,13 +9,13 @@ Queues, each request in exactly one:
 
     running and handed over (prefill role): sending ──KV sent──► gone
 
-Running requests are served before waiting ones, in order of (priority, arrival); the token budget bounds the step, so that long
-prompts are computed in chunks beside decodes. Clock is an argument. Must not know: tensors, peers, text.
+Running requests are served before waiting ones; those take turns by tenant (``engine.fairness``), each tenant's in order of
+(priority, arrival). The token budget bounds the step, so that long prompts are computed in chunks beside decodes. Clock is an
+argument. Must not know: tensors, peers, text.
 """
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Iterable
 
 from antiphon.core.errors import DeadlineExceeded, ErrorInfo, InvalidInput, Overloaded
@@ -23,6 +23,7 @@ from antiphon.core.kv import KVLoad, KVTarget
 from antiphon.core.request import Request, RequestId, RequestOutput, RequestStatus
 from antiphon.core.step import CachedRequestData, KVEvents, ModelRunnerOutput, NewRequestData, SchedulerOutput
 from antiphon.engine.block_manager import KVBlockManager
+from antiphon.engine.fairness import FairQueue, over_share
 from antiphon.engine.limits import SchedulerConfig, SchedulerStats, check_request
 from antiphon.engine.outcome import end_output, stop_status, token_output
 from antiphon.engine.request_blocks import RequestBlocks
@@ -48,7 +49,7 @@ class Scheduler:
         self._blocks_of = RequestBlocks(self.blocks, self.stats)
         self._clock = clock
         self._states: dict[RequestId, RequestState] = {}
-        self._waiting: list[RequestState] = []
+        self._waiting = FairQueue()
         self._ready: list[RequestState] = []
         self._running: list[RequestState] = []
         self._remote: dict[RequestId, RequestState] = {}
@@ -94,7 +95,11 @@ class Scheduler:
         if request.request_id in self._states:
             raise InvalidInput(f"request id {request.request_id!r} is in use", "request_id")
         if len(self._waiting) >= self.config.max_queued_requests:
-            raise Overloaded(f"{len(self._waiting)} requests are waiting already", retry_after_s=1.0)
+            full = Overloaded(f"{len(self._waiting)} requests are waiting already", retry_after_s=1.0)
+            last = self._waiting.to_give_way(request.tenant)
+            if last is None:
+                raise full
+            self._end(last, RequestStatus.FINISHED_ERROR, ErrorInfo.of(full))
         state = RequestState(request, kv_target)
         self._states[request.request_id] = state
         self._enqueue(state)
@@ -127,7 +132,7 @@ class Scheduler:
         cached: list[CachedRequestData] = []
         loads: list[KVLoad] = []
         budget = self._schedule_running(self.config.max_num_batched_tokens, num_scheduled, cached)
-        self._schedule_waiting(budget, num_scheduled, new, loads)
+        self._schedule_waiting(budget, num_scheduled, cached, new, loads)
         output = SchedulerOutput(
             step_id=self._step_id,
             new_requests=tuple(new),
@@ -232,17 +237,21 @@ class Scheduler:
         """Give a running request blocks for ``num_tokens`` more, preempting from the tail; False if it was itself preempted."""
         while not self._blocks_of.grow(state, state.num_computed_tokens + num_tokens):
             victim = self._running[-1]
-            if victim.request_id in num_scheduled:  # scheduled earlier in this very step: only when order and queue differ
-                del num_scheduled[victim.request_id]
-                cached[:] = [c for c in cached if c.request_id != victim.request_id]
-            self._preempt(victim)
+            self._take_back(victim, num_scheduled, cached)
             if victim is state:
                 return False
         return True
 
     def _schedule_waiting(
-        self, budget: int, num_scheduled: dict[RequestId, int], new: list[NewRequestData], loads: list[KVLoad]
+        self,
+        budget: int,
+        num_scheduled: dict[RequestId, int],
+        cached: list[CachedRequestData],
+        new: list[NewRequestData],
+        loads: list[KVLoad],
     ) -> None:
+        gone: set[RequestId] = set()  # those who gave their place in this step don't come back in it
+        chosen: RequestState | None = None  # whom a place was made for
         while budget > 0 and (self._ready or self._waiting):
             full = len(self._running) >= self.config.max_num_seqs
             if self._ready:  # they hold blocks that others wait for, so they go first
@@ -250,20 +259,38 @@ class Scheduler:
                     break
                 budget -= self._admit(self._ready.pop(0), budget, num_scheduled, new)
                 continue
-            state = self._waiting[0]
+            state = self._waiting.head() if chosen is None else chosen
+            if state.request_id in gone:
+                break
             prefix = self._blocks_of.find_prefix(state)
             # All of what is known must fit at once: admitting on a chunk's worth of blocks would only preempt soon.
-            if not self._blocks_of.fits(state, prefix):
-                break
-            if self._worth_remote(state, len(prefix) * self.config.block_size_tokens):
-                self._waiting.pop(0)
+            fits = self._blocks_of.fits(state, prefix)
+            num_cached_tokens = len(prefix) * self.config.block_size_tokens
+            is_remote = self._worth_remote(state, num_cached_tokens)
+            if not fits or (full and not is_remote):
+                exchange = self._exchange(new)
+                if exchange is None:
+                    break
+                chosen, victim = exchange
+                gone.add(victim.request_id)
+                budget += self._take_back(victim, num_scheduled, cached)
+                continue
+            chosen = None
+            self._waiting.take(state, len(state.token_ids) - num_cached_tokens)
+            if is_remote:
                 self._start_load(state, prefix, loads)
                 continue
-            if full:
-                break
-            self._waiting.pop(0)
             self._blocks_of.take_prefix(state, prefix)
             budget -= self._admit(state, budget, num_scheduled, new)
+
+    def _exchange(self, new: list[NewRequestData]) -> tuple[RequestState, RequestState] | None:
+        """Whose turn comes by taking a place, and whose place; None where nobody holds more than its share."""
+        just_admitted = {entry.request_id for entry in new}
+        for state in self._waiting.heads():
+            victim = over_share(self._running, state.request.tenant, just_admitted)
+            if victim is not None:
+                return state, victim
+        return None
 
     def _admit(self, state: RequestState, budget: int, num_scheduled: dict[RequestId, int], new: list[NewRequestData]) -> int:
         """Run a request whose blocks fit; the tokens it takes of the budget (0 for a hand-off that is all cached here)."""
@@ -297,6 +324,14 @@ class Scheduler:
         self._remote[state.request_id] = state
         loads.append(load_asked(state, state.prefill_worker, self.config.kv_lease_s))
 
+    def _take_back(self, state: RequestState, num_scheduled: dict[RequestId, int], cached: list[CachedRequestData]) -> int:
+        """Preempt a running request that may be scheduled in this very step; the tokens it had of the step's budget."""
+        num_tokens = num_scheduled.pop(state.request_id, 0)
+        if num_tokens:
+            cached[:] = [c for c in cached if c.request_id != state.request_id]
+        self._preempt(state)
+        return num_tokens
+
     def _preempt(self, state: RequestState) -> None:
         self._running.remove(state)
         self._blocks_of.release(state)
@@ -314,7 +349,7 @@ class Scheduler:
         self._ready.append(state)
 
     def _enqueue(self, state: RequestState) -> None:
-        bisect.insort(self._waiting, state, key=lambda s: (s.request.priority, s.request.arrival_s))
+        self._waiting.add(state)
 
     # ---- progress, inside ----------------------------------------------------------------------------------------
 
@@ -324,6 +359,7 @@ class Scheduler:
             state.first_token_s = now_s
             self.stats.num_prompt_tokens += state.num_prompt_tokens
         self.stats.num_generation_tokens += 1
+        self._waiting.sampled(state.request.tenant)
         state.token_ids.append(token_id)
         status = stop_status(state, token_id, self.config.max_model_len)
         if status is not None:
@@ -358,7 +394,10 @@ class Scheduler:
             del self._remote[state.request_id]
             self._load_aborts.append(state.request_id)
         else:
-            (self._ready if state in self._ready else self._waiting).remove(state)
+            if state in self._ready:
+                self._ready.remove(state)
+            else:
+                self._waiting.remove(state)
         self._blocks_of.release(state)
         state.status = status
         self._forget(state)

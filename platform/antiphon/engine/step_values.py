@@ -47,4 +47,5 @@ def load_asked(state: RequestState, prefill_worker: str, lease_s: float) -> KVLo
         deadline_s=lease_s,
         traceparent=state.request.traceparent,
         cache_salt=state.request.cache_salt,
+        tenant=state.request.tenant,
     )

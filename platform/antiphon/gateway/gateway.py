@@ -111,8 +111,8 @@ class Gateway:
     def for_tenant(self, request: GenerationRequest, tenant: str) -> GenerationRequest:
         """The request with the prefix cache that its tenant may see: what one has sent, another can't find out by asking."""
         if request.model in self.config.shared_cache_models:
-            return request
-        return replace(request, cache_salt=cache_salt(tenant, request.cache_salt))
+            return replace(request, tenant=tenant)
+        return replace(request, tenant=tenant, cache_salt=cache_salt(tenant, request.cache_salt))
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """See ``Generator.generate``."""

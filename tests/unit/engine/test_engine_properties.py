@@ -170,6 +170,7 @@ def test_every_request_gets_its_own_tokens_and_all_blocks_come_back(seed: int) -
             prompt,
             length,
             prefill_worker="p/0" if chance.random() < 0.4 else None,
+            tenant=chance.choice(["", "a", "b"]),
             deadline_s=engine.clock() + chance.uniform(0.0, 0.3) if chance.random() < 0.2 else None,
         )
         for _ in range(chance.randint(0, 3)):

@@ -167,7 +167,7 @@ class DecodeSide:
         if slot is None:
             return False
         tokens = torch.tensor(load.token_ids, dtype=torch.int32).view(torch.uint8)
-        text = f"{load.cache_salt}\0{load.traceparent or ''}".encode()[:TEXT_BYTES]
+        text = f"{load.cache_salt}\0{load.traceparent or ''}\0{load.tenant}".encode()[:TEXT_BYTES]
         num_bytes = tokens.numel() + len(text)
         slot.data[: tokens.numel()].copy_(tokens)
         slot.data[tokens.numel() : num_bytes].copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))

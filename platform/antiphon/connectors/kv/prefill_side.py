@@ -225,7 +225,8 @@ class PrefillSide:
         if header.num_bytes != message.data.numel() or num_token_bytes > header.num_bytes or header.first >= header.rows:
             raise CorruptMessage(peer.link.peer, f"a request of {header.rows} tokens in {message.data.numel()} bytes")
         tokens = tuple(message.data[:num_token_bytes].view(torch.int32).tolist())
-        salt, _, traceparent = bytes(message.data[num_token_bytes:].numpy()).decode(errors="replace").partition("\0")
+        text = bytes(message.data[num_token_bytes:].numpy()).decode(errors="replace")
+        salt, traceparent, tenant, *_ = [*text.split("\0"), "", ""]
         request_id = RequestId(f"{peer.link.peer}#{peer.link.peer_epoch}#{transfer_id}")
         now_s = self._clock()
         self._arrived.append(
@@ -237,6 +238,7 @@ class PrefillSide:
                 deadline_s=now_s + 2 * header.spare / 1000,
                 traceparent=traceparent or None,
                 cache_salt=salt,
+                tenant=tenant,
             )
         )
         self._targets[request_id] = KVTarget(

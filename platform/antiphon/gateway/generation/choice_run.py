@@ -58,6 +58,7 @@ class ChoiceSpec:
     deadline_s: float  # on the gateway's clock
     priority: int
     cache_salt: str
+    tenant: str
     traceparent: str | None
     resume: tuple[int, ...]
     plan: AnswerPlan = field(default_factory=AnswerPlan)
@@ -210,6 +211,7 @@ class ChoiceRun:
             prefill_worker=plan.prefill_worker,
             traceparent=spec.traceparent,
             cache_salt=spec.cache_salt,
+            tenant=spec.tenant,
         )
         prefill_worker = plan.prefill_worker
         self._placement.prefill_started(prefill_worker)

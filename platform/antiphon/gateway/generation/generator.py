@@ -208,6 +208,7 @@ class Generator:
                 deadline_s=deadline_s,
                 priority=request.priority,
                 cache_salt=request.cache_salt,
+                tenant=request.tenant,
                 traceparent=span.traceparent,
                 resume=request.resume.get(index, ()),
                 plan=prepared[which].plan,

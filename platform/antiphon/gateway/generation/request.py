@@ -136,6 +136,7 @@ class GenerationRequest:
     deadline_s: float | None = None  # seconds from now; None = the gateway's default
     priority: int = 0
     cache_salt: str = ""
+    tenant: str = ""  # whose key it came with; "" where no keys are asked for
     traceparent: str | None = None
     placement_timeout_s: float | None = None  # patience while no worker can take it; None = the gateway's
     resume: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # tokens the client has, by choice

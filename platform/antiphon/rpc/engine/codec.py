@@ -49,6 +49,7 @@ def encode_submit(request: Request, *, deadline_left_s: float | None) -> pb.Engi
             prefill_worker=request.prefill_worker or "",
             traceparent=request.traceparent or "",
             cache_salt=request.cache_salt,
+            tenant=request.tenant,
         )
     )
 
@@ -67,6 +68,7 @@ def decode_submit(submit: pb.SubmitCommand, *, now_s: float) -> Request:
         prefill_worker=submit.prefill_worker or None,
         traceparent=submit.traceparent or None,
         cache_salt=submit.cache_salt,
+        tenant=submit.tenant,
     )
 
 

@@ -1,0 +1,120 @@
+"""Whose turn it is: waiting requests in queues by tenant, the least served tenant first (step speed; no clock, no I/O).
+
+    counters  tenant → tokens served: prompt tokens when one of its requests is admitted, output tokens (twice) as they are sampled
+    next      the queue with the smallest counter; within it the order of (priority, arrival)
+    return    a tenant whose queue was empty starts at the smallest counter that waits, so that idling saves nothing up
+
+These are virtual token counters (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024, algorithm 2, its weights 1
+and 2). Beyond the paper, a tenant with far fewer places in the batch than another takes one of them (``over_share``), since places
+of long answers would else be held for minutes. Requests without a tenant are one tenant's: where nobody has a name, this is one
+queue. Must not know: blocks, steps.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from antiphon.core.request import RequestStatus
+from antiphon.engine.request_state import RequestState
+
+OUTPUT_WEIGHT: Final = 2
+_MAX_IDLE: Final = 4096  # tenants without a request whose counters are remembered
+
+
+class FairQueue:
+    """Waiting requests of one engine. Only the scheduler may touch it."""
+
+    def __init__(self) -> None:
+        self._queues: dict[str, list[RequestState]] = {}  # none is empty
+        self._counters: dict[str, float] = {}
+        self._last = 0.0  # counter of the tenant that left last
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, state: RequestState) -> None:
+        """Let a request wait."""
+        tenant = state.request.tenant
+        if tenant not in self._queues:
+            waiting = [self._counters[each] for each in self._queues]
+            self._counters[tenant] = max(self._counters.pop(tenant, 0.0), min(waiting, default=self._last))
+            self._queues[tenant] = []
+            self._forget_idle()
+        bisect.insort(self._queues[tenant], state, key=_order)
+        self._size += 1
+
+    def head(self) -> RequestState:
+        """The request whose turn it is; there is one."""
+        return min((queue[0] for queue in self._queues.values()), key=self._turn)
+
+    def heads(self) -> list[RequestState]:
+        """Every tenant's first, in order of turns."""
+        return sorted((queue[0] for queue in self._queues.values()), key=self._turn)
+
+    def take(self, state: RequestState, num_tokens: int) -> None:
+        """It is served now, with so many tokens of its prompt to compute."""
+        self.remove(state)
+        self._counters[state.request.tenant] += num_tokens
+
+    def remove(self, state: RequestState) -> None:
+        """It waits no longer."""
+        tenant = state.request.tenant
+        queue = self._queues[tenant]
+        queue.remove(state)
+        self._size -= 1
+        if not queue:
+            del self._queues[tenant]
+            self._last = self._counters[tenant]
+
+    def sampled(self, tenant: str) -> None:
+        """One of its requests got a token."""
+        if tenant in self._counters:
+            self._counters[tenant] += OUTPUT_WEIGHT
+
+    def to_give_way(self, tenant: str) -> RequestState | None:
+        """Who leaves a full queue for a newcomer of ``tenant``: the last of whoever has most, if that is more than the newcomer's.
+
+        Never one that has begun to be served.
+        """
+        longest = max(self._queues, key=lambda each: len(self._queues[each]), default=tenant)
+        if len(self._queues.get(longest, ())) <= len(self._queues.get(tenant, ())) + 1:
+            return None
+        return next(
+            (s for s in reversed(self._queues[longest]) if s.status is RequestStatus.WAITING and s.scheduled_s is None), None
+        )
+
+    def _turn(self, state: RequestState) -> tuple[float, int, float]:
+        return self._counters[state.request.tenant], *_order(state)
+
+    def _forget_idle(self) -> None:
+        """Of too many idle tenants those are forgotten who came back least lately."""
+        if len(self._counters) > _MAX_IDLE + len(self._queues):
+            idle = next(each for each in self._counters if each not in self._queues)
+            del self._counters[idle]
+
+
+def over_share(running: Sequence[RequestState], tenant: str, kept: Iterable[str] = ()) -> RequestState | None:
+    """Who gives its place in a full batch to a request of ``tenant``: the latest of the tenant with most places, where the two
+    differ by at least two, so that the exchange brings them nearer; None = nobody.
+
+    Args:
+        running: The batch, in order of admission.
+        tenant: Whose request waits.
+        kept: Ids of requests that stay.
+    """
+    places = Counter(state.request.tenant for state in running)
+    if not places:
+        return None
+    most, num_places = places.most_common(1)[0]
+    if num_places < places[tenant] + 2:
+        return None
+    stay = set(kept)
+    return next((s for s in reversed(running) if s.request.tenant == most and s.request_id not in stay), None)
+
+
+def _order(state: RequestState) -> tuple[int, float]:
+    return state.request.priority, state.request.arrival_s
