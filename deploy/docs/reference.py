@@ -25,6 +25,8 @@ from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.core.document.pools import ServingPool
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.gateway.anthropic.routes import add_message_routes
+from antiphon.gateway.embeddings.routes import add_embedding_routes
+from antiphon.gateway.embeddings.schema import EmbeddingsBody, RerankBody, ScoreBody
 from antiphon.gateway.openai.experts_routes import add_expert_routes
 from antiphon.gateway.openai.responses import add_response_routes
 from antiphon.gateway.openai.routes import make_app
@@ -50,6 +52,12 @@ ROUTES: Mapping[tuple[str, str], str] = {
     ("GET", "/v1/responses/{response_id}"): "A stored response, for an hour.",
     ("POST", "/v1/messages"): "Anthropic's Messages: blocks, tools, thinking, streamed or whole.",
     ("POST", "/v1/messages/count_tokens"): "How many tokens a message's prompt has.",
+    ("POST", "/v1/embeddings"): "Vectors of texts or token ids, OpenAI's body.",
+    ("POST", "/v1/rerank"): "Documents in order of how well they answer a query, Cohere's and Jina's body.",
+    ("POST", "/v2/rerank"): "The same.",
+    ("POST", "/rerank"): "The same.",
+    ("POST", "/v1/score"): "Scores of pairs of texts, vLLM's body.",
+    ("POST", "/score"): "The same.",
     ("POST", "/tokenize"): "Token ids of a prompt or a chat.",
     ("POST", "/detokenize"): "The text of token ids.",
     ("GET", "/experts"): "Rows by layer and expert of a mixture of experts; `?deployment=` where there are several.",
@@ -183,6 +191,7 @@ def http_lines() -> list[str]:
     add_response_routes(app, cast(Any, None), cast(Any, None))
     add_message_routes(app, cast(Any, None))
     add_text_routes(app, cast(Any, None))
+    add_embedding_routes(app, cast(Any, None))
     add_expert_routes(app, cast(Any, None))
     found = {(method, route.path) for route in app.routes if isinstance(route, APIRoute) for method in route.methods}
     if found != set(ROUTES):
@@ -269,9 +278,21 @@ def api() -> str:
         "",
         *body_lines(CompletionBody),
         "",
+        "### Body of /v1/embeddings",
+        "",
+        *body_lines(EmbeddingsBody),
+        "",
+        "### Body of /v1/rerank",
+        "",
+        *body_lines(RerankBody),
+        "",
+        "### Body of /v1/score",
+        "",
+        *body_lines(ScoreBody),
+        "",
         "Fields of OpenAI's that have no influence on the result (`user`, `metadata`, `store` and the like) are taken and",
         "ignored; one that would have, and is not supported, is refused by name.",
-        *parts_lines(ChatBody, CompletionBody),
+        *parts_lines(ChatBody, CompletionBody, RerankBody),
         "",
         "## gRPC",
         "",

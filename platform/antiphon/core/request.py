@@ -20,7 +20,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NewType
+from typing import Literal, NewType
 
 from antiphon.core.errors import ErrorInfo
 
@@ -79,6 +79,15 @@ class OutputRules:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pooling:
+    """A vector is wanted of the prompt, and no token: an embedding, or the scores of a pair of texts."""
+
+    kind: Literal["embed", "score"]
+    token_ids: tuple[int, ...] = ()  # score: their logits behind the prompt; empty = the model's own classes
+    num_first_tokens: int | None = None  # of a pair's first text, for encoders that tell the two apart; None = one text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the next token is chosen. Ranges are checked by the gateway, which owns the error with the field's name.
 
@@ -102,6 +111,7 @@ class SamplingParams:
     num_logprobs: int | None = None  # None = none, 0 = the sampled token's only, at most MAX_LOGPROBS
     num_prompt_logprobs: int | None = None  # the same for the prompt's tokens; the prompt is then computed whole
     rules: OutputRules | None = None
+    pooling: Pooling | None = None  # with max_tokens 1, whose place the vector takes
 
     @property
     def greedy(self) -> bool:
@@ -166,4 +176,5 @@ class RequestOutput:
     num_preemptions: int = 0
     times: RequestTimes | None = None  # with the finish
     prompt_logprobs: Mapping[int, TokenLogprob] = field(default_factory=dict)  # by position in the prompt, from 1 on
+    vector: tuple[float, ...] = ()  # of a request with pooling, with the finish
     traceparent: str | None = None  # the request's, with the finish

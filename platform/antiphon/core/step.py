@@ -83,6 +83,7 @@ class ModelRunnerOutput:
     sampled_token_ids: dict[RequestId, int] = field(default_factory=dict)
     logprobs: dict[RequestId, TokenLogprob] = field(default_factory=dict)
     prompt_logprobs: dict[RequestId, dict[int, TokenLogprob]] = field(default_factory=dict)  # by position in the prompt
+    vectors: dict[RequestId, tuple[float, ...]] = field(default_factory=dict)  # of requests with pooling, beside a token 0
     errors: dict[RequestId, ErrorInfo] = field(default_factory=dict)  # requests that can't go on, and why
     kv: KVEvents = field(default_factory=KVEvents)
 

@@ -71,6 +71,8 @@ def check_request(request: Request, config: SchedulerConfig) -> None:
     _check_ids(request.prompt_token_ids, "prompt_token_ids", config.vocab_size)
     _check_ids(request.output_token_ids, "output_token_ids", config.vocab_size)
     _check_sampling(request.sampling)
+    if request.sampling.pooling is not None:
+        _check_ids(request.sampling.pooling.token_ids, "pooling.token_ids", config.vocab_size)
 
 
 def _check_ids(ids: Sequence[int], name: str, vocab_size: int | None) -> None:
@@ -99,5 +101,8 @@ def _check_sampling(sampling: SamplingParams) -> None:
         raise InvalidInput(
             f"{sampling.num_logprobs} log-probabilities are asked for, at most {MAX_LOGPROBS} are given", "num_logprobs"
         )
+    pooling = sampling.pooling
+    if pooling is not None and (sampling.max_tokens != 1 or sampling.rules is not None or sampling.num_logprobs is not None):
+        raise InvalidInput("a vector is asked for, and tokens as well", "pooling")
     if not all(map(math.isfinite, sampling.logit_bias.values())):
         raise InvalidInput("a bias is not finite", "logit_bias")

@@ -23,12 +23,18 @@ def stop_status(state: RequestState, token_id: int, max_model_len: int) -> Reque
 
 
 def token_output(
-    state: RequestState, token_id: int, logprob: TokenLogprob | None, status: RequestStatus | None, now_s: float
+    state: RequestState,
+    token_id: int,
+    logprob: TokenLogprob | None,
+    status: RequestStatus | None,
+    now_s: float,
+    vector: tuple[float, ...] = (),
 ) -> RequestOutput:
-    """One more token, and the end when ``status`` is one."""
+    """One more token, and the end when ``status`` is one; or the ``vector`` that was asked for instead."""
     return RequestOutput(
         request_id=state.request_id,
-        new_token_ids=(token_id,),
+        new_token_ids=() if vector else (token_id,),
+        vector=vector,
         logprobs=() if logprob is None else (logprob,),
         finish_reason=None if status is None else FINISH_REASON[status],
         stop_token_id=token_id if status is RequestStatus.FINISHED_STOPPED else None,

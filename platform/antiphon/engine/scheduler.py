@@ -89,7 +89,8 @@ class Scheduler:
         num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
         if num_tokens == 0:
             raise InvalidInput("the prompt has no tokens", "prompt")
-        room = self.config.max_model_len if kv_target is not None else self.config.max_model_len - 1
+        is_prompt_only = kv_target is not None or request.sampling.pooling is not None
+        room = self.config.max_model_len if is_prompt_only else self.config.max_model_len - 1
         if num_tokens > room:
             raise InvalidInput(f"{num_tokens} tokens leave no room in the model's {self.config.max_model_len}", "prompt")
         if request.request_id in self._states:
@@ -358,13 +359,15 @@ class Scheduler:
         if state.first_token_s is None:
             state.first_token_s = now_s
             self.stats.num_prompt_tokens += state.num_prompt_tokens
-        self.stats.num_generation_tokens += 1
-        self._waiting.sampled(state.request.tenant)
+        if state.request.sampling.pooling is None:
+            self.stats.num_generation_tokens += 1
+            self._waiting.sampled(state.request.tenant)
         state.token_ids.append(token_id)
         status = stop_status(state, token_id, self.config.max_model_len)
         if status is not None:
             self._close(state, status)
-        return token_output(state, token_id, result.logprobs.get(state.request_id), status, now_s)
+        vector = result.vectors.get(state.request_id, ())
+        return token_output(state, token_id, result.logprobs.get(state.request_id), status, now_s, vector)
 
     # ---- ends, inside --------------------------------------------------------------------------------------------
 

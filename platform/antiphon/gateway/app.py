@@ -19,6 +19,7 @@ from antiphon.directory.workers import WorkerSource
 from antiphon.gateway.anthropic.routes import add_message_routes
 from antiphon.gateway.compositions import Compositions, OpenCompositions
 from antiphon.gateway.config import BoundPorts, GatewayConfig
+from antiphon.gateway.embeddings.routes import add_embedding_routes
 from antiphon.gateway.experts import GatewayExperts
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.grpc.servicer import GrpcDoor
@@ -30,6 +31,7 @@ from antiphon.gateway.openai.routes import make_app
 from antiphon.gateway.openai.text_routes import add_text_routes
 from antiphon.gateway.text.tokenizer import TextModel
 from antiphon.gateway.web.routes import add_web_routes
+from antiphon.models.pooling.facts import read_pooling
 from antiphon.rpc.certificates import DoorCertificate
 from antiphon.rpc.channels import ChannelLimits
 from antiphon.rpc.experts import ExpertsServicer
@@ -92,7 +94,10 @@ async def _run(
         name: await asyncio.to_thread(TextModel.load, path, markers_are_text=name not in config.control_marker_models)
         for name, path in config.models.items()
     }
-    gateway = Gateway(config, models=models, source=workers, telemetry=telemetry)
+    pooling = {
+        name: await asyncio.to_thread(read_pooling, path, config.tasks.get(name, "auto")) for name, path in config.models.items()
+    }
+    gateway = Gateway(config, models=models, source=workers, telemetry=telemetry, pooling=pooling)
     compositions = await _compositions(gateway, notes, open_compositions)
     experts = GatewayExperts(workers=lambda: gateway.view.workers, keys=gateway.keys, telemetry=telemetry)
     tls = None if config.tls is None else DoorCertificate(config.tls)
@@ -102,6 +107,7 @@ async def _run(
     add_response_routes(application, gateway, notes)
     add_text_routes(application, gateway)
     add_web_routes(application, gateway)
+    add_embedding_routes(application, gateway)
     http = HttpServer(
         with_cors(application if compositions is None else compositions.before(application), config.cors_origins),
         host=config.host,

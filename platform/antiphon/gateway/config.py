@@ -18,6 +18,7 @@ class GatewayConfig:
 
     models: Mapping[str, Path]  # name that clients send → checkpoint directory with the tokenizer
     formats: Mapping[str, TextFormats] = field(default_factory=dict)  # of calls and thoughts, where the document names them
+    tasks: Mapping[str, str] = field(default_factory=dict)  # of models, as their documents say; absent = as checkpoints do
     unknown_fields: Literal["refuse", "ignore"] = "ignore"  # of HTTP bodies; ignored ones are named in a header
     host: str = "127.0.0.1"
     http_port: int = 8000  # 0 = any free port

@@ -11,12 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from antiphon import __version__
-from antiphon.core.errors import AntiphonError, InternalError, Unavailable, UnknownModel
+from antiphon.core.errors import AntiphonError, InternalError, InvalidInput, Unavailable, UnknownModel
 from antiphon.directory.workers import WorkerSource, WorkerView
 from antiphon.gateway.access.key_file import KeyFile
 from antiphon.gateway.access.keys import ApiKeys, cache_salt
 from antiphon.gateway.compositions import ServedComposition
 from antiphon.gateway.config import GatewayConfig
+from antiphon.gateway.embeddings.runner import VectorRunner
+from antiphon.gateway.embeddings.vectors import VectorMaker
 from antiphon.gateway.generation.generator import Generator
 from antiphon.gateway.generation.preparing import Preparer
 from antiphon.gateway.generation.request import Event, GenerationRequest, Prompt
@@ -31,6 +33,7 @@ from antiphon.gateway.text.chat_options import ChatOptions
 from antiphon.gateway.text.dialect import Dialect, TextFormats
 from antiphon.gateway.text.templates.template_process import TemplateProcess
 from antiphon.gateway.text.tokenizer import TextModel
+from antiphon.models.pooling.facts import PoolingFacts
 from antiphon.telemetry import Telemetry
 from antiphon.worker.structure.checking import GrammarChecker
 
@@ -43,6 +46,7 @@ class Gateway:
         models: tokenizers by the name clients send.
         source: where workers are registered.
         telemetry: traces and metrics.
+        pooling: what the models are that don't generate; None or absent = it does.
         clock: monotonic seconds.
     """
 
@@ -53,6 +57,7 @@ class Gateway:
         models: Mapping[str, TextModel],
         source: WorkerSource,
         telemetry: Telemetry,
+        pooling: Mapping[str, PoolingFacts | None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
@@ -88,15 +93,26 @@ class Gateway:
         )
         self._preparer = Preparer(models, self.dialects, self._executor, self._checker, self.templates)
         waking = Waking(config.wake_timeout_s_by_model)
+        metrics = GatewayMetrics(
+            telemetry, workers=lambda: self.view.workers, num_requests=lambda: self.num_requests, held=lambda: waking.held
+        )
+        self._vectors = VectorMaker(
+            config,
+            models=models,
+            facts={} if pooling is None else pooling,
+            runner=VectorRunner(placement, self._client, waking, clock, config.placement_timeout_s),
+            limits=self.limits,
+            metrics=metrics,
+            executor=self._executor,
+            clock=clock,
+        )
         self._generator = Generator(
             config,
             models=models,
             view=self.view,
             client=self._client,
             placement=placement,
-            metrics=GatewayMetrics(
-                telemetry, workers=lambda: self.view.workers, num_requests=lambda: self.num_requests, held=lambda: waking.held
-            ),
+            metrics=metrics,
             tracer=telemetry.tracer(__name__),
             preparer=self._preparer,
             waking=waking,
@@ -106,7 +122,7 @@ class Gateway:
     @property
     def num_requests(self) -> int:
         """Requests being answered."""
-        return self._generator.num_active
+        return self._generator.num_active + self._vectors.num_active
 
     def for_tenant(self, request: GenerationRequest, tenant: str) -> GenerationRequest:
         """The request with the prefix cache that its tenant may see: what one has sent, another can't find out by asking."""
@@ -118,7 +134,32 @@ class Gateway:
         """See ``Generator.generate``."""
         if self.draining:
             raise Unavailable("this gateway is shutting down", retry_after_s=1.0)
+        self.check_generates(request.model)
         return self._generator.generate(request)
+
+    def check_generates(self, model: str) -> None:
+        """Refuse a model that is there for vectors. Raises InvalidInput."""
+        task = self._vectors.task(model)
+        if task != "generate":
+            does = "embeds texts: use /v1/embeddings" if task == "embed" else "ranks pairs of texts: use /v1/rerank or /v1/score"
+            raise InvalidInput(f"the model {model!r} does not generate, it {does}", "model")
+
+    def task(self, model: str) -> str:
+        """What a model is for: generate, embed or rerank."""
+        return self._vectors.task(model)
+
+    def vectors(self) -> VectorMaker:
+        """What answers with vectors. Raises Unavailable while draining."""
+        if self.draining:
+            raise Unavailable("this gateway is shutting down", retry_after_s=1.0)
+        return self._vectors
+
+    def limits(self, model: str) -> tuple[int | None, int | None]:
+        """The model's longest prompt and vocabulary, as its workers have them; None while none is registered."""
+        infos = [info for info in self.view.workers if info.model == model and info.role.generates]
+        lengths = [info.max_model_len for info in infos if info.max_model_len > 0]
+        vocab_sizes = [info.vocab_size for info in infos if info.vocab_size > 0]
+        return min(lengths, default=None), min(vocab_sizes, default=None)
 
     def refused(self, error: Exception, model: object = None) -> None:
         """Count what a door refused by itself; ``model`` as the client sent it."""

@@ -230,6 +230,10 @@ class AttentionHalves:
                 result_TD = result_TD + left.rows_TD * left.routing.identity_T[:, None].to(left.rows_TD.dtype)
             state.x_TD.add_(result_TD if norm is None else norm(result_TD.to(state.x_TD.dtype)))
 
+    def hidden(self, x_RD: torch.Tensor) -> torch.Tensor:
+        """The model's last hidden states, [R, D], from rows of the residual stream."""
+        return self._final_norm(x_RD)
+
     def logits(self, x_RD: torch.Tensor) -> torch.Tensor:
         """fp32 [R, V] from rows of the residual stream."""
         logits_RV = self._lm_head.in_fp32(self._final_norm(x_RD))

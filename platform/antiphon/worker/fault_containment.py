@@ -75,5 +75,6 @@ class FaultContainment:
             sampled_token_ids={**first.sampled_token_ids, **second.sampled_token_ids},
             logprobs={**first.logprobs, **second.logprobs},
             prompt_logprobs={**first.prompt_logprobs, **second.prompt_logprobs},
+            vectors={**first.vectors, **second.vectors},
             errors={**first.errors, **second.errors},
         )

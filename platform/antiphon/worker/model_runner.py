@@ -20,6 +20,7 @@ from antiphon.core.request import RequestId, TokenLogprob
 from antiphon.core.step import KVEvents, ModelRunnerOutput, SchedulerOutput
 from antiphon.models.attention.kv_cache import KVCache
 from antiphon.models.decoder import AttentionHalves, StepState
+from antiphon.models.pooling.pooler import Pooler, check_pooling
 from antiphon.telemetry.step_trace import Mark, StepTrace
 from antiphon.worker.batch_builder import BatchBuilder, Run
 from antiphon.worker.fault_containment import FaultContainment
@@ -61,16 +62,19 @@ class AttentionWorker:
         kv: KVRole | None = None,
         warms: bool = False,
         enforcer: Enforcer | None = None,
+        pooler: Pooler | None = None,
     ) -> None:
         """``num_ubatches``: in flight at most; ``tuner``: chooses how many each step gets, None = always as many as there are;
         ``kv``: its part in KV hand-offs, None = it has none; ``warms``: waits are for another processor, and this one fetches
         weights meanwhile; ``enforcer``: holds outputs to their rules, None = requests have none.
+        ``pooler``: makes the vectors of a model that does not generate.
         """
         self.halves = halves
         self.cache = cache
         self.afd = afd
         self.stats = RunnerStats()
         self.enforcer = enforcer
+        self.pooler = pooler
         self.wanted_trace: StepTrace | None = None  # any thread may set it; taken up between two steps
         self._kv: KVRole = NoHandOff() if kv is None else kv
         self._num_ubatches = num_ubatches
@@ -152,6 +156,8 @@ class AttentionWorker:
         self._kv.begin(step)
         for new in step.new_requests:
             try:
+                if new.kv_target is None:
+                    check_pooling(self.pooler, new.sampling.pooling)
                 row = RequestRow(new, self.halves.config.vocab_size, self.enforcer)
             except AntiphonError as error:
                 refused[new.request_id] = ErrorInfo.of(error)
@@ -277,6 +283,8 @@ class AttentionWorker:
     def _sample(self, finals: list[torch.Tensor], rows: list[RequestRow]) -> ModelRunnerOutput:
         if not rows:
             return ModelRunnerOutput()
+        if self.pooler is not None:  # such a model generates nothing, so that all rows want vectors
+            return self._pool(finals, rows, self.pooler)
         start_s = time.perf_counter()
         x_RD = finals[0] if len(finals) == 1 else torch.cat(finals)
         if all(row.sampling.needs_best_only for row in rows):
@@ -308,6 +316,22 @@ class AttentionWorker:
         if self.trace is not None:
             self.trace.add(Mark.SAMPLE, start_s, end_s, rows=len(rows))
         return ModelRunnerOutput(sampled_token_ids=chosen, logprobs=logprobs, errors=errors)
+
+    def _pool(self, finals: list[torch.Tensor], rows: list[RequestRow], pooler: Pooler) -> ModelRunnerOutput:
+        start_s = time.perf_counter()
+        output = ModelRunnerOutput()
+        for x_1D, row in zip(finals, rows, strict=True):
+            pooling = row.sampling.params.pooling
+            assert pooling is not None  # seen when the request came
+            vector = pooler.of_last(self.halves, x_1D[0], pooling)
+            if row.bad_at is not None or not all_finite(vector):
+                output.errors[row.request_id] = self._refuse(row)
+                continue
+            output.sampled_token_ids[row.request_id] = 0
+            output.vectors[row.request_id] = tuple(vector.tolist())
+            row.token_ids.append(0)
+        self.stats.head_s += time.perf_counter() - start_s
+        return output
 
     def close(self) -> None:
         """Close links; idempotent."""

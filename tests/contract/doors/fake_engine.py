@@ -119,6 +119,7 @@ class FakeEngine:
         self.on_steps: Callable[[Sequence[RequestOutput]], None] = lambda outputs: None
         self.requests: list[Request] = []  # all ever taken in
         self.aborted: list[RequestId] = []
+        self.num_vectors = 0
         self._lock = threading.Lock()
         self._live: dict[RequestId, _Running] = {}
         self._closed = threading.Event()
@@ -166,6 +167,11 @@ class FakeEngine:
         if self.stop_after_tokens is not None and num_output >= self.stop_after_tokens:
             return None
         sampling = request.sampling
+        if sampling.pooling is not None:
+            self.num_vectors += 1
+            num_tokens = float(len(request.prompt_token_ids))
+            vector = (num_tokens / 64,) if sampling.pooling.kind == "score" else (3.0, 4.0, num_tokens, float(running.tokens[0]))
+            return RequestOutput(request_id=request.request_id, finish_reason=FinishReason.LENGTH, vector=vector)
         token = next_token(running.tokens, sampling.seed, self.allowed)
         if self.script is not None:
             token = self.script[num_output] if num_output < len(self.script) else self.eos_token_id

@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from antiphon.apps.process.wiring.build import AttentionPart
 from antiphon.core.errors import Unavailable
-from antiphon.core.request import RequestOutput
+from antiphon.core.request import Request, RequestOutput
 from antiphon.core.worker_info import WorkerLoad
-from antiphon.rpc.engine.server import EngineServicer
+from antiphon.rpc.engine.server import EnginePort, EngineServicer
 from antiphon.rpc.experts import ExpertsPort, ExpertsServicer
 from antiphon.rpc.services import RpcServer, Service
 from antiphon.rpc.steps import StepsPort, StepsServicer
@@ -26,16 +27,27 @@ IDLE_WAIT_S = 0.5
 START_TIMEOUT_S = 20.0
 
 
+class SteppedEngine(EnginePort, Protocol):
+    """An engine that a loop steps."""
+
+    wake: Callable[[], None]
+
+    @property
+    def has_inbox(self) -> bool:
+        """True when something was submitted or aborted since the last step."""
+        ...
+
+
 class InboxWakeup:
     """Lets a loop that sleeps on links be woken by the engine's inbox; a ``transport.base.Waitable``."""
 
     spin_s = 0.0
     spin_address = 0
 
-    def __init__(self, part: AttentionPart) -> None:
-        self._engine = part.engine
+    def __init__(self, engine: SteppedEngine) -> None:
+        self._engine = engine
         self._wakeup = Wakeup()
-        part.engine.wake = self._wakeup.ring
+        engine.wake = self._wakeup.ring
 
     def pending(self) -> bool:
         """True when the inbox has something."""
@@ -61,17 +73,18 @@ class RpcThread:
     def __init__(
         self,
         host: str,
-        port: AttentionPart | None,
+        port: EnginePort | None,
         *,
-        accepts_requests: bool,
+        prepare: Callable[[Request], None] | None = None,
         experts: ExpertsPort | None = None,
         steps: StepsPort | None = None,
     ) -> None:
+        """``port``: takes requests, None = none are taken; ``prepare``: see ``EngineServicer``."""
         self._host = host
         self._steps = steps
         self._experts = experts
-        self._part = port
-        self._accepts = accepts_requests
+        self._port = port
+        self._prepare = prepare
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
         self._error: BaseException | None = None
@@ -106,10 +119,8 @@ class RpcThread:
         asyncio.set_event_loop(self._loop)
         try:
             services: list[Service] = []
-            if self._part is not None and self._accepts:
-                enforcer = self._part.worker.enforcer
-                prepare = None if enforcer is None else enforcer.prepare
-                self.engine = EngineServicer(self._part.engine, loop=self._loop, prepare=prepare)
+            if self._port is not None:
+                self.engine = EngineServicer(self._port, loop=self._loop, prepare=self._prepare)
                 services.append(self.engine)
             if self._experts is not None:
                 services.append(ExpertsServicer(self._experts))
@@ -136,7 +147,7 @@ class EngineHost:
         self._engine_s = 0.0  # in steps of the engine that computed something, scheduling and hand-over included
         self._window = StageWindow(attention_figures)
         self.draining = False
-        self.wakeup = InboxWakeup(part)
+        self.wakeup = InboxWakeup(part.engine)
         self._waiting = part.kv_waiting
         self._waiting.add(self.wakeup)
         self.servicer: EngineServicer | None = None

@@ -14,13 +14,16 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from antiphon.apps.process.config import WorkerConfig
 from antiphon.apps.process.events import EventWriter
 from antiphon.core.errors import AntiphonError, InternalError
+from antiphon.models.pooling.facts import is_encoder
 
 if TYPE_CHECKING:  # imported when it is known which of them is needed
+    from antiphon.apps.encoders.process import EncoderProcess
     from antiphon.apps.process.worker_process import WorkerProcess
     from antiphon.apps.tiers.process import TierProcess
 
@@ -33,11 +36,15 @@ def main() -> int:
     events = EventWriter()
     try:
         config = WorkerConfig.from_environment()
-        process: WorkerProcess | TierProcess
+        process: WorkerProcess | TierProcess | EncoderProcess
         if config.tier_pool is not None:
             with events.timed("imports"):
                 from antiphon.apps.tiers.process import TierProcess
             process = TierProcess(config, config.tier_pool, events)
+        elif is_encoder(Path(config.checkpoint), config.spec.model.task):
+            with events.timed("imports"):
+                from antiphon.apps.encoders.process import EncoderProcess
+            process = EncoderProcess(config, events)
         else:
             with events.timed("imports"):
                 from antiphon.apps.process.worker_process import WorkerProcess

@@ -111,10 +111,11 @@ class WorkerProcess:
         self._lease: LeaseKeeper | None = None
         self._experts = self._expert_host()
         with events.timed("listeners"), unpinned():
+            enforcer = None if self._part is None else self._part.worker.enforcer
             self._rpc = RpcThread(
                 config.host,
-                self._part,
-                accepts_requests=config.role.generates,
+                self._part.engine if self._part is not None and config.role.generates else None,
+                prepare=None if enforcer is None else enforcer.prepare,
                 experts=self._experts,
                 steps=self._step_recorder(),
             )

@@ -90,6 +90,7 @@ def serving_config(serving: Serving, *, drain_s: float, routing: Routing = "here
             d.model_name: TextFormats(tool=d.spec.model.tool_format, reasoning=d.spec.model.reasoning_format)
             for d in serving.deployments
         },
+        tasks={d.model_name: d.spec.model.task for d in serving.deployments},
         unknown_fields=endpoint.unknown_fields,
         host=endpoint.host,
         http_port=endpoint.http_port,

@@ -17,7 +17,7 @@ from antiphon.apps.serve.deployment_set import Serving
 from antiphon.core.document.pools import parse_quantity
 from antiphon.core.document.serving import EndpointSpec
 from antiphon.core.document.spec import LLMDeployment
-from antiphon.core.errors import InvalidInput, Problem, SpecInvalid
+from antiphon.core.errors import AntiphonError, InvalidInput, Problem, SpecInvalid
 from antiphon.core.ids import Role
 from antiphon.device.driver import look_for_cards
 
@@ -90,7 +90,13 @@ def _checkpoint(document: LLMDeployment) -> list[Problem]:
             return problem(f"{path} has no {name}, {what}")
     if not any(path.glob("*.safetensors")):
         return problem(f"{path} has no weights (*.safetensors)")
-    return []
+    from antiphon.models.pooling.facts import read_pooling, wrong_topology
+
+    try:
+        why = wrong_topology(document.spec.topology, read_pooling(path, document.spec.model.task))
+    except AntiphonError as error:
+        return problem(str(error))
+    return [] if why is None else [Problem(path=f"{document.metadata.name}: spec.topology", message=why)]
 
 
 def _memory(serving: Serving) -> list[Problem]:

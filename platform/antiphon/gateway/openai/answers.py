@@ -47,9 +47,16 @@ def _printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def model_card(name: str, *, created: int, max_model_len: int | None) -> Json:
+def model_card(name: str, *, created: int, max_model_len: int | None, task: str = "generate") -> Json:
     """One entry of /v1/models."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "antiphon", "max_model_len": max_model_len}
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "antiphon",
+        "max_model_len": max_model_len,
+        "task": task,
+    }
 
 
 def usage_body(usage: Usage) -> Json:

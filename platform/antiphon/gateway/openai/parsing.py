@@ -83,7 +83,9 @@ def _check_sizes(value: object, prefix: str) -> None:
     if len(value) > MAX_FIELDS:
         raise InvalidInput(f"the body has {len(value)} fields, more than {MAX_FIELDS}")
     num_values = 0
-    open_values = [item for name, item in value.items() if name != "prompt"]  # it is checked by hand
+    open_values = [
+        item for name, item in value.items() if name not in ("prompt", "input") or isinstance(item, dict)
+    ]  # checked by hand
     while open_values:
         item = open_values.pop()
         if isinstance(item, dict | list):

@@ -110,7 +110,7 @@ def _guarded(gateway: Gateway, request: Request, make: Any, *, admin: bool = Fal
 
 
 def _card(gateway: Gateway, name: str) -> dict[str, Any]:
-    return model_card(name, created=gateway.created, max_model_len=gateway.max_model_len(name))
+    return model_card(name, created=gateway.created, max_model_len=gateway.max_model_len(name), task=gateway.task(name))
 
 
 def status_body(status: Status) -> dict[str, Any]:

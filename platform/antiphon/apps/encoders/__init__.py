@@ -1,0 +1,1 @@
+"""Processes that serve encoders (control speed)."""

@@ -1,0 +1,1 @@
+"""Embeddings, scores and rankings: requests that end with the prompt (request speed)."""

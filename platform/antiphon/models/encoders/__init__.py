@@ -1,0 +1,1 @@
+"""Encoders: models that see a whole text at once, and keep nothing of it (hot)."""

@@ -1,0 +1,1 @@
+"""Workers of encoders: whole texts in, vectors out (step speed)."""
