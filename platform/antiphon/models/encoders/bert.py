@@ -146,12 +146,12 @@ class Bert:
             x_TD = self._normed(attended_TD + x_TD, layer.attended_norm)
             up_TI = F.gelu(F.linear(x_TD, *layer.up), approximate=self.config.gelu)
             x_TD = self._normed(F.linear(up_TI, *layer.down) + x_TD, layer.down_norm)
-        return list(x_TD.split(lengths))
+        return list(torch.split(x_TD, lengths))
 
     def _attend(self, qkv_TX: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         num_heads, hidden = self.config.num_heads, self.config.hidden_size
         found = []
-        for qkv_LX in qkv_TX.split(lengths):
+        for qkv_LX in torch.split(qkv_TX, lengths):
             q, k, v = (part.view(1, -1, num_heads, hidden // num_heads).transpose(1, 2) for part in qkv_LX.chunk(3, dim=-1))
             found.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, hidden))
         return torch.cat(found)
