@@ -23,6 +23,7 @@ class VectorCall:
     deadline_s: float | None = None  # from arrival; None = the gateway's default
     priority: int = 0
     cache_salt: str = ""
+    tenant: str = ""  # whose key it came with; "" where no keys are asked for
     traceparent: str | None = None
     truncate_tokens: int | None = (
         None  # texts are cut to so many tokens; -1 = to the model's longest, None = longer ones are refused

@@ -56,6 +56,7 @@ async def _answered(
             deadline_s=deadline_of(request),
             priority=body.priority or 0,
             cache_salt=salt,
+            tenant=tenant,
             traceparent=request.headers.get("traceparent"),
             truncate_tokens=body.truncate_prompt_tokens,
         )

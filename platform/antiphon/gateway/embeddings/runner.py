@@ -128,6 +128,7 @@ class VectorRunner:
             priority=call.priority,
             traceparent=call.traceparent,
             cache_salt=call.cache_salt,
+            tenant=call.tenant,
         )
         streaming = self._client.stream(
             worker, request, deadline_left_s=deadline_s - self._clock(), connect_timeout_s=self._placement_timeout_s
