@@ -102,6 +102,8 @@ class ExpertStatus(Model):
     ready: bool = Field(description="Whether requests can go to it.")
     url: str = Field(default="", description="Where it is reached.", max_length=1024)
     message: str = Field(default="", description="Why it is not ready.", max_length=1024)
+    resident: bool | None = Field(default=None, description="Whether it can answer at once; None = on no model pool, or unknown.")
+    wake_s: float | None = Field(default=None, description="Until it could answer, as its model pool expects; None as above.")
 
 
 class CompositionStatus(Model):
@@ -112,6 +114,7 @@ class CompositionStatus(Model):
     experts: tuple[ExpertStatus, ...] = Field(default=(), description="The experts.", max_length=256)
     experts_ready: str = Field(default="", description="Ready of all experts, e.g. 3/4.", max_length=32)
     url: str = Field(default="", description="Address of the router within the cluster.", max_length=512)
+    model_pool: str = Field(default="", description="Experts that share memory, e.g. 2/3 resident.", max_length=64)
 
 
 class ModelArtifactStatus(Model):

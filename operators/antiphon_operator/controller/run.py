@@ -31,6 +31,7 @@ from antiphon_operator.reconcile.artifact import ArtifactReconciler
 from antiphon_operator.reconcile.composition import CompositionReconciler
 from antiphon_operator.reconcile.llm.reconciler import LLMReconciler
 from antiphon_operator.reconcile.scrape import ScrapedMetrics
+from antiphon_operator.reconcile.tiers import ScrapedTiers
 from antiphon_operator.render.settings import Settings
 
 _LOG = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ async def run(options: Options) -> None:
         RestKube(config) as streams,  # connections of their own: a watch keeps one for minutes
         HealthServer(metrics, host=options.host, port=options.port, ready=lambda: True),
         ScrapedMetrics(clock=time.time) as measured,
+        ScrapedTiers() as tiers,
     ):
 
         async def look(door: Kube, namespace: str, name: str) -> float | None:
@@ -76,7 +78,7 @@ async def run(options: Options) -> None:
             LLM_DEPLOYMENT.kind: LLMReconciler(
                 kube, options.settings, clock=time.time, metrics=measured, on_stage=metrics.stage
             ).reconcile,
-            COMPOSITION.kind: CompositionReconciler(kube, options.settings, clock=time.time).reconcile,
+            COMPOSITION.kind: CompositionReconciler(kube, options.settings, clock=time.time, tiers=tiers).reconcile,
             MODEL_ARTIFACT.kind: ArtifactReconciler(kube, options.settings, clock=time.time).reconcile,
         }
         controller = Controller(

@@ -7,36 +7,42 @@ circuit breakers and fallbacks. Must not know: how requests are routed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
 from antiphon.core.document.composition import CompositionOfExperts, ExpertSpec, SecretKeyRef
+from antiphon.core.document.spec import LLMDeployment
+from antiphon.core.errors import Problem, SpecInvalid
 from antiphon_operator.api.conditions import ConditionSet, Reason, Type
 from antiphon_operator.api.status import CompositionStatus, ExpertStatus
 from antiphon_operator.kube.base import Kube, Object, name_of, owner_reference
-from antiphon_operator.kube.resources import COMPOSITION, DEPLOYMENT, LLM_DEPLOYMENT
+from antiphon_operator.kube.resources import COMPOSITION, DEPLOYMENT, LLM_DEPLOYMENT, MODEL_ARTIFACT
 from antiphon_operator.log_fields import note_object
 from antiphon_operator.reconcile.llm.status import Refusal, refused_status
+from antiphon_operator.reconcile.llm.weights import find_weights
+from antiphon_operator.reconcile.tiers import NoTiers, TierSeen, TierSource
 from antiphon_operator.reconcile.writer import NotOurs, Writer
-from antiphon_operator.render.composition import Address, children, key_of, router_name
+from antiphon_operator.render.composition import Address, children, composition_service, key_of, router_name
+from antiphon_operator.render.model_pool import Member, pool_problems
 from antiphon_operator.render.names import DEFAULT_HTTP_PORT, http_service
 from antiphon_operator.render.settings import Settings
 
-_TIERS_LEFT_OUT = (
-    "spec.tiers has no effect on a cluster: each referenced LLMDeployment has pools of its own, whose memory is its own"
-)
+_NO_MEMBERS = "spec.tiers has no effect: every referenced LLMDeployment has workers of its own; with spec.suspend they share a pool"
 BUSY_S = 10.0
+TIERS_S = 30.0  # while experts come and go on a model pool
 REST_S = 600.0
 
 
 class CompositionReconciler:
-    """Reconciles CompositionsOfExperts through ``kube``. Holds nothing between calls."""
+    """Reconciles CompositionsOfExperts through ``kube``. Holds nothing between calls; ``tiers`` knows where experts are."""
 
-    def __init__(self, kube: Kube, settings: Settings, *, clock: Callable[[], float]) -> None:
+    def __init__(self, kube: Kube, settings: Settings, *, clock: Callable[[], float], tiers: TierSource | None = None) -> None:
         self._kube = kube
         self._settings = settings
         self._clock = clock
+        self._tiers: TierSource = NoTiers() if tiers is None else tiers
 
     async def reconcile(self, namespace: str, name: str) -> float | None:
         """Take one step for the composition; seconds until the next, or None when it is gone.
@@ -52,16 +58,25 @@ class CompositionReconciler:
         try:
             document = CompositionOfExperts.model_validate({k: live[k] for k in ("apiVersion", "kind", "metadata", "spec")})
             references = await self._references(document)
-            for child in children(document, owner_reference(live), _addresses(document, references), self._settings):
+            members = await self._members(document, references)
+            for child in children(document, owner_reference(live), _addresses(document, references), self._settings, members):
                 await writer.ensure(child)
             ready_routers = await self._ready_routers(document)
-            status, conditions = _status(live, document, references, ready_routers, writer)
+            pool: ModelPoolSeen | None = None
+            if members:
+                where = f"http://{composition_service(document.metadata.name)}.{namespace}.svc:{DEFAULT_HTTP_PORT}/metrics"
+                seen = await self._tiers.read(where) if ready_routers else {}
+                pool = ModelPoolSeen(members=frozenset(m.name for m in members), ready=ready_routers > 0, tiers=seen)
+            status, conditions = _status(live, document, references, ready_routers, writer, pool)
             value: Mapping[str, Any] = status.model_dump(mode="json", by_alias=True, exclude_none=True)
             at_rest = conditions.holds(Type.READY) and not conditions.holds(Type.DEGRADED)
         except ValidationError as error:
             text = "; ".join(e["msg"] for e in error.errors(include_input=False))
             value, conditions = refused_status(live, Refusal(reason=Reason.INVALID_SPEC, message=text), now_s=writer.now_s)
             at_rest = True
+        except SpecInvalid as error:
+            value, conditions = refused_status(live, Refusal(reason=Reason.INVALID_SPEC, message=str(error)), now_s=writer.now_s)
+            at_rest = False  # a member may change, which this document's own watch does not see
         except NotOurs as error:
             refusal = Refusal(reason=Reason.NAME_CONFLICT, message=str(error))
             value, conditions = refused_status(live, refusal, now_s=writer.now_s)
@@ -69,11 +84,35 @@ class CompositionReconciler:
         for condition in conditions.changes():
             await writer.event(live, condition, first=conditions.is_new(condition))
         await writer.status(live, value)
-        return REST_S if at_rest else BUSY_S
+        return BUSY_S if not at_rest else REST_S if not value.get("modelPool") else TIERS_S
 
     async def _references(self, document: CompositionOfExperts) -> Mapping[str, Object | None]:
         names = sorted({e.deployment_ref for e in document.spec.experts if e.deployment_ref is not None})
         return {name: await self._kube.get(LLM_DEPLOYMENT, document.metadata.namespace, name) for name in names}
+
+    async def _members(self, document: CompositionOfExperts, references: Mapping[str, Object | None]) -> tuple[Member, ...]:
+        """The experts on the model pool: referenced deployments that are suspended, so that only the pool holds their weights.
+
+        Raises:
+            SpecInvalid: they can't share one.
+        """
+        suspended = {name: live for name, live in references.items() if live is not None and live["spec"].get("suspend")}
+        if document.spec.tiers is None or not suspended:
+            return ()
+        artifacts = await self._kube.list(MODEL_ARTIFACT, document.metadata.namespace)
+        members = []
+        for name, live in suspended.items():
+            try:
+                member = LLMDeployment.model_validate({k: live[k] for k in ("apiVersion", "kind", "metadata", "spec")})
+            except ValidationError as error:
+                text = "; ".join(e["msg"] for e in error.errors(include_input=False))
+                raise SpecInvalid([Problem(path=f"LLMDeployment/{name}", message=text)]) from error
+            found = find_weights(member, artifacts.items)
+            members.append(Member(document=member, weights=found.weights, sizes=found.sizes))
+        problems = pool_problems(document, members)
+        if problems:
+            raise SpecInvalid(problems)
+        return tuple(members)
 
     async def _ready_routers(self, document: CompositionOfExperts) -> int:
         router = await self._kube.get(DEPLOYMENT, document.metadata.namespace, router_name(document.metadata.name))
@@ -121,14 +160,44 @@ def _expert(expert: ExpertSpec, reference: str, live: Object | None, addresses: 
     return ExpertStatus(name=name, ready=holds, url=address.url, message=message[:1000])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPoolSeen:
+    """The model pool as far as it is known."""
+
+    members: frozenset[str]  # names of LLMDeployments
+    ready: bool
+    tiers: Mapping[str, TierSeen]
+
+    def expert(self, name: str, reference: str, address: Address) -> ExpertStatus:
+        """The status of an expert on it."""
+        seen = self.tiers.get(reference)
+        return ExpertStatus(
+            name=name,
+            ready=self.ready,
+            url=address.url,
+            message="" if self.ready else "its model pool is starting",
+            resident=None if seen is None else seen.resident,
+            wake_s=None if seen is None else seen.wake_s,
+        )
+
+
 def _status(
-    live: Object, document: CompositionOfExperts, references: Mapping[str, Object | None], ready_routers: int, writer: Writer
+    live: Object,
+    document: CompositionOfExperts,
+    references: Mapping[str, Object | None],
+    ready_routers: int,
+    writer: Writer,
+    pool: ModelPoolSeen | None,
 ) -> tuple[CompositionStatus, ConditionSet]:
     addresses = _addresses(document, references)
     experts = []
     for expert in document.spec.experts:
         if expert.deployment_ref is not None:
             reference = expert.deployment_ref
+            if pool is not None and reference in pool.members:
+                url = f"http://{composition_service(name_of(live))}.{live['metadata']['namespace']}.svc:{DEFAULT_HTTP_PORT}/v1"
+                experts.append(pool.expert(expert.name, reference, Address(url=url, model=addresses[reference].model)))
+                continue
             experts.append(_expert(expert, reference, references[reference], addresses))
         elif expert.external is not None:
             experts.append(ExpertStatus(name=expert.name, ready=True, url=expert.external.url))
@@ -140,7 +209,7 @@ def _status(
         message = f"no LLMDeployment of the name {', '.join(missing)}"
         conditions.set(Type.ACCEPTED, False, Reason.REFERENCE_NOT_FOUND, message)
     else:
-        conditions.set(Type.ACCEPTED, True, Reason.ACCEPTED, _TIERS_LEFT_OUT if document.spec.tiers is not None else "")
+        conditions.set(Type.ACCEPTED, True, Reason.ACCEPTED, _tiers_told(document, pool))
     down = "; ".join(f"{expert.name}: {expert.message}" for expert in experts if not expert.ready)
     all_ready = num_ready == len(experts)
     conditions.set(Type.EXPERTS_READY, all_ready, Reason.ALL_EXPERTS_READY if all_ready else Reason.EXPERT_UNAVAILABLE, down)
@@ -165,6 +234,22 @@ def _status(
         conditions=conditions.values,
         experts=tuple(experts),
         experts_ready=f"{num_ready}/{len(experts)}",
-        url=f"http://{name_of(live)}-coe.{namespace}.svc:{DEFAULT_HTTP_PORT}/v1",
+        url=f"http://{composition_service(name_of(live))}.{namespace}.svc:{DEFAULT_HTTP_PORT}/v1",
+        model_pool=_pool_line(pool),
     )
     return status, conditions
+
+
+def _tiers_told(document: CompositionOfExperts, pool: ModelPoolSeen | None) -> str:
+    if document.spec.tiers is None:
+        return ""
+    return _NO_MEMBERS if pool is None else f"{', '.join(sorted(pool.members))} share a model pool"
+
+
+def _pool_line(pool: ModelPoolSeen | None) -> str:
+    """The model pool in a line, e.g. 2/3 resident."""
+    if pool is None:
+        return ""
+    if not pool.tiers:
+        return f"{len(pool.members)} experts"
+    return f"{sum(seen.resident for seen in pool.tiers.values())}/{len(pool.members)} resident"

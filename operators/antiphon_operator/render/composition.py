@@ -1,22 +1,25 @@
 """The router of a composition: its document with every expert at an address, its Deployment and Services (control speed, pure).
 
 The router runs the same ``antiphon coe serve`` as a laptop, on a document in which references to deployments have become addresses
-and references to Secrets have become environment variables. Must not know: which experts are ready.
+and references to Secrets have become environment variables. With tiers it is the model
+pool's pod as well, see ``model_pool``. Must not know: which experts are ready.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from antiphon.core.document.composition import CompositionOfExperts, ExpertSpec, SecretKeyRef
 from antiphon_operator.render.canonical import Json, fingerprint, to_yaml
+from antiphon_operator.render.model_pool import Member, pool_documents, pool_environment, pool_memory, pool_volumes
 from antiphon_operator.render.names import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT, HEALTH_PATH, LABEL_COMPOSITION, MANAGER
-from antiphon_operator.render.pods import CONTAINER_SECURITY, POD_SECURITY, resource_requirements
+from antiphon_operator.render.pods import CONTAINER_SECURITY, GRACE_MARGIN_S, POD_SECURITY, resource_requirements
 from antiphon_operator.render.settings import Settings
 
 _DIRECTORY = "/etc/antiphon"
 _FILE = "composition.yaml"
+_POOL_START_S = 1800  # fetching weights included; the startup probe gives as long
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +36,23 @@ def router_name(composition: str) -> str:
     return f"{composition}-router"
 
 
-def router_document(document: CompositionOfExperts, addresses: Mapping[str, Address]) -> Json:
-    """The document that the router reads; ``addresses`` has every referenced deployment."""
+def composition_service(composition: str) -> str:
+    """Name of the Service that leads to the router."""
+    return f"{composition}-coe"
+
+
+def router_document(document: CompositionOfExperts, addresses: Mapping[str, Address], members: Sequence[Member] = ()) -> Json:
+    """The document that the router reads; ``addresses`` has every referenced deployment, ``members`` those in its pod."""
+    within = {member.name for member in members}
     value: Json = document.model_dump(mode="json", by_alias=True, exclude_none=True)
     value["metadata"] = {"name": document.metadata.name}
+    if not within:
+        value["spec"].pop("tiers", None)
     for index, (expert, spec) in enumerate(zip(value["spec"]["experts"], document.spec.experts, strict=True)):
-        reference = expert.pop("deploymentRef", None)
         expert.pop("apiKeySecret", None)
+        if expert.get("deploymentRef") in within:
+            continue
+        reference = expert.pop("deploymentRef", None)
         if reference is not None:
             address = addresses[reference]
             expert["external"] = {"url": address.url, "model": address.model}
@@ -67,10 +80,21 @@ def key_of(expert: ExpertSpec, addresses: Mapping[str, Address]) -> SecretKeyRef
     return addresses[expert.deployment_ref].key
 
 
-def children(document: CompositionOfExperts, owner: Json, addresses: Mapping[str, Address], settings: Settings) -> tuple[Json, ...]:
-    """ConfigMap, Deployment and Service of the router."""
+def children(
+    document: CompositionOfExperts,
+    owner: Json,
+    addresses: Mapping[str, Address],
+    settings: Settings,
+    members: Sequence[Member] = (),
+) -> tuple[Json, ...]:
+    """ConfigMap, Deployment and Service of the router, which holds the model pool of ``members`` where there are any."""
     name = router_name(document.metadata.name)
-    text = to_yaml(router_document(document, addresses))
+    router = router_document(document, addresses, members)
+    text = pool_documents(router, members) if members else to_yaml(router)
+    # Two model pools at once would need their memory twice.
+    strategy: Json = {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}
+    if members:
+        strategy = {"type": "Recreate"}
     labels = {
         "app.kubernetes.io/name": "antiphon-router",
         "app.kubernetes.io/managed-by": MANAGER,
@@ -88,7 +112,7 @@ def children(document: CompositionOfExperts, owner: Json, addresses: Mapping[str
 
     template: Json = {
         "metadata": {"labels": labels, "annotations": {"serving.antiphon.dev/configuration": fingerprint(text, 16)}},
-        "spec": _pod(document, addresses, settings),
+        "spec": _pod(document, addresses, settings, members),
     }
     ports = [
         {"name": "http", "port": DEFAULT_HTTP_PORT, "targetPort": "http", "protocol": "TCP", "appProtocol": "http"},
@@ -109,14 +133,14 @@ def children(document: CompositionOfExperts, owner: Json, addresses: Mapping[str
             "spec": {
                 "replicas": document.spec.router.replicas,
                 "selector": {"matchLabels": selector},
-                "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
+                "strategy": strategy,
                 "template": template,
             },
         },
         {
             "apiVersion": "v1",
             "kind": "Service",
-            "metadata": metadata(document.metadata.name + "-coe"),
+            "metadata": metadata(composition_service(document.metadata.name)),
             "spec": {"type": "ClusterIP", "selector": selector, "ports": ports},
         },
     )
@@ -127,10 +151,11 @@ def _claim_of(uri: str) -> tuple[str, str]:
     return claim, path.strip("/")
 
 
-def _pod(document: CompositionOfExperts, addresses: Mapping[str, Address], settings: Settings) -> Json:
-    environment: list[Json] = [{"name": "HOME", "value": "/tmp"}]  # noqa: S108 - an emptyDir of the pod's own
+def _pod(document: CompositionOfExperts, addresses: Mapping[str, Address], settings: Settings, members: Sequence[Member]) -> Json:
+    environment: list[Json] = [{"name": "HOME", "value": "/tmp"}, *pool_environment(members)]  # noqa: S108 - an emptyDir of the pod's own
+    within = {member.name for member in members}
     for index, expert in enumerate(document.spec.experts):
-        secret = key_of(expert, addresses)
+        secret = None if expert.deployment_ref in within else key_of(expert, addresses)
         if secret is not None:
             reference = {"secretKeyRef": {"name": secret.name, "key": secret.key}}
             environment.append({"name": key_variable(index), "valueFrom": reference})
@@ -147,28 +172,41 @@ def _pod(document: CompositionOfExperts, addresses: Mapping[str, Address], setti
         claim, _ = _claim_of(artifact.uri)
         volumes.append({"name": "artifact", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}})
         mounts.append({"name": "artifact", "mountPath": "/artifact", "readOnly": True})
+    listen = ("--host", "0.0.0.0", "--http-port", str(DEFAULT_HTTP_PORT), "--grpc-port", str(DEFAULT_GRPC_PORT))  # noqa: S104 - a pod
+    verb = ("serve", "--no-ray", "--timeout", str(_POOL_START_S)) if members else ("coe", "serve")
+    resources = resource_requirements(document.spec.router.resources)
+    if members:
+        more = pool_volumes(document, members)
+        volumes += more[0]
+        mounts += more[1]
+        if document.spec.router.resources.memory is None:
+            resources["requests"]["memory"] = str(pool_memory(document, members).total)
     container: Json = {
         "name": "router",
         "image": settings.router_image or settings.runtime.image,
         "command": ["antiphon"],
-        "args": [
-            *("coe", "serve", "-f", f"{_DIRECTORY}/{_FILE}", "--host", "0.0.0.0"),  # noqa: S104 - pods listen on their own address
-            *("--http-port", str(DEFAULT_HTTP_PORT), "--grpc-port", str(DEFAULT_GRPC_PORT)),
-        ],
+        "args": [*verb, "-f", f"{_DIRECTORY}/{_FILE}", *listen],
         "env": environment,
         "ports": [
             {"name": "http", "containerPort": DEFAULT_HTTP_PORT, "protocol": "TCP"},
             {"name": "grpc", "containerPort": DEFAULT_GRPC_PORT, "protocol": "TCP"},
         ],
-        "resources": resource_requirements(document.spec.router.resources),
+        "resources": resources,
         "securityContext": CONTAINER_SECURITY,
-        "readinessProbe": {"httpGet": {"path": HEALTH_PATH, "port": "http"}, "periodSeconds": 5},
+        "readinessProbe": {"httpGet": {"path": "/ready" if members else HEALTH_PATH, "port": "http"}, "periodSeconds": 5},
         "livenessProbe": {"httpGet": {"path": HEALTH_PATH, "port": "http"}, "periodSeconds": 10, "failureThreshold": 12},
         "volumeMounts": mounts,
     }
-    return {
+    if members:
+        probe = {"httpGet": {"path": HEALTH_PATH, "port": "http"}, "periodSeconds": 5, "failureThreshold": _POOL_START_S // 5}
+        container["startupProbe"] = probe
+    pod: Json = {
         "automountServiceAccountToken": False,
         "securityContext": {**POD_SECURITY, "runAsUser": 1000},
         "containers": [container],
         "volumes": volumes,
     }
+    if members:
+        drain_s = max(member.document.spec.kubernetes.drain_s for member in members)
+        pod["terminationGracePeriodSeconds"] = int(drain_s) + GRACE_MARGIN_S
+    return pod

@@ -45,7 +45,7 @@ _ENVIRONMENT = {
     # take back at any time, and kill the worker at 95 % of the pod.
     "RAY_memory_monitor_refresh_ms": "0",
 }
-_GRACE_MARGIN_S = 30
+GRACE_MARGIN_S = 30
 
 
 def resource_requirements(resources: Resources) -> Json:
@@ -167,7 +167,7 @@ def _template(
     spec: Json = {
         "containers": [container],
         "securityContext": POD_SECURITY,
-        "terminationGracePeriodSeconds": int(kubernetes.drain_s) + _GRACE_MARGIN_S,
+        "terminationGracePeriodSeconds": int(kubernetes.drain_s) + GRACE_MARGIN_S,
         "volumes": [
             {"name": "tmp", "emptyDir": {}},
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": str(shm_bytes)}},

@@ -10,12 +10,12 @@ from typing import Annotated
 import typer
 
 from antiphon.apps.serve.deployment_set import unknown_references
-from antiphon.apps.tiers.plan import tier_problems
 from antiphon.core.device import device_problems
 from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.core.document.loading import Document, read_documents
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import Problem, SpecInvalid
+from antiphon.core.tiers import tier_problems
 
 app = typer.Typer(add_completion=False)
 

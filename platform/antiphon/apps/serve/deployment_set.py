@@ -12,13 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from antiphon.apps.tiers.plan import TierPool, tier_pools_of, tier_problems
+from antiphon.apps.tiers.plan import TierPool, tier_pools_of
 from antiphon.core.device import device_problems
 from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.core.document.loading import Document
 from antiphon.core.document.serving import EndpointSpec
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import Problem, SpecInvalid
+from antiphon.core.tiers import tier_problems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
