@@ -106,7 +106,7 @@ KINDS: tuple[KindDefinition, ...] = (
             _READY,
             _REASON,
             Column(name="Experts", path=".status.expertsReady", description="Ready of all experts."),
-            Column(name="Pool", path=".status.modelPool", description="Experts that share memory.", priority=1),
+            Column(name="Pool", path=".status.modelPool", wide=True, description="Experts that share memory."),
             Column(name="Policy", path=".spec.policy.name", description="What is weighed against quality."),
             Column(name="URL", path=".status.url", description="HTTP API within the cluster."),
             _AGE,
