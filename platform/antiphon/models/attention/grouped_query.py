@@ -15,6 +15,7 @@ from antiphon.models.cards import kernels
 from antiphon.models.config import AttentionConfig, LayerConfig, NormKind
 from antiphon.models.layers.functional import Norm, RMSNorm, Rope, read_norm
 from antiphon.models.layers.linear import Linear
+from antiphon.models.layers.quantized import join_linear
 from antiphon.models.loading.weights import Weights
 from antiphon.models.native.library import available
 
@@ -31,11 +32,11 @@ class GroupedAttention:
         self._rope = rope
         names, prefix = layer.names, layer.prefix + layer.names.attention
         parts = [prefix + "q_proj", prefix + "k_proj", prefix + "v_proj"]
-        weight = torch.cat([weights.read(part + ".weight") for part in parts])
         bias = torch.cat([weights.read(part + ".bias") for part in parts]) if config.qkv_bias else None
-        self._qkv = Linear(weight, bias)
+        self._qkv = join_linear([weights.part(part + ".weight") for part in parts], bias)
         out_bias = weights.read(prefix + "o_proj.bias") if config.output_bias else None
-        self._out = Linear(weights.read(prefix + "o_proj.weight"), out_bias)
+        self._out = join_linear([weights.part(prefix + "o_proj.weight")], out_bias)
+        self._qkv_tiles, self._out_tiles = (each.tiles if isinstance(each, Linear) else None for each in (self._qkv, self._out))
         q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self._widths = [q_width if config.q_rank is None else config.q_rank, kv_width, kv_width]
         self._q_norm: Norm | None = None
@@ -62,28 +63,28 @@ class GroupedAttention:
         self._sinks_N = weights.read(prefix + names.sinks, dtype=torch.float32) if config.has_sinks else None
         self._shaping: Shaping | None = None
         if config.softcap is not None or self._sinks_N is not None:
-            if is_card(weight.device):
+            if is_card(weights.device):
                 raise UnsupportedModel("attention with bounded scores or sinks is not computed on a card yet", "softcap")
             self._shaping = Shaping(softcap=config.softcap, sinks_N=self._sinks_N)
         self._native = (
             available()
-            and weight.device.type == "cpu"
+            and weights.device.type == "cpu"
             and rotates_whole_rows
-            and all(w is None or w.dtype is weight.dtype for w in self._head_norms)
+            and all(w is None or w.dtype is weights.dtype for w in self._head_norms)
         )
-        self._card = kernels() if rotates_whole_rows and is_card(weight.device) else None
+        self._card = kernels() if rotates_whole_rows and is_card(weights.device) else None
         # The matrix units' attention does not shape scores: such layers take the decode kernel and, for chunks, torch.
-        self._tiles = self._native and self._qkv.tiles is not None and config.head_dim % _TILE_DIMS == 0 and self._shaping is None
+        self._tiles = self._native and self._qkv_tiles is not None and config.head_dim % _TILE_DIMS == 0 and self._shaping is None
 
     @property
     def first_weight(self) -> torch.Tensor | None:
         """What ``half`` reads first, as our matrix kernels take it; None where they don't serve it."""
-        return self._qkv.tiles
+        return self._qkv_tiles
 
     @property
     def joins_norms(self) -> bool:
         """Whether ``half`` can be called."""
-        return self._tiles and self._out.tiles is not None and self._head_gate is None
+        return self._tiles and self._out_tiles is not None and self._head_gate is None
 
     def half(
         self, x_TD: torch.Tensor, batch: AttentionBatch, layer: int, cache: KVCache, input_norm: RMSNorm, ffn_norm: RMSNorm
@@ -92,10 +93,10 @@ class GroupedAttention:
         c = self._config
         k_cache, v_cache = cache.planes[layer]
         rows: torch.Tensor = torch.ops.antiphon.attention_half(
-            *(x_TD, input_norm.weight_D, self._qkv.tiles, self._qkv.bias, self._rope.cos, self._rope.sin),
+            *(x_TD, input_norm.weight_D, self._qkv_tiles, self._qkv.bias, self._rope.cos, self._rope.sin),
             *(batch.positions_T, batch.slots_T, k_cache, v_cache, batch.decode_blocks_BM, batch.decode_lens_B),
             *(batch.block_size_tokens, batch.chunk_slots, batch.chunk_rows, c.num_heads, c.scale, c.sliding_window or 0),
-            *(*self._head_norms, self._out.tiles, self._out.bias, ffn_norm.weight_D, self._eps),
+            *(*self._head_norms, self._out_tiles, self._out.bias, ffn_norm.weight_D, self._eps),
         )
         return rows
 

@@ -25,6 +25,11 @@ class FourBitLinear:
         self.in_features = parts[0].shape[1]
         self.num_bytes = sum(part.num_bytes for part in parts)
 
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias as given."""
+        return self._bias
+
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
         """[T, O], newly allocated."""
         out = x_TI.new_empty(x_TI.shape[0], self.out_features)

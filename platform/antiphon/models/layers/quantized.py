@@ -54,6 +54,11 @@ class TileInt8:
 class Int8Linear:
     """x_TI @ (scale_O * weight_OI)^T + bias_O."""
 
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias as given."""
+        return self._bias
+
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> None:
         self.out_features, self.in_features = weight_OI.shape
         self._bias = bias_O

@@ -9,12 +9,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from antiphon.core.errors import CheckpointInvalid
 from antiphon.core.ids import FFNShard, slice_bounds
 from antiphon.models.attention.kv_cache import TORCH_DTYPES
 from antiphon.models.config import DecoderConfig, FFNConfig, LayerConfig, MoEConfig
 from antiphon.models.decoder import kv_layout
 from antiphon.models.experts.placement import ExpertPlacement
 from antiphon.models.loading.checkpoint import Checkpoint
+from antiphon.models.loading.stored.formats import shape_of, stands_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,14 +55,15 @@ def take_inventory(config: DecoderConfig, checkpoint: Checkpoint, dtype: str) ->
             dense += _dense(config, ffn)
             active += _dense(config, ffn)
             names = layer.names
-            checkpoint.expect(layer.prefix + names.ffn + names.up + ".weight", (ffn.intermediate_size, config.hidden_size))
+            _expect(checkpoint, layer.prefix + names.ffn + names.up + ".weight", (ffn.intermediate_size, config.hidden_size))
         elif isinstance(ffn, MoEConfig):
             one = 3 * config.hidden_size * ffn.intermediate_size
+            one += 2 * ffn.intermediate_size + config.hidden_size if ffn.bias else 0
             common = 3 * config.hidden_size * ffn.shared_intermediate_size
             experts += one * ffn.gate.num_experts
             shared += common
             active += one * ffn.gate.top_k + common
-    attention = sum(math.prod(checkpoint.shape(name)) for name in _attention_names(config, checkpoint))
+    attention = sum(math.prod(shape_of(checkpoint, name)) for name in _attention_names(config, checkpoint))
     embedding = config.vocab_size * config.hidden_size
     sparse = [ffn for ffn in config.ffns if isinstance(ffn, MoEConfig)]
     return Inventory(
@@ -94,6 +97,12 @@ def ffn_shard_bytes(config: DecoderConfig, shard: FFNShard, placement: ExpertPla
     return total * itemsize_bytes
 
 
+def _expect(checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> None:
+    found = shape_of(checkpoint, name)
+    if found != shape:
+        raise CheckpointInvalid(f"{checkpoint.path}: tensor {name!r} has shape {list(found)}, but the config needs {list(shape)}")
+
+
 def _dense(config: DecoderConfig, ffn: FFNConfig) -> int:
     biases = 2 * ffn.intermediate_size + config.hidden_size if ffn.bias else 0
     return 3 * config.hidden_size * ffn.intermediate_size + biases
@@ -105,7 +114,7 @@ def _attention_names(config: DecoderConfig, checkpoint: Checkpoint) -> Iterable[
     ffn_prefixes = tuple({prefix for layer in config.layers for prefix in _ffn_prefixes(layer)})
     gates = {layer.prefix + name for layer in config.layers for name in _gate_names(layer)}
     top = (config.names.embed, config.names.final_norm + ".", *(() if config.tie_embeddings else (config.names.lm_head + ".",)))
-    for name in checkpoint.names:
+    for name in filter(None, map(stands_for, checkpoint.names)):
         in_layer = any(name.startswith(prefix) for prefix in wanted)
         if name.startswith(top) or (in_layer and (name in gates or not name.startswith(ffn_prefixes))):
             yield name
@@ -113,7 +122,8 @@ def _attention_names(config: DecoderConfig, checkpoint: Checkpoint) -> Iterable[
 
 def _ffn_prefixes(layer: LayerConfig) -> list[str]:
     names = layer.names
-    expert = names.stacked_experts if names.stacked_experts is not None else names.expert.partition("{e}")[0]
+    whole = names.stacked_experts if names.fused_experts is None else names.fused_experts
+    expert = names.expert.partition("{e}")[0] if whole is None else whole
     return [layer.prefix + prefix for prefix in (names.ffn, expert, names.shared)]
 
 
@@ -122,6 +132,7 @@ def _gate_names(layer: LayerConfig) -> list[str]:
     for moe in (layer.ffn, layer.shortcut):
         if isinstance(moe, MoEConfig):
             found.append(names.router)
+            found += [names.router_bias] if moe.gate.has_logit_bias else []
             found += [names.correction_bias] if moe.gate.has_correction_bias else []
             found += [names.expert_scale] if moe.gate.has_expert_scale else []
             found += [names.shared_gate] if moe.has_shared_gate else []

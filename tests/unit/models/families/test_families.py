@@ -27,7 +27,7 @@ def config(kind: Any, architecture: str, **fields: Any) -> dict[str, Any]:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown field": ({**LLAMA, "residual_scale": 0.5}, "residual_scale"),
-    "quantised weights": ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, "quantization_config.quant_method"),
+    "quantised weights": ({**LLAMA, "quantization_config": {"quant_method": "hqq"}}, "quantization_config.quant_method"),
     "an unknown activation": ({**LLAMA, "hidden_act": "relu"}, "hidden_act"),
     "an unknown rope": ({**LLAMA, "rope_scaling": {"rope_type": "longrope"}}, "rope_scaling.rope_type"),
     "an unknown rope parameter": ({**LLAMA, "rope_scaling": {"rope_type": "linear", "bend": 2.0}}, "rope_scaling.bend"),

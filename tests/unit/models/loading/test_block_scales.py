@@ -65,7 +65,7 @@ def test_8_bit_floats_without_scales_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"quant_method": "awq"}, "quantization_config.quant_method"),
+        ({"quant_method": "hqq"}, "quantization_config.quant_method"),
         ({"activation_scheme": "static"}, "quantization_config.activation_scheme"),
         ({"weight_block_size": None}, "quantization_config.weight_block_size"),
         ({"bits": 4}, "quantization_config.bits"),

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import torch
 
-from antiphon.core.errors import CheckpointInvalid
 from antiphon.models.loading.block_scales import is_scaled, read_scaled
 from antiphon.models.loading.checkpoint import Checkpoint
 from antiphon.models.loading.stored.four_bit import FourBit
+from antiphon.models.loading.stored.packed import is_packed, packed_shape, read_packed
+from antiphon.models.loading.stored.scaled import has_output_scale, read_by_output
 
+_BESIDE = (
+    *(".qzeros", ".scales", ".g_idx", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx"),
+    *(".weight_scale_inv", ".input_scale", "_scales"),
+)
 Span = tuple[int, int] | None
 
 
 def is_four_bit(checkpoint: Checkpoint, name: str) -> bool:
     """Whether the matrix ``name`` is stored in four bits."""
-    return False
+    return is_packed(checkpoint, name)
 
 
 def read_four_bit(checkpoint: Checkpoint, name: str, rows: Span, cols: Span) -> FourBit:
@@ -26,12 +31,14 @@ def read_four_bit(checkpoint: Checkpoint, name: str, rows: Span, cols: Span) -> 
     Raises:
         CheckpointInvalid: a tensor that the format needs is missing, or has another shape.
     """
-    raise CheckpointInvalid(f"{checkpoint.path}: {name!r} is not stored in four bits")
+    return read_packed(checkpoint, name, rows, cols)
 
 
 def is_stored(checkpoint: Checkpoint, name: str) -> bool:
     """Whether the tensor ``name`` has to be worked out from what is stored."""
-    return is_four_bit(checkpoint, name) or (name in checkpoint.names and is_scaled(checkpoint, name))
+    if is_four_bit(checkpoint, name) or has_output_scale(checkpoint, name):
+        return True
+    return name in checkpoint.names and is_scaled(checkpoint, name)
 
 
 def read_stored(checkpoint: Checkpoint, name: str, rows: Span, cols: Span, dtype: torch.dtype) -> torch.Tensor:
@@ -42,9 +49,21 @@ def read_stored(checkpoint: Checkpoint, name: str, rows: Span, cols: Span, dtype
     """
     if is_four_bit(checkpoint, name):
         return read_four_bit(checkpoint, name, rows, cols).values(dtype)
+    if has_output_scale(checkpoint, name):
+        return read_by_output(checkpoint, name, rows, cols, dtype)
     return read_scaled(checkpoint, name, rows, cols, dtype)
 
 
 def shape_of(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
     """The shape of what ``name`` stands for. Raises CheckpointInvalid."""
-    return checkpoint.shape(name)
+    return packed_shape(checkpoint, name) if is_packed(checkpoint, name) else checkpoint.shape(name)
+
+
+def stands_for(name: str) -> str | None:
+    """The weight that a stored tensor is of; None for what only goes with one: scales, zero points, orders."""
+    if name.endswith(_BESIDE):
+        return None
+    for suffix in (".qweight", ".weight_packed"):
+        if name.endswith(suffix):
+            return name.removesuffix(suffix) + ".weight"
+    return name
