@@ -247,6 +247,28 @@ COMPOSITION_RULES: tuple[Rule, ...] = (
         message="fallbacks must name some of the experts",
     ),
     Rule(
+        path="spec",
+        rule="!has(self.combine) || self.combine.experts.all(n, self.experts.exists(e, e.name == n)) && "
+        "(!has(self.combine.checks) || self.combine.checks.all(c, self.experts.exists(e, e.name == c.expert)))",
+        message="combine must name some of the experts",
+    ),
+    Rule(
+        path="spec.combine",
+        rule="self.experts.all(n, self.experts.exists_one(e, e == n))",
+        message="combine asks each expert once",
+    ),
+    Rule(
+        path="spec.combine",
+        rule="self.mode != 'vote' || self.minVotes <= size(self.experts)",
+        message="minVotes must not be above the number of combined experts",
+    ),
+    Rule(
+        path="spec.combine",
+        rule="self.mode != 'cascade' || self.experts.all(n, has(self.checks) && self.checks.exists(c, c.expert == n) || "
+        "self.otherwise != 'decline' && n == self.experts[size(self.experts) - 1])",
+        message="a cascade needs a check for each expert, but for the last one when otherwise is answer",
+    ),
+    Rule(
         path="spec.policy",
         rule="self.name != 'budget' || has(self.maxAvgActiveParamsB) || has(self.maxAvgCost)",
         message="policy budget needs maxAvgActiveParamsB or maxAvgCost",

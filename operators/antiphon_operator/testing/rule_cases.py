@@ -55,6 +55,10 @@ def _coe(**spec: Any) -> dict[str, Any]:
     }
 
 
+_VOTE = {"mode": "vote", "experts": ["math", "chat"]}
+_CHECK = {"expert": "math", "weight": 1.0, "bias": 2.0}
+
+
 def _external(**fields: Any) -> dict[str, Any]:
     return _coe(experts=[{"name": "chat", "external": {"url": "https://x/v1", "model": "m", **fields}}])
 
@@ -199,6 +203,13 @@ CASES: dict[str, dict[str, tuple[Case, Case]]] = {
             _coe(categories=[{"name": "c", "expert": "law"}]),
         ),
         "rules must name": (_coe(rules=[_RULE]), _coe(rules=[{**_RULE, "expert": "law"}])),
+        "combine must name": (_coe(combine=_VOTE), _coe(combine={**_VOTE, "experts": ["math", "law"]})),
+        "combine asks each": (_coe(combine=_VOTE), _coe(combine={**_VOTE, "experts": ["math", "math"]})),
+        "minVotes must not": (_coe(combine=_VOTE), _coe(combine={**_VOTE, "minVotes": 3})),
+        "a cascade needs a check": (
+            _coe(combine={**_VOTE, "mode": "cascade", "checks": [_CHECK]}),
+            _coe(combine={**_VOTE, "mode": "cascade", "checks": [_CHECK], "otherwise": "decline"}),
+        ),
         "fallbacks must name": (_coe(fallbacks=["math"]), _coe(fallbacks=["law"])),
         "policy budget needs": (_coe(policy={"name": "budget", "maxAvgCost": 1}), _coe(policy={"name": "budget"})),
         "give maxAvgActiveParamsB": (_coe(policy={"maxAvgCost": 1}), _coe(policy={"maxAvgCost": 1, "maxAvgActiveParamsB": 1})),

@@ -221,6 +221,31 @@ def add_expert(
 
 
 @app.command()
+def calibrate(
+    answers: Annotated[
+        Path, typer.Option(help='Scored answers, JSON lines {"expert", "mean_logprob", "score"}: log-probability per token, 0..1.')
+    ],
+    accept: Annotated[float, typer.Option(min=0.01, max=0.99, help="Chance of a good answer from which one is taken.")] = 0.7,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Make the checks of a cascade from answers that were scored; what they are worth is measured on answers kept from them."""
+    from antiphon.coe.judging.checks import checks_from
+
+    found = checks_from(answers, accept)
+    if as_json:
+        click.echo(_json([asdict(check) for check in found]))
+        return
+    click.echo("checks:  # of spec.combine")
+    for check in found:
+        click.echo(f"- {{expert: {check.expert}, weight: {check.weight}, bias: {check.bias}}}")
+        score = "" if check.accepted_score is None else f", which score {check.accepted_score:.3f}"
+        _say(
+            f"{check.expert}: {check.num_answers} answers score {check.mean_score:.3f}; at {accept:g} it accepts "
+            f"{100 * check.accepted:.0f} %{score}; calibration error {check.calibration_error:.3f}"
+        )
+
+
+@app.command()
 def serve(
     file: Annotated[Path, typer.Option("-f", "--file", help="YAML file with CompositionOfExperts documents.")],
     endpoint: Annotated[

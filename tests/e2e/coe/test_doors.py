@@ -284,3 +284,105 @@ async def test_keys_are_checked_and_large_bodies_refused(artifact: Artifact) -> 
             yield b""
 
         assert (await client.post("/v1/completions", content=silent())).status_code == 401
+
+
+# ---- more than one expert
+
+CASCADE = {
+    "mode": "cascade",
+    "experts": ["model-0", "model-2"],
+    "accept": 0.6,
+    "checks": [{"expert": "model-0", "weight": 1.0, "bias": 1.0}],
+}
+
+
+class SureExperts(Experts):
+    """They tell how sure they are, and what they used."""
+
+    def __init__(self, sure: dict[str, float], says: dict[str, str] | None = None) -> None:
+        super().__init__()
+        self.sure, self.says, self.bodies = sure, says or {}, []
+        self.ids: list[str] = []
+
+    async def chat(self, request: Request) -> Response:
+        body = await request.json()
+        model = body["model"]
+        self.bodies.append(body)
+        if body.get("stream") or model in self.refuse:
+            return await super().chat(request)
+        self.asked.append(model)
+        self.ids.append(request.scope["state"].get("request_id", ""))
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": self.says.get(model, f"I am {model}")},
+            "logprobs": {"content": [{"token": "I", "logprob": self.sure.get(model, 0.0)}]},
+            "finish_reason": "stop",
+        }
+        usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+        return JSONResponse({"id": "x", "object": "chat.completion", "model": model, "choices": [choice], "usage": usage})
+
+
+async def test_a_cascade_gives_the_answer_that_its_check_accepts_and_says_who_was_asked(artifact: Artifact) -> None:
+    experts = SureExperts({"served-0": -5.0})
+    async with door(artifact, experts, combine=CASCADE) as (client, _):
+        dear = await _ask(client)
+        told = await client.get(f"/v1/decisions/{dear.headers['x-antiphon-decision-id']}")
+        experts.sure["served-0"] = -0.1
+        cheap = await _ask(client)
+        named = await _ask(client, headers={"x-antiphon-expert": "model-1"})
+    assert (dear.json()["model"], dear.headers["x-antiphon-expert"]) == ("served-2", "model-2")
+    assert dear.headers["x-antiphon-asked"] == "model-0 rejected 0.02; model-2 unchecked"
+    assert dear.json()["usage"] == {"prompt_tokens": 14, "completion_tokens": 6, "total_tokens": 20}
+    assert [(one["expert"], one["outcome"]) for one in dear.json()["antiphon"]["asked"]] == [
+        ("model-0", "rejected"),
+        ("model-2", "unchecked"),
+    ]
+    assert told.json()["asked"] == dear.json()["antiphon"]["asked"]
+    assert dear.json()["choices"][0]["logprobs"] is None
+    assert (cheap.json()["model"], cheap.json()["usage"]["total_tokens"]) == ("served-0", 10)
+    assert experts.asked == ["served-0", "served-2", "served-0", "served-1"]
+    assert "x-antiphon-combined" not in named.headers
+
+
+async def test_a_cascade_streams_what_was_accepted_at_once_and_its_last_expert_as_it_speaks(artifact: Artifact) -> None:
+    experts = SureExperts({"served-0": -0.1})
+    async with door(artifact, experts, combine=CASCADE) as (client, _):
+        accepted = await _ask(client, stream=True, stream_options={"include_usage": True})
+        experts.sure["served-0"] = -5.0
+        last = await _ask(client, stream=True)
+    events = [json.loads(line[6:]) for line in accepted.text.split("\n\n") if line.startswith("data: {")]
+    assert events[0]["choices"][0]["delta"]["content"] == "I am served-0"
+    assert (events[-1]["usage"]["total_tokens"], accepted.text.endswith("data: [DONE]\n\n")) == (10, True)
+    assert last.text.count("data: {") == 3
+    assert last.headers["x-antiphon-expert"] == "model-2"
+    assert [bool(body.get("stream")) for body in experts.bodies] == [False, False, True]
+
+
+async def test_a_vote_asks_all_and_a_failure_has_no_vote(artifact: Artifact) -> None:
+    experts = SureExperts({}, says={"served-0": "12", "served-1": "43", "served-2": "43."})
+    vote = {"mode": "vote", "experts": ["model-0", "model-1", "model-2"], "otherwise": "decline"}
+    async with door(artifact, experts, combine=vote) as (client, _):
+        answer = await _ask(client)
+        experts.refuse["served-2"] = 503
+        declined = await _ask(client)
+        several = await _ask(client, n=2)
+    assert answer.json()["choices"][0]["message"]["content"] == "43"
+    assert answer.headers["x-antiphon-expert"] == "model-1"
+    assert declined.status_code == 422
+    assert declined.json()["error"]["code"] == "declined"
+    assert "model-2 failed status 503" in declined.json()["error"]["message"]
+    assert "x-antiphon-combined" not in several.headers
+
+
+async def test_what_no_expert_is_expected_to_answer_well_is_declined_before_anybody_is_asked(artifact: Artifact) -> None:
+    experts = Experts()
+    async with door(artifact, experts, gate={"declineBelow": 1.0}) as (client, _):
+        answer = await _ask(client)
+    assert (answer.status_code, answer.json()["error"]["code"], experts.asked) == (422, "declined", [])
+
+
+async def test_the_deadline_holds_over_all_who_are_asked(artifact: Artifact) -> None:
+    combine = {**CASCADE, "experts": ["model-1", "model-2"], "checks": [{"expert": "model-1", "weight": 1.0, "bias": 1.0}]}
+    async with _black_hole() as url, door(artifact, Experts(), external=url, combine=combine) as (client, _):
+        answer = await _ask(client, headers={"x-request-timeout-s": "0.3"})
+    assert answer.status_code == 504

@@ -230,6 +230,34 @@ async def test_an_external_expert_answers_over_grpc(artifact: Path, tmp_path: Pa
     assert (asked[0][0]["model"], asked[0][0]["max_tokens"], asked[0][1]) == ("their-model", 9, None)
 
 
+async def test_a_cascade_holds_what_its_check_rejects_at_both_doors(artifact: Path, tmp_path: Path) -> None:
+    # The engines say the same of every token, so the checks' biases alone decide.
+    checks = [{"expert": f"model-{i}", "weight": 1.0, "bias": bias} for i, bias in enumerate((-9.0, 9.0))]
+    composition = document(artifact, combine={"mode": "cascade", "experts": ["model-0", "model-1", "model-2"], "checks": checks})
+    async with world(tmp_path, composition) as made, AsyncClient(made.grpc()) as client, made.openai() as http:
+        stream = client.stream("coe/team", messages=[{"role": "user", "content": SUMS}], max_tokens=4)
+        async with stream:
+            chunks = [chunk async for chunk in stream]
+            routed = dict(stream.routed)
+        answer = await client.generate("coe/team", messages=[{"role": "user", "content": SUMS}], max_tokens=4)
+        alone = await client.generate("served-1", messages=[{"role": "user", "content": SUMS}], max_tokens=4)
+        raw = await http.chat.completions.with_raw_response.create(
+            model="coe/team", messages=[{"role": "user", "content": SUMS}], max_tokens=4
+        )
+    said = "model-0 rejected 0.00; model-1 accepted 1.00"
+    assert (routed["x-antiphon-expert"], routed["x-antiphon-combined"], routed["x-antiphon-asked"]) == ("model-1", "cascade", said)
+    assert "".join(chunk.text for chunk in chunks)
+    assert not any(chunk.logprobs for chunk in chunks)
+    assert answer.usage is not None
+    assert alone.usage is not None
+    assert answer.usage.num_prompt_tokens == 2 * alone.usage.num_prompt_tokens
+    assert raw.headers["x-antiphon-asked"] == said
+    usage = raw.parse().usage
+    assert usage is not None
+    assert usage.prompt_tokens == 2 * alone.usage.num_prompt_tokens
+    assert [len(worker.engine.requests) for worker in made.workers] == [3, 4, 0]
+
+
 async def test_a_lost_connection_goes_on_with_the_same_expert_at_another_gateway(artifact: Path, tmp_path: Path) -> None:
     async with world(tmp_path, document(artifact), num_gateways=2) as made:
         for worker in made.workers:

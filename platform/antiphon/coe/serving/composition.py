@@ -10,12 +10,14 @@ import asyncio
 import hashlib
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Literal
 
 from antiphon.coe.routing.decision import Decision, DecisionId, Question, View
 from antiphon.coe.routing.router import Record
 from antiphon.coe.serving.circuit_breaker import Breaker
+from antiphon.coe.serving.combining import Asked
 from antiphon.coe.serving.deciders import Routes
 from antiphon.coe.serving.expert_health import ExpertHealth
 from antiphon.core.directory import Notes
@@ -55,6 +57,7 @@ class Composition:
         self._wall_clock = wall_clock
         self._num_fallbacks = 0
         self._last_fallback = ""
+        self._asked: OrderedDict[DecisionId, tuple[Asked, ...]] = OrderedDict()
         self.num_running = health.num_running
 
     @property
@@ -118,6 +121,16 @@ class Composition:
                 )
         except (AntiphonError, TimeoutError) as error:
             _log.warning("%s: the session's expert could not be noted: %s", self.name, error)
+
+    def note_asked(self, decision_id: DecisionId, asked: tuple[Asked, ...]) -> None:
+        """Remember who said what, for as many decisions as the router remembers."""
+        self._asked[decision_id] = asked
+        while len(self._asked) > self.document.spec.router.record_decisions:
+            self._asked.popitem(last=False)
+
+    def asked(self, decision_id: DecisionId) -> tuple[Asked, ...]:
+        """Who was asked for a decision and what came of each; nobody where one expert answered, or through another gateway."""
+        return self._asked.get(decision_id, ())
 
     def status(self) -> CompositionStatus:
         """How it stands now."""

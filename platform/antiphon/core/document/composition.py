@@ -173,6 +173,67 @@ class GateSpec(Model):
         default=1.0, ge=0, le=10,
         description="1 = the thresholds chosen in training; above 1 gates more requests, below 1 fewer, 0 none.",
     )  # fmt: skip
+    decline_below: float | None = Field(
+        default=None, gt=0, le=1,
+        description="A request of which even the best expert is expected to score less is declined and asks nobody; None = never.",
+    )  # fmt: skip
+
+
+class CheckSpec(Model):
+    """How far the log-probability of an expert's answer speaks for it; ``antiphon coe calibrate`` makes it from scored answers."""
+
+    expert: Name = Field(description="The expert.")
+    weight: float = Field(ge=0, le=1000, description="Log-odds of a good answer, per unit of mean log-probability of its tokens.")
+    bias: float = Field(ge=-1000, le=1000, description="Log-odds of a good answer whose tokens were all certain.")
+
+
+class CombineSpec(Model):
+    """More than one expert for a request that no rule, mapping or header decides."""
+
+    mode: Literal["cascade", "vote"] = Field(
+        description="cascade: one after the other until a check accepts an answer; vote: all at once, the answer that most give."
+    )
+    experts: tuple[Name, ...] = Field(
+        description="Who is asked: for a cascade in this order, the cheap ones first; for a vote, ties go to the earlier.",
+        min_length=2, max_length=8,
+    )  # fmt: skip
+    accept: float = Field(default=0.7, gt=0, lt=1, description="cascade: chance of a good answer from which it is taken.")
+    checks: tuple[CheckSpec, ...] = Field(
+        default=(), max_length=8,
+        description="cascade: the check of each expert; with otherwise answer, the last one needs none.",
+    )  # fmt: skip
+    compare: Literal["whole", "last-line", "last-number"] = Field(
+        default="whole", description="vote: what of two answers must be equal, but for case, spaces and marks at the ends."
+    )
+    min_votes: int = Field(default=2, ge=1, le=8, description="vote: so many must agree.")
+    otherwise: Literal["answer", "decline"] = Field(
+        default="answer",
+        description="Without an accepted answer: the last (cascade) or most voted for (vote) one stands, or it is declined.",
+    )
+    max_tokens: int | None = Field(
+        default=None, ge=1, le=1_000_000_000,
+        description="Prompt and output tokens of one request over all experts: once used, nobody more is asked; None = no limit.",
+    )  # fmt: skip
+    step_timeout_s: float = Field(default=60.0, gt=0, le=3600, description="An expert that has not finished by then has failed.")
+
+    _lists = field_validator("experts", "checks", mode="before")(_tuple)
+
+    @model_validator(mode="after")
+    def _fits(self) -> CombineSpec:
+        if len(set(self.experts)) < len(self.experts):
+            raise ValueError("experts: each one is asked once")
+        if self.mode == "vote" and self.min_votes > len(self.experts):
+            raise ValueError("minVotes: there are not so many experts")
+        if self.mode == "cascade":
+            checked = self.experts if self.otherwise == "decline" else self.experts[:-1]
+            for name in checked:
+                if self.check(name) is None:
+                    raise ValueError(f"checks: a cascade needs a check for {name!r}")
+        return self
+
+    def check(self, expert: str) -> CheckSpec | None:
+        """The expert's check, if it has one."""
+        return next((check for check in self.checks if check.expert == expert), None)
 
 
 class StickinessSpec(Model):
@@ -263,6 +324,7 @@ class CompositionSpec(Model):
     categories: tuple[CategorySpec, ...] = Field(default=(), description="Categories with a fixed mapping.", max_length=1024)
     router: RouterSpec = Field(default_factory=RouterSpec, description="The router's artifact, pool and limits.")
     policy: PolicySpec = Field(default_factory=PolicySpec, description="What to weigh against quality.")
+    combine: CombineSpec | None = Field(default=None, description="Ask more than one expert; None = one expert answers.")
     gate: GateSpec = Field(default_factory=GateSpec, description="What happens to uncertain requests.")
     stickiness: StickinessSpec = Field(default_factory=StickinessSpec, description="How sessions keep their expert.")
     rules: tuple[RuleSpec, ...] = Field(default=(), description="Rules that come first, in order.", max_length=256)
@@ -299,6 +361,9 @@ class CompositionSpec(Model):
         found = [("general", self.general)]
         found += [(f"categories.{i}.expert", c.expert) for i, c in enumerate(self.categories) if c.expert is not None]
         found += [(f"rules.{i}.expert", rule.expert) for i, rule in enumerate(self.rules)]
+        if self.combine is not None:
+            found += [(f"combine.experts.{i}", name) for i, name in enumerate(self.combine.experts)]
+            found += [(f"combine.checks.{i}.expert", check.expert) for i, check in enumerate(self.combine.checks)]
         found += [(f"fallbacks.{i}", name) for i, name in enumerate(self.fallbacks)]
         return found
 

@@ -22,6 +22,7 @@ from antiphon.core.errors import InvalidInput
 from antiphon.gateway.http.bodies import check_structure
 
 TRY_NEXT = frozenset({404, 429, 500, 502, 503, 504})
+_MAX_ID_CHARS = 120  # a number is put behind
 _HEADER_SAFE = " !#$&'()*+,-./:;<=>?@[]^_`{|}~"
 
 
@@ -167,6 +168,20 @@ def body_scope(scope: Scope, num_bytes: int, state: Mapping[str, Any]) -> Scope:
     headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
     headers.append((b"content-length", str(num_bytes).encode()))
     return {**scope, "headers": headers, "state": {**scope.get("state", {}), **state}}
+
+
+def scope_of_part(scope: Scope, number: int) -> Scope:
+    """The scope of one of several requests that a request becomes, each with an id of its own."""
+    state = scope.get("state", {})
+    whole = state.get("request_id")
+    part = {} if whole is None else {"request_id": f"{whole[:_MAX_ID_CHARS]}.{number}"}
+    headers = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
+    return {**scope, "headers": headers, "state": {**state, **part}}
+
+
+def quoted(text: str) -> str:
+    """As a header can carry it."""
+    return quote(text, safe=_HEADER_SAFE)
 
 
 def replayed(raw: bytes, receive: Receive) -> Receive:

@@ -19,8 +19,10 @@ from antiphon.gateway.generation.request import (
     Completed,
     Event,
     GenerationRequest,
+    Logprob,
     Started,
     TextPrompt,
+    TokenProbability,
     Usage,
 )
 
@@ -84,8 +86,8 @@ async def external_events(
 
 def _body(endpoint: ExternalEndpoint, request: GenerationRequest) -> tuple[str, dict[str, Any]]:
     sampling = request.sampling
-    if sampling.num_logprobs is not None:
-        raise InvalidInput("external experts give no log-probabilities over gRPC", "num_logprobs")
+    if sampling.num_logprobs:
+        raise InvalidInput("external experts give no log-probabilities of other tokens over gRPC", "num_logprobs")
     body: dict[str, Any] = {"model": endpoint.model, "stream": True, "stream_options": {"include_usage": True}, "n": request.n}
     prompt = request.prompts[0]
     match prompt:
@@ -99,6 +101,8 @@ def _body(endpoint: ExternalEndpoint, request: GenerationRequest) -> tuple[str, 
             body["prompt"] = prompt.text
         case _:
             raise InvalidInput("external experts take text only", "tokens")
+    if sampling.num_logprobs == 0:
+        body["logprobs"] = path == "/chat/completions" or 0
     for name in ("max_tokens", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed"):
         if (value := getattr(sampling, name)) is not None:
             body[name] = value
@@ -131,11 +135,24 @@ def _deltas(event: dict[str, Any], num_choices: int) -> list[ChoiceDelta]:
         text = delta.get("content") if isinstance(delta, dict) else choice.get("text")
         finish = choice.get("finish_reason")
         index = choice.get("index", 0)
-        if not 0 <= index < num_choices or (not text and finish is None):
+        logprobs = _logprobs(choice.get("logprobs"))
+        if not 0 <= index < num_choices or (not text and finish is None and not logprobs):
             continue
         reason = None if finish is None else _FINISH.get(str(finish), FinishReason.STOP)
-        found.append(ChoiceDelta(index=index, text=text if isinstance(text, str) else "", finish_reason=reason))
+        found.append(ChoiceDelta(index=index, text=text if isinstance(text, str) else "", finish_reason=reason, logprobs=logprobs))
     return found
+
+
+def _logprobs(told: object) -> tuple[Logprob, ...]:
+    """Of the answer's own tokens, whose ids and texts mean nothing here."""
+    if not isinstance(told, dict):
+        return ()
+    content, listed = told.get("content"), told.get("token_logprobs")
+    values = [one.get("logprob") for one in content if isinstance(one, dict)] if isinstance(content, list) else listed
+    numbers = [float(one) for one in values if isinstance(one, int | float)] if isinstance(values, list) else []
+    return tuple(
+        Logprob(chosen=TokenProbability(token_id=0, text="", raw=b"", logprob=number), rank=0, top=()) for number in numbers
+    )
 
 
 def _refusal(status: int, raw: bytes) -> Overloaded | UnknownModel | InvalidInput | Unavailable:

@@ -7,17 +7,21 @@ connection goes on with the same one, at whichever gateway. Must not know: grpc,
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 import httpx
 
+from antiphon.coe.routing.router import Record
+from antiphon.coe.serving.combining import Answer, AskFailed, combine, decline_early, experts_to_combine
 from antiphon.coe.serving.composition import Composition
-from antiphon.coe.serving.doors.attempt import answer_headers
+from antiphon.coe.serving.doors.attempt import answer_headers, quoted
 from antiphon.coe.serving.doors.external import external_events
+from antiphon.coe.serving.doors.held_events import given_events, held_answer, total_of
 from antiphon.coe.serving.doors.question import question_of
 from antiphon.coe.serving.fallback import Fallback, Turn
 from antiphon.core.directory import Notes
@@ -31,12 +35,13 @@ from antiphon.core.errors import (
     Unavailable,
     UnknownModel,
 )
-from antiphon.gateway.generation.request import ChatPrompt, Event, GenerationRequest, TextPrompt
+from antiphon.gateway.generation.request import ChatPrompt, Completed, Event, GenerationRequest, TextPrompt
 from antiphon.rpc.inference import Announce
 
 Generate = Callable[[GenerationRequest], AsyncGenerator[Event, None]]
 
 _NOTE_TIMEOUT_S = 0.2
+_MAX_ID_CHARS = 120  # a number is put behind
 _RESUMABLE_S = 600.0  # how long a broken answer can be asked for
 _TRY_NEXT = (Overloaded, Unavailable, DeadlineExceeded, InternalError, UnknownModel)
 
@@ -83,11 +88,76 @@ class CoeGenerator:
             return
         question = question_of(_body(request), headers, composition.document.spec, policy)
         record = await composition.route(question)
+        decline_early(composition.document.spec, record)
         fallback = Fallback(composition, question, record)
+        experts = experts_to_combine(
+            composition.document.spec, composition.breakers, record, num_choices=request.n * len(request.prompts), calls_tools=False
+        )
+        if experts:
+            async for event in self._combined(composition, request, fallback, record, experts, announce):
+                yield event
+            return
         async for event in self._first_to_answer(
             composition, request, fallback, lambda expert: announce(answer_headers(record, expert, fallback.failures))
         ):
             yield event
+
+    async def _combined(
+        self,
+        composition: Composition,
+        request: GenerationRequest,
+        fallback: Fallback,
+        record: Record,
+        experts: Sequence[str],
+        announce: Announce,
+    ) -> AsyncGenerator[Event, None]:
+        """Ask several experts; nothing is sent before an answer is taken."""
+        spec = composition.document.spec.combine
+        assert spec is not None  # experts were found in it
+        end_s = None if request.deadline_s is None else time.monotonic() + request.deadline_s
+        numbers = itertools.count(1)
+
+        def part(turn: Turn) -> GenerationRequest:
+            return replace(
+                request,
+                request_id=f"{request.request_id[:_MAX_ID_CHARS]}.{next(numbers)}",
+                deadline_s=None if end_s is None else max(0.0, end_s - time.monotonic()),
+                placement_timeout_s=turn.placement_timeout_s,
+            )
+
+        async def ask(expert: str) -> Answer[list[Event]]:
+            turn = Turn(expert=expert, endpoint=composition.external(expert), last=False)
+            asked = part(turn)
+            if asked.sampling.num_logprobs is None:
+                asked = replace(asked, sampling=replace(asked.sampling, num_logprobs=0))
+            try:
+                async with aclosing(self._ask(composition, turn, asked, fallback)) as events:
+                    return held_answer([event async for event in events])
+            except (*_TRY_NEXT, InvalidInput) as error:
+                raise AskFailed(str(error)) from error
+
+        try:
+            async with asyncio.timeout(request.deadline_s):
+                found = await combine(spec, experts, ask, pass_on_last=True)
+        except TimeoutError as error:
+            raise DeadlineExceeded("the request's deadline has passed") from error
+        composition.note_asked(record.decision_id, found.asked)
+        headers = {"x-antiphon-combined": spec.mode, "x-antiphon-asked": quoted("; ".join(map(str, found.asked)))}
+        turn = Turn(expert=found.expert, endpoint=composition.external(found.expert), last=True)
+        headers = {**answer_headers(record, found.expert, []), **headers}
+        if found.answer is not None:
+            await announce(headers)
+            for event in given_events(found.answer.payload, request, found.asked):
+                yield event
+        else:
+            started = False
+            async with aclosing(self._ask(composition, turn, part(turn), fallback)) as events:
+                async for event in events:
+                    if not started:
+                        started = True
+                        await announce(headers)
+                    yield event if not isinstance(event, Completed) else total_of(event, found.asked)
+        await fallback.answered(turn)
 
     async def _first_to_answer(
         self, composition: Composition, request: GenerationRequest, fallback: Fallback, announce: Callable[[str], Awaitable[None]]

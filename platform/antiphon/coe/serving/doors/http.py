@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from antiphon.coe.routing.decision import DecisionId, Question
 from antiphon.coe.routing.record_json import record_json
 from antiphon.coe.routing.router import Record
+from antiphon.coe.serving.combining import decline_early, experts_to_combine
 from antiphon.coe.serving.composition import Composition, explained
 from antiphon.coe.serving.doors.attempt import (
     Attempt,
@@ -37,6 +38,8 @@ from antiphon.coe.serving.doors.attempt import (
     until_started,
     while_connected,
 )
+from antiphon.coe.serving.doors.combined import answer_combined
+from antiphon.coe.serving.doors.held import asked_json
 from antiphon.coe.serving.doors.question import question_of
 from antiphon.coe.serving.fallback import Fallback, Turn
 from antiphon.core.document.composition import Policy, policy_named, split_model_name
@@ -117,10 +120,23 @@ class CoeDoor:
             deadline_s = deadline_of(request)
             question = question_of(body, dict(request.headers), composition.document.spec, policy)
             record = await composition.route(question)
+            decline_early(composition.document.spec, record)
         except Exception as error:  # noqa: BLE001 - the door, as above
             await error_response(error)(scope, receive, send)
             return
-        await self._answer(composition, question, record, body, deadline_s, scope, receive, send)
+        calls_tools = bool(body.get("tools") or body.get("functions"))
+        num_choices = body.get("n") if body.get("n") is not None else 1
+        experts = experts_to_combine(
+            composition.document.spec,
+            composition.breakers,
+            record,
+            num_choices=num_choices if isinstance(num_choices, int) and isinstance(body.get("prompt"), str | None) else 0,
+            calls_tools=calls_tools,
+        )
+        if experts:
+            await answer_combined(self._try, composition, question, record, experts, body, deadline_s, scope, receive, send)
+        else:
+            await self._answer(composition, question, record, body, deadline_s, scope, receive, send)
 
     async def _answer(
         self,
@@ -284,6 +300,8 @@ class CoeDoor:
         policy = None if wanted is None else policy_named(wanted)
         composition, record, replay = await explained(self._compositions.values(), decision_id, policy)
         result = {"composition": composition.name, "decided_s": record.decided_s, **record_json(record)}
+        if asked := composition.asked(decision_id):
+            result["asked"] = asked_json(asked)
         if replay is not None:
             result["replay"] = {"policy": wanted, "expert": replay.expert, "reason": replay.reason.value}
         return result
