@@ -3,6 +3,7 @@
 The lines travel on a pipe of their own, named by EVENTS_VARIABLE, so that nothing a library prints can be taken for
 an event. Without that variable (a worker started by hand) they go to stdout.
 
+    {"event": "loading", "facts": {"num_bytes": 1000, "total_bytes": 5000}}    read of the weights so far
     {"event": "stage", "name": "weights", "seconds": 1.25}      a part of the start is done
     {"event": "ready", "facts": {"num_blocks": 512}}            registered, and able to serve
     {"event": "failed", "code": "...", "message": "..."}        it will exit; the reason in one sentence
@@ -28,9 +29,9 @@ EVENTS_VARIABLE = "ANTIPHON_EVENTS_FD"  # number of the inherited file descripto
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerEvent:
-    """One event; ``name`` and ``seconds`` belong to a stage, ``facts`` to ready, ``code`` and ``message`` to failed."""
+    """One event; ``name`` and ``seconds`` belong to a stage, ``facts`` to ready and loading, ``code`` and ``message`` to failed."""
 
-    event: Literal["stage", "ready", "failed"]
+    event: Literal["loading", "stage", "ready", "failed"]
     name: str = ""
     seconds: float = 0.0
     facts: Mapping[str, str | int | float] = field(default_factory=dict)
@@ -42,8 +43,8 @@ class WorkerEvent:
         match self.event:
             case "stage":
                 value: dict[str, object] = {"event": "stage", "name": self.name, "seconds": round(self.seconds, 4)}
-            case "ready":
-                value = {"event": "ready", "facts": dict(self.facts)}
+            case "ready" | "loading":
+                value = {"event": self.event, "facts": dict(self.facts)}
             case "failed":
                 value = {"event": "failed", "code": self.code, "message": self.message}
         return json.dumps(value)
@@ -59,7 +60,7 @@ class WorkerEvent:
             event = cls(**json.loads(line))
         except (ValueError, TypeError) as error:
             raise CorruptMessage("worker", f"not an event: {error}") from error
-        if event.event not in ("stage", "ready", "failed"):
+        if event.event not in ("loading", "stage", "ready", "failed"):
             raise CorruptMessage("worker", f"unknown event {event.event!r}")
         return event
 
@@ -81,6 +82,11 @@ class EventWriter:
         start = time.monotonic()
         yield
         self.stage(name, time.monotonic() - start)
+
+    def loading(self, num_bytes: int, total_bytes: int | None) -> None:
+        """So much of the weights is read; None = how much there is isn't known."""
+        total = {} if total_bytes is None else {"total_bytes": total_bytes}
+        self._write(WorkerEvent(event="loading", facts={"num_bytes": num_bytes, **total}))
 
     def ready(self, **facts: str | int | float) -> None:
         """Registered and able to serve; ``facts`` are shown to people (num_blocks, resident_weight_bytes, ...)."""

@@ -23,6 +23,7 @@ from antiphon.apps.process.config import WorkerConfig
 from antiphon.apps.process.engine_host import EngineHost, RpcThread
 from antiphon.apps.process.events import EventWriter
 from antiphon.apps.process.expert_host import ExpertHost
+from antiphon.apps.process.load_report import load_reported
 from antiphon.apps.process.peers import PeerKeeper, PeerWish
 from antiphon.apps.process.pinning import pin_each, unpinned
 from antiphon.apps.process.rebalancer import ModelShape, Rebalancer, adopt_newest
@@ -92,20 +93,8 @@ class WorkerProcess:
             self._ffn: FFNWorker | None = None
             self._part: AttentionPart | None = None
             self._host: EngineHost | None = None
-            if config.role is Role.FFN:
-                self._ffn = build_ffn(self._facts, config.shard, config.epoch)
-            else:
-                self._part = build_attention(
-                    self._facts,
-                    config.spec,
-                    config.role,
-                    config.worker_id,
-                    config.epoch,
-                    self._take,
-                    time.monotonic,
-                    index=config.index,
-                )
-                self._host = EngineHost(self._part, self._telemetry, config.role.value)
+            with load_reported(self._facts, config, events):
+                self._build()
         self._window = StageWindow(ffn_figures)
         self._trace_steps()
         self._lease: LeaseKeeper | None = None
@@ -125,6 +114,23 @@ class WorkerProcess:
             self._listener = self._listen()
             self._directory = BlockingDirectory(open_directory(config.directory))
         self._closers.append(self._directory.close)
+
+    def _build(self) -> None:
+        config = self._config
+        if config.role is Role.FFN:
+            self._ffn = build_ffn(self._facts, config.shard, config.epoch)
+            return
+        self._part = build_attention(
+            self._facts,
+            config.spec,
+            config.role,
+            config.worker_id,
+            config.epoch,
+            self._take,
+            time.monotonic,
+            index=config.index,
+        )
+        self._host = EngineHost(self._part, self._telemetry, config.role.value)
 
     def run(self, started_s: float) -> None:
         """Register, wait for peers, become ready, and serve until ``stop``.

@@ -46,6 +46,7 @@ from antiphon.device.driver import look_for_cards
 from antiphon.directory.lease import BlockingDirectory
 from antiphon.directory.memory import open_directory
 from antiphon.gateway.config import BoundPorts
+from antiphon.models.loading.progress import Watch
 from antiphon.models.loading.source import resolve
 
 Show = Callable[[Sequence[EventLogEntry]], None]
@@ -99,8 +100,8 @@ class ServeSession:
         """Everything that has happened so far."""
         return read_event_logs(self._serving, self.run_dir)
 
-    def start(self, show: Show, say: Say) -> Ready:
-        """Start everything and wait until it is ready; ``say`` gets what is being done.
+    def start(self, show: Show, say: Say, watch: Watch | None = None) -> Ready:
+        """Start everything and wait until it is ready; ``say`` gets what is being done, ``watch`` how far downloads are.
 
         Raises:
             AntiphonError: cards or the model can't be had, or something could not be started; the message has the end of its log.
@@ -119,7 +120,7 @@ class ServeSession:
             for document in self._serving.deployments:
                 model = document.spec.model
                 step(f"Looking for {model.uri}")
-                checkpoints[document.metadata.name] = str(resolve(model.uri, model.revision))
+                checkpoints[document.metadata.name] = str(resolve(model.uri, model.revision, watch=watch))
         self._serving = replace(self._serving, checkpoints=checkpoints)
         self._check_artifacts(step)
         if kernels_missing() is not None:

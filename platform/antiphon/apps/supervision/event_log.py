@@ -17,7 +17,7 @@ from typing import Literal
 
 from antiphon.apps.serve.host import open_private
 
-EventKind = Literal["started", "stage", "ready", "exited", "failed"]
+EventKind = Literal["started", "loading", "stage", "ready", "exited", "failed"]
 Fact = str | int | float
 
 HOST = "host"  # subject of the stages that are no worker's

