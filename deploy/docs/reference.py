@@ -24,6 +24,7 @@ from antiphon.core.document.artifact import ModelArtifact
 from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.core.document.pools import ServingPool
 from antiphon.core.document.spec import LLMDeployment
+from antiphon.gateway.access.usage_routes import add_usage_routes
 from antiphon.gateway.anthropic.routes import add_message_routes
 from antiphon.gateway.embeddings.routes import add_embedding_routes
 from antiphon.gateway.embeddings.schema import EmbeddingsBody, RerankBody, ScoreBody
@@ -60,6 +61,7 @@ ROUTES: Mapping[tuple[str, str], str] = {
     ("POST", "/score"): "The same.",
     ("POST", "/tokenize"): "Token ids of a prompt or a chat.",
     ("POST", "/detokenize"): "The text of token ids.",
+    ("GET", "/usage"): "Requests and tokens by day, tenant and model; `?from=`, `?to=`, `?format=csv`.",
     ("GET", "/experts"): "Rows by layer and expert of a mixture of experts; `?deployment=` where there are several.",
 }
 # Answered in front of that application where a composition is served (antiphon.coe.serving.doors.http).
@@ -191,6 +193,7 @@ def http_lines() -> list[str]:
     add_response_routes(app, cast(Any, None), cast(Any, None))
     add_message_routes(app, cast(Any, None))
     add_text_routes(app, cast(Any, None))
+    add_usage_routes(app, cast(Any, None))
     add_embedding_routes(app, cast(Any, None))
     add_expert_routes(app, cast(Any, None))
     found = {(method, route.path) for route in app.routes if isinstance(route, APIRoute) for method in route.methods}

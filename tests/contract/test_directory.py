@@ -1,5 +1,6 @@
 """One contract for every directory: embedded, over gRPC, in Redis."""
 
+import asyncio
 import contextlib
 import dataclasses
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from antiphon.core.budget import TenantLimits, Use, Wish
 from antiphon.core.directory import Directory
 from antiphon.core.errors import InvalidInput, Unavailable
 from antiphon.core.ids import Endpoint, Epoch, FFNShard, Role, WorkerId
@@ -343,3 +345,58 @@ async def test_a_wrong_record_in_redis_does_not_hide_the_others(redis_server: Re
     await store.sadd(f"{prefix}workers:demo", "demo/ffn/9")
     assert [record.info.worker_id for record in await client.workers()] == [info(0).worker_id]
     await client.close()
+
+
+def wish(ticket: str, num_tokens: int = 1, *, lease_s: float = LONG_S, tenant: str = "team", **limits: int) -> Wish:
+    return Wish(tenant=tenant, ticket=ticket, num_tokens=num_tokens, limits=TenantLimits(**limits), lease_s=lease_s)
+
+
+async def test_a_tenants_budget_is_reserved_settled_and_exhausted_to_the_token(directory: Directory) -> None:
+    budgets = directory.budgets
+    limits = {"tokens_per_min": 100, "requests_per_min": 50, "num_streams": 8}
+    verdicts = await asyncio.gather(*(budgets.take_budget(wish(f"t{n}", 30, **limits)) for n in range(5)))
+    assert sorted(v.exceeded or "" for v in verdicts) == ["", "", "", "tokens", "tokens"]
+    granted = [f"t{n}" for n, verdict in enumerate(verdicts) if verdict.exceeded is None]
+    assert (await budgets.take_budget(wish(granted[0], 30, **limits))).exceeded is None  # the same call once more
+    for ticket in granted:
+        await budgets.settle_budget("team", ticket, 25)
+        await budgets.settle_budget("team", ticket, 25)
+    assert (await budgets.take_budget(wish("last", 26, **limits))).exceeded == "tokens"
+    assert (await budgets.take_budget(wish("last", 25, **limits))).exceeded is None
+    refused = await budgets.take_budget(wish("more", 1, **limits))
+    assert refused.exceeded == "tokens"
+    assert 30 < refused.retry_after_s <= 61
+    assert (await budgets.take_budget(wish("more", 1, tenant="another", **limits))).exceeded is None
+    assert (await budgets.take_budget(wish("more", 10**6, requests_per_min=4))).exceeded == "requests"
+    assert (await budgets.take_budget(wish("more", 10**6, num_streams=1))).exceeded == "streams"
+    with pytest.raises(InvalidInput):
+        await budgets.take_budget(wish("x", lease_s=float("inf")))
+
+
+async def test_a_budget_that_nobody_renews_is_charged(directory: Directory) -> None:
+    budgets = directory.budgets
+    limits = {"tokens_per_min": 10, "num_streams": 1}
+    assert (await budgets.take_budget(wish("kept", 10, lease_s=SHORT_S, **limits))).exceeded is None
+    await budgets.renew_budgets("team", ["kept", "unknown"], LONG_S)
+    assert (await budgets.take_budget(wish("next", 1, **limits))).exceeded == "streams"
+    await budgets.renew_budgets("team", ["kept"], 0.01)
+
+    async def charged() -> bool:
+        return (await budgets.take_budget(wish("next", 1, **limits))).exceeded == "tokens"
+
+    await eventually(charged)
+    await budgets.settle_budget("team", "kept", 0)
+    assert await charged()
+
+
+async def test_the_ledger_adds_up_and_takes_a_batch_once(directory: Directory) -> None:
+    budgets = directory.budgets
+    use = Use(tenant="team", model="m", num_requests=1, num_prompt_tokens=5, num_cached_tokens=2, num_output_tokens=3)
+    other = dataclasses.replace(use, tenant='a "quoted" one', num_cached_tokens=0)
+    for batch in ("one", "one", "two"):
+        await budgets.add_use("2027-01-31", batch, [use, other])
+    found = await budgets.used("2027-01-31")
+    assert [row.tenant for row in found] == [other.tenant, "team"]
+    assert dataclasses.astuple(found[1]) == ("team", "m", 2, 10, 4, 6)
+    assert found[0].num_cached_tokens == 0
+    assert not await budgets.used("2027-02-01")

@@ -20,18 +20,32 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 Tenant = Annotated[str, typer.Argument(help="Whose key it is; several keys may have one tenant.", show_default=False)]
 ScopeOption = Annotated[str, typer.Option("--scope", help="user (ask models) or admin (status, experts and metrics, too).")]
 Expires = Annotated[str | None, typer.Option("--expires", help="A date like 2027-01-31, or a time from now like 90d or 12h.")]
+Requests = Annotated[int | None, typer.Option("--requests", min=1, help="Requests a minute that the tenant has.")]
+Tokens = Annotated[int | None, typer.Option("--tokens", min=1, help="Tokens a minute, prompt and output together.")]
+Streams = Annotated[int | None, typer.Option("--streams", min=1, help="Requests answered at once.")]
 File = Annotated[Path | None, typer.Option("--file", "-f", help="Add the line to this file; running gateways see it.")]
 
 _UNITS = {"d": 86_400, "h": 3600, "m": 60}
 
 
 @app.command()
-def new(tenant: Tenant, scope: ScopeOption = "user", expires: Expires = None, file: File = None) -> None:
+def new(
+    tenant: Tenant,
+    scope: ScopeOption = "user",
+    expires: Expires = None,
+    requests: Requests = None,
+    tokens: Tokens = None,
+    streams: Streams = None,
+    file: File = None,
+) -> None:
     """Make a random key. It is shown once; the line that is kept does not tell it."""
-    from antiphon.gateway.access.key_lines import new_key
+    from antiphon.core.budget import TenantLimits
+    from antiphon.gateway.access.key_lines import key_line, new_key
 
     key = new_key()
-    _write(_line(tenant, scope, key, expires), file, f"key   {key}\n")
+    limits = TenantLimits(requests_per_min=requests, tokens_per_min=tokens, num_streams=streams)
+    line = str(key_line(tenant, scope, key, None if expires is None else _moment(expires), limits))
+    _write(line, file, f"key   {key}\n")
 
 
 @app.command("hash")
@@ -59,6 +73,39 @@ def list_keys(file: Annotated[Path, typer.Argument(help="A key file.", show_defa
             day = datetime.datetime.fromtimestamp(line.expires_s, datetime.UTC)
             until = f"{'until' if now_s < line.expires_s else 'EXPIRED'} {day:%Y-%m-%d %H:%M} UTC"
         click.echo(f"{line.tenant:24} {line.scope:6} {line.digest.hex()[:12]}  {until}")
+
+
+@app.command()
+def usage(
+    url: Annotated[str, typer.Argument(help="The gateway's HTTP door.")] = "http://127.0.0.1:8000",
+    first: Annotated[str | None, typer.Option("--from", help="First day, like 2027-01-01; today where none is said (UTC).")] = None,
+    last: Annotated[str | None, typer.Option("--to", help="Last day.")] = None,
+    form: Annotated[str, typer.Option("--format", help="csv or json.")] = "csv",
+    api_key: Annotated[str | None, typer.Option("--api-key", envvar="ANTIPHON_API_KEY", help="A key of scope admin.")] = None,
+    ca_file: Annotated[Path | None, typer.Option("--tls-ca", envvar="ANTIPHON_TLS_CA", help="PEM file of authorities.")] = None,
+) -> None:
+    """Print what tenants used of each model: requests, prompt, cached and output tokens by day."""
+    import ssl
+
+    import httpx
+
+    from antiphon.core.errors import Unauthenticated, Unavailable
+
+    asked = {name: value for name, value in (("from", first), ("to", last), ("format", form)) if value is not None}
+    headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+    try:
+        trust: ssl.SSLContext | bool = True if ca_file is None else ssl.create_default_context(cafile=ca_file)
+        answer = httpx.get(f"{url.rstrip('/')}/usage", params=asked, headers=headers, verify=trust, timeout=30.0)
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        raise Unavailable(f"{url} can't be asked: {error}") from error
+    if answer.is_success:
+        click.echo(answer.text, nl=not answer.text.endswith("\n"))
+        return
+    try:
+        why = str(answer.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        why = f"status {answer.status_code}"
+    raise (Unauthenticated if answer.status_code in (401, 403) else InvalidInput)(f"{url}: {why}")
 
 
 def _line(tenant: str, scope: str, key: str, expires: str | None) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from antiphon.core.budget import Budgets
 from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.core.worker_info import WorkerInfo
@@ -55,6 +56,11 @@ class Notes(Protocol):
 
 class Directory(Notes, Protocol):
     """Where workers register. Every method raises Unavailable while the store can't be reached."""
+
+    @property
+    def budgets(self) -> Budgets:
+        """What tenants may use and have used."""
+        ...
 
     async def register(self, info: WorkerInfo, lease_s: float) -> bool:
         """Register, or renew with the newest load; the record stays for ``lease_s`` seconds.

@@ -26,6 +26,7 @@ from antiphon.core.directory import (
 from antiphon.core.errors import InvalidInput, Unavailable
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.core.worker_info import WorkerInfo
+from antiphon.directory.budgets import MemoryBudgets
 
 __all__ = ["Directory", "MemoryDirectory", "WorkerRecord", "open_directory"]
 
@@ -79,6 +80,7 @@ class MemoryDirectory:
         self._epochs: dict[WorkerId, int] = {}
         self._notes: dict[str, dict[str, _Note]] = {}
         self._num_notes_kept = _NOTES_SWEPT_AT
+        self.budgets = MemoryBudgets(clock)
 
     async def register(self, info: WorkerInfo, lease_s: float) -> bool:
         """See ``Directory``."""

@@ -6,6 +6,7 @@
     antiphon:{directory}:index:<deployment>/<pool>:<i> owner; expires with the claim
     antiphon:{directory}:owner:<deployment>/<pool>:<o> index; expires with the claim
     antiphon:{directory}:epoch:<id>                    highest epoch handed out or seen
+    antiphon:{directory}:budget:, use:, used:          ``directory.redis_budgets``
     antiphon:{directory}:note:<topic>:<key>            text; expires with its lease
     antiphon:{directory}:notes:<topic>                 sorted set of keys by the end of their lease, pruned when written
 
@@ -29,6 +30,7 @@ from antiphon.core.errors import AntiphonError, InternalError, InvalidInput, Una
 from antiphon.core.identity import Identity, own_identity
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.core.worker_info import WorkerInfo
+from antiphon.directory.redis_budgets import RedisBudgets
 
 _PREFIX = "antiphon:{directory}:"
 
@@ -141,6 +143,7 @@ class RedisDirectory:
             )
         except ValueError as error:
             raise InvalidInput(f"not a Redis URL: {error}", "directory.redisUrl") from error
+        self.budgets = RedisBudgets(self._redis, _PREFIX, _translated)
         self._register = self._redis.register_script(_REGISTER)
         self._remove = self._redis.register_script(_REMOVE)
         self._workers = self._redis.register_script(_WORKERS)

@@ -12,10 +12,12 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from antiphon.core.budget import Budgets
 from antiphon.core.directory import Notes
 from antiphon.core.errors import AntiphonError, InvalidInput
 from antiphon.directory.memory import MemoryDirectory
 from antiphon.directory.workers import WorkerSource
+from antiphon.gateway.access.usage_routes import add_usage_routes
 from antiphon.gateway.anthropic.routes import add_message_routes
 from antiphon.gateway.compositions import Compositions, OpenCompositions
 from antiphon.gateway.config import BoundPorts, GatewayConfig
@@ -53,6 +55,7 @@ async def run_gateway(
     telemetry: Telemetry | None = None,
     notes: Notes | None = None,
     open_compositions: OpenCompositions | None = None,
+    budgets: Budgets | None = None,
 ) -> None:
     """Serve until ``stop`` is set, then drain.
 
@@ -64,6 +67,7 @@ async def run_gateway(
         telemetry: traces and metrics; None = made here from the environment, and closed here.
         notes: where gateways and routers tell each other about experts and sessions; None = this gateway is alone.
         open_compositions: makes the configuration's compositions; None = a configuration that has some is refused.
+        budgets: where tenants' limits are kept over several gateways; None = this gateway keeps them alone.
 
     Raises:
         CheckpointInvalid: a model's tokenizer or a composition's artifact can't be read.
@@ -72,11 +76,11 @@ async def run_gateway(
     """
     notes = MemoryDirectory() if notes is None else notes
     if telemetry is not None:
-        await _run(config, workers, stop, on_bound, telemetry, notes, open_compositions)
+        await _run(config, workers, stop, on_bound, telemetry, notes, open_compositions, budgets)
         return
     owned = setup("antiphon-gateway")
     try:
-        await _run(config, workers, stop, on_bound, owned, notes, open_compositions)
+        await _run(config, workers, stop, on_bound, owned, notes, open_compositions, budgets)
     finally:
         await asyncio.to_thread(owned.close)
 
@@ -89,6 +93,7 @@ async def _run(
     telemetry: Telemetry,
     notes: Notes,
     open_compositions: OpenCompositions | None,
+    budgets: Budgets | None,
 ) -> None:
     models = {
         name: await asyncio.to_thread(TextModel.load, path, markers_are_text=name not in config.control_marker_models)
@@ -97,7 +102,7 @@ async def _run(
     pooling = {
         name: await asyncio.to_thread(read_pooling, path, config.tasks.get(name, "auto")) for name, path in config.models.items()
     }
-    gateway = Gateway(config, models=models, source=workers, telemetry=telemetry, pooling=pooling)
+    gateway = Gateway(config, models=models, source=workers, telemetry=telemetry, pooling=pooling, budgets=budgets)
     compositions = await _compositions(gateway, notes, open_compositions)
     experts = GatewayExperts(workers=lambda: gateway.view.workers, keys=gateway.keys, telemetry=telemetry)
     tls = None if config.tls is None else DoorCertificate(config.tls)
@@ -106,6 +111,7 @@ async def _run(
     add_message_routes(application, gateway)
     add_response_routes(application, gateway, notes)
     add_text_routes(application, gateway)
+    add_usage_routes(application, gateway)
     add_web_routes(application, gateway)
     add_embedding_routes(application, gateway)
     http = HttpServer(
@@ -141,7 +147,7 @@ async def _run(
         await grpc.start()
         if on_bound is not None:
             on_bound(BoundPorts(host=config.host, http_port=http.port, grpc_port=grpc.port))
-        loops = (gateway.view.run(), gateway.tell(), experts.run(), http.failed(), _wait(stop))
+        loops = (gateway.view.run(), gateway.tell(), gateway.admission.run(), experts.run(), http.failed(), _wait(stop))
         tasks = [asyncio.create_task(loop) for loop in loops]
         if compositions is not None:
             tasks.append(asyncio.create_task(compositions.run()))

@@ -5,14 +5,19 @@ Must not know: HTTP or grpc.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from antiphon import __version__
+from antiphon.core.budget import Budgets
 from antiphon.core.errors import AntiphonError, InternalError, InvalidInput, Unavailable, UnknownModel
+from antiphon.directory.budgets import MemoryBudgets
 from antiphon.directory.workers import WorkerSource, WorkerView
+from antiphon.gateway.access.admission import Admission
 from antiphon.gateway.access.key_file import KeyFile
 from antiphon.gateway.access.keys import ApiKeys, cache_salt
 from antiphon.gateway.compositions import ServedComposition
@@ -37,6 +42,10 @@ from antiphon.models.pooling.facts import PoolingFacts
 from antiphon.telemetry import Telemetry
 from antiphon.worker.structure.checking import GrammarChecker
 
+_log = logging.getLogger(__name__)
+
+_LAST_ACCOUNTS_S = 2.0  # for what tenants used to be written, at the end
+
 
 class Gateway:
     """One gateway process. Belongs to one event loop; ``close`` is idempotent.
@@ -47,6 +56,7 @@ class Gateway:
         source: where workers are registered.
         telemetry: traces and metrics.
         pooling: what the models are that don't generate; None or absent = it does.
+        budgets: where tenants' limits are kept; None = this gateway keeps them alone.
         clock: monotonic seconds.
     """
 
@@ -58,11 +68,13 @@ class Gateway:
         source: WorkerSource,
         telemetry: Telemetry,
         pooling: Mapping[str, PoolingFacts | None] | None = None,
+        budgets: Budgets | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
         file = config.api_keys_file
         self.keys = ApiKeys(config.api_keys, None if file is None else KeyFile(file))
+        self.admission = Admission(MemoryBudgets(clock) if budgets is None else budgets, self.keys.limits, telemetry)
         self.bodies = Bodies()
         self.models = models
         self.compositions: Mapping[str, ServedComposition] = {}  # by metadata.name; set once, before the doors open
@@ -104,6 +116,7 @@ class Gateway:
             limits=self.limits,
             metrics=metrics,
             executor=self._executor,
+            admission=self.admission,
             clock=clock,
         )
         self._generator = Generator(
@@ -115,6 +128,7 @@ class Gateway:
             metrics=metrics,
             tracer=telemetry.tracer(__name__),
             preparer=self._preparer,
+            admission=self.admission,
             waking=waking,
             clock=clock,
         )
@@ -240,6 +254,11 @@ class Gateway:
     async def close(self) -> None:
         """End the sessions with all workers."""
         await self._client.close()
+        try:
+            async with asyncio.timeout(_LAST_ACCOUNTS_S):
+                await self.admission.flush()
+        except (AntiphonError, TimeoutError) as error:
+            _log.warning("the last second of the tenants' accounts is not written: %s", error)
         await self.templates.close()
         await self._checker.close()
         self._executor.shutdown(wait=False, cancel_futures=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from antiphon.core.budget import Budgets
 from antiphon.core.errors import DeadlineExceeded, ErrorInfo, Overloaded
 from antiphon.core.ids import Endpoint, Epoch, Role, WorkerId
 from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput, RequestTimes, TokenLogprob
@@ -318,6 +319,7 @@ async def world(
     gateway: dict[str, object] | None = None,
     generation_config: dict[str, object] | None = None,
     chat_template: str = CHAT_TEMPLATE,
+    budgets: Budgets | None = None,
     **engine_options: object,
 ) -> AsyncIterator[World]:
     """Everything running on loopback sockets; on the way out it stops and must have stopped cleanly."""
@@ -348,7 +350,7 @@ async def world(
     for name in workers:
         await made.add_worker(name, **engine_options)
     serving = asyncio.create_task(
-        run_gateway(config, directory, stop, on_bound=bound.set_result, telemetry=telemetry or disabled())
+        run_gateway(config, directory, stop, on_bound=bound.set_result, telemetry=telemetry or disabled(), budgets=budgets)
     )
     try:
         await asyncio.wait({serving, bound}, return_when=asyncio.FIRST_COMPLETED, timeout=30)

@@ -160,7 +160,15 @@ class GatewayThread(DoorThread):
                     return
                 from antiphon.gateway.app import run_gateway as run
 
-                await run(config, workers, stop, on_bound=on_bound, notes=workers, open_compositions=_open_compositions)
+                await run(
+                    config,
+                    workers,
+                    stop,
+                    on_bound=on_bound,
+                    notes=workers,
+                    open_compositions=_open_compositions,
+                    budgets=workers.budgets,
+                )
             finally:
                 await workers.close()
 

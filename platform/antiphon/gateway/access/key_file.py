@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from antiphon.core.budget import NO_LIMITS, TenantLimits
 from antiphon.core.errors import InvalidInput, Unavailable
-from antiphon.gateway.access.key_lines import KeyLine, parse_lines
+from antiphon.gateway.access.key_lines import KeyLine, limits_of, parse_lines
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class KeyFile:
         self._seen: _Seen | None = None
         try:
             self._seen = _stamp(path)
-            self._lines = parse_lines(_text(path))
+            self._take(parse_lines(_text(path)))
         except (OSError, ValueError, InvalidInput) as error:
             raise Unavailable(f"{field}: {path}: {error}") from error
 
@@ -57,6 +58,13 @@ class KeyFile:
             self._looked_s = now_s
             self._look()
         return self._lines
+
+    def limits(self, tenant: str) -> TenantLimits:
+        """Those of a tenant, as ``lines`` found them."""
+        return self._limits.get(tenant, NO_LIMITS)
+
+    def _take(self, lines: tuple[KeyLine, ...]) -> None:
+        self._lines, self._limits = lines, limits_of(lines)
 
     def _look(self) -> None:
         try:
@@ -70,7 +78,7 @@ class KeyFile:
             return
         self._seen = seen
         try:
-            self._lines = parse_lines(_text(self._path))
+            self._take(parse_lines(_text(self._path)))
         except (OSError, ValueError, InvalidInput) as error:
             _log.warning("the API keys stay as they are: %s: %s", self._path, error)
             return

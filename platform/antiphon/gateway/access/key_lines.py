@@ -1,9 +1,11 @@
 """Lines of a key file: one hashed API key each, with its tenant, scope and expiry (values; control speed).
 
     team-a  user   sha256:9f86d0...  expires=2027-01-31
+    team-b  user   sha256:04aa7f...  requests=60 tokens=100000 streams=4
     ops     admin  sha256:60303a...              # a comment
 
-Several lines of one tenant are its keys: the new one beside the old while keys are changed. The hash is plain SHA-256 of the key,
+Several lines of one tenant are its keys: the new one beside the old while keys are changed. Limits (requests and tokens a minute,
+requests at once) are the tenant's: its lines say the same, or nothing. The hash is plain SHA-256 of the key,
 which is enough because keys are long and random, and lets anybody write a line with ``sha256sum``. Must not know: files.
 """
 
@@ -13,9 +15,11 @@ import datetime
 import hashlib
 import re
 import secrets
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
+from antiphon.core.budget import NO_LIMITS, TenantLimits
 from antiphon.core.errors import InvalidInput
 
 Scope = Literal["user", "admin"]
@@ -24,6 +28,8 @@ MAX_KEYS: Final = 10_000
 MIN_KEY_CHARS: Final = 20
 _KEY_PREFIX: Final = "ak-"
 _HASH_PREFIX: Final = "sha256:"
+_MAX_LIMIT: Final = 1 << 40
+_OPTIONS: Final = {"requests_per_min": "requests", "tokens_per_min": "tokens", "num_streams": "streams"}
 _TENANT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _HASH: Final = re.compile(r"sha256:([0-9a-fA-F]{64})")
 
@@ -36,12 +42,14 @@ class KeyLine:
     scope: Scope
     digest: bytes  # of the key, SHA-256
     expires_s: float | None = None  # seconds since 1970; None = never
+    limits: TenantLimits = NO_LIMITS
 
     def __str__(self) -> str:
         words = [self.tenant, self.scope, _HASH_PREFIX + self.digest.hex()]
         if self.expires_s is not None:
             words.append(f"expires={datetime.datetime.fromtimestamp(self.expires_s, datetime.UTC):%Y-%m-%dT%H:%M:%SZ}")
-        return " ".join(words)
+        limits = {_OPTIONS[name]: getattr(self.limits, name) for name in _OPTIONS}
+        return " ".join([*words, *(f"{option}={number}" for option, number in limits.items() if number is not None)])
 
 
 def new_key() -> str:
@@ -54,7 +62,7 @@ def digest_of(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 
-def key_line(tenant: str, scope: str, key: str, expires: str | None = None) -> KeyLine:
+def key_line(tenant: str, scope: str, key: str, expires: str | None = None, limits: TenantLimits = NO_LIMITS) -> KeyLine:
     """The line of a key.
 
     Args:
@@ -62,6 +70,7 @@ def key_line(tenant: str, scope: str, key: str, expires: str | None = None) -> K
         scope: user or admin.
         key: The key itself.
         expires: As in a line; None = never.
+        limits: The tenant's.
 
     Raises:
         InvalidInput: the name or the expiry can't be read, or the key is too short to be kept as a plain hash.
@@ -69,7 +78,20 @@ def key_line(tenant: str, scope: str, key: str, expires: str | None = None) -> K
     if len(key) < MIN_KEY_CHARS or not key.isascii() or not key.isprintable() or " " in key:
         raise InvalidInput(f"a key has at least {MIN_KEY_CHARS} printable characters and no blanks; best a random one", "key")
     options = [] if expires is None else [f"expires={expires}"]
-    return _line([tenant, scope, _HASH_PREFIX + digest_of(key).hex(), *options], "key")
+    return replace(_line([tenant, scope, _HASH_PREFIX + digest_of(key).hex(), *options], "key"), limits=limits)
+
+
+def limits_of(lines: Iterable[KeyLine]) -> dict[str, TenantLimits]:
+    """Those of every tenant that has some.
+
+    Raises:
+        InvalidInput: two lines of one tenant say different ones.
+    """
+    found: dict[str, TenantLimits] = {}
+    for line in lines:
+        if not line.limits.is_none and found.setdefault(line.tenant, line.limits) != line.limits:
+            raise InvalidInput(f"two lines of {line.tenant} have different limits")
+    return found
 
 
 def parse_lines(text: str) -> tuple[KeyLine, ...]:
@@ -91,6 +113,7 @@ def parse_lines(text: str) -> tuple[KeyLine, ...]:
         raise InvalidInput("it holds no key")
     if len(found) > MAX_KEYS:
         raise InvalidInput(f"it holds {len(found)} keys, at most {MAX_KEYS} are taken")
+    limits_of(found.values())
     return tuple(found.values())
 
 
@@ -108,15 +131,26 @@ def _line(words: list[str], where: str) -> KeyLine:
     given: dict[str, str] = {}
     for option in options:
         name, separator, value = option.partition("=")
-        if not separator or name not in ("expires",) or name in given:
-            raise InvalidInput(f"{where}: {option[:64]!r} is not expected; known: expires=<date>", where)
+        if not separator or name not in ("expires", *_OPTIONS.values()) or name in given:
+            known = "expires=<date>, requests=, tokens=, streams=<number>"
+            raise InvalidInput(f"{where}: {option[:64]!r} is not expected; known: {known}", where)
         given[name] = value
     return KeyLine(
         tenant=tenant,
         scope="admin" if scope == "admin" else "user",
         digest=bytes.fromhex(matched.group(1)),
         expires_s=_seconds(given["expires"], where) if "expires" in given else None,
+        limits=TenantLimits(**{field: _number(given, option, where) for field, option in _OPTIONS.items()}),
     )
+
+
+def _number(given: dict[str, str], option: str, where: str) -> int | None:
+    if option not in given:
+        return None
+    text = given[option]
+    if not (text.isascii() and text.isdecimal() and len(text) <= 13 and 1 <= int(text) <= _MAX_LIMIT):
+        raise InvalidInput(f"{where}: {option}={text[:64]!r} is no number from 1 on", where)
+    return int(text)
 
 
 def _seconds(text: str, where: str) -> float:

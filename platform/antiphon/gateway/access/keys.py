@@ -7,6 +7,7 @@ import hmac
 import time
 from collections.abc import Callable, Iterable
 
+from antiphon.core.budget import NO_LIMITS, TenantLimits
 from antiphon.core.errors import PermissionDenied, Unauthenticated
 from antiphon.core.identity import Identity, own_identity
 from antiphon.gateway.access.key_file import KeyFile
@@ -75,6 +76,10 @@ class ApiKeys:
         if admin and living[0].scope != "admin":
             raise PermissionDenied("this API key is for asking models; this needs one of scope admin")
         return living[0].tenant
+
+    def limits(self, tenant: str) -> TenantLimits:
+        """What a tenant may use; without limits where no line of the file says some."""
+        return NO_LIMITS if self._file is None else self._file.limits(tenant)
 
 
 def own_key(identity: Identity | None = None) -> str:

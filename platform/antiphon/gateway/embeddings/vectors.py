@@ -12,7 +12,9 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 
+from antiphon.core.budget import Use
 from antiphon.core.errors import (
     AntiphonError,
     ContextLengthExceeded,
@@ -23,6 +25,7 @@ from antiphon.core.errors import (
     UnknownModel,
 )
 from antiphon.core.request import Pooling
+from antiphon.gateway.access.admission import Admission
 from antiphon.gateway.config import GatewayConfig
 from antiphon.gateway.embeddings.pairs import PairReader
 from antiphon.gateway.embeddings.request import EmbeddingRequest, Embeddings, ScoreRequest, Scores, TextOrTokens, VectorCall
@@ -50,6 +53,7 @@ class VectorMaker:
         limits: longest prompt and vocabulary of a model, None while no worker is registered.
         metrics: counts.
         executor: tokenizes.
+        admission: lets requests in within their tenants' limits.
         clock: monotonic seconds.
     """
 
@@ -63,6 +67,7 @@ class VectorMaker:
         limits: Callable[[str], tuple[int | None, int | None]],
         metrics: GatewayMetrics,
         executor: Executor,
+        admission: Admission,
         clock: Callable[[], float],
     ) -> None:
         """Raises CheckpointInvalid where a ranking model has nothing to answer with."""
@@ -73,6 +78,7 @@ class VectorMaker:
         self._limits = limits
         self._metrics = metrics
         self._executor = executor
+        self._admission = admission
         self._clock = clock
         self._pairs = {
             name: PairReader.of(models[name], found)
@@ -189,15 +195,23 @@ class VectorMaker:
         arrival_s = self._clock()
         asked_s = self._config.default_deadline_s if call.deadline_s is None else call.deadline_s
         left_s = min(asked_s, self._config.max_deadline_s)
+        most = sum(len(text.token_ids) for text, _ in prompts)
+        turn = await self._admission.enter(call.tenant, most, None)
         self.num_active += 1
+        nothing = Use(
+            tenant=call.tenant, model=call.model, num_requests=0, num_prompt_tokens=0, num_cached_tokens=0, num_output_tokens=0
+        )
         try:
             async with asyncio.timeout(left_s):
                 vectors = await self._all(call, prompts, arrival_s + left_s)
+            num_cached = sum(vector.num_cached_tokens for vector in vectors)
+            await turn.finish(replace(nothing, num_requests=1, num_prompt_tokens=most, num_cached_tokens=num_cached))
         except TimeoutError as error:
             raise DeadlineExceeded("the request's deadline has passed") from error
         except ExceptionGroup as group:
             raise _first(group) from group
         finally:
+            turn.leave(nothing)
             self.num_active -= 1
         seconds = self._clock() - arrival_s
         num_tokens = sum(vector.num_tokens for vector in vectors)

@@ -18,6 +18,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
+from antiphon.core.budget import Use
 from antiphon.core.errors import (
     AntiphonError,
     Cancelled,
@@ -27,6 +28,7 @@ from antiphon.core.errors import (
     UnknownModel,
 )
 from antiphon.directory.workers import WorkerView
+from antiphon.gateway.access.admission import Admission
 from antiphon.gateway.config import GatewayConfig
 from antiphon.gateway.generation.choice_run import ChoiceRun, ChoiceSpec
 from antiphon.gateway.generation.preparing import Preparer, check_ids, max_tokens_of, prompt_text
@@ -61,11 +63,32 @@ class _Job:
     arrival_s: float
     deadline_s: float
     prompts: tuple[tuple[int, ...], ...]
+    max_tokens: tuple[int, ...]  # of each prompt's choices
     runs: list[ChoiceRun]
     seed: int
     committed: bool = False
     first_token_s: float | None = None
     last_token_s: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def most_tokens(self) -> int:
+        """What it may take of a budget: prompts, and all the output that may come of them."""
+        n = self.request.n
+        return sum(n * max(0, most) + len(ids) for ids, most in zip(self.prompts, self.max_tokens, strict=True))
+
+    @property
+    def use(self) -> Use:
+        """What it took so far; tokens that the client brought with it were another request's."""
+        progress = [run.progress for run in self.runs]
+        brought = sum(len(ids) for ids in self.request.resume.values())
+        return Use(
+            tenant=self.request.tenant,
+            model=self.request.model,
+            num_requests=int(self.committed),
+            num_prompt_tokens=sum(len(ids) for ids in self.prompts) if self.committed else 0,
+            num_cached_tokens=sum(each.num_cached_tokens for each in progress[:: self.request.n]),
+            num_output_tokens=max(0, sum(len(each.token_ids) for each in progress) - brought),
+        )
 
 
 class Generator:
@@ -80,6 +103,7 @@ class Generator:
         metrics: counts.
         tracer: one span per request.
         preparer: makes prompts and plans of them.
+        admission: lets requests in within their tenants' limits.
         waking: holds requests of pools that sleep.
         clock: monotonic seconds.
     """
@@ -95,6 +119,7 @@ class Generator:
         metrics: GatewayMetrics,
         tracer: Tracer,
         preparer: Preparer,
+        admission: Admission,
         waking: Waking,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -106,6 +131,7 @@ class Generator:
         self._metrics = metrics
         self._tracer = tracer
         self._preparer = preparer
+        self._admission = admission
         self._clock = clock
         self._waking = waking
         self.totals = Totals()
@@ -127,11 +153,15 @@ class Generator:
         span = RequestSpan(self._tracer, request)
         try:
             job = await self._prepare(request, arrival_s, span)
+            turn = await self._admission.enter(request.tenant, job.most_tokens, request.max_tokens_field)
             try:
                 async for event in self._answer(job):
                     span.event(event)
+                    if isinstance(event, Completed):
+                        await turn.finish(job.use)
                     yield event
             finally:
+                turn.leave(job.use)
                 span.routed(job.runs)
         except AntiphonError as error:
             self._failed(request, error, span)
@@ -189,7 +219,15 @@ class Generator:
         ]
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
         deadline_s = arrival_s + left_s
-        job = _Job(request=request, arrival_s=arrival_s, deadline_s=deadline_s, prompts=tuple(prompts), runs=[], seed=seed)
+        job = _Job(
+            request=request,
+            arrival_s=arrival_s,
+            deadline_s=deadline_s,
+            prompts=tuple(prompts),
+            max_tokens=tuple(max_tokens),
+            runs=[],
+            seed=seed,
+        )
         for index in range(len(prompts) * request.n):
             which = index // request.n
             spec = ChoiceSpec(

@@ -173,6 +173,14 @@ OPERATIONS: Final = (
     ),
     Operation(
         method="get",
+        path="/usage",
+        tag="Operation",
+        summary="What tenants used of each model, by day; JSON, or CSV with format=csv",
+        access="admin",
+        query={"from": "First day, like 2027-01-01 (UTC); today without it.", "to": "Last day.", "format": "json or csv."},
+    ),
+    Operation(
+        method="get",
         path="/experts",
         tag="Operation",
         summary="Rows by layer and expert",

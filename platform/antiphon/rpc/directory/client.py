@@ -20,6 +20,7 @@ from antiphon.core.identity import Identity
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.core.worker_info import WorkerInfo
 from antiphon.rpc.credentials import TARGET_OPTIONS, channel_credentials
+from antiphon.rpc.directory.budgets import RemoteBudgets
 from antiphon.rpc.errors import closed_meanwhile
 from antiphon.rpc.v1 import directory_pb2 as pb
 from antiphon.rpc.v1 import directory_pb2_grpc as pb_grpc
@@ -48,6 +49,7 @@ class RemoteDirectory:
         self._target = target
         self._timeout_s = timeout_s
         self._channel: grpc.aio.Channel | None = None
+        self.budgets = RemoteBudgets(self._call)
 
     async def register(self, info: WorkerInfo, lease_s: float) -> bool:
         """See ``Directory``."""

@@ -17,6 +17,7 @@ from antiphon.core.identity import Identity
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.core.worker_info import WorkerInfo
 from antiphon.rpc.credentials import HANDSHAKE_OPTIONS, server_credentials
+from antiphon.rpc.directory.budgets import rows_of, uses_of, wish_of
 from antiphon.rpc.v1 import directory_pb2 as pb
 from antiphon.rpc.v1 import directory_pb2_grpc as pb_grpc
 
@@ -88,6 +89,30 @@ class DirectoryService(pb_grpc.DirectoryServicer):
     async def ListNotes(self, request: pb.ListNotesRequest, context: Context) -> pb.ListNotesResponse:  # noqa: N802
         """All notes of a topic."""
         return pb.ListNotesResponse(texts=await _or_abort(self._store.notes(request.topic), context))
+
+    async def TakeBudget(self, request: pb.TakeBudgetRequest, context: Context) -> pb.TakeBudgetResponse:  # noqa: N802
+        """Reserve what a request may use."""
+        verdict = await _or_abort(self._store.budgets.take_budget(wish_of(request)), context)
+        return pb.TakeBudgetResponse(exceeded=verdict.exceeded or "", retry_after_s=verdict.retry_after_s)
+
+    async def SettleBudget(self, request: pb.SettleBudgetRequest, context: Context) -> pb.SettleBudgetResponse:  # noqa: N802
+        """End a reservation."""
+        await _or_abort(self._store.budgets.settle_budget(request.tenant, request.ticket, request.num_tokens), context)
+        return pb.SettleBudgetResponse()
+
+    async def RenewBudgets(self, request: pb.RenewBudgetsRequest, context: Context) -> pb.RenewBudgetsResponse:  # noqa: N802
+        """Keep reservations."""
+        await _or_abort(self._store.budgets.renew_budgets(request.tenant, request.tickets, request.lease_s), context)
+        return pb.RenewBudgetsResponse()
+
+    async def AddUse(self, request: pb.AddUseRequest, context: Context) -> pb.AddUseResponse:  # noqa: N802
+        """Add to the ledger."""
+        await _or_abort(self._store.budgets.add_use(request.day, request.batch, uses_of(request.uses)), context)
+        return pb.AddUseResponse()
+
+    async def ListUse(self, request: pb.ListUseRequest, context: Context) -> pb.ListUseResponse:  # noqa: N802
+        """The ledger of a day."""
+        return pb.ListUseResponse(uses=rows_of(await _or_abort(self._store.budgets.used(request.day), context)))
 
 
 class DirectoryServer:

@@ -152,3 +152,99 @@ class ListNotesResponse(_message.Message):
     TEXTS_FIELD_NUMBER: _ClassVar[int]
     texts: _containers.ScalarMap[str, str]
     def __init__(self, texts: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class TakeBudgetRequest(_message.Message):
+    __slots__ = ("tenant", "ticket", "num_tokens", "lease_s", "requests_per_min", "tokens_per_min", "num_streams")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_PER_MIN_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_MIN_FIELD_NUMBER: _ClassVar[int]
+    NUM_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    ticket: str
+    num_tokens: int
+    lease_s: float
+    requests_per_min: int
+    tokens_per_min: int
+    num_streams: int
+    def __init__(self, tenant: _Optional[str] = ..., ticket: _Optional[str] = ..., num_tokens: _Optional[int] = ..., lease_s: _Optional[float] = ..., requests_per_min: _Optional[int] = ..., tokens_per_min: _Optional[int] = ..., num_streams: _Optional[int] = ...) -> None: ...
+
+class TakeBudgetResponse(_message.Message):
+    __slots__ = ("exceeded", "retry_after_s")
+    EXCEEDED_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    exceeded: str
+    retry_after_s: float
+    def __init__(self, exceeded: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
+
+class SettleBudgetRequest(_message.Message):
+    __slots__ = ("tenant", "ticket", "num_tokens")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    ticket: str
+    num_tokens: int
+    def __init__(self, tenant: _Optional[str] = ..., ticket: _Optional[str] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+
+class SettleBudgetResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RenewBudgetsRequest(_message.Message):
+    __slots__ = ("tenant", "tickets", "lease_s")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    TICKETS_FIELD_NUMBER: _ClassVar[int]
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    tickets: _containers.RepeatedScalarFieldContainer[str]
+    lease_s: float
+    def __init__(self, tenant: _Optional[str] = ..., tickets: _Optional[_Iterable[str]] = ..., lease_s: _Optional[float] = ...) -> None: ...
+
+class RenewBudgetsResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class UseRow(_message.Message):
+    __slots__ = ("tenant", "model", "num_requests", "num_prompt_tokens", "num_cached_tokens", "num_output_tokens")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    model: str
+    num_requests: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    def __init__(self, tenant: _Optional[str] = ..., model: _Optional[str] = ..., num_requests: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_output_tokens: _Optional[int] = ...) -> None: ...
+
+class AddUseRequest(_message.Message):
+    __slots__ = ("day", "batch", "uses")
+    DAY_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    USES_FIELD_NUMBER: _ClassVar[int]
+    day: str
+    batch: str
+    uses: _containers.RepeatedCompositeFieldContainer[UseRow]
+    def __init__(self, day: _Optional[str] = ..., batch: _Optional[str] = ..., uses: _Optional[_Iterable[_Union[UseRow, _Mapping]]] = ...) -> None: ...
+
+class AddUseResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListUseRequest(_message.Message):
+    __slots__ = ("day",)
+    DAY_FIELD_NUMBER: _ClassVar[int]
+    day: str
+    def __init__(self, day: _Optional[str] = ...) -> None: ...
+
+class ListUseResponse(_message.Message):
+    __slots__ = ("uses",)
+    USES_FIELD_NUMBER: _ClassVar[int]
+    uses: _containers.RepeatedCompositeFieldContainer[UseRow]
+    def __init__(self, uses: _Optional[_Iterable[_Union[UseRow, _Mapping]]] = ...) -> None: ...

@@ -80,6 +80,31 @@ class DirectoryStub:
                 request_serializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.ListNotesRequest.SerializeToString,
                 response_deserializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.ListNotesResponse.FromString,
                 _registered_method=True)
+        self.TakeBudget = channel.unary_unary(
+                '/antiphon.rpc.v1.Directory/TakeBudget',
+                request_serializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.TakeBudgetRequest.SerializeToString,
+                response_deserializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.TakeBudgetResponse.FromString,
+                _registered_method=True)
+        self.SettleBudget = channel.unary_unary(
+                '/antiphon.rpc.v1.Directory/SettleBudget',
+                request_serializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.SettleBudgetRequest.SerializeToString,
+                response_deserializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.SettleBudgetResponse.FromString,
+                _registered_method=True)
+        self.RenewBudgets = channel.unary_unary(
+                '/antiphon.rpc.v1.Directory/RenewBudgets',
+                request_serializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.RenewBudgetsRequest.SerializeToString,
+                response_deserializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.RenewBudgetsResponse.FromString,
+                _registered_method=True)
+        self.AddUse = channel.unary_unary(
+                '/antiphon.rpc.v1.Directory/AddUse',
+                request_serializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.AddUseRequest.SerializeToString,
+                response_deserializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.AddUseResponse.FromString,
+                _registered_method=True)
+        self.ListUse = channel.unary_unary(
+                '/antiphon.rpc.v1.Directory/ListUse',
+                request_serializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.ListUseRequest.SerializeToString,
+                response_deserializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.ListUseResponse.FromString,
+                _registered_method=True)
 
 
 class DirectoryServicer:
@@ -140,6 +165,36 @@ class DirectoryServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TakeBudget(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SettleBudget(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RenewBudgets(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AddUse(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListUse(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DirectoryServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -187,6 +242,31 @@ def add_DirectoryServicer_to_server(servicer, server):
                     servicer.ListNotes,
                     request_deserializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.ListNotesRequest.FromString,
                     response_serializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.ListNotesResponse.SerializeToString,
+            ),
+            'TakeBudget': grpc.unary_unary_rpc_method_handler(
+                    servicer.TakeBudget,
+                    request_deserializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.TakeBudgetRequest.FromString,
+                    response_serializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.TakeBudgetResponse.SerializeToString,
+            ),
+            'SettleBudget': grpc.unary_unary_rpc_method_handler(
+                    servicer.SettleBudget,
+                    request_deserializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.SettleBudgetRequest.FromString,
+                    response_serializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.SettleBudgetResponse.SerializeToString,
+            ),
+            'RenewBudgets': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewBudgets,
+                    request_deserializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.RenewBudgetsRequest.FromString,
+                    response_serializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.RenewBudgetsResponse.SerializeToString,
+            ),
+            'AddUse': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddUse,
+                    request_deserializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.AddUseRequest.FromString,
+                    response_serializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.AddUseResponse.SerializeToString,
+            ),
+            'ListUse': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListUse,
+                    request_deserializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.ListUseRequest.FromString,
+                    response_serializer=antiphon_dot_rpc_dot_v1_dot_directory__pb2.ListUseResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -433,6 +513,141 @@ class Directory:
             '/antiphon.rpc.v1.Directory/ListNotes',
             antiphon_dot_rpc_dot_v1_dot_directory__pb2.ListNotesRequest.SerializeToString,
             antiphon_dot_rpc_dot_v1_dot_directory__pb2.ListNotesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TakeBudget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/antiphon.rpc.v1.Directory/TakeBudget',
+            antiphon_dot_rpc_dot_v1_dot_directory__pb2.TakeBudgetRequest.SerializeToString,
+            antiphon_dot_rpc_dot_v1_dot_directory__pb2.TakeBudgetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SettleBudget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/antiphon.rpc.v1.Directory/SettleBudget',
+            antiphon_dot_rpc_dot_v1_dot_directory__pb2.SettleBudgetRequest.SerializeToString,
+            antiphon_dot_rpc_dot_v1_dot_directory__pb2.SettleBudgetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewBudgets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/antiphon.rpc.v1.Directory/RenewBudgets',
+            antiphon_dot_rpc_dot_v1_dot_directory__pb2.RenewBudgetsRequest.SerializeToString,
+            antiphon_dot_rpc_dot_v1_dot_directory__pb2.RenewBudgetsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddUse(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/antiphon.rpc.v1.Directory/AddUse',
+            antiphon_dot_rpc_dot_v1_dot_directory__pb2.AddUseRequest.SerializeToString,
+            antiphon_dot_rpc_dot_v1_dot_directory__pb2.AddUseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListUse(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/antiphon.rpc.v1.Directory/ListUse',
+            antiphon_dot_rpc_dot_v1_dot_directory__pb2.ListUseRequest.SerializeToString,
+            antiphon_dot_rpc_dot_v1_dot_directory__pb2.ListUseResponse.FromString,
             options,
             channel_credentials,
             insecure,
