@@ -12,7 +12,22 @@ from antiphon.client.asynchronous import AsyncClient, AsyncStream
 from antiphon.client.blocking import Client, Stream
 from antiphon.client.retry import RetryPolicy
 from antiphon.client.status_values import CompositionStatus, ExpertStanding, GatewayStatus, PoolStatus, ServiceStatus, WorkerStatus
-from antiphon.client.values import Choice, Chunk, Completion, Logprob, Message, ModelInfo, TokenProbability, Usage
+from antiphon.client.values import (
+    CallPiece,
+    Choice,
+    Chunk,
+    Completion,
+    Embeddings,
+    Logprob,
+    Message,
+    ModelInfo,
+    Scores,
+    TokenProbability,
+    Tool,
+    ToolCall,
+    Usage,
+)
+from antiphon.client.vectors import EmbedOptions, ScoreOptions
 from antiphon.client.wire import GenerateOptions
 from antiphon.core.request import FinishReason
 from antiphon.rpc.client_channel import Tls
@@ -20,11 +35,14 @@ from antiphon.rpc.client_channel import Tls
 __all__ = [
     "AsyncClient",
     "AsyncStream",
+    "CallPiece",
     "Choice",
     "Chunk",
     "Client",
     "Completion",
     "CompositionStatus",
+    "EmbedOptions",
+    "Embeddings",
     "ExpertStanding",
     "FinishReason",
     "GatewayStatus",
@@ -34,10 +52,14 @@ __all__ = [
     "ModelInfo",
     "PoolStatus",
     "RetryPolicy",
+    "ScoreOptions",
+    "Scores",
     "ServiceStatus",
     "Stream",
     "Tls",
     "TokenProbability",
+    "Tool",
+    "ToolCall",
     "Usage",
     "WorkerStatus",
 ]

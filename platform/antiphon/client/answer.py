@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from antiphon.client.values import Choice, Chunk, Completion, Usage
+from collections.abc import Sequence
+
+from antiphon.client.values import CallPiece, Choice, Chunk, Completion, ToolCall, Usage
 from antiphon.client.wire import chunk_of, usage_of
 from antiphon.core.errors import Unavailable
 from antiphon.rpc.v1 import inference_pb2 as pb
@@ -78,6 +80,19 @@ class Answer:
         )
 
 
+def calls_of(pieces: Sequence[CallPiece]) -> tuple[ToolCall, ...]:
+    """The calls that are whole: an answer that was cut off claims no more."""
+    whole = [piece.index for piece in pieces if piece.is_whole]
+    return tuple(
+        ToolCall(
+            id=f"call_{index}",
+            name="".join(piece.name for piece in pieces if piece.index == index),
+            arguments="".join(piece.arguments for piece in pieces if piece.index == index),
+        )
+        for index in whole
+    )
+
+
 def _choice(index: int, chunks: list[Chunk]) -> Choice:
     last = chunks[-1]
     return Choice(
@@ -85,6 +100,8 @@ def _choice(index: int, chunks: list[Chunk]) -> Choice:
         text="".join(chunk.text for chunk in chunks),
         token_ids=tuple(token_id for chunk in chunks for token_id in chunk.token_ids),
         logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
+        thought="".join(chunk.thought for chunk in chunks),
+        tool_calls=calls_of([piece for chunk in chunks for piece in chunk.calls]),
         finish_reason=last.finish_reason,
         stop_string=last.stop_string,
         stop_token_id=last.stop_token_id,

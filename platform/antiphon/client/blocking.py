@@ -6,7 +6,7 @@ Must not know: how messages look, or when to try again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TypeVar, Unpack
 
@@ -14,7 +14,8 @@ from antiphon.client.retry import Attempts, RetryPolicy
 from antiphon.client.settings import DEFAULT_ENDPOINT, UNARY_TIMEOUT_S, Settings
 from antiphon.client.status_values import ServiceStatus
 from antiphon.client.stream_state import StreamState
-from antiphon.client.values import Chunk, Completion, ModelInfo, Usage
+from antiphon.client.values import Chunk, Completion, Embeddings, ModelInfo, Scores, Usage
+from antiphon.client.vectors import EmbedOptions, ScoreOptions, embed_request, embeddings_of, score_request, scores_of
 from antiphon.client.wire import GenerateOptions, generate_request, models_of, status_of
 from antiphon.core.errors import AntiphonError, Cancelled
 from antiphon.rpc.client_channel import InferenceCalls, ResponseStream, Tls
@@ -153,6 +154,22 @@ class Client:
             return self._calls.generate(request, timeout_s=timeout_s, metadata=metadata)
 
         return Stream(start, request, Attempts(self._settings.retry, self._settings.timeout_of(options)))
+
+    def embed(self, model: str, **options: Unpack[EmbedOptions]) -> Embeddings:
+        """Vectors of texts or token ids, of a model that embeds; ``EmbedOptions`` lists what may be asked."""
+        request, timeout_s = embed_request(model, options)
+        metadata = self._settings.metadata()
+        timeout_s = self._settings.timeout_s if timeout_s is None else timeout_s
+        return embeddings_of(
+            self._retried(timeout_s, lambda left_s: self._calls.embed(request, timeout_s=left_s, metadata=metadata))
+        )
+
+    def score(self, model: str, query: str, documents: Sequence[str], **options: Unpack[ScoreOptions]) -> Scores:
+        """How well documents answer a query, of a model that ranks or embeds."""
+        request, timeout_s = score_request(model, query, documents, options)
+        metadata = self._settings.metadata()
+        timeout_s = self._settings.timeout_s if timeout_s is None else timeout_s
+        return scores_of(self._retried(timeout_s, lambda left_s: self._calls.score(request, timeout_s=left_s, metadata=metadata)))
 
     def list_models(self, *, timeout_s: float = UNARY_TIMEOUT_S) -> tuple[ModelInfo, ...]:
         """The models served."""

@@ -5,6 +5,7 @@ Must not know: connections, or when a call is tried again.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -16,12 +17,13 @@ from antiphon.client.status_values import (
     ServiceStatus,
     WorkerStatus,
 )
-from antiphon.client.values import Chunk, Logprob, Message, ModelInfo, TokenProbability, Usage
+from antiphon.client.values import CallPiece, Chunk, Logprob, Message, ModelInfo, TokenProbability, Tool, Usage
 from antiphon.core.errors import InvalidInput
 from antiphon.core.request import FinishReason
 from antiphon.rpc.load import decode_load
 from antiphon.rpc.v1 import inference_pb2 as pb
 
+_CALL_KINDS = frozenset(("call_begin", "call_arguments", "call_end"))
 _FINISH: Mapping[int, FinishReason] = {
     pb.FINISH_REASON_STOP: FinishReason.STOP,
     pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
@@ -58,6 +60,17 @@ class GenerateOptions(TypedDict, total=False):
     priority: int  # [0] smaller runs earlier
     cache_salt: str  # separates prefix caches, e.g. by tenant
     timeout_s: float  # [the client's] for the whole call with its retries
+    tools: Sequence[Tool]  # that an answer to messages may call
+    tool_choice: str  # [auto where there are tools] none, auto, required, or the name of the one that must be called
+    parallel_tool_calls: bool  # [True] more than one call in an answer
+    json_schema: Mapping[str, Any]  # what the answer must be; at most one of these five
+    json_object: bool
+    regex: str
+    choices: Sequence[str]
+    grammar: str  # llguidance's Lark
+    thinking: bool  # [the model's way] whether it thinks
+    reasoning_effort: str  # [the model's way] none, minimal, low, medium, high
+    thinking_budget: int  # [no bound] tokens of thought
     traceparent: str  # W3C trace context, to make the server's spans part of a trace
 
 
@@ -108,6 +121,7 @@ def generate_request(model: str, options: GenerateOptions) -> pb.GenerateRequest
             request.sampling.logit_bias.update(options["logit_bias"])
         except (TypeError, ValueError, AttributeError) as error:
             raise InvalidInput(f"logit_bias: {error}", "logit_bias") from error
+    set_agents(request, options)
     return request
 
 
@@ -128,23 +142,66 @@ def _extend(repeated: Any, field: str, values: object) -> None:
         raise InvalidInput(f"{field}: {error}", field) from error
 
 
+def set_agents(request: pb.GenerateRequest, options: GenerateOptions) -> None:
+    """Tools, shape and thinking. Raises InvalidInput."""
+    for i, tool in enumerate(options.get("tools", ())):
+        if not isinstance(tool, Tool):
+            raise InvalidInput(f"tools[{i}]: expected a Tool", f"tools[{i}]")
+        added = request.tools.add()
+        for name in ("name", "description", "strict"):
+            _set(added, name, getattr(tool, name), f"tools[{i}].{name}")
+        if tool.parameters:
+            added.parameters = _json_text(tool.parameters, f"tools[{i}].parameters")
+    if "tool_choice" in options:
+        is_name = options["tool_choice"] not in ("none", "auto", "required")
+        _set(request, "tool_name" if is_name else "tool_choice", options["tool_choice"], "tool_choice")
+    if "parallel_tool_calls" in options:
+        _set(request, "parallel_tool_calls", options["parallel_tool_calls"])
+    shapes = [name for name in ("json_schema", "json_object", "regex", "choices", "grammar") if name in options]
+    if len(shapes) > 1:
+        raise InvalidInput(f"the answer has one shape, got {' and '.join(shapes)}", shapes[1])
+    if "json_schema" in options:
+        request.shape.json_schema = _json_text(options["json_schema"], "json_schema")
+    if "choices" in options:
+        _extend(request.shape.choices.texts, "choices", options["choices"])
+    values: Mapping[str, Any] = options
+    for name in ("json_object", "regex", "grammar"):
+        if name in values:
+            _set(request.shape, name, values[name])
+    for name, field in (("thinking", "enabled"), ("reasoning_effort", "effort"), ("thinking_budget", "budget_tokens")):
+        if name in values:
+            _set(request.reasoning, field, values[name], name)
+
+
+def _json_text(value: object, field: str) -> str:
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidInput(f"{field}: {error}", field) from error
+
+
 def _set_messages(request: pb.GenerateRequest, messages: Sequence[Message | Mapping[str, str]]) -> None:
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise InvalidInput("messages: expected a sequence of messages", "messages")
     request.chat.SetInParent()
     for i, message in enumerate(messages):
         if isinstance(message, Message):
-            parts: Mapping[str, str] = {"role": message.role, "content": message.content, "name": message.name}
+            names = ("role", "content", "name", "tool_call_id", "reasoning")
+            parts: Mapping[str, str] = {name: getattr(message, name) for name in names}
         elif isinstance(message, Mapping):
             parts = message
         else:
             raise InvalidInput(f"messages[{i}]: expected a Message or a mapping", f"messages[{i}]")
-        unknown = parts.keys() - {"role", "content", "name"}
+        unknown = parts.keys() - {"role", "content", "name", "tool_call_id", "reasoning"}
         if unknown:
             raise InvalidInput(f"messages[{i}]: unknown keys: {', '.join(sorted(unknown))}", f"messages[{i}]")
         added = request.chat.messages.add()
         for key, value in parts.items():
             _set(added, key, value, f"messages[{i}].{key}")
+        for j, call in enumerate(message.tool_calls if isinstance(message, Message) else ()):
+            made = added.tool_calls.add()
+            for key in ("id", "name", "arguments"):
+                _set(made, key, getattr(call, key), f"messages[{i}].tool_calls[{j}].{key}")
 
 
 def chunk_of(delta: pb.Delta) -> Chunk:
@@ -152,7 +209,9 @@ def chunk_of(delta: pb.Delta) -> Chunk:
     stopped_by = delta.WhichOneof("stopped_by")
     return Chunk(
         index=delta.index,
-        text=delta.text,
+        text="".join(part.text for part in delta.parts) if delta.is_read else delta.text,
+        thought="".join(part.thought for part in delta.parts),
+        calls=tuple(_call_piece(part) for part in delta.parts if part.WhichOneof("kind") in _CALL_KINDS),
         token_ids=tuple(delta.token_ids),
         logprobs=tuple(
             Logprob(chosen=_probability(part.chosen), rank=part.rank, top=tuple(map(_probability, part.top)))
@@ -162,6 +221,16 @@ def chunk_of(delta: pb.Delta) -> Chunk:
         stop_string=delta.stop_string if stopped_by == "stop_string" else None,
         stop_token_id=delta.stop_token_id if stopped_by == "stop_token_id" else None,
     )
+
+
+def _call_piece(part: pb.Part) -> CallPiece:
+    match part.WhichOneof("kind"):
+        case "call_begin":
+            return CallPiece(index=part.call_begin.index, name=part.call_begin.name)
+        case "call_arguments":
+            return CallPiece(index=part.call_arguments.index, arguments=part.call_arguments.text)
+        case _:
+            return CallPiece(index=part.call_end, is_whole=True)
 
 
 def _probability(part: pb.TokenProbability) -> TokenProbability:
@@ -178,13 +247,21 @@ def usage_of(usage: pb.Usage) -> Usage:
         num_resumptions=usage.num_resumptions,
         first_token_s=usage.first_token_s,
         finished_s=usage.finished_s,
+        num_thought_tokens=usage.num_thought_tokens,
     )
 
 
 def models_of(response: pb.ListModelsResponse) -> tuple[ModelInfo, ...]:
     """The models as values."""
     return tuple(
-        ModelInfo(id=card.id, max_model_len=card.max_model_len, created=card.created, ready=card.ready, revision=card.revision)
+        ModelInfo(
+            id=card.id,
+            max_model_len=card.max_model_len,
+            created=card.created,
+            ready=card.ready,
+            revision=card.revision,
+            task=card.task,
+        )
         for card in response.models
     )
 

@@ -106,6 +106,16 @@ class InferenceCalls:
         response: pb.ListModelsResponse = self._unary(self._stub.ListModels, pb.ListModelsRequest(), timeout_s, metadata)
         return response
 
+    def embed(self, request: pb.EmbedRequest, *, timeout_s: float, metadata: Metadata) -> pb.EmbedResponse:
+        """Vectors."""
+        response: pb.EmbedResponse = self._unary(self._stub.Embed, request, timeout_s, metadata)
+        return response
+
+    def score(self, request: pb.ScoreRequest, *, timeout_s: float, metadata: Metadata) -> pb.ScoreResponse:
+        """Scores."""
+        response: pb.ScoreResponse = self._unary(self._stub.Score, request, timeout_s, metadata)
+        return response
+
     def get_status(self, deployment: str, *, timeout_s: float, metadata: Metadata) -> pb.GetStatusResponse:
         """Pools, workers and load."""
         request = pb.GetStatusRequest(deployment=deployment)
@@ -144,6 +154,16 @@ class AsyncInferenceCalls:
     async def list_models(self, *, timeout_s: float, metadata: Metadata) -> pb.ListModelsResponse:
         """The models served."""
         response: pb.ListModelsResponse = await self._unary(self._stub().ListModels, pb.ListModelsRequest(), timeout_s, metadata)
+        return response
+
+    async def embed(self, request: pb.EmbedRequest, *, timeout_s: float, metadata: Metadata) -> pb.EmbedResponse:
+        """Vectors."""
+        response: pb.EmbedResponse = await self._unary(self._stub().Embed, request, timeout_s, metadata)
+        return response
+
+    async def score(self, request: pb.ScoreRequest, *, timeout_s: float, metadata: Metadata) -> pb.ScoreResponse:
+        """Scores."""
+        response: pb.ScoreResponse = await self._unary(self._stub().Score, request, timeout_s, metadata)
         return response
 
     async def get_status(self, deployment: str, *, timeout_s: float, metadata: Metadata) -> pb.GetStatusResponse:

@@ -50,6 +50,14 @@ class InferencePort(Protocol):
         """Pools, workers and load."""
         ...
 
+    async def embed(self, request: pb.EmbedRequest, call: CallInfo) -> pb.EmbedResponse:
+        """Vectors."""
+        ...
+
+    async def score(self, request: pb.ScoreRequest, call: CallInfo) -> pb.ScoreResponse:
+        """Scores."""
+        ...
+
 
 class InferenceServicer:
     """Serves antiphon.rpc.v1.Inference."""
@@ -65,12 +73,10 @@ class InferenceServicer:
             "Generate": grpc.unary_stream_rpc_method_handler(
                 self._generate, response_serializer=pb.GenerateResponse.SerializeToString
             ),
-            "ListModels": grpc.unary_unary_rpc_method_handler(
-                self._list_models, response_serializer=pb.ListModelsResponse.SerializeToString
-            ),
-            "GetStatus": grpc.unary_unary_rpc_method_handler(
-                self._get_status, response_serializer=pb.GetStatusResponse.SerializeToString
-            ),
+            "ListModels": _unary(pb.ListModelsRequest, self._port.list_models),
+            "GetStatus": _unary(pb.GetStatusRequest, self._port.get_status),
+            "Embed": _unary(pb.EmbedRequest, lambda request, call: self._port.embed(request, call)),
+            "Score": _unary(pb.ScoreRequest, lambda request, call: self._port.score(request, call)),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(self.name, handlers),))
 
@@ -83,17 +89,15 @@ class InferenceServicer:
         except Exception as error:  # noqa: BLE001 - the door: whatever happens, the caller gets a status and not a traceback
             await _abort(context, error)
 
-    async def _list_models(self, raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> pb.ListModelsResponse:
+
+def _unary(kind: type[_M], answer: Callable[[_M, CallInfo], Awaitable[Message]]) -> grpc.RpcMethodHandler[Any, Any]:
+    async def call(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Message:
         try:
-            return await self._port.list_models(_parse(pb.ListModelsRequest, raw), _call_info(context))
-        except Exception as error:  # noqa: BLE001 - as above
+            return await answer(_parse(kind, raw), _call_info(context))
+        except Exception as error:  # noqa: BLE001 - the door, as above
             await _abort(context, error)
 
-    async def _get_status(self, raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> pb.GetStatusResponse:
-        try:
-            return await self._port.get_status(_parse(pb.GetStatusRequest, raw), _call_info(context))
-        except Exception as error:  # noqa: BLE001 - as above
-            await _abort(context, error)
+    return grpc.unary_unary_rpc_method_handler(call, response_serializer=lambda message: message.SerializeToString())
 
 
 def _parse(kind: type[_M], raw: bytes) -> _M:

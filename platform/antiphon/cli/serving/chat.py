@@ -98,8 +98,16 @@ def _answer(session: Session, text: str) -> Turn:
     turn = Turn()
     pieces = session.ask(text, turn)
     try:
+        shown = None
         for piece in pieces:
-            typer.echo(_printable(piece), nl=False)
+            if shown not in (None, piece.kind):
+                typer.echo()
+            shown = piece.kind
+            text = _printable(piece.text)
+            typer.echo(
+                text if piece.kind == "text" else typer.style(text, dim=piece.kind == "thought", bold=piece.kind == "call"),
+                nl=False,
+            )
             sys.stdout.flush()
     except KeyboardInterrupt:
         turn.end = None

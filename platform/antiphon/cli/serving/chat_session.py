@@ -5,9 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from typing import Literal
 
-from antiphon.client import Client, FinishReason, GenerateOptions, Message
+from antiphon.client import CallPiece, Client, FinishReason, GenerateOptions, Message
+from antiphon.client.answer import calls_of
 from antiphon.core.errors import InvalidInput, Unavailable
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a reader sees next, and what it is."""
+
+    kind: Literal["text", "thought", "call"]
+    text: str
 
 
 @dataclass(slots=True)
@@ -15,6 +25,7 @@ class Turn:
     """One answer while it comes. ``end`` is what ended it: its finish reason, or None when it was cancelled."""
 
     text: str = ""
+    calls: list[CallPiece] = field(default_factory=list)
     num_tokens: int = 0
     first_token_s: float | None = None  # since it was asked
     last_token_s: float | None = None  # the same
@@ -60,8 +71,8 @@ class Session:
         """Forget the conversation; the system prompt stays."""
         self.history.clear()
 
-    def ask(self, text: str, turn: Turn) -> Generator[str, None, None]:
-        """The answer's text as it comes; ``turn`` is filled meanwhile.
+    def ask(self, text: str, turn: Turn) -> Generator[Piece, None, None]:
+        """The answer as it comes, thoughts and calls apart; ``turn`` is filled meanwhile.
 
         An answer that is left early is cancelled on the server; what came of it stays in the history, as the reader has seen
         it. A question that got nothing is forgotten. Raises the errors of ``core.errors``.
@@ -75,7 +86,7 @@ class Session:
                 for chunk in stream:
                     if not turn.answered_by and (expert := stream.routed.get("x-antiphon-expert")):
                         turn.answered_by = f"{expert} ({stream.routed.get('x-antiphon-reason', '')})"
-                    if chunk.token_ids or chunk.text:
+                    if chunk.token_ids or chunk.text or chunk.thought:
                         turn.last_token_s = self.clock() - asked_s
                         if turn.first_token_s is None:
                             turn.first_token_s = turn.last_token_s
@@ -83,11 +94,16 @@ class Session:
                     turn.text += chunk.text
                     if chunk.finish_reason is not None:
                         turn.end = chunk.finish_reason
+                    if chunk.thought:
+                        yield Piece("thought", chunk.thought)
                     if chunk.text:
-                        yield chunk.text
+                        yield Piece("text", chunk.text)
+                    for call in chunk.calls:
+                        turn.calls.append(call)
+                        yield Piece("call", ")" if call.is_whole else f"{call.name}(" if call.name else call.arguments)
         finally:
-            if turn.text:
-                self.history += [question, Message(role="assistant", content=turn.text)]
+            if turn.text or turn.calls:
+                self.history += [question, Message(role="assistant", content=turn.text, tool_calls=calls_of(turn.calls))]
 
 
 def choose_model(client: Client, wanted: str | None) -> str:

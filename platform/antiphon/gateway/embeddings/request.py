@@ -38,6 +38,7 @@ class EmbeddingRequest:
     inputs: tuple[TextOrTokens, ...]
     dimensions: int | None = None  # None = all
     add_special_tokens: bool = True  # of texts
+    field: str = "input"  # what they are called in errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

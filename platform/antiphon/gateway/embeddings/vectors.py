@@ -104,7 +104,7 @@ class VectorMaker:
         if facts.task != "embed":
             raise InvalidInput(f"the model {call.model!r} ranks pairs of texts, it has no embeddings: use /v1/rerank", "model")
         num_dims = _dimensions(facts, request.dimensions)
-        prompts = [(text, _EMBED) for text in await self._encode(call, request.inputs, request.add_special_tokens)]
+        prompts = [(text, _EMBED) for text in await self._encode(call, request.inputs, request.add_special_tokens, request.field)]
         vectors = await self._counted(call, prompts)
         return Embeddings(
             vectors=tuple(_cut(vector.values, num_dims, normalise=facts.normalise) for vector in vectors),

@@ -20,7 +20,6 @@ from antiphon.gateway.generation.request import (
     MAX_CHOICES,
     MAX_STOP_CHARS,
     MAX_STOPS,
-    ChatMessage,
     ChatPrompt,
     ChoiceDelta,
     Completed,
@@ -34,15 +33,14 @@ from antiphon.gateway.generation.request import (
     TokenPrompt,
 )
 from antiphon.gateway.generation.sampling_fields import SamplingFields
+from antiphon.gateway.grpc import agents, vectors
 from antiphon.gateway.openai.http_io import new_request_id, valid_request_id
 from antiphon.gateway.openai.parsing import parse
-from antiphon.gateway.openai.schema import MAX_MESSAGES
 from antiphon.gateway.status import PoolStatus, WorkerStatus
 from antiphon.rpc.inference import CallInfo
 from antiphon.rpc.load import encode_load
 from antiphon.rpc.v1 import inference_pb2 as pb
 
-_ROLES = ("system", "developer", "user", "assistant")
 _FINISH = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
 
 
@@ -77,11 +75,20 @@ class GrpcDoor:
                     created=gateway.created,
                     ready=gateway.is_ready(name),
                     revision=gateway.revision(name),
+                    task=gateway.task(name),
                 )
                 for name in gateway.models
             ]
             + [_composition_card(composition, gateway.created) for composition in gateway.compositions.values()]
         )
+
+    async def embed(self, request: pb.EmbedRequest, call: CallInfo) -> pb.EmbedResponse:
+        """See the proto."""
+        return await vectors.embed(self._gateway, request, call)
+
+    async def score(self, request: pb.ScoreRequest, call: CallInfo) -> pb.ScoreResponse:
+        """See the proto."""
+        return await vectors.score(self._gateway, request, call)
 
     async def get_status(self, request: pb.GetStatusRequest, call: CallInfo) -> pb.GetStatusResponse:
         """See the proto."""
@@ -134,6 +141,7 @@ def generation_request(request: pb.GenerateRequest, call: CallInfo) -> Generatio
         cache_salt=request.cache_salt,
         traceparent=call.metadata.get("traceparent"),
         resume=_resume(request, n),
+        options=agents.options_of(request),
         max_tokens_field="sampling.max_tokens",
         sampling_prefix="sampling.",
     )
@@ -162,6 +170,8 @@ def response_of(event: Event) -> pb.GenerateResponse:
                     finish_reason=pb.FINISH_REASON_UNSPECIFIED if event.finish_reason is None else _FINISH[event.finish_reason],
                     stop_string=event.stop_string,
                     stop_token_id=event.stop_token_id,
+                    parts=agents.parts_of(event.parts or ()),
+                    is_read=event.parts is not None,
                 )
             )
         case Completed():
@@ -176,6 +186,7 @@ def response_of(event: Event) -> pb.GenerateResponse:
                         num_resumptions=usage.num_resumptions,
                         first_token_s=usage.first_token_s,
                         finished_s=usage.finished_s,
+                        num_thought_tokens=usage.num_thought_tokens,
                     )
                 )
             )
@@ -188,18 +199,9 @@ def _prompt(request: pb.GenerateRequest) -> Prompt:
         case "tokens":
             return TokenPrompt(token_ids=tuple(request.tokens.ids), field="tokens.ids")
         case "chat":
-            return ChatPrompt(messages=_messages(request.chat.messages), field="chat.messages")
+            return ChatPrompt(messages=agents.messages_of(request.chat.messages), field="chat.messages")
         case _:
             raise InvalidInput("one of prompt, tokens and chat is needed", "prompt")
-
-
-def _messages(messages: Sequence[pb.ChatMessage]) -> tuple[ChatMessage, ...]:
-    if not 1 <= len(messages) <= MAX_MESSAGES:
-        raise InvalidInput(f"a chat has 1 to {MAX_MESSAGES} messages", "chat.messages")
-    for index, message in enumerate(messages):
-        if message.role not in _ROLES:
-            raise InvalidInput(f"the role must be one of {', '.join(_ROLES)}", f"chat.messages[{index}].role")
-    return tuple(ChatMessage(role=m.role, content=m.content, name=m.name or None) for m in messages)
 
 
 def _stops(stops: Sequence[str]) -> tuple[str, ...]:

@@ -49,6 +49,16 @@ class InferenceStub:
                 request_serializer=antiphon_dot_rpc_dot_v1_dot_inference__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=antiphon_dot_rpc_dot_v1_dot_inference__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/antiphon.rpc.v1.Inference/Embed',
+                request_serializer=antiphon_dot_rpc_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=antiphon_dot_rpc_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/antiphon.rpc.v1.Inference/Score',
+                request_serializer=antiphon_dot_rpc_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=antiphon_dot_rpc_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -74,6 +84,20 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Of models that embed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """How well documents answer a query: of models that rank, or that embed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -91,6 +115,16 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=antiphon_dot_rpc_dot_v1_dot_inference__pb2.GetStatusRequest.FromString,
                     response_serializer=antiphon_dot_rpc_dot_v1_dot_inference__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=antiphon_dot_rpc_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=antiphon_dot_rpc_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=antiphon_dot_rpc_dot_v1_dot_inference__pb2.ScoreRequest.FromString,
+                    response_serializer=antiphon_dot_rpc_dot_v1_dot_inference__pb2.ScoreResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -174,6 +208,60 @@ class Inference:
             '/antiphon.rpc.v1.Inference/GetStatus',
             antiphon_dot_rpc_dot_v1_dot_inference__pb2.GetStatusRequest.SerializeToString,
             antiphon_dot_rpc_dot_v1_dot_inference__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/antiphon.rpc.v1.Inference/Embed',
+            antiphon_dot_rpc_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            antiphon_dot_rpc_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/antiphon.rpc.v1.Inference/Score',
+            antiphon_dot_rpc_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+            antiphon_dot_rpc_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

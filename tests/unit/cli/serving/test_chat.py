@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from antiphon.cli.serving.chat import app
-from antiphon.cli.serving.chat_session import Session, Turn, choose_model
+from antiphon.cli.serving.chat_session import Piece, Session, Turn, choose_model
 from antiphon.client import Client, FinishReason, Message
 from antiphon.core.errors import InvalidInput, Unavailable
 from antiphon.rpc.inference import CallInfo, InferenceServicer
@@ -39,6 +39,16 @@ class Parrot:
         if question == "too long":
             raise InvalidInput("the prompt has 9 tokens, 8 fit", "messages")
         yield pb.GenerateResponse(started=pb.Started(request_id="r", model=request.model, seed=1))
+        if question == "think":
+            for part in (
+                pb.Part(thought="Hm."),
+                pb.Part(text="I look."),
+                pb.Part(call_begin=pb.CallBegin(name="weather")),
+                pb.Part(call_arguments=pb.CallArguments(text='{"city": "x"}')),
+                pb.Part(call_end=0),
+            ):
+                yield pb.GenerateResponse(delta=pb.Delta(text="<raw>", token_ids=[1], parts=[part], is_read=True))
+            question = ""
         words = ["\x1b[31mred\x07"] if question == "evil" else question.upper().split()
         try:
             for i, word in enumerate(words):
@@ -88,6 +98,21 @@ def server() -> Iterator[Server]:
     server.close()
 
 
+def said(pieces: Iterator[Piece]) -> str:
+    return "".join(piece.text for piece in pieces if piece.kind == "text")
+
+
+def test_thoughts_and_calls_are_shown_apart_and_only_calls_are_kept(server: Server) -> None:
+    with Client(server.address) as client:
+        session = Session(client=client, model="parrot")
+        turn = Turn()
+        pieces = list(session.ask("think", turn))
+    shown = [("thought", "Hm."), ("text", "I look."), ("call", "weather("), ("call", '{"city": "x"}'), ("call", ")")]
+    assert [(piece.kind, piece.text) for piece in pieces] == shown
+    assert session.history[-1].content == "I look."
+    assert [(call.name, call.arguments) for call in session.history[-1].tool_calls] == [("weather", '{"city": "x"}')]
+
+
 def contents(request: pb.GenerateRequest) -> list[tuple[str, str]]:
     return [(message.role, message.content) for message in request.chat.messages]
 
@@ -95,8 +120,8 @@ def contents(request: pb.GenerateRequest) -> list[tuple[str, str]]:
 def test_each_question_carries_what_was_said_before(server: Server) -> None:
     with Client(server.address) as client:
         session = Session(client=client, model="parrot", system="Be a parrot.")
-        assert "".join(session.ask("hello you", Turn())) == "HELLO YOU"
-        assert "".join(session.ask("again", Turn())) == "AGAIN"
+        assert said(session.ask("hello you", Turn())) == "HELLO YOU"
+        assert said(session.ask("again", Turn())) == "AGAIN"
     assert contents(server.parrot.requests[1]) == [
         ("system", "Be a parrot."),
         ("user", "hello you"),
@@ -108,9 +133,9 @@ def test_each_question_carries_what_was_said_before(server: Server) -> None:
 def test_a_reset_forgets_all_but_the_system_prompt(server: Server) -> None:
     with Client(server.address) as client:
         session = Session(client=client, model="parrot", system="Be a parrot.")
-        "".join(session.ask("hello", Turn()))
+        said(session.ask("hello", Turn()))
         session.reset()
-        "".join(session.ask("again", Turn()))
+        said(session.ask("again", Turn()))
     assert contents(server.parrot.requests[1]) == [("system", "Be a parrot."), ("user", "again")]
 
 
@@ -119,7 +144,7 @@ def test_leaving_an_answer_cancels_it_and_keeps_what_was_read(server: Server) ->
         session = Session(client=client, model="parrot")
         turn = Turn()
         pieces = session.ask("slow", turn)
-        assert next(pieces) == "SLOW"
+        assert next(pieces) == Piece("text", "SLOW")
         pieces.close()
         assert server.parrot.cancelled.wait(5)
     assert session.history == [Message(role="user", content="slow"), Message(role="assistant", content="SLOW")]
@@ -131,7 +156,7 @@ def test_a_question_that_got_nothing_is_forgotten(server: Server) -> None:
     with Client(server.address) as client:
         session = Session(client=client, model="parrot")
         with pytest.raises(InvalidInput):
-            "".join(session.ask("too long", Turn()))
+            said(session.ask("too long", Turn()))
     assert session.history == []
 
 
@@ -140,7 +165,7 @@ def test_times_are_those_of_the_first_and_the_last_token(server: Server) -> None
     with Client(server.address) as client:
         session = Session(client=client, model="parrot", clock=lambda: next(ticks))
         turn = Turn()
-        "".join(session.ask("one two three", turn))
+        said(session.ask("one two three", turn))
     assert turn.end is FinishReason.STOP
     assert turn.first_token_s == pytest.approx(0.5)
     assert turn.tokens_per_s == pytest.approx(2 / 2.0)
