@@ -18,7 +18,7 @@ import httpx
 import openai
 import pytest
 
-_spec = importlib.util.spec_from_file_location("doors_fake_engine", Path(__file__).with_name("fake_engine.py"))
+_spec = importlib.util.spec_from_file_location("doors_fake_engine", Path(__file__).parents[1] / "doors" / "fake_engine.py")
 assert _spec is not None
 assert _spec.loader is not None
 fake = sys.modules.setdefault(_spec.name, importlib.util.module_from_spec(_spec))
