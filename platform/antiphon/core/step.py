@@ -14,6 +14,23 @@ from antiphon.core.request import Request, RequestId, SamplingParams, TokenLogpr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StateSnapshot:
+    """Keep the state behind the first ``end_token`` tokens in ``slot``."""
+
+    end_token: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateStep:
+    """Where a request's state is before a step and goes in it. What is read is not written: a step may be computed twice."""
+
+    read: int | None  # slot; None = no token is computed yet
+    write: int  # slot; the one read where the step computes no token of the request
+    snapshots: tuple[StateSnapshot, ...] = ()  # in the order of their ends
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NewRequestData:
     """A request the runner does not know (new, or resumed after a preemption)."""
 
@@ -47,6 +64,7 @@ class SchedulerOutput:
     finished_request_ids: tuple[RequestId, ...] = ()  # finished or preempted since the last step: forget them
     kv_loads: tuple[KVLoad, ...] = ()
     kv_load_aborts: tuple[RequestId, ...] = ()
+    states: dict[RequestId, StateStep] = field(default_factory=dict)  # of every request scheduled, where the model has states
 
     @property
     def num_tokens(self) -> int:
@@ -94,5 +112,7 @@ __all__ = [
     "ModelRunnerOutput",
     "NewRequestData",
     "SchedulerOutput",
+    "StateSnapshot",
+    "StateStep",
     "TransferId",
 ]

@@ -75,6 +75,10 @@ class KVBlockManager:
             blocks.append(block)
         return blocks
 
+    def find(self, digest: BlockHash) -> int | None:
+        """The block that is cached under ``digest``; it is not held yet."""
+        return self._block_of.get(digest) if self.prefix_caching else None
+
     def num_free_after(self, prefix: Sequence[int]) -> int:
         """Free blocks that would remain if ``prefix`` were held."""
         return len(self._free) - sum(1 for block in prefix if self._ref_counts[block] == 0)

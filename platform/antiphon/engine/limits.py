@@ -30,6 +30,8 @@ class SchedulerConfig:
     prefix_caching: bool = True
     remote_prefill_min_tokens: int = 64
     kv_lease_s: float = 30.0
+    num_state_slots: int | None = None  # None = the model has no states
+    snapshot_blocks: int = 16  # a state is kept for equal prefixes every so many blocks, and at a prompt's end
     vocab_size: int | None = None  # token ids below it are known; None = the executor takes any
 
 

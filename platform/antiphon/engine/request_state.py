@@ -5,6 +5,7 @@ from __future__ import annotations
 from antiphon.core.kv import KVTarget
 from antiphon.core.request import Request, RequestId, RequestStatus, RequestTimes
 from antiphon.engine.block_manager import BlockHash, hash_blocks
+from antiphon.engine.state_slots import SequenceState
 
 
 class RequestState:
@@ -25,6 +26,7 @@ class RequestState:
         "prefill_worker",
         "request",
         "scheduled_s",
+        "sequence",
         "status",
         "token_ids",
     )
@@ -44,6 +46,7 @@ class RequestState:
         self.num_cached_tokens = 0
         self.num_remote_tokens = 0
         self.num_preemptions = 0
+        self.sequence: SequenceState | None = None  # its state slots, while it holds blocks of a model that has states
         self.scheduled_s: float | None = None
         self.first_token_s: float | None = None
 

@@ -21,13 +21,14 @@ from collections.abc import Callable, Iterable
 from antiphon.core.errors import DeadlineExceeded, ErrorInfo, InvalidInput, Overloaded
 from antiphon.core.kv import KVLoad, KVTarget
 from antiphon.core.request import Request, RequestId, RequestOutput, RequestStatus
-from antiphon.core.step import CachedRequestData, KVEvents, ModelRunnerOutput, NewRequestData, SchedulerOutput
+from antiphon.core.step import CachedRequestData, KVEvents, ModelRunnerOutput, NewRequestData, SchedulerOutput, StateStep
 from antiphon.engine.block_manager import KVBlockManager
 from antiphon.engine.fairness import FairQueue, over_share
 from antiphon.engine.limits import SchedulerConfig, SchedulerStats, check_request
 from antiphon.engine.outcome import end_output, stop_status, token_output
 from antiphon.engine.request_blocks import RequestBlocks
 from antiphon.engine.request_state import RequestState
+from antiphon.engine.state_slots import Prefix, StateSlots
 from antiphon.engine.step_values import announced, continued, load_asked
 
 _TOO_LATE = ErrorInfo(code=DeadlineExceeded.code, message="deadline exceeded")
@@ -46,7 +47,15 @@ class Scheduler:
         self.config = config
         self.stats = SchedulerStats()
         self.blocks = KVBlockManager(config.num_blocks, config.block_size_tokens, prefix_caching=config.prefix_caching)
-        self._blocks_of = RequestBlocks(self.blocks, self.stats)
+        self.slots: StateSlots | None = None  # of sequences' states, where the model has any
+        if config.num_state_slots is not None:
+            self.slots = StateSlots(
+                config.num_state_slots,
+                config.block_size_tokens,
+                snapshot_blocks=config.snapshot_blocks,
+                prefix_caching=config.prefix_caching,
+            )
+        self._blocks_of = RequestBlocks(self.blocks, self.stats, self.slots)
         self._clock = clock
         self._states: dict[RequestId, RequestState] = {}
         self._waiting = FairQueue()
@@ -142,6 +151,7 @@ class Scheduler:
             finished_request_ids=tuple(self._forgotten),
             kv_loads=tuple(loads),
             kv_load_aborts=tuple(self._load_aborts),
+            states=self._plan_states(num_scheduled),
         )
         self._forgotten.clear()
         self._load_aborts.clear()
@@ -159,7 +169,7 @@ class Scheduler:
                 self._end(state, RequestStatus.FINISHED_ERROR, error)
                 continue
             state.num_computed_tokens += num_tokens
-            self._blocks_of.cache_full(state)
+            self._blocks_of.computed(state)
             if state.kv_target is not None:
                 if state.num_tokens_to_compute == 0:
                     self.stats.num_prompt_tokens += state.kv_target.num_tokens  # no token is sampled here that would count them
@@ -184,7 +194,7 @@ class Scheduler:
                 self.stats.num_kv_transfers += 1
                 state.num_remote_tokens = len(state.token_ids) - 1 - state.num_computed_tokens
                 state.num_computed_tokens = len(state.token_ids) - 1
-                self._blocks_of.cache_full(state)
+                self._blocks_of.arrived(state)
                 self._rejoin(state)
         for request_id, _reason in events.failed:
             state = self._remote.pop(request_id, None)
@@ -266,7 +276,7 @@ class Scheduler:
             prefix = self._blocks_of.find_prefix(state)
             # All of what is known must fit at once: admitting on a chunk's worth of blocks would only preempt soon.
             fits = self._blocks_of.fits(state, prefix)
-            num_cached_tokens = len(prefix) * self.config.block_size_tokens
+            num_cached_tokens = len(prefix.blocks) * self.config.block_size_tokens
             is_remote = self._worth_remote(state, num_cached_tokens)
             if not fits or (full and not is_remote):
                 exchange = self._exchange(new)
@@ -306,6 +316,13 @@ class Scheduler:
         self._running.append(state)
         return num_tokens
 
+    def _plan_states(self, num_scheduled: dict[RequestId, int]) -> dict[RequestId, StateStep]:
+        """Of all requests of the step; the last decision, since a request may be preempted in the course of others."""
+        if self.slots is None:
+            return {}
+        planned = {name: self._blocks_of.plan_state(self._states[name], count) for name, count in num_scheduled.items()}
+        return {name: step for name, step in planned.items() if step is not None}
+
     def _worth_remote(self, state: RequestState, num_local: int) -> bool:
         return (
             state.prefill_worker is not None
@@ -314,7 +331,7 @@ class Scheduler:
             and len(state.token_ids) - 1 - num_local >= self.config.remote_prefill_min_tokens
         )
 
-    def _start_load(self, state: RequestState, prefix: list[int], loads: list[KVLoad]) -> None:
+    def _start_load(self, state: RequestState, prefix: Prefix, loads: list[KVLoad]) -> None:
         assert state.prefill_worker is not None
         self._blocks_of.take_prefix(state, prefix)
         has_room = self._blocks_of.grow(state, len(state.token_ids))

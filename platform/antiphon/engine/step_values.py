@@ -48,4 +48,5 @@ def load_asked(state: RequestState, prefill_worker: str, lease_s: float) -> KVLo
         traceparent=state.request.traceparent,
         cache_salt=state.request.cache_salt,
         tenant=state.request.tenant,
+        state_slot=None if state.sequence is None else state.sequence.arrival,
     )

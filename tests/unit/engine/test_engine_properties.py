@@ -45,6 +45,7 @@ class CheckingExecutor:
         self.blocks: dict[RequestId, list[int]] = {}
         self.computed: dict[RequestId, int] = {}
         self.loads: dict[RequestId, KVLoad] = {}
+        self.states: dict[int, tuple[int, int]] = {}  # state slot -> tokens it is behind, and what they are
         self.random = random.Random(seed)
         self.loads_fail = loads_fail
 
@@ -64,6 +65,8 @@ class CheckingExecutor:
             seen = chain(list(load.token_ids))
             for position in range(load.first_token, load.first_token + load.num_tokens):
                 self.cache[self.slot(list(load.block_ids), position)] = (position, seen[position])
+            if load.state_slot is not None:
+                self.states[load.state_slot] = (len(load.token_ids), seen[-1])
             loaded.append(request_id)
         return KVEvents(loaded=tuple(loaded), failed=tuple(failed))
 
@@ -83,6 +86,7 @@ class CheckingExecutor:
             assert self.computed[cached.request_id] == cached.num_computed_tokens
         held = [block for rid in step.num_scheduled_tokens for block in self.blocks[rid][self.computed[rid] // BLOCK :]]
         assert len(held) == len(set(held)), "two requests would write the same block"
+        self.check_states(step)
         sampled = {}
         for request_id, num_tokens in step.num_scheduled_tokens.items():
             tokens, blocks = self.tokens[request_id], self.blocks[request_id]
@@ -98,6 +102,21 @@ class CheckingExecutor:
                 tokens.append(seen[-1] % 50)
         return ModelRunnerOutput(sampled_token_ids=sampled)
 
+    def check_states(self, step: SchedulerOutput) -> None:
+        """Move the states as the step says: nothing that is read is written, and what is read is the request's own."""
+        written = [slot for state in step.states.values() for slot in (state.write, *(each.slot for each in state.snapshots))]
+        assert len(written) == len(set(written)), "two requests would write the same state"
+        assert not {state.read for state in step.states.values()} & set(written), "a step that fails could not be computed again"
+        for request_id, state in step.states.items():
+            seen, start = chain(self.tokens[request_id]), self.computed[request_id]
+            assert (state.read is None) == (start == 0)
+            if state.read is not None:
+                assert self.states[state.read] == (start, seen[start - 1]), "the state is another request's"
+            end = start + step.num_scheduled_tokens[request_id]
+            for place, slot in [*((each.end_token, each.slot) for each in state.snapshots), (end, state.write)]:
+                assert start < place <= end
+                self.states[slot] = (place, seen[place - 1])
+
 
 class Engine:
     def __init__(
@@ -109,6 +128,7 @@ class Engine:
         budget: int = 16,
         queue: int = 1000,
         loads_fail: bool = True,
+        state_slots: int | None = None,
     ) -> None:
         self.clock = FakeClock()
         config = SchedulerConfig(
@@ -119,6 +139,8 @@ class Engine:
             block_size_tokens=BLOCK,
             num_blocks=num_blocks,
             remote_prefill_min_tokens=5,
+            num_state_slots=state_slots,
+            snapshot_blocks=2,
         )
         self.outputs: list[RequestOutput] = []
         self.executor = CheckingExecutor(seed, loads_fail=loads_fail)
@@ -156,7 +178,13 @@ class Engine:
 @given(seed=st.integers(0, 2**32 - 1))
 def test_every_request_gets_its_own_tokens_and_all_blocks_come_back(seed: int) -> None:
     chance = random.Random(seed)
-    engine = Engine(seed, num_blocks=chance.randint(12, 40), max_seqs=chance.randint(1, 6), budget=chance.choice([16, 20, 64]))
+    engine = Engine(
+        seed,
+        num_blocks=chance.randint(12, 40),
+        max_seqs=chance.randint(1, 6),
+        budget=chance.choice([16, 20, 64]),
+        state_slots=chance.choice([None, 3, 12, 30]),
+    )
     prefixes = [[chance.randrange(50) for _ in range(chance.randint(1, 20))] for _ in range(3)]
     asked: dict[str, tuple[list[int], int]] = {}
     cancelled: set[str] = set()
@@ -193,6 +221,8 @@ def test_every_request_gets_its_own_tokens_and_all_blocks_come_back(seed: int) -
             assert name in cancelled or (end.error is not None and end.error.code == "deadline_exceeded")
     assert engine.scheduler.blocks.num_free_blocks == engine.scheduler.config.num_blocks
     assert engine.scheduler.num_running == engine.scheduler.num_waiting == 0
+    slots = engine.scheduler.slots
+    assert slots is None or slots.num_free_slots == slots.num_slots
 
 
 def test_five_hundred_random_requests_leave_nothing_behind() -> None:
