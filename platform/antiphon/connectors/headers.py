@@ -35,6 +35,7 @@ class Kind(enum.IntEnum):
     KV = 18  # KV of some tokens in one layer
     KV_DONE = 19  # all KV is sent
     KV_FAILED = 20  # none will come; the payload says why
+    STATE = 21  # a part of one layer's state behind the last token asked for
 
 
 WIRE_DTYPES: dict[torch.dtype, int] = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 3}
@@ -52,7 +53,7 @@ class Header(NamedTuple):
     epoch: int
     step: int = 0  # A2F, F2A: the sender's step; KV kinds: the transfer's id
     layer: int = 0
-    ubatch: int = 0
+    ubatch: int = 0  # STATE: the plane
     dtype: int = 0
     flags: int = 0
     experts_per_row: int = 0
@@ -61,7 +62,7 @@ class Header(NamedTuple):
     wait_us: int = 0  # F2A: from arrival to the start of its batch
     compute_us: int = 0  # F2A: of its batch
     batch_rows: int = 0  # F2A: rows computed together
-    first: int = 0  # KV kinds: first token
+    first: int = 0  # KV kinds: first token; STATE: first byte in the plane
     spare: int = 0  # A2F: number of the expert placement; PREFILL: deadline in milliseconds
 
     def pack(self) -> bytes:

@@ -1,5 +1,4 @@
-"""The KV blocks of a request, and its state slots where the model has states: its prefix found and taken, more as it grows, what is
-full left for others to find (step speed).
+"""The KV blocks of a request, and its state slots where the model has states: found, taken, left for others (step speed).
 
 Must not know: queues, budgets, tensors.
 """

@@ -23,7 +23,7 @@ from antiphon.engine.block_manager import BlockHash, KVBlockManager
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefix:
-    """What of a request is cached: blocks from its start, and the snapshot at their end (None: the model has no states, or 0 blocks)."""
+    """What of a request is cached: blocks from its start, and the snapshot at their end (None: no blocks, or no states)."""
 
     blocks: tuple[int, ...]
     snapshot: int | None = None
@@ -88,7 +88,7 @@ class StateSlots:
         return self._pool.num_free_after(() if prefix.snapshot is None else (prefix.snapshot,)) >= LIVE_STATES
 
     def begin(self, prefix: Prefix, num_tokens: int) -> SequenceState:
-        """Hold what a sequence needs; the caller saw that it fits. ``num_tokens``: of those known, that are computed before others."""
+        """Hold what a sequence needs; the caller saw that it fits. ``num_tokens``: known, and of use as a prefix to others."""
         if prefix.snapshot is not None:
             self._pool.hold((prefix.snapshot,))
         own = self._pool.allocate(LIVE_STATES)

@@ -18,7 +18,7 @@ from functools import cached_property
 from hashlib import blake2b
 from typing import Literal
 
-from antiphon.core.kv import KVPlane
+from antiphon.core.kv import KVPlane, StatePlane
 from antiphon.models.layers.rope_config import RopeConfig
 
 # "gpt_oss" is g·sigmoid(1.702 g)·(u + 1) of the gate g and the up projection u; the others are act(g)·u.
@@ -45,6 +45,7 @@ class AttentionConfig:
     softcap: float | None = None  # c·tanh(score / c) on scores
     has_head_gate: bool = False  # each head's result times the sigmoid of a projection of the row
     has_sinks: bool = False  # a learned logit per head beside the scores, which takes a share of the softmax
+    has_output_gate: bool = False  # sigmoid(gate(x)) on each value that attention gives; q_proj holds each head's q and gate
 
     @property
     def planes(self) -> tuple[KVPlane, ...]:
@@ -88,6 +89,65 @@ class LatentAttentionConfig:
         """What the layer caches per token: the normed latent and, behind it, the rotated key; the index's key."""
         latent = KVPlane(name="latent", num_heads=1, head_dim=self.kv_rank + self.rope_dim)
         return (latent,) if self.index is None else (latent, KVPlane(name="index", num_heads=1, head_dim=self.index.head_dim))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaConfig:
+    """The gated delta rule of one layer (arXiv 2412.06464), its decay per head or (Kimi Delta Attention, arXiv 2510.26692) per
+    channel of the key. q, k and v pass a causal convolution of ``kernel_size`` tokens; a norm with a gate is on what is read.
+
+    Per head and token, S [key_dim, value_dim]:  S = decay·S;  S += k (beta (v - S^T k))^T;  out = S^T q
+    """
+
+    num_key_heads: int  # of q and k; each serves num_heads / num_key_heads heads
+    num_heads: int  # of v and of the state
+    key_dim: int
+    value_dim: int
+    kernel_size: int
+    form: Literal["by_key_head", "split", "kimi"]  # how the checkpoint has the projections
+    norm_eps: float
+    rope: None = None  # order is in the state
+
+    @property
+    def conv_width(self) -> int:
+        """Channels of the convolution: q, k and v."""
+        return 2 * self.num_key_heads * self.key_dim + self.num_heads * self.value_dim
+
+    @property
+    def planes(self) -> tuple[KVPlane, ...]:
+        """Nothing is cached per token."""
+        return ()
+
+    def states(self, dtype: str, itemsize_bytes: int) -> tuple[StatePlane, ...]:
+        """What is kept per sequence: the convolution's last inputs in the compute format, and S in fp32."""
+        tail = (self.kernel_size - 1, self.conv_width)
+        return (
+            StatePlane(name="conv", shape=tail, dtype=dtype, itemsize_bytes=itemsize_bytes),
+            StatePlane(name="delta", shape=(self.num_heads, self.key_dim, self.value_dim), dtype="float32", itemsize_bytes=4),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShortConvConfig:
+    """A gated short convolution in attention's place (LFM2): out(c · conv(b · x)), with b, c and x one projection of the rows."""
+
+    width: int
+    kernel_size: int
+    bias: bool = False
+    rope: None = None
+
+    @property
+    def planes(self) -> tuple[KVPlane, ...]:
+        """Nothing is cached per token."""
+        return ()
+
+    def states(self, dtype: str, itemsize_bytes: int) -> tuple[StatePlane, ...]:
+        """What is kept per sequence: the convolution's last inputs."""
+        return (StatePlane(name="conv", shape=(self.kernel_size - 1, self.width), dtype=dtype, itemsize_bytes=itemsize_bytes),)
+
+
+StateConfig = DeltaConfig | ShortConvConfig  # layers that remember per sequence
+MixerConfig = AttentionConfig | LatentAttentionConfig | DeltaConfig | ShortConvConfig  # what mixes tokens in a layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +222,7 @@ class LayerNames:
     ffn_norm: str = "post_attention_layernorm"
     ffn_out_norm: str = "post_feedforward_layernorm"
     attention: str = "self_attn."
+    attention_out: str = "o_proj"
     q_norm: str = "q_norm"
     k_norm: str = "k_norm"
     sinks: str = "sinks"
@@ -191,7 +252,7 @@ class LayerNames:
 class LayerConfig:
     """One decoder layer: its two halves, and where its tensors are."""
 
-    attention: AttentionConfig | LatentAttentionConfig
+    attention: MixerConfig
     ffn: FFNConfig | MoEConfig
     shortcut: MoEConfig | None = None
     norms: frozenset[NormPlace] = frozenset(("input", "ffn"))

@@ -17,14 +17,26 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from antiphon.core.errors import UnsupportedModel
 from antiphon.core.ids import FFNShard
 from antiphon.core.kv import KVLayout
 from antiphon.device.device import is_card
+from antiphon.models.attention.delta import DeltaAttention
 from antiphon.models.attention.grouped_query import GroupedAttention
 from antiphon.models.attention.kv_cache import KVCache
 from antiphon.models.attention.latent import LatentAttention
 from antiphon.models.attention.paged import AttentionBatch
-from antiphon.models.config import AttentionConfig, DecoderConfig, LayerConfig, MoEConfig, NormPlace
+from antiphon.models.attention.short_conv import ShortConv
+from antiphon.models.config import (
+    AttentionConfig,
+    DecoderConfig,
+    DeltaConfig,
+    LatentAttentionConfig,
+    LayerConfig,
+    MoEConfig,
+    NormPlace,
+    ShortConvConfig,
+)
 from antiphon.models.experts.placement import ExpertPlacement
 from antiphon.models.experts.routing import Router, Routing
 from antiphon.models.experts.shard import DenseFFN, ExpertBank
@@ -67,12 +79,15 @@ class StepState:
             self.unseen.clear()
 
 
+Attention = GroupedAttention | LatentAttention | DeltaAttention | ShortConv
+
+
 @dataclass(slots=True, kw_only=True)
 class _AttentionLayer:
     """The attention half of one layer; norms that the layer has not are None."""
 
-    attention: GroupedAttention | LatentAttention
-    rope: int  # index of its rotation
+    attention: Attention
+    rope: int | None  # index of its rotation
     norms: Mapping[NormPlace, Norm]
     router: Router | None
     shortcut: Router | None
@@ -95,7 +110,7 @@ class AttentionHalves:
         self._embed_VD = weights.read(names.embed)
         # Rounded to the compute format first, as the models that scale their embeddings were trained.
         self._embed_scale = None if config.embed_scale is None else torch.tensor(config.embed_scale, dtype=dtype, device=device)
-        kinds = list(dict.fromkeys(layer.attention.rope for layer in config.layers))
+        kinds = list(dict.fromkeys(layer.attention.rope for layer in config.layers if layer.attention.rope is not None))
         self._ropes = [Rope(kind, max_model_len, dtype, device) for kind in kinds]
         self._layers = [self._layer(i, layer, weights, kinds) for i, layer in enumerate(config.layers)]
         self._on_card = is_card(device)
@@ -110,18 +125,24 @@ class AttentionHalves:
 
     def _layer(self, index: int, layer: LayerConfig, weights: Weights, kinds: Sequence[RopeConfig]) -> _AttentionLayer:
         config, names = self.config, layer.names
-        rope = kinds.index(layer.attention.rope)
+        rope = None if layer.attention.rope is None else kinds.index(layer.attention.rope)
         norm_names: dict[NormPlace, str] = {
             "input": names.input_norm,
             "attention_out": names.attention_out_norm,
             "ffn": names.ffn_norm,
             "ffn_out": names.ffn_out_norm,
         }
-        attention: GroupedAttention | LatentAttention
-        if isinstance(layer.attention, AttentionConfig):
-            attention = GroupedAttention(layer.attention, weights, layer, self._ropes[rope], config.norm, config.norm_eps)
-        else:
-            attention = LatentAttention(layer.attention, weights, layer, self._ropes[rope])
+        attention: Attention
+        match layer.attention:
+            case AttentionConfig() as grouped:
+                ropes = self._ropes[kinds.index(grouped.rope)]
+                attention = GroupedAttention(grouped, weights, layer, ropes, config.norm, config.norm_eps)
+            case LatentAttentionConfig() as latent:
+                attention = LatentAttention(latent, weights, layer, self._ropes[kinds.index(latent.rope)])
+            case DeltaConfig() as delta:
+                attention = DeltaAttention(delta, weights, layer)
+            case ShortConvConfig() as conv:
+                attention = ShortConv(conv, weights, layer)
         norms = {
             place: read_norm(config.norm, weights, layer.prefix + name, config.norm_eps)
             for place, name in norm_names.items()
@@ -190,7 +211,11 @@ class AttentionHalves:
     @staticmethod
     def _attend_in_parts(layer: int, half: _AttentionLayer, state: StepState, cache: KVCache) -> torch.Tensor:
         normed = _normed(half.norms.get("input"), state.x_TD)
-        attended = half.attention(normed, state.batch, state.rope_tables[half.rope], layer, cache)
+        if isinstance(half.attention, DeltaAttention | ShortConv):
+            attended = half.attention(normed, state.batch, layer, cache)
+        else:
+            assert half.rope is not None
+            attended = half.attention(normed, state.batch, state.rope_tables[half.rope], layer, cache)
         attended = _normed(half.norms.get("attention_out"), attended)
         norm = half.norms.get("ffn")
         if isinstance(norm, RMSNorm):
@@ -248,7 +273,7 @@ class AttentionHalves:
         return self._lm_head.best(self._final_norm(x_RD))
 
 
-def _joined(attention: GroupedAttention | LatentAttention, norms: Mapping[NormPlace, Norm]) -> tuple[RMSNorm, RMSNorm] | None:
+def _joined(attention: Attention, norms: Mapping[NormPlace, Norm]) -> tuple[RMSNorm, RMSNorm] | None:
     before, after = norms.get("input"), norms.get("ffn")
     if not isinstance(attention, GroupedAttention) or not attention.joins_norms or "attention_out" in norms:
         return None
@@ -353,11 +378,26 @@ class FFNHalves:
 
 
 def kv_layout(config: DecoderConfig, dtype: torch.dtype, block_size_tokens: int) -> KVLayout:
-    """How this decoder's KV is laid out."""
+    """How this decoder's KV and states are laid out.
+
+    Raises:
+        UnsupportedModel: layers that cache per token cache different things, or those that have states have different ones.
+    """
+    name = str(dtype).removeprefix("torch.")
+    mixers = [layer.attention for layer in config.layers]
+    with_state = {
+        i: mixer.states(name, dtype.itemsize) for i, mixer in enumerate(mixers) if isinstance(mixer, DeltaConfig | ShortConvConfig)
+    }
+    planes = {mixer.planes for i, mixer in enumerate(mixers) if i not in with_state}
+    states = set(with_state.values())
+    if len(planes) > 1 or len(states) > 1:
+        raise UnsupportedModel("layers that differ in what they keep of a token or of a sequence are not supported", "layer_types")
     return KVLayout(
         num_layers=config.num_layers,
-        planes=config.layers[0].attention.planes,
+        planes=next(iter(planes), ()),
         block_size_tokens=block_size_tokens,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=name,
         itemsize_bytes=dtype.itemsize,
+        states=next(iter(states), ()),
+        state_layers=tuple(with_state),
     )

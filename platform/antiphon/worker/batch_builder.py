@@ -14,6 +14,7 @@ import torch
 from antiphon.device.device import is_card
 from antiphon.models.attention.kv_cache import KVCache
 from antiphon.models.attention.paged import AttentionBatch, CardTables, Chunk
+from antiphon.models.attention.states import StateBatch, StateRun
 from antiphon.models.cards.tuning import num_splits
 
 _CARD_TABLE_BLOCKS = 64  # tables on a card are as wide as a multiple of this: few shapes, and none that follows a length closely
@@ -27,6 +28,7 @@ class Run:
     block_ids: Sequence[int]
     first_token: int
     num_tokens: int
+    state: StateRun | None = None  # where the model has layers with a state
 
     @property
     def end(self) -> int:
@@ -77,8 +79,16 @@ class BatchBuilder:
             decode_blocks_BM=decode_blocks,
             decode_lens_B=decode_lens,
             chunks=chunks,
+            states=self._states(runs, num_decodes),
         )
         return torch.tensor(token_ids), batch
+
+    def _states(self, runs: Sequence[Run], num_decodes: int) -> StateBatch | None:
+        if not self._cache.layout.has_state:
+            return None
+        states = [run.state for run in runs if run.state is not None]
+        assert len(states) == len(runs)  # the engine plans a state for every request it schedules
+        return StateBatch.lay_out(states, num_decodes, self._device)
 
     def _for_card(
         self, runs: Sequence[Run], num_decodes: int, token_ids: list[int], positions: list[int], slots: list[int]
@@ -111,7 +121,9 @@ class BatchBuilder:
             context = (blocks_RM[num_decodes + i].long()[:, None] * size + within).flatten()[: run.end]
             chunks.append(Chunk(first_row=num_decodes + first_rows[i], num_rows=run.num_tokens, context_slots=context))
         tables = CardTables(
-            num_parts=num_splits(max(1, num_decodes), self._cache.layout.planes[0].num_heads, self._max_context),
+            num_parts=num_splits(
+                max(1, num_decodes), max((plane.num_heads for plane in self._cache.layout.planes[:1]), default=1), self._max_context
+            ),
             chunk_blocks_CM=blocks_RM[num_decodes:],
             first_rows_C=first_C,
             num_rows_C=rows_C,
@@ -125,6 +137,7 @@ class BatchBuilder:
             decode_blocks_BM=blocks_RM[:num_decodes] if num_decodes else None,
             decode_lens_B=lens_B if num_decodes else None,
             chunks=chunks,
+            states=self._states(runs, num_decodes),
             card=tables,
         )
         return ids_T, batch

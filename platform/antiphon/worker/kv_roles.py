@@ -124,7 +124,7 @@ class SendsKV:
         num_cached = row.num_computed_tokens - first
         if num_cached > 0:
             slots = self._cache.slots(row.block_ids, first, num_cached)
-            for layer in range(self._config.num_layers):
+            for layer in self._cache.layout.kv_layers:
                 self._side.offer(row.request_id, layer, first, slots)
 
     def is_due(self, batch: Sequence[Scheduled]) -> bool:
@@ -142,7 +142,7 @@ class SendsKV:
                 row.note_bad(state, at, end)
                 if row.bad_at is None and not all_finite(state.x_TD[at:end]):
                     row.bad_at = self._config.layers[layer].prefix.rstrip(".")
-            if row.kv_target is not None and row.bad_at is None:
+            if row.kv_target is not None and row.bad_at is None and layer in self._cache.layout.kv_layers:
                 skip = max(0, row.kv_target.first_token - segment.first_token)
                 self._side.offer(row.request_id, layer, segment.first_token + skip, state.batch.slots_T[at + skip : end])
             at = end
@@ -155,6 +155,8 @@ class SendsKV:
         if row.bad_at is not None:
             self._side.forget(row.request_id, str(error))
         elif row.num_computed_tokens >= row.kv_target.first_token + row.kv_target.num_tokens:
+            if row.state is not None:
+                self._side.offer_state(row.request_id, row.state.write)
             self._side.finish(row.request_id)
         self._side.pump()
 

@@ -19,6 +19,7 @@ from antiphon.core.errors import AntiphonError, ErrorInfo, InvalidInput
 from antiphon.core.request import RequestId, TokenLogprob
 from antiphon.core.step import KVEvents, ModelRunnerOutput, SchedulerOutput
 from antiphon.models.attention.kv_cache import KVCache
+from antiphon.models.attention.states import StateRun
 from antiphon.models.decoder import AttentionHalves, StepState
 from antiphon.models.pooling.pooler import Pooler, check_pooling
 from antiphon.telemetry.step_trace import Mark, StepTrace
@@ -172,6 +173,9 @@ class AttentionWorker:
             row = self._rows[cached.request_id]
             row.block_ids += cached.new_block_ids
             row.num_computed_tokens = cached.num_computed_tokens
+        for request_id, state in step.states.items():
+            if request_id not in refused:
+                self._rows[request_id].state = state
         return refused
 
     def _run(self, exchange_id: int, batch: Sequence[Scheduled]) -> ModelRunnerOutput:
@@ -275,7 +279,15 @@ class AttentionWorker:
     def _lay_out(self, batch: Sequence[Scheduled], run: list[Segment]) -> StepState:
         rows = [(batch[segment.request].row, segment) for segment in run]
         runs = [
-            Run(token_ids=row.token_ids, block_ids=row.block_ids, first_token=part.first_token, num_tokens=part.num_tokens)
+            Run(
+                token_ids=row.token_ids,
+                block_ids=row.block_ids,
+                first_token=part.first_token,
+                num_tokens=part.num_tokens,
+                state=None
+                if row.state is None
+                else StateRun.of(row.state, row.num_computed_tokens, part.first_token, part.num_tokens, self.cache.blank_state),
+            )
             for row, part in rows
         ]
         return self.halves.begin(*self._builder.build(runs))

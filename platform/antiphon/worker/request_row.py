@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from antiphon.core.errors import InvalidInput
-from antiphon.core.step import NewRequestData
+from antiphon.core.step import NewRequestData, StateStep
 from antiphon.models.decoder import StepState
 from antiphon.worker.sampler import SamplingState
 from antiphon.worker.structure.enforcer import Enforcer
@@ -27,6 +27,7 @@ class RequestRow:
         "num_prompt_tokens",
         "request_id",
         "sampling",
+        "state",
         "token_ids",
     )
 
@@ -39,6 +40,7 @@ class RequestRow:
         self.block_ids = list(new.block_ids)
         self.num_computed_tokens = new.num_computed_tokens
         self.kv_target = new.kv_target
+        self.state: StateStep | None = None  # of the step that is computed, where the model has states
         output = self.token_ids[self.num_prompt_tokens :]
         matcher = meter = None
         if new.sampling.rules is not None and new.kv_target is None:

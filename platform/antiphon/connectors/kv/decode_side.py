@@ -31,6 +31,7 @@ class _Load:
     load: KVLoad
     sender: Sender
     num_missing: int  # tokens x layers
+    num_missing_bytes: int  # of the state
     progress_s: float
     slots: torch.Tensor  # int64, of tokens from load.first_token on
 
@@ -88,7 +89,8 @@ class DecodeSide:
         self._loads[transfer] = _Load(
             load=load,
             sender=sender,
-            num_missing=load.num_tokens * self._cache.layout.num_layers,
+            num_missing=load.num_tokens * len(self._cache.layout.kv_layers),
+            num_missing_bytes=self._cache.layout.state_bytes,
             progress_s=self._clock(),
             slots=self._cache.slots(load.block_ids, load.first_token, load.num_tokens),
         )
@@ -196,23 +198,40 @@ class DecodeSide:
                 layout = self._cache.layout
                 at = header.first - load.load.first_token
                 expected = header.rows * layout.layer_token_bytes
-                if not (at >= 0 and at + header.rows <= load.load.num_tokens and header.layer < layout.num_layers):
+                if not (at >= 0 and at + header.rows <= load.load.num_tokens and header.layer in layout.kv_layers):
                     raise CorruptMessage(link.peer, f"KV of tokens {header.first}+{header.rows}, layer {header.layer}")
                 if message.data.numel() != expected:
                     raise CorruptMessage(link.peer, f"{message.data.numel()} bytes of KV where {expected} belong")
                 self._cache.load(header.layer, load.slots[at : at + header.rows], message.data)
                 load.num_missing -= header.rows
+            case Kind.STATE:
+                self._take_state(link, header, load, message)
             case Kind.KV_DONE:
                 self._end(TransferId(header.step))
-                if load.num_missing == 0:
+                if load.num_missing == load.num_missing_bytes == 0:
                     self._loaded.append(load.load.request_id)
                 else:
-                    self._failed.append((load.load.request_id, f"{load.num_missing} rows of KV did not arrive"))
+                    self._failed.append(
+                        (
+                            load.load.request_id,
+                            f"{load.num_missing} rows of KV and {load.num_missing_bytes} bytes of state did not arrive",
+                        )
+                    )
             case Kind.KV_FAILED:
                 self._end(TransferId(header.step))
                 self._failed.append((load.load.request_id, bytes(message.data.numpy()).decode(errors="replace")))
             case _:
                 raise CorruptMessage(link.peer, f"unexpected {header.kind.name}")
+
+    def _take_state(self, link: Link, header: Header, load: _Load, message: Message) -> None:
+        layout, slot = self._cache.layout, load.load.state_slot
+        end = header.first + message.data.numel()
+        if slot is None or header.layer not in layout.state_layers or header.ubatch >= len(layout.states):
+            raise CorruptMessage(link.peer, f"a state of layer {header.layer}, plane {header.ubatch}, which has none")
+        if header.num_bytes != message.data.numel() or end > layout.states[header.ubatch].num_bytes:
+            raise CorruptMessage(link.peer, f"bytes {header.first} to {end} of a state of layer {header.layer}")
+        self._cache.load_state(header.layer, header.ubatch, slot, header.first, message.data)
+        load.num_missing_bytes -= message.data.numel()
 
     def _end(self, transfer: TransferId) -> None:
         load = self._loads.pop(transfer)

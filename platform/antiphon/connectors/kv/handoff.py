@@ -7,6 +7,9 @@ One transfer:
     prefill side  ARRIVED ──scheduled──► COMPUTING, rows go out as layers are done ──all out──► sent (blocks may go)
                       └──peer lost, PREFILL_ABORT──► aborted
 
+Where layers have states, those behind the last token asked for go out when all is computed, a layer's plane in one or more parts.
+They arrive with the same checks, and one that fails to arrive is recomputed with the KV: from the asker's own last snapshot.
+
 Both ends copy between their own cache and the link's slots, so an abort on either side frees blocks at once: whatever still
 arrives for an unknown transfer is dropped. A prefix that the decode side has cached is neither computed for it nor sent.
 The two ends are in kv_decode and kv_prefill; here is what they share. Must not know: who schedules.
@@ -23,6 +26,7 @@ from antiphon.transport.base import Link, Slot
 CHANNEL = "kv"
 NUM_SLOTS = 8
 TOKENS_PER_MESSAGE = 128
+_MIN_STATE_SLOT_BYTES = 1 << 16  # a state is megabytes
 TEXT_BYTES = 4096  # room after the token ids for salt and trace context
 
 
@@ -33,7 +37,7 @@ def request_slot_bytes(max_model_len: int) -> int:
 
 def kv_slot_bytes(layout: KVLayout) -> int:
     """Slot size from prefill to decode."""
-    return max(layout.layer_token_bytes * TOKENS_PER_MESSAGE, 4096)
+    return max(layout.layer_token_bytes * TOKENS_PER_MESSAGE, _MIN_STATE_SLOT_BYTES if layout.has_state else 4096)
 
 
 def kv_fields(*, revision: str, model_fingerprint: str, layout: KVLayout) -> Sequence[tuple[str, str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -33,13 +33,23 @@ class _Piece:
     slots: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StatePiece:
+    """A plane of one layer's state from ``first_byte`` on, still to go out."""
+
+    layer: int
+    plane: int
+    slot: int
+    first_byte: int = 0
+
+
 @dataclass(slots=True, kw_only=True)
 class _Transfer:
     """A transfer that the prefill side works on."""
 
     request_id: RequestId
     transfer_id: TransferId
-    pieces: deque[_Piece] = field(default_factory=deque)
+    pieces: deque[_Piece | _StatePiece] = field(default_factory=deque)
     computed: bool = False  # all pieces are in the queue
 
 
@@ -100,6 +110,14 @@ class PrefillSide:
         for start in range(0, slots.numel(), TOKENS_PER_MESSAGE):
             part = slots[start : start + TOKENS_PER_MESSAGE]
             transfer.pieces.append(_Piece(layer=layer, first_token=first_token + start, slots=part))
+
+    def offer_state(self, request_id: RequestId, slot: int) -> None:
+        """The state behind the last token asked for is in ``slot``, where it stays until the hand-off is over."""
+        transfer = self._transfer(request_id)
+        if transfer is not None:
+            layout = self._cache.layout
+            for layer in layout.state_layers:
+                transfer.pieces.extend(_StatePiece(layer=layer, plane=plane, slot=slot) for plane in range(len(layout.states)))
 
     def finish(self, request_id: RequestId) -> None:
         """All KV of the request has been offered."""
@@ -180,7 +198,11 @@ class PrefillSide:
                 slot = sender.take()
                 if slot is None:
                     return
-                self._send(link, slot, transfer.transfer_id, transfer.pieces.popleft())
+                piece = transfer.pieces.popleft()
+                if isinstance(piece, _Piece):
+                    self._send(link, slot, transfer.transfer_id, piece)
+                elif (rest := self._send_state(link, slot, transfer.transfer_id, piece)) is not None:
+                    transfer.pieces.appendleft(rest)
             if transfer.computed:
                 slot = sender.take()
                 if slot is None:
@@ -203,6 +225,22 @@ class PrefillSide:
             first=piece.first_token,
         )
         link.commit(slot, header.pack(), num_bytes)
+
+    def _send_state(self, link: Link, slot: Slot, transfer_id: TransferId, piece: _StatePiece) -> _StatePiece | None:
+        """Send as much as a slot holds; what is left."""
+        num_bytes = self._cache.export_state(piece.layer, piece.plane, piece.slot, piece.first_byte, slot.data)
+        header = Header(
+            kind=Kind.STATE,
+            epoch=self._epoch,
+            step=transfer_id,
+            layer=piece.layer,
+            ubatch=piece.plane,
+            num_bytes=num_bytes,
+            first=piece.first_byte,
+        )
+        link.commit(slot, header.pack(), num_bytes)
+        end = piece.first_byte + num_bytes
+        return replace(piece, first_byte=end) if end < self._cache.layout.states[piece.plane].num_bytes else None
 
     def _accept(self, number: int, peer: _Peer, message: Message) -> None:
         header = unpack(message.header, peer.link.peer)

@@ -164,8 +164,21 @@ class CacheSpec(Model):
 
     block_size_tokens: int = Field(default=16, ge=1, le=256, description="Tokens per KV block.")
     num_blocks: int | None = Field(default=None, ge=8, le=100_000_000, description="KV blocks; None = from memory.")
-    memory: Quantity = Field(default="1Gi", description="Memory for KV blocks where numBlocks is not given.")
+    memory: Quantity = Field(default="1Gi", description="Memory for KV blocks, and states, where numBlocks is not given.")
     prefix_caching: bool = Field(default=True, description="Keep blocks of finished requests for equal prefixes.")
+    snapshot_blocks: int = Field(
+        default=16,
+        ge=1,
+        le=100_000,
+        description="Of models with a state per sequence (linear attention, convolutions): KV blocks from one place whose state "
+        "is kept for equal prefixes to the next; the end of a prompt is one besides.",
+    )
+    num_snapshots: int | None = Field(
+        default=None,
+        ge=0,
+        le=1_000_000,
+        description="States kept so at most; None = as many as an eighth of the memory for KV blocks has room for, and 8 at least.",
+    )
     sharing: Literal["tenant", "deployment"] = Field(
         default="tenant",
         description="Who may use a prefix that is kept: tenant = requests with the same API key, so that no key learns what "

@@ -32,10 +32,22 @@ class GroupedAttention:
         self._rope = rope
         names, prefix = layer.names, layer.prefix + layer.names.attention
         parts = [prefix + "q_proj", prefix + "k_proj", prefix + "v_proj"]
-        bias = torch.cat([weights.read(part + ".bias") for part in parts]) if config.qkv_bias else None
-        self._qkv = join_linear([weights.part(part + ".weight") for part in parts], bias)
-        out_bias = weights.read(prefix + "o_proj.bias") if config.output_bias else None
-        self._out = join_linear([weights.part(prefix + "o_proj.weight")], out_bias)
+        bias: torch.Tensor | None = None
+        self._gate: Linear | None = None
+        if config.has_output_gate:
+            q, gate = _halves_of_heads(weights.read(parts[0] + ".weight"), config.head_dim)
+            gate_bias = None
+            if config.qkv_bias:
+                q_bias, gate_bias = _halves_of_heads(weights.read(parts[0] + ".bias"), config.head_dim)
+                bias = torch.cat([q_bias, *(weights.read(part + ".bias") for part in parts[1:])])
+            self._gate = Linear(gate, gate_bias)
+            self._qkv = join_linear([q, *(weights.read(part + ".weight") for part in parts[1:])], bias)
+        else:
+            bias = torch.cat([weights.read(part + ".bias") for part in parts]) if config.qkv_bias else None
+            self._qkv = join_linear([weights.part(part + ".weight") for part in parts], bias)
+        out_name = prefix + names.attention_out
+        out_bias = weights.read(out_name + ".bias") if config.output_bias else None
+        self._out = join_linear([weights.part(out_name + ".weight")], out_bias)
         self._qkv_tiles, self._out_tiles = (each.tiles if isinstance(each, Linear) else None for each in (self._qkv, self._out))
         q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self._widths = [q_width if config.q_rank is None else config.q_rank, kv_width, kv_width]
@@ -84,7 +96,7 @@ class GroupedAttention:
     @property
     def joins_norms(self) -> bool:
         """Whether ``half`` can be called."""
-        return self._tiles and self._out_tiles is not None and self._head_gate is None
+        return self._tiles and self._out_tiles is not None and self._head_gate is None and self._gate is None
 
     def half(
         self, x_TD: torch.Tensor, batch: AttentionBatch, layer: int, cache: KVCache, input_norm: RMSNorm, ffn_norm: RMSNorm
@@ -177,4 +189,12 @@ class GroupedAttention:
         if self._head_gate is not None:
             gate_TN = torch.sigmoid(self._head_gate(x_TD))
             out_TW = (out_TW.view(*gate_TN.shape, -1) * gate_TN[..., None]).flatten(1)
+        if self._gate is not None:
+            out_TW = out_TW * torch.sigmoid(self._gate(x_TD))
         return self._out(out_TW)
+
+
+def _halves_of_heads(weight: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and the second ``head_dim`` rows of each head."""
+    first, second = weight.view(-1, 2, head_dim, *weight.shape[1:]).unbind(1)
+    return first.reshape(-1, *weight.shape[1:]), second.reshape(-1, *weight.shape[1:])

@@ -1,4 +1,4 @@
-"""The paged KV cache of one worker: preallocated tensors and the reads and writes on them (hot).
+"""The paged KV cache and the states of one worker: preallocated tensors and the reads and writes on them (hot).
 
 Legend: P blocks, S slots per block, T tokens, K KV heads, H head dim. Block and slot arithmetic is core.kv's.
 """
@@ -16,18 +16,34 @@ TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": to
 
 
 class KVCache:
-    """One tensor [P*S, K, H] per layer and plane. Owned by one worker loop."""
+    """One tensor [P*S, K, H] per plane of a layer that caches per token, and [slots + 1, ...] per plane of one that has a state.
+    Owned by one worker loop.
+    """
 
-    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
+    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device, num_state_slots: int = 0) -> None:
         self.layout = layout
+        self.num_state_slots = num_state_slots
         self.num_blocks = num_blocks
         num_slots = num_blocks * layout.block_size_tokens
         dtype = TORCH_DTYPES[layout.dtype]
         # Zeroed once, so that masked slots never hold NaN (0 x NaN would reach the result).
         self.planes: list[tuple[torch.Tensor, ...]] = [
             tuple(_zeros((num_slots, plane.num_heads, plane.head_dim), dtype, device) for plane in layout.planes)
-            for _ in range(layout.num_layers)
+            if layer not in layout.state_layers
+            else ()
+            for layer in range(layout.num_layers)
         ]
+        self.states: list[tuple[torch.Tensor, ...]] = [
+            tuple(_zeros((num_state_slots + 1, *plane.shape), TORCH_DTYPES[plane.dtype], device) for plane in layout.states)
+            if layer in layout.state_layers
+            else ()
+            for layer in range(layout.num_layers)
+        ]
+
+    @property
+    def blank_state(self) -> int:
+        """The slot that holds the state before the first token: zeros. It is never written."""
+        return self.num_state_slots
 
     def write(self, layer: int, slots_T: torch.Tensor, values: Sequence[torch.Tensor]) -> None:
         """Store one [T, K, H] tensor per plane at slots_T (int64)."""
@@ -68,6 +84,17 @@ class KVCache:
             source = data[at : at + num_bytes].view(plane.dtype).view(slots_T.numel(), *plane.shape[1:])
             plane.index_copy_(0, slots_T.to(plane.device), source.to(plane.device))
             at += num_bytes
+
+    def export_state(self, layer: int, plane: int, slot: int, first_byte: int, out: torch.Tensor) -> int:
+        """Copy a state's plane from ``first_byte`` on into ``out`` (uint8), as much as fits; returns the bytes written."""
+        data = self.states[layer][plane][slot].view(-1).view(torch.uint8)[first_byte:]
+        num_bytes = min(data.numel(), out.numel())
+        out[:num_bytes].copy_(data[:num_bytes])
+        return num_bytes
+
+    def load_state(self, layer: int, plane: int, slot: int, first_byte: int, data: torch.Tensor) -> None:
+        """The inverse of ``export_state``."""
+        self.states[layer][plane][slot].view(-1).view(torch.uint8)[first_byte : first_byte + data.numel()].copy_(data)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

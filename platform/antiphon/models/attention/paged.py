@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 
+from antiphon.models.attention.states import StateBatch
 from antiphon.models.cards import kernels
 
 _ROWS = 256  # of a chunk whose scores are held at once, where they are worked out whole
@@ -80,6 +81,7 @@ class AttentionBatch:
     decode_blocks_BM: torch.Tensor | None  # int32 block ids, padded with 0; None = no decodes
     decode_lens_B: torch.Tensor | None  # int64: context lengths, the row itself included
     chunks: Sequence[Chunk]
+    states: StateBatch | None = None  # where the model has layers with a state
     card: CardTables | None = None  # on a card; ``chunks`` are there only where something reads their slots
     _decode_slots_BC: torch.Tensor | None = None
     chunk_slots: Sequence[torch.Tensor] = field(init=False)  # context slots by chunk, and rows by chunk: as our kernels take them

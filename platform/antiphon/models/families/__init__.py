@@ -30,6 +30,7 @@ from antiphon.models.families import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    qwen3_next,
     step3,
     step3p7,
 )
@@ -54,6 +55,7 @@ _MODULES = (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    qwen3_next,
     step3,
     step3p7,
 )

@@ -106,7 +106,7 @@ def build_attention(
     """An engine of any role but FFN. Whole-layer roles are complete; an attention worker still needs links to FFN workers."""
     ubatches = num_ubatches(spec, role)
     tensor, expert = ffn_parallelism(spec) if role is Role.ATTENTION else (1, 1)
-    cache = KVCache(facts.kv, facts.num_blocks, facts.device)
+    cache = KVCache(facts.kv, facts.num_blocks, facts.device, facts.num_state_slots or 0)
     side = AttentionSide(
         epoch=epoch,
         num_shards=tensor * expert,
@@ -165,6 +165,8 @@ def build_attention(
             max_model_len=facts.max_model_len,
             block_size_tokens=facts.kv.block_size_tokens,
             num_blocks=facts.num_blocks,
+            num_state_slots=facts.num_state_slots,
+            snapshot_blocks=spec.cache.snapshot_blocks,
             prefix_caching=spec.cache.prefix_caching,
             remote_prefill_min_tokens=spec.scheduler.remote_prefill_min_tokens,
             kv_lease_s=spec.scheduler.kv_lease_s,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from antiphon.core.document.pools import parse_quantity
+from antiphon.apps.process.wiring.cache_room import cache_room
 from antiphon.core.document.spec import LLMDeploymentSpec
 from antiphon.core.errors import InvalidInput
 from antiphon.core.kv import KVLayout
@@ -40,6 +40,7 @@ class ModelFacts:
     max_model_len: int
     kv: KVLayout
     num_blocks: int
+    num_state_slots: int | None  # None = the model has no states
     fingerprint: str
     revision: str
     int8: Int8Choice | None = None  # which FFN weights are held in int8
@@ -77,9 +78,8 @@ def resolve_model(spec: LLMDeploymentSpec, checkpoint_dir: str, revision: str, d
     if max_model_len > config.max_position:
         raise InvalidInput(f"maxModelLen {max_model_len} is more than the model's {config.max_position}", "spec.model.maxModelLen")
     layout = kv_layout(config, dtype, spec.cache.block_size_tokens)
-    num_blocks = spec.cache.num_blocks
-    if num_blocks is None:
-        num_blocks = int(parse_quantity(spec.cache.memory)) // layout.block_bytes
+    room = cache_room(spec, layout, max_model_len)
+    num_blocks = room.num_blocks
     if num_blocks * layout.block_size_tokens < max_model_len:
         if spec.model.max_model_len is not None:
             raise InvalidInput(
@@ -100,6 +100,7 @@ def resolve_model(spec: LLMDeploymentSpec, checkpoint_dir: str, revision: str, d
         max_model_len=max_model_len,
         kv=layout,
         num_blocks=num_blocks,
+        num_state_slots=room.num_state_slots,
         fingerprint=digest,
         revision=revision,
         int8=quantized,

@@ -1,0 +1,60 @@
+"""How a worker's cache memory is shared out between KV blocks, states of running sequences, and snapshots (control speed, pure).
+
+Must not know: tensors, who schedules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from antiphon.core.document.pools import parse_quantity
+from antiphon.core.document.spec import LLMDeploymentSpec
+from antiphon.core.errors import InvalidInput
+from antiphon.core.kv import LIVE_STATES, KVLayout
+
+_SNAPSHOT_SHARE = 8  # one part in so many of the memory
+_MIN_SNAPSHOTS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheRoom:
+    """Blocks, and state slots (None: the model has no states)."""
+
+    num_blocks: int
+    num_state_slots: int | None
+
+
+def cache_room(spec: LLMDeploymentSpec, layout: KVLayout, max_model_len: int) -> CacheRoom:
+    """What the document's cache section comes to for a model of this layout.
+
+    Raises:
+        InvalidInput: states of as many sequences as may run leave no memory for blocks.
+    """
+    memory_bytes = int(parse_quantity(spec.cache.memory))
+    if not layout.has_state:
+        return CacheRoom(
+            num_blocks=memory_bytes // layout.block_bytes if spec.cache.num_blocks is None else spec.cache.num_blocks,
+            num_state_slots=None,
+        )
+    if spec.cache.num_blocks is not None:
+        memory_bytes = spec.cache.num_blocks * layout.block_bytes
+    num_snapshots = 0
+    if spec.cache.prefix_caching:
+        num_snapshots = max(_MIN_SNAPSHOTS, memory_bytes // _SNAPSHOT_SHARE // layout.state_bytes)
+        if spec.cache.num_snapshots is not None:
+            num_snapshots = spec.cache.num_snapshots
+    num_slots = LIVE_STATES * spec.scheduler.max_num_seqs + num_snapshots
+    if spec.cache.num_blocks is not None:
+        return CacheRoom(num_blocks=spec.cache.num_blocks, num_state_slots=num_slots)
+    if not layout.kv_layers:  # tokens cost nothing: as many as all sequences can have
+        num_blocks = layout.num_blocks_for(max_model_len) * spec.scheduler.max_num_seqs
+    else:
+        num_blocks = (memory_bytes - num_slots * layout.state_bytes) // layout.block_bytes
+    if num_slots * layout.state_bytes > memory_bytes or num_blocks < 1:
+        raise InvalidInput(
+            f"the states of {spec.scheduler.max_num_seqs} sequences and {num_snapshots} snapshots take "
+            f"{num_slots * layout.state_bytes:,} bytes of the cache's {memory_bytes:,}: more memory, or a smaller "
+            "scheduler.maxNumSeqs",
+            "spec.cache.memory",
+        )
+    return CacheRoom(num_blocks=num_blocks, num_state_slots=num_slots)
