@@ -49,6 +49,7 @@ class Target:
                 },
             }
         )
+        self.run_dir = base / "run"
         self.stranger = Identity.parse(new_key())
         self.deployment = DirectDeployment(document, checkpoint=str(checkpoint), run_dir=base / "run")
         self.deployment.start()

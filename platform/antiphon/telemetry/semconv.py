@@ -24,6 +24,9 @@ REQUEST_FREQUENCY_PENALTY: Final = "gen_ai.request.frequency_penalty"
 REQUEST_PRESENCE_PENALTY: Final = "gen_ai.request.presence_penalty"
 
 # Attributes of the answer.
+INPUT_MESSAGES: Final = "gen_ai.input.messages"  # content: only where CONTENT_VARIABLE asks for it
+OUTPUT_MESSAGES: Final = "gen_ai.output.messages"
+CONTENT_VARIABLE: Final = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
 RESPONSE_ID: Final = "gen_ai.response.id"
 RESPONSE_MODEL: Final = "gen_ai.response.model"
 RESPONSE_FINISH_REASONS: Final = "gen_ai.response.finish_reasons"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import logging
 import sys
 from collections.abc import AsyncIterator
@@ -118,6 +119,54 @@ async def test_each_request_is_one_span_and_its_context_reaches_the_engine(tmp_p
     assert attributes["gen_ai.response.finish_reasons"] == ("length",)
     assert attributes["antiphon.worker"] == ("demo/monolith/0",)
     assert (failed.attributes or {})["error.type"] == "model_not_found"
+
+
+@pytest.mark.parametrize("wanted", [None, "true"])
+async def test_what_is_said_stays_out_of_traces_and_logs_unless_traces_are_to_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wanted: str | None
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    if wanted is not None:
+        monkeypatch.setenv("OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT", wanted)
+    spans = InMemorySpanExporter()
+    tracers = TracerProvider()
+    tracers.add_span_processor(SimpleSpanProcessor(spans))
+    telemetry = Telemetry(tracers=tracers, meters=MeterProvider(), tracing=True)
+    said = [{"role": "user", "content": "canary-of-a-prompt"}]
+    async with fake.world(tmp_path, telemetry=telemetry) as world, httpx.AsyncClient(base_url=world.url) as http:
+        answer = await http.post(CHAT, json={**BODY, "messages": said})
+        text = answer.json()["choices"][0]["message"]["content"]
+        assert len(text) > 3
+        # Also where something fails: too long, wrong fields with it as their value, a template's own complaint.
+        for wrong in (
+            {"messages": [{"role": "user", "content": "canary-of-a-prompt " * 400}]},
+            {"messages": [{"role": "canary-of-a-prompt", "content": "x"}]},
+            {"messages": said, "temperature": "canary-of-a-prompt"},
+            {"messages": said, "canary-of-a-prompt": 1, "response_format": {"type": "canary-of-a-prompt"}},
+            {"messages": said, "stop": ["canary-of-a-prompt"] * 99},
+        ):
+            assert (await http.post(CHAT, json={**BODY, **wrong})).status_code == 400
+        assert (await http.post(CHAT, content=b'{"canary-of-a-prompt')).status_code == 400
+        streamed = {**BODY, "messages": said, "stream": True, "max_tokens": 100}
+        async with http.stream("POST", CHAT, json=streamed) as stream:
+            await anext(aiter(stream.aiter_lines()))
+        async with asyncio.timeout(10):
+            while len(spans.get_finished_spans()) < 3:
+                await asyncio.sleep(0.01)
+    logs = "\n".join(f"{record.getMessage()} {record.__dict__}" for record in caplog.records if record.name.startswith("antiphon"))
+    traces = "\n".join(span.to_json() for span in spans.get_finished_spans())
+    assert "canary" not in logs
+    assert text not in logs
+    if wanted is None:
+        assert "canary" not in traces
+        assert text not in traces
+        return
+    attributes = spans.get_finished_spans()[0].attributes or {}
+    parts = [{"type": "text", "content": "canary-of-a-prompt"}]
+    assert json.loads(str(attributes["gen_ai.input.messages"])) == [{"role": "user", "parts": parts}]
+    assert json.loads(str(attributes["gen_ai.output.messages"])) == [
+        {"role": "assistant", "parts": [{"type": "text", "content": text}], "finish_reason": "length"}
+    ]
 
 
 async def test_without_tracing_the_callers_context_still_reaches_the_engine(world: fake.World) -> None:

@@ -40,7 +40,7 @@ from antiphon.gateway.generation.request import (
     Started,
     Usage,
 )
-from antiphon.gateway.generation.span import RequestSpan
+from antiphon.gateway.generation.span import RequestSpan, captures_content
 from antiphon.gateway.metrics.instruments import GatewayMetrics
 from antiphon.gateway.metrics.throughput import Totals
 from antiphon.gateway.routing.engine_client import EngineClient
@@ -132,6 +132,7 @@ class Generator:
         self._tracer = tracer
         self._preparer = preparer
         self._admission = admission
+        self._with_content = captures_content()
         self._clock = clock
         self._waking = waking
         self.totals = Totals()
@@ -150,7 +151,7 @@ class Generator:
         request = self._with_defaults(request)
         arrival_s = self._clock()
         self.num_active += 1
-        span = RequestSpan(self._tracer, request)
+        span = RequestSpan(self._tracer, request, with_content=self._with_content)
         try:
             job = await self._prepare(request, arrival_s, span)
             turn = await self._admission.enter(request.tenant, job.most_tokens, request.max_tokens_field)

@@ -1,22 +1,34 @@
 """The one span of a request at the gateway, after the GenAI semantic conventions (request speed).
 
-Prompts, answers and stop strings are not recorded. Must not know: how requests are answered.
+Prompts and answers are recorded only where OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT is true in the gateway's environment,
+in the conventions' shape of messages and parts; stop strings never. Must not know: how requests are answered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from antiphon.core.errors import AntiphonError
 from antiphon.gateway.generation.choice_run import ChoiceRun
-from antiphon.gateway.generation.request import ChoiceDelta, Completed, Event, GenerationRequest
+from antiphon.gateway.generation.request import (
+    ChatPrompt,
+    ChoiceDelta,
+    Completed,
+    Event,
+    GenerationRequest,
+    Prompt,
+    TextPrompt,
+)
 from antiphon.telemetry import SpanKind, Status, StatusCode, Tracer, context_of, semconv, traceparent_of
 
 
 class RequestSpan:
     """Opened with the request, ended with it. Belongs to the request's task."""
 
-    def __init__(self, tracer: Tracer, request: GenerationRequest) -> None:
+    def __init__(self, tracer: Tracer, request: GenerationRequest, *, with_content: bool = False) -> None:
         sampling = request.sampling
         self._span = tracer.start_span(
             f"{request.operation} {request.model}",
@@ -47,10 +59,17 @@ class RequestSpan:
         # Without tracing here, the caller's context still reaches the workers.
         self.traceparent = traceparent_of(self._span) or request.traceparent
         self._finish_reasons: dict[int, str] = {}
+        self._texts: dict[int, list[str]] | None = None
+        if with_content and self._span.is_recording():
+            self._texts = {}
+            said = [message for prompt in request.prompts for message in _messages(prompt)]
+            self._span.set_attribute(semconv.INPUT_MESSAGES, json.dumps(said, ensure_ascii=False))
 
     def event(self, event: Event) -> None:
         """Note what the answer says about itself."""
         if isinstance(event, ChoiceDelta):
+            if self._texts is not None:
+                self._texts.setdefault(event.index, []).append(event.text)
             if event.finish_reason is not None:
                 self._finish_reasons[event.index] = event.finish_reason.value
         elif isinstance(event, Completed):
@@ -79,4 +98,29 @@ class RequestSpan:
 
     def end(self) -> None:
         """The request is over."""
+        if self._texts:
+            said = [
+                {**_message("assistant", "".join(parts)), "finish_reason": self._finish_reasons.get(index, "error")}
+                for index, parts in sorted(self._texts.items())
+            ]
+            self._span.set_attribute(semconv.OUTPUT_MESSAGES, json.dumps(said, ensure_ascii=False))
         self._span.end()
+
+
+def captures_content(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether whoever runs this gateway wants prompts and answers in its traces."""
+    return environment.get(semconv.CONTENT_VARIABLE, "").strip().lower() == "true"
+
+
+def _messages(prompt: Prompt) -> list[dict[str, Any]]:
+    match prompt:
+        case ChatPrompt():
+            return [_message(each.role, each.content) for each in prompt.messages]
+        case TextPrompt():
+            return [_message("user", prompt.text)]
+        case _:
+            return []  # token ids are no text yet
+
+
+def _message(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "parts": [{"type": "text", "content": text}]}
