@@ -217,7 +217,7 @@ class Careful:
                 *new.sampling.logit_bias.values(),
             )
             assert all(abs(value) < float("inf") for value in values)
-        return ModelRunnerOutput(sampled_token_ids=dict.fromkeys(step.num_scheduled_tokens, 1))
+        return ModelRunnerOutput(sampled_token_ids=dict.fromkeys(step.num_scheduled_tokens, (1,)))
 
 
 @fuzz

@@ -52,6 +52,7 @@ class GenerateOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     min_tokens: int  # [0] no stop before this many
     ignore_eos: bool  # [False]
+    speculation: str  # [auto] off = without drafts, where the deployment has them; the tokens are the same
     n: int  # [1] independent choices
     stop: str | Sequence[str]  # generation ends before the first that appears
     include_stop: bool  # [False] keep the stop at the end of the text
@@ -76,7 +77,7 @@ class GenerateOptions(TypedDict, total=False):
 
 _SAMPLING = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
-    "seed", "min_tokens", "ignore_eos",
+    "seed", "min_tokens", "ignore_eos", "speculation",
 )  # fmt: skip
 _REQUEST = ("include_stop", "num_logprobs", "request_id", "priority", "cache_salt")
 

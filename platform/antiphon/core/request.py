@@ -112,6 +112,7 @@ class SamplingParams:
     num_prompt_logprobs: int | None = None  # the same for the prompt's tokens; the prompt is then computed whole
     rules: OutputRules | None = None
     pooling: Pooling | None = None  # with max_tokens 1, whose place the vector takes
+    speculates: bool = True  # where the deployment does; the tokens are the same either way
 
     @property
     def greedy(self) -> bool:

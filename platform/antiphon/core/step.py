@@ -54,13 +54,26 @@ class CachedRequestData:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Drafts:
+    """Guesses of a request's next tokens, computed in the step as decode rows of growing length behind its last known token.
+
+    Each row sees the KV of those before it. The runner draws at every place as it would have without them, and goes on for as long
+    as what it drew is the draft. Afterwards both sides keep the blocks of the tokens that are then known, and no more.
+    """
+
+    token_ids: tuple[int, ...]
+    new_block_ids: tuple[int, ...] = ()  # besides those of the request's own data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerOutput:
     """The decision for one step."""
 
     step_id: int
     new_requests: tuple[NewRequestData, ...] = ()
     cached_requests: tuple[CachedRequestData, ...] = ()
-    num_scheduled_tokens: dict[RequestId, int] = field(default_factory=dict)  # in batch order
+    num_scheduled_tokens: dict[RequestId, int] = field(default_factory=dict)  # in batch order; drafts included
+    drafts: dict[RequestId, Drafts] = field(default_factory=dict)
     finished_request_ids: tuple[RequestId, ...] = ()  # finished or preempted since the last step: forget them
     kv_loads: tuple[KVLoad, ...] = ()
     kv_load_aborts: tuple[RequestId, ...] = ()
@@ -98,8 +111,8 @@ class KVEvents:
 class ModelRunnerOutput:
     """What came of one step."""
 
-    sampled_token_ids: dict[RequestId, int] = field(default_factory=dict)
-    logprobs: dict[RequestId, TokenLogprob] = field(default_factory=dict)
+    sampled_token_ids: dict[RequestId, tuple[int, ...]] = field(default_factory=dict)  # the next token, and one per draft taken
+    logprobs: dict[RequestId, tuple[TokenLogprob, ...]] = field(default_factory=dict)  # one per sampled token where asked for
     prompt_logprobs: dict[RequestId, dict[int, TokenLogprob]] = field(default_factory=dict)  # by position in the prompt
     vectors: dict[RequestId, tuple[float, ...]] = field(default_factory=dict)  # of requests with pooling, beside a token 0
     errors: dict[RequestId, ErrorInfo] = field(default_factory=dict)  # requests that can't go on, and why
@@ -108,6 +121,7 @@ class ModelRunnerOutput:
 
 __all__ = [
     "CachedRequestData",
+    "Drafts",
     "KVEvents",
     "ModelRunnerOutput",
     "NewRequestData",

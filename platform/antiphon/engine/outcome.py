@@ -5,6 +5,8 @@ Must not know: queues, blocks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from antiphon.core.errors import ErrorInfo
 from antiphon.core.request import FINISH_REASON, RequestOutput, RequestStatus, TokenLogprob
 from antiphon.engine.request_state import RequestState
@@ -24,20 +26,22 @@ def stop_status(state: RequestState, token_id: int, max_model_len: int) -> Reque
 
 def token_output(
     state: RequestState,
-    token_id: int,
-    logprob: TokenLogprob | None,
+    token_ids: Sequence[int],
+    logprobs: Sequence[TokenLogprob],
     status: RequestStatus | None,
     now_s: float,
     vector: tuple[float, ...] = (),
 ) -> RequestOutput:
-    """One more token, and the end when ``status`` is one; or the ``vector`` that was asked for instead."""
+    """What a step added, one token or more, and the end when ``status``, which the last of them brought, is one; or the ``vector``
+    that was asked for instead.
+    """
     return RequestOutput(
         request_id=state.request_id,
-        new_token_ids=() if vector else (token_id,),
+        new_token_ids=() if vector else tuple(token_ids),
         vector=vector,
-        logprobs=() if logprob is None else (logprob,),
+        logprobs=tuple(logprobs),
         finish_reason=None if status is None else FINISH_REASON[status],
-        stop_token_id=token_id if status is RequestStatus.FINISHED_STOPPED else None,
+        stop_token_id=token_ids[-1] if status is RequestStatus.FINISHED_STOPPED else None,
         num_cached_tokens=state.num_cached_tokens,
         num_remote_tokens=state.num_remote_tokens,
         num_preemptions=state.num_preemptions,

@@ -10,24 +10,35 @@ Queues, each request in exactly one:
     running and handed over (prefill role): sending ──KV sent──► gone
 
 Running requests are served before waiting ones; those take turns by tenant (``engine.fairness``), each tenant's in order of
-(priority, arrival). The token budget bounds the step, so that long prompts are computed in chunks beside decodes. Clock is an
-argument. Must not know: tensors, peers, text.
+(priority, arrival). The token budget bounds the step, so that long prompts are computed in chunks beside decodes. With a
+speculator, what is left of the budget goes to drafts of steps that only decode. Clock is an argument. Must not know: tensors,
+peers, text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from antiphon.core.errors import DeadlineExceeded, ErrorInfo, InvalidInput, Overloaded
 from antiphon.core.kv import KVLoad, KVTarget
 from antiphon.core.request import Request, RequestId, RequestOutput, RequestStatus
-from antiphon.core.step import CachedRequestData, KVEvents, ModelRunnerOutput, NewRequestData, SchedulerOutput, StateStep
+from antiphon.core.step import (
+    CachedRequestData,
+    Drafts,
+    KVEvents,
+    ModelRunnerOutput,
+    NewRequestData,
+    SchedulerOutput,
+    StateStep,
+)
 from antiphon.engine.block_manager import KVBlockManager
 from antiphon.engine.fairness import FairQueue, over_share
 from antiphon.engine.limits import SchedulerConfig, SchedulerStats, check_request
 from antiphon.engine.outcome import end_output, stop_status, token_output
 from antiphon.engine.request_blocks import RequestBlocks
 from antiphon.engine.request_state import RequestState
+from antiphon.engine.speculation.reservation import draft, trim
+from antiphon.engine.speculation.speculator import Speculator
 from antiphon.engine.state_slots import Prefix, StateSlots
 from antiphon.engine.step_values import announced, continued, load_asked
 
@@ -37,7 +48,8 @@ _TOO_LATE = ErrorInfo(code=DeadlineExceeded.code, message="deadline exceeded")
 class Scheduler:
     """Owns all request states and KV blocks of one engine. Only the engine's loop may touch it."""
 
-    def __init__(self, config: SchedulerConfig, clock: Callable[[], float]) -> None:
+    def __init__(self, config: SchedulerConfig, clock: Callable[[], float], speculator: Speculator | None = None) -> None:
+        """``speculator``: drafts tokens of decodes; None = each gets one a step."""
         if config.num_blocks * config.block_size_tokens < config.max_model_len:
             raise InvalidInput(
                 f"the KV cache holds {config.num_blocks * config.block_size_tokens} tokens, one sequence of maxModelLen "
@@ -56,6 +68,7 @@ class Scheduler:
                 prefix_caching=config.prefix_caching,
             )
         self._blocks_of = RequestBlocks(self.blocks, self.stats, self.slots)
+        self.speculator = None if self.slots is not None else speculator  # a state can't be taken back behind a guess
         self._clock = clock
         self._states: dict[RequestId, RequestState] = {}
         self._waiting = FairQueue()
@@ -137,17 +150,26 @@ class Scheduler:
         """Decide the next step."""
         self._expire()
         self._step_id += 1
+        if self.speculator is not None:
+            self.speculator.begin()
         num_scheduled: dict[RequestId, int] = {}
         new: list[NewRequestData] = []
         cached: list[CachedRequestData] = []
         loads: list[KVLoad] = []
         budget = self._schedule_running(self.config.max_num_batched_tokens, num_scheduled, cached)
         self._schedule_waiting(budget, num_scheduled, cached, new, loads)
+        drafts: dict[RequestId, Drafts] = {}
+        if self.speculator is not None and not new:
+            most = {"room": self.config.max_num_batched_tokens, "max_model_len": self.config.max_model_len}
+            drafts = draft(self.speculator, num_scheduled, self._states, self.blocks, **most)
+            for request_id, each in drafts.items():
+                num_scheduled[request_id] += len(each.token_ids)
         output = SchedulerOutput(
             step_id=self._step_id,
             new_requests=tuple(new),
             cached_requests=tuple(cached),
             num_scheduled_tokens=num_scheduled,
+            drafts=drafts,
             finished_request_ids=tuple(self._forgotten),
             kv_loads=tuple(loads),
             kv_load_aborts=tuple(self._load_aborts),
@@ -160,6 +182,8 @@ class Scheduler:
     def update(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[RequestOutput]:
         """Take in what came of a step; returns what each request gained, ends included."""
         outputs: list[RequestOutput] = []
+        if self.speculator is not None:
+            self.speculator.note(result.sampled_token_ids, sum(len(drafts.token_ids) for drafts in step.drafts.values()))
         for request_id, num_tokens in step.num_scheduled_tokens.items():
             state = self._states.get(request_id)
             if state is None or state.status is not RequestStatus.RUNNING:
@@ -168,7 +192,8 @@ class Scheduler:
             if error is not None:
                 self._end(state, RequestStatus.FINISHED_ERROR, error)
                 continue
-            state.num_computed_tokens += num_tokens
+            drafts = step.drafts.get(request_id)
+            state.num_computed_tokens += num_tokens if drafts is None else 1
             self._blocks_of.computed(state)
             if state.kv_target is not None:
                 if state.num_tokens_to_compute == 0:
@@ -178,9 +203,11 @@ class Scheduler:
                 continue
             if request_id in result.prompt_logprobs:
                 outputs.append(RequestOutput(request_id=request_id, prompt_logprobs=result.prompt_logprobs[request_id]))
-            token_id = result.sampled_token_ids.get(request_id)
-            if token_id is not None:
-                outputs.append(self._append(state, token_id, result))
+            token_ids = result.sampled_token_ids.get(request_id)
+            if token_ids is not None:
+                outputs.append(self._append(state, token_ids, result))
+                if drafts is not None:
+                    trim(state, self.blocks)
         self.take_kv_events(result.kv)
         outputs += self._outputs
         self._outputs = []
@@ -371,20 +398,30 @@ class Scheduler:
 
     # ---- progress, inside ----------------------------------------------------------------------------------------
 
-    def _append(self, state: RequestState, token_id: int, result: ModelRunnerOutput) -> RequestOutput:
+    def _append(self, state: RequestState, token_ids: Sequence[int], result: ModelRunnerOutput) -> RequestOutput:
+        """Take in what a step drew: the next token, and those after drafts that were taken, up to the one that ends the request."""
         now_s = self._clock()
         if state.first_token_s is None:
             state.first_token_s = now_s
             self.stats.num_prompt_tokens += state.num_prompt_tokens
+        status: RequestStatus | None = None
+        num_taken = 0
+        for token_id in token_ids:
+            if num_taken:  # the token before was a draft, whose KV is there
+                state.num_computed_tokens += 1
+                self._blocks_of.computed(state)
+            if state.request.sampling.pooling is None:
+                self._waiting.sampled(state.request.tenant)
+            state.token_ids.append(token_id)
+            num_taken += 1
+            status = stop_status(state, token_id, self.config.max_model_len)
+            if status is not None:
+                self._close(state, status)
+                break
         if state.request.sampling.pooling is None:
-            self.stats.num_generation_tokens += 1
-            self._waiting.sampled(state.request.tenant)
-        state.token_ids.append(token_id)
-        status = stop_status(state, token_id, self.config.max_model_len)
-        if status is not None:
-            self._close(state, status)
-        vector = result.vectors.get(state.request_id, ())
-        return token_output(state, token_id, result.logprobs.get(state.request_id), status, now_s, vector)
+            self.stats.num_generation_tokens += num_taken
+        logprobs, vector = result.logprobs.get(state.request_id, ()), result.vectors.get(state.request_id, ())
+        return token_output(state, token_ids[:num_taken], logprobs[:num_taken], status, now_s, vector)
 
     # ---- ends, inside --------------------------------------------------------------------------------------------
 
@@ -420,6 +457,8 @@ class Scheduler:
                 self._waiting.remove(state)
         self._blocks_of.release(state)
         state.status = status
+        if self.speculator is not None:
+            self.speculator.forget(state.request_id)
         self._forget(state)
 
     def _forget(self, state: RequestState) -> None:

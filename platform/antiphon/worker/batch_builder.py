@@ -65,7 +65,7 @@ class BatchBuilder:
             decodes = runs[:num_decodes]
             decode_lens = torch.tensor([run.end for run in decodes])
             num_blocks = -(-int(decode_lens.max()) // size)
-            decode_blocks = torch.tensor([_padded(run.block_ids, num_blocks) for run in decodes], dtype=torch.int32)
+            decode_blocks = _tables(decodes, num_blocks)
         chunks: list[Chunk] = []
         first_row = num_decodes
         for run in runs[num_decodes:]:
@@ -141,6 +141,16 @@ class BatchBuilder:
             card=tables,
         )
         return ids_T, batch
+
+
+def _tables(decodes: Sequence[Run], width: int) -> torch.Tensor:
+    """int32 [B, width]; a request whose drafts follow its row one by one is written out once."""
+    firsts = [i for i, run in enumerate(decodes) if i == 0 or run.block_ids is not decodes[i - 1].block_ids]
+    blocks = torch.tensor([_padded(decodes[i].block_ids, width) for i in firsts], dtype=torch.int32)
+    if len(firsts) == len(decodes):
+        return blocks
+    counts = [end - start for start, end in zip(firsts, [*firsts[1:], len(decodes)], strict=True)]
+    return blocks.repeat_interleave(torch.tensor(counts), dim=0)
 
 
 def _padded(block_ids: Sequence[int], width: int) -> list[int]:

@@ -1,6 +1,7 @@
 """The attention worker: lays steps out, has their layers computed, samples, and says what came of each request (step).
 
-Per step: rows laid out decodes first, ``layer_loop`` runs the layers, a token is sampled where a request's tokens are all computed.
+Per step: rows laid out decodes first, ``layer_loop`` runs the layers, a token is sampled where a request's tokens are all computed;
+and one more for each of its drafts that is what was sampled before it (``verification``).
 Legend: T rows, D hidden, R sampled rows. Must not know: queues, budgets, text.
 """
 
@@ -28,7 +29,8 @@ from antiphon.worker.fault_containment import FaultContainment
 from antiphon.worker.kv_roles import KVRole, NoHandOff
 from antiphon.worker.layer_loop import LayerLoop, LayerTimes
 from antiphon.worker.request_row import RequestRow, Scheduled, all_finite
-from antiphon.worker.sampler import logprobs_of, numbers_only, sample
+from antiphon.worker.sampler import logprobs_of, numbers_only
+from antiphon.worker.speculation.verification import Drawing, draw_in_turns, end_at_bad_rows, take_best
 from antiphon.worker.structure.enforcer import Enforcer
 from antiphon.worker.ubatch import Segment, split_segments
 from antiphon.worker.ubatch_tuning import UbatchTuner
@@ -129,14 +131,15 @@ class AttentionWorker:
         self.afd.experts = self._experts  # between two steps no exchange is in flight
         self._layers.trace = self.wanted_trace
         refused = self._take_changes(step)
+        found = step.drafts.get
         batch = [
-            Scheduled(row=self._rows[request_id], num_tokens=n)
+            Scheduled(row=self._rows[request_id], num_tokens=n, drafts=drafts.token_ids if (drafts := found(request_id)) else ())
             for request_id, n in step.num_scheduled_tokens.items()
             if request_id not in refused
         ]
         if not batch:
             return ModelRunnerOutput(errors=refused)
-        batch.sort(key=lambda part: part.num_tokens != 1)  # decodes first; the sort is stable
+        batch.sort(key=lambda part: not part.is_decode)  # decodes first; the sort is stable
         output = self._contained.run(step.step_id, batch)
         output.errors.update(refused)
         self.stats.num_steps += 1
@@ -176,16 +179,14 @@ class AttentionWorker:
         for request_id, state in step.states.items():
             if request_id not in refused:
                 self._rows[request_id].state = state
+        for request_id, drafts in step.drafts.items():
+            self._rows[request_id].block_ids += drafts.new_block_ids
         return refused
 
     def _run(self, exchange_id: int, batch: Sequence[Scheduled]) -> ModelRunnerOutput:
-        segments = [
-            Segment(request=i, first_token=part.row.num_computed_tokens, num_tokens=part.num_tokens)
-            for i, part in enumerate(batch)
-            if part.num_tokens > 0
-        ]
+        segments = [segment for i, part in enumerate(batch) for segment in part.segments(i)]
         finals: list[torch.Tensor] = []
-        sampled: list[RequestRow] = []
+        drawings: dict[RequestId, Drawing] = {}
         likelihoods: dict[RequestId, dict[int, TokenLogprob]] = {}
         if segments:
             runs, states = self._forward(exchange_id, batch, segments)
@@ -193,24 +194,33 @@ class AttentionWorker:
                 at = 0
                 for segment in run:
                     at += segment.num_tokens
-                    row = batch[segment.request].row
+                    part = batch[segment.request]
+                    row = part.row
+                    if segment.first_token >= len(row.token_ids):  # a draft's
+                        if at - 1 in state.bad_rows:
+                            drawings[row.request_id].end_before(len(finals))
+                        finals.append(state.x_TD[at - 1 : at])
+                        continue
                     is_last = segment.first_token + segment.num_tokens == len(row.token_ids)
                     if row.sampling.params.num_prompt_logprobs is not None:
                         self._note_likelihoods(row, segment, state.x_TD[at - segment.num_tokens : at], likelihoods)
                     if state.bad_rows:
                         row.note_bad(state, at - segment.num_tokens, at)
                     if is_last and row.kv_target is None:
+                        drawings[row.request_id] = Drawing(row=row, first_row=len(finals), drafts=part.drafts)
                         finals.append(state.x_TD[at - 1 : at])
-                        sampled.append(row)
                     elif row.bad_at is None and not all_finite(state.x_TD[at - segment.num_tokens : at]):
                         row.bad_at = "the last layer"
-        output = self._sample(finals, sampled)
+        output = self._sample(finals, list(drawings.values()))
         output.prompt_logprobs.update(likelihoods)
         for part in batch:
             row = part.row
             if row.bad_at is not None and row.request_id not in output.errors:
                 output.errors[row.request_id] = self._refuse(row)
-            row.num_computed_tokens += part.num_tokens
+            row.num_computed_tokens += part.num_tokens - len(part.drafts)
+            if part.drafts:
+                row.num_computed_tokens += max(0, len(output.sampled_token_ids.get(row.request_id, ())) - 1)
+                del row.block_ids[-(-len(row.token_ids) // self.cache.layout.block_size_tokens) :]  # as the scheduler does
             self._kv.end(row, output.errors.get(row.request_id))
         return output
 
@@ -290,46 +300,52 @@ class AttentionWorker:
             )
             for row, part in rows
         ]
-        return self.halves.begin(*self._builder.build(runs))
+        guessing = [part for part in batch if part.drafts]
+        for part in guessing:  # for as long as ids are read: nothing else may take them for known
+            part.row.token_ids += part.drafts
+        try:
+            return self.halves.begin(*self._builder.build(runs))
+        finally:
+            for part in guessing:
+                del part.row.token_ids[-len(part.drafts) :]
 
-    def _sample(self, finals: list[torch.Tensor], rows: list[RequestRow]) -> ModelRunnerOutput:
-        if not rows:
+    def _sample(self, finals: Sequence[torch.Tensor], drawings: Sequence[Drawing]) -> ModelRunnerOutput:
+        if not drawings:
             return ModelRunnerOutput()
         if self.pooler is not None:  # such a model generates nothing, so that all rows want vectors
-            return self._pool(finals, rows, self.pooler)
+            return self._pool(finals, [drawing.row for drawing in drawings], self.pooler)
         start_s = time.perf_counter()
         x_RD = finals[0] if len(finals) == 1 else torch.cat(finals)
-        if all(row.sampling.needs_best_only for row in rows):
+        end_at_bad_rows(x_RD, drawings)
+        if all(drawing.sampling.needs_best_only for drawing in drawings):
             ids_R, values_R = self.halves.greedy(x_RD)
             sample_s = time.perf_counter()
-            tokens = numbers_only(ids_R, values_R)
+            take_best(numbers_only(ids_R, values_R), drawings)
         else:
             logits_RV = self.halves.logits(x_RD)
             sample_s = time.perf_counter()
-            tokens = sample(logits_RV, [row.sampling for row in rows], [row.num_output_tokens for row in rows])
+            draw_in_turns(logits_RV, drawings)
         self.stats.head_s += sample_s - start_s
-        chosen: dict[RequestId, int] = {}
-        logprobs: dict[RequestId, TokenLogprob] = {}
-        errors: dict[RequestId, ErrorInfo] = {}
-        for index, (row, token_id) in enumerate(zip(rows, tokens, strict=True)):  # before any row changes: this may fail
-            num_top = row.sampling.params.num_logprobs
-            if num_top is not None and token_id is not None and row.bad_at is None:
-                logprobs[row.request_id] = logprobs_of(logits_RV[index], token_id, num_top)
-        for row, token_id in zip(rows, tokens, strict=True):
-            # Rows of such a gate take no expert, so that their logits may well be numbers, of another model.
-            if token_id is None or row.bad_at is not None:
-                errors[row.request_id] = self._refuse(row)
+        output = ModelRunnerOutput()
+        for drawing in drawings:
+            row = drawing.row
+            if not drawing.tokens:
+                output.errors[row.request_id] = self._refuse(row)
                 continue
-            chosen[row.request_id] = token_id
-            row.token_ids.append(token_id)
-            row.sampling.append(token_id)
+            output.sampled_token_ids[row.request_id] = tuple(drawing.tokens)
+            if drawing.logprobs:
+                output.logprobs[row.request_id] = tuple(drawing.logprobs)
+            row.token_ids += drawing.tokens
+            if drawing.is_cut_short:
+                past = row.num_computed_tokens + drawing.num_good
+                self.cache.scrub_slots(self.cache.slots(row.block_ids, past, drawing.num_rows - drawing.num_good))
         end_s = time.perf_counter()
         self.stats.sample_s += end_s - sample_s
         if self.trace is not None:
-            self.trace.add(Mark.SAMPLE, start_s, end_s, rows=len(rows))
-        return ModelRunnerOutput(sampled_token_ids=chosen, logprobs=logprobs, errors=errors)
+            self.trace.add(Mark.SAMPLE, start_s, end_s, rows=len(finals))
+        return output
 
-    def _pool(self, finals: list[torch.Tensor], rows: list[RequestRow], pooler: Pooler) -> ModelRunnerOutput:
+    def _pool(self, finals: Sequence[torch.Tensor], rows: Sequence[RequestRow], pooler: Pooler) -> ModelRunnerOutput:
         start_s = time.perf_counter()
         output = ModelRunnerOutput()
         for x_1D, row in zip(finals, rows, strict=True):
@@ -339,7 +355,7 @@ class AttentionWorker:
             if row.bad_at is not None or not all_finite(vector):
                 output.errors[row.request_id] = self._refuse(row)
                 continue
-            output.sampled_token_ids[row.request_id] = 0
+            output.sampled_token_ids[row.request_id] = (0,)
             output.vectors[row.request_id] = tuple(vector.tolist())
             row.token_ids.append(0)
         self.stats.head_s += time.perf_counter() - start_s

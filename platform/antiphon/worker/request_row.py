@@ -5,6 +5,7 @@ Must not know: queues, budgets, how rows are computed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from antiphon.core.step import NewRequestData, StateStep
 from antiphon.models.decoder import StepState
 from antiphon.worker.sampler import SamplingState
 from antiphon.worker.structure.enforcer import Enforcer
+from antiphon.worker.ubatch import Segment
 
 
 class RequestRow:
@@ -67,6 +69,23 @@ class Scheduled:
 
     row: RequestRow
     num_tokens: int
+    drafts: tuple[int, ...] = ()  # the last of the tokens: guesses behind the last known one, which is scheduled too
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether its rows see a context of their own each: the last known token, and drafts."""
+        return self.num_tokens == 1 + len(self.drafts)
+
+    def segments(self, request: int) -> Sequence[Segment]:
+        """Its rows, of request number ``request`` of the batch; drafts one by one."""
+        first = self.row.num_computed_tokens
+        if self.drafts:
+            return [Segment(request=request, first_token=first + i, num_tokens=1) for i in range(self.num_tokens)]
+        return [Segment(request=request, first_token=first, num_tokens=self.num_tokens)] if self.num_tokens > 0 else ()
+
+    def without_drafts(self) -> Scheduled:
+        """The same, guessing nothing."""
+        return Scheduled(row=self.row, num_tokens=self.num_tokens - len(self.drafts))
 
 
 def all_finite(x_TD: torch.Tensor) -> bool:

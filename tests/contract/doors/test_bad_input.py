@@ -166,6 +166,7 @@ TABLE: dict[str, tuple[str, bytes, int, str | None, str]] = {
     "logit_bias as a list": (CHAT, chat(logit_bias=[1]), 400, "logit_bias", "invalid_value"),
     "stop_token_ids outside the vocabulary": (CHAT, chat(stop_token_ids=[99_999]), 400, "stop_token_ids", "invalid_value"),
     "min_tokens above max_tokens": (CHAT, chat(min_tokens=3), 400, "min_tokens", "invalid_value"),
+    "speculation in another word": (CHAT, chat(speculation="none"), 400, "speculation", "invalid_value"),
     "top_logprobs without logprobs": (CHAT, chat(top_logprobs=2), 400, "top_logprobs", "invalid_value"),
     "too many top_logprobs": (CHAT, chat(logprobs=True, top_logprobs=21), 400, "top_logprobs", "invalid_value"),
     "logprobs as a number in a chat": (CHAT, chat(logprobs=2), 400, "logprobs", "invalid_value"),

@@ -169,6 +169,12 @@ async def test_the_calls_deadline_reaches_the_engine(world: fake.World, stub: in
     await fake.until(lambda: world.engine.num_live == 0)
 
 
+async def test_a_call_may_do_without_speculation(world: fake.World, stub: inference_pb2_grpc.InferenceStub) -> None:
+    for speculation in ("off", "auto", ""):
+        [response async for response in stub.Generate(request(sampling=pb.Sampling(speculation=speculation)))]
+    assert [seen.sampling.speculates for seen in world.engine.requests] == [False, True, True]
+
+
 async def test_a_call_without_deadline_gets_the_gateways(world: fake.World, stub: inference_pb2_grpc.InferenceStub) -> None:
     [response async for response in stub.Generate(request())]
     seen = world.engine.requests[-1]
@@ -198,6 +204,7 @@ BAD: dict[str, tuple[pb.GenerateRequest, type[AntiphonError], str | None]] = {
     "negative penalty": (request(sampling=pb.Sampling(repetition_penalty=-1)), InvalidInput, "sampling.repetition_penalty"),
     "wild bias": (request(sampling=pb.Sampling(logit_bias={1: 1000})), InvalidInput, "sampling.logit_bias[1]"),
     "min above max": (request(sampling=pb.Sampling(max_tokens=1, min_tokens=2)), InvalidInput, "sampling.min_tokens"),
+    "speculation in another word": (request(sampling=pb.Sampling(speculation="no")), InvalidInput, "sampling.speculation"),
     "10,000 stops": (request(stop=["x"] * 10_000), InvalidInput, "stop"),
     "empty stop": (request(stop=[""]), InvalidInput, "stop[0]"),
     "many choices": (request(num_choices=10_000), InvalidInput, "num_choices"),

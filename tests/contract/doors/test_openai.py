@@ -225,10 +225,12 @@ async def test_extensions_reach_the_engine(world: fake.World, client: openai.Asy
             "stop_token_ids": [7],
             "priority": 3,
             "cache_salt": "tenant",
+            "speculation": "off",
         },
     )
     request = world.engine.requests[-1]
     sampling = request.sampling
+    assert not sampling.speculates
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.75, 40, 0.125)
     assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (0.25, -0.5, 1.5)
     assert sampling.logit_bias == {17: 2.0}
@@ -243,6 +245,7 @@ async def test_a_seed_is_drawn_for_those_who_give_none(world: fake.World, client
         await client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=1)
     first, second = (request.sampling.seed for request in world.engine.requests)
     assert first != second
+    assert all(request.sampling.speculates for request in world.engine.requests)
 
 
 async def test_models_are_listed_and_found(client: openai.AsyncOpenAI) -> None:

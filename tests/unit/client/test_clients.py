@@ -261,6 +261,7 @@ def test_what_is_asked_arrives_as_asked(server: Server, connect: Connect) -> Non
         stop="\n",
         logit_bias={3: -100.0},
         num_logprobs=0,
+        speculation="off",
         request_id="mine",
         traceparent="00-" + "a" * 32 + "-" + "b" * 16 + "-01",
     )
@@ -274,6 +275,7 @@ def test_what_is_asked_arrives_as_asked(server: Server, connect: Connect) -> Non
     assert dict(request.sampling.logit_bias) == {3: -100.0}
     assert request.HasField("num_logprobs")
     assert request.request_id == "mine"
+    assert request.sampling.speculation == "off"
     assert server.script.calls[0].metadata["traceparent"].startswith("00-aaaa")
     assert 0 < (server.script.calls[0].deadline_left_s or 0) <= 21  # gRPC rounds what it sends up
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,8 @@ from antiphon.core.step import KVEvents, ModelRunnerOutput, NewRequestData, Sche
 from antiphon.engine.core import EngineCore
 from antiphon.engine.limits import SchedulerConfig
 from antiphon.engine.scheduler import Scheduler
+from antiphon.engine.speculation.drafter import DraftAsked, Drafter, Proposal
+from antiphon.engine.speculation.speculator import Speculator
 from antiphon.testing import FakeClock
 
 BLOCK = 4
@@ -48,6 +51,7 @@ class CheckingExecutor:
         self.states: dict[int, tuple[int, int]] = {}  # state slot -> tokens it is behind, and what they are
         self.random = random.Random(seed)
         self.loads_fail = loads_fail
+        self.num_drafts = 0
 
     def slot(self, blocks: list[int], position: int) -> int:
         return blocks[position // BLOCK] * BLOCK + position % BLOCK
@@ -84,22 +88,37 @@ class CheckingExecutor:
         for cached in step.cached_requests:
             self.blocks[cached.request_id] += cached.new_block_ids
             assert self.computed[cached.request_id] == cached.num_computed_tokens
+        for request_id, drafts in step.drafts.items():
+            self.blocks[request_id] += drafts.new_block_ids
         held = [block for rid in step.num_scheduled_tokens for block in self.blocks[rid][self.computed[rid] // BLOCK :]]
         assert len(held) == len(set(held)), "two requests would write the same block"
         self.check_states(step)
         sampled = {}
         for request_id, num_tokens in step.num_scheduled_tokens.items():
+            drafts = step.drafts.get(request_id)
+            guessed = [] if drafts is None else list(drafts.token_ids)
             tokens, blocks = self.tokens[request_id], self.blocks[request_id]
-            seen = chain(tokens)
+            seen = chain(tokens + guessed)
             start = self.computed[request_id]
             for position in range(start, start + num_tokens):
                 self.cache[self.slot(blocks, position)] = (position, seen[position])
             for position in range(start + num_tokens):
                 assert self.cache[self.slot(blocks, position)] == (position, seen[position]), "context is another request's"
-            self.computed[request_id] = start + num_tokens
-            if start + num_tokens == len(tokens):
-                sampled[request_id] = seen[-1] % 50
-                tokens.append(seen[-1] % 50)
+            if guessed:
+                assert start + num_tokens == len(tokens) + len(guessed), "drafts are behind the last token"
+                self.num_drafts += len(guessed)
+            self.computed[request_id] = start + num_tokens - len(guessed)
+            if start + num_tokens - len(guessed) == len(tokens):
+                drawn = [seen[len(tokens) - 1] % 50]
+                for place, guess in enumerate(guessed):
+                    if guess != drawn[-1]:
+                        break
+                    drawn.append(seen[len(tokens) + place] % 50)
+                self.computed[request_id] += len(drawn) - 1
+                tokens += drawn
+                sampled[request_id] = tuple(drawn)
+                if guessed:
+                    del blocks[-(-len(tokens) // BLOCK) :]
         return ModelRunnerOutput(sampled_token_ids=sampled)
 
     def check_states(self, step: SchedulerOutput) -> None:
@@ -129,6 +148,7 @@ class Engine:
         queue: int = 1000,
         loads_fail: bool = True,
         state_slots: int | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.clock = FakeClock()
         config = SchedulerConfig(
@@ -144,15 +164,16 @@ class Engine:
         )
         self.outputs: list[RequestOutput] = []
         self.executor = CheckingExecutor(seed, loads_fail=loads_fail)
-        self.scheduler = Scheduler(config, self.clock)
+        speculator = None if drafter is None else Speculator(drafter, max_drafts=6, clock=self.clock)
+        self.scheduler = Scheduler(config, self.clock, speculator)
         self.core = EngineCore(self.scheduler, self.executor, self.outputs.extend)
 
-    def submit(self, name: str, prompt: list[int], length: int = 5, **more: object) -> None:
+    def submit(self, name: str, prompt: list[int], length: int = 5, *, speculates: bool = True, **more: object) -> None:
         self.core.submit(
             Request(
                 request_id=RequestId(name),
                 prompt_token_ids=tuple(prompt),
-                sampling=SamplingParams(max_tokens=length, temperature=0.0),
+                sampling=SamplingParams(max_tokens=length, temperature=0.0, speculates=speculates),
                 arrival_s=self.clock(),
                 **more,  # type: ignore[arg-type]
             )
@@ -174,16 +195,42 @@ class Engine:
         return end
 
 
+class Oracle:
+    """Drafts what the "model" will say, up to a place where it errs."""
+
+    name, priors = "oracle", (0.5, 0.9)
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.is_free = self.chance.random() < 0.5
+        self.forgotten: set[RequestId] = set()
+
+    def propose(self, asked: Mapping[RequestId, DraftAsked]) -> dict[RequestId, Proposal]:
+        found = {}
+        for request_id, wanted in asked.items():
+            drafts = continuation(list(wanted.token_ids), self.chance.randint(1, wanted.num_drafts))
+            if self.chance.random() < 0.6:
+                drafts[self.chance.randrange(len(drafts))] += 1
+            if self.chance.random() < 0.8:
+                found[request_id] = Proposal(token_ids=tuple(drafts), confidence=self.chance.randrange(2))
+        return found
+
+    def forget(self, request_id: RequestId) -> None:
+        self.forgotten.add(request_id)
+
+
 @settings(max_examples=80, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1))
-def test_every_request_gets_its_own_tokens_and_all_blocks_come_back(seed: int) -> None:
+@given(seed=st.integers(0, 2**32 - 1), speculates=st.booleans())
+def test_every_request_gets_its_own_tokens_and_all_blocks_come_back(seed: int, speculates: bool) -> None:
     chance = random.Random(seed)
+    drafter = Oracle(seed) if speculates else None
     engine = Engine(
         seed,
         num_blocks=chance.randint(12, 40),
         max_seqs=chance.randint(1, 6),
         budget=chance.choice([16, 20, 64]),
         state_slots=chance.choice([None, 3, 12, 30]),
+        drafter=drafter,
     )
     prefixes = [[chance.randrange(50) for _ in range(chance.randint(1, 20))] for _ in range(3)]
     asked: dict[str, tuple[list[int], int]] = {}
@@ -223,6 +270,28 @@ def test_every_request_gets_its_own_tokens_and_all_blocks_come_back(seed: int) -
     assert engine.scheduler.num_running == engine.scheduler.num_waiting == 0
     slots = engine.scheduler.slots
     assert slots is None or slots.num_free_slots == slots.num_slots
+    if drafter is not None and slots is None:
+        assert drafter.forgotten >= set(asked) - cancelled
+
+
+def test_drafts_that_are_right_take_fewer_steps_and_wrong_ones_no_more() -> None:
+    plain, drafted = Engine(num_blocks=40), Engine(num_blocks=40, drafter=Oracle(1))
+    for engine in (plain, drafted):
+        for number in range(3):
+            engine.submit(f"r{number}", [number] * 9, 30)
+        engine.run()
+    assert [drafted.tokens_of(f"r{n}") for n in range(3)] == [plain.tokens_of(f"r{n}") for n in range(3)]
+    assert drafted.core.num_steps < 0.8 * plain.core.num_steps
+    assert drafted.scheduler.speculator is not None
+    assert drafted.scheduler.speculator.stats.num_drafts == drafted.executor.num_drafts
+    assert drafted.scheduler.stats.num_generation_tokens == plain.scheduler.stats.num_generation_tokens
+
+
+def test_a_request_may_do_without_drafts() -> None:
+    engine = Engine(num_blocks=40, drafter=Oracle(1))
+    engine.submit("r", [3] * 9, 30, speculates=False)
+    engine.run()
+    assert engine.executor.num_drafts == 0
 
 
 def test_five_hundred_random_requests_leave_nothing_behind() -> None:

@@ -46,7 +46,7 @@ class TimedExecutor:
         for request_id, num_tokens in step.num_scheduled_tokens.items():
             self.left[request_id] -= num_tokens
             if self.left[request_id] == 0:
-                sampled[request_id], self.left[request_id] = 1, 1
+                sampled[request_id], self.left[request_id] = (1,), 1
         self.clock.advance(0.02 + 1e-5 * step.num_tokens)
         return ModelRunnerOutput(sampled_token_ids=sampled)
 

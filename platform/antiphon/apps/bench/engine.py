@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -53,6 +53,7 @@ class BenchSetup:
     max_model_len: int = 2048
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 1024
+    max_drafts: int | None = None  # speculate, with so many guesses of a request and step at most; None = off
     trace_steps: bool = False  # every worker keeps what its steps do; see ``BenchDeployment.timeline``
 
     def document(self) -> LLMDeployment:
@@ -87,6 +88,7 @@ class BenchSetup:
                     "cache": {"memory": "1Gi", "prefixCaching": False},
                     "endpoint": {"httpPort": 0, "grpcPort": 0},
                     "directory": {"leaseS": _LEASE_S},
+                    "speculation": None if self.max_drafts is None else {"maxDrafts": self.max_drafts},
                 },
             }
         )
@@ -111,10 +113,12 @@ def _pools(wiring: str) -> list[dict[str, Any]]:
 
 
 @dataclass(slots=True)
-class _Progress:
+class Progress:
     """Arrival times of one request's tokens."""
 
     submitted_s: float
+    token_ids: list[int] = field(default_factory=list)
+    num_steps: int = 0  # that brought tokens
     token_s: list[float] = field(default_factory=list)
     ended_s: float | None = None
     error: str | None = None
@@ -169,7 +173,22 @@ class BenchDeployment:
         """Poisson arrivals for ``duration_s`` seconds; one line of figures."""
         return self._runner.run(self._mixed(rate_per_s, duration_s, num_prompt, num_generated))
 
+    def answer(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[Progress]:
+        """All prompts at once, to their ends; draw with the seed and the prompt's number."""
+        return self._runner.run(self._answer(prompts, sampling))
+
     # ---- inside ------------------------------------------------------------------------------------------------
+
+    async def _answer(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[Progress]:
+        async with _Sessions(self) as sessions:
+            run = []
+            for index, prompt in enumerate(prompts):
+                asked = self._request(1, 1)
+                seeded = replace(sampling, seed=sampling.seed + index)
+                run.append(sessions.submit(replace(asked, prompt_token_ids=tuple(prompt), sampling=seeded), index))
+            while not all(p.ended_s for p in run):
+                await sessions.turn(run)
+        return run
 
     async def _decode(self, batch: int, num_prompt: int, num_generated: int) -> dict[str, Any]:
         async with _Sessions(self) as sessions:
@@ -237,7 +256,7 @@ class BenchDeployment:
         }
 
     async def _mixed(self, rate_per_s: float, duration_s: float, num_prompt: int, num_generated: int) -> dict[str, Any]:
-        run: list[_Progress] = []
+        run: list[Progress] = []
         async with _Sessions(self) as sessions:
             start = time.perf_counter()
             due = start
@@ -291,7 +310,7 @@ class _Sessions:
         self._directory = open_directory(bench._deployment.directory_address)
         self._sessions: list[EngineSession] = []
         self._readers: list[asyncio.Task[None]] = []
-        self._requests: dict[RequestId, _Progress] = {}
+        self._requests: dict[RequestId, Progress] = {}
         self._news = asyncio.Event()
 
     async def __aenter__(self) -> Self:
@@ -311,12 +330,12 @@ class _Sessions:
         await asyncio.gather(*self._readers, return_exceptions=True)
         await self._directory.close()
 
-    def submit(self, request: Request, turn: int) -> _Progress:
-        progress = self._requests[request.request_id] = _Progress(submitted_s=time.perf_counter())
+    def submit(self, request: Request, turn: int) -> Progress:
+        progress = self._requests[request.request_id] = Progress(submitted_s=time.perf_counter())
         self._sessions[turn % len(self._sessions)].submit(request, deadline_left_s=RUN_TIMEOUT_S)
         return progress
 
-    async def turn(self, run: Sequence[_Progress], *, wait: bool = True) -> None:
+    async def turn(self, run: Sequence[Progress], *, wait: bool = True) -> None:
         """Let tokens arrive. Raises what a request or a session failed with."""
         if wait:
             self._news.clear()
@@ -360,6 +379,8 @@ class _Sessions:
                 if progress is None:
                     continue
                 progress.token_s += [now] * len(answer.output.new_token_ids)
+                progress.token_ids += answer.output.new_token_ids
+                progress.num_steps += bool(answer.output.new_token_ids)
                 if answer.output.finish_reason is not None:
                     progress.ended_s = now
                     progress.error = None if answer.error is None else str(answer.error)

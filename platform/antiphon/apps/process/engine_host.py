@@ -210,10 +210,20 @@ class EngineHost:
             gauges={
                 "num_free_slots": float(runner.afd.num_free_slots),
                 "num_resent": float(times.num_resent),
+                **self._speculation(),
                 **sums,
                 **self._window.look({**sums, "num_steps": float(runner.stats.num_steps)}),
             },
         )
+
+    def _speculation(self) -> dict[str, float]:
+        """Since start, by drafter; the names are gateway.metrics.speculation's."""
+        speculator = self._part.engine.scheduler.speculator
+        if speculator is None:
+            return {}
+        stats, prefix = speculator.stats, f"speculation.{speculator.drafter.name}"
+        figures = {"verifications": stats.num_verifications, "drafts": stats.num_drafts, "taken": stats.num_taken}
+        return {f"{prefix}.{name}": float(value) for name, value in figures.items()}
 
     def _sums(self) -> dict[str, float]:
         """Since start: whoever wants a window takes two and subtracts."""

@@ -13,6 +13,7 @@ from antiphon.core.document.part import Model
 
 # A scheme, a host and at most a port, as browsers write it: without a path, nor a slash at the end.
 _ORIGIN: Final = r"^(\*|[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?)$"
+_DRAFTERS_WANTED = ("model", "mtp", "layers")  # known, and refused by name rather than as a slip of the pen
 
 
 class SchedulerSpec(Model):
@@ -35,6 +36,25 @@ class DoorTlsSpec(Model):
 
     certificate_file: str = Field(description="PEM: the certificate and its chain.", min_length=1, max_length=4096)
     key_file: str = Field(description="PEM: its private key, without a password.", min_length=1, max_length=4096)
+
+
+class SpeculationSpec(Model):
+    """Guesses of the next tokens, verified in one step; every answer is the same as without."""
+
+    drafter: Literal["ngram"] = Field(
+        default="ngram",
+        description="Who guesses; ngram = what followed the last tokens where they stood in the prompt or answer before.",
+    )
+    max_drafts: int = Field(
+        default=8, ge=1, le=64, description="Guesses of one request in one step, at most; how many are worth it is measured."
+    )
+
+    @field_validator("drafter", mode="before")
+    @classmethod
+    def _is_built(cls, value: object) -> object:
+        if value in _DRAFTERS_WANTED:
+            raise ValueError(f"a drafter {value!r} is not built; ngram is")
+        return value
 
 
 class EndpointSpec(Model):

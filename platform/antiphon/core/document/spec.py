@@ -34,7 +34,7 @@ from antiphon.core.document.policies import (
     SloSpec,
 )
 from antiphon.core.document.pools import PoolSpec, Quantity
-from antiphon.core.document.serving import DirectorySpec, EndpointSpec, SchedulerSpec
+from antiphon.core.document.serving import DirectorySpec, EndpointSpec, SchedulerSpec, SpeculationSpec
 from antiphon.core.ids import Role
 
 GROUP = "serving.antiphon.dev"
@@ -196,6 +196,7 @@ class LLMDeploymentSpec(Model):
     )
     transport: TransportSpec = Field(default_factory=TransportSpec, description="How pools exchange bytes.")
     scheduler: SchedulerSpec = Field(default_factory=SchedulerSpec, description="Limits of the engine's step.")
+    speculation: SpeculationSpec | None = Field(default=None, description="Guesses of the next tokens; None = off.")
     cache: CacheSpec = Field(default_factory=CacheSpec, description="The paged KV cache of one worker.")
     experts: ExpertsSpec = Field(default_factory=ExpertsSpec, description="How the experts of a mixture are held and chosen.")
     endpoint: EndpointSpec = Field(default_factory=EndpointSpec, description="Where clients connect.")

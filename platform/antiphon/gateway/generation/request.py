@@ -90,6 +90,7 @@ class Sampling:
     ignore_eos: bool = False
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
+    speculates: bool = True
     unset: frozenset[str] = frozenset()  # fields that the client left to the model's own defaults
 
     def with_defaults(self, defaults: Mapping[str, float]) -> Sampling:
@@ -116,6 +117,7 @@ class Sampling:
             num_logprobs=self.num_logprobs,
             num_prompt_logprobs=self.num_prompt_logprobs,
             rules=rules,
+            speculates=self.speculates,
         )
 
 

@@ -5,7 +5,7 @@ Must not know: which door, HTTP, tokenizers or workers.
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -58,6 +58,7 @@ class SamplingFields(BaseModel):
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=1024)
     min_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKEN_ID)
     ignore_eos: bool | None = None
+    speculation: Literal["auto", "off"] | None = None
 
     def sampling(self, *, max_tokens: int | None, num_logprobs: int | None, num_prompt_logprobs: int | None = None) -> Sampling:
         """The values, with defaults for what is absent.
@@ -85,4 +86,5 @@ class SamplingFields(BaseModel):
             num_logprobs=num_logprobs,
             unset=frozenset(name for name in SAMPLING_DEFAULTS if getattr(self, name) is None),
             num_prompt_logprobs=num_prompt_logprobs,
+            speculates=self.speculation != "off",
         )

@@ -231,6 +231,7 @@ def _sampling_fields(sampling: pb.Sampling) -> dict[str, Any]:
         "stop_token_ids": list(sampling.stop_token_ids) or None,
         "min_tokens": sampling.min_tokens,
         "ignore_eos": sampling.ignore_eos,
+        "speculation": sampling.speculation or None,
     }
     for name in (
         "max_tokens",

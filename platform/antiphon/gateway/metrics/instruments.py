@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from antiphon.core.worker_info import WorkerInfo
+from antiphon.gateway.metrics.speculation import observe_speculation
 from antiphon.gateway.metrics.stages import observe_stages
 from antiphon.gateway.metrics.tiers import observe_tiers
 from antiphon.telemetry import CallbackOptions, Meter, Observation, Telemetry, semconv
@@ -85,6 +86,7 @@ class GatewayMetrics:
         self._observe_workers(meter)
         observe_stages(meter, workers, _attributes)
         observe_tiers(meter, workers, _attributes)
+        observe_speculation(meter, workers, _attributes)
         _add_aliases(telemetry)
 
     def first_token(self, model: str, seconds: float) -> None:

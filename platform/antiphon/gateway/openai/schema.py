@@ -3,7 +3,7 @@
 A field that would change the result and isn't supported is refused by name; fields without influence on the result (user, metadata,
 store, verbosity, ...) are taken and ignored; null stands for absent. Beyond OpenAI's there are vLLM's extensions top_k, min_p,
 repetition_penalty, ignore_eos, min_tokens, stop_token_ids, include_stop_str_in_output, skip_special_tokens, add_generation_prompt,
-continue_final_message, chat_template_kwargs, structured_outputs, priority and cache_salt.
+continue_final_message, chat_template_kwargs, structured_outputs, priority and cache_salt; and our own speculation.
 
 Must not know: HTTP, tokenizers or workers.
 """

@@ -58,7 +58,10 @@ class KVCache:
 
     def scrub(self, block_ids: Sequence[int]) -> None:
         """Zero blocks that may hold NaN, before others get them: masked slots are multiplied by zero, not skipped."""
-        slots = self.slots(block_ids, 0, len(block_ids) * self.layout.block_size_tokens)
+        self.scrub_slots(self.slots(block_ids, 0, len(block_ids) * self.layout.block_size_tokens))
+
+    def scrub_slots(self, slots: torch.Tensor) -> None:
+        """The same for single slots, int64 [T]."""
         for planes in self.planes:
             for plane in planes:
                 plane.index_fill_(0, slots.to(plane.device), 0)

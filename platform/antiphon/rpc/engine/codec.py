@@ -124,6 +124,7 @@ def _encode_sampling(sampling: SamplingParams) -> pb.EngineSampling:
         grammar=(sampling.rules.grammar or "") if sampling.rules is not None else "",
         thinking=_encode_thinking(sampling.rules),
         pooling=_encode_pooling(sampling.pooling),
+        without_speculation=not sampling.speculates,
     )
 
 
@@ -191,6 +192,7 @@ def _decode_sampling(sampling: pb.EngineSampling) -> SamplingParams:
         num_prompt_logprobs=sampling.num_prompt_logprobs if sampling.HasField("num_prompt_logprobs") else None,
         rules=_decode_rules(sampling),
         pooling=_decode_pooling(sampling.pooling) if sampling.HasField("pooling") else None,
+        speculates=not sampling.without_speculation,
     )
 
 

