@@ -275,6 +275,11 @@ COMPOSITION_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         path="spec.policy",
+        rule="self.name != 'at-least' || has(self.atLeast)",
+        message="policy at-least needs atLeast",
+    ),
+    Rule(
+        path="spec.policy",
         rule="!(has(self.maxAvgActiveParamsB) && has(self.maxAvgCost))",
         message="give maxAvgActiveParamsB or maxAvgCost, not both",
     ),

@@ -212,6 +212,7 @@ CASES: dict[str, dict[str, tuple[Case, Case]]] = {
         ),
         "fallbacks must name": (_coe(fallbacks=["math"]), _coe(fallbacks=["law"])),
         "policy budget needs": (_coe(policy={"name": "budget", "maxAvgCost": 1}), _coe(policy={"name": "budget"})),
+        "policy at-least needs": (_coe(policy={"name": "at-least", "atLeast": 0.95}), _coe(policy={"name": "at-least"})),
         "give maxAvgActiveParamsB": (_coe(policy={"maxAvgCost": 1}), _coe(policy={"maxAvgCost": 1, "maxAvgActiveParamsB": 1})),
         "a rule needs at least one": (_coe(rules=[_RULE]), _coe(rules=[{**_RULE, "when": {}}])),
         "value needs a header": (

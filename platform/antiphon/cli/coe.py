@@ -246,6 +246,39 @@ def calibrate(
 
 
 @app.command()
+def replay(
+    file: Annotated[Path, typer.Option("-f", "--file", help="YAML file with a CompositionOfExperts that learns.")],
+    log: Annotated[list[Path], typer.Option(help="Log of feedbacks (spec.learning.log); may be given several times, in order.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what learning from a log of feedbacks would have changed, and whether it would have been for the better."""
+    from antiphon.coe.routing.learning.log import read_feedback
+    from antiphon.coe.routing.learning.online import replayed
+    from antiphon.core.document.composition import CompositionOfExperts, LearningSpec
+    from antiphon.core.document.loading import read_documents
+    from antiphon.core.errors import InvalidInput
+
+    documents = [d for d in read_documents(file) if isinstance(d, CompositionOfExperts)]
+    if len(documents) != 1:
+        raise InvalidInput(f"{file} has {len(documents)} CompositionOfExperts; one is replayed", "file")
+    found = replayed(documents[0].spec.learning or LearningSpec(), [one for path in log for one in read_feedback(path)])
+    shifts = [{"category": c, "expert": e, "shift": round(shift, 6)} for (c, e), shift in found.shifts.items()]
+    if as_json:
+        click.echo(_json({**asdict(found), "shifts": shifts}))
+        return
+    _print_table(
+        None,
+        [
+            ("feedbacks", str(found.num_feedbacks)),
+            ("mean squared error, artifact alone", f"{found.error_before:.5f}"),
+            ("mean squared error, learning", f"{found.error_after:.5f}"),
+            ("drift alarms", str(found.num_alarms)),
+            *((f"{one['category']}, {one['expert']}", f"{one['shift']:+.4f}") for one in shifts),
+        ],
+    )
+
+
+@app.command()
 def serve(
     file: Annotated[Path, typer.Option("-f", "--file", help="YAML file with CompositionOfExperts documents.")],
     endpoint: Annotated[

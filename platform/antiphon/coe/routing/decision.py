@@ -98,6 +98,7 @@ class Judgement:
     slow: bool  # the sentence encoder was asked
     probabilities: Mapping[str, float]
     scores: Mapping[str, float]  # expected score per expert, before cost
+    learnt: Mapping[str, float] = field(default_factory=dict)  # of these, what feedback has added
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,11 +8,13 @@ the view comes from.
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -28,8 +30,12 @@ from antiphon.coe.routing.decision import (
     View,
     decide,
 )
+from antiphon.coe.routing.learning.log import append_feedback, read_feedback
+from antiphon.coe.routing.learning.online import Feedback, OnlineLearner
 from antiphon.core.document.composition import CompositionSpec, ExpertSpec, Policy, PolicySpec
 from antiphon.core.errors import InvalidInput
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +117,9 @@ def _cheapest(artifact: Artifact, at_least: float) -> PolicyPoint:
 
 
 def _point(artifact: Artifact, spec: CompositionSpec, policy: Policy) -> PolicyPoint:
+    if policy == "at-least":
+        share = spec.policy.at_least
+        return artifact.frontier[artifact.policies["balanced"]] if share is None else _cheapest(artifact, share)
     if policy != "budget":
         return artifact.frontier[artifact.policies[policy]]
     limit = spec.policy.max_avg_active_params_b
@@ -161,6 +170,11 @@ class Router:
         self._records: OrderedDict[DecisionId, Record] = OrderedDict()
         self._feedback: dict[DecisionId, float] = {}
         self._num_decisions = 0
+        self._learner = None if spec.learning is None else OnlineLearner(spec.learning)
+        self._log = None if spec.learning is None or spec.learning.log is None else Path(spec.learning.log)
+        if self._learner is not None and self._log is not None:
+            for feedback in read_feedback(self._log):
+                self._learner.learn(feedback)
         self._decider = _fitting(artifact, spec)  # replaced as one by swap
 
     @property
@@ -207,6 +221,9 @@ class Router:
                 strictness=gate.strictness if gate.enabled else 0.0,
                 slow_path=self.spec.router.slow_path == "auto",
             )
+            if self._learner is not None:
+                with self._lock:
+                    judgement = self._learner.adjusted(judgement)
         terms = decider.terms(self.spec, question.policy or self.spec.policy.name)
         decision = decide(question, judgement, self.spec, terms, view, sticky_expert)
         return self._remember(question, judgement, view, sticky_expert, decision, began)
@@ -246,17 +263,46 @@ class Router:
         terms = self._decider.terms(self.spec, policy)
         return decide(question, record.judgement, self.spec, terms, record.view, record.sticky_expert)
 
-    def feedback(self, decision_id: DecisionId, score: float) -> None:
-        """Note how good the answer was, 0..1, beside its decision.
+    @property
+    def learner(self) -> OnlineLearner | None:
+        """What was learnt from feedback; None where the document learns nothing. To be read, not to be told."""
+        return self._learner
+
+    def feedback(self, decision_id: DecisionId, score: float, expert: str | None = None) -> None:
+        """Note how good the answer was, 0..1, beside its decision; the first one is learnt from where the document says so.
+
+        ``expert`` is who answered; None = who was decided for.
 
         Raises:
             InvalidInput: the score is out of range or there is no record of the decision.
         """
         if not 0.0 <= score <= 1.0:
             raise InvalidInput("score must be between 0 and 1", "score")
-        self.explain(decision_id)
+        record = self.explain(decision_id)
         with self._lock:
+            first = decision_id not in self._feedback
             self._feedback[decision_id] = score
+            if first:
+                self._learn(record, score, record.decision.expert if expert is None else expert)
+
+    def _learn(self, record: Record, score: float, expert: str) -> None:
+        judgement = record.judgement
+        if self._learner is None or judgement is None or expert not in judgement.scores:
+            return
+        expected = judgement.scores[expert] - judgement.learnt.get(expert, 0.0)
+        feedback = Feedback(category=judgement.category, expert=expert, expected=expected, score=score)
+        if self._learner.learn(feedback):
+            _logger.warning(
+                "scores drift from what artifact %s expects (alarm %d, after %d feedbacks): train it again on newer scores",
+                record.artifact_digest,
+                self._learner.num_alarms,
+                self._learner.num_feedbacks,
+            )
+        if self._log is not None:
+            try:
+                append_feedback(self._log, feedback)
+            except OSError as error:
+                _logger.warning("feedback can't be kept in %s: %s", self._log, error)
 
     def records(self) -> Sequence[tuple[Record, float | None]]:
         """All records that are kept, oldest first, each with its feedback or None."""

@@ -12,7 +12,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Literal, TypeVar
 
 from antiphon.coe.routing.decision import Decision, DecisionId, Question, View
 from antiphon.coe.routing.router import Record
@@ -26,6 +26,8 @@ from antiphon.core.errors import AntiphonError, InvalidInput
 from antiphon.gateway.compositions import CompositionStatus, ExpertStanding
 
 _log = logging.getLogger(__name__)
+
+V = TypeVar("V")
 
 _NOTE_TIMEOUT_S = 0.2  # what looking up or noting a session may cost a request
 
@@ -58,6 +60,7 @@ class Composition:
         self._num_fallbacks = 0
         self._last_fallback = ""
         self._asked: OrderedDict[DecisionId, tuple[Asked, ...]] = OrderedDict()
+        self._answered: OrderedDict[DecisionId, str] = OrderedDict()
         self.num_running = health.num_running
 
     @property
@@ -102,12 +105,13 @@ class Composition:
         """
         return await self.routes.explain(decision_id, policy)
 
-    async def feedback(self, decision_id: DecisionId, score: float) -> None:
-        """Note how good an answer was. Raises like ``explain``."""
-        await self.routes.feedback(decision_id, score)
+    async def feedback(self, decision_id: DecisionId, score: float, expert: str | None = None) -> None:
+        """Note how good the answer was; ``expert`` gave it, None = as far as this gateway knows. Raises like ``explain``."""
+        await self.routes.feedback(decision_id, score, expert or self._answered.get(decision_id))
 
-    async def served(self, question: Question, expert: str, failures: Iterable[str] = ()) -> None:
+    async def served(self, question: Question, decision_id: DecisionId, expert: str, failures: Iterable[str] = ()) -> None:
         """``expert`` answered, after those who failed: the session goes on there."""
+        _keep(self._answered, decision_id, expert, self.document.spec.router.record_decisions)
         if failed := list(failures):
             self._num_fallbacks += 1
             when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._wall_clock()))
@@ -124,9 +128,7 @@ class Composition:
 
     def note_asked(self, decision_id: DecisionId, asked: tuple[Asked, ...]) -> None:
         """Remember who said what, for as many decisions as the router remembers."""
-        self._asked[decision_id] = asked
-        while len(self._asked) > self.document.spec.router.record_decisions:
-            self._asked.popitem(last=False)
+        _keep(self._asked, decision_id, asked, self.document.spec.router.record_decisions)
 
     def asked(self, decision_id: DecisionId) -> tuple[Asked, ...]:
         """Who was asked for a decision and what came of each; nobody where one expert answered, or through another gateway."""
@@ -180,6 +182,12 @@ class Composition:
             _log.warning("%s: the session's expert can't be looked up: %s", self.name, error)
             return None
         return expert if expert in self.breakers else None
+
+
+def _keep(kept: OrderedDict[DecisionId, V], decision_id: DecisionId, value: V, num_kept: int) -> None:
+    kept[decision_id] = value
+    while len(kept) > num_kept:
+        kept.popitem(last=False)
 
 
 def _session_key(session: str) -> str:

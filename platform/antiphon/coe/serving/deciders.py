@@ -24,8 +24,8 @@ class Routes(Protocol):
         """The record of a decision, and what another policy would have decided when one is named."""
         ...
 
-    async def feedback(self, decision_id: DecisionId, score: float) -> None:
-        """Note how good an answer was, 0..1."""
+    async def feedback(self, decision_id: DecisionId, score: float, expert: str | None) -> None:
+        """Note how good an answer was, 0..1; ``expert`` gave it, None = the one that was decided for."""
         ...
 
     async def refresh(self) -> None:
@@ -60,9 +60,9 @@ class LocalRoutes:
         record = self.router.explain(decision_id)
         return record, None if policy is None else self.router.replay(decision_id, policy)
 
-    async def feedback(self, decision_id: DecisionId, score: float) -> None:
+    async def feedback(self, decision_id: DecisionId, score: float, expert: str | None) -> None:
         """See ``Routes``."""
-        self.router.feedback(decision_id, score)
+        self.router.feedback(decision_id, score, expert)
 
     async def refresh(self) -> None:
         """See ``Routes``."""

@@ -43,6 +43,7 @@ class Fallback:
         self._composition = composition
         self._question = question
         self._decision = record.decision
+        self._decision_id = record.decision_id
         self.failures: list[str] = []  # "expert: why", in order
 
     def turns(self) -> Iterator[Turn]:
@@ -78,7 +79,7 @@ class Fallback:
 
     async def answered(self, turn: Turn) -> None:
         """The expert answered: the session goes on there."""
-        await self._composition.served(self._question, turn.expert, self.failures)
+        await self._composition.served(self._question, self._decision_id, turn.expert, self.failures)
 
     def nobody(self) -> Unavailable:
         """What to say when no turn is left."""

@@ -9,14 +9,16 @@ import asyncio
 import os
 import secrets
 import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Self
 
 from starlette.types import ASGIApp
 
+from antiphon.coe.routing.learning.online import OnlineLearner
 from antiphon.coe.serving.app import endpoints_of, models_of
 from antiphon.coe.serving.artifacts import WatchedRoutes
 from antiphon.coe.serving.composition import Composition
-from antiphon.coe.serving.deciders import Routes
+from antiphon.coe.serving.deciders import LocalRoutes, Routes
 from antiphon.coe.serving.doors.generate import CoeGenerator
 from antiphon.coe.serving.doors.grpc import CoeGrpcDoor
 from antiphon.coe.serving.doors.http import CoeDoor
@@ -28,6 +30,7 @@ from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.openai.http_io import RequestIds
 from antiphon.rpc.router.service import RouterServicer
 from antiphon.rpc.services import Service
+from antiphon.telemetry import CallbackOptions, Observation, Telemetry
 
 
 class GatewayCompositions:
@@ -38,6 +41,7 @@ class GatewayCompositions:
         self._compositions = compositions
         self._door: CoeDoor | None = None
         self.generator = CoeGenerator(compositions, gateway.generate, notes)
+        watch_learning(gateway.telemetry, compositions)
 
     @classmethod
     async def open(cls, gateway: Gateway, notes: Notes) -> Self:
@@ -83,6 +87,41 @@ class GatewayCompositions:
         await self.generator.close()
         for composition in self._compositions.values():
             await composition.close()
+
+
+def watch_learning(telemetry: Telemetry, compositions: Mapping[str, Composition]) -> None:
+    """Show what the routers of this process have learnt from feedback, and how far it speaks against their artifacts."""
+    learning = {
+        composition.name: composition.routes.router.learner
+        for composition in compositions.values()
+        if isinstance(composition.routes, LocalRoutes) and composition.routes.router.learner is not None
+    }
+    if not learning:
+        return
+
+    def each(value: Callable[[OnlineLearner], float]) -> Callable[[CallbackOptions], Iterable[Observation]]:
+        return lambda _: [Observation(value(learner), {"composition": name}) for name, learner in learning.items() if learner]
+
+    def shifts(_: CallbackOptions) -> Iterable[Observation]:
+        for name, learner in learning.items():
+            for (category, expert), shift in (learner.shifts() if learner else {}).items():
+                yield Observation(shift, {"composition": name, "category": category, "expert": expert})
+
+    meter = telemetry.meter(__name__)
+    meter.create_observable_counter(
+        "antiphon.coe.feedback", callbacks=[each(lambda one: one.num_feedbacks)], description="Feedbacks that were learnt from."
+    )
+    meter.create_observable_gauge(
+        "antiphon.coe.drift",
+        callbacks=[each(lambda one: one.drift)],
+        description="CUSUM of scores against the expected ones, in standard deviations; the alarm is at spec.learning.driftAlarm.",
+    )
+    meter.create_observable_counter(
+        "antiphon.coe.drift.alarms", callbacks=[each(lambda one: one.num_alarms)], description="Times that drift reached the alarm."
+    )
+    meter.create_observable_gauge(
+        "antiphon.coe.shift", callbacks=[shifts], description="What feedback has added to an expert's expected score in a category."
+    )
 
 
 def _composition(document: CompositionOfExperts, gateway: Gateway, notes: Notes) -> Composition:

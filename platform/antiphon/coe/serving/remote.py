@@ -99,15 +99,16 @@ class RemoteRoutes:
         record = self._alone.explain(decision_id)
         return record, None if policy is None else self._alone.replay(decision_id, policy)
 
-    async def feedback(self, decision_id: DecisionId, score: float) -> None:
+    async def feedback(self, decision_id: DecisionId, score: float, expert: str | None) -> None:
         """See ``Routes``."""
         for address in self._order():
             try:
-                await self._calls[address].feedback(pb.FeedbackRequest(decision_id=decision_id, score=score), _UNARY_TIMEOUT_S)
+                request = pb.FeedbackRequest(decision_id=decision_id, score=score, expert=expert or "")
+                await self._calls[address].feedback(request, _UNARY_TIMEOUT_S)
             except (AntiphonError, KeyError):
                 continue
             return
-        self._alone.feedback(decision_id, score)
+        self._alone.feedback(decision_id, score, expert)
 
     async def refresh(self) -> None:
         """See ``Routes``: which replicas there are."""

@@ -14,8 +14,8 @@ from antiphon.core.document.part import Metadata, Model
 from antiphon.core.document.pools import Quantity, Resources, parse_quantity
 from antiphon.core.errors import InvalidInput
 
-Policy = Literal["quality", "balanced", "cheap", "budget"]
-POLICIES: tuple[Policy, ...] = ("quality", "balanced", "cheap", "budget")
+Policy = Literal["quality", "balanced", "cheap", "budget", "at-least"]
+POLICIES: tuple[Policy, ...] = ("quality", "balanced", "cheap", "budget", "at-least")
 Modality = Literal["text", "image", "audio", "video"]
 EXTERNAL_SCHEMES = ("http://", "https://")
 
@@ -150,6 +150,9 @@ class PolicySpec(Model):
         le=1e6,
         description="budget: average price per million tokens, prompt and output in equal parts; None = not limited.",
     )
+    at_least: float | None = Field(
+        default=None, gt=0, le=1, description="at-least: share of the best quality to keep at the least cost; None = not said."
+    )
     max_memory: Quantity | None = Field(default=None, description="Memory for all resident experts; None = not limited.")
     wait_weight: float = Field(
         default=0.002, ge=0, le=1, description="Score given up per second of expected wait or expert switch."
@@ -160,6 +163,8 @@ class PolicySpec(Model):
         given = self.max_avg_active_params_b is not None or self.max_avg_cost is not None
         if self.name == "budget" and not given:
             raise ValueError("name: policy budget needs maxAvgActiveParamsB or maxAvgCost")
+        if self.name == "at-least" and self.at_least is None:
+            raise ValueError("name: policy at-least needs atLeast")
         if self.max_avg_active_params_b is not None and self.max_avg_cost is not None:
             raise ValueError("maxAvgCost: give maxAvgActiveParamsB or maxAvgCost, not both")
         return self
@@ -234,6 +239,27 @@ class CombineSpec(Model):
     def check(self, expert: str) -> CheckSpec | None:
         """The expert's check, if it has one."""
         return next((check for check in self.checks if check.expert == expert), None)
+
+
+class LearningSpec(Model):
+    """What ``POST /v1/feedback`` changes: expected scores, by category and expert, within bounds. Each replica learns by itself."""
+
+    max_shift: float = Field(default=0.05, gt=0, le=0.5, description="No expected score moves further than this.")
+    min_feedback: int = Field(
+        default=20, ge=1, le=1_000_000, description="Feedbacks of an expert in a category before anything moves there."
+    )
+    prior_feedback: float = Field(
+        default=50.0, ge=0, le=1e6, description="Weight of the artifact: as if so many feedbacks had been just as it expected."
+    )
+    memory: float = Field(default=1000.0, ge=10, le=1e9, description="Feedbacks after which an old one has faded to about a third.")
+    drift_alarm: float = Field(
+        default=20.0, ge=1, le=1000,
+        description="Standard deviations that residuals add up to, beyond a quarter each, before the alarm is raised.",
+    )  # fmt: skip
+    log: str | None = Field(
+        default=None, min_length=1, max_length=1024,
+        description="File of feedbacks without prompts: replayed at start; one per replica. None = forgotten with the process.",
+    )  # fmt: skip
 
 
 class StickinessSpec(Model):
@@ -326,6 +352,7 @@ class CompositionSpec(Model):
     policy: PolicySpec = Field(default_factory=PolicySpec, description="What to weigh against quality.")
     combine: CombineSpec | None = Field(default=None, description="Ask more than one expert; None = one expert answers.")
     gate: GateSpec = Field(default_factory=GateSpec, description="What happens to uncertain requests.")
+    learning: LearningSpec | None = Field(default=None, description="Learn from feedback; None = it is kept and changes nothing.")
     stickiness: StickinessSpec = Field(default_factory=StickinessSpec, description="How sessions keep their expert.")
     rules: tuple[RuleSpec, ...] = Field(default=(), description="Rules that come first, in order.", max_length=256)
     fallbacks: tuple[Name, ...] = Field(

@@ -132,12 +132,14 @@ class ExplainResponse(_message.Message):
     def __init__(self, decision: _Optional[_Union[RouteDecision, _Mapping]] = ..., composition: _Optional[str] = ..., decided_s: _Optional[float] = ..., took_s: _Optional[float] = ..., probabilities: _Optional[_Mapping[str, float]] = ..., replay: _Optional[_Union[RouteDecision, _Mapping]] = ...) -> None: ...
 
 class FeedbackRequest(_message.Message):
-    __slots__ = ("decision_id", "score")
+    __slots__ = ("decision_id", "score", "expert")
     DECISION_ID_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
     decision_id: str
     score: float
-    def __init__(self, decision_id: _Optional[str] = ..., score: _Optional[float] = ...) -> None: ...
+    expert: str
+    def __init__(self, decision_id: _Optional[str] = ..., score: _Optional[float] = ..., expert: _Optional[str] = ...) -> None: ...
 
 class FeedbackResponse(_message.Message):
     __slots__ = ()

@@ -16,14 +16,14 @@ from antiphon.coe.routing.artifact import Artifact, ServedPath, load_artifact, w
 from antiphon.coe.routing.assessment import assess
 from antiphon.coe.routing.decision import ExpertState, Question, Reason, View
 from antiphon.coe.routing.record_json import record_json
-from antiphon.coe.routing.router import Router, spec_of
+from antiphon.coe.routing.router import Router, policy_terms, spec_of
 from antiphon.coe.training.data.example_table import example_table
 from antiphon.coe.training.data.table import ScoreTable, TableExpert
 from antiphon.coe.training.fit import Recipe
 from antiphon.coe.training.join import join_expert
 from antiphon.coe.training.mapping import Budget
 from antiphon.coe.training.train import Options, train
-from antiphon.core.document.composition import CompositionSpec
+from antiphon.core.document.composition import CompositionSpec, LearningSpec, PolicySpec
 from antiphon.core.errors import CheckpointInvalid, InvalidInput, Unavailable
 
 OPTIONS = Options(recipe=Recipe(num_variants=2), embedder="lsa")
@@ -119,6 +119,25 @@ def test_feedback_stays_beside_its_decision(artifact: Artifact) -> None:
     assert [(r.decision_id, score) for r, score in router.records()] == [(record.decision_id, 0.5)]
     with pytest.raises(InvalidInput, match="between 0 and 1"):
         router.feedback(record.decision_id, 2.0)
+
+
+def test_feedback_moves_decisions_only_where_the_document_learns_and_only_by_its_first(artifact: Artifact, tmp_path: Path) -> None:
+    log = str(tmp_path / "feedback.jsonl")
+    learning = LearningSpec(max_shift=0.5, min_feedback=5, prior_feedback=0.0, log=log)
+    spec = spec_of(artifact).model_copy(update={"learning": learning})
+    asked = Question(prompt="add the numbers 3 and 39")
+    still, learns = Router(spec_of(artifact), artifact), Router(spec, artifact)
+    for router in (still, learns):
+        assert router.route(asked).decision.expert == "model-1"
+        for _ in range(8):
+            record = router.route(asked)
+            router.feedback(record.decision_id, 0.0, "model-1")
+            router.feedback(record.decision_id, 1.0, "model-1")
+    assert still.route(asked).decision.expert == "model-1"
+    moved = learns.route(asked)
+    assert moved.decision.expert != "model-1"
+    assert learns.replay(moved.decision_id, "quality").expert == moved.decision.expert
+    assert Router(spec, artifact).route(asked).decision.expert == moved.decision.expert
 
 
 def test_only_the_newest_records_are_kept(artifact: Artifact) -> None:
@@ -306,6 +325,8 @@ def test_a_share_of_the_best_quality_is_kept_at_less_cost() -> None:
         assert found.router >= (share - 0.03) * best.router
         costs.append(found.avg_cost)
     assert costs[1] < costs[0] / 3
+    served = spec_of(artifact).model_copy(update={"policy": PolicySpec(name="at-least", at_least=0.8)})
+    assert policy_terms(artifact, served, "at-least") == policy_terms(artifact, served, "quality", at_least=0.8)
 
 
 def test_the_card_names_no_expert_that_is_never_picked() -> None:

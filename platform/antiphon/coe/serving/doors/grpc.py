@@ -69,7 +69,7 @@ class CoeGrpcDoor:
         self._keys.check(authorization)
         decision_id = DecisionId(request.decision_id)
         composition, _, _ = await explained(self._compositions.values(), decision_id, None)
-        await composition.feedback(decision_id, request.score)
+        await composition.feedback(decision_id, request.score, request.expert or None)
         return pb.FeedbackResponse()
 
     async def list_experts(self, request: pb.ListExpertsRequest, authorization: str | None) -> pb.ListExpertsResponse:

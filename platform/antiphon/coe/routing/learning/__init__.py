@@ -1,0 +1,1 @@
+"""What a router learns from feedback while it serves (request speed)."""
