@@ -77,6 +77,7 @@ class LLMDeploymentStatus(Model):
     stages: StageTimes | None = Field(default=None, description="Start-up of the applied revision.")
     active_cluster: str = Field(default="", description="RayCluster that serves.", max_length=253)
     route: str = Field(default="", description="HTTPRoute that leads to it.", max_length=253)
+    inference_pool: str = Field(default="", description="InferencePool of its gateway replicas.", max_length=253)
 
 
 class ServingPoolStatus(Model):

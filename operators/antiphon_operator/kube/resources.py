@@ -47,6 +47,7 @@ CONTROLLER_REVISION = Resource(group="apps", version="v1", kind="ControllerRevis
 DISRUPTION_BUDGET = Resource(group="policy", version="v1", kind="PodDisruptionBudget", plural="poddisruptionbudgets")
 NETWORK_POLICY = Resource(group="networking.k8s.io", version="v1", kind="NetworkPolicy", plural="networkpolicies")
 HTTP_ROUTE = Resource(group="gateway.networking.k8s.io", version="v1", kind="HTTPRoute", plural="httproutes")
+INFERENCE_POOL = Resource(group="inference.networking.k8s.io", version="v1", kind="InferencePool", plural="inferencepools")
 LEASE = Resource(group="coordination.k8s.io", version="v1", kind="Lease", plural="leases")
 
 RESOURCES: tuple[Resource, ...] = (
@@ -67,6 +68,7 @@ RESOURCES: tuple[Resource, ...] = (
     DISRUPTION_BUDGET,
     NETWORK_POLICY,
     HTTP_ROUTE,
+    INFERENCE_POOL,
     LEASE,
 )
 _BY_KIND = {(resource.api_version, resource.kind): resource for resource in RESOURCES}

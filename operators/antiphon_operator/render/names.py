@@ -96,3 +96,8 @@ def http_service(deployment: str) -> str:
 def grpc_service(deployment: str) -> str:
     """Name of the Service for gRPC."""
     return f"{deployment}-grpc"
+
+
+def replicas_service(deployment: str) -> str:
+    """Name of the headless Service that resolves to every gateway replica."""
+    return f"{deployment}-replicas"

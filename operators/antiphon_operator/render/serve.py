@@ -11,7 +11,16 @@ from collections.abc import Mapping
 from antiphon.core.document.pools import PoolSpec, Resources, parse_quantity
 from antiphon.core.document.spec import LLMDeployment
 from antiphon_operator.render.canonical import Json, fingerprint, to_yaml
-from antiphon_operator.render.names import GATEWAY, IMPORT_PATH, group_of, grpc_port, http_port, pool_resource, serve_deployment
+from antiphon_operator.render.names import (
+    GATEWAY,
+    IMPORT_PATH,
+    group_of,
+    grpc_port,
+    http_port,
+    pool_resource,
+    replicas_service,
+    serve_deployment,
+)
 from antiphon_operator.render.ray_cluster import http_options
 from antiphon_operator.render.settings import Settings, Weights
 
@@ -38,6 +47,11 @@ def worker_document(document: LLMDeployment, weights: Weights | None) -> Json:
         "grpcPort": grpc_port(document),
         "replicas": 1,
     }
+    gateway = document.spec.kubernetes.gateway
+    if gateway is not None and gateway.inference_pool:
+        namespace = document.metadata.namespace or "default"
+        where = f"{replicas_service(document.metadata.name)}.{namespace}.svc:{http_port(document)}"
+        spec["endpoint"]["pickerTargets"] = where
     if document.spec.wake_timeout_s > 0:
         spec["endpoint"]["wakeTimeoutS"] = document.spec.wake_timeout_s  # the gateway does not see which pools may sleep
     if weights is not None:
@@ -109,7 +123,10 @@ def source_fingerprint(document: LLMDeployment, weights: Weights | None) -> str:
             pool.pop(key, None)
     kubernetes = spec.get("kubernetes", {})
     kubernetes.pop("networkPolicy", None)
-    if kubernetes.pop("gateway", None) is not None and not kubernetes:
+    route = kubernetes.pop("gateway", None)
+    if route is not None and route.get("inferencePool"):
+        kubernetes["inferencePool"] = True  # the gateways answer a picker's protocol then
+    if route is not None and not kubernetes:
         del spec["kubernetes"]
     place = None if weights is None else [weights.claim, weights.path]
     return fingerprint([document.metadata.name, spec, place])

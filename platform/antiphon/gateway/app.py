@@ -31,6 +31,8 @@ from antiphon.gateway.openai.experts_routes import add_expert_routes
 from antiphon.gateway.openai.responses import add_response_routes
 from antiphon.gateway.openai.routes import make_app
 from antiphon.gateway.openai.text_routes import add_text_routes
+from antiphon.gateway.replica_targets import ReplicaTargets
+from antiphon.gateway.routing.endpoints import EndpointBoard, key_of
 from antiphon.gateway.text.tokenizer import TextModel
 from antiphon.gateway.web.routes import add_web_routes
 from antiphon.models.pooling.facts import read_pooling
@@ -38,7 +40,7 @@ from antiphon.rpc.certificates import DoorCertificate
 from antiphon.rpc.channels import ChannelLimits
 from antiphon.rpc.experts import ExpertsServicer
 from antiphon.rpc.inference import InferenceServicer
-from antiphon.rpc.services import RpcServer
+from antiphon.rpc.services import RpcServer, Service
 from antiphon.telemetry import Telemetry, setup
 
 _log = logging.getLogger(__name__)
@@ -121,8 +123,10 @@ async def _run(
         reuse_port=config.reuse_port,
         tls=tls,
     )
+    replicas = None if config.picker_targets is None else ReplicaTargets(config.picker_targets)
     grpc = RpcServer(
         [
+            *([] if replicas is None else [_picker(replicas)]),
             InferenceServicer(GrpcDoor(gateway, None if compositions is None else compositions.generator)),
             ExpertsServicer(experts),
             *([] if compositions is None else compositions.services()),
@@ -151,6 +155,8 @@ async def _run(
         tasks = [asyncio.create_task(loop) for loop in loops]
         if compositions is not None:
             tasks.append(asyncio.create_task(compositions.run()))
+        if replicas is not None:
+            tasks.append(asyncio.create_task(replicas.run()))
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()  # a loop that failed raises here
@@ -192,3 +198,9 @@ async def _drain(gateway: Gateway, timeout_s: float) -> None:
         end_s = loop.time() + _LAST_WORDS_S
         while gateway.num_requests and loop.time() < end_s:  # noqa: ASYNC110 - as above
             await asyncio.sleep(0.02)
+
+
+def _picker(replicas: ReplicaTargets) -> Service:
+    from antiphon.rpc.endpoint_picker import PickerServicer
+
+    return PickerServicer(board=EndpointBoard(), key_of=key_of, endpoints=lambda: replicas.endpoints)

@@ -23,6 +23,7 @@ class GatewayConfig:
     host: str = "127.0.0.1"
     http_port: int = 8000  # 0 = any free port
     grpc_port: int = 9000  # 0 = any free port
+    picker_targets: str | None = None  # host:port of all replicas, for gateways of Kubernetes that ask where to send a request
     reuse_port: bool = False  # several gateways of one machine share the ports
     api_keys: frozenset[str] = field(default_factory=frozenset)  # plain; neither these nor a file = open
     api_keys_file: Path | None = None  # hashed, with names and scopes; looked at again when it changes

@@ -347,3 +347,20 @@ async def test_a_lost_worker_costs_no_token(tmp_path: Path) -> None:
         assert tokens == world.tokens_of("The choir", 40, seed=2)
         assert "".join(event.delta.text for event in seen) == world.text_of(tokens)
         assert seen[-1].completed.usage.num_resumptions == 1
+
+
+async def test_a_gateway_of_kubernetes_is_told_which_replica_to_ask(tmp_path: Path) -> None:
+    from envoy.service.ext_proc.v3 import external_processor_pb2 as picker
+    from envoy.service.ext_proc.v3.external_processor_pb2_grpc import ExternalProcessorStub
+
+    async with (
+        fake.world(tmp_path, gateway={"picker_targets": "127.0.0.1:8000"}) as made,
+        grpc.aio.insecure_channel(f"127.0.0.1:{made.ports.grpc_port}") as channel,
+    ):
+        asked = picker.ProcessingRequest(request_headers=picker.HttpHeaders(end_of_stream=True))
+        while True:  # the name is resolved once the doors are open
+            (answer,) = [answer async for answer in ExternalProcessorStub(channel).Process(iter([asked]), timeout=20)]
+            if answer.WhichOneof("response") == "request_headers":
+                break
+        (option,) = answer.request_headers.response.header_mutation.set_headers
+        assert option.header.raw_value == b"127.0.0.1:8000"

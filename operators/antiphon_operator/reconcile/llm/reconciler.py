@@ -19,7 +19,6 @@ from antiphon_operator.kube.base import Conflict, Kube, NotFound, Object, Unknow
 from antiphon_operator.kube.resources import (
     CONTROLLER_REVISION,
     DISRUPTION_BUDGET,
-    HTTP_ROUTE,
     LLM_DEPLOYMENT,
     MODEL_ARTIFACT,
     NETWORK_POLICY,
@@ -35,6 +34,7 @@ from antiphon_operator.planning.autoscaler import Metrics
 from antiphon_operator.planning.memory import memory_problems
 from antiphon_operator.planning.rollout import Action, Step, World, next_step
 from antiphon_operator.reconcile.llm.accept import Refused, accept
+from antiphon_operator.reconcile.llm.gateway_api import GatewayObjects, apply_gateway_objects
 from antiphon_operator.reconcile.llm.pools import PoolsPlan, plan_pools, serving_pool_status
 from antiphon_operator.reconcile.llm.rollout import plan_rollout, rollout_status
 from antiphon_operator.reconcile.llm.status import (
@@ -47,7 +47,7 @@ from antiphon_operator.reconcile.llm.status import (
 )
 from antiphon_operator.reconcile.llm.weights import Found, find_weights
 from antiphon_operator.reconcile.observe import Observed, view_cluster, view_pods, view_service
-from antiphon_operator.reconcile.writer import NotOurs, Unapplied, Writer
+from antiphon_operator.reconcile.writer import NotOurs, Writer
 from antiphon_operator.render import children as render
 from antiphon_operator.render.names import (
     LABEL_DEPLOYMENT,
@@ -59,7 +59,7 @@ from antiphon_operator.render.names import (
 )
 from antiphon_operator.render.ray_cluster import bounds
 from antiphon_operator.render.revision import Revision, from_object, render_revision, to_object
-from antiphon_operator.render.route import http_route
+from antiphon_operator.render.route import inference_pool
 from antiphon_operator.render.settings import Settings
 
 BUSY_S = 5.0  # while something moves
@@ -212,7 +212,9 @@ class LLMReconciler:
         await self._apply_pools(writer, world)
         await self._apply_service(writer, world, plan, step, planned, revision)
         await self._apply_surroundings(writer, world)
-        route = await self._apply_route(writer, world)
+        active = "" if observed.service is None else observed.service.active
+        before = GatewayObjects(route=str(previous.get("route", "")), pool=str(previous.get("inferencePool", "")))
+        reached = await apply_gateway_objects(self._kube, writer, document, world.owner, active_cluster=active, before=before)
         if step.action is Action.DELETE_PENDING:
             await self._kube.delete(RAY_CLUSTER, document.metadata.namespace, planned.stale_pending)
         await self._raise_bounds(writer, world)
@@ -222,7 +224,7 @@ class LLMReconciler:
         status, conditions = llm_status(
             world.live, document, plan, observed, step, found.model,
             rollout=rollout, failed=failed, last_good=previous.get("lastGoodRevision", ""),
-            unapplied=tuple(writer.unapplied), route=route, now_s=writer.now_s,
+            unapplied=tuple(writer.unapplied), reached=reached, now_s=writer.now_s,
         )  # fmt: skip
         await _tell(writer, world.live, conditions)
         await writer.status(world.live, status.model_dump(mode="json", by_alias=True, exclude_none=True))
@@ -299,8 +301,10 @@ class LLMReconciler:
     async def _apply_surroundings(self, writer: Writer, world: _World) -> None:
         document, owner = world.document, world.owner
         active = "" if world.observed.service is None else world.observed.service.active
+        behind = inference_pool(document, owner, active)
         wanted = [
             *render.services(document, owner, active),
+            *([] if behind is None else [behind[1]]),
             *render.disruption_budgets(document, owner),
             *render.network_policies(document, owner, self._settings),
         ]
@@ -311,24 +315,6 @@ class LLMReconciler:
         for (kind, name), live in world.surroundings.items():
             if (kind, name) not in names and controller_of(live) == writer.owner_uid:
                 await self._kube.delete(by_kind[kind], document.metadata.namespace, name, uid=live["metadata"]["uid"])
-
-    async def _apply_route(self, writer: Writer, world: _World) -> str:
-        """The HTTPRoute's name, for the status, which remembers that there is one to delete; empty when there is none."""
-        route = http_route(world.document, world.owner)
-        before = str(world.live.get("status", {}).get("route", ""))
-        if route is None:
-            if before:
-                live = await self._kube.get(HTTP_ROUTE, world.document.metadata.namespace, before)
-                if live is not None and controller_of(live) == writer.owner_uid:
-                    await self._kube.delete(HTTP_ROUTE, world.document.metadata.namespace, before, uid=live["metadata"]["uid"])
-            return ""
-        try:
-            await writer.ensure(route)
-        except NotFound:
-            missing = "kubernetes.gateway: the API server knows no HTTPRoute of gateway.networking.k8s.io/v1"
-            writer.unapplied.append(Unapplied(reason=Reason.GATEWAY_API_MISSING, message=missing))
-            return before
-        return name_of(route)
 
     async def _raise_bounds(self, writer: Writer, world: _World) -> None:
         """Bounds of groups never reach a living RayCluster by themselves."""

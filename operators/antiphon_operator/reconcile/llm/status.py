@@ -15,6 +15,7 @@ from antiphon_operator.api.conditions import ConditionSet, Reason, Type, seconds
 from antiphon_operator.api.status import LLMDeploymentStatus, RolloutStatus, StageTimes
 from antiphon_operator.kube.base import Object
 from antiphon_operator.planning.rollout import Action, Step
+from antiphon_operator.reconcile.llm.gateway_api import GatewayObjects
 from antiphon_operator.reconcile.llm.pools import PoolsPlan, pool_statuses
 from antiphon_operator.reconcile.observe import Observed
 from antiphon_operator.reconcile.writer import Unapplied
@@ -78,7 +79,7 @@ def llm_status(
     failed: str,
     last_good: str,
     unapplied: tuple[Unapplied, ...],
-    route: str,
+    reached: GatewayObjects,
     now_s: float,
 ) -> tuple[LLMDeploymentStatus, ConditionSet]:
     """The new status, and its conditions with what changed."""
@@ -130,7 +131,8 @@ def llm_status(
         rollout=rollout,
         stages=_stages(previous, observed, rollout, cluster, is_complete=is_complete, now_s=now_s),
         active_cluster=active,
-        route=route,
+        route=reached.route,
+        inference_pool=reached.pool,
     )
     return status, conditions
 

@@ -95,6 +95,7 @@ def serving_config(serving: Serving, *, drain_s: float, routing: Routing = "here
         host=endpoint.host,
         http_port=endpoint.http_port,
         grpc_port=endpoint.grpc_port,
+        picker_targets=endpoint.picker_targets,
         reuse_port=endpoint.replicas > 1,
         api_keys=keys,
         api_keys_file=None if endpoint.api_keys_file is None else Path(endpoint.api_keys_file),

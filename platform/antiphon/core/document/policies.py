@@ -177,6 +177,12 @@ class GatewaySpec(Model):
         default=(), description="Host names that clients use; empty = every one of the Gateway's.", max_length=16
     )
 
+    inference_pool: bool = Field(
+        default=False,
+        description="The route leads to an InferencePool of the gateway replicas with their endpoint picker, which keeps a "
+        "conversation at one replica. The Gateway must know the Gateway API Inference Extension.",
+    )
+
     @field_validator("parent_refs", "hostnames", mode="before")
     @classmethod
     def _lists(cls, value: object) -> object:

@@ -86,6 +86,13 @@ class EndpointSpec(Model):
         "The gateway's own page needs none.",
         max_length=64,
     )
+    picker_targets: str | None = Field(
+        default=None,
+        pattern=r"^[^\s/]+:[0-9]{1,5}$",
+        max_length=300,
+        description="host:port that resolves to all gateway replicas: the gRPC port then answers the Endpoint Picker Protocol of "
+        "Kubernetes' Gateways; None = it does not. The operator sets it where kubernetes.gateway.inferencePool is true.",
+    )
     max_request_bytes: int = Field(default=4_194_304, ge=1024, le=1 << 30, description="Largest request body.")
     default_deadline_s: float = Field(default=600.0, gt=0, le=86_400, description="Deadline of requests that bring none.")
     wake_timeout_s: float | None = Field(

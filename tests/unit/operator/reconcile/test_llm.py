@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import yaml
 
 from antiphon_operator.api.crds import KINDS, definition
 from antiphon_operator.controller.observability import JsonFormatter
@@ -23,6 +24,7 @@ from antiphon_operator.kube.resources import (
     DISRUPTION_BUDGET,
     EVENT,
     HTTP_ROUTE,
+    INFERENCE_POOL,
     LLM_DEPLOYMENT,
     MODEL_ARTIFACT,
     NETWORK_POLICY,
@@ -500,6 +502,33 @@ def test_gateways_that_the_document_names_lead_to_it_until_they_are_taken_out(cl
     cluster.edit(lambda s: s.update(kubernetes={}))
     cluster.run(4)
     assert cluster.api.get(HTTP_ROUTE, "default", "demo-http") is None
+
+
+def test_an_inference_pool_leads_to_the_replicas_and_their_picker_until_it_is_taken_out(cluster: Cluster) -> None:
+    cluster.run()
+    gateway(cluster)
+    cluster.edit(lambda s: s["kubernetes"]["gateway"].update(inferencePool=True))
+    cluster.run(8)
+    pool = cluster.api.get(INFERENCE_POOL, "default", "demo-gateways")
+    assert pool is not None
+    picker = pool["spec"]["endpointPickerRef"]
+    service = cluster.api.get(SERVICE, "default", picker["name"])
+    assert service is not None
+    assert service["spec"]["ports"][0]["port"] == picker["port"]["number"]
+    replicas = cluster.api.get(SERVICE, "default", "demo-replicas")
+    assert replicas is not None
+    assert (replicas["spec"]["clusterIP"], replicas["spec"]["selector"]) == ("None", pool["spec"]["selector"]["matchLabels"])
+    route = cluster.api.get(HTTP_ROUTE, "default", "demo-http")
+    assert route is not None
+    backend = {"group": "inference.networking.k8s.io", "kind": "InferencePool", "name": "demo-gateways"}
+    assert route["spec"]["rules"][0]["backendRefs"] == [backend]
+    (application,) = yaml.safe_load(cluster.ray_service["spec"]["serveConfigV2"])["applications"]
+    assert application["args"]["document"]["spec"]["endpoint"]["pickerTargets"] == "demo-replicas.default.svc:8000"
+    assert cluster.condition("Ready") == ("True", "Ready")
+    cluster.edit(lambda s: s.update(kubernetes={}))
+    cluster.run(8)
+    assert cluster.api.get(INFERENCE_POOL, "default", "demo-gateways") is None
+    assert cluster.api.get(SERVICE, "default", "demo-replicas") is None
 
 
 def test_without_the_gateway_api_that_is_told_and_serving_goes_on(cluster: Cluster) -> None:
