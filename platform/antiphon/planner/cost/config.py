@@ -7,6 +7,7 @@ know: files, number formats, or hardware.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from antiphon.core.errors import InvalidInput, UnsupportedModel
@@ -130,14 +131,24 @@ def _attention(fields: _Fields, name: str) -> Callable[[int], Attention]:
         )
         return lambda _index: factorised
 
+    sliding_heads, is_gated = _sliding_heads(fields, num_heads), bool(fields.raw.get("use_head_wise_attn_gate"))
+
     def grouped(window: int | None) -> SoftmaxAttention:
-        return SoftmaxAttention.grouped(
-            hidden=hidden, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=window
-        )
+        heads = num_heads if window is None else sliding_heads
+        made = SoftmaxAttention.grouped(hidden=hidden, num_heads=heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=window)
+        return replace(made, projection_weights=made.projection_weights + hidden * heads) if is_gated else made
 
     linear = LinearAttention.gated(hidden=hidden, num_heads=num_heads, head_dim=head_dim)
     windows = _layer_windows(fields, name)
     return lambda index: linear if windows(index) == "linear" else grouped(_as_window(windows(index)))
+
+
+def _sliding_heads(fields: _Fields, num_heads: int) -> int:
+    """Heads of layers behind a window: Step-3.5 and 3.7 have more of them there."""
+    other = fields.raw.get("attention_other_setting")
+    if isinstance(other, Mapping):
+        return _Fields(other).integer("num_attention_heads", default=num_heads, least=1)
+    return fields.integer("num_sliding_attention_heads", default=num_heads, least=1)
 
 
 def _as_window(window: int | str | None) -> int | None:

@@ -18,6 +18,8 @@ SIZES = {
     "llama-3.3-70b": (70.6, None, 0.002),
     "gpt-oss-120b": (116.8, 5.1, 0.005),
     "gpt-oss-20b": (20.9, 3.6, 0.005),
+    "step-3.7-flash": (196, 11, 0.006),
+    "gemma-2-27b": (27.2, None, 0.002),
     "glm-4.5": (355, 32, 0.02),
     "glm-4.5-air": (106, 12, 0.02),
 }
@@ -60,6 +62,22 @@ def test_sparse_attention_attends_what_its_indexer_picks_and_caches_everything()
     cached = [model_cost(model.shape, model.formats, 131072).cache_bytes for model in (dense, sparse)]
     assert cached[1] - cached[0] == layers * 128 * 131072
     assert far.kv_bytes < 0.3 * model_cost(dense.shape, dense.formats, 131072).decode.kv_bytes
+
+
+def test_windows_leave_the_cache_of_step_3_7_at_a_published_share():
+    """At 16,384 tokens, 0.2896 of a cache without windows: 33 layers hold 512 tokens, 12 all (NVIDIA aiconfigurator, Step-3.7)."""
+    model = find_model("step-3.7-flash")
+    cost = model_cost(model.shape, model.formats, 16384)
+    layer_token_bytes = 2 * 8 * 128 * 2
+    assert cost.cache_bytes / (45 * 16384 * layer_token_bytes) == pytest.approx(0.2896, abs=1e-4)
+
+
+@pytest.mark.parametrize("context", [4096, 131072])
+def test_gpt_oss_reads_half_its_layers_caches_within_a_window_of_128(context):
+    """The card (arXiv 2508.10925 §2.1): layers alternate between banded windows of 128 tokens and all; 8 KV heads of 64."""
+    model = find_model("gpt-oss-120b")
+    read = model_cost(model.shape, model.formats, context).decode.kv_bytes
+    assert read == 18 * (128 + context) * 2 * 8 * 64 * 2
 
 
 @pytest.mark.parametrize("listing", ["hardware", "models"])
