@@ -1,6 +1,7 @@
 """Linear layers whose weights stay in four bits: a few outputs at a time become numbers, are used, and are forgotten (hot).
 
-An eighth of fp32's memory, and never more than one tile of outputs beside it. Legend: T rows, I inputs, O outputs.
+An eighth of fp32's memory, and never more than one tile of outputs beside it. Few rows are one call of the compiled kernel. Legend:
+T rows, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from antiphon.models.loading.stored.four_bit import FourBit
+from antiphon.models.native.library import available
 
+_KERNEL_MAX_ROWS = 32  # beyond them, arithmetic costs more than bytes: tiles go through a matrix product
+_KINDS = ("integer", "line", "e2m1")  # as the kernel numbers them
 _TILE_VALUES = 2**19  # of a tile: small enough for the cache that a core has to itself
 
 
@@ -36,8 +40,20 @@ class FourBitLinear:
         tile = max(1, _TILE_VALUES // self.in_features)
         at = 0
         for part in self._parts:
+            if x_TI.shape[0] <= _KERNEL_MAX_ROWS and _has_kernel(part, x_TI.dtype):
+                torch.ops.antiphon.four_bit_linear(
+                    *(out[:, at : at + part.shape[0]], x_TI.contiguous(), part.codes_OB, part.scale_OG, part.low_OG),
+                    *(part.group_size, _KINDS.index(part.kind)),
+                )
+                at += part.shape[0]
+                continue
             for first in range(0, part.shape[0], tile):
                 last = min(first + tile, part.shape[0])
                 out[:, at + first : at + last] = F.linear(x_TI, part.values(x_TI.dtype, first, last))
             at += part.shape[0]
         return out if self._bias is None else out.add_(self._bias)
+
+
+def _has_kernel(part: FourBit, dtype: torch.dtype) -> bool:
+    in_runs = part.group_of_I is None and part.group_size % 16 == 0 and part.num_inputs % part.group_size == 0
+    return in_runs and dtype in (torch.float32, torch.bfloat16) and available()

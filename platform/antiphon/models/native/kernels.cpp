@@ -13,6 +13,9 @@
 #include "exponent.h"
 #include "thread_pool.h"
 
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
 #ifdef __linux__
 #include <sched.h>
 #endif
@@ -284,6 +287,93 @@ Tensor silu_mul(const Tensor& gate_up) {
   return out;
 }
 
+// What the 16 codes of one group stand for; kinds as in models/loading/stored/four_bit.py: 0 integer, 1 line, 2 e2m1.
+template <typename Scale>
+void values_of_group(int64_t kind, const Scale* scales, const void* lows, int64_t at, float* values) {
+  if (kind == 2) {
+    static constexpr float kMagnitudes[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+    const float factor = std::ldexp(1.0f, static_cast<int>(reinterpret_cast<const uint8_t*>(scales)[at]) - 127);
+    for (int c = 0; c < 16; ++c) values[c] = (c < 8 ? factor : -factor) * kMagnitudes[c & 7];
+    return;
+  }
+  const float scale = static_cast<float>(scales[at]);
+  if (kind == 1) {
+    const float least = static_cast<float>(static_cast<const c10::Half*>(lows)[at]);
+    for (int c = 0; c < 16; ++c) values[c] = static_cast<float>(c) * scale + least;
+    return;
+  }
+  const float zero = lows == nullptr ? 8.0f : static_cast<float>(static_cast<const uint8_t*>(lows)[at]);
+  for (int c = 0; c < 16; ++c) values[c] = static_cast<float>(static_cast<Scale>((static_cast<float>(c) - zero) * scale));
+}
+
+// 16 codes of a group, two a byte, as numbers.
+inline void sixteen_values(const uint8_t* codes, const float* values, float* to) {
+#ifdef __AVX512BW__
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)), half = _mm_set1_epi8(15);
+  const __m128i both = _mm_unpacklo_epi8(_mm_and_si128(bytes, half), _mm_and_si128(_mm_srli_epi16(bytes, 4), half));
+  _mm512_storeu_ps(to, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(both), _mm512_loadu_ps(values)));
+#else
+  for (int b = 0; b < 8; ++b) to[2 * b] = values[codes[b] & 15], to[2 * b + 1] = values[codes[b] >> 4];
+#endif
+}
+
+// x_TI @ weight^T of a matrix in four bits, for few rows: each output becomes numbers in a thread's own cache and is used at once.
+// Groups are runs of inputs, a multiple of 16. ``out`` [T, O] may be part of a wider one.
+void four_bit_linear(const Tensor& out, const Tensor& x, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& lows,
+                     int64_t group, int64_t kind) {
+  const int64_t rows = x.size(0), inputs = x.size(1), outputs = codes.size(0), groups = inputs / group, stride = out.stride(0);
+  TORCH_CHECK(codes.is_contiguous() && scales.is_contiguous() && x.is_contiguous() && out.stride(1) == 1 && x.scalar_type() == out.scalar_type());
+  TORCH_CHECK(group % 16 == 0 && inputs % group == 0 && scales.size(0) == outputs && scales.size(1) == groups && 2 * codes.size(1) == inputs);
+  TORCH_CHECK(out.size(0) == rows && out.size(1) == outputs && (!lows.has_value() || (lows->is_contiguous() && lows->sizes() == scales.sizes())));
+  const bool is_bf16 = x.scalar_type() == at::kBFloat16;
+  const Tensor wide = is_bf16 ? x.to(at::kFloat) : x;
+  const float* from = wide.const_data_ptr<float>();
+  const uint8_t* bytes = codes.const_data_ptr<uint8_t>();
+  const void* low = lows.has_value() ? lows->const_data_ptr() : nullptr;
+  const auto run = [&](auto scale_tag) {
+    using Scale = decltype(scale_tag);
+    const Scale* scale = static_cast<const Scale*>(scales.const_data_ptr());
+    antiphon::parallel_for(0, outputs, 16, [&](int64_t begin, int64_t end) {
+      thread_local std::vector<float> scratch;
+      scratch.resize(inputs);
+      float* weight = scratch.data();
+      alignas(64) float values[16];
+      for (int64_t o = begin; o < end; ++o) {
+        for (int64_t g = 0; g < groups; ++g) {
+          values_of_group<Scale>(kind, scale, low, o * groups + g, values);
+          if (is_bf16) {
+            for (float& value : values) {
+              bf16 rounded;
+              store(rounded, value);
+              value = load(rounded);
+            }
+          }
+          for (int64_t i = g * group; i < (g + 1) * group; i += 16) sixteen_values(bytes + (o * inputs + i) / 2, values, weight + i);
+        }
+        for (int64_t t = 0; t < rows; ++t) {
+          const float* row = from + t * inputs;
+          float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+          for (int64_t i = 0; i < inputs; ++i) {
+            sum += row[i] * weight[i];
+          }
+          if (is_bf16) {
+            store(data<bf16>(out)[t * stride + o], sum);
+          } else {
+            data<float>(out)[t * stride + o] = sum;
+          }
+        }
+      }
+    });
+  };
+  switch (scales.scalar_type()) {
+    case at::kHalf: run(c10::Half{}); break;
+    case at::kBFloat16: run(c10::BFloat16{}); break;
+    case at::kByte: TORCH_CHECK(kind == 2); run(uint8_t{}); break;
+    default: TORCH_CHECK(scales.scalar_type() == at::kFloat); run(float{});
+  }
+}
+
 // Reads every byte once, each thread four runs side by side: what the machine's memory gives to a step that reads its weights.
 int64_t read_all(const Tensor& memory) {
   TORCH_CHECK(memory.is_contiguous() && memory.is_cpu());
@@ -365,6 +455,8 @@ TORCH_LIBRARY(antiphon, m) {
       "decode_attention(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor blocks, Tensor lens, int block_size, int num_heads, "
       "float scale, int window, float cap=0.0, Tensor? sinks=None) -> Tensor");
   m.def("silu_mul(Tensor gate_up) -> Tensor");
+  m.def(
+      "four_bit_linear(Tensor(a!) out, Tensor x, Tensor codes, Tensor scales, Tensor? lows, int group, int kind) -> ()");
   m.def("read_all(Tensor memory) -> int");
   m.def("pin_threads(int[] cores, bool share) -> int", &pin_threads);
   m.def(
@@ -380,6 +472,7 @@ TORCH_LIBRARY_IMPL(antiphon, CompositeExplicitAutograd, m) {
   m.impl("rope_and_cache", &rope_and_cache);
   m.impl("decode_attention", &decode_attention);
   m.impl("silu_mul", &silu_mul);
+  m.impl("four_bit_linear", &four_bit_linear);
   m.impl("read_all", &read_all);
   m.impl("attend_decode", &attend_decode);
   m.impl("silu_ffn", &silu_ffn);
