@@ -19,11 +19,12 @@ app = typer.Typer(add_completion=False)
 
 
 class OutputType(StrEnum):
-    """Types weights are written in; EXACT = for each tensor the smallest that loses nothing."""
+    """Types weights are written in. EXACT: for each tensor the smallest that loses nothing; FOUR_BIT: that, but four bits stay."""
 
     EXACT = "exact"
     BFLOAT16 = "bfloat16"
     FLOAT32 = "float32"
+    FOUR_BIT = "four-bit"
 
 
 @app.command()
@@ -44,13 +45,14 @@ def convert(
 
 def _summary(out: Path) -> Table:
     from antiphon.models.loading.checkpoint import Checkpoint
+    from antiphon.models.loading.stored.formats import shape_of, stands_for
 
     checkpoint = Checkpoint.open(out)
     files = [file for file in out.iterdir() if file.is_file()]
     tokenizer = json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))
     rows = {
         "family": checkpoint.config["architectures"][0],
-        "parameters": f"{sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names):,}",
+        "parameters": f"{sum(math.prod(shape_of(checkpoint, name)) for name in filter(None, map(stands_for, checkpoint.names))):,}",
         "layers": str(checkpoint.config["num_hidden_layers"]),
         "vocabulary": f"{checkpoint.config['vocab_size']:,} tokens",
         "chat template": "yes" if "chat_template" in tokenizer else "no",

@@ -18,14 +18,16 @@ import torch
 from safetensors.torch import save_file
 
 from antiphon.core.errors import CheckpointInvalid, InvalidInput
+from antiphon.models.loading.block_scales import CONFIG_FIELD
 from antiphon.models.loading.checkpoint import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS
 from antiphon.models.loading.gguf_families import PlannedTensor, family_of, hf_config, plan_tensors
 from antiphon.models.loading.gguf_file import GgufFile
 from antiphon.models.loading.progress import Watch, watched
+from antiphon.models.loading.stored.lines import TYPES, line_names, lines_of
 from antiphon.models.loading.tokenizer_files import write_tokenizer
 
 MAX_SHARD_BYTES: Final = 4 * 2**30  # also bounds the memory a conversion needs
-OutputType = Literal["exact", "float32", "bfloat16"]
+OutputType = Literal["exact", "float32", "bfloat16", "four-bit"]
 _TORCH_DTYPES: Final[Mapping[str, torch.dtype]] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The smallest type that holds every value of a stored one; dequantised values need all of float32.
 _EXACT: Final[Mapping[str, torch.dtype]] = {"F16": torch.float16, "BF16": torch.bfloat16}
@@ -49,7 +51,8 @@ def convert_gguf(
     Args:
         gguf: The file; quantised weights are dequantised.
         out: Directory to make; it must not exist, or be empty. Its parents are made.
-        dtype: Type of the written weights; exact = for each tensor the smallest that loses nothing: loading rounds.
+        dtype: Type of the written weights; exact = for each tensor the smallest that loses nothing: loading rounds; four-bit = the
+            same, but matrices of layers that are Q4_0 or Q4_1 in the file stay in four bits, in memory too.
         max_shard_bytes: Larger models are written as several files of about this size.
         watch: Gets how far it is; None = nobody looks.
 
@@ -64,20 +67,23 @@ def convert_gguf(
     file = GgufFile.open(gguf)
     family = family_of(file)
     try:
-        config = hf_config(file, family, _compute_dtype(file) if dtype == "exact" else dtype)
+        config = hf_config(file, family, _compute_dtype(file) if dtype in ("exact", "four-bit") else dtype)
         planned = plan_tensors(file, family, config)
     except (ArithmeticError, ValueError) as error:
         raise CheckpointInvalid(f"{gguf}: its fields contradict each other: {error}") from error
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
+        kept = frozenset(tensor.name for tensor in planned if dtype == "four-bit" and _is_kept(file, tensor))
+        if kept:
+            config = {**config, CONFIG_FIELD: {"quant_method": "gguf", "format": "lines"}}
         _write_json(unfinished / CONFIG, config)
         _write_json(unfinished / GENERATION_CONFIG, _generation_config(file, config))
         write_tokenizer(file, unfinished)
-        dtypes = {tensor.name: _exact(file, tensor) if dtype == "exact" else _TORCH_DTYPES[dtype] for tensor in planned}
+        dtypes = {tensor.name: _TORCH_DTYPES.get(dtype, _exact(file, tensor)) for tensor in planned}
         done, total_bytes = _Done(), sum(_num_bytes(tensor, dtypes) for tensor in planned)
         with watched(f"Converting {gguf.name}", lambda: done.num_bytes, lambda: total_bytes, watch):
-            _write_weights(file, planned, unfinished, dtypes, max_shard_bytes, done)
+            _write_weights(file, planned, unfinished, dtypes, max_shard_bytes, done, kept)
         _make_readable(unfinished)
         os.replace(unfinished, out)
     except BaseException:
@@ -110,16 +116,20 @@ def _write_weights(
     dtypes: Mapping[str, torch.dtype],
     max_shard_bytes: int,
     done: _Done,
+    kept: frozenset[str],
 ) -> None:
     shards = _shards(planned, dtypes, max_shard_bytes)
     weight_map: dict[str, str] = {}
     num_bytes = 0
     for number, shard in enumerate(shards, start=1):
         name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for tensor in shard:
-            tensors[tensor.name] = _values(file, tensor).to(dtypes[tensor.name])
-            done.num_bytes += tensors[tensor.name].nbytes
+            if tensor.name in kept:
+                tensors |= _lines(file, tensor)
+            else:
+                tensors[tensor.name] = _values(file, tensor).to(dtypes[tensor.name])
+            done.num_bytes += _num_bytes(tensor, dtypes)  # of the values: four bits are less to write
         save_file(tensors, out / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         num_bytes += sum(tensor.nbytes for tensor in tensors.values())
@@ -148,6 +158,20 @@ def _values(file: GgufFile, planned: PlannedTensor) -> torch.Tensor:
     values = torch.from_numpy(file.tensor(planned.source))
     if planned.shift:
         values += planned.shift
+    return _reordered(file, planned, values)
+
+
+def _is_kept(file: GgufFile, planned: PlannedTensor) -> bool:
+    in_layer = planned.name.startswith("model.layers.") and len(planned.shape) == 2
+    return in_layer and not planned.shift and file.stored_type(planned.source) in TYPES
+
+
+def _lines(file: GgufFile, planned: PlannedTensor) -> dict[str, torch.Tensor]:
+    parts = lines_of(torch.from_numpy(file.blocks(planned.source)), file.stored_type(planned.source))
+    return {name: _reordered(file, planned, part).contiguous() for name, part in zip(line_names(planned.name), parts, strict=True)}
+
+
+def _reordered(file: GgufFile, planned: PlannedTensor, values: torch.Tensor) -> torch.Tensor:
     if planned.num_reordered_heads == 0:
         return values
     # Within a head, GGUF pairs row 2i with 2i+1 for rotation, Hugging Face row i with i + head_dim/2.

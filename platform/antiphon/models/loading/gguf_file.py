@@ -142,6 +142,14 @@ class GgufFile:
             raise CheckpointInvalid(f"{self.path}: tensor {name!r} is damaged: {error}") from error
         return owned
 
+    def blocks(self, name: str) -> npt.NDArray[np.uint8]:
+        """A quantised tensor's bytes as they are stored, rows first, in memory of their own.
+
+        Raises:
+            CheckpointInvalid: there is no such tensor.
+        """
+        return np.array(self._tensor(name).data, dtype=np.uint8, order="C").reshape(self.shape(name)[0], -1)
+
     def stored_type(self, name: str) -> str:
         """How a tensor is stored, in GGUF's words: F32, F16, BF16, Q4_1, ...
 

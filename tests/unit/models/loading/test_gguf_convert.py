@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from antiphon.core.errors import AntiphonError, CheckpointInvalid, InvalidInput, UnsupportedModel
+from antiphon.models.families import describe
 from antiphon.models.loading.checkpoint import Checkpoint
 from antiphon.models.loading.gguf_convert import convert_gguf
+from antiphon.models.loading.stored.four_bit import FourBit
+from antiphon.models.loading.weights import Weights
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -324,6 +327,21 @@ def test_an_existing_directory_is_not_overwritten(tmp_path):
     with pytest.raises(InvalidInput, match="exists already"):
         converted(tmp_path, tiny_model("llama"), "llama")
     assert (tmp_path / "out" / "mine").read_text() == "precious"
+
+
+@pytest.mark.parametrize("quantisation", ["Q4_0", "Q4_1"])
+def test_four_bits_kept_are_the_values_that_the_gguf_library_gives(tmp_path, quantisation):
+    path = write_gguf(tmp_path / "model.gguf", tiny_model("llama"), "llama", quantisation=quantisation)
+    convert_gguf(path, tmp_path / "exact")
+    convert_gguf(path, tmp_path / "kept", dtype="four-bit")
+    exact, kept = Checkpoint.open(tmp_path / "exact"), Checkpoint.open(tmp_path / "kept")
+    describe(kept.config)
+    weights = Weights(kept, torch.float32, torch.device("cpu"))
+    for name in exact.names:
+        assert torch.equal(weights.read(name), exact.tensor(name, dtype=torch.float32)), name
+    held = weights.part("model.layers.0.self_attn.q_proj.weight", rows=(3, 20))
+    assert isinstance(held, FourBit)
+    assert torch.equal(held.values(torch.float32), exact.tensor("model.layers.0.self_attn.q_proj.weight", rows=(3, 20)))
 
 
 @pytest.mark.parametrize("quantisation", ["Q8_0", "Q4_1"])

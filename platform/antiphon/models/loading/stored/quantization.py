@@ -141,10 +141,15 @@ def _compressed(section: Mapping[str, Any]) -> None:
         expect_fields(group.get("weights") or {}, _COMPRESSED[kind], _WEIGHTS_HARMLESS, f"{name}.weights")
 
 
+def _gguf(section: Mapping[str, Any]) -> None:
+    expect_fields(section, {"quant_method": ("gguf",), "format": ("lines",)}, frozenset())
+
+
 _METHODS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
     "fp8": check_block_scales,
     "mxfp4": _mxfp4,
     "gptq": _gptq,
     "awq": _awq,
     "compressed-tensors": _compressed,
+    "gguf": _gguf,
 }
