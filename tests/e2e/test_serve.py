@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import ipaddress
 import json
 import os
 import pty
@@ -225,6 +226,22 @@ def test_the_start_is_timed_by_stages(doors: Doors) -> None:
 
 def test_nothing_of_ray_reaches_the_terminal(doors: Doors) -> None:
     assert not re.search(r"(?i)raylet|INFO|WARN|traceback|gcs_server", doors.serve.output)
+
+
+def test_nothing_listens_beyond_this_machine(doors: Doors) -> None:
+    """Ray's own processes and Serve's replicas included; the document asks for no other address."""
+    found = []
+    for process in doors.serve.processes():
+        with contextlib.suppress(psutil.Error):
+            found += [
+                (process.name(), c.laddr.ip, c.laddr.port) for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN
+            ]
+    assert len(found) > 5
+    assert not [each for each in found if not is_loopback(each[1])]
+
+
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.removeprefix("::ffff:")).is_loopback
 
 
 def test_the_openai_client_streams_an_answer(doors: Doors) -> None:

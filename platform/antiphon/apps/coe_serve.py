@@ -19,6 +19,7 @@ from ray import serve
 from ray.serve import Application
 
 from antiphon.apps.serve.door_thread import DoorThread
+from antiphon.apps.serve.ray_runtime import keep_serve_on_loopback
 from antiphon.coe.serving.app import CoeConfig, run_coe
 from antiphon.core.document.composition import CompositionOfExperts, ExternalEndpoint
 from antiphon.core.document.part import Model
@@ -98,6 +99,7 @@ class CoeReplica:
     """The Serve deployment's class. Its constructor returns when the doors are open."""
 
     def __init__(self, args_json: str) -> None:
+        keep_serve_on_loopback()
         args = CoeArgs.model_validate_json(args_json)
         self._doors = CoeThread(args.config())
         try:

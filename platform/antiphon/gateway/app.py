@@ -122,6 +122,7 @@ async def _run(
         port=config.http_port,
         reuse_port=config.reuse_port,
         tls=tls,
+        on_refused=gateway.refused_unread,
     )
     replicas = None if config.picker_targets is None else ReplicaTargets(config.picker_targets)
     grpc = RpcServer(

@@ -146,9 +146,13 @@ class Gateway:
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """See ``Generator.generate``."""
-        if self.draining:
-            raise Unavailable("this gateway is shutting down", retry_after_s=1.0)
-        self.check_generates(request.model)
+        try:
+            if self.draining:
+                raise Unavailable("this gateway is shutting down", retry_after_s=1.0)
+            self.check_generates(request.model)
+        except AntiphonError as error:
+            self.refused(error, request.model)
+            raise
         return self._generator.generate(request)
 
     def check_generates(self, model: str) -> None:
@@ -179,6 +183,10 @@ class Gateway:
         """Count what a door refused by itself; ``model`` as the client sent it."""
         known = error if isinstance(error, AntiphonError) else InternalError(type(error).__name__)
         self._generator.refused(model if isinstance(model, str) else "", known)
+
+    def refused_unread(self, code: str) -> None:
+        """Count what was refused before a route saw it, by its code."""
+        self._generator.refused_as("", code)
 
     async def tell(self) -> None:
         """Log what is done, now and then, for ever."""

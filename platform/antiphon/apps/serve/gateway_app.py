@@ -18,6 +18,7 @@ from antiphon.apps.process.config import LogSettings
 from antiphon.apps.serve.deployment_set import Serving
 from antiphon.apps.serve.door_thread import DoorThread, OnBound
 from antiphon.apps.serve.plan import GATEWAY, ServeSettings
+from antiphon.apps.serve.ray_runtime import keep_serve_on_loopback
 from antiphon.apps.supervision.event_log import EventLog, Fact
 from antiphon.core.document.composition import ExternalEndpoint
 from antiphon.core.document.serving import EndpointSpec
@@ -194,6 +195,7 @@ class GatewayReplica:
         self._open(config, directory_address(document, settings), settings)
 
     def _open(self, config: GatewayConfig, directory: str, settings: ServeSettings) -> None:
+        keep_serve_on_loopback()
         event_log = None if settings.run_dir is None else EventLog(Path(settings.run_dir))
         if settings.run_dir is not None:
             log_to(Path(settings.run_dir) / f"{GATEWAY}-{os.getpid()}.log", settings.log)

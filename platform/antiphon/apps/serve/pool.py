@@ -15,6 +15,7 @@ from ray import serve
 
 from antiphon.apps.serve.directory_actor import directory_address, node_address
 from antiphon.apps.serve.plan import PoolTemplate, ServeSettings
+from antiphon.apps.serve.ray_runtime import keep_serve_on_loopback
 from antiphon.apps.supervision.supervisor import DEFAULT_ARGV, RestartLimits, WorkerStatus, WorkerSupervisor
 from antiphon.apps.tiers.plan import TierPool
 from antiphon.core.document.spec import LLMDeployment
@@ -30,6 +31,7 @@ class PoolReplica:
 
     def __init__(self, document_json: str, pool: str, settings: ServeSettings, tier_pool_json: str = "") -> None:
         """``tier_pool_json``: the experts that share the worker's process; "" = none."""
+        keep_serve_on_loopback()
         self._tier_pool = TierPool.from_value(json.loads(tier_pool_json)) if tier_pool_json else None
         self._document = LLMDeployment.model_validate_json(document_json)
         self._pool = pool

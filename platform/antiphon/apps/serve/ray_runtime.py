@@ -7,6 +7,7 @@ redirect the standard streams while it lives (Ray writes there from native threa
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import math
 import os
@@ -39,7 +40,24 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    # Ray takes the loopback address that it is given for a mistake, and puts the machine's own in its place, but where clusters of
+    # several machines are turned off. With it, none of its processes listens beyond this machine.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
+
+
+def keep_serve_on_loopback() -> None:
+    """Let this Serve replica's own server listen on loopback only, where Ray does. Called before its constructor returns.
+
+    Serve opens a port for calls between deployments on every address of the machine, unauthenticated, and unpickles what it gets.
+    """
+    import ray
+    from ray.serve._private import replica
+
+    if not ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback:
+        return  # a cluster: who reaches its ports is the network policy's matter
+    bind = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", "127.0.0.1"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

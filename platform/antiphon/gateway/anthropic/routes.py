@@ -41,6 +41,7 @@ def add_message_routes(app: FastAPI, gateway: Gateway) -> None:
 
     @app.post("/v1/messages")
     async def messages(request: Request) -> Response:
+        raw: Json = {}
         try:
             tenant = gateway.keys.check(authorization_of(request))
             raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
@@ -50,17 +51,20 @@ def add_message_routes(app: FastAPI, gateway: Gateway) -> None:
             )
             generation = dataclasses.replace(gateway.for_tenant(generation, tenant))
         except Exception as error:  # noqa: BLE001 - the door: whatever happens, the client gets Anthropic's error shape
+            gateway.refused(error, raw.get("model"))
             return anthropic_error(error)
         return answered(gateway, generation, MessageWriter(), warning_header(ignored))
 
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(request: Request) -> Response:
+        raw: Json = {}
         try:
             gateway.keys.check(authorization_of(request))
             raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
             body, ignored = parse_tolerant(CountBody, raw, gateway.config.unknown_fields)
             ids = await gateway.prompt_ids(body.model, body.prompt(), body.options())
         except Exception as error:  # noqa: BLE001 - the door, as above
+            gateway.refused(error, raw.get("model"))
             return anthropic_error(error)
         return JSONResponse({"input_tokens": len(ids)}, headers=warning_header(ignored))
 

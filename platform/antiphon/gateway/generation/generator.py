@@ -194,8 +194,12 @@ class Generator:
 
     def refused(self, model: str, error: AntiphonError) -> None:
         """A door refused a request before it came here."""
+        self.refused_as(model, error.code)
+
+    def refused_as(self, model: str, code: str) -> None:
+        """The same, where all that is known is the error's code."""
         self.totals.num_failed += 1
-        self._metrics.request_failed(self._known(model), error.code)
+        self._metrics.request_failed(self._known(model), code)
 
     def _known(self, model: str) -> str:
         """Names that clients make up don't become labels."""

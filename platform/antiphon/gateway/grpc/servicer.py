@@ -11,7 +11,7 @@ from contextlib import aclosing
 from typing import Any
 
 from antiphon.core.document.composition import split_model_name
-from antiphon.core.errors import InvalidInput
+from antiphon.core.errors import AntiphonError, InvalidInput
 from antiphon.core.ids import FFNShard, Role
 from antiphon.core.request import MAX_LOGPROBS, FinishReason
 from antiphon.gateway.compositions import CompositionGenerator, CompositionStatus, ServedComposition
@@ -53,8 +53,12 @@ class GrpcDoor:
 
     async def generate(self, request: pb.GenerateRequest, call: CallInfo) -> AsyncGenerator[pb.GenerateResponse, None]:
         """See the proto."""
-        tenant = self._gateway.keys.check(call.metadata.get("authorization"))
-        generation = self._gateway.for_tenant(generation_request(request, call), tenant)
+        try:
+            tenant = self._gateway.keys.check(call.metadata.get("authorization"))
+            generation = self._gateway.for_tenant(generation_request(request, call), tenant)
+        except AntiphonError as error:
+            self._gateway.refused(error, request.model)
+            raise
         if self._compositions is None or split_model_name(generation.model) is None:
             answering = self._gateway.generate(generation)
         else:
@@ -66,7 +70,7 @@ class GrpcDoor:
     async def list_models(self, request: pb.ListModelsRequest, call: CallInfo) -> pb.ListModelsResponse:
         """See the proto."""
         gateway = self._gateway
-        gateway.keys.check(call.metadata.get("authorization"))
+        self._check(call)
         return pb.ListModelsResponse(
             models=[
                 pb.ModelCard(
@@ -92,7 +96,7 @@ class GrpcDoor:
 
     async def get_status(self, request: pb.GetStatusRequest, call: CallInfo) -> pb.GetStatusResponse:
         """See the proto."""
-        self._gateway.keys.check(call.metadata.get("authorization"), admin=True)
+        self._check(call, admin=True)
         status = self._gateway.status(request.deployment)
         return pb.GetStatusResponse(
             gateway=pb.GatewayStatus(
@@ -102,6 +106,13 @@ class GrpcDoor:
             workers=[_worker(worker) for worker in status.workers],
             compositions=[_composition(composition) for composition in status.compositions],
         )
+
+    def _check(self, call: CallInfo, *, admin: bool = False) -> None:
+        try:
+            self._gateway.keys.check(call.metadata.get("authorization"), admin=admin)
+        except AntiphonError as error:
+            self._gateway.refused(error)
+            raise
 
 
 def generation_request(request: pb.GenerateRequest, call: CallInfo) -> GenerationRequest:

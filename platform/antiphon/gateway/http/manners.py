@@ -5,7 +5,7 @@ Must not know: what a route answers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fastapi.responses import Response
 from starlette.routing import BaseRoute, Match, Route
@@ -20,9 +20,11 @@ class Manners:
     Args:
         app: what is served.
         routes: its routes, to say which methods a path has.
+        refused: counts what was refused.
     """
 
-    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute], refused: Callable[[Exception], None]) -> None:
+        self._refused = refused
         self._app = app
         self._routes = routes
 
@@ -42,7 +44,9 @@ class Manners:
             return
         if allowed and method not in allowed:
             named = ", ".join(allowed)
-            response = error_response(MethodNotAllowed(f"there is no {method} {path}; allowed: {named}"))
+            error = MethodNotAllowed(f"there is no {method} {path}; allowed: {named}")
+            self._refused(error)
+            response = error_response(error)
             response.headers["allow"] = named
             await response(scope, receive, send)
             return

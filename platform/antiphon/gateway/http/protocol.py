@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -40,6 +41,7 @@ class BoundedProtocol(HttpToolsProtocol):
     header_timeout_s: float = HEADER_TIMEOUT_S
     body_timeout_s: float = BODY_TIMEOUT_S
     max_connections: int = MAX_CONNECTIONS
+    on_refused: Callable[[str], None] = staticmethod(lambda _code: None)  # counts what no route sees, by its code
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -133,6 +135,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self._refused:
             super().on_message_complete()
 
+    def send_400_response(self, msg: str) -> None:
+        """What it sent is no HTTP."""
+        self.on_refused("bad_request")
+        super().send_400_response(msg)
+
     @property
     def _over(self) -> bool:
         return self._header_bytes > MAX_HEADER_BYTES or self._num_headers > MAX_HEADERS
@@ -158,6 +165,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Answer and close; where an answer is under way already, close."""
         self._stop()
         self._refused = True
+        self.on_refused(code)
         if self.transport.is_closing():
             return
         self._unset_keepalive_if_required()

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -25,6 +25,7 @@ class _Protocol(BoundedProtocol):
 
 class _Server(uvicorn.Server):
     tls: ssl.SSLContext | None = None
+    protocol: type[BoundedProtocol] = _Protocol
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen on the sockets; uvicorn's own way lets a client take a minute to shake hands."""
@@ -34,7 +35,7 @@ class _Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
 
         def protocol() -> asyncio.Protocol:
-            return _Protocol(config=self.config, server_state=self.server_state, app_state={}, _loop=loop)
+            return self.protocol(config=self.config, server_state=self.server_state, app_state={}, _loop=loop)
 
         self.servers = [
             await loop.create_server(
@@ -59,15 +60,26 @@ class HttpServer:
         port: 0 = any free one.
         reuse_port: several processes share the port.
         tls: its certificate; None = plain text.
+        on_refused: told the code of each refusal that the application does not see, such as headers without end.
     """
 
-    def __init__(self, app: ASGIApp, *, host: str, port: int, reuse_port: bool = False, tls: DoorCertificate | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        host: str,
+        port: int,
+        reuse_port: bool = False,
+        tls: DoorCertificate | None = None,
+        on_refused: Callable[[str], None] | None = None,
+    ) -> None:
+        protocol = _Protocol if on_refused is None else type("_Protocol", (_Protocol,), {"on_refused": staticmethod(on_refused)})
         self._host = host
         self._port = port
         self._reuse_port = reuse_port
         self._config = uvicorn.Config(
             app,
-            http=_Protocol,
+            http=protocol,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -78,6 +90,7 @@ class HttpServer:
             timeout_graceful_shutdown=1,
         )
         self._server = _Server(self._config)
+        self._server.protocol = protocol
         self._tls = tls
         self._task: asyncio.Task[None] | None = None
         self._renewing: asyncio.Task[None] | None = None

@@ -44,6 +44,7 @@ def add_response_routes(app: FastAPI, gateway: Gateway, notes: Notes) -> None:
 
     @app.post("/v1/responses")
     async def responses(request: Request) -> Response:
+        raw: Json = {}
         try:
             tenant = gateway.keys.check(request.headers.get("authorization"))
             raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
@@ -58,6 +59,7 @@ def add_response_routes(app: FastAPI, gateway: Gateway, notes: Notes) -> None:
             )
             generation = dataclasses.replace(gateway.for_tenant(generation, tenant))
         except Exception as error:  # noqa: BLE001 - the door: whatever happens, the client gets OpenAI's error shape
+            gateway.refused(error, raw.get("model"))
             return error_response(error)
         writer = ResponseWriter(body)
 
@@ -73,6 +75,7 @@ def add_response_routes(app: FastAPI, gateway: Gateway, notes: Notes) -> None:
             tenant = gateway.keys.check(request.headers.get("authorization"))
             return JSONResponse(await store.response(tenant, response_id))
         except Exception as error:  # noqa: BLE001 - the door, as above
+            gateway.refused(error)
             return error_response(error)
 
 

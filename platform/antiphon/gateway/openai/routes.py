@@ -52,10 +52,21 @@ _SSE_HEADERS = [
 def make_app(gateway: Gateway) -> FastAPI:
     """The application over a gateway."""
     app = FastAPI(title="Antiphon", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Manners, routes=app.routes)
+    app.add_middleware(Manners, routes=app.routes, refused=gateway.refused)
     app.add_middleware(RequestIds)
-    app.add_exception_handler(HTTPException, _routing_error)
-    app.add_exception_handler(Exception, _any_error)
+
+    async def routing_error(request: Request, error: Exception) -> Response:
+        return refused_with(_routing_error(request, error))
+
+    async def any_error(request: Request, error: Exception) -> Response:
+        return refused_with(error)
+
+    def refused_with(error: Exception) -> Response:
+        gateway.refused(error)
+        return error_response(error)
+
+    app.add_exception_handler(HTTPException, routing_error)
+    app.add_exception_handler(Exception, any_error)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -106,6 +117,7 @@ def _guarded(gateway: Gateway, request: Request, make: Any, *, admin: bool = Fal
         gateway.keys.check(request.headers.get("authorization"), admin=admin)
         return JSONResponse(make())
     except Exception as error:  # noqa: BLE001 - the door: whatever happens, the client gets OpenAI's error shape
+        gateway.refused(error)
         return error_response(error)
 
 
@@ -237,13 +249,8 @@ async def _send_events(send: Send, chunks: list[dict[str, Any]]) -> None:
         await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
-async def _routing_error(request: Request, error: Exception) -> Response:
+def _routing_error(request: Request, error: Exception) -> AntiphonError:
     assert isinstance(error, HTTPException)
-    where = f"{request.method} {request.url.path}"
     if error.status_code == 404:
-        return error_response(NotFound(f"there is no {where}"))
-    return error_response(InvalidInput(str(error.detail)))
-
-
-async def _any_error(request: Request, error: Exception) -> Response:
-    return error_response(error)
+        return NotFound(f"there is no {request.method} {request.url.path}")
+    return InvalidInput(str(error.detail))

@@ -50,6 +50,7 @@ def add_text_routes(app: FastAPI, gateway: Gateway) -> None:
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
+        raw: dict[str, Any] = {}
         try:
             gateway.keys.check(request.headers.get("authorization"))
             raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
@@ -59,11 +60,13 @@ def add_text_routes(app: FastAPI, gateway: Gateway) -> None:
             if body.return_token_strs:
                 answer["token_strs"] = [gateway.models[body.model].token_text(token_id).text for token_id in ids]
         except Exception as error:  # noqa: BLE001 - the door: whatever happens, the client gets OpenAI's error shape
+            gateway.refused(error, raw.get("model"))
             return error_response(error)
         return JSONResponse(answer, headers=warning_header(ignored))
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
+        raw: dict[str, Any] = {}
         try:
             gateway.keys.check(request.headers.get("authorization"))
             raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
@@ -72,6 +75,7 @@ def add_text_routes(app: FastAPI, gateway: Gateway) -> None:
                 raise UnknownModel(f"the model {body.model!r} does not exist", "model")
             text = gateway.models[body.model].decode(body.tokens, skip_special_tokens=False)
         except Exception as error:  # noqa: BLE001 - the door, as above
+            gateway.refused(error, raw.get("model"))
             return error_response(error)
         return JSONResponse({"prompt": text}, headers=warning_header(ignored))
 

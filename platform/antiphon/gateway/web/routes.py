@@ -83,6 +83,7 @@ def add_web_routes(app: FastAPI, gateway: Gateway) -> None:
             asked = request.query_params
             found = await steps.trace(asked.get("deployment", ""), _seconds(asked.get("seconds")))
         except Exception as error:  # noqa: BLE001 - the door: whatever happens, the client gets OpenAI's error shape
+            gateway.refused(error)
             return error_response(error)
         return JSONResponse(asdict(found))
 
