@@ -81,11 +81,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--drafts", type=int, default=8)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     asked = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(resolve(asked.model) / "tokenizer.json"))
     table = []
     for wiring in asked.wiring:
-        with BenchDeployment(BenchSetup(uri=asked.model, wiring=wiring, max_drafts=asked.drafts)) as bench:
+        with BenchDeployment(BenchSetup(uri=asked.model, wiring=wiring, dtype=asked.dtype, max_drafts=asked.drafts)) as bench:
             for kind, batch in itertools.product(asked.kind, asked.batch):
                 make, temperature = KINDS[kind]
                 prompts = [tokenizer.encode(make(number), add_special_tokens=False).ids for number in range(batch)]
@@ -109,6 +110,7 @@ def main() -> None:
                     "bench": "speculation",
                     "model": asked.model.rsplit("/", 1)[-1],
                     "wiring": wiring,
+                    "dtype": asked.dtype,
                     "kind": kind,
                     "batch": batch,
                     "max_drafts": asked.drafts,
