@@ -1,7 +1,8 @@
 """Linear layers with weights packed once for the machine that runs them (hot).
 
-Three ways, best first: our own kernels on Intel's matrix units (bfloat16), where a row's result does not depend on the rows beside
-it; oneDNN with its weight reordered at load, worth 1.1-2 x at decode's batch sizes; the plain operator.
+Four ways, best first: our own kernels on Intel's matrix units (bfloat16), where a row's result does not depend on the rows beside
+it; oneDNN with its weight reordered at load, worth 1.1-2 x at decode's batch sizes; our own vector kernel for few rows where the
+processor has no bfloat16 arithmetic, a row's result again its own among two or more; the plain operator.
 Legend: T rows, I inputs, O outputs.
 """
 
@@ -11,10 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from antiphon.device.device import is_card
-from antiphon.models.native.library import tiles_available
+from antiphon.models.native.library import available, tiles_available
 
 # The row count that oneDNN packs for: decode batches. Other counts run on the same packed weight.
 PACK_ROWS = 32
+# Our vector kernel's: one row alone is the plain operator's, which waits for memory less.
+_FEW_ROWS = range(2, 33)
 
 
 class Linear:
@@ -27,13 +30,15 @@ class Linear:
         self._bias = bias_O
         self._tiles: torch.Tensor | None = None
         self._packed = False
+        self._by_rows = False
         if has_tiles(weight_OI) and (bias_O is None or bias_O.dtype is torch.bfloat16):
             self._tiles = self._weight = torch.ops.antiphon.pack_weight(weight_OI.contiguous(), False)
         elif _can_pack(weight_OI):
             self._packed = True
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACK_ROWS)
         else:
-            self._weight = weight_OI
+            self._by_rows = _has_row_kernel(weight_OI) and (bias_O is None or bias_O.dtype is torch.bfloat16)
+            self._weight = weight_OI.contiguous() if self._by_rows else weight_OI
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -54,10 +59,16 @@ class Linear:
         if self._packed:
             result = torch.ops.mkldnn._linear_pointwise(x_TI, self._weight, self._bias, "none", [], "")
             return result
+        if self._by_rows and x_TI.dim() == 2 and x_TI.shape[0] in _FEW_ROWS:
+            result = torch.ops.antiphon.row_linear(x_TI.contiguous(), self._weight, self._bias, False)
+            return result
         return F.linear(x_TI, self._weight, self._bias)
 
     def in_fp32(self, x_TI: torch.Tensor) -> torch.Tensor:
         """fp32 [T, O], newly allocated; not rounded on the way where our kernels compute it."""
+        if self._by_rows and x_TI.shape[0] in _FEW_ROWS:
+            wide: torch.Tensor = torch.ops.antiphon.row_linear(x_TI.contiguous(), self._weight, self._bias, True)
+            return wide
         if self._tiles is None:
             return self(x_TI).float()
         result: torch.Tensor = torch.ops.antiphon.tile_logits(x_TI.contiguous(), self._tiles, self._bias, self.out_features)
@@ -75,6 +86,10 @@ class Linear:
 def has_tiles(weight: torch.Tensor) -> bool:
     """Whether our matrix kernels compute with this weight."""
     return weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and tiles_available()
+
+
+def _has_row_kernel(weight: torch.Tensor) -> bool:
+    return weight.device.type == "cpu" and not is_card(weight.device) and weight.dtype is torch.bfloat16 and available()
 
 
 def _can_pack(weight: torch.Tensor) -> bool:

@@ -20,10 +20,12 @@
 #include <sched.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -443,9 +445,99 @@ Tensor silu_ffn(const Tensor& rows, const Tensor& gate_up_weight, const std::opt
   return packed_linear(silu_mul(packed_linear(rows, gate_up_weight, gate_up_bias)), down_weight, down_bias);
 }
 
+// A few rows times bfloat16 weights as checkpoints have them, for processors without bfloat16 arithmetic: weights are widened once in
+// registers for up to four rows, and read from memory once for all. A row's sum has one order: eight lanes, lanes in pairs, the rest.
+using f32x8 = float __attribute__((vector_size(32)));
+using u32x8 = uint32_t __attribute__((vector_size(32)));
+using u16x8 = uint16_t __attribute__((vector_size(16)));
+constexpr int64_t kVector = 8, kOutputs = 4;
+
+inline f32x8 widen(const bf16* at) {
+  u16x8 bits;
+  std::memcpy(&bits, at, sizeof bits);
+  return std::bit_cast<f32x8>(__builtin_convertvector(bits, u32x8) << 16);
+}
+
+inline float total(f32x8 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+
+// sums[row][output] of Rows rows of x, ``inputs`` floats each, and Outputs rows of weights.
+template <int Rows, int Outputs>
+void dot(const float* x, const bf16* w, int64_t inputs, float (*sums)[kOutputs]) {
+  f32x8 acc[Rows][Outputs] = {};
+  int64_t i = 0;
+  for (; i + kVector <= inputs; i += kVector) {
+    f32x8 weights[Outputs];
+    for (int o = 0; o < Outputs; ++o) weights[o] = widen(w + o * inputs + i);
+    for (int r = 0; r < Rows; ++r) {
+      f32x8 v;
+      std::memcpy(&v, x + r * inputs + i, sizeof v);
+      for (int o = 0; o < Outputs; ++o) acc[r][o] += v * weights[o];
+    }
+  }
+  for (int r = 0; r < Rows; ++r) {
+    for (int o = 0; o < Outputs; ++o) {
+      float sum = total(acc[r][o]);
+      for (int64_t j = i; j < inputs; ++j) sum += x[r * inputs + j] * load(w[o * inputs + j]);
+      sums[r][o] = sum;
+    }
+  }
+}
+
+template <int Rows>
+void dot(const float* x, const bf16* w, int64_t inputs, int64_t outputs, float (*sums)[kOutputs]) {
+  if constexpr (Rows <= 2) {  // as many streams of weights as registers allow: few rows wait for memory
+    if (outputs == kOutputs) return dot<Rows, kOutputs>(x, w, inputs, sums);
+  }
+  float two[Rows][kOutputs];
+  for (int64_t o = 0; o < outputs;) {  // by pairs, so that all sums and the weights stay in registers
+    const bool pair = o + 2 <= outputs;
+    pair ? dot<Rows, 2>(x, w + o * inputs, inputs, two) : dot<Rows, 1>(x, w + o * inputs, inputs, two);
+    for (int r = 0; r < Rows; ++r) {
+      sums[r][o] = two[r][0];
+      if (pair) sums[r][o + 1] = two[r][1];
+    }
+    o += pair ? 2 : 1;
+  }
+}
+
+// x_TI @ weight_OI^T + bias_O: bfloat16, or fp32 where no rounding is wanted.
+Tensor row_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool in_fp32) {
+  const int64_t rows = x.size(0), inputs = x.size(1), outputs = weight.size(0);
+  TORCH_CHECK(x.is_contiguous() && weight.is_contiguous() && weight.size(1) == inputs);
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16);
+  const Tensor out = at::empty({rows, outputs}, x.options().dtype(in_fp32 ? at::kFloat : at::kBFloat16));
+  const bf16 *from = data<bf16>(x), *w = data<bf16>(weight), *b = bias.has_value() ? data<bf16>(*bias) : nullptr;
+  std::vector<float> wide(static_cast<size_t>(rows * inputs));
+  for (int64_t i = 0; i < rows * inputs; ++i) wide[i] = load(from[i]);
+  antiphon::parallel_for(0, (outputs + kOutputs - 1) / kOutputs, 16, [&](int64_t begin, int64_t end) {
+    float sums[4][kOutputs];
+    for (int64_t o = begin * kOutputs; o < std::min(outputs, end * kOutputs); o += kOutputs) {
+      const int64_t count = std::min(kOutputs, outputs - o);
+      for (int64_t r = 0; r < rows; r += 4) {
+        const float* at = wide.data() + r * inputs;
+        switch (std::min<int64_t>(4, rows - r)) {
+          case 4: dot<4>(at, w + o * inputs, inputs, count, sums); break;
+          case 3: dot<3>(at, w + o * inputs, inputs, count, sums); break;
+          case 2: dot<2>(at, w + o * inputs, inputs, count, sums); break;
+          default: dot<1>(at, w + o * inputs, inputs, count, sums);
+        }
+        for (int64_t k = 0; k < std::min<int64_t>(4, rows - r); ++k) {
+          for (int64_t c = 0; c < count; ++c) {
+            const float sum = sums[k][c] + (b == nullptr ? 0.0f : load(b[o + c]));
+            const int64_t place = (r + k) * outputs + o + c;
+            in_fp32 ? store(data<float>(out)[place], sum) : store(data<bf16>(out)[place], sum);
+          }
+        }
+      }
+    }
+  });
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(antiphon, m) {
+  m.def("row_linear(Tensor x, Tensor weight, Tensor? bias, bool in_fp32) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float shift) -> Tensor");
   m.def("add_rms_norm(Tensor(a!) x, Tensor added, Tensor weight, float eps, float shift) -> Tensor");
   m.def(
@@ -476,4 +568,5 @@ TORCH_LIBRARY_IMPL(antiphon, CompositeExplicitAutograd, m) {
   m.impl("read_all", &read_all);
   m.impl("attend_decode", &attend_decode);
   m.impl("silu_ffn", &silu_ffn);
+  m.impl("row_linear", &row_linear);
 }

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from antiphon.core.errors import Unavailable
 from antiphon.models.attention.paged import AttentionBatch, Shaping, paged_attention
 from antiphon.models.layers.functional import Rope
+from antiphon.models.layers.linear import Linear
 from antiphon.models.layers.rope_config import RopeConfig
 from antiphon.models.native.library import available, build_kernels
 
@@ -136,3 +137,28 @@ def test_decodes_with_bounded_scores_and_sinks_equal_the_reference(
     shaping = Shaping(softcap=cap, sinks_N=sinks)
     expected = paged_attention(q_BNH, *(cache.float() for cache in caches), batch, 0.25, 12, shaping)
     torch.testing.assert_close(got.float(), expected.reshape(3, -1), atol=4 * tolerance, rtol=4 * tolerance)
+
+
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), [(577, 13), (64, 4), (7, 3)])
+def test_a_few_rows_times_weights_equal_sums_in_fp64_and_a_row_is_its_own_whatever_stands_beside_it(
+    num_inputs: int, num_outputs: int
+) -> None:
+    torch.manual_seed(3)
+    weight, bias = torch.randn(num_outputs, num_inputs).bfloat16(), torch.randn(num_outputs).bfloat16()
+    for num_rows in (1, 2, 3, 4, 9):
+        x = torch.randn(num_rows, num_inputs).bfloat16()
+        wide = torch.ops.antiphon.row_linear(x, weight, bias, True)
+        torch.testing.assert_close(wide, (x.double() @ weight.double().T + bias.double()).float(), atol=1e-3, rtol=1e-4)
+        assert torch.equal(torch.ops.antiphon.row_linear(x, weight, bias, False), wide.bfloat16())
+        for row in range(num_rows):
+            assert torch.equal(torch.ops.antiphon.row_linear(x[row : row + 1], weight, bias, True)[0], wide[row])
+
+
+def test_the_plain_linear_of_a_few_bf16_rows_is_by_rows_where_no_better_kernel_serves() -> None:
+    linear = Linear(torch.randn(24, 40).bfloat16())
+    if linear.tiles is None and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        x = torch.randn(6, 40).bfloat16()
+        assert torch.equal(linear(x)[2:4], linear(x[2:4]))
+        assert torch.equal(linear.in_fp32(x).bfloat16(), linear(x))
+    many = torch.randn(40, 40).bfloat16()
+    torch.testing.assert_close(linear(many).float(), linear.in_fp32(many), atol=0.1, rtol=0.02)
