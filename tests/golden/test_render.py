@@ -103,6 +103,28 @@ def test_workers_get_a_document_that_is_valid_and_says_where_the_weights_are() -
     assert value.spec.gpu_budget is None
 
 
+def test_secrets_are_files_and_the_deployments_key_is_in_every_pod() -> None:
+    tls = {"certificateFile": "/etc/antiphon/secrets/doors.prod/tls.crt", "keyFile": "/etc/antiphon/secrets/doors.prod/tls.key"}
+    kubernetes = {"secretFiles": ["doors.prod"], "keySecret": {"secret": "demo-key"}}
+    value = document(kubernetes=kubernetes, endpoint={"tls": tls})
+    cluster = rendered(value)["spec"]["rayClusterConfig"]
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+        assert set(mounts) <= set(volumes)
+        env = {variable["name"]: variable.get("value") for variable in container["env"]}
+        assert volumes["deployment-key"]["secret"]["secretName"] == "demo-key"
+        path = volumes["deployment-key"]["secret"]["items"][0]["path"]
+        assert env["ANTIPHON_KEY_FILE"] == f"{mounts['deployment-key']['mountPath']}/{path}"
+        assert ("secret-0" in mounts) == (group is not cluster["headGroupSpec"])
+        if "secret-0" in mounts:
+            assert tls["keyFile"].startswith(mounts["secret-0"]["mountPath"] + "/")
+        if group.get("groupName") == GATEWAY:
+            assert container["readinessProbe"]["httpGet"]["scheme"] == "HTTPS"
+
+
 @given(st.randoms(use_true_random=False))
 @settings(max_examples=20, deadline=None)
 def test_the_order_of_keys_changes_no_byte(random: Any) -> None:

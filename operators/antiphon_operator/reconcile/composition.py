@@ -127,7 +127,8 @@ def _addresses(document: CompositionOfExperts, references: Mapping[str, Object |
         spec: Mapping[str, Any] = {} if live is None else live["spec"]
         port = spec.get("endpoint", {}).get("httpPort") or DEFAULT_HTTP_PORT
         model = spec.get("model", {}).get("name") or name
-        url = f"http://{http_service(name)}.{namespace}.svc:{port}/v1"
+        scheme = "https" if spec.get("endpoint", {}).get("tls") else "http"
+        url = f"{scheme}://{http_service(name)}.{namespace}.svc:{port}/v1"
         out[name] = Address(url=url, model=model, key=_secret_of(spec))
     return out
 

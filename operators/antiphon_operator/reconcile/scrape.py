@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from antiphon.core.document.spec import LLMDeployment
 from antiphon_operator.planning.autoscaler import Metrics
-from antiphon_operator.render.names import http_port, http_service
+from antiphon_operator.render.names import http_port, http_scheme, http_service
 
 TTFT = "gen_ai_server_time_to_first_token_seconds"
 TPOT = "gen_ai_server_time_per_output_token_seconds"
@@ -47,7 +47,8 @@ class ScrapedMetrics:
     def __init__(self, *, clock: Callable[[], float], url_of: Callable[[str, LLMDeployment], str] | None = None) -> None:
         self._clock = clock
         self._url_of = url_of if url_of is not None else _service_url
-        self._client = httpx2.AsyncClient(timeout=_DEADLINE_S)
+        # Of a door with a certificate whose authority is not known here: counts are read, and nothing is shown to it.
+        self._client = httpx2.AsyncClient(timeout=_DEADLINE_S, verify=False)
         self._last: dict[tuple[str, str], _Scrape] = {}
 
     async def __aenter__(self) -> ScrapedMetrics:
@@ -125,4 +126,4 @@ def percentile_ms(now: Buckets, before: Buckets, share: float = 0.95) -> float |
 
 
 def _service_url(namespace: str, document: LLMDeployment) -> str:
-    return f"http://{http_service(document.metadata.name)}.{namespace}.svc:{http_port(document)}/metrics"
+    return f"{http_scheme(document)}://{http_service(document.metadata.name)}.{namespace}.svc:{http_port(document)}/metrics"

@@ -78,6 +78,11 @@ def pool_object_name(deployment: str, pool: str) -> str:
     return f"{deployment}-{pool}"
 
 
+def http_scheme(document: LLMDeployment) -> str:
+    """What the HTTP door speaks."""
+    return "http" if document.spec.endpoint.tls is None else "https"
+
+
 def http_port(document: LLMDeployment) -> int:
     """The gateway's HTTP port in its pods; a laptop's "any free port" has no meaning here."""
     return document.spec.endpoint.http_port or DEFAULT_HTTP_PORT

@@ -37,6 +37,10 @@ CONTAINER_SECURITY: Json = {
     "seccompProfile": {"type": "RuntimeDefault"},
 }
 POD_SECURITY: Json = {"runAsNonRoot": True, "fsGroup": 1000, "seccompProfile": {"type": "RuntimeDefault"}}
+SECRETS = "/etc/antiphon/secrets"
+_KEY_DIRECTORY = "/etc/antiphon/key"
+_KEY_FILE = "key"
+_SECRET_MODE = 0o440
 _SHM_DEFAULT_BYTES = 1 << 30
 _ENVIRONMENT = {
     # Libraries ask who the user is; the id that a cluster picks is in no passwd file.
@@ -93,7 +97,9 @@ def worker_template(document: LLMDeployment, pool: PoolSpec, runtime: Runtime, w
 def gateway_template(document: LLMDeployment, settings: Settings, runtime: Runtime, weights: Weights | None) -> Json:
     """The pod template of the gateway's worker group; it is ready when the gateway answers."""
     requirements = companion_requirements(settings.gateway_cpu, settings.gateway_memory)
-    ready = {"httpGet": {"path": HEALTH_PATH, "port": http_port(document)}}
+    ready: Json = {"httpGet": {"path": HEALTH_PATH, "port": http_port(document)}}
+    if document.spec.endpoint.tls is not None:
+        ready["httpGet"]["scheme"] = "HTTPS"
     alive = {"httpGet": {"path": RAYLET_HEALTH_PATH, "port": AGENT_PORT}}
     return _template(
         document,
@@ -176,6 +182,12 @@ def _template(
     if weights is not None:
         claim = {"claimName": weights.claim, "readOnly": True}
         spec["volumes"].append({"name": "weights", "persistentVolumeClaim": claim})
+    for index, name in enumerate(_secret_files(document, group)):
+        spec["volumes"].append({"name": f"secret-{index}", "secret": {"secretName": name, "defaultMode": _SECRET_MODE}})
+    if kubernetes.key_secret is not None:
+        items = [{"key": kubernetes.key_secret.key, "path": _KEY_FILE}]
+        source = {"secretName": kubernetes.key_secret.secret, "items": items, "defaultMode": _SECRET_MODE}
+        spec["volumes"].append({"name": "deployment-key", "secret": source})
     if not token:
         spec["automountServiceAccountToken"] = False
     if node_selector:
@@ -226,6 +238,13 @@ def _container(
     ]
     if weights is not None:
         mounts.append({"name": "weights", "mountPath": weights.mount, "readOnly": True})
+    mounts += [
+        {"name": f"secret-{index}", "mountPath": f"{SECRETS}/{secret}", "readOnly": True}
+        for index, secret in enumerate(_secret_files(document, pool))
+    ]
+    if kubernetes.key_secret is not None:
+        variables.append({"name": "ANTIPHON_KEY_FILE", "value": f"{_KEY_DIRECTORY}/{_KEY_FILE}"})
+        mounts.append({"name": "deployment-key", "mountPath": _KEY_DIRECTORY, "readOnly": True})
     return {
         "name": name,
         "image": kubernetes.image if kubernetes.image is not None else runtime.image,
@@ -235,6 +254,11 @@ def _container(
         "securityContext": CONTAINER_SECURITY,
         "volumeMounts": mounts,
     }
+
+
+def _secret_files(document: LLMDeployment, group: str) -> tuple[str, ...]:
+    """Secrets whose files a group's pods have: the head asks for none."""
+    return () if group == HEAD_GROUP else document.spec.kubernetes.secret_files
 
 
 def _port(name: str, number: int) -> Json:

@@ -49,6 +49,9 @@ def accept(live: Object, runtime: Runtime) -> LLMDeployment:
         listed = ", ".join(str(port) for port in sorted(RESERVED_PORTS))
         message = f"endpoint: ports {ports[0]} and {ports[1]} must differ and be none of Ray's: {listed}, {lowest} to {highest}"
         raise Refused(Reason.INVALID_SPEC, message)
+    if document.spec.endpoint.metrics_access == "admin":
+        message = "endpoint.metricsAccess: the operator reads /metrics of gateways and has no API key; leave it open here"
+        raise Refused(Reason.INVALID_SPEC, message)
     misfits = [f"spec.{path}: {why}" for path, why in device_problems(document.spec)]
     if misfits:
         raise Refused(Reason.INVALID_SPEC, "; ".join(misfits)[:900])

@@ -20,7 +20,7 @@ from antiphon_operator.reconcile.llm.pools import PoolsPlan, pool_statuses
 from antiphon_operator.reconcile.observe import Observed
 from antiphon_operator.reconcile.writer import Unapplied
 from antiphon_operator.render.canonical import fingerprint
-from antiphon_operator.render.names import GATEWAY, grpc_port, grpc_service, http_port, http_service
+from antiphon_operator.render.names import GATEWAY, grpc_port, grpc_service, http_port, http_scheme, http_service
 
 _ROLE_SHORT = {"attention": "attn"}
 
@@ -121,7 +121,7 @@ def llm_status(
         pools=pools,
         summary=", ".join(f"{_ROLE_SHORT.get(p.name, p.name)} {p.ready}/{p.target}" for p in pools),
         model=document.model_name,
-        url=f"http://{http_service(name)}.{namespace}.svc:{http_port(document)}/v1",
+        url=f"{http_scheme(document)}://{http_service(name)}.{namespace}.svc:{http_port(document)}/v1",
         grpc_url=f"{grpc_service(name)}.{namespace}.svc:{grpc_port(document)}",
         revision="" if service is None else service.revision,
         cluster_revision="" if service is None else service.cluster_revision,

@@ -189,6 +189,18 @@ class GatewaySpec(Model):
         return tuple(value) if isinstance(value, list) else value
 
 
+class KeySecretSpec(Model):
+    """The Secret that makes pods parts of one deployment."""
+
+    secret: SecretName = Field(description="Name of the Secret.")
+    key: str = Field(
+        default="key",
+        description="Its key: one key of at least 32 characters a line.",
+        pattern=r"^[-._a-zA-Z0-9]+$",
+        max_length=253,
+    )
+
+
 class KubernetesSpec(Model):
     """What the pods need that a laptop does not."""
 
@@ -217,6 +229,16 @@ class KubernetesSpec(Model):
     secret_env: tuple[SecretEnvSpec, ...] = Field(
         default=(), description="Environment variables from Secrets, for head and workers.", max_length=64
     )
+    secret_files: tuple[SecretName, ...] = Field(
+        default=(),
+        description="Secrets whose keys are files in the pods of gateway and workers, under /etc/antiphon/secrets/<name>/: API keys, "
+        "or the doors' certificate.",
+        max_length=16,
+    )
+    key_secret: KeySecretSpec | None = Field(
+        default=None,
+        description="Key of the deployment, by which its parts know each other; None = agreed on through their Ray cluster.",
+    )
     network_policy: bool = Field(
         default=True,
         description="Restrict traffic to the pods: within the deployment, from clients to the gateway, from KubeRay.",
@@ -224,7 +246,7 @@ class KubernetesSpec(Model):
     gateway: GatewaySpec | None = Field(default=None, description="Gateways that lead to the HTTP API; None = no HTTPRoute.")
     drain_s: float = Field(default=60.0, ge=0, le=3600, description="Time that requests in flight get before a worker stops.")
 
-    @field_validator("image_pull_secrets", "secret_env", mode="before")
+    @field_validator("image_pull_secrets", "secret_env", "secret_files", mode="before")
     @classmethod
     def _lists(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
