@@ -54,12 +54,13 @@ attack: $(BUILT)  ## Try the known attacks on a running deployment, and list wha
 fuzz: $(BUILT)  ## Try the decoders of what peers send with a hundred thousand damaged inputs each.
 	@ANTIPHON_FUZZ_EXAMPLES=100000 $(BIN)/python -m pytest tests/fuzz -n 2 --dist worksteal --timeout 0
 
-lint: $(READY)  ## Check style, format, types and the direction of imports.
+lint: $(READY)  ## Check style, format, types, the direction of imports and published vulnerabilities.
 	@failed=""; \
 	echo "== ruff check"; $(BIN)/ruff check --quiet . || failed="$$failed ruff-check"; \
 	echo "== ruff format"; $(BIN)/ruff format --quiet --check . || failed="$$failed ruff-format"; \
 	echo "== mypy"; $(BIN)/mypy || failed="$$failed mypy"; \
 	echo "== import-linter"; $(BIN)/lint-imports || failed="$$failed import-linter"; \
+	echo "== audit"; $(BIN)/python deploy/supply/audit.py || failed="$$failed audit"; \
 	if [ -n "$$failed" ]; then echo "make lint: FAILED in:$$failed"; exit 1; fi; \
 	echo "make lint: clean"
 

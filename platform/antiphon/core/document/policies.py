@@ -231,8 +231,8 @@ class KubernetesSpec(Model):
     )
     secret_files: tuple[SecretName, ...] = Field(
         default=(),
-        description="Secrets whose keys are files in the pods of gateway and workers, under /etc/antiphon/secrets/<name>/: API keys, "
-        "or the doors' certificate.",
+        description="Secrets whose keys are files in the pods of gateway and workers, under /etc/antiphon/secrets/<name>/: API "
+        "keys, or the doors' certificate.",
         max_length=16,
     )
     key_secret: KeySecretSpec | None = Field(
