@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import NoneType, UnionType
+from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
@@ -189,7 +189,7 @@ def configuration() -> str:
 
 def http_lines() -> list[str]:
     """The routes. Raises SystemExit where they are others than those described."""
-    app = make_app(cast(Any, None))  # nothing is asked of the gateway until a request comes
+    app = make_app(cast(Any, SimpleNamespace(refused=None)))  # nothing is asked of the gateway until a request comes
     add_response_routes(app, cast(Any, None), cast(Any, None))
     add_message_routes(app, cast(Any, None))
     add_text_routes(app, cast(Any, None))
