@@ -133,6 +133,7 @@ class ChoiceRun:
         )
         self._revision: str | None = None
         self._trouble = _Trouble()
+        self._has_told_prompt = False
         self.progress = ChoiceProgress(token_ids=list(spec.resume))
 
     async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
@@ -271,10 +272,13 @@ class ChoiceRun:
         )
 
     def _prompt_logprobs(self, finish_reason: FinishReason | None) -> tuple[Logprob, ...]:
-        """With the finish: one per token of the prompt."""
+        """One per token of the prompt, once: as soon as all are known, which is before its answer's first token."""
         found, ids = self.progress.prompt_logprobs, self._spec.prompt_token_ids
-        if finish_reason is None or self._spec.sampling.num_prompt_logprobs is None:
+        if self._spec.sampling.num_prompt_logprobs is None or self._has_told_prompt:
             return ()
+        if finish_reason is None and len(found) < len(ids) - 1:
+            return ()
+        self._has_told_prompt = True
         first = Logprob(chosen=self._probability(ids[0], 0.0), rank=0, top=(), is_first=True)
         return (first, *(self._logprob(found[position]) for position in range(1, len(ids)) if position in found))
 

@@ -193,7 +193,7 @@ class ChoiceDelta:
     stop_string: str | None = None
     stop_token_id: int | None = None  # set only when the client named it
     parts: tuple[Part, ...] | None = None  # what the text means, where it is read for calls and thoughts; None = it is all text
-    prompt_logprobs: tuple[Logprob, ...] = ()  # with the finish, when asked for: one per token of the prompt
+    prompt_logprobs: tuple[Logprob, ...] = ()  # when asked for, once, before the first token: one per token of the prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -185,8 +185,12 @@ class Answer:
             self._choices[delta.index] = _Choice()
             if self._chat:
                 chunks.append(self._chunk({"delta": {"role": "assistant", "content": "", "refusal": None}}, delta.index, None))
-            elif self._echo:
+            elif self._echo and not self._with_logprobs:
                 chunks.append(self._chunk({"text": self._prompt_text(delta.index)}, delta.index, None))
+        if delta.prompt_logprobs and self._echo:  # they come once, before the first token
+            text = self._prompt_text(delta.index)
+            offsets = _prompt_offsets(delta.prompt_logprobs, len(text))
+            chunks.append(self._chunk({"text": text}, delta.index, self._logprobs(delta.prompt_logprobs, offsets)))
         choice = self._choices[delta.index]
         shown: list[Json] = []
         if self._chat:
@@ -198,7 +202,8 @@ class Answer:
         if not shown and delta.logprobs:
             shown.append({"delta": {"content": ""}} if self._chat else {"text": ""})
         for number, content in enumerate(shown):
-            logprobs = self._logprobs(delta.logprobs, delta.text_offsets) if number == 0 else self._logprobs((), ())
+            offsets = [len(self._prompt_text(delta.index)) + offset for offset in delta.text_offsets]
+            logprobs = self._logprobs(delta.logprobs, offsets) if number == 0 else self._logprobs((), ())
             chunks.append(self._chunk(content, delta.index, logprobs))
         if delta.finish_reason is not None:
             last = self._chunk({"delta": {}} if self._chat else {"text": ""}, delta.index, None)

@@ -256,8 +256,6 @@ class CompletionBody(_Body):
         n = value_or(self.n, 1)
         if self.best_of is not None and self.best_of != n:
             raise UnsupportedField("best_of other than n is not supported", "best_of")
-        if self.echo and self.logprobs is not None and self.stream:
-            raise UnsupportedField("echo: with logprobs the answer is whole, not streamed", "echo")
         if self.max_tokens == 0 and not (self.echo or self.prompt_logprobs is not None):
             raise InvalidInput("max_tokens: 0 needs echo or prompt_logprobs, or the answer is empty", "max_tokens")
         prompts = self._prompts()
