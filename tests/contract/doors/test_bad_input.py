@@ -216,7 +216,6 @@ TABLE: dict[str, tuple[str, bytes, int, str | None, str]] = {
     "a reasoning_effort": (CHAT, chat(reasoning_effort="high"), 400, "reasoning_effort", "unsupported_parameter"),
     "a suffix": (TEXT, text(suffix="end"), 400, "suffix", "unsupported_parameter"),
     "best_of": (TEXT, text(best_of=3), 400, "best_of", "unsupported_parameter"),
-    "streamed echo with logprobs": (TEXT, text(echo=True, logprobs=1, stream=True), 400, "echo", "unsupported_parameter"),
     "a template variable of a wrong type": (
         CHAT,
         chat(chat_template_kwargs={"x": {}}),
