@@ -20,7 +20,7 @@ from antiphon.core.request import Request, RequestId, RequestOutput
 from antiphon.testing import LocalCluster, wiring, write_tiny_llama
 
 _spec = importlib.util.spec_from_file_location(
-    "doors_fake_engine", Path(__file__).parents[1] / "contract" / "doors" / "fake_engine.py"
+    "doors_fake_engine", Path(__file__).parents[2] / "contract" / "doors" / "fake_engine.py"
 )
 assert _spec is not None
 assert _spec.loader is not None
