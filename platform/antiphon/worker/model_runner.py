@@ -315,7 +315,7 @@ class AttentionWorker:
         if self.pooler is not None:  # such a model generates nothing, so that all rows want vectors
             return self._pool(finals, [drawing.row for drawing in drawings], self.pooler)
         start_s = time.perf_counter()
-        x_RD = finals[0] if len(finals) == 1 else torch.cat(finals)
+        x_RD = finals[0] if len(finals) == 1 else torch.cat(list(finals))
         end_at_bad_rows(x_RD, drawings)
         if all(drawing.sampling.needs_best_only for drawing in drawings):
             ids_R, values_R = self.halves.greedy(x_RD)
