@@ -15,6 +15,7 @@ import pytest
 from antiphon.cli import VERBS
 
 ROOT = Path(__file__).parents[2]
+MAX_LINES = 400  # of a source file; generated code aside
 MAX_FILES = 12  # of a folder's own: more are a list that nobody reads
 GENERATED = ("rpc/v1",)
 CATALOGUES = ("models/families",)  # one file per member, all alike
@@ -58,7 +59,7 @@ def test_no_source_file_outgrows_its_room() -> None:
     long = {
         str(path.relative_to(ROOT)): lines
         for path in files
-        if "_pb2" not in path.name and (lines := len(path.read_text().splitlines())) > 480
+        if "_pb2" not in path.name and (lines := len(path.read_text().splitlines())) > MAX_LINES
     }
     assert not long, long
 

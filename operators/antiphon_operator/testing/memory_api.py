@@ -9,18 +9,16 @@ from __future__ import annotations
 import bisect
 import datetime
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import jsonpatch
 
 from antiphon_operator.kube.base import Conflict, Gone, KubeError, Labels, Listing, NotFound, Object, Refused, WatchEvent
 from antiphon_operator.kube.resources import Resource
-from antiphon_operator.testing.field_sets import ITEM, Path, exists, leaves, read, remove, to_fields_v1, write
+from antiphon_operator.testing.field_sets import ITEM, exists, leaves, read, remove, to_fields_v1, write
 from antiphon_operator.testing.json_values import SERVER_METADATA, appliable, comparable, copied, merge_patch, received, spec_part
-
-Key = tuple[str, str, str]  # plural.group, namespace or "", name
-_UNOWNED = (("f:apiVersion",), ("f:kind",), ("f:metadata", "f:name"), ("f:metadata", "f:namespace"))
+from antiphon_operator.testing.stored import Key, Owner, Stored, is_in, key_of, kind_of, matches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,25 +37,6 @@ class Call:
         return self.verb not in ("get", "list", "watch")
 
 
-@dataclass(slots=True)
-class _Owner:
-    manager: str
-    operation: Literal["Apply", "Update"]
-    subresource: str
-    fields: frozenset[Path]
-    time: str
-
-
-@dataclass(slots=True)
-class _Stored:
-    value: Object
-    owners: list[_Owner] = field(default_factory=list)
-
-    def copied(self) -> _Stored:
-        """A copy that shares nothing that changes."""
-        return _Stored(value=copied(self.value), owners=[replace(owner) for owner in self.owners])
-
-
 class MemoryApi:
     """The state of a cluster. Every method is one atomic request; ``changed`` is called after each change."""
 
@@ -69,7 +48,7 @@ class MemoryApi:
         self._clock = clock
         self._history = history
         self._version = 0
-        self._objects: dict[Key, _Stored] = {}
+        self._objects: dict[Key, Stored] = {}
         self._keys: dict[str, set[Key]] = {}  # of each kind, so that a list does not walk everything
         self._log: list[tuple[int, str, WatchEvent]] = []
         self._dropped = 0  # versions up to this one are gone from the log
@@ -82,15 +61,15 @@ class MemoryApi:
     def get(self, resource: Resource, namespace: str | None, name: str) -> Object | None:
         """The object, or None."""
         self._ask("get", resource, namespace, name)
-        stored = self._objects.get(_key(resource, namespace, name))
+        stored = self._objects.get(key_of(resource, namespace, name))
         return None if stored is None else copied(stored.value)
 
     def list(self, resource: Resource, namespace: str | None, labels: Labels | None = None) -> Listing:
         """Objects of the kind."""
         self._ask("list", resource, namespace, "")
-        wanted = _kind(resource)
+        wanted = kind_of(resource)
         found = sorted(key for key in self._keys.get(wanted, ()) if namespace in (None, key[1]))
-        items = tuple(copied(s.value) for s in map(self._objects.__getitem__, found) if _matches(s.value, labels))
+        items = tuple(copied(s.value) for s in map(self._objects.__getitem__, found) if matches(s.value, labels))
         return Listing(items=items, resource_version=str(self._version))
 
     def events_since(
@@ -104,11 +83,11 @@ class MemoryApi:
         if version < self._dropped:
             raise Gone(f"too old resource version: {version} ({self._dropped})")
         later = bisect.bisect_right(self._log, version, key=lambda entry: entry[0])
-        wanted = _kind(resource)
+        wanted = kind_of(resource)
         found = tuple(
             event
             for _, kind, event in self._log[later:]
-            if kind == wanted and _in(event.object, namespace) and _matches(event.object, labels)
+            if kind == wanted and is_in(event.object, namespace) and matches(event.object, labels)
         )
         return found, self._version
 
@@ -133,7 +112,7 @@ class MemoryApi:
         """Create; Conflict where it exists."""
         namespace, name = value["metadata"].get("namespace"), self._named(value)
         self._ask("create", resource, namespace, name)
-        if _key(resource, namespace, name) in self._objects:
+        if key_of(resource, namespace, name) in self._objects:
             raise Conflict(f"{resource.plural} {name!r} already exists")
         new = self._new(resource, value)
         new.value.pop("status", None) if resource.kind not in ("Pod", "Event") else None
@@ -144,7 +123,7 @@ class MemoryApi:
         """Server-side apply, of everything but status, or of status only."""
         namespace, name = value["metadata"].get("namespace"), str(value["metadata"]["name"])
         self._ask("patch", resource, namespace, name, subresource)
-        stored = self._objects.get(_key(resource, namespace, name))
+        stored = self._objects.get(key_of(resource, namespace, name))
         if stored is None:
             if subresource:
                 raise NotFound(f"{resource.plural} {name!r} not found")
@@ -209,7 +188,7 @@ class MemoryApi:
                 stored.value["metadata"]["deletionTimestamp"] = self._now()
                 self._log_event(resource, stored, "MODIFIED")
             return
-        self._remove(_key(resource, namespace, name))
+        self._remove(key_of(resource, namespace, name))
 
     # Inside
 
@@ -224,14 +203,14 @@ class MemoryApi:
             if error is not None:
                 raise error
 
-    def _present(self, resource: Resource, namespace: str | None, name: str) -> _Stored:
-        stored = self._objects.get(_key(resource, namespace, name))
+    def _present(self, resource: Resource, namespace: str | None, name: str) -> Stored:
+        stored = self._objects.get(key_of(resource, namespace, name))
         if stored is None:
             raise NotFound(f"{resource.plural} {name!r} not found")
         return stored
 
     @staticmethod
-    def _check_version(stored: _Stored, value: Object) -> None:
+    def _check_version(stored: Stored, value: Object) -> None:
         version = value.get("metadata", {}).get("resourceVersion")
         if version is not None and version != stored.value["metadata"]["resourceVersion"]:
             raise Conflict(f"{stored.value['metadata']['name']!r}: the object has been modified")
@@ -242,14 +221,14 @@ class MemoryApi:
             metadata["name"] = f"{metadata['generateName']}{self._version:05d}"
         return str(metadata["name"])
 
-    def _new(self, resource: Resource, value: Object) -> _Stored:
+    def _new(self, resource: Resource, value: Object) -> Stored:
         self._uid += 1
         out = received(value)
         metadata = {k: v for k, v in out.get("metadata", {}).items() if v is not None and k not in SERVER_METADATA}
         metadata |= {"uid": f"{self._uids}-{self._uid}", "generation": 1, "creationTimestamp": self._now()}
-        return _Stored(value={**out, "apiVersion": resource.api_version, "kind": resource.kind, "metadata": metadata})
+        return Stored(value={**out, "apiVersion": resource.api_version, "kind": resource.kind, "metadata": metadata})
 
-    def _merge(self, stored: _Stored, config: Object, manager: str, *, force: bool, subresource: str) -> None:
+    def _merge(self, stored: Stored, config: Object, manager: str, *, force: bool, subresource: str) -> None:
         wanted = dict(leaves(config))
         owner = self._owner(stored, manager, "Apply", subresource)
         conflicts = sorted(
@@ -278,15 +257,15 @@ class MemoryApi:
         owner.fields = frozenset(wanted)
         stored.owners = [o for o in stored.owners if o.fields]
 
-    def _owner(self, stored: _Stored, manager: str, operation: Literal["Apply", "Update"], subresource: str) -> _Owner:
+    def _owner(self, stored: Stored, manager: str, operation: Literal["Apply", "Update"], subresource: str) -> Owner:
         for owner in stored.owners:
             if (owner.manager, owner.operation, owner.subresource) == (manager, operation, subresource):
                 return owner
-        owner = _Owner(manager=manager, operation=operation, subresource=subresource, fields=frozenset(), time=self._now())
+        owner = Owner(manager=manager, operation=operation, subresource=subresource, fields=frozenset(), time=self._now())
         stored.owners.append(owner)
         return owner
 
-    def _update(self, resource: Resource, stored: _Stored, value: Object, manager: str, subresource: str) -> Object:
+    def _update(self, resource: Resource, stored: Stored, value: Object, manager: str, subresource: str) -> Object:
         draft = stored.copied()
         if subresource == "status":
             draft.value["status"] = received(value.get("status", {}))
@@ -304,7 +283,7 @@ class MemoryApi:
         self._record_update(draft, stored.value, manager, subresource)
         return self._replace(resource, stored, draft)
 
-    def _record_update(self, draft: _Stored, before: Object, manager: str, subresource: str) -> None:
+    def _record_update(self, draft: Stored, before: Object, manager: str, subresource: str) -> None:
         old, new = dict(leaves(appliable(before, None))), dict(leaves(appliable(draft.value, None)))
         touched = frozenset(path for path, value in new.items() if path not in old or old[path] != value)
         gone = old.keys() - new.keys()
@@ -314,7 +293,7 @@ class MemoryApi:
             self._owner(draft, manager, "Update", subresource).fields |= touched
         draft.owners = [o for o in draft.owners if o.fields]
 
-    def _replace(self, resource: Resource, stored: _Stored, draft: _Stored) -> Object:
+    def _replace(self, resource: Resource, stored: Stored, draft: Stored) -> Object:
         same_fields = {(o.manager, o.operation, o.subresource, o.fields) for o in stored.owners} == {
             (o.manager, o.operation, o.subresource, o.fields) for o in draft.owners
         }
@@ -324,24 +303,24 @@ class MemoryApi:
             draft.value["metadata"]["generation"] += 1
         metadata = draft.value["metadata"]
         if "deletionTimestamp" in metadata and not metadata.get("finalizers"):
-            key = _key(resource, metadata.get("namespace"), metadata["name"])
+            key = key_of(resource, metadata.get("namespace"), metadata["name"])
             self._keep(key, draft)
             self._remove(key)
             return copied(draft.value)
         return self._store(resource, draft, "MODIFIED")
 
-    def _store(self, resource: Resource, stored: _Stored, type_: Literal["ADDED", "MODIFIED"]) -> Object:
+    def _store(self, resource: Resource, stored: Stored, type_: Literal["ADDED", "MODIFIED"]) -> Object:
         metadata = stored.value["metadata"]
-        self._keep(_key(resource, metadata.get("namespace"), metadata["name"]), stored)
+        self._keep(key_of(resource, metadata.get("namespace"), metadata["name"]), stored)
         self._log_event(resource, stored, type_)
         owners = metadata.get("ownerReferences", ())
         if type_ == "ADDED" and owners and all(owner["uid"] in self._gone for owner in owners):
             made = copied(stored.value)
-            self._remove(_key(resource, metadata.get("namespace"), metadata["name"]))  # the garbage collector is never far
+            self._remove(key_of(resource, metadata.get("namespace"), metadata["name"]))  # the garbage collector is never far
             return made
         return copied(stored.value)
 
-    def _log_event(self, resource: Resource, stored: _Stored, type_: Literal["ADDED", "MODIFIED", "DELETED"]) -> None:
+    def _log_event(self, resource: Resource, stored: Stored, type_: Literal["ADDED", "MODIFIED", "DELETED"]) -> None:
         self._version += 1
         stored.value["metadata"]["resourceVersion"] = str(self._version)
         stored.value["metadata"]["managedFields"] = [
@@ -356,14 +335,14 @@ class MemoryApi:
             | ({"subresource": owner.subresource} if owner.subresource else {})
             for owner in stored.owners
         ]
-        self._log.append((self._version, _kind(resource), WatchEvent(type=type_, object=copied(stored.value))))
+        self._log.append((self._version, kind_of(resource), WatchEvent(type=type_, object=copied(stored.value))))
         if len(self._log) > self._history:
             self._dropped = self._log[0][0]
             del self._log[0]
         for listener in tuple(self.listeners):
             listener()
 
-    def _keep(self, key: Key, stored: _Stored) -> None:
+    def _keep(self, key: Key, stored: Stored) -> None:
         self._objects[key] = stored
         self._keys.setdefault(key[0], set()).add(key)
 
@@ -389,23 +368,3 @@ class MemoryApi:
 
     def _now(self) -> str:
         return datetime.datetime.fromtimestamp(int(self._clock()), datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _kind(resource: Resource) -> str:
-    return f"{resource.plural}.{resource.group}"
-
-
-def _key(resource: Resource, namespace: str | None, name: str) -> Key:
-    return _kind(resource), namespace or "", name
-
-
-def _in(value: Object, namespace: str | None) -> bool:
-    return namespace is None or value["metadata"].get("namespace") == namespace
-
-
-def _matches(value: Object, labels: Labels | None) -> bool:
-    present = value["metadata"].get("labels", {})
-    return all(
-        present.get(key) == wanted if isinstance(wanted, str) else present.get(key) in wanted
-        for key, wanted in (labels or {}).items()
-    )

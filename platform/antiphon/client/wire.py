@@ -20,6 +20,7 @@ from antiphon.client.status_values import (
 from antiphon.client.values import CallPiece, Chunk, Logprob, Message, ModelInfo, TokenProbability, Tool, Usage
 from antiphon.core.errors import InvalidInput
 from antiphon.core.request import FinishReason
+from antiphon.rpc.by_name import scalar_names, value_from
 from antiphon.rpc.load import decode_load
 from antiphon.rpc.v1 import inference_pb2 as pb
 
@@ -75,10 +76,7 @@ class GenerateOptions(TypedDict, total=False):
     traceparent: str  # W3C trace context, to make the server's spans part of a trace
 
 
-_SAMPLING = (
-    "max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
-    "seed", "min_tokens", "ignore_eos", "speculation",
-)  # fmt: skip
+_SAMPLING = scalar_names(pb.Sampling)
 _REQUEST = ("include_stop", "num_logprobs", "request_id", "priority", "cache_salt")
 
 
@@ -235,108 +233,27 @@ def _call_piece(part: pb.Part) -> CallPiece:
 
 
 def _probability(part: pb.TokenProbability) -> TokenProbability:
-    return TokenProbability(token_id=part.token_id, token=part.token, token_bytes=part.token_bytes, logprob=part.logprob)
+    return value_from(TokenProbability, part)
 
 
 def usage_of(usage: pb.Usage) -> Usage:
     """Usage as values."""
-    return Usage(
-        num_prompt_tokens=usage.num_prompt_tokens,
-        num_completion_tokens=usage.num_completion_tokens,
-        num_cached_tokens=usage.num_cached_tokens,
-        num_remote_tokens=usage.num_remote_tokens,
-        num_resumptions=usage.num_resumptions,
-        first_token_s=usage.first_token_s,
-        finished_s=usage.finished_s,
-        num_thought_tokens=usage.num_thought_tokens,
-    )
+    return value_from(Usage, usage)
 
 
 def models_of(response: pb.ListModelsResponse) -> tuple[ModelInfo, ...]:
     """The models as values."""
-    return tuple(
-        ModelInfo(
-            id=card.id,
-            max_model_len=card.max_model_len,
-            created=card.created,
-            ready=card.ready,
-            revision=card.revision,
-            task=card.task,
-        )
-        for card in response.models
-    )
+    return tuple(value_from(ModelInfo, card) for card in response.models)
 
 
 def status_of(response: pb.GetStatusResponse) -> ServiceStatus:
     """The status as values."""
-    gateway = response.gateway
     return ServiceStatus(
-        gateway=GatewayStatus(
-            version=gateway.version,
-            uptime_s=gateway.uptime_s,
-            num_requests=gateway.num_requests,
-            draining=gateway.draining,
+        gateway=value_from(GatewayStatus, response.gateway),
+        pools=tuple(value_from(PoolStatus, pool) for pool in response.pools),
+        workers=tuple(value_from(WorkerStatus, worker, load=decode_load(worker.load)) for worker in response.workers),
+        compositions=tuple(
+            value_from(CompositionStatus, found, experts=tuple(value_from(ExpertStanding, expert) for expert in found.experts))
+            for found in response.compositions
         ),
-        pools=tuple(
-            PoolStatus(
-                deployment=pool.deployment,
-                name=pool.name,
-                role=pool.role,
-                num_workers=pool.num_workers,
-                num_ready=pool.num_ready,
-                num_waiting=pool.num_waiting,
-                num_running=pool.num_running,
-                kv_usage=pool.kv_usage,
-            )
-            for pool in response.pools
-        ),
-        workers=tuple(_worker(worker) for worker in response.workers),
-        compositions=tuple(_composition(composition) for composition in response.compositions),
-    )
-
-
-def _composition(composition: pb.CompositionStatus) -> CompositionStatus:
-    return CompositionStatus(
-        name=composition.name,
-        state=composition.state,
-        message=composition.message,
-        experts=tuple(
-            ExpertStanding(
-                name=expert.name,
-                external=expert.external,
-                general=expert.general,
-                healthy=expert.healthy,
-                resident=expert.resident,
-                num_waiting=expert.num_waiting,
-                expected_wait_s=expert.expected_wait_s,
-            )
-            for expert in composition.experts
-        ),
-        num_fallbacks=composition.num_fallbacks,
-        last_fallback=composition.last_fallback,
-    )
-
-
-def _worker(worker: pb.WorkerStatus) -> WorkerStatus:
-    return WorkerStatus(
-        worker_id=worker.worker_id,
-        deployment=worker.deployment,
-        pool=worker.pool,
-        role=worker.role,
-        model=worker.model,
-        revision=worker.revision,
-        fingerprint=worker.fingerprint,
-        epoch=worker.epoch,
-        rpc_address=worker.rpc_address,
-        data_address=worker.data_address,
-        pid=worker.pid,
-        host=worker.host,
-        shard=worker.shard,
-        ready=worker.ready,
-        draining=worker.draining,
-        message=worker.message,
-        lease_remaining_s=worker.lease_remaining_s if worker.HasField("lease_remaining_s") else None,
-        connected=worker.connected if worker.HasField("connected") else None,
-        num_requests=worker.num_requests,
-        load=decode_load(worker.load),
     )

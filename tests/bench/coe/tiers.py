@@ -67,7 +67,8 @@ async def played(
     experts: dict[str, Path], trace: list[Waiting], policy: Policy, with_prefetch: bool, args: argparse.Namespace
 ) -> dict:
     from antiphon.apps.tiers.model_pool import ModelPool, ModelPoolAsk
-    from antiphon.coe.tiers.pool import PoolOptions, TieredPool
+    from antiphon.coe.tiers.pool import TieredPool
+    from antiphon.coe.tiers.standing import PoolOptions
     from antiphon.core.request import SamplingParams
     from antiphon.testing import wiring
 

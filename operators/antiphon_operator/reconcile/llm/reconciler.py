@@ -34,8 +34,9 @@ from antiphon_operator.planning.autoscaler import Metrics
 from antiphon_operator.planning.memory import memory_problems
 from antiphon_operator.planning.rollout import Action, Step, World, next_step
 from antiphon_operator.reconcile.llm.accept import Refused, accept
+from antiphon_operator.reconcile.llm.children import apply_children, tell_children
 from antiphon_operator.reconcile.llm.gateway_api import GatewayObjects, apply_gateway_objects
-from antiphon_operator.reconcile.llm.pools import PoolsPlan, plan_pools, serving_pool_status
+from antiphon_operator.reconcile.llm.pools import PoolsPlan, plan_pools
 from antiphon_operator.reconcile.llm.rollout import plan_rollout, rollout_status
 from antiphon_operator.reconcile.llm.status import (
     ModelState,
@@ -54,7 +55,6 @@ from antiphon_operator.render.names import (
     LABEL_POOL,
     MANAGER,
     RAY_ORIGIN_LABEL,
-    SEED_MANAGER,
     group_of,
 )
 from antiphon_operator.render.ray_cluster import bounds
@@ -209,7 +209,7 @@ class LLMReconciler:
             failed = planned.wanted.name
         elif failed and failed != planned.wanted.name:
             failed = ""  # another document is wanted now
-        await self._apply_pools(writer, world)
+        await apply_children(self._kube, writer, document, world.owner, world.pools)
         await self._apply_service(writer, world, plan, step, planned, revision)
         await self._apply_surroundings(writer, world)
         active = "" if observed.service is None else observed.service.active
@@ -220,7 +220,7 @@ class LLMReconciler:
         await self._raise_bounds(writer, world)
         await self._prune(world, keep={revision.name, step.revision.name, failed, previous.get("lastGoodRevision", "")})
         rollout = rollout_status(previous, observed, step, writer.now_s)
-        await self._pool_statuses(writer, world, plan, home)
+        await tell_children(writer, document, world.pools, plan, observed, home)
         status, conditions = llm_status(
             world.live, document, plan, observed, step, found.model,
             rollout=rollout, failed=failed, last_good=previous.get("lastGoodRevision", ""),
@@ -255,22 +255,6 @@ class LLMReconciler:
         if revision.name not in world.revisions:
             number = max((int(r.get("revision", 0)) for r in world.revisions.values()), default=0) + 1
             await writer.ensure(to_object(world.document, world.owner, revision, number))
-
-    async def _apply_pools(self, writer: Writer, world: _World) -> None:
-        wanted = {pool.name: pool for pool in world.document.spec.pools}
-        for name, pool in wanted.items():
-            child, live = render.serving_pool(world.document, world.owner, pool), world.pools.get(name)
-            static = pool.scaling.mode is ScalingMode.STATIC
-            if live is not None and not static:
-                await _hand_over(writer, child, live, pool.replicas)
-            if live is not None and static and _manages_replicas(live, SEED_MANAGER):
-                await writer.apply(_seed(child, None), manager=SEED_MANAGER)  # ours alone again
-            done = await writer.ensure(child, live)
-            if done is not None and not static and "replicas" not in done["spec"]:
-                await writer.apply(_seed(child, pool.replicas), manager=SEED_MANAGER)
-        for name, live in world.pools.items():
-            if name not in wanted and controller_of(live) == writer.owner_uid:
-                await self._kube.delete(SERVING_POOL, live["metadata"]["namespace"], name_of(live), uid=live["metadata"]["uid"])
 
     async def _apply_service(
         self, writer: Writer, world: _World, plan: PoolsPlan, step: Step, planned: World, wanted: Revision
@@ -342,14 +326,6 @@ class LLMReconciler:
             if name not in keep:
                 await self._kube.delete(CONTROLLER_REVISION, world.document.metadata.namespace, name_of(live))
 
-    async def _pool_statuses(self, writer: Writer, world: _World, plan: PoolsPlan, home: str) -> None:
-        for pool in world.document.spec.pools:
-            child = world.pools.get(pool.name)
-            if child is None:
-                continue  # made in this very pass
-            status = serving_pool_status(world.document, pool, child, plan, world.observed, home, writer.now_s)
-            await writer.status(child, status.model_dump(mode="json", by_alias=True, exclude_none=True))
-
 
 async def _tell(writer: Writer, live: Object, conditions: ConditionSet) -> None:
     for condition in conditions.changes():
@@ -379,22 +355,3 @@ def _limits(document: LLMDeployment, revision: Revision) -> Mapping[str, int]:
 
 def _without_limits(world: _World, plan: PoolsPlan) -> Mapping[str, int]:
     return {**plan.asked, **{pool.name: plan.sizes.replicas[pool.name] for pool in world.document.spec.pools}}
-
-
-def _manages_replicas(live: Object, manager: str) -> bool:
-    return any(
-        entry["manager"] == manager and "f:replicas" in entry.get("fieldsV1", {}).get("f:spec", {})
-        for entry in live["metadata"].get("managedFields", ())
-    )
-
-
-def _seed(child: Object, replicas: int | None) -> Object:
-    metadata = {key: child["metadata"][key] for key in ("name", "namespace")}
-    spec = {} if replicas is None else {"spec": {"replicas": replicas}}
-    return {"apiVersion": child["apiVersion"], "kind": child["kind"], "metadata": metadata, **spec}
-
-
-async def _hand_over(writer: Writer, child: Object, live: Object, replicas: int) -> None:
-    """Before we stop writing replicas, a second manager of ours holds them, or leaving them out would delete them."""
-    if _manages_replicas(live, MANAGER):
-        await writer.apply(_seed(child, live["spec"].get("replicas", replicas)), manager=SEED_MANAGER)

@@ -14,7 +14,8 @@ from antiphon.apps.tiers.model_pool import ModelPool
 from antiphon.apps.tiers.plan import TierMember
 from antiphon.coe.serving.expert_health import LOAD_GAUGE, RESIDENT_GAUGE
 from antiphon.coe.tiers.policy import LoadTimes
-from antiphon.coe.tiers.pool import TieredPool, TierStanding
+from antiphon.coe.tiers.pool import TieredPool
+from antiphon.coe.tiers.standing import TierStanding
 from antiphon.core.errors import AntiphonError, ErrorInfo
 from antiphon.core.ids import Endpoint, Epoch, Role, WorkerId
 from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput

@@ -13,25 +13,24 @@ import asyncio
 import ctypes
 import gc
 import itertools
-import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from antiphon.apps.process.wiring.build import AttentionPart, build_attention
+from antiphon.apps.process.wiring.build import build_attention
 from antiphon.apps.process.wiring.resolve import resolve_model
+from antiphon.apps.tiers.host_copies import HostCopies
+from antiphon.apps.tiers.shared_engine import AnswerGroup, ModelPoolCounts, SharedEngine
 from antiphon.coe.tiers.policy import Load, LoadTimes, Prefetch, Tier
 from antiphon.core.document.spec import LLMDeploymentSpec
-from antiphon.core.errors import AntiphonError, CheckpointInvalid, DeadlineExceeded, ErrorInfo, Unavailable
+from antiphon.core.errors import AntiphonError, DeadlineExceeded, ErrorInfo, Unavailable
 from antiphon.core.ids import Epoch, Role, WorkerId
 from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput, SamplingParams
 from antiphon.engine.core import Outbox
 
-_COPY_BYTES = 8 << 20
 _Result = TypeVar("_Result")
 
 
@@ -41,52 +40,6 @@ class ModelPoolAsk:
 
     token_ids: tuple[int, ...]
     sampling: SamplingParams
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelPoolCounts:
-    """What an expert's engines have done since the model pool was made, evicted ones included."""
-
-    num_steps: int = 0
-    num_prompt_tokens: int = 0
-    num_generation_tokens: int = 0
-    num_free_blocks: int = 0  # of its engine now; 0 when it is not resident
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Group:
-    """Requests that are answered together; ``done`` is called once, when none is left or with what went wrong."""
-
-    left: set[RequestId]
-    take: Outbox
-    done: Callable[[BaseException | None], None]
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Engine:
-    part: AttentionPart
-    groups: dict[RequestId, _Group] = field(default_factory=dict)  # of live requests
-
-    def take(self, outputs: Sequence[RequestOutput]) -> None:
-        """The engine's outbox."""
-        shared: dict[_Group, list[RequestOutput]] = {}
-        for output in outputs:
-            group = self.groups.get(output.request_id)
-            if group is None:
-                continue
-            shared.setdefault(group, []).append(output)
-            if output.finish_reason is not None:
-                del self.groups[output.request_id]
-                group.left.discard(output.request_id)
-        for group, mine in shared.items():
-            group.take(mine)
-            if not group.left:
-                group.done(None)
-
-    def fail(self, error: BaseException) -> None:
-        for group in set(self.groups.values()):
-            group.done(error)
-        self.groups.clear()
 
 
 class ModelPool:
@@ -110,11 +63,9 @@ class ModelPool:
         begin: Callable[[], None] | None = None,
     ) -> None:
         self._specs = dict(specs)
-        self._checkpoints = dict(checkpoints)
-        self._host = host_directory
-        self._forget_pages = forget_pages
-        self._engines: dict[str, _Engine] = {}
-        self._active: dict[str, _Engine] = {}  # those with requests; the engines' thread alone
+        self._copies = HostCopies(checkpoints, host_directory, forget_pages=forget_pages)
+        self._engines: dict[str, SharedEngine] = {}
+        self._active: dict[str, SharedEngine] = {}  # those with requests; the engines' thread alone
         self._counts = dict.fromkeys(checkpoints, ModelPoolCounts())  # of engines that are gone
         self._num_asks = itertools.count()
         self._compute = ThreadPoolExecutor(1, "expert-engines", begin)
@@ -129,7 +80,7 @@ class ModelPool:
     @property
     def copied(self) -> tuple[str, ...]:
         """Experts with a copy in host memory."""
-        return tuple(name for name in self._checkpoints if (self._host / name).is_dir())
+        return self._copies.names
 
     def resident_bytes(self, expert: str) -> int:
         """Weights that an expert holds; 0 when it is not resident."""
@@ -183,7 +134,7 @@ class ModelPool:
         def done(error: BaseException | None) -> None:
             loop.call_soon_threadsafe(end, error)
 
-        group = _Group(left={request.request_id for request in requests}, take=take, done=done)
+        group = AnswerGroup(left={request.request_id for request in requests}, take=take, done=done)
         self._submit(lambda: self._join(expert, requests, group))
         try:
             await asyncio.wait_for(ended, timeout_s)
@@ -202,7 +153,7 @@ class ModelPool:
     def counts(self, expert: str) -> ModelPoolCounts:
         """What an expert has done so far."""
         engine = self._engines.get(expert)
-        return self._counts[expert] if engine is None else _sum(self._counts[expert], engine)
+        return self._counts[expert] if engine is None else engine.counts(self._counts[expert])
 
     def close(self) -> None:
         """Let everything go; idempotent."""
@@ -214,8 +165,7 @@ class ModelPool:
         for engine in self._engines.values():
             engine.part.close()
         self._engines.clear()
-        for name in self.copied:
-            shutil.rmtree(self._host / name, ignore_errors=True)
+        self._copies.drop(self.copied)
 
     # ---- on the threads ----------------------------------------------------------------------------------------
 
@@ -224,22 +174,22 @@ class ModelPool:
         for name in action.evict:
             engine = self._engines.pop(name)
             self._active.pop(name, None)
-            self._counts[name] = replace(_sum(self._counts[name], engine), num_free_blocks=0)
+            self._counts[name] = replace(engine.counts(self._counts[name]), num_free_blocks=0)
             engine.fail(Unavailable(f"expert {name} was evicted"))
             engine.part.close()
-        self._drop(action.drop)
+        self._copies.drop(action.drop)
         if action.evict:
             _give_back_memory()
         evicted_s = time.perf_counter()
-        copy = self._host / action.expert
+        copy = self._copies.path(action.expert)
         if action.from_tier is Tier.DISK:
-            self._copy(action.expert)
+            self._copies.make(action.expert)
         read_s = time.perf_counter()
         engine = self._build(action.expert, copy)
         built_s = time.perf_counter()
         self._engines[action.expert] = engine
         if action.from_tier is Tier.DISK and not action.keep:
-            self._drop((action.expert,))
+            self._copies.drop((action.expert,))
         self._warm(engine)
         return LoadTimes(
             evict_s=evicted_s - began_s,
@@ -250,11 +200,11 @@ class ModelPool:
 
     def _prefetch(self, action: Prefetch) -> float:
         began_s = time.perf_counter()
-        self._drop(action.drop)
-        self._copy(action.expert)
+        self._copies.drop(action.drop)
+        self._copies.make(action.expert)
         return time.perf_counter() - began_s
 
-    def _join(self, expert: str, requests: Sequence[Request], group: _Group) -> None:
+    def _join(self, expert: str, requests: Sequence[Request], group: AnswerGroup) -> None:
         engine = self._engines.get(expert)
         if engine is None:
             group.done(Unavailable(f"expert {expert} is not resident"))
@@ -291,10 +241,10 @@ class ModelPool:
             for engine in self._engines.values():
                 engine.fail(Unavailable(f"the model pool of experts has closed: {error}"))
 
-    def _build(self, expert: str, directory: Path) -> _Engine:
+    def _build(self, expert: str, directory: Path) -> SharedEngine:
         spec = self._specs[expert]
         facts = resolve_model(spec, str(directory), "model pool")
-        outputs: list[_Engine] = []
+        outputs: list[SharedEngine] = []
         part = build_attention(
             facts,
             spec,
@@ -305,7 +255,7 @@ class ModelPool:
             time.monotonic,
         )
         facts.checkpoint.close()
-        engine = _Engine(part=part)
+        engine = SharedEngine(part=part)
         outputs.append(engine)
         return engine
 
@@ -318,31 +268,12 @@ class ModelPool:
             arrival_s=time.monotonic(),
         )
 
-    def _warm(self, engine: _Engine) -> None:
+    def _warm(self, engine: SharedEngine) -> None:
         """The first answer, which touches all weights."""
         request = self._request(ModelPoolAsk(token_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=1, temperature=0.0)))
         engine.part.engine.submit(request)
         while engine.part.engine.step() or engine.part.engine.scheduler.has_requests:
             continue
-
-    def _copy(self, expert: str) -> None:
-        source, to = self._checkpoints[expert], self._host / expert
-        partial = self._host / f".{expert}.part"
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            for path in sorted(source.iterdir()):
-                if path.is_file():
-                    _copy_file(path, partial / path.name, forget=self._forget_pages)
-            shutil.rmtree(to, ignore_errors=True)
-            partial.rename(to)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointInvalid(f"expert {expert} can't be copied from {source}: {error}") from error
-
-    def _drop(self, names: Sequence[str]) -> None:
-        for name in names:
-            shutil.rmtree(self._host / name, ignore_errors=True)
 
     async def _on(self, threads: ThreadPoolExecutor, timeout_s: float, what: str, run: Callable[[], _Result]) -> _Result:
         if self._closed:
@@ -352,26 +283,6 @@ class ModelPool:
             return await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(threads, run), timeout_s)
         except TimeoutError as error:
             raise DeadlineExceeded(f"{what} took longer than {timeout_s:g} s") from error
-
-
-def _sum(before: ModelPoolCounts, engine: _Engine) -> ModelPoolCounts:
-    stats = engine.part.engine.scheduler.stats
-    return ModelPoolCounts(
-        num_steps=before.num_steps + engine.part.engine.num_steps,
-        num_prompt_tokens=before.num_prompt_tokens + stats.num_prompt_tokens,
-        num_generation_tokens=before.num_generation_tokens + stats.num_generation_tokens,
-        num_free_blocks=engine.part.engine.scheduler.blocks.num_free_blocks,
-    )
-
-
-def _copy_file(source: Path, to: Path, *, forget: bool) -> None:
-    with source.open("rb") as reader, to.open("wb") as writer:
-        if forget:
-            os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while data := reader.read(_COPY_BYTES):
-            writer.write(data)
-        if forget:
-            os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _give_back_memory() -> None:

@@ -35,7 +35,8 @@ from antiphon.apps.tiers.model_pool import ModelPool
 from antiphon.apps.tiers.plan import TierMember, TierPool
 from antiphon.coe.serving.expert_health import Report, experts_topic
 from antiphon.coe.tiers.policy import TierExpert, TierLimits
-from antiphon.coe.tiers.pool import PoolOptions, TieredPool
+from antiphon.coe.tiers.pool import TieredPool
+from antiphon.coe.tiers.standing import PoolOptions
 from antiphon.core.directory import Directory
 from antiphon.core.errors import InvalidInput, Unavailable
 from antiphon.core.request import Request, RequestId, SamplingParams

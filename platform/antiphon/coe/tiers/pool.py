@@ -16,9 +16,9 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 from antiphon.coe.tiers.forecast import Forecast
 from antiphon.coe.tiers.policy import (
@@ -40,63 +40,15 @@ from antiphon.coe.tiers.policy import (
     prefetch,
     tier_of,
 )
+from antiphon.coe.tiers.standing import ExpertServer, PoolOptions, PoolStats, TierStanding
 from antiphon.core.errors import AntiphonError, DeadlineExceeded, InvalidInput, Overloaded, Unavailable
 
 _log = logging.getLogger(__name__)
 
 Ask = TypeVar("Ask")
 Answer = TypeVar("Answer")
-_Ask = TypeVar("_Ask", contravariant=True)
-_Answer = TypeVar("_Answer", covariant=True)
 
 _LEARNT = 0.3  # weight of the newest measured time in an expert's expected one
-
-
-class ExpertServer(Protocol[_Ask, _Answer]):
-    """Answers requests at resident experts; several groups at once, of one expert and of several."""
-
-    async def serve(self, expert: str, asks: Sequence[_Ask], timeout_s: float) -> Sequence[_Answer]:
-        """One answer per request, in their order. Raises DeadlineExceeded, Unavailable."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolOptions:
-    """Deadlines and bounds of a pool."""
-
-    load_timeout_s: float = 120.0
-    serve_timeout_s: float = 120.0
-    max_waiting: int = 1024
-    prefetch: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TierStanding:
-    """One expert of a pool now."""
-
-    tier: Tier
-    num_waiting: int
-    num_running: int
-    load_s: float  # until it could answer, when it is not resident
-
-    @property
-    def is_resident(self) -> bool:
-        """It can answer now."""
-        return self.tier is Tier.RESIDENT
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolStats:
-    """Since start."""
-
-    num_served: int
-    num_groups: int
-    num_switches: int
-    num_prefetches: int
-    num_failed_loads: int
-    serve_s: float
-    loads: tuple[tuple[str, LoadTimes], ...]  # the last ones
-    num_loads: Mapping[str, int]  # by expert
 
 
 class TieredPool(Generic[Ask, Answer]):

@@ -36,7 +36,8 @@ from antiphon.gateway.generation.sampling_fields import SamplingFields
 from antiphon.gateway.grpc import agents, vectors
 from antiphon.gateway.openai.http_io import new_request_id, valid_request_id
 from antiphon.gateway.openai.parsing import parse
-from antiphon.gateway.status import PoolStatus, WorkerStatus
+from antiphon.gateway.status import WorkerStatus
+from antiphon.rpc.by_name import message_from, scalars_of
 from antiphon.rpc.inference import CallInfo
 from antiphon.rpc.load import encode_load
 from antiphon.rpc.v1 import inference_pb2 as pb
@@ -99,10 +100,8 @@ class GrpcDoor:
         self._check(call, admin=True)
         status = self._gateway.status(request.deployment)
         return pb.GetStatusResponse(
-            gateway=pb.GatewayStatus(
-                version=status.version, uptime_s=status.uptime_s, num_requests=status.num_requests, draining=status.draining
-            ),
-            pools=[_pool(pool) for pool in status.pools],
+            gateway=message_from(pb.GatewayStatus, status),
+            pools=[message_from(pb.PoolStatus, pool) for pool in status.pools],
             workers=[_worker(worker) for worker in status.workers],
             compositions=[_composition(composition) for composition in status.compositions],
         )
@@ -186,21 +185,7 @@ def response_of(event: Event) -> pb.GenerateResponse:
                 )
             )
         case Completed():
-            usage = event.usage
-            return pb.GenerateResponse(
-                completed=pb.Completed(
-                    usage=pb.Usage(
-                        num_prompt_tokens=usage.num_prompt_tokens,
-                        num_completion_tokens=usage.num_completion_tokens,
-                        num_cached_tokens=usage.num_cached_tokens,
-                        num_remote_tokens=usage.num_remote_tokens,
-                        num_resumptions=usage.num_resumptions,
-                        first_token_s=usage.first_token_s,
-                        finished_s=usage.finished_s,
-                        num_thought_tokens=usage.num_thought_tokens,
-                    )
-                )
-            )
+            return pb.GenerateResponse(completed=pb.Completed(usage=message_from(pb.Usage, event.usage)))
 
 
 def _prompt(request: pb.GenerateRequest) -> Prompt:
@@ -237,27 +222,12 @@ def _resume(request: pb.GenerateRequest, n: int) -> dict[int, tuple[int, ...]]:
 
 def _sampling_fields(sampling: pb.Sampling) -> dict[str, Any]:
     """The fields that are set; what has no presence in the proto counts as set."""
-    fields: dict[str, Any] = {
+    return {
+        **scalars_of(sampling),
         "logit_bias": dict(sampling.logit_bias) or None,
         "stop_token_ids": list(sampling.stop_token_ids) or None,
-        "min_tokens": sampling.min_tokens,
-        "ignore_eos": sampling.ignore_eos,
         "speculation": sampling.speculation or None,
     }
-    for name in (
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "presence_penalty",
-        "frequency_penalty",
-        "repetition_penalty",
-        "seed",
-    ):
-        if sampling.HasField(name):
-            fields[name] = getattr(sampling, name)
-    return fields
 
 
 def _logprob(logprob: Logprob) -> pb.Logprob:
@@ -281,59 +251,24 @@ def _composition_card(composition: ServedComposition, created: int) -> pb.ModelC
 
 
 def _composition(status: CompositionStatus) -> pb.CompositionStatus:
-    return pb.CompositionStatus(
-        name=status.name,
-        state=status.state,
-        message=status.message,
+    return message_from(
+        pb.CompositionStatus,
+        status,
         experts=[
-            pb.ExpertStanding(
-                name=expert.name,
-                external=expert.external,
-                general=expert.general,
-                healthy=expert.state.healthy,
-                resident=expert.state.resident,
-                num_waiting=expert.state.num_waiting,
-                expected_wait_s=expert.state.expected_wait_s,
-            )
+            message_from(pb.ExpertStanding, expert.state, name=expert.name, external=expert.external, general=expert.general)
             for expert in status.experts
         ],
-        num_fallbacks=status.num_fallbacks,
-        last_fallback=status.last_fallback,
-    )
-
-
-def _pool(pool: PoolStatus) -> pb.PoolStatus:
-    return pb.PoolStatus(
-        deployment=pool.deployment,
-        name=pool.name,
-        role=pool.role.value,
-        num_workers=pool.num_workers,
-        num_ready=pool.num_ready,
-        num_waiting=pool.num_waiting,
-        num_running=pool.num_running,
-        kv_usage=pool.kv_usage,
     )
 
 
 def _worker(worker: WorkerStatus) -> pb.WorkerStatus:
     info = worker.info
-    return pb.WorkerStatus(
-        worker_id=info.worker_id,
-        deployment=info.deployment,
-        pool=info.pool,
-        role=info.role.value,
-        model=info.model,
-        revision=info.revision,
-        fingerprint=info.fingerprint,
-        epoch=info.epoch,
+    return message_from(
+        pb.WorkerStatus,
+        info,
         rpc_address=info.endpoint.rpc,
         data_address=info.endpoint.data,
-        pid=info.pid,
-        host=info.host,
         shard=_shard(info.role, info.shard),
-        ready=info.ready,
-        draining=info.draining,
-        message=info.message,
         lease_remaining_s=worker.lease_remaining_s,
         connected=worker.connected,
         num_requests=worker.num_requests,

@@ -17,7 +17,8 @@ from antiphon.core.errors import InvalidInput
 from antiphon.planner.bounds import checked
 from antiphon.planner.options import Option, Planner, colocated_chunk
 from antiphon.planner.pipeline.group import Contexts, DecodeModel, Layout
-from antiphon.planner.simulation.event_loop import EventLoop, Fault, Request, Service
+from antiphon.planner.simulation.decode_group import Request
+from antiphon.planner.simulation.event_loop import EventLoop, Fault, Service
 from antiphon.planner.traffic import Traffic
 
 QUANTILES = (50.0, 90.0, 95.0, 99.0)

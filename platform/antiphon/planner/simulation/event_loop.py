@@ -19,6 +19,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from antiphon.planner.simulation.decode_group import DecodeGroup, Request
+
 BURST_STEPS = 64  # steps before a group's step time is looked at again
 FULL_COMPARISON = 16  # changes of a group's batch between two comparisons of all its workers
 
@@ -53,57 +55,6 @@ class Service:
     step_s: Callable[[float, float], float]  # of rows and of cached tokens on a group's fullest worker
 
 
-@dataclass(slots=True)
-class Request:
-    """One request; ``emitted`` tokens survive the loss of a worker."""
-
-    index: int
-    prompt: int
-    output: int
-    arrival_s: float
-    emitted: int = 0
-    first_s: float = -1.0
-    finish_s: float = -1.0
-    joined_step: int = 0
-    group: int = -1
-    worker: int = -1
-
-
-class _Group:
-    """x attention workers in step. Owned by the loop."""
-
-    __slots__ = (
-        "alive",
-        "base",
-        "busiest",
-        "clock_s",
-        "counts",
-        "factor",
-        "finishing",
-        "free",
-        "load",
-        "step",
-        "step_s",
-        "version",
-        "wake_step",
-    )
-
-    def __init__(self, num_workers: int) -> None:
-        self.counts = [0] * num_workers
-        self.base = [0] * num_workers  # cached tokens of worker w at step k: base[w] + counts[w] * k
-        self.alive = [True] * num_workers
-        self.free = [(0, w) for w in range(num_workers)]  # heap of (count, worker); stale entries are skipped
-        self.finishing: list[tuple[int, int, Request]] = []  # (step, tie, request); stale ones are skipped
-        self.clock_s = 0.0  # time of boundary ``step``; may lie ahead of now while a step runs
-        self.step = 0
-        self.step_s = 0.0
-        self.version = 0
-        self.wake_step = 0  # the step that the pending wake brings it to
-        self.busiest = 0
-        self.factor = 1.0
-        self.load = 0
-
-
 class EventLoop:
     """Runs requests to the end of the simulated time. Not reusable."""
 
@@ -125,7 +76,7 @@ class EventLoop:
         self._service = service
         self._until_s = until_s
         self._random = random.Random(seed)
-        self._groups = [_Group(workers_per_group) for _ in range(num_groups)]
+        self._groups = [DecodeGroup(workers_per_group) for _ in range(num_groups)]
         self._idle_prefill = list(range(num_prefill))
         self._prefilling: list[Request | None] = [None] * num_prefill
         self._prefill_version = [0] * num_prefill
@@ -232,7 +183,7 @@ class EventLoop:
                 return index
         return None
 
-    def _free_worker(self, group: _Group) -> int | None:
+    def _free_worker(self, group: DecodeGroup) -> int | None:
         """The worker with the fewest rows, if it has a free slot."""
         heap = group.free
         while heap:
@@ -281,7 +232,7 @@ class EventLoop:
         group.wake_step = group.step + steps
         self._push(group.clock_s + steps * group.step_s, self._wake, index, group.version)
 
-    def _let_in(self, group: _Group, index: int, now: float, joining: Request | None) -> list[Request]:
+    def _let_in(self, group: DecodeGroup, index: int, now: float, joining: Request | None) -> list[Request]:
         self._next_boundary(group, now)
         joined: list[Request] = []
         while joining is not None or self._waiting:
@@ -296,13 +247,13 @@ class EventLoop:
             self._waiting.appendleft(joining)
         return joined
 
-    def _next_boundary(self, group: _Group, now: float) -> None:
+    def _next_boundary(self, group: DecodeGroup, now: float) -> None:
         if group.load and now > group.clock_s:
             group.step += 1
             group.clock_s += group.step_s
             self._batch_area += group.step_s * group.load
 
-    def _join(self, group: _Group, index: int, request: Request, worker: int) -> None:
+    def _join(self, group: DecodeGroup, index: int, request: Request, worker: int) -> None:
         request.group, request.worker, request.joined_step = index, worker, group.step
         group.base[worker] += request.prompt + request.emitted - group.step
         group.counts[worker] += 1
@@ -311,7 +262,7 @@ class EventLoop:
         self._ties += 1
         heapq.heappush(group.finishing, (group.step + request.output - request.emitted, self._ties, request))
 
-    def _leave(self, group: _Group, request: Request) -> None:
+    def _leave(self, group: DecodeGroup, request: Request) -> None:
         worker = request.worker
         # A request that joined at step j with n tokens has n + (step - j) now: take its part out of the line.
         group.base[worker] -= request.prompt + request.emitted - request.joined_step
@@ -319,7 +270,7 @@ class EventLoop:
         group.load -= 1
         heapq.heappush(group.free, (group.counts[worker], worker))
 
-    def _find_busiest(self, group: _Group, joined: Sequence[Request]) -> None:
+    def _find_busiest(self, group: DecodeGroup, joined: Sequence[Request]) -> None:
         """The worker with the most cached tokens: all are compared now and then, in between only those that changed."""
         step, base, counts = group.step, group.base, group.counts
         if len(base) == 1:
@@ -367,7 +318,7 @@ class EventLoop:
             self._push(now + fault.duration_s, self._repair, index, 0)
         self._settle(target, now)
 
-    def _lose_worker(self, group: _Group, target: int, worker: int) -> None:
+    def _lose_worker(self, group: DecodeGroup, target: int, worker: int) -> None:
         group.alive[worker] = False
         kept = []
         for entry in group.finishing:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from antiphon.coe.tiers.policy import Load, LoadTimes, Prefetch, Tier, TierExpert, TierLimits
-from antiphon.coe.tiers.pool import PoolOptions, TieredPool
+from antiphon.coe.tiers.pool import TieredPool
+from antiphon.coe.tiers.standing import PoolOptions
 from antiphon.core.errors import CheckpointInvalid, InvalidInput, Overloaded, Unavailable
 
 EXPERTS = [TierExpert(name=name, memory_bytes=1, host_bytes=1, fetch_s=1.0, load_s=1.0) for name in "abcd"]

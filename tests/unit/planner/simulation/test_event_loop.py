@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from antiphon.planner.simulation.event_loop import EventLoop, Fault, Request, Service
+from antiphon.planner.simulation.decode_group import Request
+from antiphon.planner.simulation.event_loop import EventLoop, Fault, Service
 
 STEP_S = 0.02
 
