@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import ssl
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from antiphon.apps.process.config import LogSettings
 from antiphon.apps.serve.deployment_set import Serving
@@ -25,7 +24,6 @@ from antiphon.core.document.serving import EndpointSpec
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import Unavailable
 from antiphon.directory.memory import open_directory
-from antiphon.directory.workers import WorkerSource
 from antiphon.gateway.config import BoundPorts, GatewayConfig
 from antiphon.gateway.text.dialect import TextFormats
 from antiphon.models.loading.source import resolve
@@ -43,16 +41,6 @@ async def _open_compositions(gateway: Gateway, notes: Notes) -> Compositions:
     from antiphon.coe.serving.gateway import GatewayCompositions  # with its router and numpy, where compositions are served
 
     return await GatewayCompositions.open(gateway, notes)
-
-
-class RunGateway(Protocol):
-    """``gateway.app.run_gateway``, or what stands in for it."""
-
-    async def __call__(
-        self, config: GatewayConfig, workers: WorkerSource, stop: asyncio.Event, *, on_bound: Callable[[BoundPorts], None]
-    ) -> None:
-        """Serve until ``stop`` is set; call ``on_bound`` once when the doors are open."""
-        ...
 
 
 _STOP_MARGIN_S = 5.0
@@ -150,19 +138,15 @@ class GatewayThread(DoorThread):
     Args:
         config: addresses, models and limits.
         directory: address of the directory of workers.
-        run_gateway: what runs; None = the real one.
     """
 
-    def __init__(self, config: GatewayConfig, directory: str, run_gateway: RunGateway | None = None) -> None:
+    def __init__(self, config: GatewayConfig, directory: str) -> None:
         async def serve(stop: asyncio.Event, on_bound: OnBound) -> None:
             workers = open_directory(directory)
             try:
-                if run_gateway is not None:
-                    await run_gateway(config, workers, stop, on_bound=on_bound)
-                    return
-                from antiphon.gateway.app import run_gateway as run
+                from antiphon.gateway.app import run_gateway
 
-                await run(
+                await run_gateway(
                     config,
                     workers,
                     stop,

@@ -21,7 +21,7 @@ from typing import Protocol, Self
 import httpx
 
 from antiphon.apps.serve.deployment_set import Serving
-from antiphon.apps.serve.gateway_app import GatewayThread, RunGateway, door_trust, door_url, port_facts, serving_config
+from antiphon.apps.serve.gateway_app import GatewayThread, door_trust, door_url, port_facts, serving_config
 from antiphon.apps.serve.plan import GATEWAY, GATEWAY_CPU, PoolTemplate, ServeSettings, plan_serve
 from antiphon.apps.serve.ray_runtime import ApplicationState, RayRuntime
 from antiphon.apps.supervision.event_log import EventLog, EventLogEntry
@@ -72,7 +72,6 @@ class DirectDeployment:
         checkpoint: directory of its model; None where ``document`` has them.
         run_dir: takes logs, configurations and the event log.
         settings: how processes are run.
-        run_gateway: what runs as the gateway; None = the real one.
     """
 
     def __init__(
@@ -82,12 +81,10 @@ class DirectDeployment:
         checkpoint: str | None = None,
         run_dir: Path,
         settings: ServeSettings = ServeSettings(),
-        run_gateway: RunGateway | None = None,
     ) -> None:
         self._serving = _as_serving(document, checkpoint)
         self._run_dir = run_dir
         self._settings = settings
-        self._run_gateway = run_gateway
         own_identity()  # before any process is started: it goes with the environment
         self._host = DirectoryHosting(self._serving.redis_url)
         self._directory: BlockingDirectory | None = None
@@ -107,7 +104,7 @@ class DirectDeployment:
         for document in self._serving.deployments:
             self._supervise(document, self._directory)
         config = serving_config(self._serving, drain_s=self._settings.drain_s)
-        self._gateway = GatewayThread(config, self.directory_address, self._run_gateway)
+        self._gateway = GatewayThread(config, self.directory_address)
 
     def _supervise(self, document: LLMDeployment, directory: BlockingDirectory) -> None:
         name = document.metadata.name
@@ -152,9 +149,7 @@ class DirectDeployment:
             self._gateway_ready = True
         if not self._gateway_ready or not all(s.status().state is SupervisorState.READY for s in self._supervisors):
             return False
-        self._answers = (
-            self._answers or self._run_gateway is not None or _is_ready(self._serving.endpoint, self._gateway.wait_open(0.0))
-        )
+        self._answers = self._answers or _is_ready(self._serving.endpoint, self._gateway.wait_open(0.0))
         return self._answers
 
     def close(self, *, graceful: bool = True) -> None:
