@@ -35,11 +35,6 @@ class Device:
         """Memory of the card, other workers' and the driver's part included."""
         return int(torch.cuda.get_device_properties(self.torch).total_memory)
 
-    @property
-    def free_bytes(self) -> int:
-        """Memory of the card that nobody uses now."""
-        return int(torch.cuda.mem_get_info(self.torch)[0])
-
 
 def is_card(device: torch.device) -> bool:
     """Whether the cards' paths serve tensors of ``device``."""

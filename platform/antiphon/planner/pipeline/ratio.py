@@ -76,9 +76,3 @@ def optimal_ratio_with_barrier(
         return times.rows_per_worker_s(ratio, batch, batch * context)
 
     return max(range(1, max_ratio + 1), key=rate)
-
-
-def largest_hidden(times: LinearTimes, batch: float, tokens: float) -> int:
-    """Most attention workers whose FFN time stays hidden behind attention; at least 1."""
-    attention_s = times.attention_per_token_s * tokens + times.attention_fixed_s
-    return max(1, int((attention_s - times.ffn_fixed_s) / (times.ffn_per_row_s * batch)))

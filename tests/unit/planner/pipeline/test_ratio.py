@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antiphon.planner.pipeline.barrier import expected_max, imbalance, slowest_context
-from antiphon.planner.pipeline.ratio import LinearTimes, largest_hidden, optimal_ratio, optimal_ratio_with_barrier
+from antiphon.planner.pipeline.ratio import LinearTimes, optimal_ratio, optimal_ratio_with_barrier
 
 coefficient = st.floats(1e-7, 1e-4)
 
@@ -45,13 +45,6 @@ def test_the_ratio_with_barrier_is_the_plain_one_when_contexts_do_not_vary():
     times = LinearTimes(attention_per_token_s=1e-8, attention_fixed_s=1e-5, ffn_per_row_s=5e-6, ffn_fixed_s=1e-5, exchange_s=0.0)
     plain = optimal_ratio(times, 20, 20 * 8000)
     assert optimal_ratio_with_barrier(times, 20, 8000, 0.0) in (int(plain), int(plain) + 1)
-
-
-def test_fastafds_rule_keeps_the_ffn_hidden():
-    times = LinearTimes(attention_per_token_s=1e-8, attention_fixed_s=0.0, ffn_per_row_s=5e-6, ffn_fixed_s=1e-5, exchange_s=0.0)
-    count = largest_hidden(times, 20, 160_000)
-    attention_s = 1e-8 * 160_000
-    assert 5e-6 * 20 * count + 1e-5 <= attention_s < 5e-6 * 20 * (count + 1) + 1e-5
 
 
 @pytest.mark.parametrize("count", [2, 5, 16, 100, 1000])

@@ -168,12 +168,6 @@ def filled(table: ScoreTable) -> ScoreTable:
     return replace(table, scores=scores)
 
 
-def leaked(train: ScoreTable, test: ScoreTable) -> Ints:
-    """Rows of ``test`` whose normalised prompt also stands in ``train``."""
-    known = {normalised(prompt) for prompt in train.prompts}
-    return np.array([i for i, prompt in enumerate(test.prompts) if normalised(prompt) in known], np.int64)
-
-
 def read_table(path: Path) -> ScoreTable:
     """Read and check a table.
 

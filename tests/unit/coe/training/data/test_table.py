@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from antiphon.coe.training.data.example_table import example_table
-from antiphon.coe.training.data.table import drop_duplicates, filled, leaked, read_table, write_table
+from antiphon.coe.training.data.table import drop_duplicates, filled, read_table, write_table
 from antiphon.core.errors import InvalidInput
 
 
@@ -85,11 +85,6 @@ def test_prompts_that_differ_in_case_or_space_are_one_with_the_mean_score(tmp_pa
     assert table.prompts == ("Hello  World", "other")
     assert np.allclose(table.scores, [[0.5, 1.0], [0.0, 0.0]])
     assert (found.num_exact, found.num_conflicting, found.num_across_datasets) == (1, 1, 1)
-
-
-def test_leaked_rows_are_found(tmp_path: Path) -> None:
-    table = example_table()
-    assert leaked(table.rows([0, 1, 2]), table.rows([2, 3, 1])).tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("opening", ["[", '{"experts": '])
