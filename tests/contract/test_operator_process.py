@@ -142,6 +142,7 @@ def test_a_document_is_applied_told_in_a_line_and_deleted_with_the_charts_rights
         header, line = cluster.ctl("get", "llmdeployments").splitlines()
         assert header.split()[:1] == ["NAME"]
         assert line.split()[0] == "smollm2"
+        # The reconciler writes pools before the service, one after the other: whoever sees the service sees both pools.
         assert len(cluster.ctl("get", "servingpools").splitlines()) == 3, "a line of names, and two pools"
         cluster.ctl("delete", "-f", str(EXAMPLE), "--wait=false")
         with pytest.raises(Unavailable, match="404"):
