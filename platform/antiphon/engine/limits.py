@@ -77,6 +77,15 @@ def check_request(request: Request, config: SchedulerConfig) -> None:
         _check_ids(request.sampling.pooling.token_ids, "pooling.token_ids", config.vocab_size)
 
 
+def check_room(request: Request, config: SchedulerConfig, *, is_prompt_only: bool) -> None:
+    """Refuse a request that has no tokens, or no room for one more where it is to make any. Raises InvalidInput."""
+    num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+    if num_tokens == 0:
+        raise InvalidInput("the prompt has no tokens", "prompt")
+    if num_tokens > config.max_model_len - (0 if is_prompt_only else 1):
+        raise InvalidInput(f"{num_tokens} tokens leave no room in the model's {config.max_model_len}", "prompt")
+
+
 def _check_ids(ids: Sequence[int], name: str, vocab_size: int | None) -> None:
     if ids and (min(ids) < 0 or (vocab_size is not None and max(ids) >= vocab_size)):
         wrong = next(i for i in ids if i < 0 or (vocab_size is not None and i >= vocab_size))

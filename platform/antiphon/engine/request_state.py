@@ -72,6 +72,15 @@ class RequestState:
             return self.kv_target.first_token + self.kv_target.num_tokens - self.num_computed_tokens
         return len(self.token_ids) - self.num_computed_tokens
 
+    def is_worth_remote(self, num_cached_tokens: int, min_tokens: int) -> bool:
+        """Whether its KV should be asked of its prefill worker: at least ``min_tokens`` of it are not in the cache here."""
+        return (
+            self.prefill_worker is not None
+            and self.kv_target is None
+            and self.request.sampling.num_prompt_logprobs is None
+            and len(self.token_ids) - 1 - num_cached_tokens >= min_tokens
+        )
+
     def update_hashes(self, block_size_tokens: int) -> None:
         """Extend ``block_hashes`` to all full blocks of the known tokens."""
         done = len(self.block_hashes)

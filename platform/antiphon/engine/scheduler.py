@@ -32,8 +32,9 @@ from antiphon.core.step import (
     StateStep,
 )
 from antiphon.engine.block_manager import KVBlockManager
+from antiphon.engine.deadlines import Deadlines
 from antiphon.engine.fairness import FairQueue, over_share
-from antiphon.engine.limits import SchedulerConfig, SchedulerStats, check_request
+from antiphon.engine.limits import SchedulerConfig, SchedulerStats, check_request, check_room
 from antiphon.engine.outcome import end_output, stop_status, token_output
 from antiphon.engine.request_blocks import RequestBlocks
 from antiphon.engine.request_state import RequestState
@@ -80,7 +81,7 @@ class Scheduler:
         self._load_aborts: list[RequestId] = []
         self._outputs: list[RequestOutput] = []  # ends that came about outside update()
         self._step_id = 0
-        self._next_deadline_s: float | None = None
+        self._deadlines = Deadlines()
 
     # ---- what others may ask -------------------------------------------------------------------------------------
 
@@ -108,13 +109,7 @@ class Scheduler:
             InvalidInput: empty or too long, or its id is in use.
             Overloaded: the queue is full.
         """
-        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
-        if num_tokens == 0:
-            raise InvalidInput("the prompt has no tokens", "prompt")
-        is_prompt_only = kv_target is not None or request.sampling.pooling is not None
-        room = self.config.max_model_len if is_prompt_only else self.config.max_model_len - 1
-        if num_tokens > room:
-            raise InvalidInput(f"{num_tokens} tokens leave no room in the model's {self.config.max_model_len}", "prompt")
+        check_room(request, self.config, is_prompt_only=kv_target is not None or request.sampling.pooling is not None)
         if request.request_id in self._states:
             raise InvalidInput(f"request id {request.request_id!r} is in use", "request_id")
         if len(self._waiting) >= self.config.max_queued_requests:
@@ -126,10 +121,7 @@ class Scheduler:
         state = RequestState(request, kv_target)
         self._states[request.request_id] = state
         self._enqueue(state)
-        if request.deadline_s is not None:
-            self._next_deadline_s = (
-                request.deadline_s if self._next_deadline_s is None else min(self._next_deadline_s, request.deadline_s)
-            )
+        self._deadlines.note(request.deadline_s)
 
     def abort(self, request_ids: Iterable[RequestId], error: ErrorInfo | None = None) -> None:
         """End requests now: their blocks are free when this returns. Unknown ids are ignored."""
@@ -304,7 +296,7 @@ class Scheduler:
             # All of what is known must fit at once: admitting on a chunk's worth of blocks would only preempt soon.
             fits = self._blocks_of.fits(state, prefix)
             num_cached_tokens = len(prefix.blocks) * self.config.block_size_tokens
-            is_remote = self._worth_remote(state, num_cached_tokens)
+            is_remote = state.is_worth_remote(num_cached_tokens, self.config.remote_prefill_min_tokens)
             if not fits or (full and not is_remote):
                 exchange = self._exchange(new)
                 if exchange is None:
@@ -349,14 +341,6 @@ class Scheduler:
             return {}
         planned = {name: self._blocks_of.plan_state(self._states[name], count) for name, count in num_scheduled.items()}
         return {name: step for name, step in planned.items() if step is not None}
-
-    def _worth_remote(self, state: RequestState, num_local: int) -> bool:
-        return (
-            state.prefill_worker is not None
-            and state.kv_target is None
-            and state.request.sampling.num_prompt_logprobs is None
-            and len(state.token_ids) - 1 - num_local >= self.config.remote_prefill_min_tokens
-        )
 
     def _start_load(self, state: RequestState, prefix: Prefix, loads: list[KVLoad]) -> None:
         assert state.prefill_worker is not None
@@ -426,14 +410,8 @@ class Scheduler:
     # ---- ends, inside --------------------------------------------------------------------------------------------
 
     def _expire(self) -> None:
-        now_s = self._clock()
-        if self._next_deadline_s is None or now_s < self._next_deadline_s:
-            return
-        late = [s for s in self._states.values() if s.request.deadline_s is not None and s.request.deadline_s <= now_s]
-        for state in late:
+        for state in self._deadlines.late(self._states.values(), self._clock()):
             self._end(state, RequestStatus.FINISHED_ABORTED, _TOO_LATE)
-        left = [s.request.deadline_s for s in self._states.values() if s.request.deadline_s is not None]
-        self._next_deadline_s = min(left, default=None)
 
     def _end(self, state: RequestState, status: RequestStatus, error: ErrorInfo | None) -> None:
         """End a request outside the normal course, and report it."""

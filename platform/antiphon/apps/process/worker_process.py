@@ -27,7 +27,9 @@ from antiphon.apps.process.load_report import load_reported
 from antiphon.apps.process.peers import PeerKeeper
 from antiphon.apps.process.pinning import pin_each, unpinned
 from antiphon.apps.process.rebalancer import ModelShape, Rebalancer, adopt_newest
-from antiphon.apps.process.roles import AttentionRole, FFNRole, WorkerRole
+from antiphon.apps.process.roles.attention import AttentionRole
+from antiphon.apps.process.roles.ffn import FFNRole
+from antiphon.apps.process.roles.role import WorkerRole
 from antiphon.apps.process.wiring.resolve import ModelFacts, resolve_model
 from antiphon.apps.process.wiring.sizes import ffn_parallelism
 from antiphon.core.device import memory_share

@@ -35,7 +35,7 @@ def inspect(
 ) -> None:
     """Show a model's parameters by role, its KV bytes, and what each pool would hold."""
     from antiphon.core.ids import FFNShard
-    from antiphon.gateway.text.tokenizer import read_sampling_defaults
+    from antiphon.gateway.text.checkpoint_texts import read_sampling_defaults
     from antiphon.models.experts.placement import ExpertPlacement
     from antiphon.models.families import describe
     from antiphon.models.loading.checkpoint import Checkpoint

@@ -18,7 +18,13 @@ from typing import Any
 from tokenizers import Encoding, Tokenizer
 
 from antiphon.core.errors import CheckpointInvalid, ContextLengthExceeded, InvalidInput
-from antiphon.gateway.generation.request import SAMPLING_DEFAULTS
+from antiphon.gateway.text.checkpoint_texts import (
+    read_chat_template,
+    read_eos_token_ids,
+    read_json,
+    read_sampling_defaults,
+    read_special_tokens,
+)
 from antiphon.gateway.text.detokenizer import (
     ByteLevelDetokenizer,
     Detokenizer,
@@ -33,8 +39,6 @@ _log = logging.getLogger(__name__)
 _PIECE_CHARS = 64 * 2**10  # a text is measured in pieces of so many characters before it is tokenized whole
 _CUT_TOKENS = 64
 INLINE_CHARS = 2048  # shorter texts are tokenized on the event loop; that takes less than handing them over
-
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,13 +115,13 @@ class TextModel:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise CheckpointInvalid(f"{path}: {error}") from error
-        config = _read_json(directory / "tokenizer_config.json")
-        special_tokens = _special_tokens(config)
-        eos_token_ids = _eos_token_ids(directory)
+        config = read_json(directory / "tokenizer_config.json")
+        special_tokens = read_special_tokens(config)
+        eos_token_ids = read_eos_token_ids(directory)
         eos = special_tokens.get("eos_token")
         if eos is not None and (eos_id := tokenizer.token_to_id(eos)) is not None:
             eos_token_ids.add(eos_id)
-        source = _chat_template_source(directory, config)
+        source = read_chat_template(directory, config)
         template = None if source is None else ChatTemplate(source, special_tokens)
         return cls(
             tokenizer,
@@ -329,74 +333,3 @@ def _literal_ids(tokenizer: Tokenizer) -> frozenset[int]:
     normalised_to_bytes = '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str()).get("normalizer"))
     added = tokenizer.get_added_tokens_decoder().items()
     return frozenset(token_id for token_id, token in added if not (normalised_to_bytes and token.normalized))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointInvalid(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointInvalid(f"{path}: expected an object")
-    return value
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointInvalid(f"{path}: not UTF-8: byte {error.start}") from error
-    except OSError as error:
-        raise CheckpointInvalid(f"{path}: can't be read: {error.strerror or error}") from error
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    found = {}
-    for name in _SPECIAL_TOKENS:
-        value = config.get(name)
-        if isinstance(value, dict):  # an AddedToken, written out
-            value = value.get("content")
-        if isinstance(value, str):
-            found[name] = value
-    return found
-
-
-def _eos_token_ids(directory: Path) -> set[int]:
-    for name in ("generation_config.json", "config.json"):
-        value = _read_json(directory / name).get("eos_token_id")
-        found = value if isinstance(value, list) else [value]
-        if ids := {item for item in found if isinstance(item, int) and not isinstance(item, bool)}:
-            return ids  # an empty list says nothing, and leaves it to the next file
-    return set()
-
-
-def read_sampling_defaults(directory: Path) -> dict[str, float]:
-    """What generation_config.json says about sampling, by ``Sampling``'s field names; values that make no sense are left out.
-
-    Raises:
-        CheckpointInvalid: the file can't be read.
-    """
-    config = _read_json(directory / "generation_config.json")
-    found: dict[str, float] = {}
-    for name, (least, most) in SAMPLING_DEFAULTS.items():
-        value = config.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-            _log.warning("%s: %s is %r, which is left out: expected %g to %g", directory, name, value, least, most)
-            continue
-        found[name] = int(value) if name == "top_k" else float(value)
-    return found
-
-
-def _chat_template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return _read_text(path)
-    value = config.get("chat_template")
-    if isinstance(value, list):  # several by name
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-        value = named.get("default")
-    return value if isinstance(value, str) else None
