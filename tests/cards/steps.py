@@ -10,7 +10,8 @@ import torch
 
 from antiphon.core.ids import FFNShard
 from antiphon.models.attention.kv_cache import KVCache
-from antiphon.models.decoder import AttentionHalves, FFNHalves, StepState, kv_layout
+from antiphon.models.cache_layout import kv_layout
+from antiphon.models.decoder import AttentionHalves, FFNHalves, StepState
 from antiphon.models.families import describe
 from antiphon.models.loading.checkpoint import Checkpoint
 from antiphon.testing import write_tiny_llama, write_tiny_moe

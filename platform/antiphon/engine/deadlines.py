@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from antiphon.core.errors import DeadlineExceeded, ErrorInfo
 from antiphon.engine.request_state import RequestState
+
+TOO_LATE = ErrorInfo(code=DeadlineExceeded.code, message="deadline exceeded")
 
 
 class Deadlines:

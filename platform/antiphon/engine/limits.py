@@ -77,6 +77,16 @@ def check_request(request: Request, config: SchedulerConfig) -> None:
         _check_ids(request.sampling.pooling.token_ids, "pooling.token_ids", config.vocab_size)
 
 
+def check_cache(config: SchedulerConfig) -> None:
+    """Refuse a cache that can't hold one sequence of the longest length. Raises InvalidInput."""
+    if config.num_blocks * config.block_size_tokens < config.max_model_len:
+        raise InvalidInput(
+            f"the KV cache holds {config.num_blocks * config.block_size_tokens} tokens, one sequence of maxModelLen "
+            f"needs {config.max_model_len}",
+            "spec.cache",
+        )
+
+
 def check_room(request: Request, config: SchedulerConfig, *, is_prompt_only: bool) -> None:
     """Refuse a request that has no tokens, or no room for one more where it is to make any. Raises InvalidInput."""
     num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from antiphon.core.errors import DeadlineExceeded, ErrorInfo, InvalidInput, Overloaded
+from antiphon.core.errors import ErrorInfo, InvalidInput, Overloaded
 from antiphon.core.kv import KVLoad, KVTarget
 from antiphon.core.request import Request, RequestId, RequestOutput, RequestStatus
 from antiphon.core.step import (
@@ -32,9 +32,9 @@ from antiphon.core.step import (
     StateStep,
 )
 from antiphon.engine.block_manager import KVBlockManager
-from antiphon.engine.deadlines import Deadlines
+from antiphon.engine.deadlines import TOO_LATE, Deadlines
 from antiphon.engine.fairness import FairQueue, over_share
-from antiphon.engine.limits import SchedulerConfig, SchedulerStats, check_request, check_room
+from antiphon.engine.limits import SchedulerConfig, SchedulerStats, check_cache, check_request, check_room
 from antiphon.engine.outcome import end_output, stop_status, token_output
 from antiphon.engine.request_blocks import RequestBlocks
 from antiphon.engine.request_state import RequestState
@@ -43,20 +43,13 @@ from antiphon.engine.speculation.speculator import Speculator
 from antiphon.engine.state_slots import Prefix, StateSlots
 from antiphon.engine.step_values import announced, continued, load_asked
 
-_TOO_LATE = ErrorInfo(code=DeadlineExceeded.code, message="deadline exceeded")
-
 
 class Scheduler:
     """Owns all request states and KV blocks of one engine. Only the engine's loop may touch it."""
 
     def __init__(self, config: SchedulerConfig, clock: Callable[[], float], speculator: Speculator | None = None) -> None:
         """``speculator``: drafts tokens of decodes; None = each gets one a step."""
-        if config.num_blocks * config.block_size_tokens < config.max_model_len:
-            raise InvalidInput(
-                f"the KV cache holds {config.num_blocks * config.block_size_tokens} tokens, one sequence of maxModelLen "
-                f"needs {config.max_model_len}",
-                "spec.cache",
-            )
+        check_cache(config)
         self.config = config
         self.stats = SchedulerStats()
         self.blocks = KVBlockManager(config.num_blocks, config.block_size_tokens, prefix_caching=config.prefix_caching)
@@ -411,7 +404,7 @@ class Scheduler:
 
     def _expire(self) -> None:
         for state in self._deadlines.late(self._states.values(), self._clock()):
-            self._end(state, RequestStatus.FINISHED_ABORTED, _TOO_LATE)
+            self._end(state, RequestStatus.FINISHED_ABORTED, TOO_LATE)
 
     def _end(self, state: RequestState, status: RequestStatus, error: ErrorInfo | None) -> None:
         """End a request outside the normal course, and report it."""

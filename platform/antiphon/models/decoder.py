@@ -17,9 +17,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from antiphon.core.errors import UnsupportedModel
 from antiphon.core.ids import FFNShard
-from antiphon.core.kv import KVLayout
 from antiphon.device.device import is_card
 from antiphon.models.attention.delta import DeltaAttention
 from antiphon.models.attention.grouped_query import GroupedAttention
@@ -375,29 +373,3 @@ class FFNHalves:
             return ffn.compute(rows_TD, ids_TK, weights_TK)
         assert ffn is not None  # and rows for a layer number that has no FFN
         return ffn.compute(rows_TD)
-
-
-def kv_layout(config: DecoderConfig, dtype: torch.dtype, block_size_tokens: int) -> KVLayout:
-    """How this decoder's KV and states are laid out.
-
-    Raises:
-        UnsupportedModel: layers that cache per token cache different things, or those that have states have different ones.
-    """
-    name = str(dtype).removeprefix("torch.")
-    mixers = [layer.attention for layer in config.layers]
-    with_state = {
-        i: mixer.states(name, dtype.itemsize) for i, mixer in enumerate(mixers) if isinstance(mixer, DeltaConfig | ShortConvConfig)
-    }
-    planes = {mixer.planes for i, mixer in enumerate(mixers) if i not in with_state}
-    states = set(with_state.values())
-    if len(planes) > 1 or len(states) > 1:
-        raise UnsupportedModel("layers that differ in what they keep of a token or of a sequence are not supported", "layer_types")
-    return KVLayout(
-        num_layers=config.num_layers,
-        planes=next(iter(planes), ()),
-        block_size_tokens=block_size_tokens,
-        dtype=name,
-        itemsize_bytes=dtype.itemsize,
-        states=next(iter(states), ()),
-        state_layers=tuple(with_state),
-    )

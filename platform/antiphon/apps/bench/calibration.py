@@ -18,7 +18,8 @@ from antiphon.core.ids import FFNShard
 from antiphon.gateway.text.tokenizer import TextModel
 from antiphon.models.attention.kv_cache import TORCH_DTYPES, KVCache
 from antiphon.models.attention.paged import AttentionBatch, Chunk
-from antiphon.models.decoder import AttentionHalves, FFNHalves, kv_layout
+from antiphon.models.cache_layout import kv_layout
+from antiphon.models.decoder import AttentionHalves, FFNHalves
 from antiphon.models.experts.skipping import ExpertSkipping
 from antiphon.models.families import describe
 from antiphon.models.loading.checkpoint import Checkpoint

@@ -30,7 +30,8 @@ from antiphon.device.device import open_device
 from antiphon.device.driver import look_for_cards
 from antiphon.device.graphs import CudaGraphs, Graphs, TapeGraphs
 from antiphon.models.attention.kv_cache import KVCache
-from antiphon.models.decoder import AttentionHalves, FFNHalves, kv_layout
+from antiphon.models.cache_layout import kv_layout
+from antiphon.models.decoder import AttentionHalves, FFNHalves
 from antiphon.models.families import describe
 from antiphon.worker.batch_builder import BatchBuilder, Run
 

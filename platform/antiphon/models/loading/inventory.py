@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from antiphon.core.errors import CheckpointInvalid
 from antiphon.core.ids import FFNShard, slice_bounds
 from antiphon.models.attention.kv_cache import TORCH_DTYPES
+from antiphon.models.cache_layout import kv_layout
 from antiphon.models.config import DecoderConfig, FFNConfig, LayerConfig, MoEConfig
-from antiphon.models.decoder import kv_layout
 from antiphon.models.experts.placement import ExpertPlacement
 from antiphon.models.loading.checkpoint import Checkpoint
 from antiphon.models.loading.stored.formats import shape_of, stands_for

@@ -17,8 +17,8 @@ from antiphon.core.errors import InvalidInput
 from antiphon.core.kv import KVLayout
 from antiphon.device.device import CPU, Device
 from antiphon.models.attention.kv_cache import TORCH_DTYPES
+from antiphon.models.cache_layout import kv_layout
 from antiphon.models.config import DecoderConfig
-from antiphon.models.decoder import kv_layout
 from antiphon.models.experts.placement import ExpertPlacement
 from antiphon.models.families import describe
 from antiphon.models.layers.quantized import Int8Choice
