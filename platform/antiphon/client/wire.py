@@ -20,8 +20,8 @@ from antiphon.client.status_values import (
 from antiphon.client.values import CallPiece, Chunk, Logprob, Message, ModelInfo, TokenProbability, Tool, Usage
 from antiphon.core.errors import InvalidInput
 from antiphon.core.request import FinishReason
-from antiphon.rpc.by_name import scalar_names, value_from
-from antiphon.rpc.load import decode_load
+from antiphon.rpc.messages.by_name import scalar_names, value_from
+from antiphon.rpc.messages.load import decode_load
 from antiphon.rpc.v1 import inference_pb2 as pb
 
 _CALL_KINDS = frozenset(("call_begin", "call_arguments", "call_end"))

@@ -37,9 +37,9 @@ from antiphon.gateway.grpc import agents, vectors
 from antiphon.gateway.openai.http_io import new_request_id, valid_request_id
 from antiphon.gateway.openai.parsing import parse
 from antiphon.gateway.status import WorkerStatus
-from antiphon.rpc.by_name import message_from, scalars_of
 from antiphon.rpc.inference import CallInfo
-from antiphon.rpc.load import encode_load
+from antiphon.rpc.messages.by_name import message_from, scalars_of
+from antiphon.rpc.messages.load import encode_load
 from antiphon.rpc.v1 import inference_pb2 as pb
 
 _FINISH = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}

@@ -8,7 +8,7 @@ import pytest
 
 from antiphon.client import status_values
 from antiphon.client.values import ModelInfo, TokenProbability, Usage
-from antiphon.rpc.by_name import message_from, scalar_names, scalars_of, value_from
+from antiphon.rpc.messages.by_name import message_from, scalar_names, scalars_of, value_from
 from antiphon.rpc.v1 import inference_pb2 as pb
 
 
