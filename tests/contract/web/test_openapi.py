@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ import httpx
 import jsonschema
 import pytest
 
+from antiphon import gateway
 from antiphon.core.document.serving import EndpointSpec
 from antiphon.core.errors import AntiphonError
 from antiphon.gateway.web.openapi import openapi
@@ -128,6 +130,15 @@ async def test_every_path_that_is_served_is_published_and_errors_have_their_shap
         assert page.headers["content-type"] == "text/html; charset=utf-8"
         assert "default-src 'none'" in page.headers["content-security-policy"]
         assert "://" not in page.text
+
+
+def test_every_route_is_published(document: dict[str, Any]) -> None:
+    """Other names of a published path, and the pages' own files, apart."""
+    served = set()
+    for path in (Path(gateway.__file__).parent).rglob("*.py"):
+        served |= set(re.findall(r'@app\.(?:get|post)\("([^"]+)"', path.read_text()))
+    others = {"/", "/docs", "/openapi.json", "/favicon.ico", "/web/{name}", "/rerank", "/v2/rerank", "/score"}
+    assert {path.replace(":path", "") for path in served} - others == set(document["paths"])
 
 
 def test_keys_are_part_of_the_document_where_they_are_asked_for(document: dict[str, Any]) -> None:
