@@ -27,7 +27,11 @@ function typeOf(schema) {
 function boundsOf(schema) {
   const parts = [];
   for (const each of schema.anyOf ?? [schema]) {
-    if (each.minimum !== undefined || each.maximum !== undefined) parts.push(`${each.minimum ?? "…"} to ${each.maximum ?? "…"}`);
+    const least = each.minimum ?? (each.exclusiveMinimum === undefined ? undefined : `above ${each.exclusiveMinimum}`);
+    const most = each.maximum ?? (each.exclusiveMaximum === undefined ? undefined : `below ${each.exclusiveMaximum}`);
+    if (least !== undefined && most !== undefined) parts.push(`${least} to ${most}`);
+    else if (least !== undefined) parts.push(each.minimum === undefined ? least : `at least ${least}`);
+    else if (most !== undefined) parts.push(each.maximum === undefined ? most : `at most ${most}`);
     if (each.maxLength !== undefined) parts.push(`at most ${each.maxLength} characters`);
     if (each.maxItems !== undefined) parts.push(`at most ${each.maxItems}`);
   }
@@ -43,7 +47,8 @@ function linked(schema) {
 function fields(schema) {
   const whole = resolve(schema);
   const required = new Set(whole.required ?? []);
-  const rows = Object.entries(whole.properties ?? {}).map(([name, each]) =>
+  const named = Object.entries(whole.properties ?? {}).sort(([a], [b]) => required.has(b) - required.has(a)); // what is needed first
+  const rows = named.map(([name, each]) =>
     make(
       "tr", {},
       make("th", { scope: "row" }, make("code", {}, name), required.has(name) ? make("span", { class: "must", title: "needed" }, " *") : ""),
