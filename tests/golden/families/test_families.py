@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 from antiphon.models.experts.placement import ExpertPlacement
 from antiphon.testing import LocalCluster, wiring
@@ -45,7 +47,45 @@ YARN: dict[str, Any] = {
 }
 DEEPSEEK: dict[str, Any] = {**SHAPE, **LATENT, "num_key_value_heads": 4, "n_routed_experts": 8, "moe_intermediate_size": 36}
 
+DELTA: dict[str, Any] = {
+    **SHAPE,
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+DELTA_MOE: dict[str, Any] = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 36,
+    "shared_expert_intermediate_size": 40,
+}
+
 FAMILIES: dict[str, Callable[[], Any]] = {
+    "qwen3_next": lambda: hf.Qwen3NextForCausalLM(hf.Qwen3NextConfig(**DELTA, **DELTA_MOE, mlp_only_layers=[1])),
+    "qwen3_5": lambda: hf.Qwen3_5ForCausalLM(hf.Qwen3_5TextConfig(**DELTA)),
+    "qwen3_5_moe": lambda: hf.Qwen3_5MoeForCausalLM(
+        hf.Qwen3_5MoeTextConfig(**{k: v for k, v in DELTA.items() if k != "intermediate_size"}, **DELTA_MOE)
+    ),
+    "lfm2": lambda: hf.Lfm2ForCausalLM(
+        hf.Lfm2Config(**{**SHAPE, "num_hidden_layers": 4}, full_attn_idxs=[1, 3], block_multiple_of=8, conv_bias=True)
+    ),
+    "kimi_linear": lambda: hf.KimiLinearForCausalLM(
+        hf.KimiLinearConfig(
+            **{**SHAPE, **LATENT, "num_hidden_layers": 4, "num_key_value_heads": 4, "q_lora_rank": None},
+            num_local_experts=8,
+            num_experts_per_tok=3,
+            n_group=2,
+            topk_group=1,
+            moe_intermediate_size=36,
+            linear_head_dim=16,
+            linear_num_heads=3,
+            layer_types=["linear_attention", "full_attention"] * 2,
+            pad_token_id=0,
+        )
+    ),
     "gemma2": lambda: hf.Gemma2ForCausalLM(
         hf.Gemma2Config(
             **SHAPE,
@@ -214,7 +254,16 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     unsettle(model)
     path = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(path)
+    if request.param == "kimi_linear":
+        name_dense_layers_as_published(path)
     return path, model
+
+
+def name_dense_layers_as_published(path: Path) -> None:
+    """transformers saves dense layers under the name that the published checkpoints have for experts only."""
+    tensors = load_file(path / "model.safetensors")
+    dense = re.compile(r"block_sparse_moe\.(gate|up|down)_proj")
+    save_file({dense.sub(r"mlp.\1_proj", name): each for name, each in tensors.items()}, path / "model.safetensors")
 
 
 def watch_logits(cluster: LocalCluster) -> list[torch.Tensor]:
@@ -240,7 +289,7 @@ def check(model: Any, prompt: list[int], answer: list[int], ours: torch.Tensor) 
 
 
 # Families whose caches, masks or experts are unlike the others': all that can happen to a request happens to them at once, below.
-DISTURBED = ("deepseek_v32", "gemma2", "gpt_oss", "step3p7")
+DISTURBED = ("deepseek_v32", "gemma2", "gpt_oss", "kimi_linear", "lfm2", "qwen3_next", "step3p7")
 ALONE = ("monolith", "2A3F, slices")
 CASES = [(family, name) for family in sorted(FAMILIES) for name in WIRINGS if family not in DISTURBED or name in ALONE]
 
@@ -296,7 +345,7 @@ def test_nothing_that_happens_to_requests_changes_a_token(tiny: tuple[Path, Any]
         expert_groups=3 if has_experts else 1,
         ffn=1 if has_experts else 3,
         ffn_replicas=2,
-        cache={"numBlocks": 8, "blockSizeTokens": 16},
+        cache={"numBlocks": 8, "blockSizeTokens": 16, "snapshotBlocks": 1},
         scheduler={"maxNumBatchedTokens": 32, "remotePrefillMinTokens": 8},
         transport={"numUbatches": 2},
     )
