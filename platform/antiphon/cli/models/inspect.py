@@ -14,6 +14,7 @@ from rich.table import Table
 
 from antiphon.cli.models.heat import draw, heat, read_load
 from antiphon.core.errors import InvalidInput
+from antiphon.core.kv import LIVE_STATES
 
 app = typer.Typer(add_completion=False)
 
@@ -66,8 +67,12 @@ def inspect(
         if count:
             table.add_row(label, f"{count:,}")
     table.add_row("active per token", f"{found.active_parameters:,}")
-    per_gib = 2**30 // found.kv_token_bytes
-    table.add_row("KV per token", f"{found.kv_token_bytes:,} bytes ({dtype}); 1Gi holds {per_gib:,} tokens")
+    if found.kv_token_bytes:
+        per_gib = 2**30 // found.kv_token_bytes
+        table.add_row("KV per token", f"{found.kv_token_bytes:,} bytes ({dtype}); 1Gi holds {per_gib:,} tokens")
+    if found.state_bytes:
+        live = f"{LIVE_STATES} of them while it runs, whatever its length"
+        table.add_row("state per sequence", f"{found.state_bytes:,} bytes; {live}")
     sampling = read_sampling_defaults(directory)
     shown = ", ".join(f"{name} {value:g}" for name, value in sampling.items()) or "none: OpenAI's"
     table.add_row("sampling defaults", shown)

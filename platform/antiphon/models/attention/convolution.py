@@ -25,7 +25,6 @@ class CausalConv:
         self._weight_WC = weight_C1W[:, 0].t().float().contiguous()
         self._bias = None if bias_C is None else bias_C.float()
         self._silu = silu
-        self._native = False
 
     @classmethod
     def read(cls, weights: Weights, name: str, *, bias: bool, silu: bool) -> CausalConv:
@@ -35,11 +34,6 @@ class CausalConv:
 
     def __call__(self, x_TC: torch.Tensor, tails: torch.Tensor, states: StateBatch) -> torch.Tensor:
         """fp32 [T, C]; the rows' last inputs are in ``tails`` afterwards, where ``states`` says."""
-        if self._native:
-            out: torch.Tensor = torch.ops.antiphon.causal_conv(
-                *(x_TC, self._weight_WC, self._bias, tails, states.reads, states.writes, states.rows, self._silu)
-            )
-            return out
         parts = []
         num_decodes, num_tail = states.num_decodes, self._weight_WC.shape[0] - 1
         if num_decodes:

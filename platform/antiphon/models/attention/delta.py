@@ -65,22 +65,14 @@ class DeltaAttention:
         self._rate_N = -weights.read(prefix + "A_log", dtype=torch.float32).reshape(c.num_heads).exp()
         self._norm_V = weights.read(prefix + ("o_norm" if self._is_kimi else "norm") + ".weight", dtype=torch.float32)
         self._out = Linear(weights.read(f"{prefix}{layer.names.attention_out}.weight"))
-        self._native = False
 
     def __call__(self, x_TD: torch.Tensor, batch: AttentionBatch, layer: int, cache: KVCache) -> torch.Tensor:
         """[T, D], newly allocated; the rows' states are where the batch says afterwards."""
         states, planes = batch.states, cache.states[layer]
         assert states is not None  # the batch is laid out for a cache that has states
-        c = self._config
         rows = self._project(x_TD)
         qkv_TC = self._conv(rows.qkv_TC, planes[0], states)
-        if self._native:
-            normed = torch.ops.antiphon.delta_rule(
-                *(qkv_TC, rows.beta_TN, rows.decay_T, self._bias, self._rate_N, rows.z_TNV, self._norm_V, c.norm_eps),
-                *(self._is_kimi, planes[1], states.reads, states.writes, states.rows, c.num_key_heads),
-            )
-        else:
-            normed = self._in_torch(rows, qkv_TC, planes[1], states)
+        normed = self._attend(rows, qkv_TC, planes[1], states)
         states.keep(planes)
         return self._out(normed)
 
@@ -93,7 +85,7 @@ class DeltaAttention:
             qkv_TC=parts[0], beta_TN=parts[1], decay_T=of_decay(parts[2].contiguous()), z_TNV=of_gate(parts[3].contiguous())
         )
 
-    def _in_torch(self, rows: _Projected, qkv_TC: torch.Tensor, plane: torch.Tensor, states: StateBatch) -> torch.Tensor:
+    def _attend(self, rows: _Projected, qkv_TC: torch.Tensor, plane: torch.Tensor, states: StateBatch) -> torch.Tensor:
         c = self._config
         num_rows, key_width = qkv_TC.shape[0], c.num_key_heads * c.key_dim
         q, k, v = torch.split_with_sizes(qkv_TC, [key_width, key_width, c.num_heads * c.value_dim], dim=1)

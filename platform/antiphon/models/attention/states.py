@@ -54,14 +54,11 @@ class StateChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateBatch:
-    """The states of one step (or one ubatch of it), decodes first; ``reads``, ``writes`` and ``rows`` say all of it by runs."""
+    """The states of one step (or one ubatch of it), decodes first."""
 
     read_B: torch.Tensor  # int64 slots
     write_B: torch.Tensor
     chunks: Sequence[StateChunk]
-    reads: Sequence[int]
-    writes: Sequence[int]
-    rows: Sequence[int]
     kept_from: torch.Tensor | None  # int64 slots that are written and have a snapshot
     kept_in: torch.Tensor | None  # and where those go
 
@@ -90,9 +87,6 @@ class StateBatch:
             read_B=read_B,
             write_B=write_B,
             chunks=chunks,
-            reads=[*reads, *(chunk.read for chunk in chunks)],
-            writes=[*writes, *(chunk.write for chunk in chunks)],
-            rows=[*(run.num_rows for run in decodes), *(chunk.num_rows for chunk in chunks)],
             kept_from=kept_from if kept else None,
             kept_in=kept_in if kept else None,
         )

@@ -1,4 +1,4 @@
-"""Kimi Linear (arXiv 2510.26692): three layers of Kimi Delta Attention to one of latent attention without positions (control speed)."""
+"""Kimi Linear (arXiv 2510.26692): Kimi Delta Attention, each fourth layer latent attention without positions (control speed)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Qwen3.5, text, dense and with experts: Qwen3-Next's layers, their projections stored apart (control speed).
 
 The published checkpoints have a vision tower and tensors that predict a second token ("mtp.") beside the text's, and the text's
-config in a section of its own; text is what is served of them. Positions of text are equal in all three directions that the rotation
-knows, so that it is the usual one.
+config in a section of its own; text is what is served of them. A text's positions are equal in all three directions that the
+rotation knows, so that it is the usual one.
 """
 
 from __future__ import annotations

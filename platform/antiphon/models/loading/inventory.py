@@ -34,6 +34,7 @@ class Inventory:
     shared_parameters: int
     active_parameters: int  # that one token computes with (embedding looked up, not computed)
     kv_token_bytes: int  # all layers
+    state_bytes: int  # of a sequence at one place, all layers; 0 where no layer has a state
     itemsize_bytes: int  # of a weight in the format that was asked about
 
     @property
@@ -66,6 +67,7 @@ def take_inventory(config: DecoderConfig, checkpoint: Checkpoint, dtype: str) ->
     attention = sum(math.prod(shape_of(checkpoint, name)) for name in _attention_names(config, checkpoint))
     embedding = config.vocab_size * config.hidden_size
     sparse = [ffn for ffn in config.ffns if isinstance(ffn, MoEConfig)]
+    layout = kv_layout(config, TORCH_DTYPES[dtype], 1)
     return Inventory(
         family=config.family,
         num_layers=config.num_layers,
@@ -77,7 +79,8 @@ def take_inventory(config: DecoderConfig, checkpoint: Checkpoint, dtype: str) ->
         expert_parameters=experts,
         shared_parameters=shared,
         active_parameters=active + attention - (0 if config.tie_embeddings else embedding),
-        kv_token_bytes=kv_layout(config, TORCH_DTYPES[dtype], 1).token_bytes,
+        kv_token_bytes=layout.token_bytes,
+        state_bytes=layout.state_bytes,
         itemsize_bytes=TORCH_DTYPES[dtype].itemsize,
     )
 

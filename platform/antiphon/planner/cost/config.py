@@ -15,11 +15,11 @@ from antiphon.planner.cost.shape import FFN, Attention, Layer, LinearAttention, 
 
 # The names that families give to one dimension, in order of precedence.
 NUM_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
-EXPERTS_PER_ROW = ("num_experts_per_tok", "moe_top_k", "moe_k", "moe_topk")
+EXPERTS_PER_ROW = ("num_experts_per_tok", "moe_top_k", "moe_k", "moe_topk", "num_experts_per_token")
 NUM_KV_HEADS = ("num_key_value_heads", "num_attention_groups", "num_attention_heads")
 MAX_DIMENSION = 1_000_000_000
 MAX_LAYERS = 100_000
-NOT_MODELLED = ("ssm_cfg", "mamba_d_state", "linear_num_value_heads", "altup_num_inputs")
+NOT_MODELLED = ("ssm_cfg", "mamba_d_state", "altup_num_inputs")
 
 
 def shape_of(config: Mapping[str, Any], name: str) -> ModelShape:
@@ -116,7 +116,11 @@ def _attention(fields: _Fields, name: str) -> Callable[[int], Attention]:
                 head_dim=fields.integer("index_head_dim", least=1),
                 chosen=fields.integer("index_topk"),
             )
-        return lambda _index: latent
+        delta = _delta(fields)
+        if delta is None:
+            return lambda _index: latent
+        sees = _layer_windows(fields, name)
+        return lambda index: delta if sees(index) == "linear" else latent
     if num_heads == 0:
         raise InvalidInput("num_attention_heads: must not be 0", "num_attention_heads")
     num_kv_heads = fields.integer(*NUM_KV_HEADS, least=1)
@@ -135,10 +139,18 @@ def _attention(fields: _Fields, name: str) -> Callable[[int], Attention]:
 
     def grouped(window: int | None) -> SoftmaxAttention:
         heads = num_heads if window is None else sliding_heads
-        made = SoftmaxAttention.grouped(hidden=hidden, num_heads=heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=window)
+        made = SoftmaxAttention.grouped(
+            hidden=hidden,
+            num_heads=heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            window=window,
+            has_output_gate=delta is not None,
+        )
         return replace(made, projection_weights=made.projection_weights + hidden * heads) if is_gated else made
 
-    linear = LinearAttention.gated(hidden=hidden, num_heads=num_heads, head_dim=head_dim)
+    delta = _delta(fields)
+    linear = LinearAttention.gated(hidden=hidden, num_heads=num_heads, head_dim=head_dim) if delta is None else delta
     windows = _layer_windows(fields, name)
     return lambda index: linear if windows(index) == "linear" else grouped(_as_window(windows(index)))
 
@@ -149,6 +161,32 @@ def _sliding_heads(fields: _Fields, num_heads: int) -> int:
     if isinstance(other, Mapping):
         return _Fields(other).integer("num_attention_heads", default=num_heads, least=1)
     return fields.integer("num_sliding_attention_heads", default=num_heads, least=1)
+
+
+def _delta(fields: _Fields) -> LinearAttention | None:
+    """The gated delta rule's layers, in Qwen's fields or Kimi's; None where there are none. Their convolutions are of 4 taps."""
+    section = fields.raw.get("linear_attn_config")
+    if isinstance(section, Mapping):  # Kimi Delta Attention: a decay per channel, low-rank decay and output gate
+        own = _Fields(section)
+        return LinearAttention.delta(
+            hidden=fields.integer("hidden_size"),
+            num_key_heads=own.integer("num_heads", least=1),
+            num_heads=own.integer("num_heads", least=1),
+            key_dim=own.integer("head_dim", least=1),
+            value_dim=own.integer("head_dim", least=1),
+            num_taps=own.integer("short_conv_kernel_size", default=4, least=1),
+            low_rank=own.integer("head_dim", least=1),
+        )
+    if fields.optional("linear_num_value_heads") is None:
+        return None
+    return LinearAttention.delta(
+        hidden=fields.integer("hidden_size"),
+        num_key_heads=fields.integer("linear_num_key_heads", least=1),
+        num_heads=fields.integer("linear_num_value_heads", least=1),
+        key_dim=fields.integer("linear_key_head_dim", least=1),
+        value_dim=fields.integer("linear_value_head_dim", least=1),
+        num_taps=fields.integer("linear_conv_kernel_dim", default=4, least=1),
+    )
 
 
 def _as_window(window: int | str | None) -> int | None:
@@ -174,6 +212,13 @@ def _layer_windows(fields: _Fields, name: str) -> Callable[[int], int | str | No
             if not isinstance(kind, str) or kind not in meaning:
                 raise UnsupportedModel(f"{name}: the cost of {str(kind)[:64]!r} layers is not modelled", "layer_types")
         return lambda index: meaning[types[index]]
+    section = raw.get("linear_attn_config")
+    if isinstance(section, Mapping):  # which counts layers from one
+        linear = set(_Fields(section).listed("kda_layers"))
+        return lambda index: "linear" if index + 1 in linear else None
+    if raw.get("linear_num_value_heads") is not None:
+        every = fields.integer("full_attention_interval", default=4, least=1)
+        return lambda index: None if (index + 1) % every == 0 else "linear"
     if chunk is not None:  # layers without rotary positions see the whole context
         no_rope = fields.listed("no_rope_layers", num_layers) if raw.get("no_rope_layers") else None
         interval = fields.integer("no_rope_layer_interval", default=4, least=1)
@@ -213,7 +258,7 @@ def _mixture(fields: _Fields) -> FFN:
     intermediate = fields.integer("moe_intermediate_size", "intermediate_size")
     shared = fields.integer("shared_expert_intermediate_size", "share_expert_dim", "shared_intermediate_size", default=0)
     if not shared:
-        shared = intermediate * fields.integer("n_shared_experts", "moe_num_shared_experts", default=0)
+        shared = intermediate * fields.integer("n_shared_experts", "moe_num_shared_experts", "num_shared_experts", default=0)
     if fields.optional("intermediate_size_mlp") is not None:  # one shared expert of an expert's size beside the routed ones
         shared = intermediate
     num, per_row = fields.integer(*NUM_EXPERTS), fields.integer(*EXPERTS_PER_ROW, least=1)

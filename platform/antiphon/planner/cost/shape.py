@@ -42,15 +42,22 @@ class SoftmaxAttention:
 
     @classmethod
     def grouped(
-        cls, *, hidden: int, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None = None
+        cls,
+        *,
+        hidden: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        window: int | None = None,
+        has_output_gate: bool = False,
     ) -> SoftmaxAttention:
-        """MHA, GQA or MQA: one key and one value per KV head."""
+        """MHA, GQA or MQA: one key and one value per KV head; ``has_output_gate``: projected from the rows, a value each."""
         flops = 4 * num_heads * head_dim
         return cls(
             cached_values=2 * num_kv_heads * head_dim,
             decode_flops=flops,
             prefill_flops=flops,
-            projection_weights=hidden * (2 * num_heads * head_dim + 2 * num_kv_heads * head_dim),
+            projection_weights=hidden * ((2 + has_output_gate) * num_heads * head_dim + 2 * num_kv_heads * head_dim),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             core_flops=flops,
@@ -138,6 +145,30 @@ class LinearAttention:
         return cls(
             state_values=num_heads * head_dim * head_dim,
             projection_weights=5 * hidden * num_heads * head_dim,
+            num_heads=num_heads,
+        )
+
+    @classmethod
+    def delta(
+        cls,
+        *,
+        hidden: int,
+        num_key_heads: int,
+        num_heads: int,
+        key_dim: int,
+        value_dim: int,
+        num_taps: int,
+        low_rank: int | None = None,
+    ) -> LinearAttention:
+        """The gated delta rule: a key_dim x value_dim state per head, and the last inputs of a convolution over q, k and v.
+
+        ``low_rank``: of the projections that give a decay per channel and the output's gate; None = a decay per head.
+        """
+        keys, values = num_key_heads * key_dim, num_heads * value_dim
+        gates = hidden * (values + num_heads) if low_rank is None else low_rank * (2 * hidden + num_heads * key_dim + values)
+        return cls(
+            state_values=num_heads * key_dim * value_dim + (num_taps - 1) * (2 * keys + values),
+            projection_weights=hidden * (2 * keys + 2 * values + num_heads) + gates,
             num_heads=num_heads,
         )
 

@@ -9,7 +9,7 @@ import pytest
 import transformers as hf
 
 from antiphon.core.errors import UnsupportedModel
-from antiphon.models.config import AttentionConfig, DecoderConfig, FFNConfig, LayerConfig
+from antiphon.models.config import AttentionConfig, DecoderConfig, DeltaConfig, FFNConfig, LayerConfig, ShortConvConfig
 from antiphon.models.families import describe
 from antiphon.models.families.fields import _HARMLESS
 
@@ -217,6 +217,71 @@ DEEPSEEK_V32: dict[str, Any] = {
     },
 }
 
+KIMI_LINEAR: dict[str, Any] = {
+    "architectures": ["KimiLinearForCausalLM"],
+    "model_type": "kimi_linear",
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "kv_lora_rank": 512,
+    "linear_attn_config": {
+        "full_attn_layers": [4, 8, 12, 16, 20, 24, 27],
+        "head_dim": 128,
+        "kda_layers": [1, 2, 3, 5, 6, 7, 9, 10, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26],
+        "num_heads": 32,
+        "short_conv_kernel_size": 4,
+    },
+    "mla_use_nope": True,
+    "model_max_length": 1048576,
+    "moe_intermediate_size": 1024,
+    "moe_layer_freq": 1,
+    "moe_renormalize": True,
+    "moe_router_activation_func": "sigmoid",
+    "num_attention_heads": 32,
+    "num_expert_group": 1,
+    "num_experts": 256,
+    "num_experts_per_token": 8,
+    "num_hidden_layers": 27,
+    "num_shared_experts": 1,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "routed_scaling_factor": 2.446,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "use_grouped_topk": True,
+    "v_head_dim": 128,
+    "vocab_size": 163840,
+}
+LFM2: dict[str, Any] = {
+    "architectures": ["Lfm2ForCausalLM"],
+    "model_type": "lfm2",
+    "block_auto_adjust_ff_dim": True,
+    "block_dim": 2048,
+    "block_ff_dim": 12288,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_multiple_of": 256,
+    "block_norm_eps": 1e-05,
+    "block_use_swiglu": True,
+    "conv_L_cache": 3,
+    "conv_bias": False,
+    "conv_dim": 2048,
+    "conv_dim_out": 2048,
+    "hidden_size": 2048,
+    "layer_types": ["full_attention" if i in (2, 5, 8, 10, 12, 14) else "conv" for i in range(16)],
+    "max_position_embeddings": 128000,
+    "norm_eps": 1e-05,
+    "num_attention_heads": 32,
+    "num_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "rope_theta": 1000000.0,
+    "use_pos_enc": True,
+    "vocab_size": 65536,
+}
+
 
 def of(name: str, config: Any) -> dict[str, Any]:
     return {**config.to_dict(), "architectures": [name]}
@@ -256,14 +321,26 @@ MODELS: dict[str, tuple[Mapping[str, Any], float, float]] = {  # config; paramet
     # arXiv 2508.10925, table 1; its activated ones leave out one of the two embeddings.
     "gpt-oss-120b": (GPT_OSS, 116.83, 5.13 + 0.58),
     "gpt-oss-20b": (GPT_OSS_20B, 20.91, 3.61 + 0.58),
+    # Their cards: 80B and 3B, 48B and 3B, 35B and 3B, 1.17B; the activated ones are rounded down and leave out embeddings.
+    "Qwen3-Next-80B-A3B": (of("Qwen3NextForCausalLM", hf.Qwen3NextConfig()), 79.67, 3.88),
+    "Kimi-Linear-48B-A3B": (KIMI_LINEAR, 49.1, 3.5),
+    "Qwen3.5-35B-A3B": (of("Qwen3_5MoeForCausalLM", hf.Qwen3_5MoeTextConfig()), 35.0 - 0.45, 3.5),  # without its vision tower
+    "LFM2-1.2B": (LFM2, 1.17, 1.17),
     "Mixtral 8x7B": (of("MixtralForCausalLM", hf.MixtralConfig()), 46.7, 12.9),
 }
 
 
 def attention_parameters(layer: LayerConfig, hidden: int) -> int:
     a = layer.attention
+    if isinstance(a, ShortConvConfig):
+        return 4 * hidden * hidden
+    if isinstance(a, DeltaConfig):
+        values = a.num_heads * a.value_dim
+        gates = a.key_dim * (2 * hidden + 2 * values) if a.form == "kimi" else hidden * (values + a.num_heads)
+        return hidden * (a.conv_width + values + a.num_heads) + gates
     if isinstance(a, AttentionConfig):
         q = hidden * a.num_heads * a.head_dim if a.q_rank is None else a.q_rank * (hidden + a.num_heads * a.head_dim)
+        q *= 2 if a.has_output_gate else 1
         return q + 2 * hidden * a.num_kv_heads * a.head_dim + a.num_heads * a.head_dim * hidden
     q_width = a.num_heads * (a.nope_dim + a.rope_dim)
     q = hidden * q_width if a.q_rank is None else a.q_rank * (hidden + q_width)
@@ -310,6 +387,8 @@ EVERY: dict[str, Mapping[str, Any]] = {
 }
 # Fields that no result depends on, and why.
 NO_EFFECT: dict[str, str] = {
+    "block_multiple_of": "the width is a multiple of twice as much",
+    "block_ff_dim": "rounded up to a multiple",
     "max_seq_len": "max_position_embedding says it",
     "_sliding_window_pattern": "layer_types says it",
     "max_window_layers": "layer_types says it",

@@ -102,6 +102,66 @@ def test_windows_chunks_and_linear_layers_are_told_apart():
     assert isinstance(linear, LinearAttention)
 
 
+QWEN3_NEXT = {  # of Qwen3-Next-80B-A3B's config.json
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "vocab_size": 151936,
+}
+KIMI_LINEAR = {  # of Kimi-Linear-48B-A3B's
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "linear_attn_config": {
+        "full_attn_layers": [4, 8, 12, 16, 20, 24, 27],
+        "kda_layers": [i for i in range(1, 28) if i not in (4, 8, 12, 16, 20, 24, 27)],
+        "num_heads": 32,
+        "head_dim": 128,
+        "short_conv_kernel_size": 4,
+    },
+    "first_k_dense_replace": 1,
+    "num_experts": 256,
+    "num_experts_per_token": 8,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": 1024,
+    "vocab_size": 163840,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "total", "active", "num_full"),
+    [  # model cards: "80B in total, 3B activated" (without embeddings), "48B total, 3B activated"
+        pytest.param(QWEN3_NEXT, 80e9, 3.88e9, 12, id="Qwen3-Next-80B-A3B"),
+        pytest.param(KIMI_LINEAR, 49e9, 3.5e9, 7, id="Kimi-Linear-48B-A3B"),
+    ],
+)
+def test_gated_delta_layers_are_priced(config: dict[str, object], total: float, active: float, num_full: int):
+    shape = shape_of(config, "hybrid")
+    assert shape.total_weights == pytest.approx(total, rel=0.01)
+    assert shape.activated_weights == pytest.approx(active, rel=0.04)
+    linear = [layer.attention for layer in shape.layers if isinstance(layer.attention, LinearAttention)]
+    assert len(linear) == shape.num_layers - num_full
+    assert {each.state_values for each in linear} == {32 * 128 * 128 + 3 * (8192 if num_full == 12 else 3 * 4096)}
+
+
 def test_a_text_config_inside_a_multimodal_one_is_read():
     assert shape_of({"text_config": DENSE, "vision_config": {"hidden_size": 7}}, "vl") == shape_of(DENSE, "vl")
 
