@@ -22,7 +22,7 @@ from antiphon.coe.routing.embedding import StaticEmbedding, WordVectors, quantis
 _MIN_CHARS = 2  # of a word: single letters and marks say little
 _MAX_WORDS = 20_000
 _MANY_TEXTS = 200  # from here on a word of one text alone is left out
-_NUM_PASSES = 2  # of the randomised decomposition: more change no decision
+_NUM_PASSES = 5  # of the randomised decomposition
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
