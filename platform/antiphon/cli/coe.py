@@ -233,7 +233,7 @@ def calibrate(
 
     found = checks_from(answers, accept)
     if as_json:
-        click.echo(_json([asdict(check) for check in found]))
+        click.echo(_json({"checks": [asdict(check) for check in found]}))
         return
     click.echo("checks:  # of spec.combine")
     for check in found:

@@ -7,6 +7,7 @@ redirect the standard streams while it lives (Ray writes there from native threa
 from __future__ import annotations
 
 import contextlib
+import importlib
 import ipaddress
 import logging
 import math
@@ -18,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from antiphon.apps.serve.host import check_private, end_descendants, ray_dir
 from antiphon.core.errors import Unavailable
@@ -52,9 +53,10 @@ def keep_serve_on_loopback() -> None:
     Serve opens a port for calls between deployments on every address of the machine, unauthenticated, and unpickles what it gets.
     """
     import ray
-    from ray.serve._private import replica
 
-    if not ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback:
+    replica: Any = importlib.import_module("ray.serve._private.replica")  # a module of Ray's own, without types
+    util: Any = ray.util
+    if not ipaddress.ip_address(util.get_node_ip_address()).is_loopback:
         return  # a cluster: who reaches its ports is the network policy's matter
     bind = replica.add_port_to_grpc_server
     replica.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", "127.0.0.1"))

@@ -263,7 +263,7 @@ def _schemas(*, allow_more: bool) -> tuple[Json, dict[int, Json]]:
     for name in ("MessagesBody", "CountBody"):
         system = schemas[name]["properties"]["system"]
         schemas[name]["properties"]["system"] = {"anyOf": [{"type": "string"}, system], "title": "System"}
-    return schemas, {kind: _renamed(ref) for (kind, _), ref in refs.items()}  # type: ignore[misc]
+    return schemas, {kind: _renamed(ref) for (kind, _), ref in refs.items()}
 
 
 def _renamed(value: Any) -> Any:

@@ -89,8 +89,12 @@ def _delta(raw: Mapping[str, Any]) -> DeltaConfig:
     for key in section:
         if key not in (*names, "full_attn_layers", "kda_layers"):
             raise UnsupportedModel(f"{key} = {section[key]!r} is not known to this family", f"linear_attn_config.{key}")
-    said = {key: raw.get(name) for key, name in names.items()}
-    sizes = {key: int(section[key] if section.get(key) is not None else said[key]) for key in names}
+    sizes = {}
+    for key, name in names.items():
+        value = section[key] if section.get(key) is not None else raw.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UnsupportedModel(f"{key} = {value!r}: expected a positive integer", f"linear_attn_config.{key}")
+        sizes[key] = value
     return DeltaConfig(
         num_key_heads=sizes["num_heads"],
         num_heads=sizes["num_heads"],

@@ -119,8 +119,8 @@ def _attention(fields: _Fields, name: str) -> Callable[[int], Attention]:
         delta = _delta(fields)
         if delta is None:
             return lambda _index: latent
-        sees = _layer_windows(fields, name)
-        return lambda index: delta if sees(index) == "linear" else latent
+        sees, linear = _layer_windows(fields, name), delta
+        return lambda index: linear if sees(index) == "linear" else latent
     if num_heads == 0:
         raise InvalidInput("num_attention_heads: must not be 0", "num_attention_heads")
     num_kv_heads = fields.integer(*NUM_KV_HEADS, least=1)

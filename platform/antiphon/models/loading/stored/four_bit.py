@@ -117,5 +117,5 @@ def packed(codes_OI: torch.Tensor) -> torch.Tensor:
     """Codes of one a byte, two a byte; a missing last one is 0."""
     if codes_OI.shape[1] % 2:
         codes_OI = F.pad(codes_OI, (0, 1))
-    pairs = codes_OI.to(torch.uint8).unflatten(1, (-1, 2))
+    pairs = codes_OI.to(torch.uint8).reshape(len(codes_OI), -1, 2)
     return pairs[..., 0] | (pairs[..., 1] << 4)

@@ -26,7 +26,7 @@ Span = tuple[int, int] | None
 def lines_of(blocks_OB: torch.Tensor, stored_type: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, scales and least values of a file's blocks, uint8 [O, bytes]."""
     num_numbers = 1 if stored_type == "Q4_0" else 2
-    blocks_OGb = blocks_OB.unflatten(1, (-1, 2 * num_numbers + BLOCK // 2))
+    blocks_OGb = blocks_OB.reshape(len(blocks_OB), -1, 2 * num_numbers + BLOCK // 2)
     numbers_OGn = blocks_OGb[..., : 2 * num_numbers].contiguous().view(torch.float16)
     bytes_OGb = blocks_OGb[..., 2 * num_numbers :]
     codes_OI = torch.cat((bytes_OGb & 15, bytes_OGb >> 4), dim=-1).flatten(1)

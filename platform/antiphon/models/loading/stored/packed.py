@@ -25,7 +25,7 @@ _SUFFIXES = {"gptq": ".qweight", "awq": ".qweight", "compressed-tensors": ".weig
 
 def is_packed(checkpoint: Checkpoint, name: str) -> bool:
     """Whether the matrix ``name`` is stored in words."""
-    suffix = _SUFFIXES.get(_section(checkpoint).get("quant_method"))
+    suffix = _SUFFIXES.get(str(_section(checkpoint).get("quant_method")))
     return suffix is not None and name.endswith(".weight") and name.removesuffix(".weight") + suffix in checkpoint.names
 
 
@@ -49,7 +49,7 @@ def read_packed(checkpoint: Checkpoint, name: str, rows: Span, cols: Span) -> Fo
     rows = (0, num_outputs) if rows is None else rows
     if not 0 <= rows[0] <= rows[1] <= num_outputs:
         raise CheckpointInvalid(f"{checkpoint.path}: rows {rows[0]}:{rows[1]} lie outside {name!r} of {num_outputs}")
-    read = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed}[_section(checkpoint)["quant_method"]]
+    read = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed}[str(_section(checkpoint)["quant_method"])]
     matrix = read(checkpoint, name.removesuffix(".weight"), (num_outputs, num_inputs), rows)
     return matrix if cols is None else matrix.cols(*cols)
 

@@ -24,7 +24,7 @@ def check_quantization(raw: Mapping[str, Any]) -> None:
     if not isinstance(section, Mapping):
         raise UnsupportedModel(f"{CONFIG_FIELD} = {section!r}: expected a section", CONFIG_FIELD)
     method = section.get("quant_method")
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         name = f"{CONFIG_FIELD}.quant_method"
         raise UnsupportedModel(f"{name} = {method!r} is not supported (only {', '.join(map(repr, _METHODS))})", name)
     _METHODS[method](section)
