@@ -70,7 +70,12 @@ class Target:
     def ask(self, timeout_s: float = 60.0) -> str:
         """The answer of an honest user."""
         body: dict[str, Any] = {"model": "target", "prompt": [5, 6, 7, 8], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-        answer = httpx.post(f"{self.http}/v1/completions", json=body, timeout=timeout_s, trust_env=False)
+        end_s = time.monotonic() + timeout_s
+        while True:
+            answer = httpx.post(f"{self.http}/v1/completions", json=body, timeout=timeout_s, trust_env=False)
+            if answer.status_code != 429 or time.monotonic() > end_s:
+                break
+            time.sleep(float(answer.headers["retry-after"]))  # a flood may just have ended: told to come again, he does
         assert answer.status_code == 200, answer.text
         return str(answer.json()["choices"][0]["text"])
 

@@ -338,7 +338,7 @@ def recorded() -> set[tuple[str, str, str]]:
             "pools": [scaled, {**pool, "name": "more"}],
             "gpuBudget": 8,
             "rollout": {"progressDeadlineS": 30},
-            "kubernetes": {"gateway": {"parentRefs": [{"name": "public"}]}},
+            "kubernetes": {"gateway": {"parentRefs": [{"name": "public"}], "inferencePool": True}},
         },
     )
     scenario.create(COMPOSITION, {"experts": [{"name": "x", "deploymentRef": "demo"}], "general": "x"})

@@ -70,15 +70,14 @@ class RpcServer:
         self._tls = tls
         self._public = public
         self._identity = identity
-        self._server = grpc.aio.server(
-            options=server_options(limits, reuse_port=reuse_port), maximum_concurrent_rpcs=max_concurrent_calls
-        )
+        self._options = server_options(limits, reuse_port=reuse_port)
+        self._max_concurrent_calls = max_concurrent_calls
+        # Made when it starts: gRPC's shutdown of a server that never started leaves an event that nobody takes, and whoever ends
+        # gRPC's poller later in this process waits for it.
+        self._server: grpc.aio.Server | None = None
+        self._services = tuple(services)
         self._health = health.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        for service in services:
-            service.add_to(self._server)
         self._names = [service.name for service in services]
-        reflection.enable_server_reflection([*self._names, HEALTH_SERVICE, reflection.SERVICE_NAME], self._server)
         self._host = host
         self._port = port
         self._closed = False
@@ -99,17 +98,23 @@ class RpcServer:
         Raises:
             Unavailable: the address can't be bound.
         """
+        server = grpc.aio.server(options=self._options, maximum_concurrent_rpcs=self._max_concurrent_calls)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        for service in self._services:
+            service.add_to(server)
+        reflection.enable_server_reflection([*self._names, HEALTH_SERVICE, reflection.SERVICE_NAME], server)
         try:
             where = _join(self._host, self._port)
             if self._public and self._tls is not None:
-                self._port = self._server.add_secure_port(where, self._tls.server_credentials())
+                self._port = server.add_secure_port(where, self._tls.server_credentials())
             elif self._public:
-                self._port = self._server.add_insecure_port(where)
+                self._port = server.add_insecure_port(where)
             else:
-                self._port = self._server.add_secure_port(where, server_credentials(self._identity))
+                self._port = server.add_secure_port(where, server_credentials(self._identity))
         except RuntimeError as error:
             raise Unavailable(f"can't listen on {_join(self._host, self._port)}: {error}") from error
-        await self._server.start()
+        self._server = server
+        await server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def drain(self) -> None:
@@ -121,7 +126,8 @@ class RpcServer:
         if self._closed:
             return
         self._closed = True
-        await self._server.stop(grace_s if grace_s > 0 else None)
+        if self._server is not None:
+            await self._server.stop(grace_s if grace_s > 0 else None)
 
     async def __aenter__(self) -> RpcServer:
         await self.start()

@@ -250,7 +250,6 @@ async def test_each_wrong_request_is_refused_by_name_and_the_server_goes_on(http
     ("method", "path", "status", "code"),
     [
         ("GET", "/v1/nothing", 404, "not_found"),
-        ("GET", "/", 404, "not_found"),
         ("POST", "/v1/models", 405, "method_not_allowed"),
         ("GET", CHAT, 405, "method_not_allowed"),
         ("DELETE", "/v1/models/tiny", 405, "method_not_allowed"),

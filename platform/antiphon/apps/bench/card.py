@@ -117,6 +117,11 @@ class RandomCheckpoint:
         }
         self._norm = (d,)
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Nothing is stored in another form."""
+        return frozenset()
+
     def dtype(self, _name: str) -> torch.dtype:
         """All of them are stored in one."""
         return torch.bfloat16

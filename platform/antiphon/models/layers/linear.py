@@ -1,8 +1,8 @@
 """Linear layers with weights packed once for the machine that runs them (hot).
 
 Four ways, best first: our own kernels on Intel's matrix units (bfloat16), where a row's result does not depend on the rows beside
-it; oneDNN with its weight reordered at load, worth 1.1-2 x at decode's batch sizes; our own vector kernel for few rows where the
-processor has no bfloat16 arithmetic, a row's result again its own among two or more; the plain operator.
+it; oneDNN with its weight reordered at load, worth 1.1-2 x at decode's batch sizes; our own vector kernel where the processor has
+no bfloat16 arithmetic, a row's result again its own; the plain operator.
 Legend: T rows, I inputs, O outputs.
 """
 
@@ -16,8 +16,6 @@ from antiphon.models.native.library import available, tiles_available
 
 # The row count that oneDNN packs for: decode batches. Other counts run on the same packed weight.
 PACK_ROWS = 32
-# Our vector kernel's: one row alone is the plain operator's, which waits for memory less.
-_FEW_ROWS = range(2, 33)
 
 
 class Linear:
@@ -59,14 +57,14 @@ class Linear:
         if self._packed:
             result = torch.ops.mkldnn._linear_pointwise(x_TI, self._weight, self._bias, "none", [], "")
             return result
-        if self._by_rows and x_TI.dim() == 2 and x_TI.shape[0] in _FEW_ROWS:
+        if self._by_rows:
             result = torch.ops.antiphon.row_linear(x_TI.contiguous(), self._weight, self._bias, False)
             return result
         return F.linear(x_TI, self._weight, self._bias)
 
     def in_fp32(self, x_TI: torch.Tensor) -> torch.Tensor:
         """fp32 [T, O], newly allocated; not rounded on the way where our kernels compute it."""
-        if self._by_rows and x_TI.shape[0] in _FEW_ROWS:
+        if self._by_rows:
             wide: torch.Tensor = torch.ops.antiphon.row_linear(x_TI.contiguous(), self._weight, self._bias, True)
             return wide
         if self._tiles is None:

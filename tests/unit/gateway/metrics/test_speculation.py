@@ -21,7 +21,7 @@ def test_drafts_are_counters_by_drafter_of_workers_that_speculate(monkeypatch: p
     monkeypatch.delenv("OTEL_SDK_DISABLED", raising=False)
     monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
     with setup("test") as telemetry:
-        GatewayMetrics(telemetry, workers=lambda: [info(0, GAUGES), info(1, {})], num_requests=lambda: 0)
+        GatewayMetrics(telemetry, workers=lambda: [info(0, GAUGES), info(1, {})], num_requests=lambda: 0, held=dict)
         text = telemetry.prometheus_text().decode()
     found = [line for line in text.splitlines() if line.startswith("antiphon_speculation_")]
     assert len(found) == 3
