@@ -360,10 +360,12 @@ async def world(
         yield made
     finally:
         stop.set()
-        async with asyncio.timeout(15):
-            await serving
-        for worker in made.workers:
-            await worker.close()
+        try:
+            async with asyncio.timeout(15):
+                await serving
+        finally:  # a gateway that did not start raises again; a server left open holds up whoever ends gRPC's poller later
+            for worker in made.workers:
+                await worker.close()
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
