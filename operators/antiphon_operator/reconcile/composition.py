@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from antiphon.core.document.composition import CompositionOfExperts, ExpertSpec, SecretKeyRef
+from antiphon.core.document.coe.experts import ExpertSpec, SecretKeyRef
+from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import Problem, SpecInvalid
 from antiphon_operator.api.conditions import ConditionSet, Reason, Type

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from antiphon.core.document.composition import CompositionOfExperts, ExpertSpec, SecretKeyRef
+from antiphon.core.document.coe.experts import ExpertSpec, SecretKeyRef
+from antiphon.core.document.composition import CompositionOfExperts
 from antiphon_operator.render.canonical import Json, fingerprint, to_yaml
 from antiphon_operator.render.model_pool import Member, pool_documents, pool_environment, pool_memory, pool_volumes
 from antiphon_operator.render.names import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT, HEALTH_PATH, LABEL_COMPOSITION, MANAGER

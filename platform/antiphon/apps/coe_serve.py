@@ -21,8 +21,9 @@ from ray.serve import Application
 from antiphon.apps.serve.door_thread import DoorThread
 from antiphon.apps.serve.ray_runtime import keep_serve_on_loopback
 from antiphon.coe.serving.app import CoeConfig, run_coe
-from antiphon.core.document.composition import CompositionOfExperts, ExternalEndpoint
-from antiphon.core.document.part import Model
+from antiphon.core.document.coe.experts import ExternalEndpoint
+from antiphon.core.document.composition import CompositionOfExperts
+from antiphon.core.document.part import Model, as_tuple
 from antiphon.core.errors import InvalidInput, Unavailable
 from antiphon.gateway.access.keys import keys_from
 
@@ -46,10 +47,7 @@ class CoeArgs(Model):
     api_keys_file: str | None = Field(default=None, description="File of hashed API keys; None = none.")
     start_timeout_s: float = Field(default=120.0, gt=0, le=3600, strict=False, description="Deadline of a replica's start.")
 
-    @field_validator("documents", mode="before")
-    @classmethod
-    def _documents_are_a_list(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
+    _lists = field_validator("documents", mode="before")(as_tuple)
 
     @property
     def num_replicas(self) -> int:

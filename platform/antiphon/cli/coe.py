@@ -306,7 +306,8 @@ def serve(
     import signal
 
     from antiphon.coe.serving.app import CoeConfig, run_coe
-    from antiphon.core.document.composition import CompositionOfExperts, ExternalEndpoint
+    from antiphon.core.document.coe.experts import ExternalEndpoint
+    from antiphon.core.document.composition import CompositionOfExperts
     from antiphon.core.document.loading import read_documents
     from antiphon.core.errors import InvalidInput, Unavailable
     from antiphon.gateway.access.keys import keys_from

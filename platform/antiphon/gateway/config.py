@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from antiphon.core.document.composition import CompositionOfExperts, ExternalEndpoint
+from antiphon.core.document.coe.experts import ExternalEndpoint
+from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.gateway.text.dialect import TextFormats
 from antiphon.rpc.certificates import TlsFiles
 

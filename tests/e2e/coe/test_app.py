@@ -17,7 +17,8 @@ from antiphon.coe.serving.app import CoeConfig, run_coe
 from antiphon.coe.training.data.example_table import example_table
 from antiphon.coe.training.fit import Recipe
 from antiphon.coe.training.train import Options, train
-from antiphon.core.document.composition import CompositionOfExperts, ExternalEndpoint
+from antiphon.core.document.coe.experts import ExternalEndpoint
+from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.core.errors import CheckpointInvalid
 from antiphon.gateway.config import BoundPorts
 from antiphon.gateway.http.server import HttpServer

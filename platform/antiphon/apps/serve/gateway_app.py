@@ -19,7 +19,7 @@ from antiphon.apps.serve.door_thread import DoorThread, OnBound
 from antiphon.apps.serve.plan import GATEWAY, ServeSettings
 from antiphon.apps.serve.ray_runtime import keep_serve_on_loopback
 from antiphon.apps.supervision.event_log import EventLog, Fact
-from antiphon.core.document.composition import ExternalEndpoint
+from antiphon.core.document.coe.experts import ExternalEndpoint
 from antiphon.core.document.serving import EndpointSpec
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import Unavailable

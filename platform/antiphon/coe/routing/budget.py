@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from antiphon.coe.routing.artifact import Artifact
 from antiphon.coe.routing.assessment import assess
-from antiphon.core.document.composition import CompositionSpec, ExpertSpec
+from antiphon.core.document.coe.experts import ExpertSpec
+from antiphon.core.document.composition import CompositionSpec
 from antiphon.core.document.pools import parse_quantity
 
 _MAX_ROWS = 500  # landmarks that are looked at

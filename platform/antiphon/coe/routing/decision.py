@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, NewType
 
-from antiphon.core.document.composition import CompositionSpec, ExpertSpec, Policy, RuleMatch
+from antiphon.core.document.coe.experts import ExpertSpec
+from antiphon.core.document.composition import CompositionSpec, Policy, RuleMatch
 from antiphon.core.errors import InvalidInput, Unavailable
 
 DecisionId = NewType("DecisionId", str)

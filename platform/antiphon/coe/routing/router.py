@@ -32,7 +32,8 @@ from antiphon.coe.routing.decision import (
 )
 from antiphon.coe.routing.learning.log import append_feedback, read_feedback
 from antiphon.coe.routing.learning.online import Feedback, OnlineLearner
-from antiphon.core.document.composition import CompositionSpec, ExpertSpec, Policy, PolicySpec
+from antiphon.core.document.coe.experts import ExpertSpec
+from antiphon.core.document.composition import CompositionSpec, Policy, PolicySpec
 from antiphon.core.errors import InvalidInput
 
 _logger = logging.getLogger(__name__)

@@ -26,7 +26,8 @@ from antiphon.coe.serving.doors.http import CoeDoor
 from antiphon.coe.serving.expert_health import ExpertHealth
 from antiphon.coe.serving.remote import routers_topic
 from antiphon.core.directory import Directory
-from antiphon.core.document.composition import CompositionOfExperts, ExternalEndpoint
+from antiphon.core.document.coe.experts import ExternalEndpoint
+from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.core.errors import AntiphonError, InvalidInput
 from antiphon.directory.memory import MemoryDirectory, open_directory
 from antiphon.directory.workers import WorkerView

@@ -20,7 +20,8 @@ from typing import Generic, Literal, TypeVar
 from antiphon.coe.routing.decision import Reason
 from antiphon.coe.routing.router import Record
 from antiphon.coe.serving.circuit_breaker import Breaker
-from antiphon.core.document.composition import CheckSpec, CombineSpec, CompositionSpec
+from antiphon.core.document.coe.combining import CheckSpec, CombineSpec
+from antiphon.core.document.composition import CompositionSpec
 from antiphon.core.errors import AntiphonError, Unavailable
 
 P = TypeVar("P")

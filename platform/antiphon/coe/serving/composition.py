@@ -21,7 +21,8 @@ from antiphon.coe.serving.combining import Asked
 from antiphon.coe.serving.deciders import Routes
 from antiphon.coe.serving.expert_health import ExpertHealth
 from antiphon.core.directory import Notes
-from antiphon.core.document.composition import CompositionOfExperts, ExternalEndpoint, Policy
+from antiphon.core.document.coe.experts import ExternalEndpoint
+from antiphon.core.document.composition import CompositionOfExperts, Policy
 from antiphon.core.errors import AntiphonError, InvalidInput
 from antiphon.gateway.compositions import CompositionStatus, ExpertStanding
 

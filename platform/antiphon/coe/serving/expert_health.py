@@ -19,7 +19,8 @@ from antiphon.coe.routing.decision import Decision, ExpertState, View
 from antiphon.coe.serving.circuit_breaker import Breaker
 from antiphon.coe.tiers.forecast import Forecast, shares_of
 from antiphon.core.directory import Notes
-from antiphon.core.document.composition import CompositionOfExperts, ExternalEndpoint
+from antiphon.core.document.coe.experts import ExternalEndpoint
+from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.core.errors import AntiphonError
 from antiphon.core.worker_info import WorkerInfo
 

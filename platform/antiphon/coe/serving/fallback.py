@@ -16,7 +16,7 @@ from antiphon.coe.routing.decision import Question
 from antiphon.coe.routing.router import Record
 from antiphon.coe.serving.circuit_breaker import Breaker
 from antiphon.coe.serving.composition import Composition
-from antiphon.core.document.composition import ExternalEndpoint
+from antiphon.core.document.coe.experts import ExternalEndpoint
 from antiphon.core.errors import Overloaded, Unavailable
 
 PLACEMENT_TIMEOUT_S = 0.5  # how long a lost worker of an expert is waited for while other experts can answer

@@ -6,105 +6,18 @@ documents and snake_case here; unknown keys are refused. Must not know: how a ro
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from antiphon.core.document.part import Metadata, Model
+from antiphon.core.document.coe.combining import CombineSpec
+from antiphon.core.document.coe.experts import ExpertSpec, Name
+from antiphon.core.document.part import Metadata, Model, as_tuple
 from antiphon.core.document.pools import Quantity, Resources, parse_quantity
 from antiphon.core.errors import InvalidInput
 
 Policy = Literal["quality", "balanced", "cheap", "budget", "at-least"]
 POLICIES: tuple[Policy, ...] = ("quality", "balanced", "cheap", "budget", "at-least")
-Modality = Literal["text", "image", "audio", "video"]
-EXTERNAL_SCHEMES = ("http://", "https://")
-
-
-def _tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([-_.:/A-Za-z0-9]*[A-Za-z0-9])?$", min_length=1, max_length=128)]
-
-
-class SecretKeyRef(Model):
-    """One key of a Kubernetes secret."""
-
-    name: str = Field(description="Name of the secret.", min_length=1, max_length=253)
-    key: str = Field(description="Key within the secret.", min_length=1, max_length=253)
-
-
-class ExternalEndpoint(Model):
-    """An OpenAI-compatible endpoint that Antiphon does not run. At most one of the two key references is given."""
-
-    url: str = Field(description="Base URL, with the /v1 when the endpoint has one.", min_length=8, max_length=1024)
-    model: str = Field(description="Model name that the endpoint expects.", min_length=1, max_length=256)
-    api_key_env: str | None = Field(
-        default=None, description="Environment variable with the API key; None = none is sent.", max_length=128
-    )
-    api_key_secret: SecretKeyRef | None = Field(
-        default=None, description="Kubernetes secret with the API key; None = none is sent."
-    )
-
-    @field_validator("url")
-    @classmethod
-    def _is_http(cls, url: str) -> str:
-        if not url.startswith(EXTERNAL_SCHEMES):
-            raise ValueError("must start with http:// or https://")
-        return url.rstrip("/")
-
-    @model_validator(mode="after")
-    def _one_key(self) -> ExternalEndpoint:
-        if self.api_key_env is not None and self.api_key_secret is not None:
-            raise ValueError("apiKeySecret: give apiKeyEnv or apiKeySecret, not both")
-        return self
-
-
-class Price(Model):
-    """What an expert costs, in any one currency used throughout the document."""
-
-    input_per_mtok: float = Field(default=0.0, ge=0, le=1e6, description="Per million prompt tokens.")
-    output_per_mtok: float = Field(default=0.0, ge=0, le=1e6, description="Per million output tokens.")
-
-
-class ExpertSpec(Model):
-    """One expert: a deployment of this platform or an external endpoint, and what the router may assume of it."""
-
-    name: Name = Field(description="Name of the expert; the same as in the router artifact.")
-    deployment_ref: str | None = Field(
-        default=None, description="metadata.name of an LLMDeployment; None = external.", min_length=1, max_length=63
-    )
-    external: ExternalEndpoint | None = Field(default=None, description="An endpoint run by others; None = deploymentRef.")
-    api_key_secret: SecretKeyRef | None = Field(
-        default=None,
-        description="Kubernetes secret with a key that the referenced deployment accepts; None = the first key of its own secret.",
-    )
-    active_params_b: float | None = Field(
-        default=None, gt=0, le=100_000,
-        description="Parameters used per token, in 1e9; None = as the artifact says, else 1.",
-    )  # fmt: skip
-    memory: Quantity | None = Field(default=None, description="Memory of its weights when resident; None = unknown.")
-    context_tokens: int | None = Field(
-        default=None, ge=1, le=100_000_000, description="Longest prompt plus output; None = as its deployment says."
-    )
-    modalities: tuple[Modality, ...] = Field(default=("text",), description="What it can read.", min_length=1, max_length=4)
-    tools: bool = Field(default=False, description="Whether it can call tools.")
-    price: Price = Field(default_factory=Price, description="What it costs.")
-
-    _lists = field_validator("modalities", mode="before")(_tuple)
-
-    @model_validator(mode="after")
-    def _served_one_way(self) -> ExpertSpec:
-        if (self.deployment_ref is None) == (self.external is None):
-            raise ValueError("deploymentRef: exactly one of deploymentRef and external is needed")
-        if self.api_key_secret is not None and self.external is not None:
-            raise ValueError("apiKeySecret: is for a deploymentRef; an external expert has external.apiKeySecret")
-        return self
-
-    @property
-    def memory_bytes(self) -> int | None:
-        """Memory of its weights in bytes, or None when unknown."""
-        return None if self.memory is None else int(parse_quantity(self.memory))
 
 
 class CategorySpec(Model):
@@ -182,63 +95,6 @@ class GateSpec(Model):
         default=None, gt=0, le=1,
         description="A request of which even the best expert is expected to score less is declined and asks nobody; None = never.",
     )  # fmt: skip
-
-
-class CheckSpec(Model):
-    """How far the log-probability of an expert's answer speaks for it; ``antiphon coe calibrate`` makes it from scored answers."""
-
-    expert: Name = Field(description="The expert.")
-    weight: float = Field(ge=0, le=1000, description="Log-odds of a good answer, per unit of mean log-probability of its tokens.")
-    bias: float = Field(ge=-1000, le=1000, description="Log-odds of a good answer whose tokens were all certain.")
-
-
-class CombineSpec(Model):
-    """More than one expert for a request that no rule, mapping or header decides."""
-
-    mode: Literal["cascade", "vote"] = Field(
-        description="cascade: one after the other until a check accepts an answer; vote: all at once, the answer that most give."
-    )
-    experts: tuple[Name, ...] = Field(
-        description="Who is asked: for a cascade in this order, the cheap ones first; for a vote, ties go to the earlier.",
-        min_length=2, max_length=8,
-    )  # fmt: skip
-    accept: float = Field(default=0.7, gt=0, lt=1, description="cascade: chance of a good answer from which it is taken.")
-    checks: tuple[CheckSpec, ...] = Field(
-        default=(), max_length=8,
-        description="cascade: the check of each expert; with otherwise answer, the last one needs none.",
-    )  # fmt: skip
-    compare: Literal["whole", "last-line", "last-number"] = Field(
-        default="whole", description="vote: what of two answers must be equal, but for case, spaces and marks at the ends."
-    )
-    min_votes: int = Field(default=2, ge=1, le=8, description="vote: so many must agree.")
-    otherwise: Literal["answer", "decline"] = Field(
-        default="answer",
-        description="Without an accepted answer: the last (cascade) or most voted for (vote) one stands, or it is declined.",
-    )
-    max_tokens: int | None = Field(
-        default=None, ge=1, le=1_000_000_000,
-        description="Prompt and output tokens of one request over all experts: once used, nobody more is asked; None = no limit.",
-    )  # fmt: skip
-    step_timeout_s: float = Field(default=60.0, gt=0, le=3600, description="An expert that has not finished by then has failed.")
-
-    _lists = field_validator("experts", "checks", mode="before")(_tuple)
-
-    @model_validator(mode="after")
-    def _fits(self) -> CombineSpec:
-        if len(set(self.experts)) < len(self.experts):
-            raise ValueError("experts: each one is asked once")
-        if self.mode == "vote" and self.min_votes > len(self.experts):
-            raise ValueError("minVotes: there are not so many experts")
-        if self.mode == "cascade":
-            checked = self.experts if self.otherwise == "decline" else self.experts[:-1]
-            for name in checked:
-                if self.check(name) is None:
-                    raise ValueError(f"checks: a cascade needs a check for {name!r}")
-        return self
-
-    def check(self, expert: str) -> CheckSpec | None:
-        """The expert's check, if it has one."""
-        return next((check for check in self.checks if check.expert == expert), None)
 
 
 class LearningSpec(Model):
@@ -363,7 +219,7 @@ class CompositionSpec(Model):
     auth: AuthSpec = Field(default_factory=AuthSpec, description="Which experts a caller may reach.")
     tiers: TiersSpec | None = Field(default=None, description="Experts that share memory; None = each has its own.")
 
-    _lists = field_validator("experts", "categories", "rules", "fallbacks", mode="before")(_tuple)
+    _lists = field_validator("experts", "categories", "rules", "fallbacks", mode="before")(as_tuple)
 
     @model_validator(mode="after")
     def _names_fit(self) -> CompositionSpec:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from antiphon.core.document.part import Model
+from antiphon.core.document.part import Model, as_tuple
 
 
 class RebalanceSpec(Model):
@@ -62,7 +62,4 @@ class ExpertsSpec(Model):
         max_length=1024,
     )
 
-    @field_validator("keep", mode="before")
-    @classmethod
-    def _keep_is_a_list(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
+    _lists = field_validator("keep", mode="before")(as_tuple)

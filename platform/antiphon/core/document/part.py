@@ -58,3 +58,8 @@ class Metadata(BaseModel):
     def _is_dns_label(cls, name: str) -> str:
         check_dns_label(name)
         return name
+
+
+def as_tuple(value: object) -> object:
+    """A list of YAML as the tuple that it stands for."""
+    return tuple(value) if isinstance(value, list) else value

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from antiphon.core.document.part import Model
+from antiphon.core.document.part import Model, as_tuple
 
 FormatName = Literal["fp32", "bf16", "fp16", "fp8", "int8", "fp4", "int4"]
 
@@ -28,10 +28,7 @@ class PlanningHardware(Model):
     attention: str | None = Field(default=None, description="Attention workers.", max_length=64)
     ffn: str | None = Field(default=None, description="FFN workers.", max_length=64)
 
-    @field_validator("fleet", mode="before")
-    @classmethod
-    def _fleet_is_a_list(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
+    _lists = field_validator("fleet", mode="before")(as_tuple)
 
 
 class PlanningTraffic(Model):
@@ -98,10 +95,7 @@ class PlanningSpec(Model):
         default=1.0, ge=1, le=1000, strict=False, description="Lasting load of the hottest FFN card over the mean."
     )
 
-    @field_validator("traffic", mode="before")
-    @classmethod
-    def _traffic_is_a_list(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
+    _lists = field_validator("traffic", mode="before")(as_tuple)
 
     @model_validator(mode="after")
     def _one_source(self) -> PlanningSpec:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from antiphon.core.document.part import FieldsError, Model
+from antiphon.core.document.part import FieldsError, Model, as_tuple
 
 RESERVED_POOL_NAMES = ("gateway", "headgroup")  # the gateway's own deployment and worker group, and Ray's head group
 MAX_RATIOS = 16
@@ -183,10 +183,7 @@ class GatewaySpec(Model):
         "conversation at one replica. The Gateway must know the Gateway API Inference Extension.",
     )
 
-    @field_validator("parent_refs", "hostnames", mode="before")
-    @classmethod
-    def _lists(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
+    _lists = field_validator("parent_refs", "hostnames", mode="before")(as_tuple)
 
 
 class KeySecretSpec(Model):
@@ -246,7 +243,4 @@ class KubernetesSpec(Model):
     gateway: GatewaySpec | None = Field(default=None, description="Gateways that lead to the HTTP API; None = no HTTPRoute.")
     drain_s: float = Field(default=60.0, ge=0, le=3600, description="Time that requests in flight get before a worker stops.")
 
-    @field_validator("image_pull_secrets", "secret_env", "secret_files", mode="before")
-    @classmethod
-    def _lists(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
+    _lists = field_validator("image_pull_secrets", "secret_env", "secret_files", mode="before")(as_tuple)

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from antiphon.core.document.part import FieldsError, Metadata, Model, check_dns_label
+from antiphon.core.document.part import FieldsError, Metadata, Model, as_tuple, check_dns_label
 from antiphon.core.document.policies import RESERVED_POOL_NAMES, ScalingMode, ScalingSpec, TolerationSpec
 from antiphon.core.ids import Role
 
@@ -102,10 +102,7 @@ class PoolSpec(Model):
             raise ValueError(f"{name!r} is reserved")
         return name
 
-    @field_validator("cores", "tolerations", mode="before")
-    @classmethod
-    def _cores_are_a_list(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
+    _lists = field_validator("cores", "tolerations", mode="before")(as_tuple)
 
     @property
     def num_threads(self) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field, field_validator
 
-from antiphon.core.document.part import Model
+from antiphon.core.document.part import Model, as_tuple
 
 # A scheme, a host and at most a port, as browsers write it: without a path, nor a slash at the end.
 _ORIGIN: Final = r"^(\*|[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?)$"
@@ -107,10 +107,7 @@ class EndpointSpec(Model):
         description="Fields of HTTP bodies that nobody knows: refused with 400, or ignored and named in a Warning header.",
     )
 
-    @field_validator("cors_origins", mode="before")
-    @classmethod
-    def _origins_are_a_list(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
+    _lists = field_validator("cors_origins", mode="before")(as_tuple)
 
 
 class DirectorySpec(Model):

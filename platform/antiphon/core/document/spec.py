@@ -22,7 +22,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from antiphon.core.document.experts import ExpertsSpec
-from antiphon.core.document.part import FieldsError, Metadata, Model
+from antiphon.core.document.part import FieldsError, Metadata, Model, as_tuple
 from antiphon.core.document.planning import PlanningSpec
 from antiphon.core.document.policies import (
     MAX_RATIOS,
@@ -231,10 +231,7 @@ class LLMDeploymentSpec(Model):
             return self.endpoint.wake_timeout_s
         return WAKE_TIMEOUT_S if any(pool.floor == 0 for pool in self.pools) else 0.0
 
-    @field_validator("pools", "ratios", mode="before")
-    @classmethod
-    def _pools_are_a_list(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
+    _lists = field_validator("pools", "ratios", mode="before")(as_tuple)
 
     @model_validator(mode="after")
     def _pools_fit_together(self) -> LLMDeploymentSpec:

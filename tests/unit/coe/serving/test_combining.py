@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from antiphon.coe.serving.combining import Answer, AskFailed, Combined, Declined, chance_of, combine
-from antiphon.core.document.composition import CheckSpec, CombineSpec
+from antiphon.core.document.coe.combining import CheckSpec, CombineSpec
 from antiphon.core.errors import Unavailable
 
 CHECKS = [{"expert": name, "weight": 2.0, "bias": 1.0} for name in ("small", "middle", "large")]

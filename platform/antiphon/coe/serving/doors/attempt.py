@@ -17,7 +17,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import Message, Receive, Scope, Send
 
 from antiphon.coe.routing.router import Record
-from antiphon.core.document.composition import ExternalEndpoint
+from antiphon.core.document.coe.experts import ExternalEndpoint
 from antiphon.core.errors import InvalidInput
 from antiphon.gateway.http.bodies import check_structure
 

@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 
 from antiphon.coe.serving.doors.attempt import key_headers
-from antiphon.core.document.composition import ExternalEndpoint, LimitsSpec
+from antiphon.core.document.coe.experts import ExternalEndpoint
+from antiphon.core.document.composition import LimitsSpec
 from antiphon.core.errors import InvalidInput, Overloaded, Unavailable, UnknownModel
 from antiphon.core.request import FinishReason
 from antiphon.gateway.generation.request import (

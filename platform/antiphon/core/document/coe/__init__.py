@@ -1,0 +1,1 @@
+"""Parts of a composition's document (control speed)."""
