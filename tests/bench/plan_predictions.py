@@ -29,7 +29,8 @@ MIDDLED = ("decode_step_s", "t_attention_s", "t_ffn_s", "t_transfer_s", "bubble_
 
 def measure(args: argparse.Namespace) -> None:
     """Decode at every batch size, once a round; rounds go up and down in turn, so that a drift doesn't look like a slope."""
-    from antiphon.apps.bench.engine import BenchDeployment, BenchSetup
+    from antiphon.apps.bench.engine import BenchDeployment
+    from antiphon.apps.bench.setup import BenchSetup
 
     setup = BenchSetup(
         uri=args.model, wiring=args.wiring, num_ubatches=args.ubatches if args.ubatches else "auto", max_num_batched_tokens=2048

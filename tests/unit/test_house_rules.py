@@ -19,8 +19,6 @@ MAX_LINES = 400  # of a source file; generated code aside
 # Each with a bound of its own: a kind of document, whose fields are looked up together; and what grew last, to be parted.
 MAY_BE_LONGER = {
     "platform/antiphon/engine/scheduler.py": 450,
-    "platform/antiphon/cli/coe.py": 440,
-    "platform/antiphon/apps/bench/engine.py": 410,
 }
 MAX_FILES = 12  # of a folder's own: more are a list that nobody reads
 GENERATED = ("rpc/v1",)

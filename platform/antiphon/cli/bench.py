@@ -156,7 +156,8 @@ def trace(
 def _deployments(
     model: str, wirings: list[str], dtype: str, transport: str, ubatches: int, *, trace_steps: bool = False
 ) -> Iterator[BenchDeployment]:
-    from antiphon.apps.bench.engine import BenchDeployment, BenchSetup
+    from antiphon.apps.bench.engine import BenchDeployment
+    from antiphon.apps.bench.setup import BenchSetup
 
     for each in wirings:
         yield BenchDeployment(

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 # Compute threads of several processes share processors here: one that has nothing to do must not spin.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from antiphon.apps.bench.engine import BenchDeployment, BenchSetup
+from antiphon.apps.bench.engine import BenchDeployment
+from antiphon.apps.bench.setup import BenchSetup
 from antiphon.core.document.spec import LLMDeployment
 
 

@@ -11,7 +11,8 @@ from peer_line import answer, keep_stdout
 PRIVATE = keep_stdout()
 
 from antiphon import __version__  # noqa: E402
-from antiphon.apps.bench.engine import BenchDeployment, BenchSetup  # noqa: E402
+from antiphon.apps.bench.engine import BenchDeployment  # noqa: E402
+from antiphon.apps.bench.setup import BenchSetup  # noqa: E402
 
 
 class Antiphon:

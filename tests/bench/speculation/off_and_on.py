@@ -19,7 +19,9 @@ from collections.abc import Callable, Sequence
 
 from tokenizers import Tokenizer
 
-from antiphon.apps.bench.engine import BenchDeployment, BenchSetup, Progress
+from antiphon.apps.bench.engine import BenchDeployment
+from antiphon.apps.bench.sessions import Progress
+from antiphon.apps.bench.setup import BenchSetup
 from antiphon.core.request import SamplingParams
 from antiphon.models.loading.source import resolve
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from antiphon.apps.bench.engine import BenchDeployment, BenchSetup
+from antiphon.apps.bench.engine import BenchDeployment
 from antiphon.apps.bench.pictures import draw
+from antiphon.apps.bench.setup import BenchSetup
 from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import Role
 from antiphon.testing import write_tiny_llama

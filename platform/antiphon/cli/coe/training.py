@@ -1,13 +1,10 @@
-"""``antiphon coe``: train, evaluate and try a composition-of-experts router (control speed).
+"""``antiphon coe`` verbs that make and judge a router: train, evaluate, add-expert, calibrate, replay (control speed).
 
 Must not know: how any of it is done.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -16,11 +13,7 @@ from typing import Annotated, Any
 import click
 import typer
 
-from antiphon.core.document.composition import Policy
-
-_PLAIN_WIDTH = 160  # where the output is no terminal
-
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Composition of experts: train, evaluate, route, serve, demo.")
+from antiphon.cli.coe.options import ArtifactDir, PolicyName, app, print_table, say, to_json_text
 
 
 class Embedder(StrEnum):
@@ -31,25 +24,7 @@ class Embedder(StrEnum):
     LSA = "lsa"
 
 
-class PolicyName(StrEnum):
-    """Policies that an artifact knows."""
-
-    QUALITY = "quality"
-    BALANCED = "balanced"
-    CHEAP = "cheap"
-
-    @property
-    def policy(self) -> Policy:
-        """The document's word for it."""
-        return self.value
-
-
 Table = Annotated[Path, typer.Option("--table", help="Score table, .jsonl or .jsonl.gz.")]
-ArtifactDir = Annotated[Path, typer.Option("--artifact", help="Directory of the router artifact.")]
-
-
-def _say(message: str) -> None:
-    click.echo(message, err=True)
 
 
 @app.command()
@@ -83,12 +58,12 @@ def train(
         slow_path=slow_path,
         budget=Budget(max_avg_cost=max_avg_params_b, max_experts=max_experts),
     )
-    artifact, prepared = train_router(read_table(table), options, _say)
+    artifact, prepared = train_router(read_table(table), options, say)
     report, extra = None, {}
     if judge:
-        report, judged = judge_table(prepared, options.recipe, _say)
+        report, judged = judge_table(prepared, options.recipe, say)
         extra = plots(report, judged, artifact.categories)
-        extra["figures.json"] = _json(report.to_json()).encode()
+        extra["figures.json"] = to_json_text(report.to_json()).encode()
     extra["model_card.md"] = model_card(artifact, report).encode()
     digest = write_artifact(artifact, out, extra)
     click.echo(f"{out}: {digest}")
@@ -145,58 +120,33 @@ def evaluate(
             options = Options(recipe=recipe)
             if loaded is not None:
                 options = Options(recipe=recipe, embedder=loaded.training["embedder"], slow_path=loaded.slow is not None)
-            prepared = prepare(rows.rows(rows.complete), options, _say)
-            report, judged = judge_table(prepared, recipe, _say)
+            prepared = prepare(rows.rows(rows.complete), options, say)
+            report, judged = judge_table(prepared, recipe, say)
             result["cross_validation"] = report.to_json()
             if plot_dir is not None:
                 plot_dir.mkdir(parents=True, exist_ok=True)
                 for name, data in plots(report, judged, prepared.labels.categories).items():
                     (plot_dir / (name if len(table) == 1 else f"{path.name.split('.')[0]}-{name}")).write_bytes(data)
             if not as_json:
-                _print_table("recipe, cross-validated", rows_for_people(report))
-                _print_table("policies, differences in points with 95 % intervals", policy_rows(report), head=True)
-                _print_table("datasets", dataset_rows(report), head=True)
+                print_table("recipe, cross-validated", rows_for_people(report))
+                print_table("policies, differences in points with 95 % intervals", policy_rows(report), head=True)
+                print_table("datasets", dataset_rows(report), head=True)
         held_out = None if loaded is None else judge_artifact(loaded, rows, policy.policy, recipe.seed, known, at_least)
         if held_out is not None:
             result["artifact"] = asdict(held_out)
             if not as_json:
                 asked = f"policy {policy.value}" if at_least is None else f"at least {100 * at_least:g} % of the best quality"
-                _print_table(f"artifact, rows it has not seen, {asked}", rows_of(held_out))
+                print_table(f"artifact, rows it has not seen, {asked}", rows_of(held_out))
         elif loaded is not None:
-            _say(f"{path}: no row with every score is new to the artifact; it is not judged by this table")
+            say(f"{path}: no row with every score is new to the artifact; it is not judged by this table")
     result = next(iter(results.values())) if len(table) == 1 else {"tables": results}
     if as_json:
-        click.echo(_json(result))
+        click.echo(to_json_text(result))
     broken = [] if gate is None else broken_promises(result, gate)
     for promise in broken:
         click.echo(f"broken: {promise}", err=True)
     if broken:
         raise typer.Exit(1)
-
-
-@app.command()
-def route(
-    prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],
-    artifact: ArtifactDir,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    policy: Annotated[PolicyName, typer.Option(help="What to weigh against quality.")] = PolicyName.QUALITY,
-) -> None:
-    """Show which expert would serve a prompt, and why."""
-    from antiphon.coe.routing.artifact import load_artifact
-    from antiphon.coe.routing.decision import Question
-    from antiphon.coe.routing.record_json import record_json
-    from antiphon.coe.routing.router import Router, spec_of
-
-    if prompt == "-":
-        prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
-    loaded = load_artifact(artifact)
-    record = Router(spec_of(loaded), loaded).route(Question(prompt=prompt, policy=policy.policy))
-    value = record_json(record)
-    if as_json:
-        click.echo(_json(value))
-    else:
-        names = ("expert", "category", "confidence", "familiarity", "reason", "detail", "runner_up")
-        _print_table(None, [(name, str(value[name])) for name in names])
 
 
 @app.command("add-expert")
@@ -214,9 +164,9 @@ def add_expert(
     joined = join_expert(load_artifact(artifact), read_table(probes))
     digest = write_artifact(joined.artifact, out, {"model_card.md": model_card(joined.artifact, None).encode()})
     points = f"{100 * joined.gain:+.2f} points [{100 * joined.low:+.2f}, {100 * joined.high:+.2f}]"
-    _say(f"asked for {100 * joined.share:.0f} % of the probes; worth {points} over what is expected of the others there")
+    say(f"asked for {100 * joined.share:.0f} % of the probes; worth {points} over what is expected of the others there")
     if joined.low <= 0.0:
-        _say("the interval includes no gain at all: score more probes to be sure")
+        say("the interval includes no gain at all: score more probes to be sure")
     click.echo(f"{out}: {digest}")
 
 
@@ -233,13 +183,13 @@ def calibrate(
 
     found = checks_from(answers, accept)
     if as_json:
-        click.echo(_json({"checks": [asdict(check) for check in found]}))
+        click.echo(to_json_text({"checks": [asdict(check) for check in found]}))
         return
     click.echo("checks:  # of spec.combine")
     for check in found:
         click.echo(f"- {{expert: {check.expert}, weight: {check.weight}, bias: {check.bias}}}")
         score = "" if check.accepted_score is None else f", which score {check.accepted_score:.3f}"
-        _say(
+        say(
             f"{check.expert}: {check.num_answers} answers score {check.mean_score:.3f}; at {accept:g} it accepts "
             f"{100 * check.accepted:.0f} %{score}; calibration error {check.calibration_error:.3f}"
         )
@@ -264,9 +214,9 @@ def replay(
     found = replayed(documents[0].spec.learning or LearningSpec(), [one for path in log for one in read_feedback(path)])
     shifts = [{"category": c, "expert": e, "shift": round(shift, 6)} for (c, e), shift in found.shifts.items()]
     if as_json:
-        click.echo(_json({**asdict(found), "shifts": shifts}))
+        click.echo(to_json_text({**asdict(found), "shifts": shifts}))
         return
-    _print_table(
+    print_table(
         None,
         [
             ("feedbacks", str(found.num_feedbacks)),
@@ -276,126 +226,6 @@ def replay(
             *((f"{one['category']}, {one['expert']}", f"{one['shift']:+.4f}") for one in shifts),
         ],
     )
-
-
-@app.command()
-def serve(
-    file: Annotated[Path, typer.Option("-f", "--file", help="YAML file with CompositionOfExperts documents.")],
-    endpoint: Annotated[
-        list[str] | None,
-        typer.Option(help="Where a deploymentRef is reached: <deployment>=<base URL>,<model>; once per deployment."),
-    ] = None,
-    directory: Annotated[
-        str | None, typer.Option(help="Directory of workers and routers: redis:// or grpc://; gateways find the router there.")
-    ] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="Whose workers in that directory answer for a deploymentRef: <deployment>=<model>; once per deployment."),
-    ] = None,
-    host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
-    http_port: Annotated[int, typer.Option(help="HTTP; 0 = any free port.")] = 8100,
-    grpc_port: Annotated[int, typer.Option(help="gRPC; 0 = any free port.")] = 9100,
-    api_keys_env: Annotated[str | None, typer.Option(help="Environment variable with the accepted API keys.")] = None,
-    api_keys_file: Annotated[Path | None, typer.Option(help="File of hashed API keys (antiphon keys).")] = None,
-    tls_certificate: Annotated[Path | None, typer.Option(help="PEM file of the doors' certificate.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="PEM file of its private key.")] = None,
-) -> None:
-    """Serve the router: with doors of its own over experts elsewhere, or for gateways that find it in a directory."""
-    import asyncio
-    import os
-    import signal
-
-    from antiphon.coe.serving.app import CoeConfig, run_coe
-    from antiphon.core.document.coe.experts import ExternalEndpoint
-    from antiphon.core.document.composition import CompositionOfExperts
-    from antiphon.core.document.loading import read_documents
-    from antiphon.core.errors import InvalidInput, Unavailable
-    from antiphon.gateway.access.keys import keys_from
-    from antiphon.gateway.config import BoundPorts
-    from antiphon.rpc.certificates import TlsFiles
-
-    documents = tuple(d for d in read_documents(file) if isinstance(d, CompositionOfExperts))
-    if not documents:
-        raise InvalidInput(f"{file} has no CompositionOfExperts", "kind")
-    endpoints = {}
-    for text in endpoint or []:
-        name, _, where = text.partition("=")
-        url, _, asked = where.rpartition(",")
-        if not name or not url.startswith(("http://", "https://")) or not asked:
-            raise InvalidInput(f"{text!r} is not <deployment>=<base URL>,<model>", "endpoint")
-        endpoints[name] = ExternalEndpoint(url=url, model=asked)
-    models = {}
-    for text in model or []:
-        name, _, served = text.partition("=")
-        if not name or not served:
-            raise InvalidInput(f"{text!r} is not <deployment>=<model>", "model")
-        models[name] = served
-    keys = frozenset() if api_keys_env is None else keys_from(os.environ.get(api_keys_env))
-    if api_keys_env is not None and not keys:
-        raise Unavailable(f"no API keys in the environment variable {api_keys_env}")
-    if (tls_certificate is None) != (tls_key is None):
-        raise InvalidInput("give --tls-certificate and --tls-key, or neither", "tls-key")
-    config = CoeConfig(
-        documents=documents,
-        endpoints=endpoints,
-        models=models,
-        directory=directory,
-        registers=directory is not None,
-        host=host,
-        http_port=http_port,
-        grpc_port=grpc_port,
-        api_keys=keys,
-        api_keys_file=api_keys_file,
-        tls=None if tls_certificate is None or tls_key is None else TlsFiles(certificate=tls_certificate, key=tls_key),
-    )
-
-    def opened(ports: BoundPorts) -> None:
-        click.echo(f"HTTP http{'s' if tls_key else ''}://{ports.host}:{ports.http_port}/v1  gRPC {ports.host}:{ports.grpc_port}")
-
-    async def run() -> None:
-        stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await run_coe(config, stop, on_bound=opened)
-
-    asyncio.run(run())
-
-
-@app.command()
-def demo(
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="Ask this instead of the demo's own; may be given several times.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Put SmolLM2 and two very small models trained here behind one name, and show who answers what, and why."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table as RichTable
-
-    from antiphon.apps.demo.composition import SHOWN, run
-
-    result = run(_say, prompts=prompt or SHOWN)
-    if as_json:
-        click.echo(_json({"answers": [asdict(answer) for answer in result.answers], "mean_scores": result.mean_scores}))
-        return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, _PLAIN_WIDTH)
-    if result.mean_scores:
-        experts = list(next(iter(result.mean_scores.values())))
-        console.print("Right answers in the table that the router was trained on:")
-        measured = RichTable("category", *experts, box=None, header_style="bold")
-        for category, scores in result.mean_scores.items():
-            measured.add_row(category, *(f"{scores[expert]:.0%}" for expert in experts))
-        console.print(measured)
-        console.print()
-    shown = RichTable("prompt", "answered by", "category", "sure", "why", "answer", box=None, header_style="bold")
-    for answer in result.answers:
-        sure = f"{float(answer.confidence):.2f}"
-        shown.add_row(*map(escape, (answer.prompt, answer.expert, answer.category, sure, answer.why, answer.answer)))
-    console.print(shown)
-    console.print(f"The router is kept in {escape(str(result.router))}; its model card says what it is made of.", style="dim")
 
 
 @app.command("example-table")
@@ -409,24 +239,3 @@ def example(
 
     write_table(example_table(seed=seed), out)
     click.echo(str(out))
-
-
-def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
-
-
-def _print_table(title: str | None, rows: Sequence[tuple[str, ...]], *, head: bool = False) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table as RichTable
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, _PLAIN_WIDTH)
-    shown = RichTable(title=title, title_justify="left", show_header=head, header_style="bold", box=None)
-    if head:
-        for name in rows[0]:
-            shown.add_column(escape(name))
-    for row in rows[1:] if head else rows:
-        shown.add_row(*map(escape, row))
-    console.print(shown)
