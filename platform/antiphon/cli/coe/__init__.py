@@ -3,11 +3,17 @@
 Must not know: how any of it is done.
 """
 
-# In the order of the help, which is that of first use.
-from antiphon.cli.coe import training  # isort: skip
-from antiphon.cli.coe import serving  # isort: skip
-from antiphon.cli.coe import options
+from __future__ import annotations
 
-app = options.app
+import typer
 
-__all__ = ["app", "serving", "training"]
+from antiphon.cli.coe.serving import demo, route, serve
+from antiphon.cli.coe.training import add_expert, calibrate, evaluate, example, replay, train
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Composition of experts: train, evaluate, route, serve, demo.")
+for verb in (train, evaluate, route):
+    app.command()(verb)
+app.command("add-expert")(add_expert)
+for verb in (calibrate, replay, serve, demo):
+    app.command()(verb)
+app.command("example-table")(example)

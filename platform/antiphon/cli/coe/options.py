@@ -1,4 +1,4 @@
-"""What the verbs of ``antiphon coe`` share: the application, options, what they print (control speed). Must not know: any verb."""
+"""What the verbs of ``antiphon coe`` share: options, and how they print (control speed). Must not know: any verb."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ import typer
 from antiphon.core.document.composition import Policy
 
 PLAIN_WIDTH = 160  # where the output is no terminal
-
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Composition of experts: train, evaluate, route, serve, demo.")
 
 
 class PolicyName(StrEnum):

@@ -13,10 +13,9 @@ from typing import Annotated
 import click
 import typer
 
-from antiphon.cli.coe.options import PLAIN_WIDTH, ArtifactDir, PolicyName, app, print_table, say, to_json_text
+from antiphon.cli.coe.options import PLAIN_WIDTH, ArtifactDir, PolicyName, print_table, say, to_json_text
 
 
-@app.command()
 def route(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],
     artifact: ArtifactDir,
@@ -41,7 +40,6 @@ def route(
         print_table(None, [(name, str(value[name])) for name in names])
 
 
-@app.command()
 def serve(
     file: Annotated[Path, typer.Option("-f", "--file", help="YAML file with CompositionOfExperts documents.")],
     endpoint: Annotated[
@@ -124,7 +122,6 @@ def serve(
     asyncio.run(run())
 
 
-@app.command()
 def demo(
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="Ask this instead of the demo's own; may be given several times.")

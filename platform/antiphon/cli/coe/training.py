@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import click
 import typer
 
-from antiphon.cli.coe.options import ArtifactDir, PolicyName, app, print_table, say, to_json_text
+from antiphon.cli.coe.options import ArtifactDir, PolicyName, print_table, say, to_json_text
 
 
 class Embedder(StrEnum):
@@ -27,7 +27,6 @@ class Embedder(StrEnum):
 Table = Annotated[Path, typer.Option("--table", help="Score table, .jsonl or .jsonl.gz.")]
 
 
-@app.command()
 def train(
     table: Table,
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the artifact; an older artifact is replaced.")],
@@ -69,7 +68,6 @@ def train(
     click.echo(f"{out}: {digest}")
 
 
-@app.command()
 def evaluate(
     table: Annotated[list[Path], typer.Option("--table", help="Score table, .jsonl or .jsonl.gz; may be given several times.")],
     artifact: Annotated[
@@ -149,7 +147,6 @@ def evaluate(
         raise typer.Exit(1)
 
 
-@app.command("add-expert")
 def add_expert(
     artifact: ArtifactDir,
     probes: Annotated[Path, typer.Option(help="Score table of the new expert alone: 20 to 50 prompts per category.")],
@@ -170,7 +167,6 @@ def add_expert(
     click.echo(f"{out}: {digest}")
 
 
-@app.command()
 def calibrate(
     answers: Annotated[
         Path, typer.Option(help='Scored answers, JSON lines {"expert", "mean_logprob", "score"}: log-probability per token, 0..1.')
@@ -195,7 +191,6 @@ def calibrate(
         )
 
 
-@app.command()
 def replay(
     file: Annotated[Path, typer.Option("-f", "--file", help="YAML file with a CompositionOfExperts that learns.")],
     log: Annotated[list[Path], typer.Option(help="Log of feedbacks (spec.learning.log); may be given several times, in order.")],
@@ -228,7 +223,6 @@ def replay(
     )
 
 
-@app.command("example-table")
 def example(
     out: Annotated[Path, typer.Option("-o", "--out", help="File to write, .jsonl or .jsonl.gz.")],
     seed: Annotated[int, typer.Option(help="Another seed, other rows.")] = 0,
