@@ -11,9 +11,12 @@ from antiphon.cli.coe.serving import demo, route, serve
 from antiphon.cli.coe.training import add_expert, calibrate, evaluate, example, replay, train
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Composition of experts: train, evaluate, route, serve, demo.")
-for verb in (train, evaluate, route):
-    app.command()(verb)
+app.command()(train)
+app.command()(evaluate)
+app.command()(route)
 app.command("add-expert")(add_expert)
-for verb in (calibrate, replay, serve, demo):
-    app.command()(verb)
+app.command()(calibrate)
+app.command()(replay)
+app.command()(serve)
+app.command()(demo)
 app.command("example-table")(example)
