@@ -20,14 +20,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from antiphon.core.errors import ErrorInfo, InvalidInput, Overloaded
-from antiphon.core.kv import KVLoad, KVTarget
+from antiphon.core.kv import KVTarget
 from antiphon.core.request import Request, RequestId, RequestOutput, RequestStatus
 from antiphon.core.step import (
-    CachedRequestData,
-    Drafts,
     KVEvents,
     ModelRunnerOutput,
-    NewRequestData,
     SchedulerOutput,
     StateStep,
 )
@@ -40,8 +37,8 @@ from antiphon.engine.request_blocks import RequestBlocks
 from antiphon.engine.request_state import RequestState
 from antiphon.engine.speculation.reservation import draft, trim
 from antiphon.engine.speculation.speculator import Speculator
-from antiphon.engine.state_slots import Prefix, StateSlots
-from antiphon.engine.step_values import announced, continued, load_asked
+from antiphon.engine.state_slots import StateSlots
+from antiphon.engine.step_values import StepPlan, load_asked
 
 
 class Scheduler:
@@ -113,7 +110,7 @@ class Scheduler:
             self._end(last, RequestStatus.FINISHED_ERROR, ErrorInfo.of(full))
         state = RequestState(request, kv_target)
         self._states[request.request_id] = state
-        self._enqueue(state)
+        self._waiting.add(state)
         self._deadlines.note(request.deadline_s)
 
     def abort(self, request_ids: Iterable[RequestId], error: ErrorInfo | None = None) -> None:
@@ -137,28 +134,22 @@ class Scheduler:
         self._step_id += 1
         if self.speculator is not None:
             self.speculator.begin()
-        num_scheduled: dict[RequestId, int] = {}
-        new: list[NewRequestData] = []
-        cached: list[CachedRequestData] = []
-        loads: list[KVLoad] = []
-        budget = self._schedule_running(self.config.max_num_batched_tokens, num_scheduled, cached)
-        self._schedule_waiting(budget, num_scheduled, cached, new, loads)
-        drafts: dict[RequestId, Drafts] = {}
-        if self.speculator is not None and not new:
+        plan = StepPlan(budget=self.config.max_num_batched_tokens)
+        self._schedule_running(plan)
+        self._schedule_waiting(plan)
+        if self.speculator is not None and not plan.new:
             most = {"room": self.config.max_num_batched_tokens, "max_model_len": self.config.max_model_len}
-            drafts = draft(self.speculator, num_scheduled, self._states, self.blocks, **most)
-            for request_id, each in drafts.items():
-                num_scheduled[request_id] += len(each.token_ids)
+            plan.add_drafts(draft(self.speculator, plan.num_tokens, self._states, self.blocks, **most))
         output = SchedulerOutput(
             step_id=self._step_id,
-            new_requests=tuple(new),
-            cached_requests=tuple(cached),
-            num_scheduled_tokens=num_scheduled,
-            drafts=drafts,
+            new_requests=tuple(plan.new.values()),
+            cached_requests=tuple(plan.cached.values()),
+            num_scheduled_tokens=plan.num_tokens,
+            drafts=plan.drafts,
             finished_request_ids=tuple(self._forgotten),
-            kv_loads=tuple(loads),
+            kv_loads=tuple(plan.loads),
             kv_load_aborts=tuple(self._load_aborts),
-            states=self._plan_states(num_scheduled),
+            states=self._plan_states(plan),
         )
         self._forgotten.clear()
         self._load_aborts.clear()
@@ -236,51 +227,36 @@ class Scheduler:
 
     # ---- scheduling, inside --------------------------------------------------------------------------------------
 
-    def _schedule_running(self, budget: int, num_scheduled: dict[RequestId, int], cached: list[CachedRequestData]) -> int:
+    def _schedule_running(self, plan: StepPlan) -> None:
         index = 0
-        while index < len(self._running) and budget > 0:
+        while index < len(self._running) and plan.budget > 0:
             state = self._running[index]
-            num_tokens = min(state.num_tokens_to_compute, budget)
-            if not self._grow(state, num_tokens, num_scheduled, cached):
+            num_tokens = min(state.num_tokens_to_compute, plan.budget)
+            if not self._grow(state, num_tokens, plan):
                 continue  # it preempted itself: the next request moved into its place, or there is none
             if num_tokens > 0:
-                num_scheduled[state.request_id] = num_tokens
-                budget -= num_tokens
-                cached.append(continued(state))
+                plan.go_on(state, num_tokens)
             index += 1
-        return budget
 
-    def _grow(
-        self,
-        state: RequestState,
-        num_tokens: int,
-        num_scheduled: dict[RequestId, int],
-        cached: list[CachedRequestData],
-    ) -> bool:
+    def _grow(self, state: RequestState, num_tokens: int, plan: StepPlan) -> bool:
         """Give a running request blocks for ``num_tokens`` more, preempting from the tail; False if it was itself preempted."""
         while not self._blocks_of.grow(state, state.num_computed_tokens + num_tokens):
             victim = self._running[-1]
-            self._take_back(victim, num_scheduled, cached)
+            plan.leave_out(victim)
+            self._preempt(victim)
             if victim is state:
                 return False
         return True
 
-    def _schedule_waiting(
-        self,
-        budget: int,
-        num_scheduled: dict[RequestId, int],
-        cached: list[CachedRequestData],
-        new: list[NewRequestData],
-        loads: list[KVLoad],
-    ) -> None:
+    def _schedule_waiting(self, plan: StepPlan) -> None:
         gone: set[RequestId] = set()  # those who gave their place in this step don't come back in it
         chosen: RequestState | None = None  # whom a place was made for
-        while budget > 0 and (self._ready or self._waiting):
+        while plan.budget > 0 and (self._ready or self._waiting):
             full = len(self._running) >= self.config.max_num_seqs
             if self._ready:  # they hold blocks that others wait for, so they go first
                 if full:
                     break
-                budget -= self._admit(self._ready.pop(0), budget, num_scheduled, new)
+                self._admit(self._ready.pop(0), plan)
                 continue
             state = self._waiting.head() if chosen is None else chosen
             if state.request_id in gone:
@@ -291,68 +267,57 @@ class Scheduler:
             num_cached_tokens = len(prefix.blocks) * self.config.block_size_tokens
             is_remote = state.is_worth_remote(num_cached_tokens, self.config.remote_prefill_min_tokens)
             if not fits or (full and not is_remote):
-                exchange = self._exchange(new)
+                exchange = self._exchange(plan)
                 if exchange is None:
                     break
                 chosen, victim = exchange
                 gone.add(victim.request_id)
-                budget += self._take_back(victim, num_scheduled, cached)
+                plan.leave_out(victim)
+                self._preempt(victim)
                 continue
             chosen = None
             self._waiting.take(state, len(state.token_ids) - num_cached_tokens)
-            if is_remote:
-                self._start_load(state, prefix, loads)
-                continue
             self._blocks_of.take_prefix(state, prefix)
-            budget -= self._admit(state, budget, num_scheduled, new)
+            if is_remote:
+                self._start_load(state, plan)
+            else:
+                self._admit(state, plan)
 
-    def _exchange(self, new: list[NewRequestData]) -> tuple[RequestState, RequestState] | None:
+    def _exchange(self, plan: StepPlan) -> tuple[RequestState, RequestState] | None:
         """Whose turn comes by taking a place, and whose place; None where nobody holds more than its share."""
-        just_admitted = {entry.request_id for entry in new}
         for state in self._waiting.heads():
-            victim = over_share(self._running, state.request.tenant, just_admitted)
+            victim = over_share(self._running, state.request.tenant, plan.new)
             if victim is not None:
                 return state, victim
         return None
 
-    def _admit(self, state: RequestState, budget: int, num_scheduled: dict[RequestId, int], new: list[NewRequestData]) -> int:
-        """Run a request whose blocks fit; the tokens it takes of the budget (0 for a hand-off that is all cached here)."""
-        num_tokens = min(state.num_tokens_to_compute, budget)
+    def _admit(self, state: RequestState, plan: StepPlan) -> None:
+        """Run a request whose blocks fit, for no tokens where a hand-off is all cached here."""
+        num_tokens = min(state.num_tokens_to_compute, plan.budget)
         has_room = self._blocks_of.grow(state, state.num_computed_tokens + num_tokens)
         assert has_room  # the caller saw that all of it fits, or it holds its blocks already
         state.status = RequestStatus.RUNNING
         if state.scheduled_s is None:
             state.scheduled_s = self._clock()
-        new.append(announced(state))
-        num_scheduled[state.request_id] = num_tokens
+        plan.admit(state, num_tokens)
         self._running.append(state)
-        return num_tokens
 
-    def _plan_states(self, num_scheduled: dict[RequestId, int]) -> dict[RequestId, StateStep]:
+    def _plan_states(self, plan: StepPlan) -> dict[RequestId, StateStep]:
         """Of all requests of the step; the last decision, since a request may be preempted in the course of others."""
         if self.slots is None:
             return {}
-        planned = {name: self._blocks_of.plan_state(self._states[name], count) for name, count in num_scheduled.items()}
+        planned = {name: self._blocks_of.plan_state(self._states[name], count) for name, count in plan.num_tokens.items()}
         return {name: step for name, step in planned.items() if step is not None}
 
-    def _start_load(self, state: RequestState, prefix: Prefix, loads: list[KVLoad]) -> None:
+    def _start_load(self, state: RequestState, plan: StepPlan) -> None:
         assert state.prefill_worker is not None
-        self._blocks_of.take_prefix(state, prefix)
         has_room = self._blocks_of.grow(state, len(state.token_ids))
         assert has_room  # the caller saw that the whole request fits
         state.status = RequestStatus.WAITING_FOR_REMOTE_KV
         if state.scheduled_s is None:
             state.scheduled_s = self._clock()
         self._remote[state.request_id] = state
-        loads.append(load_asked(state, state.prefill_worker, self.config.kv_lease_s))
-
-    def _take_back(self, state: RequestState, num_scheduled: dict[RequestId, int], cached: list[CachedRequestData]) -> int:
-        """Preempt a running request that may be scheduled in this very step; the tokens it had of the step's budget."""
-        num_tokens = num_scheduled.pop(state.request_id, 0)
-        if num_tokens:
-            cached[:] = [c for c in cached if c.request_id != state.request_id]
-        self._preempt(state)
-        return num_tokens
+        plan.loads.append(load_asked(state, state.prefill_worker, self.config.kv_lease_s))
 
     def _preempt(self, state: RequestState) -> None:
         self._running.remove(state)
@@ -363,15 +328,12 @@ class Scheduler:
         self.stats.num_preemptions += 1
         state.status = RequestStatus.PREEMPTED
         self._forget(state)
-        self._enqueue(state)
+        self._waiting.add(state)
 
     def _rejoin(self, state: RequestState) -> None:
         """Back from remote KV: ahead of those who hold nothing, with blocks for all its tokens."""
         state.status = RequestStatus.WAITING
         self._ready.append(state)
-
-    def _enqueue(self, state: RequestState) -> None:
-        self._waiting.add(state)
 
     # ---- progress, inside ----------------------------------------------------------------------------------------
 

@@ -1,14 +1,53 @@
-"""What a step tells the runner of a request: all of it once, then differences; and what it asks of a prefill worker (step speed).
+"""A step while it is decided, and what it tells of each request: all of it once, then differences (step speed).
 
 Must not know: queues, budgets, blocks that are free.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
 from antiphon.core.ids import WorkerId
 from antiphon.core.kv import KVLoad
-from antiphon.core.step import CachedRequestData, NewRequestData
+from antiphon.core.request import RequestId
+from antiphon.core.step import CachedRequestData, Drafts, NewRequestData
 from antiphon.engine.request_state import RequestState
+
+
+@dataclass(slots=True, kw_only=True)
+class StepPlan:
+    """What a step has so far. A request is in ``new`` or in ``cached``, or its KV is asked for."""
+
+    budget: int  # tokens that it may still have
+    num_tokens: dict[RequestId, int] = field(default_factory=dict)  # by request, in the order of rows
+    new: dict[RequestId, NewRequestData] = field(default_factory=dict)
+    cached: dict[RequestId, CachedRequestData] = field(default_factory=dict)
+    drafts: dict[RequestId, Drafts] = field(default_factory=dict)
+    loads: list[KVLoad] = field(default_factory=list)
+
+    def go_on(self, state: RequestState, num_tokens: int) -> None:
+        """A request that the runner knows computes so many tokens more."""
+        self.num_tokens[state.request_id] = num_tokens
+        self.cached[state.request_id] = continued(state)
+        self.budget -= num_tokens
+
+    def admit(self, state: RequestState, num_tokens: int) -> None:
+        """A request that the runner does not know begins."""
+        self.num_tokens[state.request_id] = num_tokens
+        self.new[state.request_id] = announced(state)
+        self.budget -= num_tokens
+
+    def leave_out(self, state: RequestState) -> None:
+        """A running request gives back what the step had for it, if anything."""
+        self.budget += self.num_tokens.pop(state.request_id, 0)
+        self.cached.pop(state.request_id, None)
+
+    def add_drafts(self, drafts: Mapping[RequestId, Drafts]) -> None:
+        """Of requests that go on."""
+        for request_id, each in drafts.items():
+            self.drafts[request_id] = each
+            self.num_tokens[request_id] += len(each.token_ids)
 
 
 def announced(state: RequestState) -> NewRequestData:
