@@ -13,7 +13,7 @@ import pytest
 
 from antiphon.apps.devices import deal
 from antiphon.apps.process.config import LogSettings, WorkerConfig
-from antiphon.apps.process.worker_process import device_of
+from antiphon.apps.process.lifecycle import device_of
 from antiphon.apps.serve.plan import PoolTemplate
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import InvalidInput

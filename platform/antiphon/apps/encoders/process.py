@@ -6,26 +6,24 @@ An encoder has no peers: it is ready as soon as its weights are read. Must not k
 from __future__ import annotations
 
 import gc
-import os
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 
 import psutil
-import torch
 
 from antiphon.apps.process.config import WorkerConfig
 from antiphon.apps.process.engine_host import IDLE_WAIT_S, InboxWakeup, RpcThread
 from antiphon.apps.process.events import EventWriter
-from antiphon.apps.process.pinning import pin_each, unpinned
+from antiphon.apps.process.lifecycle import SWITCH_INTERVAL_S, Watch, begin, device_of, record_of
+from antiphon.apps.process.pinning import unpinned
 from antiphon.apps.process.wiring.resolve import dtype_of
-from antiphon.apps.process.worker_process import device_of
 from antiphon.core.document.spec import LLMDeploymentSpec
-from antiphon.core.errors import InternalError, InvalidInput, Unavailable
+from antiphon.core.errors import InternalError, InvalidInput
 from antiphon.core.ids import Endpoint
 from antiphon.core.request import RequestOutput
 from antiphon.core.worker_info import WorkerInfo, WorkerLoad
@@ -39,11 +37,8 @@ from antiphon.models.encoders.bert import Bert, describe
 from antiphon.models.loading.checkpoint import Checkpoint
 from antiphon.models.pooling.facts import check_topology, read_pooling
 from antiphon.models.pooling.pooler import Pooler
-from antiphon.telemetry import configure_logging, setup
 from antiphon.transport.waiting import WaitSet
 from antiphon.worker.encoding.encoder_worker import EncoderWorker
-
-_SWITCH_INTERVAL_S = 200e-6  # see worker_process
 
 
 class EncoderPart:
@@ -105,17 +100,9 @@ class EncoderProcess:
         self._stop = threading.Event()
         self._ready = False
         self._message = "starting"
-        self._failure: BaseException | None = None
         self._busy_s = 0.0
         self._closers: list[Callable[[], None]] = []
-        configure_logging(config.log.level, json=config.log.format == "json", worker=config.worker_id, generation=config.epoch)
-        telemetry = setup(
-            f"antiphon-{config.role.value}",
-            attributes={"service.instance.id": config.worker_id, "antiphon.deployment": config.deployment},
-        )
-        self._closers.append(telemetry.close)
-        torch.set_num_threads(config.threads)
-        pin_each(config.cores, share=config.shares_cores)
+        self._closers.append(begin(config).close)
         with events.timed("weights"):
             self._part = EncoderPart(config.spec, config.checkpoint, self._take, time.monotonic, device_of(config))
         self._wakeup = InboxWakeup(self._part.engine)
@@ -143,7 +130,8 @@ class EncoderProcess:
             lease.renew_soon()
             self._events.stage("total", time.monotonic() - started_s)
             self._events.ready(address=self._rpc.address, resident_weight_bytes=sum(self._part.worker.resident_bytes.values()))
-            threading.Thread(target=self._watch, args=(lease,), name="watch", daemon=True).start()
+            watch = Watch(self._config, lease, others=lambda: None, stopping=self._stop, stop=self.stop)
+            watch.start()
             try:
                 self._loop()
             except BaseException:
@@ -151,8 +139,7 @@ class EncoderProcess:
                     self._rpc.engine.fail(InternalError(f"worker {self._config.worker_id} failed"))
                 raise
             self._ready, self._message = False, "stopped"
-        if self._failure is not None:
-            raise self._failure
+        watch.raise_failure()
 
     def stop(self) -> None:
         """Drain and end ``run``."""
@@ -165,7 +152,7 @@ class EncoderProcess:
             self._closers.pop()()
 
     def _loop(self) -> None:
-        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         engine = self._part.engine
         while not self._stop.is_set():
             if not self._step() and not engine.has_inbox:
@@ -181,50 +168,26 @@ class EncoderProcess:
             self._busy_s += time.perf_counter() - start_s
         return had_work
 
-    def _watch(self, lease: LeaseKeeper) -> None:
-        while not self._stop.wait(1.0):
-            try:
-                lease.check()
-                if lease.superseded:
-                    raise Unavailable(f"{self._config.worker_id} was replaced by a newer epoch")
-            except BaseException as error:  # noqa: BLE001  # raised by run()
-                self._failure = error
-                self.stop()
-                return
-
     def _take(self, outputs: Sequence[RequestOutput]) -> None:
         if self._rpc.engine is not None:
             self._rpc.engine.deliver(outputs)
 
     def _describe(self) -> WorkerInfo:
-        config, part, engine = self._config, self._part, self._part.engine
-        return WorkerInfo(
-            worker_id=config.worker_id,
-            deployment=config.deployment,
-            pool=config.pool,
-            role=config.role,
-            model=config.model,
-            revision=config.revision,
+        part, engine = self._part, self._part.engine
+        record = record_of(
+            self._config,
+            Endpoint(rpc=self._rpc.address),
             fingerprint=part.fingerprint,
-            epoch=config.epoch,
-            endpoint=Endpoint(rpc=self._rpc.address),
-            pid=os.getpid(),
-            host=socket.gethostname(),
-            shard=config.shard,
-            ready=self._ready,
-            draining=self._stop.is_set(),
-            message=self._message,
             max_model_len=part.max_model_len,
             vocab_size=part.vocab_size,
-            max_num_seqs=config.spec.scheduler.max_num_seqs,
-            max_queued_requests=config.spec.scheduler.max_queued_requests,
-            load=WorkerLoad(
-                num_waiting=engine.num_waiting,
-                num_running=engine.num_running,
-                num_steps=engine.num_steps,
-                num_prompt_tokens=engine.stats.num_prompt_tokens,
-                resident_weight_bytes=sum(part.worker.resident_bytes.values()),
-                resident_memory_bytes=psutil.Process().memory_info().rss,
-                gauges={"sum_engine_s": self._busy_s},
-            ),
         )
+        load = WorkerLoad(
+            num_waiting=engine.num_waiting,
+            num_running=engine.num_running,
+            num_steps=engine.num_steps,
+            num_prompt_tokens=engine.stats.num_prompt_tokens,
+            resident_weight_bytes=sum(part.worker.resident_bytes.values()),
+            resident_memory_bytes=psutil.Process().memory_info().rss,
+            gauges={"sum_engine_s": self._busy_s},
+        )
+        return replace(record, ready=self._ready, draining=self._stop.is_set(), message=self._message, load=load)

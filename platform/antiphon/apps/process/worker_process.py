@@ -7,8 +7,6 @@ before the pinning, so that they do not inherit it. Must not know: Ray.
 from __future__ import annotations
 
 import gc
-import os
-import socket
 import sys
 import threading
 import time
@@ -16,43 +14,29 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import psutil
-import torch
 
 from antiphon.apps.process import data_links
 from antiphon.apps.process.config import WorkerConfig
 from antiphon.apps.process.engine_host import RpcThread
 from antiphon.apps.process.events import EventWriter
 from antiphon.apps.process.expert_host import ExpertHost
+from antiphon.apps.process.lifecycle import SWITCH_INTERVAL_S, Watch, begin, device_of, record_of
 from antiphon.apps.process.load_report import load_reported
 from antiphon.apps.process.peers import PeerKeeper
-from antiphon.apps.process.pinning import pin_each, unpinned
+from antiphon.apps.process.pinning import unpinned
 from antiphon.apps.process.rebalancer import ModelShape, Rebalancer, adopt_newest
 from antiphon.apps.process.roles.attention import AttentionRole
 from antiphon.apps.process.roles.ffn import FFNRole
 from antiphon.apps.process.roles.role import WorkerRole
 from antiphon.apps.process.wiring.resolve import ModelFacts, resolve_model
 from antiphon.apps.process.wiring.sizes import ffn_parallelism
-from antiphon.core.device import memory_share
-from antiphon.core.errors import Unavailable
 from antiphon.core.ids import Endpoint, Role
 from antiphon.core.worker_info import WorkerInfo, WorkerLoad
-from antiphon.device.device import Device, open_device
 from antiphon.directory.lease import BlockingDirectory, LeaseKeeper
 from antiphon.directory.memory import open_directory
-from antiphon.telemetry import configure_logging, setup, step_trace
+from antiphon.telemetry import step_trace
 from antiphon.transport.waiting import give_way
 from antiphon.worker.tracing import StepRecorder
-
-# How long another thread may keep the GIL that the loop wants back, after every operator and every wait. Python's own 5 ms would be
-# a stall of several layers whenever the rpc thread or the lease has something to do.
-_SWITCH_INTERVAL_S = 200e-6
-
-
-def device_of(config: WorkerConfig) -> Device:
-    """Open the device that the worker's pool asks for. Raises InvalidInput, which names the field."""
-    pool = config.pool_spec
-    field = f"spec.pools[{config.spec.pools.index(pool)}].resources.gpu"
-    return open_device(pool.worker_device, memory_share(pool), field)
 
 
 class WorkerProcess:
@@ -70,14 +54,8 @@ class WorkerProcess:
         self._ready = False
         self._message = "starting"
         self._closers: list[Callable[[], None]] = []
-        configure_logging(config.log.level, json=config.log.format == "json", worker=config.worker_id, generation=config.epoch)
-        self._telemetry = setup(
-            f"antiphon-{config.role.value}",
-            attributes={"service.instance.id": config.worker_id, "antiphon.deployment": config.deployment},
-        )
+        self._telemetry = begin(config)
         self._closers.append(self._telemetry.close)
-        torch.set_num_threads(config.threads)
-        pin_each(config.cores, share=config.shares_cores)
         if config.shares_cores:
             give_way()
         with events.timed("weights"):
@@ -130,11 +108,17 @@ class WorkerProcess:
             self._balance()
             self._events.stage("total", time.monotonic() - started_s)
             self._events.ready(**self._ready_facts())
-            threading.Thread(target=self._watch, args=(lease, peers), name="watch", daemon=True).start()
+
+            def check() -> None:
+                peers.check()
+                if self._rebalancer is not None:
+                    self._rebalancer.check()
+
+            watch = Watch(config, lease, others=check, stopping=self._stop, stop=self.stop)
+            watch.start()
             self._loop()
             self._ready, self._message = False, "stopped"
-        if self._failure is not None:
-            raise self._failure
+        watch.raise_failure()
 
     def stop(self) -> None:
         """Drain and end ``run``."""
@@ -164,27 +148,11 @@ class WorkerProcess:
 
     # ---- the loop ----------------------------------------------------------------------------------------------
 
-    _failure: BaseException | None = None
     _rebalancer: Rebalancer | None = None
 
     def _loop(self) -> None:
-        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._role.run(self._stop.is_set)
-
-    def _watch(self, lease: LeaseKeeper, peers: PeerKeeper) -> None:
-        """Stops the loop when a thread beside it has failed, or another process took this worker's place."""
-        while not self._stop.wait(1.0):
-            try:
-                lease.check()
-                peers.check()
-                if self._rebalancer is not None:
-                    self._rebalancer.check()
-                if lease.superseded:
-                    raise Unavailable(f"{self._config.worker_id} was replaced by a newer epoch")
-            except BaseException as error:  # noqa: BLE001  # raised by run()
-                self._failure = error
-                self.stop()
-                return
 
     # ---- experts -----------------------------------------------------------------------------------------------
 
@@ -232,28 +200,21 @@ class WorkerProcess:
 
     def _describe(self) -> WorkerInfo:
         config, facts = self._config, self._facts
-        return WorkerInfo(
-            worker_id=config.worker_id,
-            deployment=config.deployment,
-            pool=config.pool,
-            role=config.role,
-            model=config.model,
-            revision=config.revision,
+        endpoint = Endpoint(rpc=self._rpc.address, data="" if self._listener is None else self._listener.address)
+        record = record_of(
+            config,
+            endpoint,
             fingerprint=facts.fingerprint,
-            epoch=config.epoch,
-            endpoint=Endpoint(rpc=self._rpc.address, data="" if self._listener is None else self._listener.address),
-            pid=os.getpid(),
-            host=socket.gethostname(),
-            shard=config.shard,
+            max_model_len=facts.max_model_len,
+            vocab_size=facts.config.vocab_size,
+        )
+        return replace(
+            record,
             # Whoever only answers peers must be found by them before they are ready themselves.
             ready=self._ready,
             draining=self._stop.is_set(),
             message=self._message or self._role.stalled,
-            max_model_len=facts.max_model_len,
-            vocab_size=facts.config.vocab_size,
             block_size_tokens=facts.kv.block_size_tokens,
-            max_num_seqs=config.spec.scheduler.max_num_seqs,
-            max_queued_requests=config.spec.scheduler.max_queued_requests,
             num_experts=facts.config.num_experts,
             load=self._load(),
         )

@@ -21,7 +21,6 @@ from typing import Self
 import httpx
 
 from antiphon.apps.devices import deal
-from antiphon.apps.process.quiet_streams import QuietStreams
 from antiphon.apps.serve.deployment_set import Serving
 from antiphon.apps.serve.gateway_app import door_trust, door_url
 from antiphon.apps.serve.host import (
@@ -40,6 +39,7 @@ from antiphon.apps.serve.plan import GATEWAY, ServeSettings
 from antiphon.apps.serve.stop_signals import StopSignals
 from antiphon.apps.supervision.event_log import EventLog, EventLogEntry
 from antiphon.apps.supervision.log_mirror import LogMirror
+from antiphon.apps.supervision.quiet_streams import QuietStreams
 from antiphon.core.directory import WorkerRecord
 from antiphon.core.errors import Unavailable
 from antiphon.device.driver import look_for_cards

@@ -27,6 +27,7 @@ import torch
 
 from antiphon.apps.process.config import WorkerConfig, worker_id
 from antiphon.apps.process.events import EventWriter
+from antiphon.apps.process.lifecycle import SWITCH_INTERVAL_S
 from antiphon.apps.process.pinning import pin
 from antiphon.apps.process.wiring.resolve import resolve_model
 from antiphon.apps.serve.plan import revision_of
@@ -48,7 +49,6 @@ from antiphon.telemetry import configure_logging
 _LOOK_S = 0.25  # between looks at standings and at what gateways expect
 _RENEWALS_PER_LEASE = 3
 _SERVE_TIMEOUT_S = 3600.0
-_SWITCH_INTERVAL_S = 200e-6  # see worker_process
 _DISK_BYTES_PER_S, _LOAD_BYTES_PER_S = 5e8, 1e9  # until loads have been measured
 
 _REPLACED = "another process with a newer epoch serves these experts"
@@ -105,7 +105,7 @@ class TierProcess:
         Raises:
             AntiphonError: what ended the process.
         """
-        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         gc.freeze()  # what imports made stays; each eviction's collection need not look at it
         asyncio.run(self._run(started_s))
 

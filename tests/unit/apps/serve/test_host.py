@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from antiphon.apps.process.quiet_streams import QuietStreams
 from antiphon.apps.serve.host import OrphanReaper, check_private, make_run_dir, open_private, ray_dir, remove_tree, sweep_run_dirs
 from antiphon.apps.serve.stop_signals import StopRequested, StopSignals
+from antiphon.apps.supervision.quiet_streams import QuietStreams
 from antiphon.core.errors import Unavailable
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="orphans are adopted on Linux only")
@@ -104,7 +104,7 @@ def test_streams_are_taken_away_and_given_back() -> None:
     script = textwrap.dedent("""
         import os, sys, tempfile
         from pathlib import Path
-        from antiphon.apps.process.quiet_streams import QuietStreams
+        from antiphon.apps.supervision.quiet_streams import QuietStreams
         log = Path(tempfile.mkdtemp()) / "log"
         print("before")
         with QuietStreams(log) as streams:
