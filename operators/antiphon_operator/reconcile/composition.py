@@ -6,7 +6,7 @@ circuit breakers and fallbacks. Must not know: how requests are routed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from antiphon_operator.reconcile.llm.weights import find_weights
 from antiphon_operator.reconcile.tiers import NoTiers, TierSeen, TierSource
 from antiphon_operator.reconcile.writer import NotOurs, Writer
 from antiphon_operator.render.composition import Address, children, composition_service, key_of, router_name
-from antiphon_operator.render.model_pool import Member, pool_problems
+from antiphon_operator.render.model_pool import Member, pool_problems, pool_scheme
 from antiphon_operator.render.names import DEFAULT_HTTP_PORT, http_service
 from antiphon_operator.render.settings import Settings
 
@@ -65,10 +65,9 @@ class CompositionReconciler:
             ready_routers = await self._ready_routers(document)
             pool: ModelPoolSeen | None = None
             if members:
-                where = f"http://{composition_service(document.metadata.name)}.{namespace}.svc:{DEFAULT_HTTP_PORT}/metrics"
-                seen = await self._tiers.read(where) if ready_routers else {}
+                seen = await self._tiers.read(f"{_door_of(live, members)}/metrics") if ready_routers else {}
                 pool = ModelPoolSeen(members=frozenset(m.name for m in members), ready=ready_routers > 0, tiers=seen)
-            status, conditions = _status(live, document, references, ready_routers, writer, pool)
+            status, conditions = _status(live, document, references, ready_routers, writer, _door_of(live, members), pool)
             value: Mapping[str, Any] = status.model_dump(mode="json", by_alias=True, exclude_none=True)
             at_rest = conditions.holds(Type.READY) and not conditions.holds(Type.DEGRADED)
         except ValidationError as error:
@@ -170,13 +169,13 @@ class ModelPoolSeen:
     ready: bool
     tiers: Mapping[str, TierSeen]
 
-    def expert(self, name: str, reference: str, address: Address) -> ExpertStatus:
+    def expert(self, name: str, reference: str, url: str) -> ExpertStatus:
         """The status of an expert on it."""
         seen = self.tiers.get(reference)
         return ExpertStatus(
             name=name,
             ready=self.ready,
-            url=address.url,
+            url=url,
             message="" if self.ready else "its model pool is starting",
             resident=None if seen is None else seen.resident,
             wake_s=None if seen is None else seen.wake_s,
@@ -189,6 +188,7 @@ def _status(
     references: Mapping[str, Object | None],
     ready_routers: int,
     writer: Writer,
+    door: str,
     pool: ModelPoolSeen | None,
 ) -> tuple[CompositionStatus, ConditionSet]:
     addresses = _addresses(document, references)
@@ -197,8 +197,7 @@ def _status(
         if expert.deployment_ref is not None:
             reference = expert.deployment_ref
             if pool is not None and reference in pool.members:
-                url = f"http://{composition_service(name_of(live))}.{live['metadata']['namespace']}.svc:{DEFAULT_HTTP_PORT}/v1"
-                experts.append(pool.expert(expert.name, reference, Address(url=url, model=addresses[reference].model)))
+                experts.append(pool.expert(expert.name, reference, f"{door}/v1"))
                 continue
             experts.append(_expert(expert, reference, references[reference], addresses))
         elif expert.external is not None:
@@ -230,16 +229,20 @@ def _status(
     else:
         degraded = not all_ready
         conditions.set(Type.DEGRADED, degraded, Reason.EXPERT_UNAVAILABLE if degraded else Reason.HEALTHY, down)
-    namespace = live["metadata"]["namespace"]
     status = CompositionStatus(
         observed_generation=generation,
         conditions=conditions.values,
         experts=tuple(experts),
         experts_ready=f"{num_ready}/{len(experts)}",
-        url=f"http://{composition_service(name_of(live))}.{namespace}.svc:{DEFAULT_HTTP_PORT}/v1",
+        url=f"{door}/v1",
         model_pool=_pool_line(pool),
     )
     return status, conditions
+
+
+def _door_of(live: Object, members: Sequence[Member]) -> str:
+    """Where the router's HTTP API is within the cluster, without a path."""
+    return f"{pool_scheme(members)}://{composition_service(name_of(live))}.{live['metadata']['namespace']}.svc:{DEFAULT_HTTP_PORT}"
 
 
 def _tiers_told(document: CompositionOfExperts, pool: ModelPoolSeen | None) -> str:

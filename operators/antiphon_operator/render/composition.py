@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from antiphon.core.document.coe.experts import ExpertSpec, SecretKeyRef
 from antiphon.core.document.composition import CompositionOfExperts
 from antiphon_operator.render.canonical import Json, fingerprint, to_yaml
-from antiphon_operator.render.model_pool import Member, pool_documents, pool_environment, pool_memory, pool_volumes
+from antiphon_operator.render.model_pool import Member, pool_documents, pool_environment, pool_memory, pool_scheme, pool_volumes
 from antiphon_operator.render.names import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT, HEALTH_PATH, LABEL_COMPOSITION, MANAGER
 from antiphon_operator.render.pods import CONTAINER_SECURITY, GRACE_MARGIN_S, POD_SECURITY, resource_requirements
 from antiphon_operator.render.settings import Settings
@@ -175,6 +175,7 @@ def _pod(document: CompositionOfExperts, addresses: Mapping[str, Address], setti
         mounts.append({"name": "artifact", "mountPath": "/artifact", "readOnly": True})
     listen = ("--host", "0.0.0.0", "--http-port", str(DEFAULT_HTTP_PORT), "--grpc-port", str(DEFAULT_GRPC_PORT))  # noqa: S104 - a pod
     verb = ("serve", "--no-ray", "--timeout", str(_POOL_START_S)) if members else ("coe", "serve")
+    door: Json = {"port": "http"} if pool_scheme(members) == "http" else {"port": "http", "scheme": "HTTPS"}
     resources = resource_requirements(document.spec.router.resources)
     if members:
         more = pool_volumes(document, members)
@@ -194,12 +195,12 @@ def _pod(document: CompositionOfExperts, addresses: Mapping[str, Address], setti
         ],
         "resources": resources,
         "securityContext": CONTAINER_SECURITY,
-        "readinessProbe": {"httpGet": {"path": "/ready" if members else HEALTH_PATH, "port": "http"}, "periodSeconds": 5},
-        "livenessProbe": {"httpGet": {"path": HEALTH_PATH, "port": "http"}, "periodSeconds": 10, "failureThreshold": 12},
+        "readinessProbe": {"httpGet": {**door, "path": "/ready" if members else HEALTH_PATH}, "periodSeconds": 5},
+        "livenessProbe": {"httpGet": {**door, "path": HEALTH_PATH}, "periodSeconds": 10, "failureThreshold": 12},
         "volumeMounts": mounts,
     }
     if members:
-        probe = {"httpGet": {"path": HEALTH_PATH, "port": "http"}, "periodSeconds": 5, "failureThreshold": _POOL_START_S // 5}
+        probe = {"httpGet": {**door, "path": HEALTH_PATH}, "periodSeconds": 5, "failureThreshold": _POOL_START_S // 5}
         container["startupProbe"] = probe
     pod: Json = {
         "automountServiceAccountToken": False,

@@ -10,7 +10,7 @@ same documents. Must not know: which experts are resident.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from antiphon.core.document.composition import CompositionOfExperts
@@ -20,7 +20,8 @@ from antiphon.core.errors import Problem
 from antiphon.core.tiers import tier_problems
 from antiphon_operator.planning.memory import MARGIN, NOTHING_KNOWN, RUNTIME_BYTES, WeightSizes, memory_need
 from antiphon_operator.render.canonical import Json, to_yaml
-from antiphon_operator.render.names import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT
+from antiphon_operator.render.names import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT, http_scheme
+from antiphon_operator.render.pods import FromSecrets, deployment_key, secret_files
 from antiphon_operator.render.serve import worker_document
 from antiphon_operator.render.settings import Weights
 
@@ -79,16 +80,12 @@ def pool_problems(composition: CompositionOfExperts, members: Sequence[Member]) 
     if composition.spec.router.replicas > 1:
         message = "a model pool is one process with its router inside: spec.tiers needs 1"
         found.append(Problem(path="spec.router.replicas", message=message))
+    first = documents[0]
     for document in documents[1:]:
-        first = documents[0]
-        if _door(document) != _door(first):
-            message = (
-                f"{document.metadata.name} and {first.metadata.name} share one door on the model pool and say different things"
-            )
-            found.append(Problem(path=f"LLMDeployment/{document.metadata.name}: spec.endpoint", message=message))
-        if document.spec.directory != first.spec.directory:
-            message = f"{document.metadata.name} and {first.metadata.name} share one directory on the model pool"
-            found.append(Problem(path=f"LLMDeployment/{document.metadata.name}: spec.directory", message=message))
+        for field, shared_by in _SHARED.items():
+            if shared_by(document) != shared_by(first):
+                message = f"is the model pool's, which {document.metadata.name} and {first.metadata.name} share: they differ"
+                found.append(Problem(path=f"LLMDeployment/{document.metadata.name}: {field}", message=message))
     given = composition.spec.router.resources.memory
     need = pool_memory(composition, members)
     if not found and given is not None and parse_quantity(given) < need.total:
@@ -100,6 +97,14 @@ def pool_problems(composition: CompositionOfExperts, members: Sequence[Member]) 
 def _door(document: LLMDeployment) -> Json:
     """What its endpoint says, ports and address aside: those are the pod's."""
     return document.spec.endpoint.model_dump(mode="json", exclude={"host", "http_port", "grpc_port", "replicas", "wake_timeout_s"})
+
+
+# What a pod has once, whoever of its members says it.
+_SHARED: Mapping[str, Callable[[LLMDeployment], object]] = {
+    "spec.endpoint": _door,
+    "spec.directory": lambda document: document.spec.directory,
+    "spec.kubernetes.keySecret": lambda document: document.spec.kubernetes.key_secret,
+}
 
 
 def pool_documents(router: Json, members: Sequence[Member]) -> str:
@@ -125,14 +130,29 @@ def pool_volumes(composition: CompositionOfExperts, members: Sequence[Member]) -
         name = f"weights-{index}"
         volumes.append({"name": name, "persistentVolumeClaim": {"claimName": claim, "readOnly": True}})
         mounts.append({"name": name, "mountPath": weights.mount, "readOnly": True})
+    for secrets in _secrets(members):
+        volumes += secrets.volumes
+        mounts += secrets.mounts
     return volumes, mounts
+
+
+def pool_scheme(members: Sequence[Member]) -> str:
+    """http, or https where the members' one door has a certificate; http without members."""
+    return http_scheme(members[0].document) if members else "http"
+
+
+def _secrets(members: Sequence[Member]) -> tuple[FromSecrets, ...]:
+    names = sorted({name for member in members for name in member.document.spec.kubernetes.secret_files})
+    return secret_files(names), deployment_key(members[0].document.spec.kubernetes)
 
 
 def pool_environment(members: Sequence[Member]) -> list[Json]:
     """Variables that members take from Secrets, each once."""
+    if not members:
+        return []
     found: dict[str, Json] = {}
     for member in members:
         for ref in member.document.spec.kubernetes.secret_env:
             source = {"secretKeyRef": {"name": ref.secret, "key": ref.key}}
             found.setdefault(ref.name, {"name": ref.name, "valueFrom": source})
-    return [found[name] for name in sorted(found)]
+    return [found[name] for name in sorted(found)] + [each for secrets in _secrets(members) for each in secrets.variables]

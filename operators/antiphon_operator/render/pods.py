@@ -5,6 +5,9 @@ Every field the API server would default inside a list is written out where comp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 from antiphon.core.document.policies import KubernetesSpec, TolerationSpec
 from antiphon.core.document.pools import PoolSpec, Resources, parse_quantity
 from antiphon.core.document.spec import LLMDeployment, LLMDeploymentSpec
@@ -182,12 +185,7 @@ def _template(
     if weights is not None:
         claim = {"claimName": weights.claim, "readOnly": True}
         spec["volumes"].append({"name": "weights", "persistentVolumeClaim": claim})
-    for index, name in enumerate(_secret_files(document, group)):
-        spec["volumes"].append({"name": f"secret-{index}", "secret": {"secretName": name, "defaultMode": _SECRET_MODE}})
-    if kubernetes.key_secret is not None:
-        items = [{"key": kubernetes.key_secret.key, "path": _KEY_FILE}]
-        source = {"secretName": kubernetes.key_secret.secret, "items": items, "defaultMode": _SECRET_MODE}
-        spec["volumes"].append({"name": "deployment-key", "secret": source})
+    spec["volumes"] += secret_files(_secret_files(document, group)).volumes + deployment_key(kubernetes).volumes
     if not token:
         spec["automountServiceAccountToken"] = False
     if node_selector:
@@ -238,13 +236,9 @@ def _container(
     ]
     if weights is not None:
         mounts.append({"name": "weights", "mountPath": weights.mount, "readOnly": True})
-    mounts += [
-        {"name": f"secret-{index}", "mountPath": f"{SECRETS}/{secret}", "readOnly": True}
-        for index, secret in enumerate(_secret_files(document, pool))
-    ]
-    if kubernetes.key_secret is not None:
-        variables.append({"name": "ANTIPHON_KEY_FILE", "value": f"{_KEY_DIRECTORY}/{_KEY_FILE}"})
-        mounts.append({"name": "deployment-key", "mountPath": _KEY_DIRECTORY, "readOnly": True})
+    key = deployment_key(kubernetes)
+    mounts += secret_files(_secret_files(document, pool)).mounts + key.mounts
+    variables += key.variables
     return {
         "name": name,
         "image": kubernetes.image if kubernetes.image is not None else runtime.image,
@@ -254,6 +248,38 @@ def _container(
         "securityContext": CONTAINER_SECURITY,
         "volumeMounts": mounts,
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FromSecrets:
+    """What a pod has from Secrets."""
+
+    volumes: list[Json] = field(default_factory=list)
+    mounts: list[Json] = field(default_factory=list)
+    variables: list[Json] = field(default_factory=list)
+
+
+def secret_files(names: Sequence[str]) -> FromSecrets:
+    """Secrets as directories of files, below ``SECRETS``."""
+    volumes: list[Json] = []
+    mounts: list[Json] = []
+    for index, name in enumerate(names):
+        volumes.append({"name": f"secret-{index}", "secret": {"secretName": name, "defaultMode": _SECRET_MODE}})
+        mounts.append({"name": f"secret-{index}", "mountPath": f"{SECRETS}/{name}", "readOnly": True})
+    return FromSecrets(volumes=volumes, mounts=mounts)
+
+
+def deployment_key(kubernetes: KubernetesSpec) -> FromSecrets:
+    """The key by which parts of a deployment know each other; nothing where the document names none."""
+    if kubernetes.key_secret is None:
+        return FromSecrets()
+    items = [{"key": kubernetes.key_secret.key, "path": _KEY_FILE}]
+    source = {"secretName": kubernetes.key_secret.secret, "items": items, "defaultMode": _SECRET_MODE}
+    return FromSecrets(
+        volumes=[{"name": "deployment-key", "secret": source}],
+        mounts=[{"name": "deployment-key", "mountPath": _KEY_DIRECTORY, "readOnly": True}],
+        variables=[{"name": "ANTIPHON_KEY_FILE", "value": f"{_KEY_DIRECTORY}/{_KEY_FILE}"}],
+    )
 
 
 def _secret_files(document: LLMDeployment, group: str) -> tuple[str, ...]:

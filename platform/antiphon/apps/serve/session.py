@@ -100,6 +100,11 @@ class ServeSession:
         """Everything that has happened so far."""
         return read_event_logs(self._serving, self.run_dir)
 
+    @property
+    def serving(self) -> Serving:
+        """What is served; with the directories of checkpoints once they are there."""
+        return self._serving
+
     def start(self, show: Show, say: Say, watch: Watch | None = None) -> Ready:
         """Start everything and wait until it is ready; ``say`` gets what is being done, ``watch`` how far downloads are.
 

@@ -192,7 +192,7 @@ def _run(session: ServeSession, serving: Serving, ask: str | None) -> int:
     try:
         ready = session.start(lambda entries: progress.update(entries, serving.num_processes), progress.say, progress.amount)
         progress.close()
-        _print_ready(console, serving, ready)
+        _print_ready(console, session.serving, ready)
         if ask is not None:
             _ask(console, serving, ready, ask)
         else:

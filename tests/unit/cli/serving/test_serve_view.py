@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
+from dataclasses import replace
+from pathlib import Path
 
+import pytest
 from rich.console import Console
 
+from antiphon.apps.serve.deployment_set import serving_of
 from antiphon.apps.supervision.event_log import EventLogEntry
-from antiphon.cli.serving.serve_view import Progress
+from antiphon.cli.serving.serve_view import Progress, endpoints
+from antiphon.core.document.loading import parse_object
+from antiphon.gateway.config import BoundPorts
 from antiphon.models.loading.progress import Amount
 from antiphon.testing import FakeClock
 
@@ -42,3 +49,16 @@ def test_what_is_over_in_seconds_is_no_line_and_each_worker_has_its_own() -> Non
     entries.append(EventLogEntry(kind="loading", subject="attention/0", time_s=0.0, facts={"num_bytes": 12_000_000}))
     progress.update(entries, 2)
     assert lines_of(out) == ["attention/0 reads weights: 12 MB, 1.0 MB/s"]
+
+
+@pytest.mark.parametrize(("architecture", "path"), [("LlamaForCausalLM", "chat/completions"), ("BertModel", "embeddings")])
+def test_the_first_request_is_one_that_the_model_answers(tmp_path: Path, architecture: str, path: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture], "hidden_size": 8}))
+    document = {
+        "apiVersion": "serving.antiphon.dev/v1alpha1",
+        "kind": "LLMDeployment",
+        "metadata": {"name": "m"},
+        "spec": {"model": {"uri": str(tmp_path)}, "pools": [{"name": "all", "role": "monolith"}]},
+    }
+    serving = replace(serving_of([parse_object(document, "test")], "test"), checkpoints={"m": str(tmp_path)})
+    assert f":8000/v1/{path} " in endpoints(serving, BoundPorts(host="127.0.0.1", http_port=8000, grpc_port=9000)).plain

@@ -153,12 +153,29 @@ def test_at_rest_it_is_looked_at_often_and_nothing_is_written(world: World) -> N
     assert not [call for call in world.api.calls if call.writes]
 
 
+def test_what_members_have_from_secrets_is_there_and_their_certificate_is_the_doors(world: World) -> None:
+    tls = {"certificateFile": "/etc/antiphon/secrets/door/tls.crt", "keyFile": "/etc/antiphon/secrets/door/tls.key"}
+    shared = {"secretFiles": ["door"], "keySecret": {"secret": "parts", "key": "key"}}
+    for name in MEMBERS:
+        world.edit(LLM_DEPLOYMENT, name, endpoint={"tls": tls}, kubernetes=shared)
+    world.reconcile()
+    (container,) = world.pod["containers"]
+    mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert {"/etc/antiphon/secrets/door", "/etc/antiphon/key"} <= mounted
+    assert {"name": "ANTIPHON_KEY_FILE", "value": "/etc/antiphon/key/key"} in container["env"]
+    probes = ("readinessProbe", "livenessProbe", "startupProbe")
+    assert [container[probe]["httpGet"]["scheme"] for probe in probes] == ["HTTPS"] * 3
+    assert served(world).endpoint.tls is not None
+    assert world.status["url"] == "https://team-coe.default.svc:8000/v1"
+
+
 @pytest.mark.parametrize(
     ("member", "composition", "message"),
     [
         ({"pools": [{"name": "workers", "role": "monolith", "replicas": 2}]}, {}, "an expert of spec.tiers is one monolith"),
-        ({"endpoint": {"unknownFields": "refuse"}}, {}, "share one door"),
-        ({"directory": {"redisUrl": "redis://r"}}, {}, "share one directory"),
+        ({"endpoint": {"unknownFields": "refuse"}}, {}, "spec.endpoint: is the model pool's"),
+        ({"kubernetes": {"keySecret": {"secret": "own", "key": "key"}}}, {}, "spec.kubernetes.keySecret: is the model pool's"),
+        ({"directory": {"redisUrl": "redis://r"}}, {}, "spec.directory: is the model pool's"),
         ({}, {"router": {"replicas": 2}}, "spec.router.replicas"),
         ({}, {"router": {"resources": {"memory": "3Gi"}}}, "3Gi is too little for the model pool, which needs"),
         ({}, {"tiers": {"residentMemory": "512Mi"}}, "more than spec.tiers.residentMemory"),
