@@ -13,7 +13,7 @@
 #include "exponent.h"
 #include "thread_pool.h"
 
-#ifdef __AVX512BW__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 #ifdef __linux__
@@ -445,33 +445,44 @@ Tensor silu_ffn(const Tensor& rows, const Tensor& gate_up_weight, const std::opt
   return packed_linear(silu_mul(packed_linear(rows, gate_up_weight, gate_up_bias)), down_weight, down_bias);
 }
 
-// A few rows times bfloat16 weights as checkpoints have them, for processors without bfloat16 arithmetic: weights are widened once in
-// registers for up to four rows, and read from memory once for all. A row's sum has one order: eight lanes, lanes in pairs, the rest.
+// Rows times bfloat16 weights as checkpoints have them, for processors without bfloat16 arithmetic: weights are read from memory once
+// for all rows, and widened in registers for few of them, into a buffer in the nearest cache for more. A row's sum has one order
+// whatever the rows beside it: eight lanes, lanes in pairs, the rest.
 using f32x8 = float __attribute__((vector_size(32)));
-using u32x8 = uint32_t __attribute__((vector_size(32)));
-using u16x8 = uint16_t __attribute__((vector_size(16)));
-constexpr int64_t kVector = 8, kOutputs = 4;
+constexpr int64_t kVector = 8, kOutputs = 6, kBufferedRows = 10;
 
-inline f32x8 widen(const bf16* at) {
+inline f32x8 load8(const float* at) {
+  f32x8 v;
+  std::memcpy(&v, at, sizeof v);
+  return v;
+}
+
+inline f32x8 load8(const bf16* at) {
+#ifdef __AVX2__  // one instruction; the compiler makes four of what stands below
+  return std::bit_cast<f32x8>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))), 16));
+#else
+  using u32x8 = uint32_t __attribute__((vector_size(32)));
+  using u16x8 = uint16_t __attribute__((vector_size(16)));
   u16x8 bits;
   std::memcpy(&bits, at, sizeof bits);
   return std::bit_cast<f32x8>(__builtin_convertvector(bits, u32x8) << 16);
+#endif
 }
 
 inline float total(f32x8 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 
-// sums[row][output] of Rows rows of x, ``inputs`` floats each, and Outputs rows of weights.
-template <int Rows, int Outputs>
-void dot(const float* x, const bf16* w, int64_t inputs, float (*sums)[kOutputs]) {
+// sums[row][output] of Rows rows of x, ``inputs`` floats each, and Outputs rows of weights. Both numbers are such that the sums and x stay
+// in registers.
+template <int Rows, int Outputs, typename Weight>
+[[gnu::noinline]] void dot(const float* x, const Weight* w, int64_t inputs, float (*sums)[kOutputs]) {
   f32x8 acc[Rows][Outputs] = {};
   int64_t i = 0;
   for (; i + kVector <= inputs; i += kVector) {
-    f32x8 weights[Outputs];
-    for (int o = 0; o < Outputs; ++o) weights[o] = widen(w + o * inputs + i);
-    for (int r = 0; r < Rows; ++r) {
-      f32x8 v;
-      std::memcpy(&v, x + r * inputs + i, sizeof v);
-      for (int o = 0; o < Outputs; ++o) acc[r][o] += v * weights[o];
+    f32x8 v[Rows];
+    for (int r = 0; r < Rows; ++r) v[r] = load8(x + r * inputs + i);
+    for (int o = 0; o < Outputs; ++o) {
+      const f32x8 weights = load8(w + o * inputs + i);
+      for (int r = 0; r < Rows; ++r) acc[r][o] += v[r] * weights;
     }
   }
   for (int r = 0; r < Rows; ++r) {
@@ -483,21 +494,12 @@ void dot(const float* x, const bf16* w, int64_t inputs, float (*sums)[kOutputs])
   }
 }
 
-template <int Rows>
-void dot(const float* x, const bf16* w, int64_t inputs, int64_t outputs, float (*sums)[kOutputs]) {
-  if constexpr (Rows <= 2) {  // as many streams of weights as registers allow: few rows wait for memory
-    if (outputs == kOutputs) return dot<Rows, kOutputs>(x, w, inputs, sums);
-  }
-  float two[Rows][kOutputs];
-  for (int64_t o = 0; o < outputs;) {  // by pairs, so that all sums and the weights stay in registers
-    const bool pair = o + 2 <= outputs;
-    pair ? dot<Rows, 2>(x, w + o * inputs, inputs, two) : dot<Rows, 1>(x, w + o * inputs, inputs, two);
-    for (int r = 0; r < Rows; ++r) {
-      sums[r][o] = two[r][0];
-      if (pair) sums[r][o + 1] = two[r][1];
-    }
-    o += pair ? 2 : 1;
-  }
+// The same of ``outputs`` rows of weights, Step at a time.
+template <int Rows, int Step, typename Weight>
+void dots(const float* x, const Weight* w, int64_t inputs, int64_t outputs, float (*sums)[kOutputs]) {
+  int64_t o = 0;
+  for (; o + Step <= outputs; o += Step) dot<Rows, Step>(x, w + o * inputs, inputs, reinterpret_cast<float(*)[kOutputs]>(&sums[0][o]));
+  for (; o < outputs; ++o) dot<Rows, 1>(x, w + o * inputs, inputs, reinterpret_cast<float(*)[kOutputs]>(&sums[0][o]));
 }
 
 // x_TI @ weight_OI^T + bias_O: bfloat16, or fp32 where no rounding is wanted.
@@ -507,27 +509,38 @@ Tensor row_linear(const Tensor& x, const Tensor& weight, const std::optional<Ten
   TORCH_CHECK(x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16);
   const Tensor out = at::empty({rows, outputs}, x.options().dtype(in_fp32 ? at::kFloat : at::kBFloat16));
   const bf16 *from = data<bf16>(x), *w = data<bf16>(weight), *b = bias.has_value() ? data<bf16>(*bias) : nullptr;
+  float* as_fp32 = in_fp32 ? data<float>(out) : nullptr;
+  bf16* as_bf16 = in_fp32 ? nullptr : data<bf16>(out);
   std::vector<float> wide(static_cast<size_t>(rows * inputs));
   for (int64_t i = 0; i < rows * inputs; ++i) wide[i] = load(from[i]);
-  antiphon::parallel_for(0, (outputs + kOutputs - 1) / kOutputs, 16, [&](int64_t begin, int64_t end) {
+  antiphon::parallel_for(0, (outputs + kOutputs - 1) / kOutputs, 12, [&](int64_t begin, int64_t end) {
     float sums[4][kOutputs];
+    std::vector<float> buffer(rows < kBufferedRows ? 0 : static_cast<size_t>(kOutputs * inputs));
     for (int64_t o = begin * kOutputs; o < std::min(outputs, end * kOutputs); o += kOutputs) {
       const int64_t count = std::min(kOutputs, outputs - o);
-      for (int64_t r = 0; r < rows; r += 4) {
-        const float* at = wide.data() + r * inputs;
-        switch (std::min<int64_t>(4, rows - r)) {
-          case 4: dot<4>(at, w + o * inputs, inputs, count, sums); break;
-          case 3: dot<3>(at, w + o * inputs, inputs, count, sums); break;
-          case 2: dot<2>(at, w + o * inputs, inputs, count, sums); break;
-          default: dot<1>(at, w + o * inputs, inputs, count, sums);
+      const bf16* at = w + o * inputs;
+      for (int64_t i = 0; i < (rows < kBufferedRows ? 0 : count * inputs); ++i) buffer[i] = load(at[i]);
+      for (int64_t r = 0; r < rows;) {
+        const float* row = wide.data() + r * inputs;
+        const int64_t taken = rows < kBufferedRows ? std::min<int64_t>(4, rows - r) : std::min<int64_t>(2, rows - r);
+        if (rows >= kBufferedRows) {
+          taken == 2 ? dots<2, 6>(row, buffer.data(), inputs, count, sums) : dots<1, 6>(row, buffer.data(), inputs, count, sums);
+        } else {
+          switch (taken) {
+            case 4: dots<4, 2>(row, at, inputs, count, sums); break;
+            case 3: dots<3, 3>(row, at, inputs, count, sums); break;
+            case 2: dots<2, 6>(row, at, inputs, count, sums); break;
+            default: dots<1, 6>(row, at, inputs, count, sums);
+          }
         }
-        for (int64_t k = 0; k < std::min<int64_t>(4, rows - r); ++k) {
+        for (int64_t k = 0; k < taken; ++k) {
           for (int64_t c = 0; c < count; ++c) {
             const float sum = sums[k][c] + (b == nullptr ? 0.0f : load(b[o + c]));
             const int64_t place = (r + k) * outputs + o + c;
-            in_fp32 ? store(data<float>(out)[place], sum) : store(data<bf16>(out)[place], sum);
+            in_fp32 ? store(as_fp32[place], sum) : store(as_bf16[place], sum);
           }
         }
+        r += taken;
       }
     }
   });
