@@ -21,6 +21,7 @@ from antiphon.directory.memory import open_directory
 from antiphon.testing import write_tiny_llama
 
 START_S = 120.0
+PEER_TIMEOUT_S = 3.0
 _RESULTS = pytest.StashKey[list[tuple[str, str, float]]]()
 
 
@@ -46,6 +47,7 @@ class Target:
                     "cache": {"numBlocks": 256},
                     "endpoint": {"httpPort": 0, "grpcPort": 0},
                     "directory": {"leaseS": 1.5},
+                    "transport": {"peerTimeoutS": PEER_TIMEOUT_S},
                 },
             }
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -90,6 +91,65 @@ def test_an_ffn_worker_that_stops_reading_is_lost_when_its_ring_is_full() -> Non
     side.send(1, 0, 0, torch.ones(ROWS, WIDTH))
     with pytest.raises(PeerLost, match=r"test/ffn/0.*took no rows for 0.05 s"):
         side.send(1, 0, 1, torch.ones(ROWS, WIDTH))
+
+
+def test_a_stopped_worker_is_lost_when_others_say_so_and_its_late_answer_is_nobodys() -> None:
+    """Its replica gets the rows; what it says after that, of the same step and layer, is not taken for the replica's answer."""
+    near, far = pair()
+    other_near, other_far = pair(ffn=WorkerId("test/ffn/1"))
+    side = attention_side(near)
+    side.add_link(0, other_near)
+    rows = torch.ones(ROWS, WIDTH)
+    side.send(1, 0, 0, rows)
+    ((stopped, owed_s),) = side.owing().items()
+    assert stopped == (FFN, Epoch(1))
+    assert owed_s >= 0
+    side.lose(stopped, "it is silent")
+    with ThreadPoolExecutor(1) as pool:
+        received = pool.submit(side.receive, 0)
+        end = time.monotonic() + 5.0
+        while not other_far.pending() and time.monotonic() < end:
+            time.sleep(0.001)
+        with pytest.raises(PeerLost):
+            answer(far)
+        answer(other_far)
+        assert torch.equal(received.result(5.0), rows)
+    assert str(side.losses[0]) == "peer test/ffn/0 lost: it is silent"
+    side.close()
+
+
+def test_whoever_has_answered_by_then_is_not_lost() -> None:
+    near, far = pair()
+    side = attention_side(near)
+    side.send(1, 0, 0, torch.ones(ROWS, WIDTH))
+    answer(far)
+    side.receive(0)
+    side.lose((FFN, Epoch(1)), "it is silent")
+    side.send(1, 0, 1, torch.ones(ROWS, WIDTH))
+    answer(far, lambda h: h._replace(ubatch=1))
+    side.receive(1)
+    assert not side.losses
+    side.close()
+
+
+def test_a_shard_is_held_for_once_and_is_not_missing_any_more_when_somebody_came() -> None:
+    near, far = pair()
+    side = attention_side(near)
+    assert side.complete
+    assert side.missing_s == 0
+    side.send(1, 0, 0, torch.ones(ROWS, WIDTH))
+    far.close()
+    with pytest.raises(PeerLost):
+        side.receive(0)
+    side.abandon()
+    assert side.missing_s >= TIMEOUT_S
+    start = time.monotonic()
+    with pytest.raises(PeerLost, match=r"no worker holds it"):  # it has been waited for already: this request ends at once
+        side.send(2, 0, 0, torch.ones(ROWS, WIDTH))
+    assert time.monotonic() - start < TIMEOUT_S
+    side.add_link(0, pair()[0])
+    assert side.missing_s == 0
+    side.close()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -273,11 +273,8 @@ def undisturbed(system: System) -> dict[str, str]:
     return {prompt: system.complete(prompt, max_tokens=120)["choices"][0]["text"] for prompt in prompts}
 
 
-@pytest.mark.parametrize(("pool", "index"), [("ffn", 0), ("attention", 0), ("prefill", 0), ("ffn", 1), ("attention", 1)])
-def test_a_worker_killed_under_load_costs_no_stream_a_token(
-    system: System, undisturbed: dict[str, str], pool: str, index: int
-) -> None:
-    pid = system.pid_of(pool, index)
+async def disturbed(system: System, prompts: list[str], disturb: Callable[[], None], timeout_s: float = 90.0) -> list[str]:
+    """The texts of streams of all prompts; ``disturb`` is called once some have begun."""
     begun: set[str] = set()  # prompts that have a token
     some_begun = asyncio.Event()
 
@@ -303,16 +300,22 @@ def test_a_worker_killed_under_load_costs_no_stream_a_token(
                         some_begun.set()
         return text
 
-    async def run() -> list[str]:
-        async with httpx.AsyncClient(base_url=system.url, timeout=90) as client:
-            tasks = [asyncio.create_task(stream(client, prompt)) for prompt in undisturbed]
-            async with asyncio.timeout(60):
-                await some_begun.wait()
-            assert not all(task.done() for task in tasks)  # some are at their tokens, some at their prompts or in the queue
-            os.kill(pid, signal.SIGKILL)
-            return await asyncio.gather(*tasks)
+    async with httpx.AsyncClient(base_url=system.url, timeout=timeout_s) as client:
+        tasks = [asyncio.create_task(stream(client, prompt)) for prompt in prompts]
+        async with asyncio.timeout(60):
+            await some_begun.wait()
+        assert not all(task.done() for task in tasks)  # some are at their tokens, some at their prompts or in the queue
+        disturb()
+        return await asyncio.gather(*tasks)
 
-    assert asyncio.run(run()) == list(undisturbed.values())
+
+@pytest.mark.parametrize(("pool", "index"), [("ffn", 0), ("attention", 0), ("prefill", 0), ("ffn", 1), ("attention", 1)])
+def test_a_worker_killed_under_load_costs_no_stream_a_token(
+    system: System, undisturbed: dict[str, str], pool: str, index: int
+) -> None:
+    pid = system.pid_of(pool, index)
+    texts = asyncio.run(disturbed(system, list(undisturbed), lambda: os.kill(pid, signal.SIGKILL)))
+    assert texts == list(undisturbed.values())
 
     def back() -> None:
         found = {worker["worker_id"]: worker for worker in system.workers()}
@@ -322,6 +325,28 @@ def test_a_worker_killed_under_load_costs_no_stream_a_token(
         assert seen["pid"] == system.pid_of(pool, index) != pid  # no longer the lease of the lost one
 
     eventually(back, 60.0)
+
+
+@pytest.mark.parametrize(("pool", "index"), [("ffn", 0), ("attention", 0), ("prefill", 0)])
+def test_a_worker_stopped_under_load_holds_no_stream_up_and_comes_back_with_no_wrong_token(
+    system: System, undisturbed: dict[str, str], pool: str, index: int
+) -> None:
+    """All streams end while it is stopped, sooner than any timeout of seconds would have it; then its late answers come."""
+    pid = system.pid_of(pool, index)
+    try:
+        texts = asyncio.run(disturbed(system, list(undisturbed), lambda: os.kill(pid, signal.SIGSTOP), timeout_s=8.0))
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert texts == list(undisturbed.values())
+    assert asyncio.run(disturbed(system, list(undisturbed), lambda: None)) == list(undisturbed.values())
+
+    def back() -> None:
+        seen = {worker["worker_id"]: worker for worker in system.workers()}[f"tiny/{pool}/{index}"]
+        assert seen["ready"], seen
+        assert seen["pid"] == pid
+        assert seen.get("connected") is not False
+
+    eventually(back, 30.0)
 
 
 def test_an_idle_system_sleeps(system: System) -> None:

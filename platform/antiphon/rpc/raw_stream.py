@@ -22,8 +22,8 @@ _SERVICE, _METHOD = "antiphon.transport.RawStream", "Open"
 _MAX_STREAMS = 256  # a thread each, started when needed
 _CLOSE_S = 1.0  # how long a close waits for the peer to take what is under way
 _KEEPALIVE = [
-    ("grpc.keepalive_time_ms", 5_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_time_ms", 2_000),  # a connection that is cut is lost after both
+    ("grpc.keepalive_timeout_ms", 2_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]

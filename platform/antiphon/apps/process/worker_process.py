@@ -22,7 +22,7 @@ from antiphon.apps.process.events import EventWriter
 from antiphon.apps.process.expert_host import ExpertHost
 from antiphon.apps.process.lifecycle import SWITCH_INTERVAL_S, Watch, begin, device_of, record_of
 from antiphon.apps.process.load_report import load_reported
-from antiphon.apps.process.peers import PeerKeeper
+from antiphon.apps.process.peers.keeper import PeerKeeper
 from antiphon.apps.process.pinning import unpinned
 from antiphon.apps.process.rebalancer import ModelShape, Rebalancer, adopt_newest
 from antiphon.apps.process.roles.attention import AttentionRole
@@ -109,8 +109,14 @@ class WorkerProcess:
             self._events.stage("total", time.monotonic() - started_s)
             self._events.ready(**self._ready_facts())
 
+            lacked_peers = False
+
             def check() -> None:
+                nonlocal lacked_peers
                 peers.check()
+                if lacked_peers != self._role.lacks_peers:
+                    lacked_peers = not lacked_peers
+                    lease.renew_soon()  # requests come, or don't, as the record says
                 if self._rebalancer is not None:
                     self._rebalancer.check()
 
@@ -211,7 +217,7 @@ class WorkerProcess:
         return replace(
             record,
             # Whoever only answers peers must be found by them before they are ready themselves.
-            ready=self._ready,
+            ready=self._ready and not self._role.lacks_peers,
             draining=self._stop.is_set(),
             message=self._message or self._role.stalled,
             block_size_tokens=facts.kv.block_size_tokens,

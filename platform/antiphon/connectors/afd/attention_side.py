@@ -99,6 +99,26 @@ class AttentionSide:
         return max(0.0, self._clock() - min(away)) if away else 0.0
 
     @property
+    def missing_s(self) -> float:
+        """How long a shard has had no worker, 0 where each has one; safe from any thread."""
+        return self._links.missing_s
+
+    def owing(self) -> dict[tuple[WorkerId, Epoch], float]:
+        """Workers that have not answered rows, and for how long; safe from any thread."""
+        found: dict[tuple[WorkerId, Epoch], float] = {}
+        now_s = self._clock()
+        for exchange in self._exchanges:
+            for index in tuple(exchange.waiting_for) if exchange.is_away else ():
+                for peer in self._shards[index][:1]:
+                    key = (peer.link.peer, peer.link.peer_epoch)
+                    found[key] = max(found.get(key, 0.0), now_s - exchange.sent_s)
+        return found
+
+    def lose(self, worker: tuple[WorkerId, Epoch], why: str) -> None:
+        """Take a worker for lost, unless it has answered by the time the loop hears of it; safe from any thread."""
+        self._links.silent.append((worker, why))
+
+    @property
     def complete(self) -> bool:
         """True when every shard has a link."""
         self._links.take_arrivals()
@@ -285,6 +305,8 @@ class AttentionSide:
                 raise PeerLost(peer.link.peer, f"took no rows for {self._answer_timeout_s:g} s")
             peer.link.wait(_WAIT_SLICE_S)
             self._drain(index)
+            if self._links.silent:
+                self._drop_silent()
             if self._shards[index][:1] != [peer]:
                 return None  # lost while draining, and everything in flight is re-sent by then
             if peer.num_owed < len(self._exchanges):
@@ -334,7 +356,14 @@ class AttentionSide:
         exchange.compute_us = max(exchange.compute_us, header.compute_us)
         exchange.wait_us = max(exchange.wait_us, header.wait_us)
 
+    def _drop_silent(self) -> None:
+        for index in self._links.drop_silent(self.owing()):
+            self._resend(index)
+
     def _wait(self, exchange: Exchange) -> None:
+        if self._links.silent:
+            self._drop_silent()
+            return
         now_s = self._clock()
         if now_s > exchange.overdue_s:
             exchange.overdue_s = now_s + self._answer_timeout_s

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from antiphon.connectors.afd.inflight import Peer
 from antiphon.connectors.afd.rows import RowFormat, SlotViews
@@ -38,6 +38,7 @@ class ShardLinks:
         self.shards: list[list[Peer]] = [[] for _ in range(num_shards)]  # the first of a shard's replicas is in use
         self.waiting = WaitSet()  # on all of them
         self.losses: deque[AntiphonError] = deque(maxlen=64)  # peers dropped, and why
+        self.silent: deque[tuple[tuple[WorkerId, Epoch], str]] = deque()  # workers that others take for lost, and why
         self._out = out
         self._back = back
         self._preferred = preferred_replica
@@ -45,6 +46,7 @@ class ShardLinks:
         self._clock = clock
         self._sleep = sleep
         self._arrivals: deque[tuple[int, Link]] = deque()
+        self._empty_s: list[float | None] = [None] * num_shards  # when a shard's last worker was lost
 
     def add(self, shard: int, link: Link) -> None:
         """Offer an open link; safe from any thread."""
@@ -64,6 +66,13 @@ class ShardLinks:
         """Over all links; -1 where there is none."""
         return min((peer.link.num_free_slots for peers in self.shards for peer in peers), default=-1)
 
+    @property
+    def missing_s(self) -> float:
+        """How long the shard that has been without a worker longest has been so, 0 where each has one; safe from any thread."""
+        came = {index for index, _ in tuple(self._arrivals)}
+        since = [at for index, at in enumerate(self._empty_s) if at is not None and index not in came]
+        return max(0.0, self._clock() - min(since)) if since else 0.0
+
     def take_arrivals(self, only: int | None = None) -> None:
         """Take up links that were offered; of shards other than ``only`` none while their rows may be away: the first link of a
         shard is the one that answers are expected from.
@@ -78,6 +87,7 @@ class ShardLinks:
                 old.link.close()  # the peer restarted: its older epoch answers no more
                 peers.remove(old)
                 self.waiting.remove(old.link)
+            self._empty_s[index] = None
             peers.append(Peer(link, SlotViews(self._out), SlotViews(self._back)))
             self.waiting.add(link)
             peers.sort(key=lambda each: each.link.peer)
@@ -86,10 +96,11 @@ class ShardLinks:
             peers[:] = peers[turn:] + peers[:turn]
 
     def in_use(self, index: int) -> Peer:
-        """A worker of the shard, waiting for one to come (back). Raises PeerLost when none does in time."""
+        """A worker of the shard, waiting for one to come (back). Raises PeerLost when none does within ``hold_s`` of the loss."""
         peers = self.shards[index]
         if not peers:
-            deadline = self._clock() + self._hold_s
+            lost_s = self._empty_s[index]
+            deadline = (self._clock() if lost_s is None else lost_s) + self._hold_s
             while not peers:
                 self.take_arrivals(only=index)
                 if peers:
@@ -107,7 +118,20 @@ class ShardLinks:
             self.losses.append(error)
             peers.remove(peer)
             self.waiting.remove(peer.link)
+            if not peers:
+                self._empty_s[index] = self._clock()
         peer.link.close()
+
+    def drop_silent(self, owing: Container[tuple[WorkerId, Epoch]]) -> list[int]:
+        """Drop the workers in use that are ``silent`` and still owe something; their shards."""
+        dropped = []
+        while self.silent:
+            worker, why = self.silent.popleft()
+            for index, peers in enumerate(self.shards):
+                if worker in owing and peers and (peers[0].link.peer, peers[0].link.peer_epoch) == worker:
+                    self.drop(index, peers[0], PeerLost(worker[0], why))
+                    dropped.append(index)
+        return dropped
 
     def look_after_spares(self) -> None:
         """Nothing comes from a replica that is not in use, but its loss."""

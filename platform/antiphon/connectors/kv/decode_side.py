@@ -52,6 +52,7 @@ class DecodeSide:
         self._failed: list[tuple[RequestId, str]] = []
         self._aborts: deque[tuple[Sender, TransferId]] = deque()
         self.waiting = WaitSet()
+        self._silent: deque[tuple[WorkerId, Epoch, str]] = deque()  # peers to be dropped, if they still owe
 
     def add_link(self, link: Link) -> None:
         """Offer an open link to a prefill worker; safe from any thread."""
@@ -63,6 +64,19 @@ class DecodeSide:
             (link.peer, link.peer_epoch)
             for link in [*(sender.link for sender in tuple(self._senders.values())), *tuple(self._arrivals)]
         }
+
+    def owing(self) -> dict[tuple[WorkerId, Epoch], float]:
+        """Prefill workers that owe KV, and for how long nothing of it has come; safe from any thread."""
+        found: dict[tuple[WorkerId, Epoch], float] = {}
+        now_s = self._clock()
+        for load in tuple(self._loads.values()):
+            key = (load.sender.link.peer, load.sender.link.peer_epoch)
+            found[key] = max(found.get(key, 0.0), now_s - load.progress_s)
+        return found
+
+    def lose(self, worker: tuple[WorkerId, Epoch], why: str) -> None:
+        """Take a prefill worker for lost, unless it owes nothing any more when the loop hears of it; safe from any thread."""
+        self._silent.append((*worker, why))
 
     @property
     def num_transfers(self) -> int:
@@ -107,6 +121,8 @@ class DecodeSide:
     def poll(self) -> KVEvents:
         """Take in what has arrived; transfers that ended since the last call."""
         self._take_arrivals()
+        if self._silent:
+            self._drop_silent()
         if self._aborts:
             self._send_aborts()
         for sender in tuple(self._senders.values()):
@@ -151,6 +167,14 @@ class DecodeSide:
                 self._drop(old.link, PeerLost(link.peer, "it restarted"))
             self._senders[link.peer] = Sender(link)
             self.waiting.add(link)
+
+    def _drop_silent(self) -> None:
+        owing = self.owing()
+        while self._silent:
+            worker, epoch, why = self._silent.popleft()
+            sender = self._senders.get(worker)
+            if (worker, epoch) in owing and sender is not None and sender.link.peer_epoch == epoch:
+                self._drop(sender.link, PeerLost(worker, why))
 
     def _send_aborts(self) -> None:
         for _ in range(len(self._aborts)):

@@ -5,6 +5,7 @@ Must not know: which door, HTTP, tokenizers or workers.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -16,6 +17,7 @@ _T = TypeVar("_T")
 
 MAX_TOKEN_ID = 2**31 - 1
 MAX_LOGIT_BIASES = 1024
+_TOKEN_ID = re.compile(r"[0-9]{1,10}")
 _SMALLEST_TOP_P = 1e-6  # 0 is taken as this: the most probable token alone
 
 
@@ -27,10 +29,12 @@ def value_or(value: _T | None, default: _T) -> _T:
 def _as_token_biases(value: object) -> object:
     if not isinstance(value, dict):
         return value
-    try:
-        return {int(key): bias for key, bias in value.items()}
-    except (ValueError, TypeError) as error:
-        raise ValueError("keys must be token ids") from error
+    # Before a key becomes a number: equal hashes of numbers can be chosen, and each costs a look at all the others.
+    if len(value) > MAX_LOGIT_BIASES:
+        raise ValueError(f"{len(value)} tokens are more than {MAX_LOGIT_BIASES}")
+    if not all(isinstance(key, int) or _TOKEN_ID.fullmatch(key) for key in value):
+        raise ValueError("keys must be token ids")
+    return {int(key): bias for key, bias in value.items()}
 
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]

@@ -4,7 +4,8 @@
                                       CONNECTING ─► CONNECTED ── lost ──► CONNECTING (backoff) ... ─► CLOSED
 
 A lost session fails the requests on it with PeerLost; what happens to them is their owner's decision. A connection ends when its
-worker registers with a new epoch, or is gone from the directory and silent.
+worker registers with a new epoch, or is gone from the directory and silent. A worker that has requests and says nothing is asked
+whether it lives: its rpc server answers while its engine computes, and nothing does in a process that is stopped or cut off.
 
 Must not know: how workers are picked, text, or what a lost request does next.
 """
@@ -28,6 +29,10 @@ _log = logging.getLogger(__name__)
 
 _MIN_BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 2.0
+_SILENT_S = 1.0  # without a word, while requests are on it, before a worker is asked
+_ASK_S = 1.0  # for one answer
+_TRIES = 2  # one may be lost by this process: when it was stopped itself
+_LOOK_EVERY_S = 0.25
 
 _Inbox = asyncio.Queue[Answer | AntiphonError]
 
@@ -122,10 +127,16 @@ class WorkerConnection:
                     self._connected.set()
                     self.heard_s = self._clock()
                     backoff_s = _MIN_BACKOFF_S
-                    async for answers in session.updates():
-                        self.heard_s = self._clock()
-                        for answer in answers:
-                            self._deliver(answer)
+                    watch = asyncio.create_task(self._watch(session), name=f"watch {self.worker_id}")
+                    try:
+                        async for answers in session.updates():
+                            self.heard_s = self._clock()
+                            for answer in answers:
+                                self._deliver(answer)
+                    finally:
+                        watch.cancel()
+                        await asyncio.gather(watch, return_exceptions=True)
+                    raise Unavailable(f"it was silent for {_SILENT_S:g} s and did not answer (stopped, or cut off)")
             except AntiphonError as error:
                 if self._session is not None:
                     _log.warning("session with %s lost: %s", self.worker_id, error)
@@ -136,6 +147,20 @@ class WorkerConnection:
                     self._connected.clear()
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
             backoff_s = min(_MAX_BACKOFF_S, backoff_s * 2)
+
+    async def _watch(self, session: EngineSession) -> None:
+        """End the session of a worker that has requests, and answers nobody."""
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            if not self._inboxes or self._clock() - self.heard_s < _SILENT_S:
+                continue
+            for _ in range(_TRIES):
+                if await session.answers(_ASK_S):
+                    self.heard_s = self._clock()
+                    break
+            else:
+                await session.close()
+                return
 
     def _deliver(self, answer: Answer) -> None:
         inbox = self._inboxes.get(answer.output.request_id)

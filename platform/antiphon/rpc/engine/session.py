@@ -22,6 +22,7 @@ from antiphon.core.request import Request, RequestId
 from antiphon.rpc.channels import DEFAULT_LIMITS, ChannelLimits, open_part_channel, wait_until_connected
 from antiphon.rpc.engine.codec import Answer, decode_update, encode_abort, encode_submit
 from antiphon.rpc.errors import closed_meanwhile, error_from_call
+from antiphon.rpc.health import answers_on
 from antiphon.rpc.v1 import engine_pb2 as pb
 from antiphon.rpc.v1 import engine_pb2_grpc
 
@@ -86,6 +87,10 @@ class EngineSession:
                     return
                 raise PeerLost(self._address, "the engine ended the session")
             yield decode_update(update)
+
+    async def answers(self, timeout_s: float) -> bool:
+        """Whether the worker's rpc server says anything within ``timeout_s`` seconds, also while its engine has nothing to say."""
+        return await answers_on(self._channel, timeout_s)
 
     async def close(self) -> None:
         """End the stream; the engine aborts what is live on it."""

@@ -27,6 +27,10 @@ DEAR: dict[str, tuple[Any, str]] = {
     "stops": (CompletionBody, '{"model":"m","prompt":"x","stop":[' + "1," * (M // 2 - 60) + "1]}"),
     "stop ids": (CompletionBody, '{"model":"m","prompt":"x","stop_token_ids":[' + '"a",' * (M // 4 - 60) + "1]}"),
     "biases": (CompletionBody, '{"model":"m","prompt":"x","logit_bias":{' + ",".join(f'"{i}":"a"' for i in range(300_000)) + "}}"),
+    "biases of equal hashes": (
+        CompletionBody,
+        '{"model":"m","prompt":"x","logit_bias":{' + ",".join(f'"{i * (2**61 - 1)}":1' for i in range(100_000)) + "}}",
+    ),
     "deep": (ChatBody, '{"model":"m","messages":[{"role":"user","content":"x"}],"metadata":{"a":' + "[" * (M // 2) + "}}"),
     "quotes": (ChatBody, '{"model":"m",' + '\\"[' * (M // 3)),
     "wrong last id": (CompletionBody, '{"model":"m","prompt":[' + "1," * 700_000 + "-1]}"),

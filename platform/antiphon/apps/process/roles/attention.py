@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from antiphon.apps.process import data_links
 from antiphon.apps.process.config import WorkerConfig
 from antiphon.apps.process.engine_host import EngineHost
-from antiphon.apps.process.peers import PeerKeeper, PeerWish
+from antiphon.apps.process.peers.keeper import PeerKeeper, PeerWish
+from antiphon.apps.process.peers.watch import Creditor
 from antiphon.apps.process.wiring.build import AttentionPart, build_attention
 from antiphon.apps.process.wiring.resolve import ModelFacts
 from antiphon.apps.process.wiring.sizes import afd_layout, kv_link_layout, num_ubatches
@@ -28,6 +29,7 @@ _PEERS_TIMEOUT_S = 90.0
 _PREFILL_TIMEOUT_S = 10.0
 _READY_POLL_S = 0.02
 _STALLED_S = 2.0
+_LACKING_SHARE = 0.7  # of peerTimeoutS: the gateway knows before the first request ends, and places none here again
 
 
 class AttentionRole:
@@ -60,8 +62,17 @@ class AttentionRole:
     @property
     def stalled(self) -> str:
         """FFN workers that have not answered for long."""
-        waits_s = self._engine.worker.afd.waits_s
+        side = self._engine.worker.afd
+        missing_s, waits_s = side.missing_s, side.waits_s
+        if missing_s > _STALLED_S:
+            last = f"; the last: {side.losses[-1]}" if side.losses else ""
+            return f"no FFN worker holds a shard, for {missing_s:.0f} s{last}"
         return f"waiting for FFN workers to answer, for {waits_s:.0f} s" if waits_s > _STALLED_S else ""
+
+    @property
+    def lacks_peers(self) -> bool:
+        """A shard has been without a worker for so long that requests are about to end for it: no more should come."""
+        return self._engine.worker.afd.missing_s > _LACKING_SHARE * self._config.spec.transport.peer_timeout_s
 
     def listen(self) -> Listener | None:
         """A prefill worker is reached by those that decode."""
@@ -91,7 +102,15 @@ class AttentionRole:
             def add_ffn(info: WorkerInfo, link: Link) -> None:
                 side.add_link(info.shard.index, link)
 
-            wishes.append(PeerWish(role=Role.FFN, hello=afd_hello, linked=side.peers, add_link=add_ffn))
+            wishes.append(
+                PeerWish(
+                    role=Role.FFN,
+                    hello=afd_hello,
+                    linked=side.peers,
+                    add_link=add_ffn,
+                    creditor=Creditor(owing=side.owing, lose=side.lose),
+                )
+            )
         if decode_side is not None:
 
             def kv_hello(_info: WorkerInfo) -> Hello:
@@ -102,7 +121,15 @@ class AttentionRole:
                 decode_side.add_link(link)
                 self._host.wakeup.ring()
 
-            wishes.append(PeerWish(role=Role.PREFILL, hello=kv_hello, linked=decode_side.peers, add_link=add_prefill))
+            wishes.append(
+                PeerWish(
+                    role=Role.PREFILL,
+                    hello=kv_hello,
+                    linked=decode_side.peers,
+                    add_link=add_prefill,
+                    creditor=Creditor(owing=decode_side.owing, lose=decode_side.lose),
+                )
+            )
         return wishes
 
     def await_peers(self, peers: PeerKeeper, say: Callable[[str], None], is_stopped: Callable[[], bool]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from antiphon.apps.process import data_links
 from antiphon.apps.process.config import WorkerConfig
-from antiphon.apps.process.peers import PeerKeeper, PeerWish
+from antiphon.apps.process.peers.keeper import PeerKeeper, PeerWish
 from antiphon.apps.process.wiring.build import AttentionPart, build_ffn
 from antiphon.apps.process.wiring.resolve import ModelFacts
 from antiphon.apps.process.wiring.sizes import afd_layout
@@ -50,6 +50,11 @@ class FFNRole:
     def stalled(self) -> str:
         """It waits for nobody."""
         return ""
+
+    @property
+    def lacks_peers(self) -> bool:
+        """It needs nobody."""
+        return False
 
     def listen(self) -> Listener:
         """Attention workers reach it here."""

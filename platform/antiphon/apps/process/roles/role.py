@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from antiphon.apps.process.peers import PeerKeeper, PeerWish
+from antiphon.apps.process.peers.keeper import PeerKeeper, PeerWish
 from antiphon.apps.process.wiring.build import AttentionPart
 from antiphon.core.worker_info import WorkerLoad
 from antiphon.rpc.engine.server import EngineServicer
@@ -39,6 +39,11 @@ class WorkerRole(Protocol):
     @property
     def stalled(self) -> str:
         """What a loop that waits for others waits for, once that takes longer than any computing; else empty."""
+        ...
+
+    @property
+    def lacks_peers(self) -> bool:
+        """Peers without whom nothing can be computed have been missing for so long that no more work should come."""
         ...
 
     def listen(self) -> Listener | None:

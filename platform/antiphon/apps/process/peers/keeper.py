@@ -3,7 +3,7 @@
     directory ──every interval──► peers of the wanted role, same revision, not linked ──connect──► add_link(worker, link)
 
 A link that is lost leaves the side's ``linked`` set, so the peer is tried again; a restarted peer has a higher epoch and is a new
-one. Must not know: what links carry.
+one. A peer that is linked and owes something is watched over (``watch``). Must not know: what links carry.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from antiphon.apps.process.peers.watch import Creditor, PeerWatch
 from antiphon.core.errors import AntiphonError, LayoutMismatch
 from antiphon.core.ids import Epoch, Role, WorkerId
 from antiphon.core.worker_info import WorkerInfo
@@ -34,6 +35,7 @@ class PeerWish:
     hello: Callable[[WorkerInfo], Hello]  # ours, for this peer
     linked: Callable[[], set[tuple[WorkerId, Epoch]]]
     add_link: Callable[[WorkerInfo, Link], None]
+    creditor: Creditor  # who waits for these peers
 
 
 Connect = Callable[[str, Hello, float], Link]
@@ -54,6 +56,7 @@ class PeerKeeper:
         self._refused: dict[tuple[WorkerId, Epoch], int] = {}  # turns to leave a peer alone that refused us
         self._error: BaseException | None = None
         self.last_refusal: AntiphonError | None = None
+        self._watch = PeerWatch([wish.creditor for wish in wishes])
         self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
         self._thread.start()
 
@@ -61,10 +64,12 @@ class PeerKeeper:
         """Raise what ended the keeper, if anything did."""
         if self._error is not None:
             raise self._error
+        self._watch.check()
 
     def close(self) -> None:
         """Stop looking; links stay. Idempotent."""
         self._stop.set()
+        self._watch.close()
         self._thread.join(CONNECT_TIMEOUT_S + 1.0)
 
     def _run(self) -> None:
@@ -95,6 +100,8 @@ class PeerKeeper:
         if turns > 0:
             self._refused[key] = turns - 1
             return
+        if self._watch.is_silent(key, info.endpoint.rpc):
+            return  # stopped or cut off: to connect would take its whole deadline, and keep others waiting
         try:
             link = self._connect(info.endpoint.data, wish.hello(info), CONNECT_TIMEOUT_S)
         except LayoutMismatch as error:
@@ -108,4 +115,5 @@ class PeerKeeper:
             return
         self.last_refusal = None
         logger.info("linked to %s (epoch %d)", info.worker_id, info.epoch)
+        self._watch.met(key, info.endpoint.rpc)
         wish.add_link(info, link)
