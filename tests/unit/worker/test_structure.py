@@ -16,7 +16,7 @@ from antiphon.core.errors import InvalidInput
 from antiphon.core.request import OutputRules, SamplingParams, ThinkingRules
 from antiphon.gateway.text.answer_grammar import answer_grammar
 from antiphon.gateway.text.chat_options import AnswerShape, ChatOptions, Tool, ToolCall
-from antiphon.gateway.text.formats.base import CallFormat
+from antiphon.gateway.text.formats.base import CallFormat, ChannelFormat
 from antiphon.gateway.text.formats.registry import CALL_FORMATS, THOUGHT_FORMATS
 from antiphon.worker.sampler import SamplingState, sample
 from antiphon.worker.structure.checking import CHECK_TIMEOUT_S, GrammarChecker
@@ -101,8 +101,10 @@ def test_every_format_s_grammar_takes_what_it_writes_and_nothing_else(form: Call
     wrong = form.write([ToolCall(id="", name="weather", arguments='{"city": "Paris", "days": "three"}')])
     unknown = form.write([ToolCall(id="", name="stranger", arguments="{}")])
     required = grammar_of(ChatOptions(tools=TOOLS, tool_choice="required"), form)
-    assert takes(required, both)
+    assert takes(required, one if isinstance(form, ChannelFormat) else both)
     assert not any(takes(required, text) for text in (wrong, unknown, "Hello", ""))
+    if isinstance(form, ChannelFormat):  # one call at most, and text in a channel of its own: see the format's tests
+        return
     alone = grammar_of(ChatOptions(tools=TOOLS, tool_choice="required", parallel_tool_calls=False), form)
     assert takes(alone, one)
     assert not takes(alone, both)

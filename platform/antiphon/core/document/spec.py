@@ -63,9 +63,10 @@ TransportName = Literal["auto", "loopback", "shm", "nixl", "grpc"]
 
 
 ToolFormat = Literal[
-    "auto", "none", "hermes", "qwen3_coder", "llama3_json", "mistral", "mistral_args", "deepseek_v3", "deepseek_v31", "glm", "step3"
-]
-ReasoningFormat = Literal["auto", "none", "think", "mistral", "seed"]
+    "auto", "none", "hermes", "qwen3_coder", "llama3_json", "mistral", "mistral_args", "deepseek_v3", "deepseek_v31", "glm",
+    "step3", "harmony",
+]  # fmt: skip
+ReasoningFormat = Literal["auto", "none", "think", "mistral", "seed", "harmony"]
 
 
 class ModelSpec(Model):

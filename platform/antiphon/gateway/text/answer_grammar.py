@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 from antiphon.core.errors import InvalidInput
 from antiphon.gateway.text.chat_options import AnswerShape, ChatOptions, Tool
-from antiphon.gateway.text.formats.base import CallFormat, Rules, ThoughtMarkers
+from antiphon.gateway.text.formats.base import CallFormat, ChannelFormat, Rules, ThoughtMarkers
 
 MAX_SCHEMA_CHARS = 262_144
 MAX_DEPTH = 64
@@ -39,7 +39,8 @@ def answer_grammar(
     """
     rules = Rules(literal=lambda text: _literal(text, special_tokens))
     shape = options.shape
-    if shape is not None and not options.tools and thoughts is None and shape.kind == "grammar":
+    is_plain = thoughts is None and not isinstance(form, ChannelFormat)
+    if shape is not None and not options.tools and is_plain and shape.kind == "grammar":
         return str(shape.value), shape.field
     body, field = _body(options, tools, form, rules)
     if body is None:
@@ -51,6 +52,8 @@ def answer_grammar(
 
 def _body(options: ChatOptions, tools: Sequence[Tool], form: CallFormat | None, rules: Rules) -> tuple[str | None, str]:
     shape = None if options.shape is None else _shape(options.shape, rules)
+    if isinstance(form, ChannelFormat):
+        return _in_channels(options, tools, form, shape, rules)
     if form is None or not tools:
         return shape, "" if options.shape is None else options.shape.field
     for tool in tools:
@@ -71,6 +74,24 @@ def _body(options: ChatOptions, tools: Sequence[Tool], form: CallFormat | None, 
     return _maybe(form, calls, after, rules), "parallel_tool_calls" if strict is None else strict
 
 
+def _in_channels(
+    options: ChatOptions, tools: Sequence[Tool], form: ChannelFormat, shape: str | None, rules: Rules
+) -> tuple[str | None, str]:
+    """The same, where an answer has a channel of its own and ends after a call."""
+    for tool in tools:
+        _check(tool.parameters, tool.field)
+    calls = form.grammar(tools, rules, parallel=False) if tools else None
+    if calls is not None and options.tool_choice == "required":
+        return calls, tools[0].field if len(tools) == 1 else options.tool_choice_field
+    strict = next((tool.field for tool in tools if tool.strict), None)
+    # A second thought would be beyond the budget: it is not of the grammar.
+    if shape is None and strict is None and options.thinking_budget is None:
+        return None, ""
+    final = form.final("ANY" if shape is None else shape, rules)
+    field = options.shape.field if options.shape is not None else strict or options.thinking_field
+    return final if calls is None else f"({final} | {calls})", field
+
+
 def _maybe(form: CallFormat, calls: str, after: str, rules: Rules) -> str:
     """Calls, if any come, and before them any text without their opening."""
     if form.opening is None:
@@ -85,8 +106,7 @@ def _maybe(form: CallFormat, calls: str, after: str, rules: Rules) -> str:
 
 
 def _thinking(thoughts: ThoughtMarkers, rules: Rules, *, is_open: bool) -> str:
-    end = rules.literal(thoughts.end)
-    rest = f"ANY {end} EMPTY" if end.startswith("<[") else f"{rules.until(thoughts.end)} EMPTY"
+    rest = f"{rules.through(thoughts.end)} EMPTY"
     return rest if is_open else f"(EMPTY {rules.literal(thoughts.start)} {rest})?"
 
 

@@ -19,7 +19,7 @@ from antiphon.gateway.text.answer_grammar import answer_grammar
 from antiphon.gateway.text.chat_options import ChatOptions, Tool, ToolCall
 from antiphon.gateway.text.events import EventParser, ParserSpec
 from antiphon.gateway.text.formats.base import CallFormat
-from antiphon.gateway.text.formats.registry import call_format, thought_format
+from antiphon.gateway.text.formats.registry import call_format, channel_format, thought_format
 from antiphon.gateway.text.tokenizer import TextModel
 
 _TAIL_TOKENS = 64  # of a prompt, in which a thought may stand open
@@ -56,7 +56,7 @@ class AnswerPlan:
         """A parser for one choice; None = its text is all there is."""
         if self.parser is None:
             return None
-        machine = None if self.call_format is None or not self.tools else self.call_format.machine(self.tools)
+        machine = None if self.call_format is None else self.call_format.machine(self.tools)
         spec = self.parser
         return EventParser(ParserSpec(thoughts=spec.thoughts, is_open=spec.is_open, may_think=spec.may_think, calls=machine))
 
@@ -77,6 +77,7 @@ class Dialect:
         self._model = model
         self.calls = call_format(formats.tool, source)
         self.thoughts = thought_format(formats.reasoning, source)
+        self._channels = channel_format(self.calls, self.thoughts)
         self._template_has_tools = source is not None and "tools" in source
 
     # ---- asking ----------------------------------------------------------------------------------------------------
@@ -104,13 +105,13 @@ class Dialect:
             found.setdefault("enable_thinking", options.thinking)
             found.setdefault("thinking", options.thinking)
         if options.effort is not None and self.thoughts is not None:
-            found.setdefault("reasoning_effort", options.effort)
+            found.setdefault("reasoning_effort", self.thoughts.efforts.get(options.effort, options.effort))
         return found
 
     def messages(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> list[Mapping[str, Any]]:
         """The messages as the template reads them; where it knows no tools, they and their calls are written into the text."""
         if self._template_has_tools or self.calls is None:
-            return list(messages)
+            return list(messages) if self._channels is None else one_call_each(messages)
         shown: list[Mapping[str, Any]] = [self._without_calls(message, self.calls) for message in messages]
         if options.tools and options.tool_choice != "none":
             told = described(options.tools, self.calls)
@@ -146,12 +147,14 @@ class Dialect:
         extra: tuple[int, ...] = ()
         if markers is not None and options.thinking is False and not is_closed:
             begun = "" if is_open else f"{markers.start}\n"
-            extra = self._model.encode(f"{begun}\n{markers.end}\n\n", add_special_tokens=False)
+            skipped = f"{begun}\n{markers.end}\n\n" if markers.skipped is None else markers.skipped
+            extra = self._model.encode(skipped, add_special_tokens=False)
             is_open, is_closed = False, True
         tools = options.callable_tools if is_chat and self.calls is not None else ()
         thoughts = None if is_closed else markers
+        reader = (self.calls if tools else None) if self._channels is None or not is_chat else self._channels
         grammar, field = answer_grammar(
-            options, tools, self.calls, thoughts, is_open=is_open, special_tokens=self._model.special_tokens
+            options, tools, reader, thoughts, is_open=is_open, special_tokens=self._model.special_tokens
         )
         thinking = None
         if thoughts is not None and options.thinking_budget is not None:
@@ -162,17 +165,17 @@ class Dialect:
                 budget_tokens=options.thinking_budget,
                 is_open=is_open,
             )
-        reads = thoughts is not None or bool(tools)
+        reads = thoughts is not None or reader is not None
         kept = (
             *(() if thoughts is None else (thoughts.start, thoughts.end)),
-            *(self.calls.markers if tools and self.calls is not None else ()),
+            *(() if reader is None else reader.markers),
         )
         return AnswerPlan(
             grammar=grammar,
             grammar_field=field,
             thinking=thinking,
             parser=ParserSpec(thoughts=thoughts, is_open=is_open, may_think=thoughts is not None) if reads else None,
-            call_format=self.calls,
+            call_format=reader,
             tools=tools,
             kept=kept,
             extra_token_ids=extra,
@@ -183,6 +186,32 @@ class Dialect:
         assert self.thoughts is not None
         tail = self._model.decode(prompt_ids[-_TAIL_TOKENS:], skip_special_tokens=False).rstrip()
         return tail.endswith(self.thoughts.start), tail.endswith(self.thoughts.end)
+
+
+def one_call_each(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """A history as templates with channels read it: each call is a message with its result behind it; a thought is ``thinking``.
+
+    What was said before a call goes with the thought: there is one place for both.
+    """
+    results = {m["tool_call_id"]: m for m in messages if m["role"] == "tool" and "tool_call_id" in m}
+    shown: list[Mapping[str, Any]] = []
+    placed: set[str] = set()
+    for message in messages:
+        if message["role"] == "tool" and message.get("tool_call_id") in placed:
+            continue
+        plain = {k: v for k, v in message.items() if k != "reasoning_content"}
+        thought = message.get("reasoning_content")
+        if "tool_calls" not in message:
+            shown.append(plain if thought is None else {**plain, "thinking": thought})
+            continue
+        said = "\n".join(filter(None, (thought, message["content"])))
+        for number, call in enumerate(message["tool_calls"]):
+            before = {"thinking": said} if said and number == 0 else {}
+            shown.append({**plain, "content": "", **before, "tool_calls": [call]})
+            if len(message["tool_calls"]) > 1 and call["id"] in results:
+                shown.append(results[call["id"]])
+                placed.add(call["id"])
+    return shown
 
 
 def described(tools: Sequence[Tool], form: CallFormat) -> str:

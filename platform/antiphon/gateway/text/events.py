@@ -40,7 +40,7 @@ class EventParser:
     @property
     def is_thinking(self) -> bool:
         """True inside a thought."""
-        return self._is_thinking
+        return self._is_thinking or (self._calls is not None and self._calls.is_thinking)
 
     def feed(self, text: str) -> tuple[Part, ...]:
         """What has become certain with ``text``."""

@@ -168,6 +168,7 @@ TEMPLATES = {
     "deepseek_v3": "{{ tools }}<｜tool▁calls▁begin｜>```json",
     "deepseek_v31": "{{ tools }}<｜tool▁calls▁begin｜>",
     "step3": "{{ tools }}<steptml:invoke",
+    "harmony": "{{ tools }}<|channel|>analysis<|message|>{{ m.thinking }}<|end|>",
 }
 
 

@@ -11,10 +11,10 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from antiphon.gateway.text.chat_options import Tool, ToolCall
-from antiphon.gateway.text.parts import CallArguments, CallBegin, CallEnd, Part, Text
+from antiphon.gateway.text.parts import CallArguments, CallBegin, CallEnd, Part, Text, Thought
 
 _T = TypeVar("_T")
 Steps = Generator[None, str, _T]
@@ -25,11 +25,22 @@ _WHITE_SPACE = "[ \\n]{0,24}"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThoughtMarkers:
-    """How thoughts are written."""
+    """How thoughts are written.
+
+    ``hint``: what a chat template of them has; "" = the end marker. ``skipped``: what a prompt ends with when there shall be no
+    thought; None = an empty one. ``efforts``: words for effort that the template reads, where they aren't the client's.
+    """
 
     name: str
     start: str
     end: str
+    hint: str = ""
+    skipped: str | None = None
+    efforts: Mapping[str, str] = field(default_factory=dict)
+
+    def detect(self, template: str) -> bool:
+        """Whether a chat template tells its model to think this way."""
+        return (self.hint or self.end) in template
 
 
 @dataclass(slots=True)
@@ -53,6 +64,11 @@ class Rules:
     def until(self, end: str) -> str:
         """Any text up to and with ``end``, an ordinary text."""
         return self.name("ANY", f"[suffix={json.dumps(end)}]")
+
+    def through(self, end: str) -> str:
+        """As ``until``, where ``end`` may be a special token."""
+        literal = self.literal(end)
+        return f"ANY {literal}" if literal.startswith("<[") else self.until(end)
 
 
 class CallFormat(Protocol):
@@ -90,6 +106,17 @@ class CallFormat(Protocol):
         ...
 
 
+@runtime_checkable
+class ChannelFormat(CallFormat, Protocol):
+    """A format in which all that a model says is in messages with a header: its machine reads answers without tools, too, and its
+    ``grammar`` is of the whole message.
+    """
+
+    def final(self, expression: str, rules: Rules) -> str:
+        """An expression of an answer to the reader that is ``expression``."""
+        ...
+
+
 class EndOfText(Exception):
     """Thrown into a machine where the answer ends."""
 
@@ -103,6 +130,7 @@ class CallMachine(ABC):
 
     def __init__(self, tools: Sequence[Tool]) -> None:
         self.tools = {tool.name: tool for tool in tools}
+        self.is_thinking = False  # inside a thought that the machine itself reads
         self._parts: list[Part] = []
         self._back: list[str] = []  # read too far: given again, last first
         self._tape: list[str] | None = None
@@ -195,6 +223,10 @@ class CallMachine(ABC):
     def text(self, text: str) -> None:
         """Text for the reader."""
         self._parts.append(Text(text=text))
+
+    def thought(self, text: str) -> None:
+        """Text of a thought, where a format writes thoughts among calls."""
+        self._parts.append(Thought(text=text))
 
     @property
     def is_in_call(self) -> bool:
