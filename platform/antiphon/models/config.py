@@ -312,3 +312,19 @@ class DecoderConfig:
     def fingerprint(self) -> str:
         """Short digest over every field; equal for peers that compute the same function."""
         return blake2b(json.dumps(asdict(self), sort_keys=True, default=sorted).encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictionConfig:
+    """A module for multi-token prediction (DeepSeek-V3's report §2.2): one layer over a projection of two normed inputs.
+
+        h'[i] = project([embedding_norm(embed(token[i + depth])); hidden_norm(h[i])])       depth 1, 2, ... of module 0, 1, ...
+
+    h is what the model (behind its last norm) or the module before makes of the tokens up to i. What the layer makes of h' goes
+    through the module's own norm into the head, and tells token[i + depth + 1].
+    """
+
+    decoder: DecoderConfig  # of one layer; the embedding is the model's
+    embedding_norm: str  # checkpoint names
+    hidden_norm: str
+    projection: str

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -97,15 +98,21 @@ class AttentionHalves:
     """Embedding, the attention half of every layer, norms, gates and the LM head. Holds no FFN weight."""
 
     def __init__(
-        self, config: DecoderConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, max_model_len: int
+        self,
+        config: DecoderConfig,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_model_len: int,
+        *,
+        beside: AttentionHalves | None = None,
     ) -> None:
-        self.config = config
-        self.dtype = dtype
-        self.device = device
-        self.max_model_len = max_model_len
+        """``beside``: of the same checkpoint; its embedding is used, and its LM head where that has the same name."""
+        self.config, self.max_model_len = config, max_model_len
+        self.dtype, self.device = dtype, device
         weights = Weights(checkpoint, dtype, device)
         names = config.names
-        self._embed_VD = weights.read(names.embed)
+        self._embed_VD: torch.Tensor = weights.read(names.embed) if beside is None else beside._embed_VD
         # Rounded to the compute format first, as the models that scale their embeddings were trained.
         self._embed_scale = None if config.embed_scale is None else torch.tensor(config.embed_scale, dtype=dtype, device=device)
         kinds = list(dict.fromkeys(layer.attention.rope for layer in config.layers if layer.attention.rope is not None))
@@ -114,10 +121,14 @@ class AttentionHalves:
         self._on_card = is_card(device)
         self._needs_no_tables = all(half.joined is not None for half in self._layers)
         self._final_norm = read_norm(config.norm, weights, names.final_norm, config.norm_eps)
-        self._lm_head = Linear(
-            self._embed_VD if config.tie_embeddings else weights.read(names.lm_head + ".weight"),
-            weights.read(names.lm_head + ".bias") if config.lm_head_bias else None,
-        )
+        self._lm_head: Linear
+        if beside is not None and beside.config.names.lm_head == names.lm_head:
+            self._lm_head = beside._lm_head
+        else:
+            self._lm_head = Linear(
+                self._embed_VD if config.tie_embeddings else weights.read(names.lm_head + ".weight"),
+                weights.read(names.lm_head + ".bias") if config.lm_head_bias else None,
+            )
         weights.rest()
         self.resident_bytes = weights.resident_bytes
 
@@ -155,6 +166,13 @@ class AttentionHalves:
             shortcut=None if layer.shortcut is None else Router(layer.shortcut, weights, layer),
             joins_shortcut=index > 0 and config.layers[index - 1].shortcut is not None,
         )
+
+    def leading(self, num_layers: int) -> AttentionHalves:
+        """The first layers of these under the same head; every weight is shared."""
+        cut = copy(self)
+        cut.config = replace(self.config, layers=self.config.layers[:num_layers])
+        cut._layers = self._layers[:num_layers]
+        return cut
 
     @property
     def reads_context_slots(self) -> bool:
@@ -316,6 +334,13 @@ class FFNHalves:
             else:
                 self.ffns.append(None if ffn is None else DenseFFN(ffn, weights, layer, shard, int8))
         weights.rest()
+
+    def leading(self, num_layers: int) -> FFNHalves:
+        """Those of the first layers; every weight is shared."""
+        cut = copy(self)
+        cut.config = replace(self.config, layers=self.config.layers[:num_layers])
+        cut.ffns = [ffn for number, ffn in enumerate(self.ffns) if number % self.config.num_layers < num_layers]
+        return cut
 
     @property
     def resident_bytes(self) -> Mapping[str, int]:

@@ -30,6 +30,7 @@ from antiphon.worker.kv_roles import KVRole, NoHandOff
 from antiphon.worker.layer_loop import LayerLoop, LayerTimes
 from antiphon.worker.request_row import RequestRow, Scheduled, all_finite
 from antiphon.worker.sampler import logprobs_of, numbers_only
+from antiphon.worker.speculation.hidden_states import HiddenStates
 from antiphon.worker.speculation.verification import Drawing, draw_in_turns, end_at_bad_rows, take_best
 from antiphon.worker.structure.enforcer import Enforcer
 from antiphon.worker.ubatch import Segment, split_segments
@@ -66,11 +67,12 @@ class AttentionWorker:
         warms: bool = False,
         enforcer: Enforcer | None = None,
         pooler: Pooler | None = None,
+        hidden_states: HiddenStates | None = None,
     ) -> None:
         """``num_ubatches``: in flight at most; ``tuner``: chooses how many each step gets, None = always as many as there are;
         ``kv``: its part in KV hand-offs, None = it has none; ``warms``: waits are for another processor, and this one fetches
         weights meanwhile; ``enforcer``: holds outputs to their rules, None = requests have none.
-        ``pooler``: makes the vectors of a model that does not generate.
+        ``pooler``: makes the vectors of a model that does not generate. ``hidden_states``: wants those of requests that speculate.
         """
         self.halves = halves
         self.cache = cache
@@ -78,6 +80,7 @@ class AttentionWorker:
         self.stats = RunnerStats()
         self.enforcer = enforcer
         self.pooler = pooler
+        self.hidden_states = hidden_states
         self.wanted_trace: StepTrace | None = None  # any thread may set it; taken up between two steps
         self._kv: KVRole = NoHandOff() if kv is None else kv
         self._num_ubatches = num_ubatches
@@ -188,6 +191,8 @@ class AttentionWorker:
         finals: list[torch.Tensor] = []
         drawings: dict[RequestId, Drawing] = {}
         likelihoods: dict[RequestId, dict[int, TokenLogprob]] = {}
+        runs: list[list[Segment]] = []
+        states: list[StepState] = []
         if segments:
             runs, states = self._forward(exchange_id, batch, segments)
             for run, state in zip(runs, states, strict=True):
@@ -213,6 +218,8 @@ class AttentionWorker:
                         row.bad_at = "the last layer"
         output = self._sample(finals, list(drawings.values()))
         output.prompt_logprobs.update(likelihoods)
+        if self.hidden_states is not None:
+            self._tell_hidden(self.hidden_states, batch, runs, states)
         for part in batch:
             row = part.row
             if row.bad_at is not None and row.request_id not in output.errors:
@@ -223,6 +230,19 @@ class AttentionWorker:
                 del row.block_ids[-(-len(row.token_ids) // self.cache.layout.block_size_tokens) :]  # as the scheduler does
             self._kv.end(row, output.errors.get(row.request_id))
         return output
+
+    def _tell_hidden(
+        self, wanted: HiddenStates, batch: Sequence[Scheduled], runs: Sequence[Sequence[Segment]], states: Sequence[StepState]
+    ) -> None:
+        """Hand over the hidden states of tokens that are known by now: not those of drafts that were wrong."""
+        for run, state in zip(runs, states, strict=True):
+            hidden_TD, at = self.halves.hidden(state.x_TD), 0
+            for segment in run:
+                row = batch[segment.request].row
+                num_rows = min(segment.num_tokens, len(row.token_ids) - 1 - segment.first_token)
+                if num_rows > 0 and row.sampling.params.speculates and row.kv_target is None:
+                    wanted.take(row.request_id, segment.first_token, hidden_TD[at : at + num_rows].clone())
+                at += segment.num_tokens
 
     def _note_likelihoods(
         self, row: RequestRow, segment: Segment, x_TD: torch.Tensor, found: dict[RequestId, dict[int, TokenLogprob]]

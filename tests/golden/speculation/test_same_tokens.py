@@ -83,9 +83,16 @@ class Knowing:
 
 
 def answers(
-    path: Path, topology: str, *, drafts: int | None, dtype: str = "float32", known: Answers | None = None, **sections: Any
+    path: Path,
+    topology: str,
+    *,
+    drafts: int | None,
+    dtype: str = "float32",
+    known: Answers | None = None,
+    drafter: Mapping[str, Any] | None = None,
+    **sections: Any,
 ) -> tuple[Answers, LocalCluster]:
-    speculation = {} if drafts is None else {"speculation": {"maxDrafts": drafts}}
+    speculation = {} if drafts is None else {"speculation": {"maxDrafts": drafts, **(drafter or {})}}
     base: dict[str, Any] = {"cache": {"numBlocks": 96}, "scheduler": {"maxNumBatchedTokens": 64, "remotePrefillMinTokens": 4}}
     with LocalCluster(wiring(path, topology, dtype=dtype, **{**base, **sections}, **speculation), path) as cluster:
         if known is not None and drafts is not None:
@@ -137,6 +144,45 @@ def test_preempted_requests_answer_as_without_drafts(tiny: Path, plain: Answers)
     assert taken(cluster) > 20
 
 
+def drafter_of(name: str, path: Path) -> dict[str, Any]:
+    """The model itself as its draft model, which is taken always; or its first layer, which is taken now and then."""
+    return {"drafter": name, "model": {"uri": str(path)}} if name == "model" else {"drafter": name, "layers": 1}
+
+
+@pytest.mark.parametrize("name", ["model", "layers"])
+@pytest.mark.parametrize("where", ["monolith", "2A3F", "P/D + AFD"])
+def test_drafters_with_layers_of_their_own_change_no_token(tiny: Path, plain: Answers, name: str, where: str) -> None:
+    topology, counts = WIRINGS[where]
+    found, cluster = answers(tiny, topology, drafts=4, drafter=drafter_of(name, tiny), **counts)
+    assert found == plain
+    assert taken(cluster) > (60 if name == "model" else 2)
+    for part in cluster.generating:
+        assert part.engine.scheduler.speculator is not None
+        drafter: Any = part.engine.scheduler.speculator.drafter
+        assert drafter.sequences.num_free_blocks == cluster.facts.num_blocks, "what has ended holds no block"
+
+
+@pytest.mark.parametrize("cache_tokens", [64, 400])
+def test_a_draft_model_catches_up_after_preemption_and_where_its_own_cache_is_small(
+    tiny: Path, plain: Answers, cache_tokens: int
+) -> None:
+    drafter = {**drafter_of("model", tiny), "cacheTokens": cache_tokens}
+    cache = {"numBlocks": 24, "blockSizeTokens": 4}
+    found, cluster = answers(tiny, "monolith", drafts=5, drafter=drafter, cache=cache)
+    assert cluster.generating[0].engine.scheduler.stats.num_preemptions > 0
+    assert found == plain
+    assert taken(cluster) > 20
+
+
+def test_a_mixture_of_experts_drafts_with_its_first_layer(tmp_path: Path) -> None:
+    path = write_tiny_moe(tmp_path / "moe")
+    plain, _ = answers(path, "monolith", drafts=None)
+    for topology, more in (("monolith", {}), ("afd", {"expert_groups": 2, "transport": {"numUbatches": 2}})):
+        found, cluster = answers(path, topology, drafts=3, drafter=drafter_of("layers", path), **more)
+        assert found == plain
+        assert taken(cluster) > 0
+
+
 def test_a_mixture_of_experts_answers_as_without_drafts(tmp_path: Path) -> None:
     path = write_tiny_moe(tmp_path / "moe")
     plain, _ = answers(path, "monolith", drafts=None)
@@ -158,11 +204,12 @@ def test_the_context_and_the_answer_end_where_they_end_without_drafts(tiny: Path
     assert [len(tokens) for tokens in ends[1]] == [1, 2, 3, 17, 34]
 
 
-def test_a_lost_ffn_worker_and_a_lost_attention_worker_change_no_token(tiny: Path, plain: Answers) -> None:
+@pytest.mark.parametrize("drafter", ["ngram", "model"])
+def test_a_lost_ffn_worker_and_a_lost_attention_worker_change_no_token(tiny: Path, plain: Answers, drafter: str) -> None:
     """An exchange's rows, drafts among them, are sent again to the other replica; what was emitted is gone on with elsewhere."""
     spec = wiring(
         tiny, "afd", attention=2, ffn_replicas=2, cache={"numBlocks": 96}, scheduler={"maxNumBatchedTokens": 64},
-        speculation={"maxDrafts": 7},
+        speculation={"maxDrafts": 7, **(drafter_of(drafter, tiny) if drafter == "model" else {})},
     )  # fmt: skip
     with LocalCluster(spec, tiny) as cluster:
         compute, num_batches = cluster.ffns[0].halves.compute, 0

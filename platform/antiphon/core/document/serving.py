@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from antiphon.core.document.part import Model, as_tuple
+from antiphon.core.document.part import FieldsError, Model, as_tuple
 
 # A scheme, a host and at most a port, as browsers write it: without a path, nor a slash at the end.
 _ORIGIN: Final = r"^(\*|[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?)$"
-_DRAFTERS_WANTED = ("model", "mtp", "layers")  # known, and refused by name rather than as a slip of the pen
 
 
 class SchedulerSpec(Model):
@@ -38,23 +37,55 @@ class DoorTlsSpec(Model):
     key_file: str = Field(description="PEM: its private key, without a password.", min_length=1, max_length=4096)
 
 
+class DraftModelSpec(Model):
+    """A small model with the same vocabulary, which each generating worker runs beside the larger one."""
+
+    uri: str = Field(description="Where its checkpoint is, as in model.uri; on Kubernetes a path.", min_length=1, max_length=1024)
+    revision: str | None = Field(default=None, description="Revision of the checkpoint; None = the uri's default.", max_length=128)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_no_deployment(cls, value: object) -> object:
+        if isinstance(value, dict) and "deployment" in value:
+            raise ValueError(
+                "deployment: drafts of another LLMDeployment are not built: each would wait for a request over the network, longer "
+                "than the step that it is to save; give the draft model's uri"
+            )
+        return value
+
+
 class SpeculationSpec(Model):
     """Guesses of the next tokens, verified in one step; every answer is the same as without."""
 
-    drafter: Literal["ngram"] = Field(
+    drafter: Literal["ngram", "model", "mtp", "layers"] = Field(
         default="ngram",
-        description="Who guesses; ngram = what followed the last tokens where they stood in the prompt or answer before.",
+        description="Who guesses; ngram = what followed the last tokens where they stood in the prompt or answer before, model = a "
+        "smaller model, mtp = the checkpoint's layers for multi-token prediction, layers = the model's own first layers.",
     )
     max_drafts: int = Field(
         default=8, ge=1, le=64, description="Guesses of one request in one step, at most; how many are worth it is measured."
     )
+    model: DraftModelSpec | None = Field(default=None, description="The smaller model of drafter model; None with the others.")
+    layers: int | None = Field(
+        default=None, ge=1, le=10_000, description="How many layers guess, of drafter layers; None with the others."
+    )
+    cache_tokens: int = Field(
+        default=16_384,
+        ge=64,
+        le=100_000_000,
+        description="Tokens whose keys and values a drafter of layers keeps, over all requests of a worker, beside the cache.",
+    )
 
-    @field_validator("drafter", mode="before")
-    @classmethod
-    def _is_built(cls, value: object) -> object:
-        if value in _DRAFTERS_WANTED:
-            raise ValueError(f"a drafter {value!r} is not built; ngram is")
-        return value
+    @model_validator(mode="after")
+    def _has_its_own(self) -> SpeculationSpec:
+        found = [
+            (name, f"drafter {name} needs it" if value is None else f"goes with drafter {name}, and this one is {self.drafter}")
+            for name, value in (("model", self.model), ("layers", self.layers))
+            if (value is None) == (self.drafter == name)
+        ]
+        if found:
+            raise FieldsError(found)
+        return self
 
 
 class EndpointSpec(Model):

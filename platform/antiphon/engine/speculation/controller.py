@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 PRIOR_ROW = 1 / 16  # of a step of one row, what a further row costs before it was measured
+PRIOR_DRAFTING = 1 / 8  # of a step of one row, what each further place of drafts costs to make where they aren't free
 LEAST_GAIN = 1.02  # drafts that promise less are left out: estimates are no better than that
 _WEIGHT = 0.15  # of the newest time in a size's mean
 _OUTLIER = 3.0  # times further from the mean count as so far
@@ -125,7 +126,43 @@ class Acceptance:
         own.shares.setdefault(confidence, Share(0.0, 0.0)).note(num_seen, num_taken, _FADE)
 
 
-def choose(cost: Callable[[int], float], num_rows: int, shares: Sequence[float], limits: Sequence[int], room: int) -> list[int]:
+class DraftingCosts:
+    """Seconds of making drafts by the most that one request gets: they are made place by place, for all requests together."""
+
+    def __init__(self) -> None:
+        self._by_depth = StepCosts()
+        self._depths: set[int] = set()
+
+    def note(self, depth: int, seconds: float) -> None:
+        """Drafts of so many places took so long."""
+        if seconds > 0.0:
+            self._by_depth.note(depth, seconds)
+            self._depths.add(depth)
+
+    def estimate(self, depth: int, step_s: float) -> float:
+        """What ``depth`` places cost; before any was seen, by what a step of one row costs, ``step_s``."""
+        if depth == 0:
+            return 0.0
+        if not self._depths:
+            return PRIOR_DRAFTING * depth * step_s
+        longest = max(self._depths)
+        if depth > longest:  # a place beyond costs what one before did, on average
+            return self._by_depth.estimate(longest) * depth / longest
+        return self._by_depth.estimate(depth)
+
+
+def _free(_depth: int) -> float:
+    return 0.0
+
+
+def choose(
+    cost: Callable[[int], float],
+    num_rows: int,
+    shares: Sequence[float],
+    limits: Sequence[int],
+    room: int,
+    drafting: Callable[[int], float] = _free,
+) -> list[int]:
     """Drafts of each proposal in a step that has ``num_rows`` rows without any; of one of equal tokens per second, the fewer.
 
     Args:
@@ -133,6 +170,7 @@ def choose(cost: Callable[[int], float], num_rows: int, shares: Sequence[float],
         shares: by proposal, the chance of each further draft, given those before it.
         limits: by proposal, its length.
         room: rows that the step may have besides.
+        drafting: what drafts cost to make, by the most that one request gets.
     """
     chances = sorted(
         ((share**place, -place, index) for index, (share, limit) in enumerate(zip(shares, limits, strict=True))
@@ -140,10 +178,11 @@ def choose(cost: Callable[[int], float], num_rows: int, shares: Sequence[float],
         reverse=True,
     )[: max(0, room)]  # fmt: skip
     tokens = float(num_rows)
-    best_rate, best = LEAST_GAIN * tokens / cost(num_rows), 0
-    for number, (chance, _, _) in enumerate(chances, 1):
+    best_rate, best, depth = LEAST_GAIN * tokens / cost(num_rows), 0, 0
+    for number, (chance, place, _) in enumerate(chances, 1):
         tokens += chance
-        rate = tokens / cost(num_rows + number)
+        depth = max(depth, -place)
+        rate = tokens / (cost(num_rows + number) + drafting(depth))
         if rate > best_rate:
             best_rate, best = rate, number
     counts = [0] * len(shares)

@@ -1,32 +1,21 @@
 """The seam behind which drafts are made: who proposes a request's next tokens (step speed).
 
 A draft is a guess and nothing else: the model's own draw decides at every place, so a drafter changes what a step costs and never
-what it answers. Must not know: blocks, budgets, how drafts are verified.
+what it answers. A drafter that keeps something of a request (KV of its own, the model's hidden states) compares what it kept with
+the tokens that it is told at every asking: nobody reports to it which drafts were taken, which request was preempted, moved or
+resumed elsewhere. What it has lost it computes again or goes without, and proposes worse for a while.
+Must not know: blocks, budgets, how drafts are verified.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
+from antiphon.core.drafts import DraftAsked, Proposal
 from antiphon.core.request import RequestId
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DraftAsked:
-    """What is asked of a drafter for one request. ``token_ids`` is the request's own list: it is read, and not kept."""
-
-    token_ids: Sequence[int]  # prompt and output so far
-    num_drafts: int  # at most, 1 or more
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proposal:
-    """The tokens that may come next, in order. Proposals of equal ``confidence`` are accepted about equally often."""
-
-    token_ids: tuple[int, ...]
-    confidence: int = 0  # an index into the drafter's ``priors``
+__all__ = ["DraftAsked", "Drafter", "Proposal"]
 
 
 class Drafter(Protocol):

@@ -43,7 +43,12 @@ def draft(
     if not decodes or len(decodes) != num_rows or any(state.num_tokens_to_compute != 1 for state in decodes):
         return {}
     asked = {
-        state.request_id: DraftAsked(token_ids=state.token_ids, num_drafts=num_drafts)
+        state.request_id: DraftAsked(
+            token_ids=state.token_ids,
+            num_drafts=num_drafts,
+            num_output_tokens=state.num_output_tokens,
+            sampling=state.request.sampling,
+        )
         for state in decodes
         if (num_drafts := most_drafts(state, max_model_len)) > 0
     }

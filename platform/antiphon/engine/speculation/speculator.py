@@ -4,16 +4,17 @@
 
 Drafts go to decodes of steps that hold nothing else: beside a prompt's chunk, the chunk's rows decide what the step costs.
 Proposals that cost nothing are made at every step, and where their drafts are not used the first is compared with the token that
-came: what a request would accept is known without spending a row on it. Must not know: blocks, queues, who computes.
+came: what a request would accept is known without spending a row on it. Proposals that cost something are timed apart from the
+step that verifies them. Must not know: blocks, queues, who computes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from antiphon.core.request import RequestId
-from antiphon.engine.speculation.controller import Acceptance, RequestAcceptance, StepCosts, choose
+from antiphon.engine.speculation.controller import Acceptance, DraftingCosts, RequestAcceptance, StepCosts, choose
 from antiphon.engine.speculation.drafter import DraftAsked, Drafter, Proposal
 
 _FIRST_TRIAL, _LAST_TRIAL = 8, 512  # steps between trials of a drafter whose drafts don't pay; doubled after each that failed
@@ -52,6 +53,8 @@ class Speculator:
         self._max_drafts = max_drafts
         self._clock = clock
         self._costs = StepCosts()
+        self._drafting = DraftingCosts()
+        self._drafting_s = 0.0  # of the step under way, spent on proposals that aren't free
         self._acceptance = Acceptance(drafter.priors)
         self._requests: dict[RequestId, _Request] = {}
         self._start_s = 0.0
@@ -60,13 +63,14 @@ class Speculator:
     def begin(self) -> None:
         """A step begins to be scheduled."""
         self._start_s = self._clock()
+        self._drafting_s = 0.0
         self._num_rows = 0
 
     def plan(self, asked: Mapping[RequestId, DraftAsked], num_rows: int, room: int) -> dict[RequestId, tuple[int, ...]]:
         """Drafts for a step of ``num_rows`` decodes, of those in ``asked``, of ``room`` rows at most."""
         self._num_rows = num_rows
         wanted = {
-            request_id: DraftAsked(token_ids=each.token_ids, num_drafts=min(each.num_drafts, self._max_drafts))
+            request_id: replace(each, num_drafts=min(each.num_drafts, self._max_drafts))
             for request_id, each in asked.items()
             if each.num_drafts > 0
         }
@@ -95,15 +99,24 @@ class Speculator:
                 counts[place], request.idle_steps = 1, 0
                 request.trial_after = min(_LAST_TRIAL, 2 * request.trial_after)
         given = {
-            request_id: DraftAsked(token_ids=each.token_ids, num_drafts=count)
+            request_id: replace(each, num_drafts=count)
             for (request_id, each), count in zip(wanted.items(), counts, strict=True)
             if count
         }
-        proposals = self.drafter.propose(given) if given else {}
+        proposals = self._propose_timed(given) if given else {}
         for request_id, proposal in proposals.items():
             request = self._requests[request_id]
             request.proposal, request.num_used = proposal, len(proposal.token_ids)
         return {request_id: proposal.token_ids for request_id, proposal in proposals.items() if proposal.token_ids}
+
+    def _propose_timed(self, given: Mapping[RequestId, DraftAsked]) -> Mapping[RequestId, Proposal]:
+        start_s = self._clock()
+        proposals = self.drafter.propose(given)
+        self._drafting_s = self._clock() - start_s
+        depth = max((len(proposal.token_ids) for proposal in proposals.values()), default=0)
+        if depth:  # a drafter that only caught up says nothing of what drafts cost
+            self._drafting.note(depth, self._drafting_s)
+        return proposals
 
     def _counts(self, ids: Sequence[RequestId], proposals: Sequence[Proposal], num_rows: int, room: int) -> list[int]:
         shares = []
@@ -112,7 +125,11 @@ class Speculator:
             if request is None:
                 request = self._requests[request_id] = _Request()
             shares.append(self._acceptance.share(proposal.confidence, request.acceptance))
-        return choose(self._costs.estimate, num_rows, shares, [len(p.token_ids) for p in proposals], room)
+        limits = [len(p.token_ids) for p in proposals]
+        if self.drafter.is_free:
+            return choose(self._costs.estimate, num_rows, shares, limits, room)
+        step_s = self._costs.estimate(1)
+        return choose(self._costs.estimate, num_rows, shares, limits, room, lambda depth: self._drafting.estimate(depth, step_s))
 
     def withdraw(self, request_id: RequestId) -> None:
         """The request's drafts were not scheduled after all."""
@@ -121,7 +138,7 @@ class Speculator:
     def note(self, tokens: Mapping[RequestId, Sequence[int]], num_drafts: int) -> None:
         """The step that was planned is over: what it drew, and how many drafts it had."""
         if self._num_rows and tokens:
-            self._costs.note(self._num_rows + num_drafts, self._clock() - self._start_s)
+            self._costs.note(self._num_rows + num_drafts, self._clock() - self._start_s - self._drafting_s)
         for request_id, drawn in tokens.items():
             request = self._requests.get(request_id)
             if request is None or request.proposal is None:

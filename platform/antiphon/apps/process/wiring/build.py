@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from antiphon.apps.process.wiring.drafters import build_drafter
 from antiphon.apps.process.wiring.resolve import ModelFacts
 from antiphon.apps.process.wiring.sizes import afd_layout, experts_per_row, ffn_parallelism, num_ubatches
 from antiphon.connectors.afd.attention_side import AttentionSide
@@ -18,12 +19,10 @@ from antiphon.connectors.afd.ffn_side import FFNSide
 from antiphon.connectors.kv.decode_side import DecodeSide
 from antiphon.connectors.kv.prefill_side import PrefillSide
 from antiphon.core.document.spec import LLMDeploymentSpec
-from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
 from antiphon.engine.core import EngineCore, Outbox
 from antiphon.engine.limits import SchedulerConfig
 from antiphon.engine.scheduler import Scheduler
-from antiphon.engine.speculation.ngram import NgramDrafter
 from antiphon.engine.speculation.speculator import Speculator
 from antiphon.models.attention.kv_cache import KVCache
 from antiphon.models.decoder import AttentionHalves, FFNHalves
@@ -35,6 +34,7 @@ from antiphon.transport.waiting import WaitSet
 from antiphon.worker.ffn_worker import FFNWorker
 from antiphon.worker.kv_roles import KVRole, NoHandOff, ReceivesKV, SendsKV
 from antiphon.worker.model_runner import AttentionWorker
+from antiphon.worker.speculation.prediction_drafter import PredictionDrafter
 from antiphon.worker.structure.enforcer import Enforcer
 from antiphon.worker.ubatch_tuning import UbatchTuner
 
@@ -148,6 +148,10 @@ def build_attention(
     halves = AttentionHalves(facts.config, facts.checkpoint, facts.dtype, facts.device, facts.max_model_len)
     if spec.experts.skip_file is not None:
         halves.skip(ExpertSkipping.load(Path(spec.experts.skip_file), facts.config))
+    speculation, drafter, speculator = spec.speculation, None, None
+    if speculation is not None and role.generates:
+        drafter = build_drafter(speculation, facts, halves, None if ffn is None else ffn.halves)
+        speculator = Speculator(drafter, max_drafts=speculation.max_drafts, clock=clock)
     tuner = UbatchTuner(ubatches) if spec.transport.num_ubatches == "auto" and ubatches > 1 else None
     worker = AttentionWorker(
         halves,
@@ -159,6 +163,7 @@ def build_attention(
         warms=not role.holds_ffn,
         enforcer=Enforcer(facts.checkpoint.path, facts.config.vocab_size) if role.generates and facts.pooling is None else None,
         pooler=None if facts.pooling is None else Pooler(facts.pooling, facts.checkpoint, facts.dtype, facts.device),
+        hidden_states=drafter if isinstance(drafter, PredictionDrafter) else None,
     )
     scheduler = Scheduler(
         SchedulerConfig(
@@ -176,21 +181,11 @@ def build_attention(
             vocab_size=facts.config.vocab_size,
         ),
         clock,
-        _speculator(spec, facts, clock) if role.generates else None,
+        speculator,
     )
     return AttentionPart(
         engine=EngineCore(scheduler, worker, outbox), worker=worker, ffn=ffn, decode_side=decode_side, prefill_side=prefill_side
     )
-
-
-def _speculator(spec: LLMDeploymentSpec, facts: ModelFacts, clock: Callable[[], float]) -> Speculator | None:
-    if spec.speculation is None:
-        return None
-    if facts.num_state_slots is not None:
-        raise InvalidInput(
-            "the model keeps a state per sequence, which can't be taken back behind a wrong guess", "spec.speculation"
-        )
-    return Speculator(NgramDrafter(), max_drafts=spec.speculation.max_drafts, clock=clock)
 
 
 def _pumped(ffn: FFNWorker) -> Callable[[], None]:
