@@ -5,7 +5,6 @@ Must not know: how requests are answered.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 
@@ -16,6 +15,7 @@ from antiphon.core.request import FinishReason
 from antiphon.gateway.anthropic.schema import CountBody, MessagesBody
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.generation.request import ChoiceDelta, Started, Usage
+from antiphon.gateway.http.event_stream import LAST_EVENT_HEADER, EventStream
 from antiphon.gateway.openai.http_io import deadline_of, error_response
 from antiphon.gateway.openai.parsing import parse_tolerant, warning_header
 from antiphon.gateway.openai.serving import answered, parts_of
@@ -49,11 +49,11 @@ def add_message_routes(app: FastAPI, gateway: Gateway) -> None:
             generation = body.request(
                 request_id=request.state.request_id, deadline_s=deadline_of(request), traceparent=request.headers.get("traceparent")
             )
-            generation = dataclasses.replace(gateway.for_tenant(generation, tenant))
+            stream = EventStream(gateway.for_tenant(generation, tenant), request.headers.get(LAST_EVENT_HEADER))
         except Exception as error:  # noqa: BLE001 - the door: whatever happens, the client gets Anthropic's error shape
             gateway.refused(error, raw.get("model"))
             return anthropic_error(error)
-        return answered(gateway, generation, MessageWriter(), warning_header(ignored))
+        return answered(gateway, stream, MessageWriter(), warning_header(ignored))
 
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(request: Request) -> Response:

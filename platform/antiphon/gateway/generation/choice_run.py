@@ -16,9 +16,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from antiphon.core.errors import Overloaded, PeerLost, Unavailable
 from antiphon.core.ids import WorkerId
@@ -61,6 +61,7 @@ class ChoiceSpec:
     tenant: str
     traceparent: str | None
     resume: tuple[int, ...]
+    token_by_token: bool = False
     plan: AnswerPlan = field(default_factory=AnswerPlan)
     is_prompt_only: bool = False  # nothing but the prompt's likelihoods is wanted: the one token it takes is dropped
 
@@ -225,7 +226,11 @@ class ChoiceRun:
                     if prefill_worker is not None and answer.output.new_token_ids:
                         self._placement.prefill_ended(prefill_worker)
                         prefill_worker = None
-                    yield self._take(answer.output, plan)
+                    for output in _singly(answer.output) if spec.token_by_token else (answer.output,):
+                        delta = self._take(output, plan)
+                        yield delta
+                        if delta.finish_reason is not None:
+                            break  # a stop string: what came after it does not count
         finally:
             self._placement.prefill_ended(prefill_worker)
 
@@ -331,3 +336,19 @@ class ChoiceRun:
         pause_s = min(_MAX_PAUSE_S, _MIN_PAUSE_S * 2 ** min(num_failures, 10))
         await self._view.wait(pause_s)
         await asyncio.sleep(_MIN_PAUSE_S)
+
+
+def _singly(output: RequestOutput) -> Iterator[RequestOutput]:
+    """An output's tokens one by one; how it ended comes with the last."""
+    for position in range(len(output.new_token_ids) - 1):
+        here = slice(position, position + 1)
+        yield replace(
+            output,
+            new_token_ids=output.new_token_ids[here],
+            logprobs=output.logprobs[here],
+            finish_reason=None,
+            error=None,
+            stop_token_id=None,
+        )
+    last = max(0, len(output.new_token_ids) - 1)
+    yield replace(output, new_token_ids=output.new_token_ids[last:], logprobs=output.logprobs[last:])

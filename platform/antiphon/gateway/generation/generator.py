@@ -254,6 +254,7 @@ class Generator:
                 tenant=request.tenant,
                 traceparent=span.traceparent,
                 resume=request.resume.get(index, ()),
+                token_by_token=request.token_by_token,
                 plan=prepared[which].plan,
                 is_prompt_only=max_tokens[which] == 0,
             )

@@ -142,6 +142,7 @@ class GenerationRequest:
     traceparent: str | None = None
     placement_timeout_s: float | None = None  # patience while no worker can take it; None = the gateway's
     resume: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # tokens the client has, by choice
+    token_by_token: bool = False  # a delta for each token, also where a step gave several
     options: ChatOptions = field(default_factory=ChatOptions)
     # Paths of fields in the door's own message, for errors found later.
     max_tokens_field: str = "max_tokens"

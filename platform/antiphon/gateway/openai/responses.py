@@ -6,7 +6,6 @@ Must not know: how requests are answered.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -22,6 +21,7 @@ from antiphon.core.errors import AntiphonError, InvalidInput
 from antiphon.core.request import FinishReason
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.generation.request import ChoiceDelta, Started, Usage
+from antiphon.gateway.http.event_stream import LAST_EVENT_HEADER, EventStream
 from antiphon.gateway.openai.http_io import NotFound, deadline_of, error_response
 from antiphon.gateway.openai.messages import MessageBody
 from antiphon.gateway.openai.parsing import parse, parse_tolerant, warning_header
@@ -57,7 +57,7 @@ def add_response_routes(app: FastAPI, gateway: Gateway, notes: Notes) -> None:
                 deadline_s=deadline_of(request),
                 traceparent=request.headers.get("traceparent"),
             )
-            generation = dataclasses.replace(gateway.for_tenant(generation, tenant))
+            stream = EventStream(gateway.for_tenant(generation, tenant), request.headers.get(LAST_EVENT_HEADER))
         except Exception as error:  # noqa: BLE001 - the door: whatever happens, the client gets OpenAI's error shape
             gateway.refused(error, raw.get("model"))
             return error_response(error)
@@ -67,7 +67,7 @@ def add_response_routes(app: FastAPI, gateway: Gateway, notes: Notes) -> None:
             if body.store is not False:
                 await store.put(tenant, [*before, *said, writer.message()], writer.body())
 
-        return answered(gateway, generation, writer, warning_header(ignored), keep)
+        return answered(gateway, stream, writer, warning_header(ignored), keep)
 
     @app.get("/v1/responses/{response_id}")
     async def retrieve(request: Request, response_id: str) -> Response:

@@ -25,7 +25,8 @@ from starlette.types import Receive, Scope, Send
 from antiphon import __version__
 from antiphon.core.errors import AntiphonError, InvalidInput
 from antiphon.gateway.gateway import Gateway
-from antiphon.gateway.generation.request import ChoiceDelta, Completed, GenerationRequest, Started
+from antiphon.gateway.generation.request import ChoiceDelta, Completed, Event, Started
+from antiphon.gateway.http.event_stream import DONE, LAST_EVENT_HEADER, EventStream
 from antiphon.gateway.http.manners import Manners
 from antiphon.gateway.openai.answers import Answer, model_card
 from antiphon.gateway.openai.http_io import (
@@ -37,16 +38,9 @@ from antiphon.gateway.openai.http_io import (
 )
 from antiphon.gateway.openai.parsing import parse_tolerant, warning_header
 from antiphon.gateway.openai.schema import ChatBody, CompletionBody
+from antiphon.gateway.openai.serving import SEND_GRACE_S, SSE_HEADERS
 from antiphon.gateway.status import Status
 from antiphon.telemetry import CONTENT_TYPE
-
-_SEND_GRACE_S = 5.0  # a client that doesn't read is let go so long after its deadline
-
-_SSE_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
 
 
 def make_app(gateway: Gateway) -> FastAPI:
@@ -153,6 +147,7 @@ async def _complete(gateway: Gateway, request: Request, kind: type[ChatBody] | t
         generation = dataclasses.replace(
             gateway.for_tenant(generation, tenant), placement_timeout_s=getattr(request.state, "placement_timeout_s", None)
         )
+        stream = EventStream(generation, request.headers.get(LAST_EVENT_HEADER))
     except Exception as error:  # noqa: BLE001 - the door, as above
         gateway.refused(error, given.get("model"))
         return error_response(error)
@@ -171,15 +166,15 @@ async def _complete(gateway: Gateway, request: Request, kind: type[ChatBody] | t
     limit_s = gateway.config.max_deadline_s if generation.deadline_s is None else generation.deadline_s
 
     async def bounded(scope: Scope, receive: Receive, send: Send) -> None:
-        async with asyncio.timeout(limit_s + _SEND_GRACE_S):
-            await produce(gateway, generation, answer, headers, scope, receive, send)
+        async with asyncio.timeout(limit_s + SEND_GRACE_S):
+            await produce(gateway, stream, answer, headers, scope, receive, send)
 
     return ClientBound(bounded)
 
 
 async def _whole(
     gateway: Gateway,
-    generation: GenerationRequest,
+    stream: EventStream,
     answer: Answer,
     headers: Mapping[str, str],
     scope: Scope,
@@ -187,7 +182,7 @@ async def _whole(
     send: Send,
 ) -> None:
     try:
-        async with aclosing(gateway.generate(generation)) as events:
+        async with aclosing(gateway.generate(stream.generation)) as events:
             async for event in events:
                 match event:
                     case Started():
@@ -203,7 +198,7 @@ async def _whole(
 
 async def _stream(
     gateway: Gateway,
-    generation: GenerationRequest,
+    stream: EventStream,
     answer: Answer,
     headers: Mapping[str, str],
     scope: Scope,
@@ -213,21 +208,15 @@ async def _stream(
     """Server-sent events. Errors before the first token have a status of their own, later ones are an event."""
     started = False
     try:
-        async with aclosing(gateway.generate(generation)) as events:
+        async with aclosing(stream.events(gateway.generate(stream.generation))) as events:
             async for event in events:
-                match event:
-                    case Started():
-                        answer.start(event)
-                        await send(
-                            {"type": "http.response.start", "status": 200, "headers": [*_SSE_HEADERS, *raw_headers(headers)]}
-                        )
-                        started = True
-                    case ChoiceDelta():
-                        await _send_events(send, answer.chunks(event))
-                    case Completed():
-                        usage = answer.usage_chunk(event.usage)
-                        await _send_events(send, [] if usage is None else [usage])
-                        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+                body = stream.frame(event, _chunks(answer, event), named=False)
+                if not started and (not stream.is_replay or isinstance(event, Completed)):
+                    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+                    await send({"type": "http.response.start", "status": 200, "headers": [*SSE_HEADERS, *raw]})
+                    started = True
+                if body or isinstance(event, Completed):
+                    await send({"type": "http.response.body", "body": body, "more_body": not isinstance(event, Completed)})
     except OSError:
         raise  # the client is gone
     except Exception as error:  # noqa: BLE001 - the door, as above
@@ -238,15 +227,16 @@ async def _stream(
         await send({"type": "http.response.body", "body": b"data: " + bytes(response.body) + b"\n\n", "more_body": False})
 
 
-def raw_headers(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    """As ASGI has them."""
-    return [(name.encode(), value.encode()) for name, value in headers.items()]
-
-
-async def _send_events(send: Send, chunks: list[dict[str, Any]]) -> None:
-    if chunks:
-        body = b"".join(b"data: " + json.dumps(c, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n" for c in chunks)
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+def _chunks(answer: Answer, event: Event) -> list[dict[str, Any] | str]:
+    match event:
+        case Started():
+            answer.start(event)
+            return []
+        case ChoiceDelta():
+            return [*answer.chunks(event)]
+        case Completed():
+            usage = answer.usage_chunk(event.usage)
+            return [DONE] if usage is None else [usage, DONE]
 
 
 def _routing_error(request: Request, error: Exception) -> AntiphonError:

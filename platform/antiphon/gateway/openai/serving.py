@@ -6,7 +6,6 @@ Must not know: any door's shapes.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, Protocol
@@ -15,7 +14,8 @@ from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from antiphon.gateway.gateway import Gateway
-from antiphon.gateway.generation.request import ChoiceDelta, Completed, GenerationRequest, Started, Usage
+from antiphon.gateway.generation.request import ChoiceDelta, Completed, Started, Usage
+from antiphon.gateway.http.event_stream import EventStream
 from antiphon.gateway.openai.http_io import ClientBound
 from antiphon.gateway.text.parts import Part, Text
 
@@ -62,12 +62,13 @@ def parts_of(delta: ChoiceDelta) -> tuple[Part, ...]:
 
 def answered(
     gateway: Gateway,
-    generation: GenerationRequest,
+    stream: EventStream,
     writer: Writer,
     headers: Mapping[str, str],
     done: Callable[[], Awaitable[None]] | None = None,
 ) -> Response:
     """The response; ``done`` runs once the answer is whole, before its last byte."""
+    generation = stream.generation
     limit_s = gateway.config.max_deadline_s if generation.deadline_s is None else generation.deadline_s
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
 
@@ -84,18 +85,19 @@ def answered(
             response = writer.error(error)
         await response(scope, receive, send)
 
-    async def stream(scope: Scope, receive: Receive, send: Send) -> None:
+    async def streamed(scope: Scope, receive: Receive, send: Send) -> None:
         started = False
         try:
-            async with aclosing(gateway.generate(generation)) as events:
+            async with aclosing(stream.events(gateway.generate(generation))) as events:
                 async for event in events:
-                    made = _written(writer, event)
-                    if isinstance(event, Started):
+                    made = stream.frame(event, _written(writer, event), named=True)
+                    if not started and (not stream.is_replay or isinstance(event, Completed)):
                         await send({"type": "http.response.start", "status": 200, "headers": [*SSE_HEADERS, *raw]})
                         started = True
                     if isinstance(event, Completed) and done is not None:
                         await done()
-                    await send({"type": "http.response.body", "body": _framed(made), "more_body": True})
+                    if made:
+                        await send({"type": "http.response.body", "body": made, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except OSError:
             raise  # the client is gone
@@ -107,7 +109,7 @@ def answered(
             body = b"event: error\ndata: " + bytes(response.body) + b"\n\n"
             await send({"type": "http.response.body", "body": body, "more_body": False})
 
-    produce = stream if generation.stream else whole
+    produce = streamed if generation.stream else whole
 
     async def bounded(scope: Scope, receive: Receive, send: Send) -> None:
         async with asyncio.timeout(limit_s + SEND_GRACE_S):
@@ -124,10 +126,3 @@ def _written(writer: Writer, event: Started | ChoiceDelta | Completed) -> list[J
             return writer.add(event)
         case Completed():
             return writer.end(event.usage)
-
-
-def _framed(events: list[Json]) -> bytes:
-    return b"".join(
-        f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
-        for event in events
-    )

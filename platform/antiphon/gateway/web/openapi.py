@@ -202,6 +202,7 @@ OPERATIONS: Final = (
 _HEADERS: Final = {
     "x-request-id": "Taken over, and returned; without it one is made.",
     "x-request-timeout-s": "The request's deadline, in seconds from now.",
+    "last-event-id": "Of a stream that broke off: with its x-request-id, the same body gives the events after this one.",
     "traceparent": "The trace that the request belongs to (W3C).",
 }
 # Schema, field, and what its door takes beside what the model says.

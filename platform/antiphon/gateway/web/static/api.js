@@ -15,8 +15,8 @@ export class ApiError extends Error {
   }
 }
 
-export async function ask(path, { body, method, signal } = {}) {
-  const headers = {};
+export async function ask(path, { body, method, signal, headers: more = {} } = {}) {
+  const headers = { ...more };
   if (key.get()) headers.authorization = `Bearer ${key.get()}`;
   if (body !== undefined) headers["content-type"] = "application/json";
   let response;
@@ -51,23 +51,51 @@ async function errorOf(response) {
   return new ApiError(response.status, error.code ?? "", message);
 }
 
-// The objects of a stream of server-sent events, until [DONE]. An error in the stream is thrown.
-export async function* events(response) {
+const RESUMES = 5; // in a row without an event between them
+const RESUME_AFTER_MS = 500;
+
+// The objects of a stream of server-sent events, until [DONE]. An error in the stream is thrown. A connection that breaks off
+// is followed by another one, which goes on behind the last event that came.
+export async function* events(path, { body, signal }) {
+  let last = "";
+  let requestId = "";
+  let lost = 0;
+  for (;;) {
+    try {
+      const headers = last ? { "x-request-id": requestId, "last-event-id": last } : {};
+      const response = await ask(path, { body, signal, headers });
+      requestId = response.headers.get("x-request-id") ?? "";
+      for await (const [id, data] of pieces(response)) {
+        if (data === "[DONE]") return;
+        const event = JSON.parse(data);
+        if (event.error) throw new ApiError(200, event.error.code ?? "", event.error.message ?? "the answer failed");
+        lost = 0;
+        last = id;
+        yield event;
+      }
+      throw new ApiError(0, "cut", "The answer was cut off: the connection was closed.");
+    } catch (error) {
+      const isLost = !(error instanceof ApiError) || error.status === 0 || error.status === 503;
+      if (error.name === "AbortError" || !isLost || !last || !requestId || ++lost > RESUMES) throw error;
+      await new Promise((resolve) => setTimeout(resolve, RESUME_AFTER_MS * lost));
+      signal?.throwIfAborted();
+    }
+  }
+}
+
+async function* pieces(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
+  let id = "";
   for (;;) {
     const { done, value } = await reader.read();
-    if (done) throw new ApiError(0, "cut", "The answer was cut off: the connection was closed.");
+    if (done) return;
     rest += value;
     const lines = rest.split("\n");
     rest = lines.pop();
     for (const line of lines) {
-      if (!line.startsWith("data:")) continue;
-      const data = line.slice(5).trim();
-      if (data === "[DONE]") return;
-      const event = JSON.parse(data);
-      if (event.error) throw new ApiError(200, event.error.code ?? "", event.error.message ?? "the answer failed");
-      yield event;
+      if (line.startsWith("id:")) id = line.slice(3).trim();
+      else if (line.startsWith("data:")) yield [id, line.slice(5).trim()];
     }
   }
 }

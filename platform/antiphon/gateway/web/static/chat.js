@@ -224,8 +224,8 @@ async function answerNow() {
   answer.before = [...messages];
   toEnd();
   try {
-    const response = await ask("v1/chat/completions", { body: body(), signal: controller.signal });
-    for await (const chunk of events(response)) answer.add(chunk);
+    const asked = { body: body(), signal: controller.signal };
+    for await (const chunk of events("v1/chat/completions", asked)) answer.add(chunk);
     answer.end(null);
     messages.push(answer.message());
     if (answer.calls.length) askResults(answer);

@@ -1,0 +1,197 @@
+"""A stream of server-sent events goes on after a lost connection, at any gateway, with no event lost or doubled."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from antiphon.rpc.directory.service import DirectoryServer
+
+_spec = importlib.util.spec_from_file_location("doors_fake_engine", Path(__file__).parents[1] / "doors" / "fake_engine.py")
+assert _spec is not None
+assert _spec.loader is not None
+fake = sys.modules.setdefault(_spec.name, importlib.util.module_from_spec(_spec))
+if not hasattr(fake, "world"):
+    _spec.loader.exec_module(fake)
+
+SAID = [{"role": "user", "content": "what is it?"}]
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": SAID, "max_tokens": 24, "stream_options": {"include_usage": True}},
+    "/v1/completions": {"prompt": "The choir", "max_tokens": 24, "logprobs": 1, "echo": True},
+    "/v1/responses": {"input": "what is it?", "max_output_tokens": 24},
+    "/v1/messages": {"messages": SAID, "max_tokens": 24},
+}
+GATEWAY = """
+import asyncio, sys
+from pathlib import Path
+from antiphon.directory.memory import open_directory
+from antiphon.gateway.app import run_gateway
+from antiphon.gateway.config import GatewayConfig
+
+config = GatewayConfig(models={"tiny": Path(sys.argv[1])}, http_port=0, grpc_port=0, refresh_s=0.05)
+told = lambda ports: print(ports.http_port, flush=True)
+asyncio.run(run_gateway(config, open_directory(sys.argv[2]), asyncio.Event(), on_bound=told))
+"""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One event as it came over the wire."""
+
+    id: str
+    rest: str
+
+    @classmethod
+    def all_of(cls, text: str) -> list[Sent]:
+        *blocks, rest = text.split("\n\n")
+        assert rest == ""
+        found = []
+        for block in blocks:
+            first, _, others = block.partition("\n")
+            assert first.startswith("id: "), block
+            # Which second it was when the last event was made, and what the cache gave, are the second call's own.
+            others = re.sub(r'"(completed_at|\w*_?cached_tokens|cache_read_input_tokens|input_tokens)":[^,}]+', r'"\1":0', others)
+            found.append(cls(first.removeprefix("id: "), others))
+        return found
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[fake.World]:
+    async with fake.world(tmp_path, gateway={"api_keys": frozenset({"alice", "bob"})}) as made:
+        yield made
+
+
+@pytest.fixture
+async def http(world: fake.World) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=world.url, timeout=20, headers={"authorization": "Bearer alice"}) as made:
+        yield made
+
+
+def asked(path: str, **fields: Any) -> dict[str, Any]:
+    return {"model": "tiny", "stream": True, **BODIES[path], **fields}
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_a_stream_goes_on_behind_any_of_its_events(http: httpx.AsyncClient, path: str) -> None:
+    whole = await http.post(path, json=asked(path))
+    events = Sent.all_of(whole.text)
+    numbers = [int(event.id.partition(".")[0]) for event in events]
+    assert numbers == list(range(1, len(events) + 1))
+    request_id = whole.headers["x-request-id"]
+    for position in [*range(4), len(events) // 2, *range(len(events) - 6, len(events))]:
+        headers = {"x-request-id": request_id, "last-event-id": events[position].id}
+        rest = await http.post(path, json=asked(path), headers=headers)
+        assert rest.status_code == 200
+        assert rest.headers["content-type"].startswith("text/event-stream")
+        assert Sent.all_of(rest.text) == events[position + 1 :]
+
+
+async def test_nobody_else_goes_on_with_a_stream(world: fake.World, http: httpx.AsyncClient) -> None:
+    path = "/v1/chat/completions"
+    whole = await http.post(path, json=asked(path))
+    event = Sent.all_of(whole.text)[5]
+    mine = {"x-request-id": whole.headers["x-request-id"], "last-event-id": event.id}
+    wrong: list[dict[str, str]] = [
+        {**mine, "authorization": "Bearer bob"},
+        {**mine, "x-request-id": "another"},
+        {"last-event-id": event.id},
+        {**mine, "last-event-id": f"7{event.id[1:]}"},
+        {**mine, "last-event-id": "6"},
+        {**mine, "last-event-id": event.id[:-1]},
+        {**mine, "last-event-id": "é" * 60},
+        {**mine, "last-event-id": "9" * 5000},
+    ]
+    num_requests = len(world.engine.requests)
+    for headers in wrong:
+        answer = await http.post(path, json=asked(path), headers={k: v.encode() for k, v in headers.items()})
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"] == "last-event-id"
+    assert len(world.engine.requests) == num_requests
+    for fields in ({"stream": False, "stream_options": None}, {"n": 2}):
+        answer = await http.post(path, json=asked(path, **fields), headers=mine)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "last-event-id"
+
+
+async def test_another_answer_is_not_given_for_the_rest_of_this_one(http: httpx.AsyncClient) -> None:
+    path = "/v1/chat/completions"
+    whole = await http.post(path, json=asked(path))
+    headers = {"x-request-id": whole.headers["x-request-id"], "last-event-id": Sent.all_of(whole.text)[9].id}
+    for fields in ({"messages": [{"role": "user", "content": "and this?"}]}, {"max_tokens": 3}):
+        answer = await http.post(path, json=asked(path, **fields), headers=headers)
+        assert answer.status_code == 409
+        assert answer.json()["error"]["code"] == "cannot_resume"
+
+
+@asynccontextmanager
+async def gateway_process(checkpoint: Path, directory: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", GATEWAY, str(checkpoint), directory, stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(60):
+            port = int(await process.stdout.readline())
+        yield process, f"http://127.0.0.1:{port}"
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def test_streams_of_a_killed_gateway_go_on_at_another(tmp_path: Path) -> None:
+    async with fake.world(tmp_path, max_num_seqs=16, step_s=0.004) as world, httpx.AsyncClient(timeout=30) as http:
+        directory = await DirectoryServer.start(world.directory)
+        try:
+            async with (
+                gateway_process(world.checkpoint, directory.address) as (first, here),
+                gateway_process(world.checkpoint, directory.address) as (_, there),
+            ):
+                streams = [(path, number) for path in BODIES for number in range(2)]
+                fields = {"seed": None, "max_tokens": 100, "temperature": 1.0}
+                progress: dict[tuple[str, int], int] = {}
+
+                def body(path: str) -> dict[str, Any]:
+                    own = {"max_output_tokens": 100, "temperature": 1.0} if path == "/v1/responses" else fields
+                    return asked(path, **{k: v for k, v in own.items() if v is not None})
+
+                async def read(key: tuple[str, int]) -> tuple[str, str]:
+                    text, request_id = "", ""
+                    with contextlib.suppress(httpx.HTTPError):  # which came in the midst: fewer events are asserted below
+                        async with http.stream("POST", here + key[0], json=body(key[0])) as response:
+                            request_id = response.headers["x-request-id"]
+                            async for piece in response.aiter_text():
+                                text += piece
+                                progress[key] = text.count("\n\n")
+                    return request_id, text
+
+                async with asyncio.TaskGroup() as group:
+                    reading = {key: group.create_task(read(key)) for key in streams}
+                    await fake.until(lambda: all(progress.get(key, 0) > 10 for key in streams))
+                    assert first.pid != os.getpid()
+                    first.send_signal(signal.SIGKILL)
+                for key, task in reading.items():
+                    request_id, text = task.result()
+                    seen = Sent.all_of(text[: text.rfind("\n\n") + 2])  # what came last may be half an event
+                    assert 10 < len(seen) < 100
+                    headers = {"x-request-id": request_id, "last-event-id": seen[-1].id}
+                    rest = Sent.all_of((await http.post(there + key[0], json=body(key[0]), headers=headers)).text)
+                    whole = Sent.all_of(
+                        (await http.post(there + key[0], json=body(key[0]), headers={**headers, "last-event-id": seen[0].id})).text
+                    )
+                    assert [*seen, *rest] == [seen[0], *whole]
+        finally:
+            await directory.close()
