@@ -3,7 +3,8 @@
 Whoever starts a deployment makes the key; every process it starts gets it with its environment. There is no unproven way in: a
 process that was given no key makes one, which nobody else has, and hands it to its own children.
 
-    ANTIPHON_KEY_FILE   path of a file: one key a line; the first is used, all are accepted (to change keys one after the other)
+    ANTIPHON_KEY_FILE   path of a file: one key a line; the first is used, all are accepted (to change keys one after the other).
+                        Looked at again every second: new connections take the keys that it has then, open ones go on
     ANTIPHON_KEY        the same text itself
 
 From a key are derived, each for its own purpose (HKDF, RFC 5869): proofs of the data plane's hello and of records (here), and the
@@ -13,19 +14,24 @@ certificates of gRPC connections (``rpc.credentials``). Must not know: what is p
 from __future__ import annotations
 
 import hmac
+import logging
 import os
 import secrets
 import threading
+import time
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from antiphon.core.errors import InvalidInput
 
+_log = logging.getLogger(__name__)
+
 KEY_FILE_VARIABLE = "ANTIPHON_KEY_FILE"
 KEY_VARIABLE = "ANTIPHON_KEY"
 
 PROOF_BYTES = 32
+LOOK_S = 1.0  # between two looks at the key file; a look is one stat
 _MIN_KEY_CHARS = 32
 _MAX_FILE_BYTES = 1 << 16
 _SALT = b"antiphon deployment key 1"
@@ -77,26 +83,65 @@ def new_key() -> str:
 
 _lock = threading.Lock()
 _own: Identity | None = None
+_file: _KeyFile | None = None  # that _own is read from
 
 
 def own_identity(environment: MutableMapping[str, str] = os.environ) -> Identity:
-    """This process' keys: from its environment, else made now and put there for its children; read once.
+    """This process' keys now: from its environment, else made and put there for its children. Ask whenever they are needed: while
+    they are the same, so is the value; a file that holds no keys any more leaves them as they were.
 
     Raises:
-        InvalidInput: the file can't be read, or holds no key.
+        InvalidInput: at the first time, the file can't be read, or holds no key.
     """
     global _own
     with _lock:
         if _own is None:
             _own = _read(environment)
+        elif _file is not None and (changed := _file.look()) is not None and changed != _own:
+            _own = changed
+            _log.info("new connections prove themselves with the keys that %s has now", _file.path)
         return _own
+
+
+class _KeyFile:
+    """A key file that may change: an editor's by its inode, a mounted Secret by its link's target. Used under ``_lock``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stamp = _stamp(path)
+        self._looked_s = time.monotonic()
+
+    def look(self) -> Identity | None:
+        """The keys when the file has changed since the last look, which is a second ago."""
+        now_s = time.monotonic()
+        if now_s - self._looked_s < LOOK_S:
+            return None
+        self._looked_s = now_s
+        stamp = _stamp(self.path)
+        if stamp == self._stamp:
+            return None
+        self._stamp = stamp
+        try:
+            return Identity.parse(_read_file(self.path))
+        except InvalidInput as error:
+            _log.warning("the deployment's keys stay as they are: %s", error)
+            return None
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_size
 
 
 def adopt(text: str, environment: MutableMapping[str, str] = os.environ) -> Identity:
     """Make ``text`` this process' keys from now on, and its children's. What is open already stays as it is."""
-    global _own
+    global _own, _file
     identity = Identity.parse(text)
     with _lock:
+        _file = None
         environment.pop(KEY_FILE_VARIABLE, None)
         environment[KEY_VARIABLE] = text
         _own = identity
@@ -105,9 +150,11 @@ def adopt(text: str, environment: MutableMapping[str, str] = os.environ) -> Iden
 
 def adopt_file(path: Path, environment: MutableMapping[str, str] = os.environ) -> Identity:
     """The same for the keys in a file, which the environment only names."""
-    global _own
+    global _own, _file
+    watched = _KeyFile(path)
     identity = Identity.parse(_read_file(path))
     with _lock:
+        _file = watched
         environment.pop(KEY_VARIABLE, None)
         environment[KEY_FILE_VARIABLE] = str(path)
         _own = identity
@@ -116,11 +163,11 @@ def adopt_file(path: Path, environment: MutableMapping[str, str] = os.environ) -
 
 def forget_file(path: Path, environment: MutableMapping[str, str] = os.environ) -> None:
     """The keys of ``path`` are this process' no longer, if they were."""
-    global _own
+    global _own, _file
     with _lock:
         if environment.get(KEY_FILE_VARIABLE) == str(path):
             del environment[KEY_FILE_VARIABLE]
-            _own = None
+            _own = _file = None
 
 
 def is_given(environment: MutableMapping[str, str] = os.environ) -> bool:
@@ -129,7 +176,9 @@ def is_given(environment: MutableMapping[str, str] = os.environ) -> bool:
 
 
 def _read(environment: MutableMapping[str, str]) -> Identity:
+    global _file
     if path := environment.get(KEY_FILE_VARIABLE):
+        _file = _KeyFile(Path(path))  # its stamp first: what changes while it is read is seen at the next look
         return Identity.parse(_read_file(Path(path)))
     if text := environment.get(KEY_VARIABLE):
         return Identity.parse(text)

@@ -7,13 +7,15 @@ Must not know: which services travel on a channel.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import grpc.aio
 
 from antiphon.core.errors import Unavailable
-from antiphon.core.identity import Identity
+from antiphon.core.identity import Identity, own_identity
 from antiphon.rpc.credentials import HANDSHAKE_OPTIONS, TARGET_OPTIONS, channel_credentials
 
 ChannelOptions = list[tuple[str, int | str]]
@@ -72,6 +74,53 @@ def open_part_channel(
     """An asyncio channel to another part of this deployment, proven at both ends; connects lazily and again after a loss."""
     options = [*channel_options(limits), *TARGET_OPTIONS]
     return grpc.aio.secure_channel(address, channel_credentials(identity), options=options)
+
+
+class PartChannel:
+    """The channel to another part, made anew when the deployment's keys have changed. Belongs to one event loop.
+
+    Args:
+        address: host:port.
+        options: of gRPC; None = ``channel_options()``.
+        identity: keys that don't change; None = this process'.
+        grace_s: calls on a channel that is replaced may go on for so long.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        options: Sequence[tuple[str, Any]] | None = None,
+        identity: Identity | None = None,
+        grace_s: float = 60.0,
+    ) -> None:
+        self._address = address
+        self._options = [*(channel_options() if options is None else options), *TARGET_OPTIONS]
+        self._fixed = identity
+        self._grace_s = grace_s
+        self._identity: Identity | None = None
+        self._channel: grpc.aio.Channel | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def now(self) -> grpc.aio.Channel:
+        """The channel for the next call."""
+        identity = own_identity() if self._fixed is None else self._fixed
+        if self._channel is None or identity is not self._identity:
+            old, self._identity = self._channel, identity
+            self._channel = grpc.aio.secure_channel(self._address, channel_credentials(identity), options=self._options)
+            if old is not None:
+                task = asyncio.ensure_future(old.close(self._grace_s))
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
+        return self._channel
+
+    async def close(self) -> None:
+        """End it, and the calls on it. Idempotent."""
+        for task in self._closing:
+            task.cancel()
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            await channel.close(None)
 
 
 def open_channel(address: str, limits: ChannelLimits = DEFAULT_LIMITS) -> grpc.aio.Channel:

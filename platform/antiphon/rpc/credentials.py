@@ -2,7 +2,7 @@
 
 Every process with the key can work out the same authority (a P-256 key derived from the deployment's), signs itself a certificate
 with it when it first needs one, and takes only peers whose certificate that authority signed, at both ends. So there is nothing to
-hand out but the key, and who has none gets no further than the handshake. Certificates live as long as their process.
+hand out but the key, and who has none gets no further than the handshake. Certificates live as long as their process has that key.
 Must not know: which services travel on a connection.
 """
 
@@ -22,13 +22,29 @@ _VALID = datetime.timedelta(days=3650)
 
 
 def server_credentials(identity: Identity | None = None) -> grpc.ServerCredentials:
-    """Take calls from parts of the same deployment only."""
-    roots, key, chain = _material(own_identity() if identity is None else identity)
-    return grpc.ssl_server_credentials([(key, chain)], root_certificates=roots, require_client_auth=True)
+    """Take calls from parts of the same deployment only; where keys change, each handshake takes those that hold then."""
+    given = own_identity() if identity is None else identity
+
+    def newer() -> grpc.ServerCertificateConfiguration | None:  # None: the one that was given last still holds
+        nonlocal given
+        now = own_identity() if identity is None else identity
+        if now is given:
+            return None
+        given = now
+        return _configuration(now)
+
+    return grpc.dynamic_ssl_server_credentials(_configuration(given), newer, require_client_authentication=True)
+
+
+def _configuration(identity: Identity) -> grpc.ServerCertificateConfiguration:
+    roots, key, chain = _material(identity)
+    return grpc.ssl_server_certificate_configuration([(key, chain)], root_certificates=roots)
 
 
 def channel_credentials(identity: Identity | None = None) -> grpc.ChannelCredentials:
-    """Call parts of the same deployment only; with ``TARGET_OPTIONS`` among the channel's options."""
+    """Call parts of the same deployment only; with ``TARGET_OPTIONS`` among the channel's options. They stay what they are when
+    keys change: a channel that is kept for long is made anew then (``PartChannel``).
+    """
     roots, key, chain = _material(own_identity() if identity is None else identity)
     return grpc.ssl_channel_credentials(roots, key, chain)
 

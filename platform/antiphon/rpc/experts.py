@@ -15,7 +15,8 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from antiphon.core.errors import AntiphonError, InternalError, InvalidInput
-from antiphon.rpc.channels import channel_options, open_part_channel
+from antiphon.core.identity import own_identity
+from antiphon.rpc.channels import PartChannel, channel_options
 from antiphon.rpc.client_channel import Tls, open_client_channel
 from antiphon.rpc.credentials import TARGET_OPTIONS, channel_credentials
 from antiphon.rpc.errors import error_from_call, status_of
@@ -130,14 +131,20 @@ class ExpertsCalls:
         self, address: str, *, tls: Tls | None = None, metadata: Metadata = (), timeout_s: float = 5.0, worker: bool = False
     ) -> None:
         """``worker``: the address is a worker's of this deployment, not a gateway's."""
+        self._identity = own_identity() if worker else None
         self._channel = (
-            grpc.secure_channel(address, channel_credentials(), options=[*channel_options(), *TARGET_OPTIONS])
+            grpc.secure_channel(address, channel_credentials(self._identity), options=[*channel_options(), *TARGET_OPTIONS])
             if worker
             else open_client_channel(address, tls)
         )
         self._stub: Any = ExpertsStub(self._channel)  # type: ignore[no-untyped-call]
         self._metadata = metadata
         self._timeout_s = timeout_s
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the deployment's keys have changed since: a new connection needs new calls."""
+        return self._identity is not None and self._identity is not own_identity()
 
     def expert_load(self, deployment: str = "") -> ExpertLoad:
         """See ``ExpertsPort``."""
@@ -168,9 +175,12 @@ class AsyncExpertsCalls:
     """The same for asyncio, to workers of this deployment: belongs to one event loop."""
 
     def __init__(self, address: str, *, timeout_s: float = 5.0) -> None:
-        self._channel = open_part_channel(address)
-        self._stub: Any = ExpertsStub(self._channel)  # type: ignore[no-untyped-call]
+        self._channel = PartChannel(address)
         self._timeout_s = timeout_s
+
+    @property
+    def _stub(self) -> Any:
+        return ExpertsStub(self._channel.now())  # type: ignore[no-untyped-call]
 
     async def expert_load(self, deployment: str = "") -> ExpertLoad:
         """See ``ExpertsPort``."""
@@ -183,7 +193,7 @@ class AsyncExpertsCalls:
 
     async def close(self) -> None:
         """Close the connection; idempotent."""
-        await self._channel.close(None)
+        await self._channel.close()
 
     async def _call(self, method: Any, request: Message) -> Any:
         try:

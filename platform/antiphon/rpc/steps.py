@@ -11,7 +11,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from antiphon.core.errors import AntiphonError, InternalError, InvalidInput
-from antiphon.rpc.channels import open_part_channel
+from antiphon.rpc.channels import PartChannel
 from antiphon.rpc.errors import error_from_call, status_of
 from antiphon.rpc.v1 import steps_pb2 as pb
 from antiphon.rpc.v1.steps_pb2_grpc import StepsStub, add_StepsServicer_to_server
@@ -64,13 +64,13 @@ class StepsCalls:
     """Calls to one worker of this deployment; belongs to one event loop."""
 
     def __init__(self, address: str) -> None:
-        self._channel = open_part_channel(address)
-        self._stub: Any = StepsStub(self._channel)  # type: ignore[no-untyped-call]
+        self._channel = PartChannel(address)
 
     async def trace_steps(self, seconds: float) -> WorkerTrace:
         """See ``StepsPort``. Raises Unavailable while nobody answers, InvalidInput for an answer that is no trace."""
         try:
-            response = await self._stub.TraceSteps(pb.TraceStepsRequest(seconds=seconds), timeout=seconds + _MARGIN_S)
+            stub: Any = StepsStub(self._channel.now())  # type: ignore[no-untyped-call]
+            response = await stub.TraceSteps(pb.TraceStepsRequest(seconds=seconds), timeout=seconds + _MARGIN_S)
         except (grpc.RpcError, DecodeError) as error:
             if isinstance(error, grpc.RpcError):
                 raise error_from_call(error) from error
@@ -79,7 +79,7 @@ class StepsCalls:
 
     async def close(self) -> None:
         """Close the connection; idempotent."""
-        await self._channel.close(None)
+        await self._channel.close()
 
 
 def _message(trace: WorkerTrace) -> pb.TraceStepsResponse:

@@ -264,9 +264,13 @@ class Rebalancer:
             for calls in self._calls.values():
                 calls.close()
             self._calls.clear()
-        if address not in self._calls:
-            self._calls[address] = ExpertsCalls(address, worker=True)
-        return self._calls[address]
+        calls = self._calls.get(address)
+        if calls is not None and calls.is_outdated:
+            calls.close()
+            calls = None
+        if calls is None:
+            calls = self._calls[address] = ExpertsCalls(address, worker=True)
+        return calls
 
 
 def acting_of(workers: Sequence[WorkerInfo]) -> WorkerInfo | None:

@@ -19,7 +19,7 @@ from antiphon.core.errors import AntiphonError, InternalError, InvalidInput, Una
 from antiphon.core.identity import Identity
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.core.worker_info import WorkerInfo
-from antiphon.rpc.credentials import TARGET_OPTIONS, channel_credentials
+from antiphon.rpc.channels import PartChannel
 from antiphon.rpc.directory.budgets import RemoteBudgets
 from antiphon.rpc.errors import closed_meanwhile
 from antiphon.rpc.v1 import directory_pb2 as pb
@@ -45,10 +45,9 @@ class RemoteDirectory:
     """
 
     def __init__(self, target: str, *, timeout_s: float = 5.0, identity: Identity | None = None) -> None:
-        self._identity = identity
         self._target = target
         self._timeout_s = timeout_s
-        self._channel: grpc.aio.Channel | None = None
+        self._channel = PartChannel(target, options=_OPTIONS, identity=identity, grace_s=timeout_s)
         self.budgets = RemoteBudgets(self._call)
 
     async def register(self, info: WorkerInfo, lease_s: float) -> bool:
@@ -107,16 +106,10 @@ class RemoteDirectory:
 
     async def close(self) -> None:
         """See ``Directory``."""
-        if self._channel is not None:
-            channel, self._channel = self._channel, None
-            await channel.close(None)
+        await self._channel.close()
 
     async def _call(self, method: str, request: Message, answer: type[T]) -> T:
-        if self._channel is None:  # made in the loop that uses it
-            self._channel = grpc.aio.secure_channel(
-                self._target, channel_credentials(self._identity), options=[*_OPTIONS, *TARGET_OPTIONS]
-            )
-        stub = pb_grpc.DirectoryStub(self._channel)  # type: ignore[no-untyped-call]  # generated
+        stub = pb_grpc.DirectoryStub(self._channel.now())  # type: ignore[no-untyped-call]  # generated
         try:
             reply = await getattr(stub, method)(request, timeout=self._timeout_s, wait_for_ready=True)
         except grpc.aio.AioRpcError as error:

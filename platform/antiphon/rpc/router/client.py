@@ -9,7 +9,7 @@ import grpc
 import grpc.aio
 
 from antiphon.core.errors import Cancelled
-from antiphon.rpc.channels import open_part_channel
+from antiphon.rpc.channels import PartChannel
 from antiphon.rpc.errors import closed_meanwhile, error_from_call
 from antiphon.rpc.v1 import router_pb2 as pb
 from antiphon.rpc.v1.router_pb2_grpc import RouterStub
@@ -19,8 +19,11 @@ class RouterCalls:
     """A connection to a router of this deployment at ``address`` (host:port); of one event loop. Raises errors of the tree."""
 
     def __init__(self, address: str) -> None:
-        self._channel = open_part_channel(address)
-        self._stub: Any = RouterStub(self._channel)  # type: ignore[no-untyped-call]
+        self._channel = PartChannel(address)
+
+    @property
+    def _stub(self) -> Any:
+        return RouterStub(self._channel.now())  # type: ignore[no-untyped-call]
 
     async def route(self, request: pb.RouteRequest, timeout_s: float) -> pb.RouteDecision:
         """Decide."""
@@ -38,7 +41,7 @@ class RouterCalls:
 
     async def close(self) -> None:
         """Close the connection. Idempotent."""
-        await self._channel.close(None)
+        await self._channel.close()
 
     async def _call(self, method: Any, request: Any, timeout_s: float) -> Any:
         try:
