@@ -18,6 +18,7 @@ from antiphon.core.errors import InvalidInput, Unavailable
 from antiphon.core.ids import Endpoint, Epoch, FFNShard, Role, WorkerId
 from antiphon.core.worker_info import WorkerInfo, WorkerLoad
 from antiphon.directory.memory import MemoryDirectory, open_directory
+from antiphon.directory.workers import DeploymentWorkers
 from antiphon.rpc.directory.service import DirectoryServer
 
 LONG_S = 30.0
@@ -400,3 +401,35 @@ async def test_the_ledger_adds_up_and_takes_a_batch_once(directory: Directory) -
     assert dataclasses.astuple(found[1]) == ("team", "m", 2, 10, 4, 6)
     assert found[0].num_cached_tokens == 0
     assert not await budgets.used("2027-02-01")
+
+
+async def test_two_namespaces_share_a_redis_and_nothing_in_it(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = []
+    for namespace in ("", "team-a", "team-b"):
+        monkeypatch.setenv("ANTIPHON_NAMESPACE", namespace)
+        stores.append(open_directory(redis_server.url))
+    try:
+        await stores[0]._redis.flushall()  # type: ignore[attr-defined]
+        limits = {"tokens_per_min": 10, "num_streams": 1}
+        for number, store in enumerate(stores):
+            assert await store.workers() == ()
+            assert await store.note("topic", "key") is None
+            assert await store.claim_index("demo", "ffn", f"owner-{number}", LONG_S) == 0
+            assert (await store.budgets.take_budget(wish("all", 10, **limits))).exceeded is None
+            await store.put_note("topic", "key", f"text-{number}", LONG_S)
+            assert await store.register(dataclasses.replace(info(0), host=f"host-{number}"), LONG_S)
+        for number, store in enumerate(stores):
+            assert [record.info.host for record in await store.workers()] == [f"host-{number}"]
+            assert await store.note("topic", "key") == f"text-{number}"
+            assert list((await store.notes("topic")).values()) == [f"text-{number}"]
+    finally:
+        for store in stores:
+            await store.close()
+
+
+async def test_a_gateway_takes_workers_of_its_own_deployments_alone() -> None:
+    store = MemoryDirectory()
+    for name in ("mine", "theirs"):
+        await store.register(dataclasses.replace(info(0), worker_id=WorkerId(f"{name}/ffn/0"), deployment=name), LONG_S)
+    seen = await DeploymentWorkers(store, ["mine"]).workers()
+    assert [record.info.worker_id for record in seen] == ["mine/ffn/0"]

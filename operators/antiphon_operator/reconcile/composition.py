@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from antiphon.core.document.coe.experts import ExpertSpec, SecretKeyRef
+from antiphon.core.document.coe.experts import ExpertSpec
 from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import Problem, SpecInvalid
@@ -129,29 +129,21 @@ def _addresses(document: CompositionOfExperts, references: Mapping[str, Object |
         model = spec.get("model", {}).get("name") or name
         scheme = "https" if spec.get("endpoint", {}).get("tls") else "http"
         url = f"{scheme}://{http_service(name)}.{namespace}.svc:{port}/v1"
-        out[name] = Address(url=url, model=model, key=_secret_of(spec))
+        out[name] = Address(url=url, model=model)
     return out
 
 
 def _asks_for_keys(spec: Mapping[str, Any]) -> bool:
-    return spec.get("endpoint", {}).get("apiKeysEnv") is not None
-
-
-def _secret_of(spec: Mapping[str, Any]) -> SecretKeyRef | None:
-    """The secret that a deployment's accepted keys come from, which the router's pod may mount as the deployment's own do."""
-    wanted = spec.get("endpoint", {}).get("apiKeysEnv")
-    for variable in spec.get("kubernetes", {}).get("secretEnv", ()):
-        if wanted is not None and variable["name"] == wanted:
-            return SecretKeyRef(name=variable["secret"], key=variable["key"])
-    return None
+    endpoint = spec.get("endpoint", {})
+    return endpoint.get("apiKeysEnv") is not None or endpoint.get("apiKeysFile") is not None
 
 
 def _expert(expert: ExpertSpec, reference: str, live: Object | None, addresses: Mapping[str, Address]) -> ExpertStatus:
     name, address = expert.name, addresses[reference]
     if live is None:
         return ExpertStatus(name=name, ready=False, url=address.url, message=f"there is no LLMDeployment {reference}")
-    if _asks_for_keys(live["spec"]) and key_of(expert, addresses) is None:
-        why = f"LLMDeployment {reference} asks for API keys that come from no Secret it names: set apiKeySecret of this expert"
+    if _asks_for_keys(live["spec"]) and key_of(expert) is None:
+        why = f"LLMDeployment {reference} asks for API keys: set apiKeySecret of this expert, to one of scope user"
         return ExpertStatus(name=name, ready=False, url=address.url, message=why)
     found = {c["type"]: c for c in live.get("status", {}).get("conditions", ())}
     # Requests may go wherever they are answered, be it by an older revision than the one asked for.

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
+from antiphon.core.document.coe.expert_keys import HOSTS_SUFFIX, REQUIRED_VARIABLE
 from antiphon.core.document.coe.experts import ExpertSpec, SecretKeyRef
 from antiphon.core.document.composition import CompositionOfExperts
 from antiphon_operator.render.canonical import Json, fingerprint, to_yaml
@@ -20,16 +22,16 @@ from antiphon_operator.render.settings import Settings
 
 _DIRECTORY = "/etc/antiphon"
 _FILE = "composition.yaml"
+_KEYS_VARIABLE = "ANTIPHON_ROUTER_API_KEYS"
 _POOL_START_S = 1800  # fetching weights included; the startup probe gives as long
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """Where a deployment answers, under which model name, and what to show at its door."""
+    """Where a deployment answers, and under which model name."""
 
     url: str
     model: str
-    key: SecretKeyRef | None = None  # the secret that its accepted keys come from; None = it asks for none, or none is known
 
 
 def router_name(composition: str) -> str:
@@ -58,8 +60,9 @@ def router_document(document: CompositionOfExperts, addresses: Mapping[str, Addr
             address = addresses[reference]
             expert["external"] = {"url": address.url, "model": address.model}
         expert["external"].pop("apiKeySecret", None)
-        if key_of(spec, addresses) is not None:
+        if key_of(spec) is not None:
             expert["external"]["apiKeyEnv"] = key_variable(index)
+    value["spec"]["router"].pop("apiKeysSecret", None)
     artifact = document.spec.router.artifact
     if artifact is not None and artifact.uri.startswith("pvc://"):
         _, path = _claim_of(artifact.uri)
@@ -72,13 +75,16 @@ def key_variable(index: int) -> str:
     return f"ANTIPHON_EXPERT_{index}_KEY"
 
 
-def key_of(expert: ExpertSpec, addresses: Mapping[str, Address]) -> SecretKeyRef | None:
-    """The secret with the key to show at an expert's door: the one it names, else the one its deployment's keys come from."""
-    if expert.external is not None:
-        return expert.external.api_key_secret
-    if expert.api_key_secret is not None or expert.deployment_ref is None:
-        return expert.api_key_secret
-    return addresses[expert.deployment_ref].key
+def key_of(expert: ExpertSpec) -> SecretKeyRef | None:
+    """The secret with the key to show at an expert's door. Never a deployment's own keys: those may do everything there."""
+    return expert.api_key_secret if expert.external is None else expert.external.api_key_secret
+
+
+def _hosts_of(expert: ExpertSpec, secret: SecretKeyRef, addresses: Mapping[str, Address]) -> Json:
+    """The hosts that the key may be sent to: the deployment's own, else those that the secret itself names beside the key."""
+    if expert.deployment_ref is not None:
+        return {"value": urlsplit(addresses[expert.deployment_ref].url).netloc}
+    return {"valueFrom": {"secretKeyRef": {"name": secret.name, "key": f"{secret.key}.hosts", "optional": True}}}
 
 
 def children(
@@ -155,11 +161,20 @@ def _claim_of(uri: str) -> tuple[str, str]:
 def _pod(document: CompositionOfExperts, addresses: Mapping[str, Address], settings: Settings, members: Sequence[Member]) -> Json:
     environment: list[Json] = [{"name": "HOME", "value": "/tmp"}, *pool_environment(members)]  # noqa: S108 - an emptyDir of the pod's own
     within = {member.name for member in members}
+    is_limited = False
     for index, expert in enumerate(document.spec.experts):
-        secret = None if expert.deployment_ref in within else key_of(expert, addresses)
+        secret = None if expert.deployment_ref in within else key_of(expert)
         if secret is not None:
             reference = {"secretKeyRef": {"name": secret.name, "key": secret.key}}
             environment.append({"name": key_variable(index), "valueFrom": reference})
+            environment.append({"name": key_variable(index) + HOSTS_SUFFIX, **_hosts_of(expert, secret, addresses)})
+            is_limited = True
+    if is_limited:
+        environment.append({"name": REQUIRED_VARIABLE, "value": "required"})
+    accepted = document.spec.router.api_keys_secret
+    if accepted is not None:
+        reference = {"secretKeyRef": {"name": accepted.name, "key": accepted.key}}
+        environment.append({"name": _KEYS_VARIABLE, "valueFrom": reference})
     volumes: list[Json] = [
         {"name": "configuration", "configMap": {"name": router_name(document.metadata.name)}},
         {"name": "tmp", "emptyDir": {}},
@@ -173,7 +188,9 @@ def _pod(document: CompositionOfExperts, addresses: Mapping[str, Address], setti
         claim, _ = _claim_of(artifact.uri)
         volumes.append({"name": "artifact", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}})
         mounts.append({"name": "artifact", "mountPath": "/artifact", "readOnly": True})
-    listen = ("--host", "0.0.0.0", "--http-port", str(DEFAULT_HTTP_PORT), "--grpc-port", str(DEFAULT_GRPC_PORT))  # noqa: S104 - a pod
+    listen: tuple[str, ...] = ("--host", "0.0.0.0", "--http-port", str(DEFAULT_HTTP_PORT), "--grpc-port", str(DEFAULT_GRPC_PORT))  # noqa: S104 - a pod
+    if accepted is not None:
+        listen = (*listen, "--api-keys-env", _KEYS_VARIABLE)
     verb = ("serve", "--no-ray", "--timeout", str(_POOL_START_S)) if members else ("coe", "serve")
     door: Json = {"port": "http"} if pool_scheme(members) == "http" else {"port": "http", "scheme": "HTTPS"}
     resources = resource_requirements(document.spec.router.resources)

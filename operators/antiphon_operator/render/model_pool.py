@@ -80,6 +80,9 @@ def pool_problems(composition: CompositionOfExperts, members: Sequence[Member]) 
     if composition.spec.router.replicas > 1:
         message = "a model pool is one process with its router inside: spec.tiers needs 1"
         found.append(Problem(path="spec.router.replicas", message=message))
+    if composition.spec.router.api_keys_secret is not None:
+        message = "the model pool's door takes the keys that its members' spec.endpoint names"
+        found.append(Problem(path="spec.router.apiKeysSecret", message=message))
     first = documents[0]
     for document in documents[1:]:
         for field, shared_by in _SHARED.items():
@@ -152,6 +155,8 @@ def pool_environment(members: Sequence[Member]) -> list[Json]:
         return []
     found: dict[str, Json] = {}
     for member in members:
+        if member.document.spec.directory.redis_url is not None:
+            found["ANTIPHON_NAMESPACE"] = {"name": "ANTIPHON_NAMESPACE", "value": member.document.metadata.namespace or "default"}
         for ref in member.document.spec.kubernetes.secret_env:
             source = {"secretKeyRef": {"name": ref.secret, "key": ref.key}}
             found.setdefault(ref.name, {"name": ref.name, "valueFrom": source})

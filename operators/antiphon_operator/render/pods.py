@@ -230,6 +230,8 @@ def _container(
         {"name": ref.name, "valueFrom": {"secretKeyRef": {"name": ref.secret, "key": ref.key}}}
         for ref in sorted(kubernetes.secret_env, key=lambda ref: ref.name)
     ]
+    if document.spec.directory.redis_url is not None:
+        variables.append({"name": "ANTIPHON_NAMESPACE", "value": document.metadata.namespace or "default"})
     mounts: list[Json] = [
         {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108
         {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108

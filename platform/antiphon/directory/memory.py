@@ -6,6 +6,7 @@ has the contract. Must not know: who routes on the records.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from antiphon.directory.budgets import MemoryBudgets
 
 __all__ = ["Directory", "MemoryDirectory", "WorkerRecord", "open_directory"]
 
+NAMESPACE_VARIABLE = "ANTIPHON_NAMESPACE"  # apart from all others in a shared Redis; a cluster's, as the operator says
 _NOTES_SWEPT_AT = 1024
 
 
@@ -227,7 +229,7 @@ def open_directory(address: str, *, timeout_s: float = 5.0) -> Directory:
     if separator and scheme in ("redis", "rediss", "unix"):
         from antiphon.directory.redis import RedisDirectory
 
-        return RedisDirectory(address, timeout_s=timeout_s)
+        return RedisDirectory(address, timeout_s=timeout_s, namespace=os.environ.get(NAMESPACE_VARIABLE, ""))
     if separator and scheme == "grpc":
         from antiphon.rpc.directory.client import RemoteDirectory
 

@@ -10,7 +10,8 @@
     antiphon:{directory}:note:<topic>:<key>            text; expires with its lease
     antiphon:{directory}:notes:<topic>                 sorted set of keys by the end of their lease, pruned when written
 
-The braces keep all keys in one slot of a Redis Cluster. Time is Redis' own, so clocks of hosts do not matter.
+The braces hold ``directory``, or ``directory/<namespace>``: two namespaces may share a Redis, and nothing in it. They keep all keys
+in one slot of a Redis Cluster. Time is Redis' own, so clocks of hosts do not matter.
 A record's proof is made with the deployment's key: whoever else writes to the same Redis adds no worker to it.
 """
 
@@ -31,8 +32,6 @@ from antiphon.core.identity import Identity, own_identity
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.core.worker_info import WorkerInfo
 from antiphon.directory.redis_budgets import RedisBudgets
-
-_PREFIX = "antiphon:{directory}:"
 
 # KEYS worker, epoch, workers of the deployment, deployments; ARGV info, lease_ms, epoch, worker id, deployment, epoch step, proof
 _REGISTER = """
@@ -135,15 +134,17 @@ logger = logging.getLogger(__name__)
 class RedisDirectory:
     """A client of one Redis; belongs to one event loop. Each call takes ``timeout_s`` seconds at most."""
 
-    def __init__(self, url: str, *, timeout_s: float = 5.0, identity: Identity | None = None) -> None:
-        self._identity = own_identity() if identity is None else identity
+    def __init__(self, url: str, *, timeout_s: float = 5.0, identity: Identity | None = None, namespace: str = "") -> None:
+        """``namespace``: what is written in another one is not seen; "" is one, too."""
+        self._fixed = identity
+        self._prefix = f"antiphon:{{directory{f'/{namespace}' if namespace else ''}}}:"
         try:
             self._redis: redis.Redis = redis.Redis.from_url(
                 url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, health_check_interval=30
             )
         except ValueError as error:
             raise InvalidInput(f"not a Redis URL: {error}", "directory.redisUrl") from error
-        self.budgets = RedisBudgets(self._redis, _PREFIX, _translated)
+        self.budgets = RedisBudgets(self._redis, self._prefix, _translated)
         self._register = self._redis.register_script(_REGISTER)
         self._remove = self._redis.register_script(_REMOVE)
         self._workers = self._redis.register_script(_WORKERS)
@@ -153,15 +154,22 @@ class RedisDirectory:
         self._put_note = self._redis.register_script(_PUT_NOTE)
         self._notes = self._redis.register_script(_NOTES)
 
+    @property
+    def _identity(self) -> Identity:
+        return own_identity() if self._fixed is None else self._fixed
+
+    def _owner_key(self, deployment: str, pool: str, owner: str) -> str:
+        return f"{self._prefix}owner:{deployment}/{pool}:{owner}"
+
     async def register(self, info: WorkerInfo, lease_s: float) -> bool:
         """See ``Directory``."""
         check_lease(lease_s)
         check_names(worker_id=info.worker_id, deployment=info.deployment)
         keys = [
-            f"{_PREFIX}worker:{info.worker_id}",
-            f"{_PREFIX}epoch:{info.worker_id}",
-            f"{_PREFIX}workers:{info.deployment}",
-            f"{_PREFIX}deployments",
+            f"{self._prefix}worker:{info.worker_id}",
+            f"{self._prefix}epoch:{info.worker_id}",
+            f"{self._prefix}workers:{info.deployment}",
+            f"{self._prefix}deployments",
         ]
         args: list[str | int] = [info.to_json(), _milliseconds(lease_s), info.epoch, info.worker_id, info.deployment]
         args += [MAX_EPOCH_STEP, self._identity.prove("record", info.to_json().encode()).hex()]
@@ -169,12 +177,12 @@ class RedisDirectory:
 
     async def remove(self, worker_id: WorkerId, epoch: Epoch) -> bool:
         """See ``Directory``."""
-        return bool(await _translated(self._remove(keys=[f"{_PREFIX}worker:{worker_id}"], args=[epoch])))
+        return bool(await _translated(self._remove(keys=[f"{self._prefix}worker:{worker_id}"], args=[epoch])))
 
     async def workers(self, deployment: str | None = None) -> tuple[WorkerRecord, ...]:
         """See ``Directory``."""
-        args = [_PREFIX] if deployment is None else [_PREFIX, deployment]
-        rows = await _translated(self._workers(keys=[f"{_PREFIX}deployments"], args=args))
+        args = [self._prefix] if deployment is None else [self._prefix, deployment]
+        rows = await _translated(self._workers(keys=[f"{self._prefix}deployments"], args=args))
         records = []
         for text, lease, left, proof in rows:
             if self._identity.given and not self._identity.is_proof(_unhex(proof), "record", text):
@@ -191,20 +199,20 @@ class RedisDirectory:
         """See ``Directory``."""
         check_lease(lease_s)
         check_names(deployment=deployment, pool=pool, owner=owner)
-        args: list[str | int] = [f"{_PREFIX}index:{deployment}/{pool}:", owner, _milliseconds(lease_s)]
+        args: list[str | int] = [f"{self._prefix}index:{deployment}/{pool}:", owner, _milliseconds(lease_s)]
         if preferred is not None:
             args.append(preferred)
-        return int(await _translated(self._claim(keys=[_owner_key(deployment, pool, owner)], args=args)))
+        return int(await _translated(self._claim(keys=[self._owner_key(deployment, pool, owner)], args=args)))
 
     async def release_index(self, deployment: str, pool: str, owner: str) -> None:
         """See ``Directory``."""
-        args = [f"{_PREFIX}index:{deployment}/{pool}:", owner]
-        await _translated(self._release(keys=[_owner_key(deployment, pool, owner)], args=args))
+        args = [f"{self._prefix}index:{deployment}/{pool}:", owner]
+        await _translated(self._release(keys=[self._owner_key(deployment, pool, owner)], args=args))
 
     async def next_epoch(self, worker_id: WorkerId, after: Epoch = Epoch(0)) -> Epoch:
         """See ``Directory``."""
         check_names(worker_id=worker_id)
-        return Epoch(int(await _translated(self._epoch(keys=[f"{_PREFIX}epoch:{worker_id}"], args=[after, MAX_EPOCH_STEP]))))
+        return Epoch(int(await _translated(self._epoch(keys=[f"{self._prefix}epoch:{worker_id}"], args=[after, MAX_EPOCH_STEP]))))
 
     async def put_note(self, topic: str, key: str, text: str, lease_s: float) -> None:
         """See ``Notes``."""
@@ -212,17 +220,17 @@ class RedisDirectory:
         check_names(topic=topic, key=key)
         if len(text) > MAX_NOTE_BYTES:
             raise InvalidInput(f"a note of {len(text)} characters, at most {MAX_NOTE_BYTES} are kept", "text")
-        keys = [f"{_PREFIX}note:{topic}:{key}", f"{_PREFIX}notes:{topic}"]
+        keys = [f"{self._prefix}note:{topic}:{key}", f"{self._prefix}notes:{topic}"]
         await _translated(self._put_note(keys=keys, args=[text, _milliseconds(lease_s), key]))
 
     async def note(self, topic: str, key: str) -> str | None:
         """See ``Notes``."""
-        text = await _translated(self._redis.get(f"{_PREFIX}note:{topic}:{key}"))
+        text = await _translated(self._redis.get(f"{self._prefix}note:{topic}:{key}"))
         return None if text is None else text.decode()
 
     async def notes(self, topic: str) -> Mapping[str, str]:
         """See ``Notes``."""
-        rows = await _translated(self._notes(keys=[f"{_PREFIX}notes:{topic}"], args=[f"{_PREFIX}note:{topic}:"]))
+        rows = await _translated(self._notes(keys=[f"{self._prefix}notes:{topic}"], args=[f"{self._prefix}note:{topic}:"]))
         return {key.decode(): text.decode() for key, text in sorted(rows)}
 
     async def close(self) -> None:
@@ -235,10 +243,6 @@ def _unhex(text: bytes) -> bytes:
         return bytes.fromhex(text.decode())
     except ValueError:
         return b""
-
-
-def _owner_key(deployment: str, pool: str, owner: str) -> str:
-    return f"{_PREFIX}owner:{deployment}/{pool}:{owner}"
 
 
 def _milliseconds(seconds: float) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 from antiphon.core.directory import WorkerRecord
@@ -25,6 +25,23 @@ class WorkerSource(Protocol):
     async def workers(self) -> Sequence[WorkerRecord]:
         """Records whose lease runs. Raises errors of the tree while the store can't be reached."""
         ...
+
+
+class DeploymentWorkers:
+    """The records of some deployments: others that share their store may serve models of the same name.
+
+    Args:
+        source: all records.
+        deployments: names of those whose workers are meant.
+    """
+
+    def __init__(self, source: WorkerSource, deployments: Collection[str]) -> None:
+        self._source = source
+        self._deployments = frozenset(deployments)
+
+    async def workers(self) -> Sequence[WorkerRecord]:
+        """See ``WorkerSource``."""
+        return [record for record in await self._source.workers() if record.info.deployment in self._deployments]
 
 
 class WorkerView:

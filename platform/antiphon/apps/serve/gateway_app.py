@@ -19,11 +19,13 @@ from antiphon.apps.serve.door_thread import DoorThread, OnBound
 from antiphon.apps.serve.plan import GATEWAY, ServeSettings
 from antiphon.apps.serve.ray_runtime import keep_serve_on_loopback
 from antiphon.apps.supervision.event_log import EventLog, Fact
+from antiphon.coe.serving.doors.expert_key import check_key_host
 from antiphon.core.document.coe.experts import ExternalEndpoint
 from antiphon.core.document.serving import EndpointSpec
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import Unavailable
 from antiphon.directory.memory import open_directory
+from antiphon.directory.workers import DeploymentWorkers
 from antiphon.gateway.config import BoundPorts, GatewayConfig
 from antiphon.gateway.text.dialect import TextFormats
 from antiphon.models.loading.source import resolve
@@ -70,6 +72,10 @@ def serving_config(serving: Serving, *, drain_s: float, routing: Routing = "here
         if not keys:
             raise Unavailable(f"spec.endpoint.apiKeysEnv: no API keys in the environment variable {endpoint.api_keys_env}")
     for composition in serving.compositions:
+        if composition.spec.router.api_keys_secret is not None:
+            raise Unavailable(
+                f"{composition.model_name}: spec.router.apiKeysSecret: secrets are the cluster's; use endpoint.apiKeysFile"
+            )
         for index, expert in enumerate(composition.spec.experts):
             _check_key(expert.external, f"{composition.model_name}: spec.experts[{index}].external")
     thresholds = {d.model_name: d.spec.scheduler.remote_prefill_min_tokens for d in serving.deployments}
@@ -114,6 +120,7 @@ def _check_key(external: ExternalEndpoint | None, where: str) -> None:
         raise Unavailable(f"{where}.apiKeySecret: secrets are the cluster's; use apiKeyEnv here")
     if external.api_key_env is not None and not os.environ.get(external.api_key_env):
         raise Unavailable(f"{where}.apiKeyEnv: no API key in the environment variable {external.api_key_env}")
+    check_key_host(external, where)
 
 
 def door_url(endpoint: EndpointSpec, host: str, port: int) -> str:
@@ -146,9 +153,10 @@ class GatewayThread(DoorThread):
             try:
                 from antiphon.gateway.app import run_gateway
 
+                own = DeploymentWorkers(workers, config.deployment_models) if config.deployment_models else workers
                 await run_gateway(
                     config,
-                    workers,
+                    own,
                     stop,
                     on_bound=on_bound,
                     notes=workers,

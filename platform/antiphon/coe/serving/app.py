@@ -21,6 +21,7 @@ from fastapi.responses import JSONResponse, Response
 
 from antiphon.coe.serving.artifacts import WatchedRoutes
 from antiphon.coe.serving.composition import Composition
+from antiphon.coe.serving.doors.expert_key import check_key_host
 from antiphon.coe.serving.doors.grpc import CoeGrpcDoor
 from antiphon.coe.serving.doors.http import CoeDoor
 from antiphon.coe.serving.expert_health import ExpertHealth
@@ -83,6 +84,8 @@ async def run_coe(config: CoeConfig, stop: asyncio.Event, *, on_bound: Callable[
 
 
 async def _run(config: CoeConfig, directory: Directory, stop: asyncio.Event, on_bound: Callable[[BoundPorts], None] | None) -> None:
+    for document in config.documents:
+        _check(document)
     view = WorkerView(directory, refresh_s=config.refresh_s)
     owner = f"{config.host}:{os.getpid()}"
     compositions = {
@@ -135,6 +138,18 @@ async def _run(config: CoeConfig, directory: Directory, stop: asyncio.Event, on_
         await door.close()
         for composition in compositions.values():
             await composition.close()
+
+
+def _check(document: CompositionOfExperts) -> None:
+    """Refuse what this process can't do as the document says, or may not."""
+    where = document.model_name
+    if document.spec.router.api_keys_secret is not None:
+        raise InvalidInput(
+            f"{where}: secrets are the cluster's; give --api-keys-env or --api-keys-file", "spec.router.apiKeysSecret"
+        )
+    for index, expert in enumerate(document.spec.experts):
+        if expert.external is not None:
+            check_key_host(expert.external, f"{where}: spec.experts[{index}].external")
 
 
 class _Looking:

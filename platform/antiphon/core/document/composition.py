@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from antiphon.core.document.coe.combining import CombineSpec
-from antiphon.core.document.coe.experts import ExpertSpec, Name
+from antiphon.core.document.coe.experts import ExpertSpec, Name, SecretKeyRef
 from antiphon.core.document.part import Metadata, Model, as_tuple
 from antiphon.core.document.pools import Quantity, Resources, parse_quantity
 from antiphon.core.errors import InvalidInput
@@ -47,6 +47,10 @@ class RouterSpec(Model):
         default="auto", description="Ask the sentence encoder when the fast path is unsure (auto), or never."
     )
     timeout_s: float = Field(default=0.25, gt=0, le=10, description="A decision that takes longer goes to the general expert.")
+    api_keys_secret: SecretKeyRef | None = Field(
+        default=None,
+        description="Kubernetes: secret with the API keys that the composition's doors accept, separated by commas; None = open.",
+    )
     record_decisions: int = Field(default=10_000, ge=0, le=10_000_000, description="Decisions kept for Explain, per replica.")
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from antiphon.coe.serving.doors.attempt import key_headers
+from antiphon.coe.serving.doors.expert_key import check_key_host, key_headers
 from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.core.document.spec import LLMDeployment
-from antiphon.core.errors import CheckpointInvalid, Unavailable
+from antiphon.core.errors import CheckpointInvalid, InvalidInput, Unavailable
 from antiphon.gateway.access.keys import ApiKeys, keys_from
 from antiphon_operator.fetch import digest_of, fetch
 from antiphon_operator.kube.resources import (
@@ -165,27 +165,64 @@ def router(cluster: Cluster) -> tuple[CompositionOfExperts, dict[str, Any]]:
     return CompositionOfExperts.model_validate(value), {e["name"]: e.get("valueFrom") for e in container["env"]}
 
 
-def test_a_router_shows_a_guarded_deployment_a_key_that_it_accepts(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_router_holds_no_deployments_own_keys_and_sends_those_it_has_nowhere_else(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     guard(cluster, "code", secretEnv=[{"name": "KEYS", "secret": "code-keys", "key": "accepted"}])
+    route(cluster)
+    assert "code-keys" not in str(router(cluster)[1])
+    assert "set apiKeySecret of this expert" in str(cluster.get(COMPOSITION, "team")["status"]["experts"])
+    name_secret(cluster, 1, {"name": "router-keys", "key": "code"})
     route(cluster)
     document, environment = router(cluster)
     endpoint = document.spec.expert("code").external
     assert endpoint is not None
     assert endpoint.api_key_env is not None
-    assert environment[endpoint.api_key_env] == {"secretKeyRef": {"name": "code-keys", "key": "accepted"}}
+    assert environment[endpoint.api_key_env] == {"secretKeyRef": {"name": "router-keys", "key": "code"}}
+    (container,) = cluster.get(DEPLOYMENT, "team-router")["spec"]["template"]["spec"]["containers"]
+    for variable in container["env"]:
+        if "value" in variable:
+            monkeypatch.setenv(variable["name"], variable["value"])  # as the kubelet does
     secret = "first-key, second-key"
-    monkeypatch.setenv(endpoint.api_key_env, secret)  # as the kubelet does
+    monkeypatch.setenv(endpoint.api_key_env, secret)
     ApiKeys(keys_from(secret)).check(key_headers(endpoint)["authorization"])
+    assert key_headers(endpoint.model_copy(update={"url": "https://elsewhere.example/v1"})) == {}
     open_endpoint = document.spec.expert("chat").external
     assert open_endpoint is not None
     assert key_headers(open_endpoint) == {}
 
 
-def test_the_secret_that_an_expert_names_comes_before_its_deployments_own(cluster: Cluster) -> None:
-    guard(cluster, "code", secretEnv=[{"name": "KEYS", "secret": "code-keys", "key": "accepted"}])
-    name_secret(cluster, 1, {"name": "router-keys", "key": "code"})
+def test_an_external_experts_key_goes_only_where_its_secret_says(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     route(cluster)
-    assert router(cluster)[1]["ANTIPHON_EXPERT_1_KEY"] == {"secretKeyRef": {"name": "router-keys", "key": "code"}}
+    document, environment = router(cluster)
+    law = document.spec.expert("law").external
+    assert law is not None
+    assert law.api_key_env is not None
+    hosts = f"{law.api_key_env}_HOSTS"
+    assert environment[hosts] == {"secretKeyRef": {"name": "keys", "key": "law.hosts", "optional": True}}
+    monkeypatch.setenv(law.api_key_env, "secret")
+    monkeypatch.setenv("ANTIPHON_EXPERT_KEY_HOSTS", "required")
+    for said, may in ((None, False), ("", False), ("other", False), ("law:8443", False), ("other, LAW", True), ("law:443", True)):
+        if said is not None:
+            monkeypatch.setenv(hosts, said)
+        assert bool(key_headers(law)) is may
+        if may:
+            check_key_host(law, "external")
+        else:
+            with pytest.raises(InvalidInput, match=r"external\.url"):
+                check_key_host(law, "external")
+
+
+def test_a_routers_doors_take_keys_from_a_secret(cluster: Cluster) -> None:
+    live = cluster.get(COMPOSITION, "team")
+    live["spec"]["router"] = {"apiKeysSecret": {"name": "door", "key": "keys"}}
+    cluster.api.update(COMPOSITION, live, manager="kubectl")
+    route(cluster)
+    document, environment = router(cluster)
+    assert document.spec.router.api_keys_secret is None
+    (container,) = cluster.get(DEPLOYMENT, "team-router")["spec"]["template"]["spec"]["containers"]
+    name = container["args"][container["args"].index("--api-keys-env") + 1]
+    assert environment[name] == {"secretKeyRef": {"name": "door", "key": "keys"}}
 
 
 def test_a_guarded_deployment_without_a_known_secret_is_an_expert_that_is_not_ready_and_says_what_to_do(cluster: Cluster) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import Awaitable, Coroutine, Mapping
 from typing import Any
 from urllib.parse import quote
@@ -17,6 +16,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import Message, Receive, Scope, Send
 
 from antiphon.coe.routing.router import Record
+from antiphon.coe.serving.doors.expert_key import key_headers
 from antiphon.core.document.coe.experts import ExternalEndpoint
 from antiphon.core.errors import InvalidInput
 from antiphon.gateway.http.bodies import check_structure
@@ -136,13 +136,6 @@ async def forward(
         async for chunk in answer.aiter_bytes():
             await attempt.send({"type": "http.response.body", "body": chunk, "more_body": True})
         await attempt.send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def key_headers(endpoint: ExternalEndpoint) -> dict[str, str]:
-    """The key of an endpoint, from the environment; the first where it lists several, as a deployment of ours does."""
-    keys = os.environ.get(endpoint.api_key_env, "") if endpoint.api_key_env is not None else ""
-    key = next((part.strip() for part in keys.split(",") if part.strip()), "")  # no key that a header can carry has a comma
-    return {"authorization": f"Bearer {key}"} if key else {}
 
 
 def answer_headers(record: Record, expert: str, failures: list[str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from antiphon.coe.serving.doors.attempt import key_headers
+from antiphon.coe.serving.doors.expert_key import key_headers
 from antiphon.core.document.coe.experts import ExternalEndpoint
 from antiphon.core.document.composition import LimitsSpec
 from antiphon.core.errors import InvalidInput, Overloaded, Unavailable, UnknownModel

@@ -35,7 +35,8 @@ class ExternalEndpoint(Model):
         default=None, description="Environment variable with the API key; None = none is sent.", max_length=128
     )
     api_key_secret: SecretKeyRef | None = Field(
-        default=None, description="Kubernetes secret with the API key; None = none is sent."
+        default=None,
+        description="Kubernetes secret with the API key; its <key>.hosts says to which hosts it may be sent. None = none is sent.",
     )
 
     @field_validator("url")
@@ -69,7 +70,7 @@ class ExpertSpec(Model):
     external: ExternalEndpoint | None = Field(default=None, description="An endpoint run by others; None = deploymentRef.")
     api_key_secret: SecretKeyRef | None = Field(
         default=None,
-        description="Kubernetes secret with a key that the referenced deployment accepts; None = the first key of its own secret.",
+        description="Kubernetes secret with a key that the referenced deployment accepts (scope user will do); None = none.",
     )
     active_params_b: float | None = Field(
         default=None, gt=0, le=100_000,
