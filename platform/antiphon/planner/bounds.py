@@ -26,6 +26,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     "weight": (1e-9, 1e9),
     "arrival_s": (0, 1e9),
     "expert_skew": (1, 1000),
+    "drafts": (0, 64),  # as spec.speculation.maxDrafts
+    "acceptance": (0, 0.999),
+    "drafting": (0, 10),
     "price": (1e-9, 1e9),
     "duration_s": (1, 1e7),
     "warm_up_s": (0, 1e7),

@@ -15,6 +15,7 @@ from antiphon.planner.cost.hardware import Accelerator, Efficiency
 from antiphon.planner.cost.shape import ModelShape
 from antiphon.planner.pipeline.group import Contexts, DecodeModel, GroupPoint, Layout, largest
 from antiphon.planner.pipeline.prefill import TAIL, PrefillModel, PrefillPool, waiting_chance, waiting_quantile_s
+from antiphon.planner.pipeline.speculation import NO_SPECULATION, Speculation
 from antiphon.planner.pipeline.stages import Roofline
 from antiphon.planner.traffic import Traffic
 
@@ -53,6 +54,7 @@ class Assumptions:
     max_ubatches: int = 4
     max_group_cards: int = 320
     max_tensor: int = 16  # cards that share an attention, at most; a node's cards and the model's heads bound it too
+    speculation: Speculation = NO_SPECULATION
     fill: float = 0.9  # share of the decode slots in use when a request rate is planned for
 
 
@@ -157,6 +159,7 @@ class Planner:
                 prompt=traffic.mean_prompt,
             ),
             memory_share=self.assumptions.memory_share,
+            speculation=self.assumptions.speculation,
         )
 
     def prefill_model(self) -> PrefillModel:
@@ -326,7 +329,7 @@ class Planner:
             idle_card=idle_card,
             tokens_per_s=rate * demand.traffic.mean_output,
             usd_per_hour=None if self.unpriced else usd + idle * self._price(idle_card),
-            tpot_s=point.step_s,
+            tpot_s=point.tpot_s,
             ttft_s=ttft_s,
             prompt_room=room,
         )
@@ -351,7 +354,7 @@ class Planner:
 
 def colocated_chunk(point: GroupPoint, traffic: Traffic, room: float) -> float:
     """Prompt rows that a colocated rank takes into each step; prompts are packed into them."""
-    return point.batch * room * traffic.mean_prompt / traffic.mean_output
+    return point.batch * point.speculation.tokens() * room * traffic.mean_prompt / traffic.mean_output
 
 
 def _grid(low: int, high: int, factor: float) -> list[int]:

@@ -117,7 +117,7 @@ def linear_times(planner: Planner, afd: Option) -> LinearTimes:
     """The AFD option's main kind of layer as linear functions of tokens and rows, around its batch."""
     model = planner.decode_model(Wiring.AFD)
     stages, point = model.stages, afd.point
-    layer, rows, context = point.main.layer, point.rows, model.contexts.mean
+    layer, rows, context = point.main.layer, point.computed_rows, model.contexts.mean
     full, empty = (stages.attention_s(layer, rows, seen, tensor=point.layout.tensor) for seen in (context, 0.0))
     all_rows, num_ffn = point.rows_per_ffn_ubatch, point.layout.num_ffn
     at, beyond = (stages.ffn_s(layer.ffn, r, num_ffn) for r in (all_rows, 2 * all_rows))
@@ -137,7 +137,7 @@ def linear_times(planner: Planner, afd: Option) -> LinearTimes:
 
 
 def _closed_form(planner: Planner, afd: Option) -> ClosedForm:
-    times, rows = linear_times(planner, afd), afd.point.rows
+    times, rows = linear_times(planner, afd), afd.point.computed_rows
     contexts = planner.decode_model(Wiring.AFD).contexts
     return ClosedForm(
         attention_cards=optimal_ratio(times, rows, rows * contexts.mean),

@@ -21,11 +21,14 @@ from antiphon.planner.cost.library import Model, find_model, model_names, read_m
 from antiphon.planner.cost.local_machine import measure_local
 from antiphon.planner.fleet import assign
 from antiphon.planner.options import Assumptions, Cards, Demand, Planner, Wiring
+from antiphon.planner.pipeline.speculation import Speculation
 from antiphon.planner.traffic import RequestShape, Traffic
 
 DEFAULT_CONTEXT = 8192.0
 LOCAL = "local"
-BOUNDED = ("tpot_ms", "ttft_ms", "gpu_budget", "rate", "context", "prompt_tokens", "output_tokens", "expert_skew", "price")
+BOUNDED = ("tpot_ms", "ttft_ms", "gpu_budget", "rate", "context", "prompt_tokens", "output_tokens", "expert_skew", "price",
+    "drafts", "acceptance", "drafting",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +53,9 @@ class Wishes:
     efficiency: Mapping[str, float] = field(default_factory=dict)
     expert_skew: float | None = None
     price: float | None = None  # of the local machine
+    drafts: int | None = None
+    acceptance: float | None = None
+    drafting: float | None = None
 
     def __post_init__(self) -> None:
         for name in BOUNDED:
@@ -59,6 +65,12 @@ class Wishes:
         said = [name for name in ("trace", "prompt_tokens", "context") if getattr(self, name) is not None]
         if len(said) > 1:
             raise InvalidInput(f"{' and '.join(said)} both say what requests look like; give one", said[-1])
+        if bool(self.drafts) != (self.acceptance is not None):
+            raise InvalidInput(
+                "drafts and acceptance: give both or neither", "drafts" if self.acceptance is not None else "acceptance"
+            )
+        if self.drafting is not None and not self.drafts:
+            raise InvalidInput("drafting: give drafts and acceptance with it", "drafting")
         if self.output_tokens is not None and said not in (["prompt_tokens"], ["context"]):
             raise InvalidInput("output_tokens: give prompt_tokens or context with it", "output_tokens")
 
@@ -134,6 +146,9 @@ def question(wishes: Wishes, catalogue: Catalogue, document: LLMDeployment | Non
             .with_values(planning.efficiency.model_dump(), "spec.planning.efficiency")
             .with_values(wishes.efficiency),
             expert_skew=planning.expert_skew if wishes.expert_skew is None else wishes.expert_skew,
+            speculation=Speculation(
+                drafts=wishes.drafts or 0, acceptance=wishes.acceptance or 0.0, drafting=wishes.drafting or 0.0
+            ),
         ),
         demand=Demand(
             traffic=traffic,

@@ -169,7 +169,8 @@ def step_floor(planner: Planner, wiring: Wiring, *, free_network: bool = False) 
 
 
 def _tpot(planner: Planner, wiring: Wiring) -> list[Violation]:
-    target, floor = planner.demand.tpot_s, step_floor(planner, wiring)
+    tokens = planner.assumptions.speculation.tokens()  # of a step
+    target, floor = planner.demand.tpot_s, step_floor(planner, wiring) / tokens
     if floor <= target:
         return []
     found = [
@@ -181,7 +182,7 @@ def _tpot(planner: Planner, wiring: Wiring) -> list[Violation]:
             what="TPOT is below the floor of one decode step at batch 1",
         )
     ]
-    without = step_floor(planner, wiring, free_network=True)
+    without = step_floor(planner, wiring, free_network=True) / tokens
     if without <= target:
         found.append(
             Violation(
@@ -265,7 +266,7 @@ def binding(planner: Planner, option: Option) -> str:
     rows = point.rows_per_ffn_ubatch
     ffn_share = model.stages.ffn_compute_share(point.main.layer.ffn, rows, layout.num_ffn)
     ffn = "FFN compute" if ffn_share > 0.5 else "FFN weight reads"
-    attention = model.stages.attention_bound(point.main.layer, point.rows, model.contexts.mean, layout.tensor)
+    attention = model.stages.attention_bound(point.main.layer, point.computed_rows, model.contexts.mean, layout.tensor)
     halves, moved = times.attention_s + times.ffn_s, times.a2f_s + times.f2a_s
     if layout.colocated:  # both halves follow each other on the same cards, and so do out and back
         if moved > halves:

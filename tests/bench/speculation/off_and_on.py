@@ -1,21 +1,26 @@
 """Speculation off against on, tokens per second while all requests decode: a JSON line per case, and a table.
 
     python tests/bench/speculation/off_and_on.py [--wiring monolith 1A1F] [--batch 1 8] [--kind edit extract novel] [--rounds 5]
+        [--drafter ngram | model --draft-model URI | layers --draft-layers N | mtp]
+    python tests/bench/speculation/off_and_on.py --cell 1A1F:edit:8 --rounds 9        one case; --list names them all
 
 A deployment of real worker processes that speculates is asked the same prompts in turns with ``speculates`` and without; a quotient
-is of neighbours in time, figures are medians over rounds. Cases: code that is edited, fields that are extracted from a text that
-the prompt has, and ``novel``: a temperature at which nothing repeats, so that nothing is taken and only the cost shows. Answers
-that differ are counted: none where a row's sums do not depend on the batch (elsewhere near ties of bf16 may fall the other way).
+is of neighbours in time, figures are medians over rounds. The median quotient has an interval that holds it with a confidence of
+95 % or more whatever its distribution is (order statistics; of fewer than 6 rounds the outermost, with less). Cases: code that is
+edited, fields that are extracted from a text that the prompt has, and ``novel``: a temperature at which nothing repeats, so that
+nothing is taken and only the cost shows. Answers that differ are counted: none where a row's sums do not depend on the batch
+(elsewhere near ties of bf16 may fall the other way).
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -73,6 +78,39 @@ def rate(run: Sequence[Progress]) -> float:
     return sum(start_s < moment <= end_s for each in run for moment in each.token_s) / (end_s - start_s)
 
 
+def median_interval(quotients: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Order statistics between which the median lies with at least this confidence; the outermost ones where there are too few."""
+    values, count = sorted(quotients), len(quotients)
+    below = 0.0  # chance that fewer than ``place`` values lie below the median
+    place = 0
+    while place < (count - 1) // 2 and 2 * (below + math.comb(count, place) / 2**count) <= 1 - confidence:
+        below += math.comb(count, place) / 2**count
+        place += 1
+    place = max(0, place - 1)
+    return values[place], values[count - 1 - place]
+
+
+def cells(asked: argparse.Namespace) -> dict[str, list[tuple[str, int]]]:
+    """Cases, (kind, batch), by wiring."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    for text in asked.cell or [f"{w}:{kind}:{batch}" for w in asked.wiring for kind in asked.kind for batch in asked.batch]:
+        wiring, kind, batch = text.split(":")
+        if kind not in KINDS:
+            raise SystemExit(f"--cell {text}: kinds are {', '.join(KINDS)}")
+        found.setdefault(wiring, []).append((kind, int(batch)))
+    return found
+
+
+def drafter(asked: argparse.Namespace) -> dict[str, Any]:
+    """The document's fields."""
+    fields: dict[str, Any] = {"drafter": asked.drafter}
+    if asked.draft_model is not None:
+        fields["model"] = {"uri": asked.draft_model}
+    if asked.draft_layers is not None:
+        fields["layers"] = asked.draft_layers
+    return fields
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -83,13 +121,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--drafts", type=int, default=8)
+    parser.add_argument("--drafter", default="ngram", choices=["ngram", "model", "mtp", "layers"])
+    parser.add_argument("--draft-model", help="uri, of --drafter model")
+    parser.add_argument("--draft-layers", type=int, help="of --drafter layers")
+    parser.add_argument("--cell", nargs="*", help="WIRING:KIND:BATCH, in place of all combinations")
+    parser.add_argument("--list", action="store_true", help="name the cells and end")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     asked = parser.parse_args()
+    if asked.list:
+        print("\n".join(f"{wiring}:{kind}:{batch}" for wiring, cases in cells(asked).items() for kind, batch in cases))
+        return
     tokenizer = Tokenizer.from_file(str(resolve(asked.model) / "tokenizer.json"))
     table = []
-    for wiring in asked.wiring:
-        with BenchDeployment(BenchSetup(uri=asked.model, wiring=wiring, dtype=asked.dtype, max_drafts=asked.drafts)) as bench:
-            for kind, batch in itertools.product(asked.kind, asked.batch):
+    for wiring, cases in cells(asked).items():
+        setup = BenchSetup(uri=asked.model, wiring=wiring, dtype=asked.dtype, max_drafts=asked.drafts, drafter=drafter(asked))
+        with BenchDeployment(setup) as bench:
+            for kind, batch in cases:
                 make, temperature = KINDS[kind]
                 prompts = [tokenizer.encode(make(number), add_special_tokens=False).ids for number in range(batch)]
                 rates: dict[bool, list[float]] = {False: [], True: []}
@@ -108,6 +155,7 @@ def main() -> None:
                                 steps.append(sum(len(each.token_ids) for each in run) / sum(each.num_steps for each in run))
                     differing += sum(one != other for one, other in zip(answers[False], answers[True], strict=True))
                 quotients = sorted(on / off for on, off in zip(rates[True], rates[False], strict=True))
+                low, high = median_interval(quotients)
                 line = {
                     "bench": "speculation",
                     "model": asked.model.rsplit("/", 1)[-1],
@@ -115,11 +163,14 @@ def main() -> None:
                     "dtype": asked.dtype,
                     "kind": kind,
                     "batch": batch,
+                    "drafter": asked.drafter,
                     "max_drafts": asked.drafts,
                     "rounds": asked.rounds,
                     "off_tokens_per_s": statistics.median(rates[False]),
                     "on_tokens_per_s": statistics.median(rates[True]),
                     "quotient": statistics.median(quotients),
+                    "quotient_low": low,
+                    "quotient_high": high,
                     "quotients": quotients,
                     "tokens_per_step": statistics.median(steps),
                     "answers_that_differ": differing,
@@ -127,9 +178,9 @@ def main() -> None:
                 print(json.dumps(line), flush=True)
                 table.append(
                     f"{wiring:9} {kind:8} {batch:3} {line['off_tokens_per_s']:9.1f} {line['on_tokens_per_s']:9.1f} "
-                    f"{line['quotient']:6.2f} {line['tokens_per_step']:6.2f} {differing:4}"
+                    f"{line['quotient']:6.2f} {low:6.2f}-{high:4.2f} {line['tokens_per_step']:6.2f} {differing:4}"
                 )
-    print("wiring    kind   batch       off        on   on/off  a step  differ", *table, sep="\n", file=sys.stderr)
+    print("wiring    kind   batch       off        on   on/off  (95 %)    a step  differ", *table, sep="\n", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from antiphon.core.document.spec import LLMDeployment
@@ -31,6 +32,7 @@ class BenchSetup:
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 1024
     max_drafts: int | None = None  # speculate, with so many guesses of a request and step at most; None = off
+    drafter: Mapping[str, Any] = field(default_factory=dict)  # further fields of the document's speculation section
     trace_steps: bool = False  # every worker keeps what its steps do; see ``BenchDeployment.timeline``
 
     def document(self) -> LLMDeployment:
@@ -65,7 +67,7 @@ class BenchSetup:
                     "cache": {"memory": "1Gi", "prefixCaching": False},
                     "endpoint": {"httpPort": 0, "grpcPort": 0},
                     "directory": {"leaseS": LEASE_S},
-                    "speculation": None if self.max_drafts is None else {"maxDrafts": self.max_drafts},
+                    "speculation": None if self.max_drafts is None else {"maxDrafts": self.max_drafts, **self.drafter},
                 },
             }
         )

@@ -94,6 +94,17 @@ class PlanOptions:
     expert_skew: Annotated[
         float | None, typer.Option("--expert-skew", min=1, help="Load of the hottest FFN card over the mean.")
     ] = None
+    drafts: Annotated[
+        int | None, typer.Option("--drafts", min=0, max=64, help="Drafts of every request in every step; needs --acceptance.")
+    ] = None
+    acceptance: Annotated[
+        float | None,
+        typer.Option("--acceptance", min=0, max=0.999, help="Chance that a draft is taken, given those before it."),
+    ] = None
+    drafting: Annotated[
+        float | None,
+        typer.Option("--drafting", min=0, max=10, help="Time to make a step's drafts, as a share of the step that verifies them."),
+    ] = None
 
     def question(self, cards: CardOptions) -> Question:
         """What to plan: these options over those of the document.
@@ -128,6 +139,9 @@ class PlanOptions:
             efficiency=_efficiency(self.efficiency_file, self.efficiency),
             expert_skew=self.expert_skew,
             price=cards.price,
+            drafts=self.drafts,
+            acceptance=self.acceptance,
+            drafting=self.drafting,
         )
 
 

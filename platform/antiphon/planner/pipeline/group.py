@@ -14,6 +14,7 @@ from antiphon.planner.cost.model_cost import cache_bytes
 from antiphon.planner.cost.shape import Layer
 from antiphon.planner.pipeline.barrier import expected_max, slowest_context
 from antiphon.planner.pipeline.fabric import Exchange, exchange
+from antiphon.planner.pipeline.speculation import NO_SPECULATION, Speculation
 from antiphon.planner.pipeline.stages import NO_PROMPTS, PromptRows, Roofline
 from antiphon.planner.pipeline.ubatches import StageTimes, min_ubatches, step_s
 
@@ -99,7 +100,7 @@ class GroupPoint:
     """A group at a batch."""
 
     layout: Layout
-    rows: int  # per attention rank and ubatch
+    rows: int  # per attention rank and ubatch: one of each request, drafts left out
     step_s: float
     tokens_per_s: float
     kinds: tuple[LayerTimes, ...]
@@ -107,11 +108,22 @@ class GroupPoint:
     attention_bytes: float  # memory per attention card
     ffn_bytes: float  # memory per FFN card; colocated: the same card's total
     limit: str  # why the batch is not larger: tpot, memory or rows
+    speculation: Speculation = NO_SPECULATION
+
+    @property
+    def computed_rows(self) -> int:
+        """Rows per attention rank and ubatch, drafts included."""
+        return self.rows * self.speculation.rows
 
     @property
     def rows_per_ffn_ubatch(self) -> int:
-        """Rows that meet at the FFN."""
-        return self.rows * self.layout.num_ranks
+        """Rows that meet at the FFN, drafts included."""
+        return self.computed_rows * self.layout.num_ranks
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean seconds between two tokens of a request."""
+        return self.step_s / self.speculation.tokens()
 
     @property
     def batch(self) -> int:
@@ -132,6 +144,7 @@ class DecodeModel:
     contexts: Contexts
     memory_share: float = 0.9  # of a card's memory that weights and KV may take
     memory_sigmas: float = 3.0  # KV is sized for this many standard deviations above the mean
+    speculation: Speculation = NO_SPECULATION
 
     def usable_attention_bytes(self) -> float:
         """Memory to use on an attention card."""
@@ -149,7 +162,7 @@ class DecodeModel:
             mean=self.contexts.mean, deviation=self.contexts.deviation, rows=batch, slowest=self.memory_sigmas
         )
         weight_bytes = bytes_per_value(formats.weights)
-        row_buffers = shape.hidden_size * (bytes_per_value(formats.a2f) + bytes_per_value(formats.f2a))
+        row_buffers = shape.hidden_size * (bytes_per_value(formats.a2f) + bytes_per_value(formats.f2a)) * self.speculation.rows
         attention = apply(
             attention_memory,
             weights=shape.attention_side_weights / layout.tensor,
@@ -187,8 +200,10 @@ class DecodeModel:
         )
         prompts = NO_PROMPTS
         if contexts.prompt_rows_per_decode_row:
-            prompts = PromptRows(rows=rows * contexts.prompt_rows_per_decode_row, prompt=contexts.prompt)
-        all_rows = (rows + prompts.rows) * layout.num_ranks
+            arriving = contexts.prompt_rows_per_decode_row * self.speculation.tokens()
+            prompts = PromptRows(rows=rows * arriving, prompt=contexts.prompt)
+        computed = rows * self.speculation.rows
+        all_rows = (computed + prompts.rows) * layout.num_ranks
         kinds = []
         for layer, count in stages.shape.kinds:
             moved = exchange(
@@ -207,7 +222,7 @@ class DecodeModel:
                 apply=apply,
             )
             times = StageTimes(
-                attention_s=stages.attention_s(layer, rows, context, prompts, apply, layout.tensor),
+                attention_s=stages.attention_s(layer, computed, context, prompts, apply, layout.tensor),
                 a2f_s=moved.a2f_s,
                 ffn_s=stages.ffn_s(layer.ffn, all_rows, layout.num_ffn, apply),
                 f2a_s=moved.f2a_s,
@@ -218,9 +233,10 @@ class DecodeModel:
     def step(self, layout: Layout, rows: float, apply: Apply = plainly) -> tuple[float, tuple[LayerTimes, ...], float]:
         """Seconds of a decode step, its layers, and the LM head's part."""
         kinds = self.layer_times(layout, rows, apply)
-        head = self.stages.head_s(rows * layout.num_ubatches, apply, layout.tensor)
+        head = self.stages.head_s(rows * self.speculation.rows * layout.num_ubatches, apply, layout.tensor)
+        slower = 1 + self.speculation.drafting
         if not layout.colocated:
-            return step_s([(kind.times, kind.count) for kind in kinds], layout.num_ubatches) + head, kinds, head
+            return slower * (step_s([(kind.times, kind.count) for kind in kinds], layout.num_ubatches) + head), kinds, head
         total = 0.0
         for kind in kinds:
             total += kind.count * apply(
@@ -231,7 +247,7 @@ class DecodeModel:
                 exchange_s=kind.times.a2f_s + kind.times.f2a_s,
                 overlap=self.stages.efficiency.overlap if layout.num_ubatches > 1 else 0.0,
             )
-        return total + head, kinds, head
+        return slower * (total + head), kinds, head
 
     def point(self, layout: Layout, rows: int, limit: str = "rows", derivation: Derivation | None = None) -> GroupPoint:
         """The group at ``rows`` rows per attention rank and ubatch."""
@@ -246,7 +262,7 @@ class DecodeModel:
                 group_rate,
                 num_ranks=layout.num_ranks,
                 num_ubatches=layout.num_ubatches,
-                rows=rows,
+                rows=rows * self.speculation.tokens(apply) if self.speculation.drafts else rows,
                 step_s=seconds,
             ),
             kinds=kinds,
@@ -254,10 +270,12 @@ class DecodeModel:
             attention_bytes=attention,
             ffn_bytes=ffn,
             limit=limit,
+            speculation=self.speculation,
         )
 
     def best_point(self, layout: Layout, tpot_s: float) -> GroupPoint | None:
         """The group at the largest batch that keeps memory and TPOT; None when one row doesn't."""
+        tpot_s *= self.speculation.tokens()  # of a step, which brings so many
         if not self.fits(layout, 1) or self.step(layout, 1)[0] > tpot_s:
             return None
         in_memory = largest(lambda rows: self.fits(layout, rows), MAX_ROWS)

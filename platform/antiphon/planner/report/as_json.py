@@ -67,7 +67,10 @@ def option_json(option: Option, binding: str) -> Json:
         "attention_tensor": layout.tensor,
         "ffn_cards": layout.num_ffn,
         "num_ubatches": layout.num_ubatches,
-        "rows_per_ubatch": point.rows,
+        "rows_per_ubatch": point.computed_rows,
+        "speculation": None
+        if not point.speculation.drafts
+        else {"rows_per_request": point.speculation.rows, "tokens_per_step": point.speculation.tokens()},
         "batch_per_attention_card": point.batch / layout.tensor,
         "ffn_rows_per_ubatch": point.rows_per_ffn_ubatch,
         "num_groups": option.num_groups,

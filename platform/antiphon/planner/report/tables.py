@@ -133,7 +133,7 @@ def _cell(option: Option, show: str, plan: Plan) -> str:
         "groups": str(option.num_groups),
         "cards": str(option.num_cards),
         "idle": f"{option.num_idle} {option.idle_card.key}" if option.num_idle else "0",
-        "ubatches": f"{point.layout.num_ubatches} x {point.rows}",
+        "ubatches": f"{point.layout.num_ubatches} x {point.computed_rows}",
         "ffn_rows": str(point.rows_per_ffn_ubatch),
         "stages": f"{1e6 * times.attention_s:.0f} / {1e6 * times.ffn_s:.0f} us",
         "links": f"{1e6 * times.a2f_s:.0f} / {1e6 * times.f2a_s:.0f} us",

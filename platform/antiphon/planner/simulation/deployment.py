@@ -200,7 +200,8 @@ def _kept(function: Callable[[int], float]) -> Callable[[int], float]:
 
 
 def step_table(model: DecodeModel, layout: Layout, slots: int) -> Callable[[float, float], float]:
-    """Seconds of a step by rows and cached tokens of the fullest worker, interpolated on a grid of exact values.
+    """Seconds of a step by rows and cached tokens of the fullest worker, interpolated on a grid of exact values. Where requests
+    speculate, of a token: what a step brings comes evenly.
 
     The barrier is left out: the simulation finds the fullest worker itself.
     """
@@ -220,7 +221,7 @@ def step_table(model: DecodeModel, layout: Layout, slots: int) -> Callable[[floa
                     prompt=contexts.prompt,
                 ),
             )
-            line.append(exact.step(layout, max(float(rows), 1.0) / layout.num_ubatches)[0])
+            line.append(exact.step(layout, max(float(rows), 1.0) / layout.num_ubatches)[0] / exact.speculation.tokens())
         table.append(line)
     row_scale, context_scale = NUM_ROWS / slots, NUM_CONTEXTS / longest
 
