@@ -89,6 +89,40 @@ async def test_a_call_comes_whole_and_streamed_alike(tmp_path: Path) -> None:
         assert [c.function.arguments for c in streamed.message.tool_calls] == [c.function.arguments for c in message.tool_calls]
 
 
+async def test_functions_are_tools_by_their_older_name_and_called_one_at_a_time(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "messages": QUESTION, "functions": [WEATHER["function"]]}
+    async with answering(tmp_path, f"{THOUGHT}</think>\n\nI look.\n{CALL}") as (world, client):
+        whole = (await client.chat.completions.create(**asked)).choices[0]
+        assert whole.finish_reason == "function_call"
+        assert whole.message.tool_calls is None
+        assert whole.message.function_call is not None
+        assert (whole.message.function_call.name, whole.message.function_call.arguments) == ("weather", '{"city": "Où?"}')
+        assert "How it is outside" in prompt_of(world)
+        assert world.engine.requests[-1].sampling.rules.grammar is not None  # which has one call at most
+
+        name, arguments, reasons = "", "", []
+        async for chunk in await client.chat.completions.create(**asked, stream=True):
+            called = chunk.choices[0].delta.function_call
+            name += (called.name or "") if called else ""
+            arguments += (called.arguments or "") if called else ""
+            reasons.append(chunk.choices[0].finish_reason)
+        assert (name, arguments, reasons[-1]) == ("weather", '{"city": "Où?"}', "function_call")
+
+        history = [
+            *QUESTION,
+            {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": "{}"}},
+            {"role": "function", "name": "weather", "content": "21 degrees"},
+        ]
+        await client.chat.completions.create(**{**asked, "messages": history}, function_call="none")
+        assert "<|im_start|>tool\n21 degrees" in prompt_of(world)
+        assert world.engine.requests[-1].sampling.rules is None
+        await client.chat.completions.create(**asked, function_call={"name": "weather"})
+        for wrong, field in (({"tools": [WEATHER]}, "functions"), ({"function_call": {"name": "x"}}, "function_call")):
+            with pytest.raises(openai.BadRequestError) as refused:
+                await client.chat.completions.create(**asked, **wrong)
+            assert refused.value.param == field
+
+
 async def test_a_call_that_is_cut_off_claims_nothing(tmp_path: Path) -> None:
     async with answering(tmp_path, f"</think>{CALL}") as (world, client):
         num_tokens = len(world.tokenizer.encode(f"</think>{CALL[:-20]}").ids)

@@ -87,9 +87,15 @@ def _worker(model: str, **more: Any) -> WorkerInfo:
 
 @asynccontextmanager
 async def door(
-    artifact: Artifact, experts: Experts, *, external: str | None = None, keys: tuple[str, ...] = (), **spec: Any
+    artifact: Artifact,
+    experts: Experts,
+    *,
+    external: str | None = None,
+    keys: tuple[str, ...] = (),
+    call_tools: bool = False,
+    **spec: Any,
 ) -> AsyncIterator[tuple[httpx.AsyncClient, dict[str, WorkerInfo]]]:
-    listed: list[dict[str, Any]] = [{"name": f"model-{i}", "deploymentRef": f"d{i}"} for i in range(3)]
+    listed: list[dict[str, Any]] = [{"name": f"model-{i}", "deploymentRef": f"d{i}", "tools": call_tools} for i in range(3)]
     if external is not None:
         listed[1] = {"name": "model-1", "external": {"url": external, "model": "their-model"}}
     document = CompositionOfExperts.model_validate(

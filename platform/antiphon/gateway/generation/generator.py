@@ -243,7 +243,7 @@ class Generator:
                 sampling=request.sampling.resolve(
                     max_tokens=max(1, max_tokens[which]), seed=seed + index, rules=prepared[which].rules
                 ),
-                eos_token_ids=text_model.eos_token_ids,
+                eos_token_ids=text_model.eos_token_ids | prepared[which].end_ids,
                 client_stop_token_ids=request.sampling.stop_token_ids,
                 stops=request.stop,
                 include_stop=request.include_stop,

@@ -16,6 +16,7 @@ from typing import Any
 
 from antiphon.core.errors import ContextLengthExceeded, InvalidInput
 from antiphon.core.request import OutputRules
+from antiphon.gateway.generation.infilling import infilling, infilling_ends
 from antiphon.gateway.generation.request import ChatMessage, ChatPrompt, GenerationRequest, Prompt, TextPrompt, TokenPrompt
 from antiphon.gateway.text.chat_options import ChatOptions
 from antiphon.gateway.text.dialect import AnswerPlan, Dialect
@@ -28,10 +29,11 @@ _MAX_TOKENS = 2**20  # of a prompt, while no worker says what its context is
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """One prompt, ready to be placed."""
+    """One prompt, ready to be placed. ``end_ids`` end its answer beside the model's own."""
 
     token_ids: tuple[int, ...]
     plan: AnswerPlan
+    end_ids: frozenset[int] = frozenset()
 
     @property
     def rules(self) -> OutputRules | None:
@@ -81,7 +83,9 @@ class Preparer:
             if plan.grammar is not None:
                 self._check_sampling(request)
                 await self._checker.check(plan.grammar, plan.grammar_field)
-            found.append(Prepared(token_ids=(*ids, *plan.extra_token_ids), plan=plan))
+            fills = isinstance(prompt, TextPrompt) and prompt.suffix is not None
+            ends = infilling_ends(self._models[request.model]) if fills else frozenset()
+            found.append(Prepared(token_ids=(*ids, *plan.extra_token_ids), plan=plan, end_ids=ends))
         return found
 
     def _check_sampling(self, request: GenerationRequest) -> None:
@@ -107,6 +111,9 @@ class Preparer:
         ids: tuple[int, ...]
         try:
             match prompt:
+                case TextPrompt(suffix=str(suffix)):
+                    fill = functools.partial(infilling, text_model, prompt.text, suffix, max_tokens=max_tokens)
+                    ids = await in_thread(self._executor, len(prompt.text) + len(suffix), fill)
                 case TextPrompt():
                     encode = functools.partial(text_model.encode, max_tokens=max_tokens)
                     ids = await in_thread(self._executor, len(prompt.text), encode, prompt.text)

@@ -31,9 +31,10 @@ MAX_REQUEST_ID_CHARS = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextPrompt:
-    """Text to continue; ``field`` is its path in the request, for errors."""
+    """Text to continue; ``field`` is its path in the request, for errors. ``suffix``: what stands behind the answer."""
 
     text: str
+    suffix: str | None = None
     field: str = "prompt"
 
 

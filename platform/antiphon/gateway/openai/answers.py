@@ -91,6 +91,7 @@ class Answer:
         echo: begin each text with its prompt (completions).
         n: choices per prompt.
         with_thoughts: show what the model thought.
+        with_functions: whether a call is shown by its older name, ``function_call``.
         with_prompt_logprobs: whether the client asked for the prompt's by themselves (vLLM's prompt_logprobs).
     """
 
@@ -103,9 +104,11 @@ class Answer:
         echo: bool = False,
         n: int = 1,
         with_thoughts: bool = True,
+        with_functions: bool = False,
         with_prompt_logprobs: bool = False,
     ) -> None:
         self._with_thoughts = with_thoughts
+        self._with_functions = with_functions
         self._with_prompt_logprobs = with_prompt_logprobs
         self._chat = chat
         self._with_logprobs = with_logprobs
@@ -146,7 +149,7 @@ class Answer:
 
     def _whole_choice(self, index: int, choice: _Choice) -> Json:
         folded = choice.folded
-        reason = _finish(choice.finish_reason, folded, choice.stop_reason)
+        reason = self._finish(choice.finish_reason, folded, choice.stop_reason)
         ending: Json = {"finish_reason": reason, "stop_reason": choice.stop_reason}
         if self._with_prompt_logprobs:
             ending["prompt_logprobs"] = [_by_token_id(p) for p in choice.prompt_logprobs]
@@ -164,6 +167,9 @@ class Answer:
         message: Json = {"role": "assistant", "content": folded.text, "refusal": None}
         if folded.calls:
             message["content"] = folded.text or None
+        if folded.calls and self._with_functions:
+            message["function_call"] = {"name": folded.calls[0].name, "arguments": folded.calls[0].arguments}
+        elif folded.calls:
             message["tool_calls"] = [
                 {
                     "id": self._call_id(index, number),
@@ -207,7 +213,7 @@ class Answer:
             chunks.append(self._chunk(content, delta.index, logprobs))
         if delta.finish_reason is not None:
             last = self._chunk({"delta": {}} if self._chat else {"text": ""}, delta.index, None)
-            reason = _finish(delta.finish_reason, choice.folded, _stop_reason(delta))
+            reason = self._finish(delta.finish_reason, choice.folded, _stop_reason(delta))
             last["choices"][0].update(finish_reason=reason, stop_reason=_stop_reason(delta))
             chunks.append(last)
         return chunks
@@ -219,6 +225,10 @@ class Answer:
             case Thought():
                 thought = {"reasoning_content": part.text, "reasoning": part.text}
                 return [{"delta": thought}] if self._with_thoughts else []
+            case CallBegin() if self._with_functions:
+                return [{"delta": {"function_call": {"name": part.name, "arguments": ""}}}]
+            case CallArguments() if self._with_functions:
+                return [{"delta": {"function_call": {"arguments": part.text}}}]
             case CallBegin():
                 function = {"name": part.name, "arguments": ""}
                 begun = {"index": part.index, "id": self._call_id(index, part.index), "type": "function", "function": function}
@@ -266,6 +276,11 @@ class Answer:
         assert self._started is not None, "start() comes first"
         return call_id(self._started.request_id, index, number)
 
+    def _finish(self, reason: FinishReason | None, folded: Folded, stop: str | int | None) -> str | None:
+        if reason is None or not folded.ends_in_calls(reason, stop):
+            return None if reason is None else reason.value
+        return "function_call" if self._with_functions else "tool_calls"
+
     def _prompt_text(self, index: int) -> str:
         if not self._echo or self._started is None:
             return ""
@@ -301,12 +316,6 @@ def _parts(delta: ChoiceDelta) -> Sequence[Part]:
     if delta.parts is not None:
         return delta.parts
     return (Text(text=delta.text),) if delta.text else ()
-
-
-def _finish(reason: FinishReason | None, folded: Folded, stop: str | int | None) -> str | None:
-    if reason is None:
-        return None
-    return "tool_calls" if folded.ends_in_calls(reason, stop) else reason.value
 
 
 def _by_token_id(logprob: Logprob) -> Json | None:

@@ -159,6 +159,7 @@ async def _complete(gateway: Gateway, request: Request, kind: type[ChatBody] | t
         echo=isinstance(body, CompletionBody) and bool(body.echo),
         n=generation.n,
         with_thoughts=not isinstance(body, ChatBody) or body.shows_thoughts,
+        with_functions=isinstance(body, ChatBody) and body.uses_functions,
         with_prompt_logprobs=body.prompt_logprobs is not None,
     )
     headers = warning_header(ignored)

@@ -29,8 +29,19 @@ from antiphon.gateway.generation.request import (
 from antiphon.gateway.generation.sampling_fields import MAX_TOKEN_ID, SamplingFields, Stop, value_or
 from antiphon.gateway.openai.messages import MessageBody
 from antiphon.gateway.openai.parsing import UnsupportedField
-from antiphon.gateway.openai.tools import MAX_TOOLS, ChoiceBody, StructureFields, ToolBody, choice_of, tools_of
-from antiphon.gateway.text.chat_options import ChatOptions
+from antiphon.gateway.openai.tools import (
+    MAX_TOOLS,
+    ChoiceBody,
+    FunctionBody,
+    NamedFunction,
+    StructureFields,
+    ToolBody,
+    choice_of,
+    function_choice_of,
+    functions_of,
+    tools_of,
+)
+from antiphon.gateway.text.chat_options import ChatOptions, Tool, ToolChoice
 
 MAX_MESSAGES = 4096
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
@@ -144,8 +155,6 @@ class ChatBody(_Body):
     """POST /v1/chat/completions."""
 
     unsupported: ClassVar[dict[str, tuple[object, ...]]] = {
-        "functions": ([],),
-        "function_call": ("none", "auto"),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
@@ -157,6 +166,8 @@ class ChatBody(_Body):
     tools: list[ToolBody] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: ChoiceBody | None = None
     parallel_tool_calls: bool | None = None
+    functions: list[FunctionBody] | None = Field(default=None, max_length=MAX_TOOLS)
+    function_call: Literal["none", "auto"] | NamedFunction | None = None
     reasoning_effort: Effort | None = None
     reasoning: ReasoningBody | None = None
     thinking_budget: int | None = Field(default=None, ge=0, le=MAX_TOKEN_ID)
@@ -203,8 +214,11 @@ class ChatBody(_Body):
         Raises:
             InvalidInput: they contradict each other.
         """
-        tools = tools_of(value_or(self.tools, []))
-        tool_choice, tool_name = choice_of(self.tool_choice, tools)
+        if self.uses_functions:
+            tools, (tool_choice, tool_name) = self._functions()
+        else:
+            tools = tools_of(value_or(self.tools, []))
+            tool_choice, tool_name = choice_of(self.tool_choice, tools)
         reasoning = ReasoningBody() if self.reasoning is None else self.reasoning
         effort = reasoning.effort if self.reasoning_effort is None else self.reasoning_effort
         thinking = reasoning.enabled if self.enable_thinking is None else self.enable_thinking
@@ -215,13 +229,27 @@ class ChatBody(_Body):
             tools=tools,
             tool_choice=tool_choice,
             tool_name=tool_name,
-            parallel_tool_calls=value_or(self.parallel_tool_calls, True),
+            tool_choice_field="function_call" if self.uses_functions else "tool_choice",
+            parallel_tool_calls=value_or(self.parallel_tool_calls, not self.uses_functions),
             shape=self.shape(),
             thinking=thinking,
             effort=None if effort == "none" else effort,
             thinking_budget=self.thinking_budget if own else reasoning.max_tokens,
             thinking_field="thinking_budget" if own else "reasoning.max_tokens",
         )
+
+    @property
+    def uses_functions(self) -> bool:
+        """Whether tools were asked for by their older name, so that an answer has one ``function_call`` at most."""
+        return bool(self.functions) or isinstance(self.function_call, NamedFunction)
+
+    def _functions(self) -> tuple[tuple[Tool, ...], tuple[ToolChoice, str | None]]:
+        if self.tools or self.tool_choice is not None:
+            raise InvalidInput("functions: tools are the newer name of it; both together mean nothing", "functions")
+        if self.parallel_tool_calls:
+            raise InvalidInput("parallel_tool_calls: functions are called one at a time", "parallel_tool_calls")
+        tools = functions_of(value_or(self.functions, []))
+        return tools, function_choice_of(self.function_call, tools)
 
     @property
     def shows_thoughts(self) -> bool:
@@ -241,15 +269,12 @@ class ChatBody(_Body):
 class CompletionBody(_Body):
     """POST /v1/completions."""
 
-    unsupported: ClassVar[dict[str, tuple[object, ...]]] = {
-        "suffix": ("",),
-    }
-
     prompt: Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_checked_prompt)]
     max_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKEN_ID)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
     best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    suffix: str | None = None
 
     def request(self, *, request_id: str, deadline_s: float | None, traceparent: str | None) -> GenerationRequest:
         """The value. Raises InvalidInput where fields contradict each other."""
@@ -258,6 +283,8 @@ class CompletionBody(_Body):
             raise UnsupportedField("best_of other than n is not supported", "best_of")
         if self.max_tokens == 0 and not (self.echo or self.prompt_logprobs is not None):
             raise InvalidInput("max_tokens: 0 needs echo or prompt_logprobs, or the answer is empty", "max_tokens")
+        if self.suffix and self.echo:
+            raise InvalidInput("suffix: what is filled in has texts on both sides: echo is not possible", "suffix")
         prompts = self._prompts()
         if len(prompts) * n > MAX_CHOICES:
             raise InvalidInput(f"{len(prompts)} prompts with n = {n} make more than {MAX_CHOICES} choices", "prompt")
@@ -279,14 +306,16 @@ class CompletionBody(_Body):
 
     def _prompts(self) -> tuple[Prompt, ...]:
         if isinstance(self.prompt, str):
-            return (TextPrompt(text=self.prompt),)
+            return (TextPrompt(text=self.prompt, suffix=self.suffix or None),)
         if not self.prompt:
             raise InvalidInput("the prompt is empty", "prompt")
         first = self.prompt[0]
+        if self.suffix and not isinstance(first, str):
+            raise InvalidInput("suffix: it needs a prompt of text", "suffix")
         if isinstance(first, int):
             return (TokenPrompt(token_ids=tuple(item for item in self.prompt if isinstance(item, int))),)
         return tuple(
-            TextPrompt(text=item, field=f"prompt[{index}]")
+            TextPrompt(text=item, suffix=self.suffix or None, field=f"prompt[{index}]")
             if isinstance(item, str)
             else TokenPrompt(token_ids=tuple(item) if isinstance(item, list) else (), field=f"prompt[{index}]")
             for index, item in enumerate(self.prompt)

@@ -206,9 +206,17 @@ def tools_of(bodies: Sequence[ToolBody]) -> tuple[Tool, ...]:
     Raises:
         InvalidInput: a name is no function's name, or used twice.
     """
+    return _tools([(body.function, f"tools[{index}].function") for index, body in enumerate(bodies)])
+
+
+def functions_of(bodies: Sequence[FunctionBody]) -> tuple[Tool, ...]:
+    """The values of tools by their older name. Raises like ``tools_of``."""
+    return _tools([(body, f"functions[{index}]") for index, body in enumerate(bodies)])
+
+
+def _tools(functions: Sequence[tuple[FunctionBody, str]]) -> tuple[Tool, ...]:
     tools: list[Tool] = []
-    for index, body in enumerate(bodies):
-        function, field = body.function, f"tools[{index}].function"
+    for function, field in functions:
         if _TOOL_NAME.fullmatch(function.name) is None:
             raise InvalidInput(f"{field}.name: letters, digits and _ . : - only, at most 128", f"{field}.name")
         if any(tool.name == function.name for tool in tools):
@@ -242,3 +250,14 @@ def choice_of(body: ChoiceBody | None, tools: Sequence[Tool]) -> tuple[ToolChoic
     if body == "required" and not tools:
         raise InvalidInput("tool_choice: required needs tools", "tool_choice")
     return body, None
+
+
+def function_choice_of(
+    body: Literal["none", "auto"] | NamedFunction | None, tools: Sequence[Tool]
+) -> tuple[ToolChoice, str | None]:
+    """As ``choice_of``, for ``function_call``. Raises InvalidInput: it names a function that is not there."""
+    if isinstance(body, NamedFunction):
+        if not any(tool.name == body.name for tool in tools):
+            raise InvalidInput(f"function_call: there is no function {body.name[:128]!r}", "function_call")
+        return "required", body.name
+    return body or "auto", None

@@ -89,7 +89,8 @@ class Dialect:
             NotForThisModel: the field is named.
         """
         if options.tools and options.tool_choice != "none" and self.calls is None:
-            raise NotForThisModel("tools: this model's chat template has none; name one with model.toolFormat", "tools")
+            field = options.tools[0].field.partition("[")[0]
+            raise NotForThisModel(f"{field}: this model's chat template has none; name one with model.toolFormat", field)
         if self.thoughts is None:
             if options.thinking_budget is not None:
                 raise NotForThisModel(f"{options.thinking_field}: this model does not think", options.thinking_field)

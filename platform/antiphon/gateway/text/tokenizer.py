@@ -239,8 +239,10 @@ class TextModel:
             ids += self.encode_plain(piece) if is_plain else self._ids(self._tokenizer, piece, add_special_tokens=False)
         return tuple(ids)
 
-    def encode_plain(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text in which control markers are text. Raises InvalidInput."""
+    def encode_plain(self, text: str, *, max_tokens: int | None = None) -> tuple[int, ...]:
+        """Token ids of a text in which control markers are text; ``max_tokens`` as ``encode``. Raises InvalidInput."""
+        if max_tokens is not None:
+            self._refuse_longer(text, max_tokens)
         if self._plain is None:
             plain = Tokenizer.from_str(self._tokenizer.to_str())
             plain.encode_special_tokens = True

@@ -11,7 +11,7 @@ from antiphon.core.worker_info import WorkerInfo
 from antiphon.gateway.compositions import CompositionStatus
 from antiphon.gateway.status import PoolStatus
 
-Reason = Literal["stop", "length", "tool_calls", "abort", "error"]
+Reason = Literal["stop", "length", "tool_calls", "function_call", "abort", "error"]
 
 
 class ErrorFacts(BaseModel):
@@ -144,6 +144,7 @@ class AnsweredMessage(BaseModel):
     content: str | None
     refusal: str | None
     tool_calls: list[AnsweredCall] | None = None
+    function_call: CalledBody | None = None  # in place of tool_calls where functions were given
     reasoning_content: str | None = None
     reasoning: str | None = None
 
@@ -176,6 +177,7 @@ class ChatDelta(BaseModel):
     content: str | None = None
     refusal: str | None = None
     tool_calls: list[CallDelta] | None = None
+    function_call: CalledBody | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
 

@@ -1,6 +1,7 @@
 """The composition-of-experts door in front of the OpenAI door (request speed).
 
-    POST /v1/chat/completions, /v1/completions  with "model": "coe/<name>" or "coe/<name>:<policy>": route, let the expert answer
+    POST /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/messages/count_tokens
+                                with "model": "coe/<name>" or "coe/<name>:<policy>": route, let the expert answer
     GET  /v1/models             compositions are listed too     GET  /v1/models/coe/<name>     one of them
     POST /v1/route              decide only                     GET  /v1/experts               experts and their state
     GET  /v1/decisions/{id}     explain, ?policy= replays       POST /v1/feedback              how good an answer was
@@ -14,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import httpx
@@ -45,10 +46,13 @@ from antiphon.coe.serving.fallback import Fallback, Turn
 from antiphon.core.document.composition import Policy, policy_named, split_model_name
 from antiphon.core.errors import DeadlineExceeded, InvalidInput, Overloaded, Unavailable, UnknownModel
 from antiphon.gateway.access.keys import ApiKeys
+from antiphon.gateway.anthropic.routes import anthropic_error, authorization_of
 from antiphon.gateway.http.bodies import RequestTooLarge
 from antiphon.gateway.openai.http_io import deadline_of, error_response
 
-_COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
+_COMBINED = ("/v1/chat/completions", "/v1/completions")  # several experts may answer together
+_ANTHROPIC = ("/v1/messages", "/v1/messages/count_tokens")
+_COMPLETIONS = (*_COMBINED, "/v1/responses", *_ANTHROPIC)
 _MODEL = "/v1/models/"
 
 
@@ -104,11 +108,12 @@ class CoeDoor:
 
     async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
+        refusal = _refusal_of(scope)
         try:
-            self._keys.check(request.headers.get("authorization"))  # before a byte of the body is read
+            self._keys.check(authorization_of(request))  # before a byte of the body is read
             raw = await _read(request, self._max_bytes)
         except Exception as error:  # noqa: BLE001 - the door, as above
-            await error_response(error)(scope, receive, send)
+            await refusal(error)(scope, receive, send)
             return
         body = json_object(raw)
         named = split_model_name(body["model"]) if body is not None and isinstance(body.get("model"), str) else None
@@ -122,10 +127,10 @@ class CoeDoor:
             record = await composition.route(question)
             decline_early(composition.document.spec, record)
         except Exception as error:  # noqa: BLE001 - the door, as above
-            await error_response(error)(scope, receive, send)
+            await refusal(error)(scope, receive, send)
             return
         calls_tools = bool(body.get("tools") or body.get("functions"))
-        num_choices = body.get("n") if body.get("n") is not None else 1
+        num_choices = (body.get("n") if body.get("n") is not None else 1) if scope["path"] in _COMBINED else 0
         experts = experts_to_combine(
             composition.document.spec,
             composition.breakers,
@@ -171,9 +176,9 @@ class CoeDoor:
         except TimeoutError:
             if started:
                 raise  # the connection is broken off: the client has seen a part
-            await error_response(DeadlineExceeded("the request's deadline has passed"))(scope, receive, send)
+            await _refusal_of(scope)(DeadlineExceeded("the request's deadline has passed"))(scope, receive, send)
             return
-        await error_response(fallback.nobody())(scope, receive, send)
+        await _refusal_of(scope)(fallback.nobody())(scope, receive, send)
 
     async def _try(
         self,
@@ -332,3 +337,8 @@ async def _read(request: Request, max_bytes: int) -> bytes:
             raise RequestTooLarge(f"the body is larger than {max_bytes} bytes")
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+def _refusal_of(scope: Scope) -> Callable[[Exception], Response]:
+    """Errors as the clients of a route know them."""
+    return anthropic_error if scope["path"] in _ANTHROPIC else error_response

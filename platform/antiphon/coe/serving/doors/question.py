@@ -10,17 +10,19 @@ from antiphon.core.document.composition import CompositionSpec, Policy
 from antiphon.core.errors import InvalidInput
 
 _CHARS_PER_TOKEN = 4  # of dense text; an underestimate lets an expert itself refuse what is too long
-_PARTS = {"image_url": "image", "input_audio": "audio", "video_url": "video"}
+_PARTS = {"image_url": "image", "input_image": "image", "image": "image", "input_audio": "audio", "video_url": "video"}
+_TEXTS = ("text", "input_text", "output_text")
+_MAX_TOKENS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 
 
 def question_of(body: Mapping[str, Any], headers: Mapping[str, str], spec: CompositionSpec, policy: Policy | None) -> Question:
-    """The question behind a chat or completion body; whatever else is malformed is the expert's door's to refuse.
+    """The question behind a body of any door; whatever else is malformed is the expert's door's to refuse.
 
     Raises:
         InvalidInput: the prompt is token ids, which mean another text to every expert.
     """
     texts, modalities = _contents(body)
-    max_tokens = body.get("max_completion_tokens", body.get("max_tokens"))
+    max_tokens = next((body[name] for name in _MAX_TOKENS if body.get(name) is not None), None)
     num_output = max_tokens if isinstance(max_tokens, int) and not isinstance(max_tokens, bool) else 0
     allow_header = spec.auth.allow_experts_header
     allowed = None
@@ -34,10 +36,10 @@ def question_of(body: Mapping[str, Any], headers: Mapping[str, str], spec: Compo
         category=headers.get("x-antiphon-category"),
         language=headers.get("x-antiphon-language"),
         policy=policy,
-        headers={name: value for name, value in headers.items() if name not in ("authorization", "cookie")},
+        headers={name: value for name, value in headers.items() if name not in ("authorization", "cookie", "x-api-key")},
         context_tokens=sum(map(len, texts)) // _CHARS_PER_TOKEN + max(0, num_output),
         modalities=modalities,
-        tools=bool(body.get("tools")),
+        tools=bool(body.get("tools") or body.get("functions")),
         allowed=allowed,
     )
 
@@ -54,18 +56,20 @@ def _contents(body: Mapping[str, Any]) -> tuple[list[str], tuple[str, ...]]:
         return [text for text in prompt if isinstance(text, str)], ("text",)
     texts: list[str] = []
     asked = ""
-    messages = body.get("messages")
-    for message in messages if isinstance(messages, list) else []:
+    told = body.get("instructions", body.get("system"))  # Responses' and Messages' names for what the system says
+    said = body.get("input", body.get("messages"))
+    items = said if isinstance(said, list) else [{"role": "user", "content": said}] if isinstance(said, str) else []
+    for message in [{"role": "system", "content": told}, *items] if told else items:
         if not isinstance(message, dict):
             continue
-        content = message.get("content")
+        content = message.get("content", message.get("output"))
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
         found = []
         for part in parts:
             if not isinstance(part, dict):
                 continue
             kind = part.get("type")
-            if kind == "text" and isinstance(part.get("text"), str):
+            if kind in _TEXTS and isinstance(part.get("text"), str):
                 found.append(part["text"])
             elif isinstance(kind, str) and kind in _PARTS:
                 modalities[_PARTS[kind]] = None
