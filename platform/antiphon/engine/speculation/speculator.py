@@ -10,6 +10,7 @@ step that verifies them. Must not know: blocks, queues, who computes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -18,6 +19,8 @@ from antiphon.engine.speculation.controller import Acceptance, DraftingCosts, Re
 from antiphon.engine.speculation.drafter import DraftAsked, Drafter, Proposal
 
 _FIRST_TRIAL, _LAST_TRIAL = 8, 512  # steps between trials of a drafter whose drafts don't pay; doubled after each that failed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,6 +57,7 @@ class Speculator:
         self._clock = clock
         self._costs = StepCosts()
         self._drafting = DraftingCosts()
+        self._has_failed = False
         self._drafting_s = 0.0  # of the step under way, spent on proposals that aren't free
         self._acceptance = Acceptance(drafter.priors)
         self._requests: dict[RequestId, _Request] = {}
@@ -110,8 +114,15 @@ class Speculator:
         return {request_id: proposal.token_ids for request_id, proposal in proposals.items() if proposal.token_ids}
 
     def _propose_timed(self, given: Mapping[RequestId, DraftAsked]) -> Mapping[RequestId, Proposal]:
+        if self._has_failed:
+            return {}
         start_s = self._clock()
-        proposals = self.drafter.propose(given)
+        try:
+            proposals = self.drafter.propose(given)
+        except Exception:  # drafts are no answers: serving goes on without them
+            logger.exception("the drafter %s has failed; no more is drafted here", self.drafter.name)
+            self._has_failed = True
+            return {}
         self._drafting_s = self._clock() - start_s
         depth = max((len(proposal.token_ids) for proposal in proposals.values()), default=0)
         if depth:  # a drafter that only caught up says nothing of what drafts cost

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import pytest
 
 from antiphon.core.request import RequestId
-from antiphon.engine.speculation.controller import LEAST_GAIN, Acceptance, RequestAcceptance, StepCosts, choose
+from antiphon.engine.speculation.controller import LEAST_GAIN, Acceptance, DraftingCosts, RequestAcceptance, StepCosts, choose
 from antiphon.engine.speculation.drafter import DraftAsked, Proposal
 from antiphon.engine.speculation.speculator import Speculator
 from antiphon.testing import FakeClock
@@ -154,3 +154,28 @@ def test_drafts_that_were_not_scheduled_count_as_not_used() -> None:
     speculator.withdraw(name)
     speculator.note({name: (8,)}, 0)
     assert speculator.stats.num_verifications == speculator.stats.num_drafts == 0
+
+
+def test_drafts_that_cost_more_to_make_than_they_bring_are_not_made() -> None:
+    assert choose(flat, 1, [0.9], [8], 100, lambda depth: 0.1 * depth)[0] > 2
+    assert choose(flat, 1, [0.9], [8], 100, lambda depth: 5.0 * depth) == [3]
+    assert choose(flat, 1, [0.9], [8], 100, lambda depth: 20.0 * depth) == [0]
+    costs = DraftingCosts()
+    assert costs.estimate(0, 0.01) == 0.0
+    assert costs.estimate(4, 0.01) > costs.estimate(1, 0.01) > 0.0
+    for _ in range(20):
+        costs.note(2, 0.004)
+    assert costs.estimate(2, 0.01) == pytest.approx(0.004)
+    assert costs.estimate(4, 0.01) == pytest.approx(0.008)
+
+
+def test_a_drafter_that_fails_is_not_asked_again_and_nobody_else_notices() -> None:
+    class Failing(Repeating):
+        def propose(self, asked: Mapping[RequestId, DraftAsked]) -> dict[RequestId, Proposal]:
+            self.num_proposals += 1
+            raise RuntimeError("out of memory")
+
+    drafter, clock = Failing(is_free=False), FakeClock()
+    sizes = steps(Speculator(drafter, max_drafts=8, clock=clock), clock, 40, right=True, row_s=0.0)
+    assert sizes == [0] * 40
+    assert drafter.num_proposals == 1
