@@ -143,6 +143,8 @@ def fetch(
         value["ffnBytes"] = found.ffn_bytes
     if found.kv_bytes_per_token:
         value["kvBytesPerToken"] = found.kv_bytes_per_token
+    if found.state_bytes:
+        value["stateBytes"] = found.state_bytes
     result.write_text(json.dumps(value), encoding="utf-8")
     typer.echo(f"{fetched.digest} {fetched.size_bytes} bytes")
 

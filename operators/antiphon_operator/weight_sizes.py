@@ -18,6 +18,8 @@ _FFN = re.compile(r"\.(mlp|feed_forward|ffn|block_sparse_moe|experts|shared_expe
 _ROUTER = re.compile(r"\.(gate|router)\.(weight|bias)\Z")  # picks experts on the attention side
 _MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_STATE_BYTES = 4  # of a value of a recurrent state
+_KNOWN_LAYERS = {"full_attention", "sliding_attention", "linear_attention", "conv"}
 
 
 def sizes_in(directory: Path) -> WeightSizes:
@@ -27,8 +29,8 @@ def sizes_in(directory: Path) -> WeightSizes:
         total += size
         if _FFN.search(name) and not _ROUTER.search(name):
             ffn += size
-    config = _config(directory)
-    return WeightSizes(total_bytes=total or None, ffn_bytes=ffn or None, kv_bytes_per_token=_kv_bytes_per_token(config))
+    per_token, state = _cache_bytes(_config(directory))
+    return WeightSizes(total_bytes=total or None, ffn_bytes=ffn or None, kv_bytes_per_token=per_token, state_bytes=state)
 
 
 def _tensors(directory: Path) -> Iterator[tuple[str, int]]:
@@ -53,15 +55,51 @@ def _config(directory: Path) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _kv_bytes_per_token(config: Mapping[str, Any]) -> int | None:
-    """Keys and values of all layers; None for models whose layers do not all keep both."""
-    if "kv_lora_rank" in config or "layer_types" in config:
-        return None
+def _cache_bytes(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Bytes that all layers keep of a token, and of a sequence where layers have a state; None = not known, or none.
+
+    Fields: https://huggingface.co/docs/transformers, Qwen3-Next, Kimi Linear and LFM2 for states.
+    """
+    text = config.get("text_config")
+    if isinstance(text, Mapping):
+        config = {"dtype": config.get("dtype"), **text}
     try:
-        heads = int(config["num_attention_heads"])
-        kv_heads = int(config.get("num_key_value_heads") or heads)
-        head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
-        dtype = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16")
-        return 2 * int(config["num_hidden_layers"]) * kv_heads * head_dim * _DTYPE_BYTES[dtype]
+        itemsize = _DTYPE_BYTES[str(config.get("torch_dtype") or config.get("dtype") or "bfloat16")]
+        num_layers = int(config["num_hidden_layers"])
+        with_state, values, tail = _states(config, num_layers)
+        per_token = (num_layers - with_state) * _layer_token_values(config) * itemsize
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        return None
+        return None, None
+    return per_token, with_state * (values * _STATE_BYTES + tail * itemsize) or None
+
+
+def _layer_token_values(config: Mapping[str, Any]) -> int:
+    """Values that one layer keeps of a token: keys and values of its heads, or a latent and the rotated part of the key."""
+    if config.get("kv_lora_rank") is not None:
+        return int(config["kv_lora_rank"]) + int(config["qk_rope_head_dim"])
+    heads = int(config["num_attention_heads"])
+    head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+    return 2 * int(config.get("num_key_value_heads") or config.get("num_attention_groups") or heads) * head_dim
+
+
+def _states(config: Mapping[str, Any], num_layers: int) -> tuple[int, int, int]:
+    """Layers that have a state, and of each the values kept in fp32 and those, a convolution's last inputs, kept as computed."""
+    kinds = list(config.get("layer_types") or ())
+    if set(kinds) - _KNOWN_LAYERS or "attn_type_list" in config:
+        raise ValueError("layers of a kind that is not known")
+    section = config.get("linear_attn_config")
+    if isinstance(section, Mapping):  # Kimi Linear
+        heads, dim = int(section["num_heads"]), int(section["head_dim"])
+        return len(section["kda_layers"]), heads * dim * dim, (int(section["short_conv_kernel_size"]) - 1) * 3 * heads * dim
+    if config.get("linear_num_value_heads"):  # Qwen3-Next, Qwen3.5
+        keys, key_dim = int(config["linear_num_key_heads"]), int(config["linear_key_head_dim"])
+        values, value_dim = int(config["linear_num_value_heads"]), int(config["linear_value_head_dim"])
+        every = int(config.get("full_attention_interval") or 4)
+        num = kinds.count("linear_attention") if kinds else num_layers - num_layers // every
+        taps = int(config["linear_conv_kernel_dim"])
+        return num, values * key_dim * value_dim, (taps - 1) * (2 * keys * key_dim + values * value_dim)
+    if "conv" in kinds:  # LFM2
+        return kinds.count("conv"), 0, (int(config.get("conv_L_cache") or 3) - 1) * int(config["hidden_size"])
+    if "linear_attention" in kinds:
+        raise ValueError("a state of a size that is not known")
+    return 0, 0, 0

@@ -89,6 +89,18 @@ def test_the_configuration_names_the_deployments_that_the_application_has() -> N
     assert named == {pool.deployment_name for pool in plan_serve(served).pools} | {GATEWAY}
 
 
+def test_rays_ports_ask_for_the_token_that_kuberay_makes() -> None:
+    cluster = rendered(document())["spec"]["rayClusterConfig"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        (container,) = group["template"]["spec"]["containers"]
+        ours = {variable["name"] for variable in container["env"]}
+        assert not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} & ours, "KubeRay would leave them as they are"
+        for probe in (container["readinessProbe"], container["livenessProbe"]):
+            # Answered without a token: by Ray's agent (PUBLIC_EXACT_PATHS of http_server_agent.py), or by our own gateway.
+            assert probe["httpGet"]["path"] in ("/api/local_raylet_healthz", "/ready", "/health")
+
+
 def test_a_pool_of_size_zero_is_taken_by_rays_schema() -> None:
     revision = render_revision(document(), SETTINGS, None)
     config = serve_config(revision.application, {"prefill": 0, "attention": 0, "ffn": 0, "gateway": 1})

@@ -130,4 +130,5 @@ class ModelArtifactStatus(Model):
     size_bytes: int = Field(default=0, description="Bytes that were downloaded.")
     ffn_bytes: int = Field(default=0, description="Of them, those of the layers' FFNs and experts; 0 = not known.")
     kv_bytes_per_token: int = Field(default=0, description="KV cache of one token at the checkpoint's format; 0 = not known.")
+    state_bytes: int = Field(default=0, description="State of one sequence, all layers; 0 = the model has none, or not known.")
     used_by: tuple[str, ...] = Field(default=(), description="LLMDeployments that use it.", max_length=256)

@@ -1,6 +1,6 @@
 """What memory a worker's pod needs, part by part, and which pools have too little (control speed, pure).
 
-    pod = weights of its role + KV cache + the worker's own runtime + Ray's processes beside it, and a tenth on top
+    pod = weights of its role + KV cache, states in it + the worker's own runtime + Ray's processes beside it, and a tenth on top
 
 What is not known counts as nothing, so a pool that is refused is short of memory for certain. Must not know: pods.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from antiphon.core.document.pools import PoolSpec, parse_quantity
 from antiphon.core.document.spec import LLMDeploymentSpec
+from antiphon.core.kv import num_state_slots
 
 # Seen on a cluster with Ray 2.60: a worker of 1.57 GB held 1.07 of KV cache and 0.11 of weights; beside it stood Ray's serve
 # replica, ray start, dashboard agent, runtime-env agent, log monitor and raylet with 0.62.
@@ -29,6 +30,7 @@ class WeightSizes:
     total_bytes: int | None = None
     ffn_bytes: int | None = None
     kv_bytes_per_token: int | None = None
+    state_bytes: int | None = None  # of a sequence at one place, of models whose layers have one; None = none, or not known
 
 
 NOTHING_KNOWN = WeightSizes()
@@ -80,12 +82,36 @@ def _kv_cache(spec: LLMDeploymentSpec, pool: PoolSpec, sizes: WeightSizes) -> in
         return 0
     if cache.num_blocks is None:
         return int(parse_quantity(cache.memory))
-    per_token = sizes.kv_bytes_per_token
-    return None if per_token is None else cache.num_blocks * cache.block_size_tokens * per_token
+    if sizes.kv_bytes_per_token is None:
+        return None
+    blocks = cache.num_blocks * cache.block_size_tokens * sizes.kv_bytes_per_token
+    return blocks + _states(spec, sizes, blocks)
+
+
+def _states(spec: LLMDeploymentSpec, sizes: WeightSizes, memory_bytes: int) -> int:
+    """Bytes of all state slots of a worker whose cache has so much memory."""
+    if not sizes.state_bytes:
+        return 0
+    num_slots = num_state_slots(
+        max_num_seqs=spec.scheduler.max_num_seqs,
+        memory_bytes=memory_bytes,
+        state_bytes=sizes.state_bytes,
+        prefix_caching=spec.cache.prefix_caching,
+        num_snapshots=spec.cache.num_snapshots,
+    )
+    return num_slots * sizes.state_bytes
 
 
 def memory_problems(spec: LLMDeploymentSpec, sizes: WeightSizes) -> Iterator[str]:
-    """Pools whose ``resources.memory`` is less than a worker needs, with the figures and what to do."""
+    """A cache without room for its states, and pools whose ``resources.memory`` is less than a worker needs; with the figures."""
+    room = int(parse_quantity(spec.cache.memory))
+    states = _states(spec, sizes, room)
+    if spec.cache.num_blocks is None and states > room:
+        yield (
+            f"spec.cache.memory: {spec.cache.memory} ({room / _GIB:.2f} GiB) is too little for the states of "
+            f"{spec.scheduler.max_num_seqs} sequences and of snapshots, which take {states / _GIB:.2f} GiB "
+            f"({sizes.state_bytes:,} bytes each); raise it, or lower spec.scheduler.maxNumSeqs"
+        )
     for i, pool in enumerate(spec.pools):
         if pool.resources.memory is None:
             continue

@@ -32,7 +32,7 @@ from antiphon_operator.render.settings import Settings
 
 FINALIZER = f"{GROUP}/in-use"
 FINALIZER_MANAGER = f"{MANAGER}-finalizer"
-WEIGHT_FIELDS = ("ffnBytes", "kvBytesPerToken")  # what the weights consist of, as the download found them
+WEIGHT_FIELDS = ("ffnBytes", "kvBytesPerToken", "stateBytes")  # what the weights consist of, as the download found them
 BUSY_S = 10.0
 REST_S = 600.0
 
@@ -126,6 +126,7 @@ class ArtifactReconciler:
             size_bytes=int(result.get("sizeBytes", 0)),
             ffn_bytes=int(result.get("ffnBytes", 0)),
             kv_bytes_per_token=int(result.get("kvBytesPerToken", 0)),
+            state_bytes=int(result.get("stateBytes", 0)),
             used_by=used_by[:256],
         )
         return status, conditions

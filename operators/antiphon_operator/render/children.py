@@ -95,8 +95,12 @@ def services(document: LLMDeployment, owner: Json, active_cluster: str) -> tuple
     )
 
 
-def disruption_budgets(document: LLMDeployment, owner: Json) -> tuple[Json, ...]:
-    """One per pool and one for the gateway: a drain takes one worker at a time."""
+def disruption_budgets(document: LLMDeployment, owner: Json, sizes: Mapping[str, int]) -> tuple[Json, ...]:
+    """One per pool and one for the gateway: a drain takes one worker of ``sizes`` at a time.
+
+    Of pods whose owner has no scale subresource, as a RayCluster's, Kubernetes counts with a whole minAvailable only; with
+    maxUnavailable it lets no pod go at all.
+    """
     groups = [*(pool.name for pool in document.spec.pools), GATEWAY]
     return tuple(
         {
@@ -104,7 +108,7 @@ def disruption_budgets(document: LLMDeployment, owner: Json) -> tuple[Json, ...]
             "kind": "PodDisruptionBudget",
             "metadata": _metadata(document, owner, pool_object_name(document.metadata.name, group)),
             "spec": {
-                "maxUnavailable": 1,
+                "minAvailable": max(0, sizes.get(group, 0) - 1),
                 "selector": {"matchLabels": {LABEL_DEPLOYMENT: document.metadata.name, LABEL_POOL: group}},
             },
         }

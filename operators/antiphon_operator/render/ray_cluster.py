@@ -42,6 +42,8 @@ def ray_cluster(document: LLMDeployment, settings: Settings, runtime: Runtime, w
         _group(GATEWAY, gateway, gateway_template(document, settings, runtime, weights), document.spec.kubernetes.drain_s)
     )
     return _fault_tolerance(document) | {
+        # Without it Ray's ports in the pods run anybody's code. KubeRay makes a token per cluster, in a Secret for its pods.
+        "authOptions": {"mode": "token"},
         "rayVersion": document.spec.kubernetes.ray_version or runtime.ray_version,
         "enableInTreeAutoscaling": True,
         "autoscalerOptions": {

@@ -23,6 +23,8 @@ from antiphon.core.request import RequestId
 
 TransferId = NewType("TransferId", int)
 LIVE_STATES = 2  # state slots of a sequence that is computed
+_SNAPSHOT_SHARE = 8  # one part in so many of a cache's memory
+_MIN_SNAPSHOTS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,3 +142,22 @@ class KVTarget:
     transfer_id: TransferId
     first_token: int  # the asker has KV below this
     num_tokens: int
+
+
+def num_state_slots(
+    *, max_num_seqs: int, memory_bytes: int, state_bytes: int, prefix_caching: bool, num_snapshots: int | None = None
+) -> int:
+    """State slots of a worker's cache: those of as many sequences as may run, and those of snapshots for equal prefixes.
+
+    Args:
+        max_num_seqs: sequences that may run at once.
+        memory_bytes: of the whole cache.
+        state_bytes: of one slot, all layers.
+        prefix_caching: whether snapshots are kept.
+        num_snapshots: how many at most; None = an eighth of the memory, and 8 at least.
+    """
+    if not prefix_caching:
+        num_snapshots = 0
+    elif num_snapshots is None:
+        num_snapshots = max(_MIN_SNAPSHOTS, memory_bytes // _SNAPSHOT_SHARE // state_bytes)
+    return LIVE_STATES * max_num_seqs + num_snapshots

@@ -211,7 +211,7 @@ class LLMReconciler:
             failed = ""  # another document is wanted now
         await apply_children(self._kube, writer, document, world.owner, world.pools)
         await self._apply_service(writer, world, plan, step, planned, revision)
-        await self._apply_surroundings(writer, world)
+        await self._apply_surroundings(writer, world, plan.asked)
         active = "" if observed.service is None else observed.service.active
         before = GatewayObjects(route=str(previous.get("route", "")), pool=str(previous.get("inferencePool", "")))
         reached = await apply_gateway_objects(self._kube, writer, document, world.owner, active_cluster=active, before=before)
@@ -282,14 +282,14 @@ class LLMReconciler:
         except UnknownField as error:
             raise Refused(Reason.UNSUPPORTED_KUBERAY, f"KubeRay's RayService lacks what is needed, upgrade it: {error}") from error
 
-    async def _apply_surroundings(self, writer: Writer, world: _World) -> None:
+    async def _apply_surroundings(self, writer: Writer, world: _World, sizes: Mapping[str, int]) -> None:
         document, owner = world.document, world.owner
         active = "" if world.observed.service is None else world.observed.service.active
         behind = inference_pool(document, owner, active)
         wanted = [
             *render.services(document, owner, active),
             *([] if behind is None else [behind[1]]),
-            *render.disruption_budgets(document, owner),
+            *render.disruption_budgets(document, owner, sizes),
             *render.network_policies(document, owner, self._settings),
         ]
         for value in wanted:

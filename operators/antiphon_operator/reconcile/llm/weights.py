@@ -75,6 +75,7 @@ def _of_artifact(artifact: Object) -> Found:
         total_bytes=size_bytes or None,
         ffn_bytes=int(status.get("ffnBytes", 0)) or None,
         kv_bytes_per_token=int(status.get("kvBytesPerToken", 0)) or None,
+        state_bytes=int(status.get("stateBytes", 0)) or None,
     )
     return Found(weights=weights, model=state, sizes=sizes)
 

@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from antiphon.apps.process.wiring.cache_room import cache_room
 from antiphon.core.document.pools import parse_quantity
 from antiphon.core.document.spec import LLMDeploymentSpec
+from antiphon.core.errors import InvalidInput
+from antiphon.models.cache_layout import kv_layout
+from antiphon.models.families import describe
 from antiphon_operator.planning.memory import RAY_BYTES, RUNTIME_BYTES, WeightSizes, memory_need, memory_problems
 from antiphon_operator.render.settings import Runtime, Settings
 from antiphon_operator.weight_sizes import sizes_in
@@ -110,3 +115,90 @@ def test_a_checkpoint_of_another_form_is_not_known(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"short")
     (tmp_path / "config.json").write_text("[]")
     assert sizes_in(tmp_path) == WeightSizes()
+
+
+DELTA = {"num_hidden_layers": 8, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "Qwen3-Next": {
+        **DELTA,
+        "architectures": ["Qwen3NextForCausalLM"],
+        "vocab_size": 100,
+        "intermediate_size": 96,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 64,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 24,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
+    "Kimi Linear": {
+        **DELTA,
+        "architectures": ["KimiLinearForCausalLM"],
+        "vocab_size": 100,
+        "intermediate_size": 96,
+        "rms_norm_eps": 1e-6,
+        "model_max_length": 64,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "mla_use_nope": True,
+        "linear_attn_config": {
+            "kda_layers": [1, 2, 3, 5, 6, 7],
+            "full_attn_layers": [4, 8],
+            "num_heads": 4,
+            "head_dim": 16,
+            "short_conv_kernel_size": 4,
+        },
+        "num_experts": 4,
+        "num_experts_per_token": 2,
+        "moe_intermediate_size": 32,
+    },
+    "LFM2": {
+        **DELTA,
+        "architectures": ["Lfm2ForCausalLM"],
+        "vocab_size": 100,
+        "intermediate_size": 96,
+        "norm_eps": 1e-6,
+        "max_position_embeddings": 64,
+        "conv_L_cache": 3,
+        "layer_types": ["conv", "conv", "full_attention", "conv"] * 2,
+    },
+}
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_what_is_kept_of_tokens_and_sequences_is_what_a_worker_lays_out(family: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**HYBRIDS[family], "dtype": "bfloat16"}))
+    laid_out = kv_layout(describe(HYBRIDS[family]), torch.bfloat16, 1)
+    found = sizes_in(tmp_path)
+    assert (found.kv_bytes_per_token, found.state_bytes) == (laid_out.token_bytes, laid_out.state_bytes)
+    assert laid_out.state_bytes > 0
+
+
+@pytest.mark.parametrize("section", [{}, {"numBlocks": 500}, {"numSnapshots": 3}, {"prefixCaching": False}])
+def test_states_count_as_many_slots_as_a_worker_makes(section: dict[str, Any]) -> None:
+    layout = kv_layout(describe(HYBRIDS["Qwen3-Next"]), torch.bfloat16, 16)
+    sizes = WeightSizes(kv_bytes_per_token=layout.token_bytes, state_bytes=layout.state_bytes)
+    value = spec(cache={"memory": "64Mi", **section}, scheduler={"maxNumSeqs": 10})
+    room = cache_room(value, layout, 4096)
+    assert room.num_state_slots is not None
+    needed = room.num_blocks * layout.block_bytes + room.num_state_slots * layout.state_bytes
+    counted = memory_need(value, value.pools[0], sizes).kv_cache
+    assert counted is not None
+    assert needed <= counted < needed + layout.block_bytes
+
+
+def test_a_cache_without_room_for_its_states_is_refused_before_a_worker_starts() -> None:
+    layout = kv_layout(describe(HYBRIDS["Qwen3-Next"]), torch.bfloat16, 16)
+    sizes = WeightSizes(kv_bytes_per_token=layout.token_bytes, state_bytes=layout.state_bytes)
+    value = spec(cache={"memory": "1Mi"}, scheduler={"maxNumSeqs": 256})
+    (problem,) = memory_problems(value, sizes)
+    assert problem.startswith("spec.cache.memory: 1Mi (0.00 GiB) is too little for the states of 256 sequences")
+    with pytest.raises(InvalidInput, match="take 22,164,480 bytes"):
+        cache_room(value, layout, 4096)

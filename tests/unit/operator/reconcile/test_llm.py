@@ -291,6 +291,22 @@ def test_an_invalid_document_is_refused_with_the_field() -> None:
     assert "monolith" in cluster.message("Accepted")
 
 
+def test_a_drain_takes_one_worker_of_a_pool_at_a_time_whatever_its_size() -> None:
+    cluster = Cluster()
+    cluster.create(external(gpuBudget=20))
+    for replicas in (1, 3, 2):
+        cluster.run(4)
+        scale(cluster, replicas)
+        cluster.run(90)
+        budget = cluster.api.get(DISRUPTION_BUDGET, "default", "demo-attention")
+        assert budget is not None
+        # Of a RayCluster's pods the API server counts with a whole minAvailable only: it has no scale subresource.
+        assert set(budget["spec"]) == {"minAvailable", "selector"}
+        pods = cluster.api.list(POD, "default", budget["spec"]["selector"]["matchLabels"]).items
+        assert len(pods) == replicas
+        assert len(pods) - budget["spec"]["minAvailable"] == 1
+
+
 def external(**extra: Any) -> dict[str, Any]:
     made = spec(**extra)
     made["pools"][0]["scaling"] = {"mode": "External", "minReplicas": 1, "maxReplicas": 6}

@@ -10,10 +10,7 @@ from dataclasses import dataclass
 from antiphon.core.document.pools import parse_quantity
 from antiphon.core.document.spec import LLMDeploymentSpec
 from antiphon.core.errors import InvalidInput
-from antiphon.core.kv import LIVE_STATES, KVLayout
-
-_SNAPSHOT_SHARE = 8  # one part in so many of the memory
-_MIN_SNAPSHOTS = 8
+from antiphon.core.kv import KVLayout, num_state_slots
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +35,13 @@ def cache_room(spec: LLMDeploymentSpec, layout: KVLayout, max_model_len: int) ->
         )
     if spec.cache.num_blocks is not None:
         memory_bytes = spec.cache.num_blocks * layout.block_bytes
-    num_snapshots = 0
-    if spec.cache.prefix_caching:
-        num_snapshots = max(_MIN_SNAPSHOTS, memory_bytes // _SNAPSHOT_SHARE // layout.state_bytes)
-        if spec.cache.num_snapshots is not None:
-            num_snapshots = spec.cache.num_snapshots
-    num_slots = LIVE_STATES * spec.scheduler.max_num_seqs + num_snapshots
+    num_slots = num_state_slots(
+        max_num_seqs=spec.scheduler.max_num_seqs,
+        memory_bytes=memory_bytes,
+        state_bytes=layout.state_bytes,
+        prefix_caching=spec.cache.prefix_caching,
+        num_snapshots=spec.cache.num_snapshots,
+    )
     if spec.cache.num_blocks is not None:
         return CacheRoom(num_blocks=spec.cache.num_blocks, num_state_slots=num_slots)
     if not layout.kv_layers:  # tokens cost nothing: as many as all sequences can have
@@ -52,7 +50,7 @@ def cache_room(spec: LLMDeploymentSpec, layout: KVLayout, max_model_len: int) ->
         num_blocks = (memory_bytes - num_slots * layout.state_bytes) // layout.block_bytes
     if num_slots * layout.state_bytes > memory_bytes or num_blocks < 1:
         raise InvalidInput(
-            f"the states of {spec.scheduler.max_num_seqs} sequences and {num_snapshots} snapshots take "
+            f"{num_slots} states, of {spec.scheduler.max_num_seqs} sequences and of snapshots, take "
             f"{num_slots * layout.state_bytes:,} bytes of the cache's {memory_bytes:,}: more memory, or a smaller "
             "scheduler.maxNumSeqs",
             "spec.cache.memory",
