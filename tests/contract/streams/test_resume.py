@@ -160,6 +160,7 @@ async def test_streams_of_a_killed_gateway_go_on_at_another(tmp_path: Path) -> N
                 gateway_process(world.checkpoint, directory.address) as (first, here),
                 gateway_process(world.checkpoint, directory.address) as (_, there),
             ):
+                world.engine.stop_after_tokens = 30  # all streams are in their midst when their gateway dies
                 streams = [(path, number) for path in BODIES for number in range(2)]
                 fields = {"seed": None, "max_tokens": 100, "temperature": 1.0}
                 progress: dict[tuple[str, int], int] = {}
@@ -180,9 +181,10 @@ async def test_streams_of_a_killed_gateway_go_on_at_another(tmp_path: Path) -> N
 
                 async with asyncio.TaskGroup() as group:
                     reading = {key: group.create_task(read(key)) for key in streams}
-                    await fake.until(lambda: all(progress.get(key, 0) > 10 for key in streams))
+                    await fake.until(lambda: all(progress.get(key, 0) > 10 for key in streams), 60)
                     assert first.pid != os.getpid()
                     first.send_signal(signal.SIGKILL)
+                world.engine.stop_after_tokens = None
                 for key, task in reading.items():
                     request_id, text = task.result()
                     seen = Sent.all_of(text[: text.rfind("\n\n") + 2])  # what came last may be half an event
