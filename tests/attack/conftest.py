@@ -29,9 +29,9 @@ class Target:
     """prefill + attention + ffn as processes of their own, with every transport that works here, and a gateway before them."""
 
     def __init__(self, base: Path) -> None:
-        checkpoint = write_tiny_llama(base / "model")
+        self.checkpoint = checkpoint = write_tiny_llama(base / "model")
         (base / "run").mkdir(mode=0o700)
-        document = LLMDeployment.model_validate(
+        self.document = document = LLMDeployment.model_validate(
             {
                 "apiVersion": "serving.antiphon.dev/v1alpha1",
                 "kind": "LLMDeployment",
@@ -61,10 +61,14 @@ class Target:
             time.sleep(0.05)
         bound = self.deployment._gateway.wait_open(1.0)  # type: ignore[union-attr]
         self.http = f"http://127.0.0.1:{bound.http_port}"
+        self.grpc = f"127.0.0.1:{bound.grpc_port}"
         self.directory = BlockingDirectory(open_directory(self.deployment.directory_address))
         self.workers = self._workers()
         self.pids = {info.pid for info in self.workers.values()}
         self.expected = self.ask()
+        processes = {role: psutil.Process(info.pid) for role, info in self.workers.items()}
+        self.figures = {role.value: (process.num_fds(), process.num_threads()) for role, process in processes.items()}
+        self.resident_bytes = {role: process.memory_info().rss for role, process in processes.items()}
 
     def _workers(self) -> dict[Role, WorkerInfo]:
         return {record.info.role: record.info for record in self.directory.workers()}

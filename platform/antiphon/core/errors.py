@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 
 class AntiphonError(Exception):
@@ -35,6 +35,9 @@ class AntiphonError(Exception):
     http_status: ClassVar[int] = 500
     grpc_status: ClassVar[str] = "INTERNAL"
     retryable: ClassVar[bool] = False
+
+
+_E = TypeVar("_E", bound=AntiphonError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +60,12 @@ class ErrorInfo:
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"
+
+
+def kept(error: _E) -> _E:
+    """``error`` as it may be kept: without the frames that it passed through, which hold links, memory and messages."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error
 
 
 class InvalidInput(AntiphonError):

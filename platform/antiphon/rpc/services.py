@@ -5,11 +5,13 @@ Must not know: what the services do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
+import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # the stubs miss it
@@ -33,6 +35,42 @@ class Service(Protocol):
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register the method handlers."""
         ...
+
+
+class BadBytes(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
+    """Bytes that are no message are refused as bad input, also by services whose messages grpc parses: it says UNKNOWN."""
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        """A handler that parses by itself."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_deserializer is None:
+            return handler
+        parse, call = handler.request_deserializer, handler.unary_unary
+
+        async def parsed(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            try:
+                return parse(raw)
+            except DecodeError as error:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the bytes are no message: {error}")
+
+        async def unary(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            return await call(await parsed(raw, context), context)
+
+        async def both(raws: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            async def messages() -> AsyncIterator[Any]:
+                async for raw in raws:
+                    yield await parsed(raw, context)
+
+            async for response in handler.stream_stream(messages(), context):
+                yield response
+
+        if handler_call_details.method.startswith(f"/{reflection.SERVICE_NAME}/"):
+            return grpc.stream_stream_rpc_method_handler(both, None, handler.response_serializer)
+        if handler.request_streaming or handler.response_streaming:
+            return handler  # these may read and write by themselves; whoever sends such bytes ends its own stream
+        return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
 
 
 class RpcServer:
@@ -98,7 +136,9 @@ class RpcServer:
         Raises:
             Unavailable: the address can't be bound.
         """
-        server = grpc.aio.server(options=self._options, maximum_concurrent_rpcs=self._max_concurrent_calls)
+        server = grpc.aio.server(
+            interceptors=[BadBytes()], options=self._options, maximum_concurrent_rpcs=self._max_concurrent_calls
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         for service in self._services:
             service.add_to(server)

@@ -14,7 +14,7 @@ import torch
 
 from antiphon.connectors.afd.rows import RowFormat, SlotViews
 from antiphon.connectors.headers import WIRE_DTYPES, Header, Kind, unpack
-from antiphon.core.errors import AntiphonError, CorruptMessage, PeerLost
+from antiphon.core.errors import AntiphonError, CorruptMessage, PeerLost, kept
 from antiphon.core.ids import Epoch
 from antiphon.device.ready import written
 from antiphon.transport.base import Link, Listener, Message
@@ -197,5 +197,5 @@ class FFNSide:
             del self._views[link]
             self.num_changes += 1
             self._waiting.remove(link)
-            self.refusals.append(error)
+            self.refusals.append(kept(error))
         link.close()

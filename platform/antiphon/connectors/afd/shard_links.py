@@ -12,7 +12,7 @@ from collections.abc import Callable, Container
 
 from antiphon.connectors.afd.inflight import Peer
 from antiphon.connectors.afd.rows import RowFormat, SlotViews
-from antiphon.core.errors import AntiphonError, CorruptMessage, PeerLost
+from antiphon.core.errors import AntiphonError, CorruptMessage, PeerLost, kept
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.transport.base import Link
 from antiphon.transport.waiting import WaitSet
@@ -115,7 +115,7 @@ class ShardLinks:
         """A worker is lost, and why."""
         peers = self.shards[index]
         if peer in peers:
-            self.losses.append(error)
+            self.losses.append(kept(error))
             peers.remove(peer)
             self.waiting.remove(peer.link)
             if not peers:

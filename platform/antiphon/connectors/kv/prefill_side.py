@@ -14,7 +14,7 @@ import torch
 
 from antiphon.connectors.headers import Header, Kind, unpack
 from antiphon.connectors.kv.handoff import NOTHING_HAPPENED, TOKENS_PER_MESSAGE, Sender
-from antiphon.core.errors import AntiphonError, CorruptMessage, PeerLost
+from antiphon.core.errors import AntiphonError, CorruptMessage, PeerLost, kept
 from antiphon.core.ids import Epoch
 from antiphon.core.kv import KVTarget, TransferId
 from antiphon.core.request import Request, RequestId, SamplingParams
@@ -287,7 +287,7 @@ class PrefillSide:
 
     def _drop(self, number: int, error: AntiphonError) -> None:
         peer = self._peers.pop(number)
-        self.refusals.append(error)
+        self.refusals.append(kept(error))
         self.waiting.remove(peer.link)
         peer.link.close()
         for transfer in peer.transfers.values():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -99,7 +100,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     """
     check_structure(body)
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
     except UnicodeDecodeError as error:
         raise InvalidInput(f"the body is not valid UTF-8: byte {error.start}") from error
     except RecursionError as error:
@@ -124,6 +125,13 @@ def check_structure(body: bytes) -> None:
         raise InvalidInput(f"the body holds more than {MAX_CONTAINERS} lists and objects")
     if structure.count(b",") > MAX_VALUES:
         raise InvalidInput(f"the body holds more than {MAX_VALUES} values")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):  # 1e999: JSON can write it, but no answer could repeat it
+        raise ValueError(f"{text[:32]} is beyond every float")
+    return value
 
 
 def _refuse_constant(name: str) -> None:

@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from antiphon.core.errors import AntiphonError, Unavailable
+from antiphon.core.errors import AntiphonError, Unavailable, kept
 from antiphon.transport.base import Answer, Hello, Link, Listener
 from antiphon.transport.wakeup import Wakeup
 
@@ -58,7 +58,7 @@ class QueuedListener(Listener):
 
     def refuse(self, error: AntiphonError) -> None:
         """Note a peer that was turned away, for ``refused`` to tell."""
-        self._refused.append(error)
+        self._refused.append(kept(error))
 
     def arrive(self, link: Link) -> None:
         """Leave a link for ``accept``; it is closed at once if nobody will come for it."""

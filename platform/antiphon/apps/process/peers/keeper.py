@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from antiphon.apps.process.peers.watch import Creditor, PeerWatch
-from antiphon.core.errors import AntiphonError, LayoutMismatch
+from antiphon.core.errors import AntiphonError, LayoutMismatch, kept
 from antiphon.core.ids import Epoch, Role, WorkerId
 from antiphon.core.worker_info import WorkerInfo
 from antiphon.directory.lease import BlockingDirectory
@@ -105,12 +105,12 @@ class PeerKeeper:
         try:
             link = self._connect(info.endpoint.data, wish.hello(info), CONNECT_TIMEOUT_S)
         except LayoutMismatch as error:
-            self.last_refusal = error
+            self.last_refusal = kept(error)
             self._refused[key] = int(_RETRY_AFTER_REFUSAL_S / INTERVAL_S)
             logger.error("can't pair with %s: %s", info.worker_id, error)  # noqa: TRY400  # a fact, not a traceback
             return
         except AntiphonError as error:
-            self.last_refusal = error
+            self.last_refusal = kept(error)
             logger.info("%s does not answer yet: %s", info.worker_id, error)
             return
         self.last_refusal = None

@@ -1,6 +1,6 @@
 """Kill -9 of FFN, attention and prefill workers at random moments under streams: is every stream whole, and how long is the pause.
 
-    python tests/bench/kill_recovery.py [--kills 50] [--streams 32] [--seconds 480] [--seed 0]
+    python tests/bench/faults/kill_recovery.py [--kills 50] [--streams 32] [--seconds 480] [--seed 0]
 
 A deployment of real processes, prefill + 2A2F over a tiny model, streams without end; each that ends is compared with the text of
 the undisturbed run. Workers are killed at random moments, but never two of one pool at a time. One JSON line a kill, one for all:
