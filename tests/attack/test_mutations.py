@@ -1,6 +1,6 @@
 """Mutated inputs at every door and port of a running deployment: nothing ends, nothing fails inside, nothing is kept.
 
-Some hundreds in ``make test`` and ``make attack``; ANTIPHON_ATTACK_INPUTS is their number over all doors, ANTIPHON_ATTACK_SEED their seed.
+Some hundreds by default; ANTIPHON_ATTACK_INPUTS is their number over all doors, ANTIPHON_ATTACK_SEED their seed.
 """
 
 from __future__ import annotations
