@@ -409,7 +409,7 @@ def test_data_ports(target: Target, role: Role, scheme: str) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/chat/completions"])
 def test_numbers_that_no_answer_could_repeat_are_refused(target: Target, path: str) -> None:
-    """An answer that repeats what was asked has no JSON for 1e999; the door answered 500."""
+    """An answer that repeats what was asked has no JSON for 1e999."""
     for field in ("metadata", "tools"):
         body = json.dumps({**BODIES[path], "metadata": {"a": "?"}, "tools": [{"type": "function", "name": "f", "parameters": "?"}]})
         text = body.replace('"?"', "1e999" if field == "metadata" else '{"maximum": -1e999}')
