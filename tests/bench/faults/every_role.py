@@ -351,7 +351,7 @@ async def measure(system: System, args: argparse.Namespace) -> int:
     await load.learn()
     quiet_s = time.monotonic()
     running = asyncio.create_task(load.run())
-    await asyncio.sleep(REST_S)
+    await asyncio.sleep(REST_S)  # how long the fault lasts
     print(
         json.dumps({"bench": "faults", "fault": "none", "pause_s": round(load.longest(quiet_s, time.monotonic()), 2)}), flush=True
     )
