@@ -24,7 +24,9 @@ from antiphon.apps.serve.deployment_set import Serving
 from antiphon.apps.serve.gateway_app import GatewayThread, door_trust, door_url, port_facts, serving_config
 from antiphon.apps.serve.plan import GATEWAY, GATEWAY_CPU, PoolTemplate, ServeSettings, plan_serve
 from antiphon.apps.serve.ray_runtime import ApplicationState, RayRuntime
+from antiphon.apps.supervision.child_process import RUNTIME_VARIABLES
 from antiphon.apps.supervision.event_log import EventLog, EventLogEntry
+from antiphon.apps.supervision.fork_server import ForkServer
 from antiphon.apps.supervision.supervisor import DEFAULT_ARGV, RestartLimits, SupervisorState, WorkerSupervisor
 from antiphon.core.document.serving import EndpointSpec
 from antiphon.core.document.spec import LLMDeployment
@@ -87,6 +89,7 @@ class DirectDeployment:
         self._settings = settings
         own_identity()  # before any process is started: it goes with the environment
         self._host = DirectoryHosting(self._serving.redis_url)
+        self._forks: ForkServer | None = None
         self._directory: BlockingDirectory | None = None
         self._supervisors: list[WorkerSupervisor] = []
         self._gateway: GatewayThread | None = None
@@ -100,6 +103,7 @@ class DirectDeployment:
 
     def start(self, say: Say = lambda _text: None) -> None:
         """See ``LocalDeployment``."""
+        self._forks = ForkServer.start(self._run_dir, RUNTIME_VARIABLES)
         self._directory = BlockingDirectory(open_directory(self.directory_address))
         for document in self._serving.deployments:
             self._supervise(document, self._directory)
@@ -124,6 +128,7 @@ class DirectDeployment:
                 log=self._settings.log,
                 tier_pool=tier_pool,
                 cards=self._settings.cards.get((name, pool.name), ()),
+                fork_server=None if self._forks is None else self._forks.address,
             )
             for replica in range(pool.num_replicas):
                 self._supervisors.append(
@@ -161,6 +166,8 @@ class DirectDeployment:
             stopper.start()
         for stopper in stoppers:
             stopper.join()
+        if self._forks is not None:
+            self._forks.close()
         if self._directory is not None:
             self._directory.close()
         self._host.close()
@@ -206,6 +213,7 @@ class RayDeployment:
         self._runtime = RayRuntime(run_dir, num_cpus=num_cpus + 1, resources={})
         own_identity()  # before any process is started: it goes with the environment
         self._host = DirectoryHosting(self._serving.redis_url)
+        self._forks: ForkServer | None = None
         self._deployed = False
         self._next_look_s = 0.0
         self._state = ApplicationState(status="NOT_STARTED")
@@ -217,6 +225,7 @@ class RayDeployment:
 
     def start(self, say: Say = lambda _text: None) -> None:
         """See ``LocalDeployment``."""
+        self._forks = ForkServer.start(self._run_dir, RUNTIME_VARIABLES)  # it imports while Ray starts
         say("Starting Ray")
         with self._event_log.timed("ray"):
             self._runtime.start()
@@ -225,7 +234,8 @@ class RayDeployment:
             self._runtime.start_serve()
         from antiphon.apps.serve_entry import application_of
 
-        settings = dataclasses.replace(self._settings, directory=self._host.address)
+        forks = None if self._forks is None else self._forks.address
+        settings = dataclasses.replace(self._settings, directory=self._host.address, fork_server=forks)
         run_dirs = {}
         for document in self._serving.deployments:
             run_dir = self._serving.run_dir_of(document.metadata.name, self._run_dir)
@@ -257,6 +267,8 @@ class RayDeployment:
                 self._runtime.delete(_APPLICATION)
         self._deployed = False
         self._runtime.stop()
+        if self._forks is not None:
+            self._forks.close()
         self._host.close()
 
 

@@ -38,6 +38,7 @@ class ServeSettings:
     drain_s: float = 20.0
     log: LogSettings = field(default_factory=LogSettings)
     cards: Mapping[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)  # see apps.devices; empty = Ray deals them out
+    fork_server: str | None = None  # its address, on this machine; None = each worker is started from nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +138,7 @@ class PoolTemplate:
     log: LogSettings
     tier_pool: TierPool | None = None  # see WorkerConfig
     cards: tuple[str, ...] = ()  # of workers 0, 1, ...; empty = not dealt out here
+    fork_server: str | None = None  # see ServeSettings
 
     @property
     def spec(self) -> PoolSpec:

@@ -75,6 +75,7 @@ class PoolReplica:
             log=settings.log,
             tier_pool=self._tier_pool,
             cards=settings.cards.get((self._document.metadata.name, self._pool), ()),
+            fork_server=settings.fork_server,
         )
         self._supervisor = WorkerSupervisor(
             template,

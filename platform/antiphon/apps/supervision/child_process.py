@@ -6,6 +6,7 @@ Must not know: why it is started, or what comes after it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import signal
@@ -18,15 +19,19 @@ from pathlib import Path
 from antiphon.apps.process.config import CONFIG_VARIABLE, WorkerConfig
 from antiphon.apps.process.events import EVENTS_VARIABLE, WorkerEvent
 from antiphon.apps.serve.host import open_private
-from antiphon.core.errors import CorruptMessage
+from antiphon.apps.supervision.forked_process import ForkedProcess
+from antiphon.core.errors import CorruptMessage, Unavailable
 from antiphon.device.driver import CARDS_VARIABLE
+
+logger = logging.getLogger(__name__)
 
 _LAUNCHER = str(Path(__file__).with_name("child_launcher.py"))
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # A compute thread that waits for its siblings spins this often before it sleeps. The default spins for milliseconds, which on a
 # machine that also runs other workers takes the very processor that the sibling needs: steps get ten times slower.
-_SPIN_COUNT = "1000"
+RUNTIME_VARIABLES = {"GOMP_SPINCOUNT": "1000"}  # read when torch is imported
 _TAIL_BYTES = 16_384
+_FORK_DEADLINE_S = 60.0  # for a fork server that is still importing on a busy machine
 _POLL_S = 0.1  # how late the exit of a child that closed its event pipe is noticed
 
 
@@ -38,10 +43,18 @@ class ChildProcess:
         argv: the command.
         run_dir: where its configuration and log go.
         environment: variables on top of this process' own and the pool's.
+        fork_server: address of the server to have the process from, where ``argv`` is the worker's own command; None, or a server
+            that is gone: it is started from nothing, which takes seconds longer.
     """
 
     def __init__(
-        self, config: WorkerConfig, *, argv: Sequence[str], run_dir: Path, environment: Mapping[str, str] | None = None
+        self,
+        config: WorkerConfig,
+        *,
+        argv: Sequence[str],
+        run_dir: Path,
+        environment: Mapping[str, str] | None = None,
+        fork_server: str | None = None,
     ) -> None:
         name = f"{config.pool}-{config.index}"
         self.log_path = run_dir / f"{name}.log"
@@ -52,7 +65,7 @@ class ChildProcess:
         self._events, events_of_child = os.pipe()
         child_environment = {
             **os.environ,
-            "GOMP_SPINCOUNT": _SPIN_COUNT,
+            **RUNTIME_VARIABLES,
             **dict.fromkeys(_THREAD_VARIABLES, str(config.threads)),
             **config.pool_spec.env,
             **({CARDS_VARIABLE: config.card} if config.card else {}),
@@ -64,7 +77,7 @@ class ChildProcess:
         try:
             with os.fdopen(open_private(self.log_path, append=True), "ab") as log:
                 self._log_start = log.tell()
-                self._process = subprocess.Popen(
+                self._process = _forked(fork_server, child_environment, log.fileno(), events_of_child) or subprocess.Popen(
                     [sys.executable, "-I", "-S", _LAUNCHER, str(os.getpid()), *argv],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -113,12 +126,12 @@ class ChildProcess:
         """
         self.terminate()
         try:
-            self._process.wait(grace_s)
+            self._process.wait(timeout=grace_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)  # what it may have started
-        code = self._process.wait(30)
+        code = self._process.wait(timeout=30)
         if self._events >= 0:
             os.close(self._events)
             self._events = -1
@@ -151,6 +164,16 @@ class ChildProcess:
             with contextlib.suppress(CorruptMessage):  # a line that is no event is not ours to fail on
                 events.append(WorkerEvent.from_json(line))
         return events
+
+
+def _forked(address: str | None, environment: Mapping[str, str], log: int, events: int) -> ForkedProcess | None:
+    if address is None:
+        return None
+    try:
+        return ForkedProcess(address, environment, log=log, events=events, timeout_s=_FORK_DEADLINE_S)
+    except Unavailable as error:
+        logger.warning("%s; the worker starts from nothing", error)
+        return None
 
 
 def describe_exit(code: int) -> str:

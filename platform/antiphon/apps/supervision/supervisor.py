@@ -243,7 +243,7 @@ class WorkerSupervisor:
         """Run one process until it exits; how long it was ready, in seconds. None = stopped by us."""
         self._num_starts += 1
         first = self._num_starts == 1
-        child = ChildProcess(config, argv=self._argv, run_dir=self._run_dir)
+        child = ChildProcess(config, argv=self._argv, run_dir=self._run_dir, fork_server=self._fork_server(config))
         self._set(SupervisorState.STARTING, worker_id=config.worker_id, epoch=config.epoch, pid=child.pid)
         self._note("started", config, child)
         ready_at_s: float | None = None
@@ -285,6 +285,12 @@ class WorkerSupervisor:
             tail = child.log_tail()
             raise Unavailable(f"worker {config.worker_id} did not start: {reason}" + (f"\n{tail}" if tail else ""))
         return 0.0 if ready_at_s is None else time.monotonic() - ready_at_s
+
+    def _fork_server(self, config: WorkerConfig) -> str | None:
+        """Where to have the process from: not with what libraries read when they are imported, nor with cards."""
+        pool = config.pool_spec
+        plain = self._argv == DEFAULT_ARGV and not pool.env and not config.card and pool.worker_device == "cpu"
+        return self._template.fork_server if plain else None
 
     def _renew(self) -> bool:
         """Renew the claim; False when the index went to somebody else while the store could not be reached."""
