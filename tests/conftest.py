@@ -67,16 +67,17 @@ def tools() -> Path:
 TRITON = "3.7.1"  # the newest whose interpreter was seen to agree with numpy 2.4; older ones fail on loops over tensors
 
 
-def install_triton() -> Path | None:
-    """A directory with Triton for tests on a torch that came without, downloaded once; None where it is installed, or can't be had.
+ENVOY = "1.85.0"  # of xds-protos: Envoy's messages, in a package that replaces files of opentelemetry-proto and more
 
-    It stays out of the environment: torch behaves differently where it finds one.
-    """
-    found = TOOLS / f"triton-{TRITON}"
-    if (found / "triton/__init__.py").exists():
+
+def install_beside(package: str, version: str) -> Path | None:
+    """A directory with a package that must stay out of the environment, downloaded once; None where it can't be had."""
+    TOOLS.mkdir(parents=True, exist_ok=True)
+    found = TOOLS / f"{package}-{version}"
+    if found.exists():
         return found
-    half = TOOLS / f"triton-{TRITON}.{os.getpid()}"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(half), f"triton=={TRITON}"]
+    half = TOOLS / f"{package}-{version}.{os.getpid()}"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(half), f"{package}=={version}"]
     if subprocess.run(command, capture_output=True, timeout=230, check=False).returncode:
         return None
     try:
@@ -88,13 +89,22 @@ def install_triton() -> Path | None:
 
 @pytest.fixture(scope="session")
 def triton_path() -> list[str]:
-    """What the import path needs for Triton; empty where torch brought its own."""
+    """What the import path needs for Triton; empty where torch brought its own. Torch behaves differently where it finds one."""
     if importlib.util.find_spec("triton") is not None:
         return []
-    found = install_triton()
+    found = install_beside("triton", TRITON)
     if found is None:
         pytest.skip(f"Triton is not available: triton=={TRITON} can't be downloaded")
     return [str(found)]
+
+
+@pytest.fixture(scope="session")
+def envoy_path() -> str:
+    """What the import path needs for Envoy's messages."""
+    found = install_beside("xds-protos", ENVOY)
+    if found is None:
+        pytest.skip(f"Envoy's messages are not available: xds-protos=={ENVOY} can't be downloaded")
+    return str(found)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -132,3 +133,14 @@ def test_nothing_unpickles_or_runs_what_it_reads() -> None:
                 wrong |= {"allow_pickle"} if keywords.get("allow_pickle", "False") != "False" else set()
             found += [f"{path.relative_to(ROOT)}:{node.lineno}: {name}" for name in wrong]
     assert not found, found
+
+
+def test_no_two_packages_bring_the_same_file() -> None:
+    """Which of the two is there would hang on the order of installing."""
+    owners: dict[str, set[str]] = {}
+    for distribution in importlib.metadata.distributions():
+        for file in distribution.files or ():
+            if file.suffix == ".py" and ".." not in file.parts:
+                owners.setdefault(str(file), set()).add(distribution.metadata["Name"])
+    # Both are namespaces' empty beginnings of one project.
+    assert not {file: names for file, names in owners.items() if len(names) > 1 and names != {"opencensus", "opencensus-context"}}

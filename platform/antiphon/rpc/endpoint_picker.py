@@ -15,12 +15,9 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Protocol
 
 import grpc.aio
-from envoy.config.core.v3 import base_pb2
-from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
-from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
-from envoy.service.ext_proc.v3 import external_processor_pb2_grpc as pb_grpc
-from envoy.type.v3.http_status_pb2 import HttpStatus
 from google.protobuf.struct_pb2 import Struct
+
+from antiphon.rpc.v1 import ext_proc_pb2 as pb
 
 DESTINATION_HEADER = "x-gateway-destination-endpoint"
 SUBSET_NAMESPACE = "envoy.lb.subset_hint"
@@ -61,9 +58,14 @@ class PickerServicer:
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """See ``services.Service``."""
-        pb_grpc.add_ExternalProcessorServicer_to_server(self, server)
+        method = grpc.stream_stream_rpc_method_handler(
+            self.process,
+            request_deserializer=pb.ProcessingRequest.FromString,
+            response_serializer=pb.ProcessingResponse.SerializeToString,
+        )
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Process": method}),))
 
-    async def Process(  # noqa: N802 - the method's name in the protocol
+    async def process(
         self, requests: AsyncIterable[pb.ProcessingRequest], _context: object
     ) -> AsyncIterator[pb.ProcessingResponse]:
         """One HTTP request and its answer."""
@@ -97,7 +99,7 @@ class _Turn:
 
     def take(self, message: pb.ProcessingRequest) -> list[pb.ProcessingResponse]:
         if message.HasField("protocol_config"):
-            self._buffered = message.protocol_config.request_body_mode in (ProcessingMode.BUFFERED, ProcessingMode.BUFFERED_PARTIAL)
+            self._buffered = message.protocol_config.request_body_mode in (pb.BUFFERED, pb.BUFFERED_PARTIAL)
         if message.HasField("metadata_context"):
             self._subset = _subset_of(message.metadata_context) or self._subset
         match message.WhichOneof("request"):
@@ -143,11 +145,11 @@ class _Turn:
         endpoints = self._picker.pick(self._body, self._subset, self._stack)
         if not endpoints:
             text = b'{"error": {"message": "no replica can take the request", "type": "unavailable", "code": "unavailable"}}'
-            return pb.ProcessingResponse(immediate_response=pb.ImmediateResponse(status=HttpStatus(code=503), body=text))
+            return pb.ProcessingResponse(immediate_response=pb.ImmediateResponse(status=pb.HttpStatus(code=503), body=text))
         told = ",".join(endpoints)
         headers = answer.request_headers if answer.WhichOneof("response") == "request_headers" else answer.request_body
-        header = base_pb2.HeaderValue(key=DESTINATION_HEADER, raw_value=told.encode())
-        option = base_pb2.HeaderValueOption(header=header, append_action=base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD)
+        header = pb.HeaderValue(key=DESTINATION_HEADER, raw_value=told.encode())
+        option = pb.HeaderValueOption(header=header, append_action=pb.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD)
         headers.response.header_mutation.set_headers.append(option)
         headers.response.clear_route_cache = True
         inner = Struct()
@@ -156,7 +158,7 @@ class _Turn:
         return answer
 
 
-def _subset_of(metadata: base_pb2.Metadata) -> list[str] | None:
+def _subset_of(metadata: pb.Metadata) -> list[str] | None:
     """The endpoints that the gateway allows; None = all."""
     if SUBSET_NAMESPACE not in metadata.filter_metadata:
         return None

@@ -350,16 +350,20 @@ async def test_a_lost_worker_costs_no_token(tmp_path: Path) -> None:
 
 
 async def test_a_gateway_of_kubernetes_is_told_which_replica_to_ask(tmp_path: Path) -> None:
-    from envoy.service.ext_proc.v3 import external_processor_pb2 as picker
-    from envoy.service.ext_proc.v3.external_processor_pb2_grpc import ExternalProcessorStub
+    from antiphon.rpc.v1 import ext_proc_pb2 as picker
 
     async with (
         fake.world(tmp_path, gateway={"picker_targets": "127.0.0.1:8000"}) as made,
         grpc.aio.insecure_channel(f"127.0.0.1:{made.ports.grpc_port}") as channel,
     ):
+        process = channel.stream_stream(
+            "/envoy.service.ext_proc.v3.ExternalProcessor/Process",
+            request_serializer=picker.ProcessingRequest.SerializeToString,
+            response_deserializer=picker.ProcessingResponse.FromString,
+        )
         asked = picker.ProcessingRequest(request_headers=picker.HttpHeaders(end_of_stream=True))
         while True:  # the name is resolved once the doors are open
-            (answer,) = [answer async for answer in ExternalProcessorStub(channel).Process(iter([asked]), timeout=20)]
+            (answer,) = [answer async for answer in process(iter([asked]), timeout=20)]
             if answer.WhichOneof("response") == "request_headers":
                 break
         (option,) = answer.request_headers.response.header_mutation.set_headers

@@ -1,20 +1,21 @@
-"""The endpoint picker as a gateway of Kubernetes talks to it: Envoy's own messages over a real connection."""
+"""The endpoint picker as a gateway of Kubernetes talks to it, over a real connection; its messages are Envoy's on the wire."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import grpc.aio
 import pytest
-from envoy.config.core.v3 import base_pb2
-from envoy.extensions.filters.http.ext_proc.v3.processing_mode_pb2 import ProcessingMode
-from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
-from envoy.service.ext_proc.v3.external_processor_pb2_grpc import ExternalProcessorStub
 
 from antiphon.gateway.routing.endpoints import EndpointBoard, key_of
 from antiphon.rpc.endpoint_picker import DESTINATION_HEADER, MAX_KEY_BYTES, PickerServicer
 from antiphon.rpc.services import RpcServer
+from antiphon.rpc.v1 import ext_proc_pb2 as pb
 
 THREE = ("10.0.0.1:8000", "10.0.0.2:8000", "10.0.0.3:8000")
 CHAT = b'{"model": "m", "messages": [{"role": "user", "content": "hello"}]}'
@@ -34,12 +35,16 @@ def body(data: bytes, *, end: bool = True) -> pb.ProcessingRequest:
 
 
 class Gateway:
-    def __init__(self, stub: ExternalProcessorStub, board: EndpointBoard) -> None:
-        self._stub = stub
+    def __init__(self, channel: grpc.aio.Channel, board: EndpointBoard) -> None:
+        self._process = channel.stream_stream(
+            "/envoy.service.ext_proc.v3.ExternalProcessor/Process",
+            request_serializer=pb.ProcessingRequest.SerializeToString,
+            response_deserializer=pb.ProcessingResponse.FromString,
+        )
         self.board = board
 
     async def ask(self, *messages: pb.ProcessingRequest) -> list[pb.ProcessingResponse]:
-        return [answer async for answer in self._stub.Process(iter(messages), timeout=20)]
+        return [answer async for answer in self._process(iter(messages), timeout=20)]
 
 
 @asynccontextmanager
@@ -50,14 +55,14 @@ async def picker(endpoints: Sequence[str] = THREE) -> AsyncIterator[Gateway]:
         RpcServer([service], host="127.0.0.1", public=True) as server,
         grpc.aio.insecure_channel(server.address) as channel,
     ):
-        yield Gateway(ExternalProcessorStub(channel), board)
+        yield Gateway(channel, board)
 
 
 def picked(answer: pb.ProcessingResponse) -> list[str]:
     headers_in = answer.request_headers if answer.WhichOneof("response") == "request_headers" else answer.request_body
     (option,) = headers_in.response.header_mutation.set_headers
     assert option.header.key == DESTINATION_HEADER
-    assert option.append_action == base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
+    assert option.append_action == pb.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
     told = option.header.raw_value.decode()
     assert answer.dynamic_metadata["envoy.lb"][DESTINATION_HEADER] == told
     return told.split(",")
@@ -85,7 +90,7 @@ async def test_a_long_body_is_not_waited_for() -> None:
 
 async def test_a_buffered_body_is_answered_in_turns() -> None:
     async with picker() as gateway:
-        first, second = await gateway.ask(headers(mode=ProcessingMode.BUFFERED), body(CHAT))
+        first, second = await gateway.ask(headers(mode=pb.BUFFERED), body(CHAT))
         assert first == pb.ProcessingResponse(request_headers=pb.HeadersResponse())
         assert set(picked(second)) == set(THREE)
 
@@ -130,3 +135,46 @@ async def test_answers_pass_and_their_end_ends_the_request() -> None:
         assert kinds == ["response_headers", "response_body", "response_body", "response_trailers"]
         assert answers[3].response_body.response.body_mutation.streamed_response.body == b"data: 1\n\n"
         assert gateway.board.rank("k", THREE) == EndpointBoard().rank("k", THREE)
+
+
+SHOW = """
+import json, sys
+from envoy.service.ext_proc.v3 import external_processor_pb2 as envoy
+from antiphon.rpc.v1 import ext_proc_pb2 as ours
+
+def names(kind):
+    return {value.name: value.number for value in kind.values}
+
+def differences(mine, theirs, seen):
+    if mine.name in seen:
+        return
+    seen.add(mine.name)
+    for field in mine.fields:
+        other = theirs.fields_by_number.get(field.number)
+        at = f"{mine.name}.{field.name}"
+        if other is None or other.name != field.name:
+            yield at
+            continue
+        kinds = {field.type, other.type}
+        if len(kinds) > 1 and kinds != {field.TYPE_INT32, field.TYPE_ENUM} or field.is_repeated != other.is_repeated:
+            yield at
+        if (field.containing_oneof and field.containing_oneof.name) != (other.containing_oneof and other.containing_oneof.name):
+            yield at
+        if field.enum_type and names(field.enum_type) != names(other.enum_type):
+            yield at
+        if field.message_type and field.message_type.full_name.startswith("antiphon"):
+            yield from differences(field.message_type, other.message_type, seen)
+
+seen = set()
+found = [d for name in ("ProcessingRequest", "ProcessingResponse")
+         for d in differences(ours.DESCRIPTOR.message_types_by_name[name], envoy.DESCRIPTOR.message_types_by_name[name], seen)]
+print(json.dumps([len(seen), found]))
+"""
+
+
+def test_its_messages_are_those_of_envoy(envoy_path: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, envoy_path])}
+    done = subprocess.run([sys.executable, "-c", SHOW], env=environment, capture_output=True, text=True, timeout=120, check=True)
+    num_messages, different = json.loads(done.stdout)
+    assert num_messages > 15
+    assert different == []
