@@ -65,6 +65,8 @@ def compile_into(library: Path, source: Path, compiler: str, flags: Sequence[str
             unfinished.replace(library)
     except subprocess.CalledProcessError as error:
         raise Unavailable(f"{source.name} does not compile: {error.stderr[-2000:]}") from error
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"{source.name} took longer than {timeout_s:g} s to compile; a later start tries again") from error
     except (OSError, subprocess.SubprocessError) as error:
         raise Unavailable(f"{source.name} can't be built: {error}") from error
     return library

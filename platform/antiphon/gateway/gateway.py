@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from antiphon import __version__
 from antiphon.core.budget import Budgets
@@ -41,6 +42,9 @@ from antiphon.gateway.text.tokenizer import TextModel
 from antiphon.models.pooling.facts import PoolingFacts
 from antiphon.telemetry import Telemetry
 from antiphon.worker.structure.checking import GrammarChecker
+
+if TYPE_CHECKING:
+    from antiphon.gateway.web.openapi import Operation
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +82,7 @@ class Gateway:
         self.bodies = Bodies()
         self.models = models
         self.compositions: Mapping[str, ServedComposition] = {}  # by metadata.name; set once, before the doors open
+        self.published: Sequence[Operation] = ()  # what doors in front of this one add to /openapi.json; set with them
         self.created = int(time.time())
         self.draining = False
         self.telemetry = telemetry

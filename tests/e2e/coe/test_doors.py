@@ -17,6 +17,7 @@ from antiphon.coe.routing.router import Router
 from antiphon.coe.serving.composition import Composition
 from antiphon.coe.serving.deciders import LocalRoutes
 from antiphon.coe.serving.doors.http import CoeDoor
+from antiphon.coe.serving.doors.published import Decision, ExpertCard, Explained
 from antiphon.coe.serving.expert_health import ExpertHealth
 from antiphon.coe.training.data.example_table import example_table
 from antiphon.coe.training.fit import Recipe
@@ -235,6 +236,10 @@ async def test_route_decides_only_and_its_decision_can_be_explained_and_rated(ar
         explained = (await client.get(f"/v1/decisions/{decision['decision_id']}?policy=cheap")).json()
         rated = await client.post("/v1/feedback", json={"decision_id": decision["decision_id"], "score": 1})
         unknown = await client.get("/v1/decisions/rd-unknown")
+        listed = (await client.get("/v1/experts")).json()
+    for published, given in ((Decision, decision), (Explained, explained), (ExpertCard, listed["data"][0])):
+        published.model_validate(given)
+        assert given.keys() <= published.model_fields.keys()
     assert decision["expert"] == "model-1"
     assert experts.asked == []
     assert explained["candidates"] == decision["candidates"]

@@ -20,6 +20,9 @@ class ModelPoolCounts:
     num_steps: int = 0
     num_prompt_tokens: int = 0
     num_generation_tokens: int = 0
+    num_preemptions: int = 0
+    num_prefix_query_tokens: int = 0
+    num_prefix_hit_tokens: int = 0
     num_free_blocks: int = 0  # of its engine now; 0 when it is not resident
 
 
@@ -64,9 +67,13 @@ class SharedEngine:
     def counts(self, before: ModelPoolCounts) -> ModelPoolCounts:
         """``before``, and what this engine has done."""
         engine = self.part.engine
+        stats = engine.scheduler.stats
         return ModelPoolCounts(
             num_steps=before.num_steps + engine.num_steps,
-            num_prompt_tokens=before.num_prompt_tokens + engine.scheduler.stats.num_prompt_tokens,
-            num_generation_tokens=before.num_generation_tokens + engine.scheduler.stats.num_generation_tokens,
+            num_prompt_tokens=before.num_prompt_tokens + stats.num_prompt_tokens,
+            num_generation_tokens=before.num_generation_tokens + stats.num_generation_tokens,
+            num_preemptions=before.num_preemptions + stats.num_preemptions,
+            num_prefix_query_tokens=before.num_prefix_query_tokens + stats.num_prefix_query_tokens,
+            num_prefix_hit_tokens=before.num_prefix_hit_tokens + stats.num_prefix_hit_tokens,
             num_free_blocks=engine.scheduler.blocks.num_free_blocks,
         )

@@ -24,6 +24,7 @@ from antiphon.coe.serving.composition import Composition
 from antiphon.coe.serving.doors.expert_key import check_key_host
 from antiphon.coe.serving.doors.grpc import CoeGrpcDoor
 from antiphon.coe.serving.doors.http import CoeDoor
+from antiphon.coe.serving.doors.published import ROUTES
 from antiphon.coe.serving.expert_health import ExpertHealth
 from antiphon.coe.serving.remote import routers_topic
 from antiphon.core.directory import Directory
@@ -35,6 +36,7 @@ from antiphon.directory.workers import WorkerView
 from antiphon.gateway.access.key_file import KeyFile
 from antiphon.gateway.access.keys import ApiKeys
 from antiphon.gateway.config import BoundPorts
+from antiphon.gateway.http.manners import Manners
 from antiphon.gateway.http.server import HttpServer
 from antiphon.gateway.openai.http_io import NotFound, RequestIds, error_response
 from antiphon.rpc.certificates import DoorCertificate, TlsFiles
@@ -98,7 +100,13 @@ async def _run(config: CoeConfig, directory: Directory, stop: asyncio.Event, on_
     http = None
     tls = None if config.tls is None else DoorCertificate(config.tls)
     if config.http_port is not None:
-        http = HttpServer(RequestIds(door), host=config.host, port=config.http_port, reuse_port=config.reuse_port, tls=tls)
+        http = HttpServer(
+            RequestIds(Manners(door, ROUTES, lambda _error: None)),
+            host=config.host,
+            port=config.http_port,
+            reuse_port=config.reuse_port,
+            tls=tls,
+        )
     grpc = RpcServer(
         # Who asks a registered router has proven to be a part of the deployment.
         [RouterServicer(CoeGrpcDoor(compositions, ApiKeys() if config.registers else keys))],

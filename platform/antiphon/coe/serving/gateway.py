@@ -22,11 +22,13 @@ from antiphon.coe.serving.deciders import LocalRoutes, Routes
 from antiphon.coe.serving.doors.generate import CoeGenerator
 from antiphon.coe.serving.doors.grpc import CoeGrpcDoor
 from antiphon.coe.serving.doors.http import CoeDoor
+from antiphon.coe.serving.doors.published import OPERATIONS, ROUTES
 from antiphon.coe.serving.expert_health import ExpertHealth
 from antiphon.coe.serving.remote import RemoteRoutes
 from antiphon.core.directory import Notes
 from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.gateway.gateway import Gateway
+from antiphon.gateway.http.manners import Manners
 from antiphon.gateway.openai.http_io import RequestIds
 from antiphon.rpc.router.service import RouterServicer
 from antiphon.rpc.services import Service
@@ -55,6 +57,7 @@ class GatewayCompositions:
         for document in gateway.config.compositions:
             compositions[document.metadata.name] = await asyncio.to_thread(_composition, document, gateway, notes)
         gateway.compositions = compositions
+        gateway.published = OPERATIONS if compositions else ()
         return cls(gateway, notes, compositions)
 
     def before(self, app: ASGIApp) -> ASGIApp:
@@ -62,8 +65,14 @@ class GatewayCompositions:
         if not self._compositions:
             return app
         gateway = self._gateway
-        self._door = CoeDoor(app, self._compositions, keys=gateway.keys, max_request_bytes=gateway.config.max_request_bytes)
-        return RequestIds(self._door)
+        self._door = CoeDoor(
+            app,
+            self._compositions,
+            keys=gateway.keys,
+            max_request_bytes=gateway.config.max_request_bytes,
+            refused=gateway.refused,
+        )
+        return RequestIds(Manners(self._door, ROUTES, gateway.refused))
 
     def services(self) -> list[Service]:
         """The router's gRPC service."""

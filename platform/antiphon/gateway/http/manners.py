@@ -50,7 +50,7 @@ class Manners:
             response.headers["allow"] = named
             await response(scope, receive, send)
             return
-        if method == "HEAD":
+        if method == "HEAD" and allowed:
             scope = {**scope, "method": "GET"}  # the server leaves out the body
         await self._app(scope, receive, send)
 

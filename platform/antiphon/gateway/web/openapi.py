@@ -6,7 +6,7 @@ for a list of parts), that is said here. Must not know: how anything is answered
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -217,16 +217,18 @@ _LONG: Final = "antiphon__gateway__"  # how pydantic begins the names of models 
 _REF: Final = "#/components/schemas/"
 
 
-def openapi(*, unknown_fields: Literal["refuse", "ignore"], with_keys: bool) -> Json:
+def openapi(*, unknown_fields: Literal["refuse", "ignore"], with_keys: bool, more: Sequence[Operation] = ()) -> Json:
     """The document; see ``Operation``.
 
     Args:
         unknown_fields: as the endpoint has it: whether bodies may have fields that no model knows.
         with_keys: whether keys are asked for.
+        more: what doors in front of these add.
     """
-    schemas, refs = _schemas(allow_more=unknown_fields == "ignore")
+    operations = (*OPERATIONS, *more)
+    schemas, refs = _schemas(operations, allow_more=unknown_fields == "ignore")
     paths: dict[str, Json] = {}
-    for operation in OPERATIONS:
+    for operation in operations:
         paths.setdefault(operation.path, {})[operation.method] = _operation(operation, refs, with_keys=with_keys)
     document: Json = {
         "openapi": "3.1.0",
@@ -243,10 +245,10 @@ def openapi(*, unknown_fields: Literal["refuse", "ignore"], with_keys: bool) -> 
     return document
 
 
-def _schemas(*, allow_more: bool) -> tuple[Json, dict[int, Json]]:
+def _schemas(operations: Sequence[Operation], *, allow_more: bool) -> tuple[Json, dict[int, Json]]:
     """Every type's schema by name, and a reference to each by the type's identity."""
-    bodies = [operation.body for operation in OPERATIONS if operation.body is not None]
-    given = [t for o in OPERATIONS for t in (o.answer, o.event, o.error) if t is not None]
+    bodies = [operation.body for operation in operations if operation.body is not None]
+    given = [t for o in operations for t in (o.answer, o.event, o.error) if t is not None]
     wanted = [(kind, "validation") for kind in bodies] + [(kind, "serialization") for kind in given]
     inputs = {(kind, mode): TypeAdapter(kind) for kind, mode in wanted}
     refs, made = TypeAdapter.json_schemas(

@@ -50,7 +50,7 @@ _KINDS: Final = {
 def add_web_routes(app: FastAPI, gateway: Gateway) -> None:
     """Put the page, the API reference, their files and ``POST /trace`` into the application."""
     steps = GatewaySteps(lambda: gateway.view.workers)
-    document = openapi(unknown_fields=gateway.config.unknown_fields, with_keys=not gateway.keys.is_open)
+    document = openapi(unknown_fields=gateway.config.unknown_fields, with_keys=not gateway.keys.is_open, more=gateway.published)
     folder = resources.files("antiphon.gateway.web") / "static"
     files = {each.name: each.read_bytes() for each in folder.iterdir() if each.name.rpartition(".")[2] in _KINDS}
 

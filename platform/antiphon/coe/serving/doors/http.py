@@ -57,10 +57,26 @@ _MODEL = "/v1/models/"
 
 
 class CoeDoor:
-    """ASGI application that serves compositions and hands the rest to ``inner``. ``close`` is idempotent."""
+    """ASGI application that serves compositions and hands the rest to ``inner``. ``close`` is idempotent.
 
-    def __init__(self, inner: ASGIApp, compositions: Mapping[str, Composition], *, keys: ApiKeys, max_request_bytes: int) -> None:
-        """``compositions`` by metadata.name."""
+    Args:
+        inner: the door behind this one.
+        compositions: by metadata.name.
+        keys: who may ask.
+        max_request_bytes: of a body.
+        refused: counts what this door refuses by itself; the second is the model as the client sent it.
+    """
+
+    def __init__(
+        self,
+        inner: ASGIApp,
+        compositions: Mapping[str, Composition],
+        *,
+        keys: ApiKeys,
+        max_request_bytes: int,
+        refused: Callable[[Exception, object], None] = lambda _error, _model: None,
+    ) -> None:
+        self._refused = refused
         self._inner = inner
         self._compositions = compositions
         self._keys = keys
@@ -103,17 +119,21 @@ class CoeDoor:
             self._keys.check(request.headers.get("authorization"))
             response: Response = JSONResponse(await handler(request))
         except Exception as error:  # noqa: BLE001 - the door: whatever happens, the client gets OpenAI's error shape
-            response = error_response(error)
+            response = self._error(scope, error)
         await response(scope, receive, send)
+
+    def _error(self, scope: Scope, error: Exception, model: object = None) -> Response:
+        """The refusal in the shape of the door that was asked; counted."""
+        self._refused(error, model)
+        return _refusal_of(scope)(error)
 
     async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        refusal = _refusal_of(scope)
         try:
             self._keys.check(authorization_of(request))  # before a byte of the body is read
             raw = await _read(request, self._max_bytes)
         except Exception as error:  # noqa: BLE001 - the door, as above
-            await refusal(error)(scope, receive, send)
+            await self._error(scope, error)(scope, receive, send)
             return
         body = json_object(raw)
         named = split_model_name(body["model"]) if body is not None and isinstance(body.get("model"), str) else None
@@ -127,7 +147,7 @@ class CoeDoor:
             record = await composition.route(question)
             decline_early(composition.document.spec, record)
         except Exception as error:  # noqa: BLE001 - the door, as above
-            await refusal(error)(scope, receive, send)
+            await self._error(scope, error, body["model"])(scope, receive, send)
             return
         calls_tools = bool(body.get("tools") or body.get("functions"))
         num_choices = (body.get("n") if body.get("n") is not None else 1) if scope["path"] in _COMBINED else 0
@@ -176,9 +196,10 @@ class CoeDoor:
         except TimeoutError:
             if started:
                 raise  # the connection is broken off: the client has seen a part
-            await _refusal_of(scope)(DeadlineExceeded("the request's deadline has passed"))(scope, receive, send)
+            error = DeadlineExceeded("the request's deadline has passed")
+            await self._error(scope, error, composition.name)(scope, receive, send)
             return
-        await _refusal_of(scope)(fallback.nobody())(scope, receive, send)
+        await self._error(scope, fallback.nobody(), composition.name)(scope, receive, send)
 
     async def _try(
         self,
