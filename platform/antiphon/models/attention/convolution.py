@@ -13,6 +13,7 @@ from antiphon.device.device import is_card
 from antiphon.models.attention.delta_rule import causal_conv
 from antiphon.models.attention.states import StateBatch
 from antiphon.models.loading.weights import Weights
+from antiphon.models.native.library import available
 
 
 class CausalConv:
@@ -25,6 +26,7 @@ class CausalConv:
         self._weight_WC = weight_C1W[:, 0].t().float().contiguous()
         self._bias = None if bias_C is None else bias_C.float()
         self._silu = silu
+        self._native = self._weight_WC.shape[0] > 1 and self._weight_WC.device.type == "cpu" and available()
 
     @classmethod
     def read(cls, weights: Weights, name: str, *, bias: bool, silu: bool) -> CausalConv:
@@ -34,6 +36,11 @@ class CausalConv:
 
     def __call__(self, x_TC: torch.Tensor, tails: torch.Tensor, states: StateBatch) -> torch.Tensor:
         """fp32 [T, C]; the rows' last inputs are in ``tails`` afterwards, where ``states`` says."""
+        if self._native and x_TC.stride(1) == 1 and x_TC.dtype in (torch.float32, torch.bfloat16):
+            out: torch.Tensor = torch.ops.antiphon.causal_conv(
+                *(x_TC, self._weight_WC, self._bias, tails, states.read_B, states.write_B, states.chunk_numbers, self._silu)
+            )
+            return out
         parts = []
         num_decodes, num_tail = states.num_decodes, self._weight_WC.shape[0] - 1
         if num_decodes:

@@ -21,6 +21,7 @@ from antiphon.models.attention.states import StateBatch
 from antiphon.models.config import DeltaConfig, LayerConfig
 from antiphon.models.layers.linear import Linear
 from antiphon.models.loading.weights import Weights
+from antiphon.models.native.library import available
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,7 @@ class DeltaAttention:
         self._rate_N = -weights.read(prefix + "A_log", dtype=torch.float32).reshape(c.num_heads).exp()
         self._norm_V = weights.read(prefix + ("o_norm" if self._is_kimi else "norm") + ".weight", dtype=torch.float32)
         self._out = Linear(weights.read(f"{prefix}{layer.names.attention_out}.weight"))
+        self._native = weights.device.type == "cpu" and weights.dtype in (torch.float32, torch.bfloat16) and available()
 
     def __call__(self, x_TD: torch.Tensor, batch: AttentionBatch, layer: int, cache: KVCache) -> torch.Tensor:
         """[T, D], newly allocated; the rows' states are where the batch says afterwards."""
@@ -72,7 +74,8 @@ class DeltaAttention:
         assert states is not None  # the batch is laid out for a cache that has states
         rows = self._project(x_TD)
         qkv_TC = self._conv(rows.qkv_TC, planes[0], states)
-        normed = self._attend(rows, qkv_TC, planes[1], states)
+        attend = self._attend_natively if self._native else self._attend
+        normed = attend(rows, qkv_TC, planes[1], states)
         states.keep(planes)
         return self._out(normed)
 
@@ -84,6 +87,14 @@ class DeltaAttention:
         return _Projected(
             qkv_TC=parts[0], beta_TN=parts[1], decay_T=of_decay(parts[2].contiguous()), z_TNV=of_gate(parts[3].contiguous())
         )
+
+    def _attend_natively(self, rows: _Projected, qkv_TC: torch.Tensor, plane: torch.Tensor, states: StateBatch) -> torch.Tensor:
+        c = self._config
+        out: torch.Tensor = torch.ops.antiphon.gated_delta(
+            *(qkv_TC, rows.z_TNV, rows.beta_TN, rows.decay_T, self._bias, self._rate_N, self._norm_V),
+            *(plane, states.read_B, states.write_B, states.chunk_numbers, c.num_key_heads, c.norm_eps, self._is_kimi),
+        )
+        return out
 
     def _attend(self, rows: _Projected, qkv_TC: torch.Tensor, plane: torch.Tensor, states: StateBatch) -> torch.Tensor:
         c = self._config

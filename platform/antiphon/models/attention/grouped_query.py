@@ -82,11 +82,18 @@ class GroupedAttention:
             available()
             and weights.device.type == "cpu"
             and rotates_whole_rows
-            and all(w is None or w.dtype is weights.dtype for w in self._head_norms)
+            and all(w is None or w.dtype in (weights.dtype, torch.float32) for w in self._head_norms)
         )
         self._card = kernels() if rotates_whole_rows and is_card(weights.device) else None
-        # The matrix units' attention does not shape scores: such layers take the decode kernel and, for chunks, torch.
-        self._tiles = self._native and self._qkv_tiles is not None and config.head_dim % _TILE_DIMS == 0 and self._shaping is None
+        # The matrix units' attention does not shape scores, and norms heads in bfloat16: others take the decode kernel and, for
+        # chunks, torch.
+        self._tiles = (
+            self._native
+            and self._qkv_tiles is not None
+            and config.head_dim % _TILE_DIMS == 0
+            and self._shaping is None
+            and all(w is None or w.dtype is weights.dtype for w in self._head_norms)
+        )
 
     @property
     def first_weight(self) -> torch.Tensor | None:

@@ -59,6 +59,7 @@ class StateBatch:
     read_B: torch.Tensor  # int64 slots
     write_B: torch.Tensor
     chunks: Sequence[StateChunk]
+    chunk_numbers: Sequence[int]  # the same as our kernels take them: first row, rows, read and write of each
     kept_from: torch.Tensor | None  # int64 slots that are written and have a snapshot
     kept_in: torch.Tensor | None  # and where those go
 
@@ -87,6 +88,7 @@ class StateBatch:
             read_B=read_B,
             write_B=write_B,
             chunks=chunks,
+            chunk_numbers=[number for each in chunks for number in (each.first_row, each.num_rows, each.read, each.write)],
             kept_from=kept_from if kept else None,
             kept_in=kept_in if kept else None,
         )

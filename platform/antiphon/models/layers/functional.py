@@ -35,7 +35,7 @@ class RMSNorm:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Same shape and dtype as x."""
-        if self._native and self.weight_D.dtype is x.dtype and x.is_contiguous():
+        if self._native and self.weight_D.dtype in (x.dtype, torch.float32) and x.is_contiguous():
             out: torch.Tensor = torch.ops.antiphon.rms_norm(x, self.weight_D, self._eps, 0.0)
             return out
         if self._card is not None:

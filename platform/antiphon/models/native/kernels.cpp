@@ -65,8 +65,8 @@ T* data(const Tensor& t) {
   return static_cast<T*>(const_cast<void*>(t.const_data_ptr()));
 }
 
-template <typename T>
-void norm_row(const T* x, const T* w, T* out, int64_t d, float eps, float shift) {
+template <typename T, typename W>
+void norm_row(const T* x, const W* w, T* out, int64_t d, float eps, float shift) {
   float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < d; ++i) {
@@ -80,16 +80,31 @@ void norm_row(const T* x, const T* w, T* out, int64_t d, float eps, float shift)
   }
 }
 
+// norm_row with a weight of the rows' format or, rounded once at the end, of more precision.
+template <typename T>
+void norm_row(const T* x, const Tensor& weight, T* out, int64_t d, float eps, float shift) {
+  if (weight.scalar_type() == at::kFloat) {
+    norm_row(x, data<float>(weight), out, d, eps, shift);
+  } else {
+    norm_row(x, data<T>(weight), out, d, eps, shift);
+  }
+}
+
+void check_weight(const Tensor& x, const Tensor& weight) {
+  TORCH_CHECK(weight.is_contiguous() && (weight.scalar_type() == at::kFloat || weight.scalar_type() == x.scalar_type()));
+}
+
 // RMSNorm over the last dimension; shift is added to the weight (1 for families that store weight - 1).
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double shift) {
-  TORCH_CHECK(x.is_contiguous() && weight.is_contiguous());
+  TORCH_CHECK(x.is_contiguous());
+  check_weight(x, weight);
   Tensor out = at::empty(x.sizes(), x.options());
   const int64_t d = x.size(-1), rows = x.numel() / d;
   dispatch(x, [&](auto tag) {
     using T = decltype(tag);
     antiphon::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        norm_row(data<T>(x) + t * d, data<T>(weight), data<T>(out) + t * d, d, eps, shift);
+        norm_row(data<T>(x) + t * d, weight, data<T>(out) + t * d, d, eps, shift);
       }
     });
   });
@@ -99,6 +114,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double shift)
 // x_TD += added_TD, then its norm: the residual stream advances in the same pass.
 Tensor add_rms_norm(const Tensor& x, const Tensor& added, const Tensor& weight, double eps, double shift) {
   TORCH_CHECK(x.is_contiguous() && added.is_contiguous() && x.sizes() == added.sizes() && x.scalar_type() == added.scalar_type());
+  check_weight(x, weight);
   Tensor out = at::empty(x.sizes(), x.options());
   const int64_t d = x.size(-1), rows = x.numel() / d;
   dispatch(x, [&](auto tag) {
@@ -111,7 +127,7 @@ Tensor add_rms_norm(const Tensor& x, const Tensor& added, const Tensor& weight, 
         for (int64_t i = 0; i < d; ++i) {
           store(row[i], load(row[i]) + load(more[i]));
         }
-        norm_row(row, data<T>(weight), data<T>(out) + t * d, d, eps, shift);
+        norm_row(row, weight, data<T>(out) + t * d, d, eps, shift);
       }
     });
   });
@@ -127,6 +143,8 @@ void rope_and_cache(const Tensor& qkv, const Tensor& cos, const Tensor& sin, con
   const int64_t rows = positions.numel(), width = (num_heads + 2 * kv_heads) * h;
   TORCH_CHECK(qkv.is_contiguous() && qkv.numel() == rows * width && cos.scalar_type() == at::kFloat);
   TORCH_CHECK(k_cache.is_contiguous() && v_cache.is_contiguous() && 2 * half <= h);
+  if (q_norm.has_value()) check_weight(qkv, *q_norm);
+  if (k_norm.has_value()) check_weight(qkv, *k_norm);
   const int64_t* position = positions.const_data_ptr<int64_t>();
   const int64_t* slot = slots.const_data_ptr<int64_t>();
   const float *cos_table = cos.const_data_ptr<float>(), *sin_table = sin.const_data_ptr<float>();
@@ -140,7 +158,7 @@ void rope_and_cache(const Tensor& qkv, const Tensor& cos, const Tensor& sin, con
           T* head = row + n * h;
           const bool is_query = n < num_heads;
           if (is_query ? q_norm.has_value() : k_norm.has_value()) {
-            norm_row(head, data<T>(is_query ? *q_norm : *k_norm), head, h, eps, shift);
+            norm_row(head, is_query ? *q_norm : *k_norm, head, h, eps, shift);
           }
 #pragma omp simd
           for (int64_t i = 0; i < half; ++i) {
