@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from antiphon.coe.routing.framing import without_framing
+from antiphon.coe.routing.framing.core import without_framing
 from antiphon.coe.routing.wordpiece import WordPiece, window
 
 Floats = npt.NDArray[np.float32]
@@ -70,14 +70,19 @@ class WordVectors:
 
     def direction(self, words: Iterable[str], into_D: Floats) -> None:
         """Write the normalised sum of the words' vectors, each by one plus the logarithm of its count, into ``into_D``."""
-        index = self.index
-        counts = Counter([index[word] for word in words if word in index])
-        if not counts:
+        place = self.index.get
+        places = [found for word in words if (found := place(word)) is not None]
+        if not places:
             return
-        weight_U = np.log(np.fromiter(counts.values(), np.float32, len(counts)))
-        weight_U += np.float32(1.0)
-        id_U = np.fromiter(counts, np.int64, len(counts))
-        weight_U *= self.vectors.scale_V[id_U]
+        if len(set(places)) == len(places):  # every count is 1 and its weight too, as in most short prompts
+            id_U = np.array(places)
+            weight_U = self.vectors.scale_V[id_U]
+        else:
+            counts = Counter(places)
+            weight_U = np.log(np.fromiter(counts.values(), np.float32, len(counts)))
+            weight_U += np.float32(1.0)
+            id_U = np.fromiter(counts, np.int64, len(counts))
+            weight_U *= self.vectors.scale_V[id_U]
         summed_D: Floats = weight_U @ self.vectors.table_VD[id_U].astype(np.float32)
         norm = math.sqrt(float(summed_D @ summed_D))
         if norm > 0.0:

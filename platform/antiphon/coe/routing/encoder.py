@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from antiphon.coe.routing.framing import without_framing
+from antiphon.coe.routing.framing.core import without_framing
 from antiphon.coe.routing.wordpiece import WordPiece, window
 from antiphon.core.errors import CheckpointInvalid
 

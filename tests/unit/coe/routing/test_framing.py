@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from antiphon.coe.routing.framing import without_framing
+from antiphon.coe.routing.framing.core import without_framing
 
 ASKED = "what part of the cell makes energy"
 
@@ -17,6 +17,17 @@ ASKED = "what part of the cell makes energy"
         f"{ASKED}\n\nThank you so much for your help, I really appreciate it!",
         f"### Question:\n{ASKED}\n### Answer:\n",
         f"Good evening, {ASKED}? Please explain your answer step by step.",
+        f"Bonjour, pourriez-vous m'aider avec ceci ?\n{ASKED}?\nMerci beaucoup.",
+        f"Ich habe eine Frage: {ASKED}\nVielen Dank im Voraus!",
+        f"您好，我想请教一个问题：{ASKED} 谢谢！",
+        f"Здравствуйте! Помогите, пожалуйста.\n{ASKED} Спасибо!",
+        f"You are a grumpy pirate captain. Stay in character. {ASKED}?",
+        f"You are Ada, an assistant. {ASKED}",
+        f"As a seasoned professor of history, {ASKED}?",
+        f"{ASKED}? Explain it like I am five.",
+        f"Q: Who wrote Emma?\nA: Jane Austen\n\nQ: {ASKED}\nA:",
+        f"Here are some examples:\nInput: big\nOutput: large\n\nInput: {ASKED}\nOutput:",
+        f"Example 1: What is the boiling point of water? 100 C\n\n{ASKED}",
     ],
 )
 def test_courtesies_come_off_both_ends(framed: str) -> None:
@@ -33,6 +44,10 @@ def test_courtesies_come_off_both_ends(framed: str) -> None:
         "def add(a, b):\n    return a + b",
         "What would you do with a broken lamp?",
         "Explain gravity. I know nothing of physics.",
+        "As a glacier melts, a layer of rock is exposed. Which term describes this?",
+        "You are given an array of numbers. Find the largest.",
+        "Bitte erkläre mir die Schwerkraft. Wie wirkt sie auf das Licht?",
+        "Sort a list.\n\nExample 1:\nInput: 3 1 2\nOutput: 1 2 3\n\nExample 2:\nInput: 9 8\nOutput: 8 9",
     ],
 )
 def test_what_is_asked_is_never_taken_for_framing(whole: str) -> None:

@@ -106,6 +106,42 @@ def _spacing(text: str, source: random.Random) -> str:
     return source.choice(("\n\n", "  ", "\t")) + text.replace(" ", source.choice(("  ", " \n"))) + "\n\n"
 
 
+_OTHER_LANGUAGES = (
+    ("Bonjour, j'aurais une question pour vous : ", "\n\nMerci beaucoup et bonne journée !"),
+    ("Guten Tag, ich komme hier nicht weiter und bitte um Hilfe.\n", "\nVielen Dank für die Mühe."),
+    ("Buenas tardes, ¿podría usted ayudarme con lo siguiente?\n", "\nMuchas gracias de antemano."),
+    ("Buongiorno, avrei una domanda: ", "\nGrazie per l'aiuto."),
+    ("Boa tarde, você pode responder a esta pergunta?\n", "\nObrigado pela ajuda."),
+    ("Добрый вечер! Мне нужна помощь с этой задачей.\n", "\nБольшое спасибо."),
+    ("您好,我有一个问题想请教:\n", "\n谢谢您的帮助。"),
+    ("こんばんは。質問があります。\n", "\nどうぞよろしくお願いします。"),
+    ("Merhaba, bana yardım eder misiniz?\n", "\nÇok teşekkür ederim."),
+    ("مساء الخير، عندي سؤال وأحتاج مساعدتكم.\n", "\nشكرا لكم."),
+)
+_PERSONAS = (
+    "You are a cheerful tour guide. ",
+    "You are the world's leading authority on everything. Think carefully.\n\n",
+    "Act as a sceptical judge. ",
+    "I want you to act as a poet. Stay in character.\n",
+    "Pretend that you are my older brother. ",
+    "Imagine you are an astronaut on a long voyage.\n",
+    "As an experienced librarian, answer this: ",
+    "You're a monk who speaks slowly. Your answers are short.\n",
+)
+_SHOTS = (
+    "Q: Which animal barks?\nA: a dog\n\nQ: How many days has a week?\nA: seven\n\nQ: {}\nA:",
+    "Question: What colour is grass?\nAnswer: green\n\nQuestion: {}\nAnswer:",
+    "Here are some examples.\n\nInput: the opposite of hot\nOutput: cold\n\nInput: {}\nOutput:",
+    "Example: Where does the sun rise? In the east.\nNow answer this one: {}",
+    "User: Say hello.\nAssistant: Hello!\n\nUser: {}\nAssistant:",
+)
+
+
+def _in_another_language(text: str, source: random.Random) -> str:
+    before, after = source.choice(_OTHER_LANGUAGES)
+    return before + text + after
+
+
 # Words that speak to the assistant and say nothing about the subject; embeddings give them little weight.
 _COURTESY_TEXT = """
     a about again all am an and any answer answers anyone anything appreciate appreciated ask asked asking assist assistance
@@ -126,6 +162,9 @@ PERTURBATIONS: dict[str, Callable[[str, random.Random], str]] = {
     "truncated": lambda text, source: text[: max(16, int(len(text) * 0.8))],
     "lower case": lambda text, source: text.lower().rstrip("?.! "),
     "spacing": _spacing,
+    "another language around": _in_another_language,
+    "persona": lambda text, source: source.choice(_PERSONAS) + text,
+    "few-shot": lambda text, source: source.choice(_SHOTS).replace("{}", text),
 }
 
 

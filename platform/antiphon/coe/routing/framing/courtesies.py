@@ -1,18 +1,13 @@
-"""Takes courtesies off both ends of a prompt, so that how one asks does not decide who answers (request speed, microseconds).
+"""Tells English sentences that speak to the assistant and carry no subject (request speed, microseconds).
 
-    "Hi there, I hope you are well. | What part of the cell makes energy? | Thanks a lot!"   →   the middle
-
-A sentence at an end is framing when it speaks to the assistant, or is a bare label, and is made of common words that carry no
-subject. The first sentence that is not stops the search, and a prompt that is nothing but framing is left whole. Works on a
-bounded number of characters at each end. Must not know: embeddings, categories.
+A sentence is a courtesy when it speaks to the assistant, or is a bare label, and is made of common words. Must not know: other
+sentences, embeddings.
 """
 
 from __future__ import annotations
 
 import re
-
-MAX_CHARS = 480  # looked at, at each end
-_MAX_SENTENCES = 8  # taken off, at each end
+from collections.abc import Sequence
 
 _ADDRESS_TEXT = """
     i me my mine myself we us our you your yours
@@ -46,61 +41,23 @@ _COMMON = _ADDRESS | frozenset(_COMMON_TEXT.split())
 
 _WORD = re.compile(r"[^\W_]+")
 _SUBJECT = re.compile(r"[\d=\\$^{}<>\[\]()|~`@%&+]")
-_SENTENCE_END = re.compile(r"[.!?:](?=\s|$)[.!?:;,\s]*|\n\s*")
-_CLAUSE_END = re.compile(r"[.!?:;,](?=\s|$)[.!?:;,\s]*|\n\s*")
-_EDGE = " \t\r\n#*-_>.!?:;,"
+EDGE = " \t\r\n#*-_>.!?:;,。！？：；，।؟¿¡、"
 
 
-def without_framing(text: str) -> str:
-    """``text`` without the framing at its ends; ``text`` itself when there is none, or nothing else."""
-    begin = _framing_before(text)
-    if begin >= len(text):
-        return text
-    end = _framing_after(text, begin)
-    if end <= begin or (begin == 0 and end == len(text)):
-        return text
-    return text[begin:end]
+def has_subject(sentence: str) -> bool:
+    """Whether figures, formulas or code stand in it: then it is never framing."""
+    return _SUBJECT.search(sentence) is not None
 
 
-def _framing_before(text: str) -> int:
-    """Where the prompt proper begins."""
-    head, begin = text[:MAX_CHARS], 0
-    for _ in range(_MAX_SENTENCES):
-        for end_of in (_SENTENCE_END, _CLAUSE_END):
-            found = end_of.search(head, begin)
-            if found is not None and _is_framing(head[begin : found.start()]):
-                begin = found.end()
-                break
-        else:
-            break
-    return begin
+def words_of(sentence: str) -> list[str]:
+    """Its words and figures, in lower case."""
+    return _WORD.findall(sentence.lower())
 
 
-def _framing_after(text: str, begin: int) -> int:
-    """Where the prompt proper ends."""
-    start = max(begin, len(text) - MAX_CHARS)
-    tail = text[start:]
-    # What the first piece of the tail belongs to is not seen whole, so it always stays.
-    sentences = [found.end() for found in _SENTENCE_END.finditer(tail)]
-    clauses = [found.end() for found in _CLAUSE_END.finditer(tail)]
-    end = len(tail)
-    for _ in range(_MAX_SENTENCES):
-        for cuts in (sentences, clauses):
-            cut = next((cut for cut in reversed(cuts) if cut < end), None)
-            if cut is not None and _is_framing(tail[cut:end]):
-                end = cut
-                break
-        else:
-            break
-    return start + end
-
-
-def _is_framing(sentence: str) -> bool:
-    if _SUBJECT.search(sentence):
-        return False
-    words = _WORD.findall(sentence.lower())
+def is_courtesy(sentence: str, words: Sequence[str]) -> bool:
+    """Whether the sentence of these words speaks to the assistant and to nothing else."""
     if not words:
-        return not sentence.strip(_EDGE)
+        return not sentence.strip(EDGE)
     if not _QUESTION.isdisjoint(words) or _ADDRESS.isdisjoint(words):
         return False
     return sum(word not in _COMMON for word in words) <= len(words) // 6
