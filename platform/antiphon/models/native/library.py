@@ -20,8 +20,8 @@ import torch
 
 from antiphon.core.errors import Unavailable
 from antiphon.device.device import PRETENDS
+from antiphon.models.instruction_sets import InstructionSet, instruction_sets, newest_usable, processor_features
 from antiphon.models.kernel_marker import COMPILERS, built_marker
-from antiphon.models.native.instruction_sets import InstructionSet, instruction_sets, newest_usable, processor_features
 from antiphon.native_build import build, compile_into, find_compiler, library_path
 
 logger = logging.getLogger(__name__)

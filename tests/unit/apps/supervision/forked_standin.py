@@ -18,5 +18,5 @@ def main() -> int:
     if os.environ.get("MOOD") == "busy":
         while True:
             pass
-    time.sleep(600)
+    time.sleep(600)  # until whoever started it ends it
     return 0

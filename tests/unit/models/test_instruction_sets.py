@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from antiphon.models.native.instruction_sets import instruction_sets, newest_usable, processor_features
+from antiphon.models.instruction_sets import instruction_sets, newest_usable, processor_features
 
 HASWELL = frozenset(["cx16", "popcnt", "sse4_1", "sse4_2", "ssse3", "abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"])
 SKYLAKE_SERVER = HASWELL | {"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"}
