@@ -20,7 +20,6 @@ import httpx
 import psutil
 import pytest
 import torch
-from envoy.service.ext_proc.v3 import external_processor_pb2
 from grpc_health.v1 import health_pb2
 
 from antiphon.apps.process.data_links import connect
@@ -33,7 +32,7 @@ from antiphon.gateway.routing.endpoints import EndpointBoard, key_of
 from antiphon.rpc.credentials import TARGET_OPTIONS, channel_credentials
 from antiphon.rpc.endpoint_picker import PickerServicer
 from antiphon.rpc.services import RpcServer
-from antiphon.rpc.v1 import directory_pb2, engine_pb2, experts_pb2, inference_pb2, steps_pb2
+from antiphon.rpc.v1 import directory_pb2, engine_pb2, experts_pb2, ext_proc_pb2, inference_pb2, steps_pb2
 from antiphon.transport.base import Hello, Link
 
 from .conftest import Target
@@ -268,7 +267,7 @@ EXPERTS = {
 
 
 def picker_message() -> bytes:
-    message = external_processor_pb2.ProcessingRequest()
+    message = ext_proc_pb2.ProcessingRequest()
     message.request_body.body = json.dumps(CHAT).encode()
     message.request_body.end_of_stream = True
     return bytes(message.SerializeToString())

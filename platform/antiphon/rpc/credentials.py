@@ -33,7 +33,11 @@ def server_credentials(identity: Identity | None = None) -> grpc.ServerCredentia
         given = now
         return _configuration(now)
 
-    return grpc.dynamic_ssl_server_credentials(_configuration(given), newer, require_client_authentication=True)
+    return grpc.dynamic_ssl_server_credentials(
+        _configuration(given),
+        newer,  # type: ignore[arg-type]  # the stubs miss that it may return None
+        require_client_authentication=True,
+    )
 
 
 def _configuration(identity: Identity) -> grpc.ServerCertificateConfiguration:

@@ -264,12 +264,12 @@ class Rebalancer:
             for calls in self._calls.values():
                 calls.close()
             self._calls.clear()
-        calls = self._calls.get(address)
-        if calls is not None and calls.is_outdated:
-            calls.close()
-            calls = None
-        if calls is None:
-            calls = self._calls[address] = ExpertsCalls(address, worker=True)
+        kept = self._calls.get(address)
+        if kept is not None and not kept.is_outdated:
+            return kept
+        if kept is not None:
+            kept.close()
+        calls = self._calls[address] = ExpertsCalls(address, worker=True)
         return calls
 
 
