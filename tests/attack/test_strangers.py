@@ -165,7 +165,7 @@ def test_the_data_doors_open_for_no_other_deployments_key(target: Target, scheme
             connect_proven(sock, address, time.monotonic() + DEADLINE_S, target.stranger)
         with connect(scheme, address) as sock:  # nor for who does not even try
             sock.sendall(encode_greeting(Greeting(hello=hello)))
-            with contextlib.suppress(ConnectionResetError):  # closed with what was sent unread
+            with contextlib.suppress(OSError):  # closed with what was sent unread, perhaps before we close our half
                 sock.shutdown(socket.SHUT_WR)
                 assert sock.recv(1 << 16) == b""
 

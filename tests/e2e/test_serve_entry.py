@@ -37,10 +37,10 @@ SCRIPT = textwrap.dedent("""
     from antiphon.directory.memory import open_directory
     from antiphon.directory.lease import BlockingDirectory
 
-    def until(what, within_s=150):
+    def until(what, within_s=150, told=lambda: runtime.state("smollm2")):
         deadline = time.monotonic() + within_s
         while not what():
-            assert time.monotonic() < deadline, runtime.state("smollm2")
+            assert time.monotonic() < deadline, told()
             time.sleep(0.2)
 
     def capital():
@@ -61,13 +61,16 @@ SCRIPT = textwrap.dedent("""
         assert ensure_directory("smollm2", lease_s=5.0) == address
         print("meanwhile:", capital())
 
+        seen = [None]
+
         def everybody():
             try:
-                return {r.info.worker_id: r.info.epoch for r in directory.workers("smollm2")} == before
-            except Unavailable:
-                return False
+                seen[:] = [{r.info.worker_id: r.info.epoch for r in directory.workers("smollm2")}]
+            except Unavailable as error:
+                seen[:] = [str(error)]
+            return seen[0] == before
 
-        until(everybody, 30)
+        until(everybody, 90, lambda: (seen, before))
         print("back, with later epochs above:", directory.next_epoch("smollm2/ffn/0") > 1_000_000)
     print("answer:", capital())
     runtime.delete("smollm2")
