@@ -99,8 +99,16 @@ def parse_object(body: bytes) -> dict[str, Any]:
         InvalidInput: it isn't UTF-8, JSON or an object, or holds too many values.
     """
     check_structure(body)
+    endless: list[str] = []  # 1e999: JSON can write it, but no answer could repeat it
+
+    def number(text: str) -> float:
+        found = float(text)
+        if math.isinf(found):
+            endless.append(text)
+        return found
+
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, parse_float=number)
     except UnicodeDecodeError as error:
         raise InvalidInput(f"the body is not valid UTF-8: byte {error.start}") from error
     except RecursionError as error:
@@ -109,6 +117,9 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise InvalidInput(f"the body is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise InvalidInput("the body must be a JSON object")
+    if endless:
+        field = next((name for name, inner in value.items() if _holds_infinity(inner)), None)
+        raise InvalidInput(f"{endless[0][:32]} is beyond every float", field)
     return value
 
 
@@ -127,11 +138,17 @@ def check_structure(body: bytes) -> None:
         raise InvalidInput(f"the body holds more than {MAX_VALUES} values")
 
 
-def _finite(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):  # 1e999: JSON can write it, but no answer could repeat it
-        raise ValueError(f"{text[:32]} is beyond every float")
-    return value
+def _holds_infinity(value: object) -> bool:
+    waiting = [value]
+    while waiting:
+        match waiting.pop():
+            case float() as found if math.isinf(found):
+                return True
+            case list() as items:
+                waiting += items
+            case dict() as fields:
+                waiting += fields.values()
+    return False
 
 
 def _refuse_constant(name: str) -> None:
