@@ -12,7 +12,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "exponent.h"
+#include "elements.h"
 #include "thread_pool.h"
 
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
@@ -27,25 +27,17 @@
 #include <optional>
 #include <vector>
 
+using antiphon::bf16;
+using antiphon::data;
+using antiphon::dispatch;
 using antiphon::exp_negative;
+using antiphon::load;
+using antiphon::store;
 
 namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-struct bf16 {
-  uint16_t bits;
-};
-
-inline float load(float v) { return v; }
-inline float load(bf16 v) { return std::bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
-inline void store(float& to, float v) { to = v; }
-inline void store(bf16& to, float v) {
-  const uint32_t bits = std::bit_cast<uint32_t>(v);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);  // NaN stays NaN
-}
 
 // The same product and sum wherever it stands: which of them the compiler would join is not left to it.
 inline float madd(float a, float b, float c) {
@@ -149,22 +141,6 @@ struct Places {
     for (int64_t i = 0; i < chunks; ++i) run(chunk[4 * i], chunk[4 * i + 1], chunk[4 * i + 2], chunk[4 * i + 3]);
   }
 };
-
-template <typename T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(const_cast<void*>(t.const_data_ptr()));
-}
-
-template <typename Body>
-void dispatch(const Tensor& t, Body body) {
-  TORCH_CHECK(t.device().is_cpu(), "antiphon kernels run on CPU tensors");
-  if (t.scalar_type() == at::kFloat) {
-    body(float{});
-  } else {
-    TORCH_CHECK(t.scalar_type() == at::kBFloat16, "antiphon kernels take float32 or bfloat16");
-    body(bf16{});
-  }
-}
 
 // ---- the convolution -------------------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@
 #include <optional>
 #include <vector>
 
-#include "exponent.h"
+#include "elements.h"
 #include "prefetch.h"
 #include "thread_pool.h"
 
@@ -45,8 +45,11 @@
 
 namespace {
 
+using antiphon::bf16;
 using antiphon::exp_negative;
+using antiphon::load;
 using antiphon::Prefetch;
+using antiphon::store;
 using at::Tensor;
 
 constexpr int64_t kLanes = 16;         // outputs of half a block
@@ -59,20 +62,6 @@ constexpr int64_t kSlackRows = 16;     // tiles may read this many rows behind t
 typedef float Lanes __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
-
-struct bf16 {
-  uint16_t bits;
-};
-
-inline float load(float v) { return v; }
-inline float load(bf16 v) { return std::bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
-inline void store(float& to, float v) { to = v; }
-inline void store(bf16& to, float v) {
-  const uint32_t bits = std::bit_cast<uint32_t>(v);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  // NaN must stay NaN: rounding could carry its mantissa away.
-  to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
-}
 
 inline Lanes load_lanes(const float* from) {
   Lanes v;

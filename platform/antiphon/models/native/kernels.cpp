@@ -10,7 +10,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "exponent.h"
+#include "elements.h"
 #include "thread_pool.h"
 
 #ifdef __AVX2__
@@ -29,41 +29,16 @@
 #include <optional>
 #include <vector>
 
+using antiphon::bf16;
+using antiphon::data;
+using antiphon::dispatch;
 using antiphon::exp_negative;
+using antiphon::load;
+using antiphon::store;
 
 namespace {
 
 using at::Tensor;
-
-struct bf16 {
-  uint16_t bits;
-};
-
-inline float load(float v) { return v; }
-inline float load(bf16 v) { return std::bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
-inline void store(float& to, float v) { to = v; }
-inline void store(bf16& to, float v) {
-  const uint32_t bits = std::bit_cast<uint32_t>(v);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  // NaN must stay NaN: rounding could carry its mantissa away.
-  to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
-}
-
-template <typename Body>
-void dispatch(const Tensor& t, Body body) {
-  TORCH_CHECK(t.device().is_cpu(), "antiphon kernels run on CPU tensors");
-  if (t.scalar_type() == at::kFloat) {
-    body(float{});
-  } else {
-    TORCH_CHECK(t.scalar_type() == at::kBFloat16, "antiphon kernels take float32 or bfloat16");
-    body(bf16{});
-  }
-}
-
-template <typename T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(const_cast<void*>(t.const_data_ptr()));
-}
 
 template <typename T, typename W>
 void norm_row(const T* x, const W* w, T* out, int64_t d, float eps, float shift) {

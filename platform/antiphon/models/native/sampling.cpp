@@ -14,7 +14,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "exponent.h"
+#include "elements.h"
 #include "thread_pool.h"
 
 using antiphon::exp_negative;
