@@ -13,6 +13,7 @@ certificates of gRPC connections (``rpc.credentials``). Must not know: what is p
 
 from __future__ import annotations
 
+import functools
 import hmac
 import logging
 import os
@@ -37,6 +38,11 @@ _MAX_FILE_BYTES = 1 << 16
 _SALT = b"antiphon deployment key 1"
 
 
+@functools.lru_cache(maxsize=64)  # purposes are few, and one proves every event of a stream
+def _derived(key: bytes, purpose: str) -> bytes:
+    return hmac.digest(key, purpose.encode() + b"\x01", "sha256")
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """The keys of one deployment. ``repr`` shows none of them."""
@@ -58,7 +64,7 @@ class Identity:
 
     def derive(self, purpose: str, key: int = 0) -> bytes:
         """32 bytes for one purpose, which tell nothing about those of another."""
-        return hmac.digest(self.keys[key], purpose.encode() + b"\x01", "sha256")
+        return _derived(self.keys[key], purpose)
 
     def key_id(self, key: int = 0) -> bytes:
         """Eight bytes that name a key to those who have it, and say nothing about it."""

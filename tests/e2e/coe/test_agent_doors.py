@@ -91,3 +91,21 @@ async def test_responses_and_messages_reach_the_chosen_expert_with_the_same_even
             assert served.asked[-1] == ("/v1/messages/count_tokens", "served-1")
             refused = await client.post("/v1/messages", json={**asked, "model": "coe/nobody"})
             assert (refused.status_code, refused.json()["error"]["type"]) == (404, "not_found_error")
+
+
+async def test_another_server_keeps_no_answer_for_everybody_who_asks_here(artifact: Any, tmp_path: Path) -> None:
+    """It knows the composition's key alone: what one client had kept, another could go on with."""
+    async with other.agents.answering(tmp_path, other.ANSWER) as (world, _):
+        served = _Served(world.url)
+        async with (
+            doors.door(artifact, served, external=f"{world.url}/v1", external_model="tiny", call_tools=True) as (client, _),
+            httpx.AsyncClient(base_url=world.url) as straight,
+        ):
+            asked: Any = {"model": "coe/team", "input": SUMS}
+            answer = await client.post("/v1/responses", json=asked)
+            assert (answer.headers["x-antiphon-expert"], answer.json()["store"]) == ("model-1", False)
+            assert served.asked == []  # the other server answered
+            assert (await straight.get(f"/v1/responses/{answer.json()['id']}")).status_code == 404
+            for field, value in (("previous_response_id", answer.json()["id"]), ("store", True)):
+                refused = await client.post("/v1/responses", json={**asked, field: value})
+                assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)

@@ -92,13 +92,14 @@ async def door(
     experts: Experts,
     *,
     external: str | None = None,
+    external_model: str = "their-model",
     keys: tuple[str, ...] = (),
     call_tools: bool = False,
     **spec: Any,
 ) -> AsyncIterator[tuple[httpx.AsyncClient, dict[str, WorkerInfo]]]:
     listed: list[dict[str, Any]] = [{"name": f"model-{i}", "deploymentRef": f"d{i}", "tools": call_tools} for i in range(3)]
     if external is not None:
-        listed[1] = {"name": "model-1", "external": {"url": external, "model": "their-model"}}
+        listed[1] = {"name": "model-1", "external": {"url": external, "model": external_model}}
     document = CompositionOfExperts.model_validate(
         {
             "apiVersion": "serving.antiphon.dev/v1alpha1",

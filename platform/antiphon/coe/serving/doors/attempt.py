@@ -21,6 +21,7 @@ from antiphon.core.document.coe.experts import ExternalEndpoint
 from antiphon.core.errors import InvalidInput
 from antiphon.gateway.http.bodies import check_structure
 
+RESPONSES = "/v1/responses"
 TRY_NEXT = frozenset({404, 429, 500, 502, 503, 504})
 _MAX_ID_CHARS = 120  # a number is put behind
 _HEADER_SAFE = " !#$&'()*+,-./:;<=>?@[]^_`{|}~"
@@ -112,6 +113,19 @@ async def _disconnected(receive: Receive) -> None:
         continue
 
 
+def refuse_kept(path: str, body: Mapping[str, Any]) -> None:
+    """Refuse what would keep or go on with an answer at another server: there everybody who asks here has one key.
+
+    Raises:
+        InvalidInput: with the field.
+    """
+    if path != RESPONSES:
+        return
+    field = "previous_response_id" if body.get("previous_response_id") is not None else "store"
+    if body.get(field) not in (None, False):
+        raise InvalidInput("answers of a composition with experts of other servers are not kept: send the whole input", field)
+
+
 async def forward(
     client: httpx.AsyncClient,
     endpoint: ExternalEndpoint,
@@ -122,10 +136,16 @@ async def forward(
     connect_s: float,
     idle_s: float,
 ) -> None:
-    """Stream an external endpoint's answer through. Raises httpx.HTTPError."""
+    """Stream an external endpoint's answer through; it keeps none that could be gone on with, see ``refuse_kept``.
+
+    Raises:
+        httpx.HTTPError: it can't be reached, or broke off.
+    """
     timeout = httpx.Timeout(idle_s, connect=connect_s)
     url = endpoint.url + path.removeprefix("/v1")
     sent = {**body, "model": endpoint.model}
+    if path == RESPONSES:
+        sent["store"] = False
     async with client.stream("POST", url, json=sent, headers=key_headers(endpoint), timeout=timeout) as answer:
         content_type = answer.headers.get("content-type", "application/json").encode("latin-1")
         await attempt.send(

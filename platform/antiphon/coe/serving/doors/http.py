@@ -29,12 +29,14 @@ from antiphon.coe.routing.router import Record
 from antiphon.coe.serving.combining import decline_early, experts_to_combine
 from antiphon.coe.serving.composition import Composition, explained
 from antiphon.coe.serving.doors.attempt import (
+    RESPONSES,
     Attempt,
     Client,
     answer_headers,
     body_scope,
     forward,
     json_object,
+    refuse_kept,
     replayed,
     until_started,
     while_connected,
@@ -52,7 +54,7 @@ from antiphon.gateway.openai.http_io import deadline_of, error_response
 
 _COMBINED = ("/v1/chat/completions", "/v1/completions")  # several experts may answer together
 _ANTHROPIC = ("/v1/messages", "/v1/messages/count_tokens")
-_COMPLETIONS = (*_COMBINED, "/v1/responses", *_ANTHROPIC)
+_COMPLETIONS = (*_COMBINED, RESPONSES, *_ANTHROPIC)
 _MODEL = "/v1/models/"
 
 
@@ -142,6 +144,8 @@ class CoeDoor:
             return
         try:
             composition, policy = self._composition(*named)
+            if any(composition.external(expert.name) is not None for expert in composition.document.spec.experts):
+                refuse_kept(scope["path"], body)
             deadline_s = deadline_of(request)
             question = question_of(body, dict(request.headers), composition.document.spec, policy)
             record = await composition.route(question)
