@@ -63,7 +63,7 @@ class Drawing:
 
 
 def end_at_bad_rows(x_RD: torch.Tensor, drawings: Sequence[Drawing]) -> None:
-    """Find drafts' rows that are not numbers: what they leave in the cache is not either."""
+    """Find drafts' rows that are non-finite: what they leave in the cache is, too."""
     if len(drawings) == x_RD.shape[0] or all_finite(x_RD):
         return
     bad = {row for row, is_good in enumerate(torch.isfinite(x_RD.sum(dim=-1, dtype=torch.float32)).tolist()) if not is_good}
