@@ -5,11 +5,11 @@ Must not know: how they are downloaded.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from antiphon.core.document.part import Metadata, Model
+from antiphon.core.document.part import LINE_REST, Line, Metadata, Model, OneLine
 from antiphon.core.document.policies import SecretName
 from antiphon.core.document.pools import Quantity
 
@@ -32,20 +32,20 @@ class ArtifactStorage(Model):
 class ModelArtifactSpec(Model):
     """Where weights come from and where they are kept."""
 
-    uri: str = Field(
+    uri: Annotated[str, OneLine] = Field(
         description="hf://organisation/name, s3://bucket/prefix, file:///path on the download pod, "
         "or pvc://claim/path (used in place).",
-        pattern=r"^(hf|s3|file|pvc)://.+",
+        pattern=f"^(hf|s3|file|pvc)://{LINE_REST}$",
         max_length=1024,
     )
-    revision: str | None = Field(default=None, description="Revision of the source; None = its default.", max_length=128)
+    revision: Line | None = Field(default=None, description="Revision of the source; None = its default.", max_length=128)
     digest: str | None = Field(
         default=None,
         description="sha256:… over the sorted list of files and their hashes; None = recorded, not checked.",
         pattern=r"^sha256:[0-9a-f]{64}$",
     )
     storage: ArtifactStorage = Field(default_factory=ArtifactStorage, description="Where the weights are kept.")
-    image: str | None = Field(
+    image: Line | None = Field(
         default=None,
         description="Image of the download Job; None = the operator's default.",
         min_length=1,
@@ -55,7 +55,7 @@ class ModelArtifactSpec(Model):
         default=None,
         description="Secret whose keys become environment variables of the download (HF_TOKEN, AWS_ACCESS_KEY_ID, …).",
     )
-    endpoint_url: str | None = Field(default=None, description="Address of an S3-compatible store; None = AWS.", max_length=1024)
+    endpoint_url: Line | None = Field(default=None, description="Address of an S3-compatible store; None = AWS.", max_length=1024)
     retries: int = Field(default=3, ge=0, le=20, description="How often a failed download is tried again.")
     deadline_s: int = Field(default=21_600, ge=60, le=604_800, description="A download that takes longer has failed.")
 

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from antiphon.core.document.coe.combining import CombineSpec
 from antiphon.core.document.coe.experts import ExpertSpec, Name, SecretKeyRef
-from antiphon.core.document.part import Metadata, Model, as_tuple
+from antiphon.core.document.part import HeaderValue, Line, Metadata, Model, Prose, as_tuple
 from antiphon.core.document.pools import Quantity, Resources, parse_quantity
 from antiphon.core.errors import InvalidInput
 
@@ -23,15 +23,15 @@ POLICIES: tuple[Policy, ...] = ("quality", "balanced", "cheap", "budget", "at-le
 class CategorySpec(Model):
     """A class of requests. Categories of the artifact that are not listed keep the artifact's mapping."""
 
-    name: str = Field(description="Name of the category, as in the artifact.", min_length=1, max_length=128)
-    description: str = Field(default="", description="What belongs to it, for people.", max_length=1024)
+    name: Line = Field(description="Name of the category, as in the artifact.", min_length=1, max_length=128)
+    description: Prose = Field(default="", description="What belongs to it, for people.", max_length=1024)
     expert: Name | None = Field(default=None, description="The expert that serves it always; None = the router weighs.")
 
 
 class ArtifactRef(Model):
     """Where the trained router is."""
 
-    uri: str = Field(description="Directory path, file:// or pvc://claim/path.", min_length=1, max_length=1024)
+    uri: Line = Field(description="Directory path, file:// or pvc://claim/path.", min_length=1, max_length=1024)
     digest: str | None = Field(
         default=None, pattern=r"^sha256:[0-9a-f]{64}$", description="Digest that it must have; None = not checked."
     )
@@ -116,7 +116,7 @@ class LearningSpec(Model):
         default=20.0, ge=1, le=1000,
         description="Standard deviations that residuals add up to, beyond a quarter each, before the alarm is raised.",
     )  # fmt: skip
-    log: str | None = Field(
+    log: Line | None = Field(
         default=None, min_length=1, max_length=1024,
         description="File of feedbacks without prompts: replayed at start; one per replica. None = forgotten with the process.",
     )  # fmt: skip
@@ -133,11 +133,11 @@ class StickinessSpec(Model):
 class RuleMatch(Model):
     """All that is given must hold. At least one condition is needed."""
 
-    category: str | None = Field(default=None, description="The request asks for this category.", min_length=1, max_length=128)
+    category: Line | None = Field(default=None, description="The request asks for this category.", min_length=1, max_length=128)
     header: str | None = Field(
         default=None, pattern=r"^[a-z0-9][-a-z0-9]{0,63}$", description="A request header, in lower case, that must be present."
     )
-    value: str | None = Field(default=None, description="The header's value; None = any.", max_length=1024)
+    value: HeaderValue | None = Field(default=None, description="The header's value; None = any.", max_length=1024)
     language: str | None = Field(default=None, pattern=r"^[a-z]{2,3}$", description="Language of the prompt, as an ISO 639 code.")
     min_context_tokens: int | None = Field(default=None, ge=1, le=100_000_000, description="Prompt at least this long, in tokens.")
     max_context_tokens: int | None = Field(default=None, ge=1, le=100_000_000, description="Prompt at most this long, in tokens.")
@@ -178,7 +178,7 @@ class LimitsSpec(Model):
 class AuthSpec(Model):
     """Which experts a caller may reach."""
 
-    allow_experts_header: str | None = Field(
+    allow_experts_header: Line | None = Field(
         default=None, description="Trusted header (set by a proxy) that lists the allowed experts, comma-separated; None = all."
     )
 

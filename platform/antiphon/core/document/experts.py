@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from antiphon.core.document.part import Model, as_tuple
+from antiphon.core.document.part import Line, Model, as_tuple
 
 
 class RebalanceSpec(Model):
@@ -41,7 +41,7 @@ class RebalanceSpec(Model):
 class ExpertsSpec(Model):
     """How the experts of a mixture are held and chosen."""
 
-    placement_file: str | None = Field(
+    placement_file: Line | None = Field(
         default=None,
         description="File with the groups that hold each expert, as written after balancing; None = spread in equal runs.",
         min_length=1,
@@ -55,7 +55,7 @@ class ExpertsSpec(Model):
         description="Weights that stay in the compute format where quantization is int8: shared experts, down projections.",
         max_length=2,
     )
-    skip_file: str | None = Field(
+    skip_file: Line | None = Field(
         default=None,
         description="File with thresholds below which experts are skipped, as written by the search; None = none are.",
         min_length=1,

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from antiphon.core.document.part import Model, as_tuple
+from antiphon.core.document.part import Line, Model, as_tuple
 
 FormatName = Literal["fp32", "bf16", "fp16", "fp8", "int8", "fp4", "int4"]
 
@@ -19,14 +19,14 @@ FormatName = Literal["fp32", "bf16", "fp16", "fp8", "int8", "fp4", "int4"]
 class PlanningHardware(Model):
     """Accelerator of each role, by its name in the planner's list."""
 
-    fleet: tuple[Annotated[str, Field(max_length=64)], ...] = Field(
+    fleet: tuple[Annotated[Line, Field(max_length=64)], ...] = Field(
         default=(), description="Accelerators to choose from for roles that name none.", max_length=64
     )
-    colocated: str | None = Field(default=None, description="When one card does everything.", max_length=64)
-    prefill: str | None = Field(default=None, description="Prefill workers.", max_length=64)
-    decode: str | None = Field(default=None, description="Decode workers that hold whole layers.", max_length=64)
-    attention: str | None = Field(default=None, description="Attention workers.", max_length=64)
-    ffn: str | None = Field(default=None, description="FFN workers.", max_length=64)
+    colocated: Line | None = Field(default=None, description="When one card does everything.", max_length=64)
+    prefill: Line | None = Field(default=None, description="Prefill workers.", max_length=64)
+    decode: Line | None = Field(default=None, description="Decode workers that hold whole layers.", max_length=64)
+    attention: Line | None = Field(default=None, description="Attention workers.", max_length=64)
+    ffn: Line | None = Field(default=None, description="FFN workers.", max_length=64)
 
     _lists = field_validator("fleet", mode="before")(as_tuple)
 
@@ -66,7 +66,7 @@ class PlanningEfficiency(Model):
 class PlanningSpec(Model):
     """Inputs of ``antiphon plan deploy``."""
 
-    config: str | None = Field(
+    config: Line | None = Field(
         default=None,
         description="The model's dimensions: a name in the planner's library, or a path to a config.json; "
         "None = from the model's uri.",
@@ -77,7 +77,7 @@ class PlanningSpec(Model):
     traffic: tuple[PlanningTraffic, ...] = Field(
         default=(), description="Kinds of requests; empty = from the trace.", max_length=4096
     )
-    trace: str | None = Field(
+    trace: Line | None = Field(
         default=None,
         description="CSV or JSON lines with prompt_tokens, output_tokens and maybe arrival_s; relative to the document.",
         min_length=1,

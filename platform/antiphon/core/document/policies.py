@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from antiphon.core.document.part import FieldsError, Model, as_tuple
+from antiphon.core.document.part import FieldsError, LabelValue, Line, Model, as_tuple
 
 RESERVED_POOL_NAMES = ("gateway", "headgroup")  # the gateway's own deployment and worker group, and Ray's head group
 MAX_RATIOS = 16
@@ -107,8 +107,8 @@ class SloSpec(Model):
 class RatioSpec(Model):
     """Bounds on the quotient of two pools' sizes, e.g. FFN workers per attention worker."""
 
-    numerator: str = Field(description="Name of the pool above the line.", min_length=1, max_length=32)
-    denominator: str = Field(description="Name of the pool below the line.", min_length=1, max_length=32)
+    numerator: Line = Field(description="Name of the pool above the line.", min_length=1, max_length=32)
+    denominator: Line = Field(description="Name of the pool below the line.", min_length=1, max_length=32)
     min: float | None = Field(default=None, gt=0, le=10_000, description="Least quotient; None = unbounded.")
     max: float | None = Field(default=None, gt=0, le=10_000, description="Greatest quotient; None = unbounded.")
 
@@ -145,15 +145,15 @@ class SecretEnvSpec(Model):
 
     name: str = Field(description="Name of the environment variable.", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)
     secret: SecretName = Field(description="Name of the Secret, in the deployment's namespace.")
-    key: str = Field(description="Key within the Secret.", min_length=1, max_length=253)
+    key: Line = Field(description="Key within the Secret.", min_length=1, max_length=253)
 
 
 class TolerationSpec(Model):
     """A taint that pods of the pool tolerate."""
 
-    key: str | None = Field(default=None, description="Key of the taint; None with operator Exists = every taint.", max_length=316)
+    key: Line | None = Field(default=None, description="Key of the taint; None with operator Exists = every taint.", max_length=316)
     operator: Literal["Exists", "Equal"] = Field(default="Exists", description="Exists = any value, Equal = the value given.")
-    value: str | None = Field(default=None, description="Value of the taint, for operator Equal.", max_length=63)
+    value: LabelValue | None = Field(default=None, description="Value of the taint, for operator Equal.")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
         default=None, description="Effect of the taint; None = every effect."
     )
@@ -164,7 +164,7 @@ class GatewayParentSpec(Model):
 
     name: SecretName = Field(description="Name of the Gateway.")
     namespace: SecretName | None = Field(default=None, description="Its namespace; None = the deployment's.")
-    section_name: str | None = Field(default=None, description="One of its listeners; None = all.", min_length=1, max_length=253)
+    section_name: Line | None = Field(default=None, description="One of its listeners; None = all.", min_length=1, max_length=253)
 
 
 class GatewaySpec(Model):
@@ -201,7 +201,7 @@ class KeySecretSpec(Model):
 class KubernetesSpec(Model):
     """What the pods need that a laptop does not."""
 
-    image: str | None = Field(
+    image: Line | None = Field(
         default=None,
         description="Container image of head and workers; None = the operator's default.",
         min_length=1,
@@ -216,7 +216,7 @@ class KubernetesSpec(Model):
     ray_version: str | None = Field(
         default=None,
         description="Ray's version inside the image; None = the operator's default.",
-        pattern=r"^\d+\.\d+\.\d+([-+.].*)?$",
+        pattern=r"^[0-9]+\.[0-9]+\.[0-9]+([-+.][-+.0-9A-Za-z]*)?$",
         max_length=32,
     )
     service_account_name: SecretName | None = Field(

@@ -12,7 +12,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from antiphon.core.document.part import FieldsError, Metadata, Model, as_tuple, check_dns_label
+from antiphon.core.document.part import (
+    EnvValue,
+    FieldsError,
+    LabelValue,
+    Line,
+    Metadata,
+    Model,
+    as_tuple,
+    check_dns_label,
+    check_label_keys,
+    check_variables,
+)
 from antiphon.core.document.policies import RESERVED_POOL_NAMES, ScalingMode, ScalingSpec, TolerationSpec
 from antiphon.core.ids import Role
 
@@ -65,7 +76,7 @@ class Resources(Model):
         le=1,
         description="Share of its card's memory that one worker may fill; None = 0.9. Workers on one card share it: 0.45 for two.",
     )
-    gpu_resource: str = Field(default="nvidia.com/gpu", description="Kubernetes resource name of the accelerator.", max_length=128)
+    gpu_resource: Line = Field(default="nvidia.com/gpu", description="Kubernetes resource name of the accelerator.", max_length=128)
 
 
 class PoolSpec(Model):
@@ -87,8 +98,10 @@ class PoolSpec(Model):
     device: DeviceName = Field(
         default="auto", description="What its workers compute on; auto = cuda where resources.gpu is 1, else cpu."
     )
-    node_selector: dict[str, str] = Field(default_factory=dict, description="Labels of the nodes it may run on (Kubernetes).")
-    env: dict[str, str] = Field(default_factory=dict, description="Environment variables of its workers.")
+    node_selector: dict[str, LabelValue] = Field(
+        default_factory=dict, description="Labels of the nodes it may run on (Kubernetes)."
+    )
+    env: dict[str, EnvValue] = Field(default_factory=dict, description="Environment variables of its workers.")
     scaling: ScalingSpec = Field(default_factory=ScalingSpec, description="How its size is decided (Kubernetes).")
     tolerations: tuple[TolerationSpec, ...] = Field(
         default=(), description="Taints that its pods tolerate (Kubernetes).", max_length=16
@@ -101,6 +114,18 @@ class PoolSpec(Model):
         if name in RESERVED_POOL_NAMES:
             raise ValueError(f"{name!r} is reserved")
         return name
+
+    @field_validator("node_selector")
+    @classmethod
+    def _selects_by_labels(cls, labels: dict[str, str]) -> dict[str, str]:
+        check_label_keys(labels)
+        return labels
+
+    @field_validator("env")
+    @classmethod
+    def _names_variables(cls, env: dict[str, str]) -> dict[str, str]:
+        check_variables(env)
+        return env
 
     _lists = field_validator("cores", "tolerations", mode="before")(as_tuple)
 
@@ -162,8 +187,8 @@ class PoolSpec(Model):
 class ServingPoolSpec(Model):
     """Which pool it is, and the size asked for."""
 
-    deployment: str = Field(description="Name of the LLMDeployment it belongs to.", min_length=1, max_length=40)
-    pool: str = Field(description="Name of the pool within it.", min_length=1, max_length=32)
+    deployment: Line = Field(description="Name of the LLMDeployment it belongs to.", min_length=1, max_length=40)
+    pool: Line = Field(description="Name of the pool within it.", min_length=1, max_length=32)
     role: PoolRole = Field(description="What the pool's workers hold and do.")
     mode: ScalingMode = Field(description="Who decides the size.", strict=False)
     replicas: int | None = Field(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from antiphon.core.document.part import FieldsError
+from antiphon.core.document.part import ENV_PATTERN, LABEL_PATTERN, LINE_PATTERN, LINE_WORDS, PROSE_PATTERN, FieldsError
 
 Path = tuple[str | int, ...]
 
@@ -40,6 +40,12 @@ _BOUND = {
     "greater_than_equal": (">=", "ge"),
     "less_than": ("<", "lt"),
     "less_than_equal": ("<=", "le"),
+}
+_PATTERNS = {
+    LINE_PATTERN: LINE_WORDS,
+    PROSE_PATTERN: "text without control characters",
+    ENV_PATTERN: "text without the character NUL",
+    LABEL_PATTERN: "letters, digits, '-', '_' and '.', at the ends letters or digits",
 }
 _RELATIVE = re.compile(r"([a-z][A-Za-z0-9]*(?:\[\d+\]|\.[a-z][A-Za-z0-9]*)*): (.+)", re.DOTALL)
 
@@ -121,6 +127,8 @@ def _translate(detail: ErrorDetails, model: type[BaseModel], document: object) -
     if kind in ("string_too_short", "string_too_long"):
         bound = f"at least {context['min_length']}" if kind == "string_too_short" else f"at most {context['max_length']}"
         return [(path, _expected(f"a string of {bound} characters", value))]
+    if kind == "string_pattern_mismatch" and context["pattern"] in _PATTERNS:
+        return [(path, _expected(_PATTERNS[context["pattern"]] if value else "text that is not empty", value))]
     if kind == "string_pattern_mismatch":
         description = _field_description(model, path)
         return [(path, _expected(f"text like {context['pattern']}", value) + (f" ({description})" if description else ""))]

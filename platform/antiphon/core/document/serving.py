@@ -9,7 +9,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from antiphon.core.document.part import FieldsError, Model, as_tuple
+from antiphon.core.document.part import FieldsError, Line, Model, as_tuple
 
 # A scheme, a host and at most a port, as browsers write it: without a path, nor a slash at the end.
 _ORIGIN: Final = r"^(\*|[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?)$"
@@ -33,15 +33,15 @@ class SchedulerSpec(Model):
 class DoorTlsSpec(Model):
     """The doors' certificate; files that change are taken up for new connections, open streams go on."""
 
-    certificate_file: str = Field(description="PEM: the certificate and its chain.", min_length=1, max_length=4096)
-    key_file: str = Field(description="PEM: its private key, without a password.", min_length=1, max_length=4096)
+    certificate_file: Line = Field(description="PEM: the certificate and its chain.", min_length=1, max_length=4096)
+    key_file: Line = Field(description="PEM: its private key, without a password.", min_length=1, max_length=4096)
 
 
 class DraftModelSpec(Model):
     """A small model with the same vocabulary, which each generating worker runs beside the larger one."""
 
-    uri: str = Field(description="Where its checkpoint is, as in model.uri; on Kubernetes a path.", min_length=1, max_length=1024)
-    revision: str | None = Field(default=None, description="Revision of the checkpoint; None = the uri's default.", max_length=128)
+    uri: Line = Field(description="Where its checkpoint is, as in model.uri; on Kubernetes a path.", min_length=1, max_length=1024)
+    revision: Line | None = Field(default=None, description="Revision of the checkpoint; None = the uri's default.", max_length=128)
 
     @model_validator(mode="before")
     @classmethod
@@ -91,16 +91,16 @@ class SpeculationSpec(Model):
 class EndpointSpec(Model):
     """Where clients connect."""
 
-    host: str = Field(default="127.0.0.1", description="Address that the gateway binds.", max_length=253)
+    host: Line = Field(default="127.0.0.1", description="Address that the gateway binds.", max_length=253)
     http_port: int = Field(default=8000, ge=0, le=65_535, description="OpenAI-compatible HTTP; 0 = any free port.")
     grpc_port: int = Field(default=9000, ge=0, le=65_535, description="gRPC; 0 = any free port.")
     replicas: int = Field(default=1, ge=1, le=1000, description="Gateway replicas.")
-    api_keys_env: str | None = Field(
+    api_keys_env: Line | None = Field(
         default=None,
         description="Environment variable with the accepted API keys, comma-separated; None = open.",
         max_length=128,
     )
-    api_keys_file: str | None = Field(
+    api_keys_file: Line | None = Field(
         default=None,
         description="File of hashed API keys with tenant, scope and expiry (`antiphon keys`), e.g. of a mounted Secret; looked "
         "at again when it changes.",
@@ -119,7 +119,7 @@ class EndpointSpec(Model):
     )
     picker_targets: str | None = Field(
         default=None,
-        pattern=r"^[^\s/]+:[0-9]{1,5}$",
+        pattern=r"^[-._:\[\]A-Za-z0-9]+:[0-9]{1,5}$",
         max_length=300,
         description="host:port that resolves to all gateway replicas: the gRPC port then answers the Endpoint Picker Protocol of "
         "Kubernetes' Gateways; None = it does not. The operator sets it where kubernetes.gateway.inferencePool is true.",
@@ -144,5 +144,5 @@ class EndpointSpec(Model):
 class DirectorySpec(Model):
     """Where workers register."""
 
-    redis_url: str | None = Field(default=None, description="redis:// URL; None = an embedded store.", max_length=1024)
+    redis_url: Line | None = Field(default=None, description="redis:// URL; None = an embedded store.", max_length=1024)
     lease_s: float = Field(default=5.0, gt=0.5, le=300, description="A worker that does not renew this long is gone.")

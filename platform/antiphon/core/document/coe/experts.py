@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from antiphon.core.document.part import Model, as_tuple
+from antiphon.core.document.part import Line, Model, as_tuple
 from antiphon.core.document.pools import Quantity, parse_quantity
 
 Modality = Literal["text", "image", "audio", "video"]
@@ -22,16 +22,16 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([-_.:/A-Za-z0-9]*[A-Za-z0-9])
 class SecretKeyRef(Model):
     """One key of a Kubernetes secret."""
 
-    name: str = Field(description="Name of the secret.", min_length=1, max_length=253)
-    key: str = Field(description="Key within the secret.", min_length=1, max_length=253)
+    name: Line = Field(description="Name of the secret.", min_length=1, max_length=253)
+    key: Line = Field(description="Key within the secret.", min_length=1, max_length=253)
 
 
 class ExternalEndpoint(Model):
     """An OpenAI-compatible endpoint that Antiphon does not run. At most one of the two key references is given."""
 
-    url: str = Field(description="Base URL, with the /v1 when the endpoint has one.", min_length=8, max_length=1024)
-    model: str = Field(description="Model name that the endpoint expects.", min_length=1, max_length=256)
-    api_key_env: str | None = Field(
+    url: Line = Field(description="Base URL, with the /v1 when the endpoint has one.", min_length=8, max_length=1024)
+    model: Line = Field(description="Model name that the endpoint expects.", min_length=1, max_length=256)
+    api_key_env: Line | None = Field(
         default=None, description="Environment variable with the API key; None = none is sent.", max_length=128
     )
     api_key_secret: SecretKeyRef | None = Field(
@@ -64,7 +64,7 @@ class ExpertSpec(Model):
     """One expert: a deployment of this platform or an external endpoint, and what the router may assume of it."""
 
     name: Name = Field(description="Name of the expert; the same as in the router artifact.")
-    deployment_ref: str | None = Field(
+    deployment_ref: Line | None = Field(
         default=None, description="metadata.name of an LLMDeployment; None = external.", min_length=1, max_length=63
     )
     external: ExternalEndpoint | None = Field(default=None, description="An endpoint run by others; None = deploymentRef.")
