@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from antiphon.cache_root import cache_root
 from antiphon.core.errors import Unavailable
 
 COMPILE_TIMEOUT_S = 300.0
@@ -23,8 +24,7 @@ COMPILE_TIMEOUT_S = 300.0
 
 def cache_directory() -> Path:
     """Where built libraries are kept."""
-    root = os.environ.get("ANTIPHON_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "antiphon") / "native"
+    return cache_root() / "native"
 
 
 def find_compiler(variable: str, names: Sequence[str]) -> str | None:

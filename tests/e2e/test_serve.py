@@ -26,9 +26,10 @@ import pytest
 import redis
 import yaml
 
+from antiphon.cache_root import cache_root
 from antiphon.client import Client
 from antiphon.core.errors import CheckpointInvalid, DeadlineExceeded
-from antiphon.models.loading.source import default_cache, resolve
+from antiphon.models.loading.source import resolve
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
@@ -61,7 +62,7 @@ class Serve:
             **os.environ,
             "HOME": str(self.home),
             "TMPDIR": str(self.temp),
-            "ANTIPHON_CACHE": str(default_cache()),
+            "ANTIPHON_CACHE": str(cache_root()),
             "ANTIPHON_TEST_MARK": self.mark,
         }
         command = [sys.executable, "-m", "antiphon", "serve", "-f", str(document), "--http-port", "0", "--grpc-port", "0"]

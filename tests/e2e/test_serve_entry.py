@@ -58,7 +58,6 @@ SCRIPT = textwrap.dedent("""
         print("registered:", *sorted(before))
         host = ray.get_actor("directory-smollm2", namespace=NAMESPACE)
         ray.kill(host, no_restart=False)
-        assert ensure_directory("smollm2", lease_s=5.0) == address
         print("meanwhile:", capital())
 
         seen = [None]
@@ -71,6 +70,7 @@ SCRIPT = textwrap.dedent("""
             return seen[0] == before
 
         until(everybody, 90, lambda: (seen, before))
+        assert ensure_directory("smollm2", lease_s=5.0) == address
         print("back, with later epochs above:", directory.next_epoch("smollm2/ffn/0") > 1_000_000)
     print("answer:", capital())
     runtime.delete("smollm2")

@@ -7,6 +7,8 @@ it with their next renewal, and its epochs go on above all that were handed out 
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import random
 import time
 from typing import Any
@@ -29,6 +31,8 @@ _PORTS = range(20_000, 30_000)
 _BIND_DEADLINE_S = 20.0
 _NUM_PORTS_TRIED = 5
 
+logger = logging.getLogger(__name__)
+
 
 class DirectoryHost:
     """The actor's class.
@@ -47,6 +51,8 @@ class DirectoryHost:
         self._lease_s = lease_s
         self._server: DirectoryServer | None = None
         self._starting = asyncio.Lock()
+        # Ray starts a dead one again, but nobody asks the new one for its address: everybody has it.
+        self._listening = asyncio.get_running_loop().create_task(self._listen_again()) if _is_restarted() else None
 
     async def address(self) -> str:
         """Where it listens, as ``open_directory`` takes it.
@@ -59,8 +65,15 @@ class DirectoryHost:
                 self._server = await self._listen()
         return self._server.address
 
+    async def _listen_again(self) -> None:
+        try:
+            await self.address()
+        except Unavailable as error:
+            logger.warning("the directory's port is not free any more: %s", error)
+            os._exit(1)  # Ray starts it once more
+
     async def _listen(self) -> DirectoryServer:
-        again = ray.get_runtime_context().was_current_actor_reconstructed
+        again = _is_restarted()
         store: Directory = MemoryDirectory()
         if again:
             store = MemoryDirectory(epoch_base=int(time.time()), settle_s=self._lease_s)
@@ -72,6 +85,10 @@ class DirectoryHost:
                 if time.monotonic() >= deadline:
                     raise
                 await asyncio.sleep(0.1)
+
+
+def _is_restarted() -> bool:
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def ensure_key(deployment: str) -> None:

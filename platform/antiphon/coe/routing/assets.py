@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from antiphon.cache_root import cache_root
 from antiphon.core.errors import CheckpointInvalid
 
 FETCH_TIMEOUT_S = 300.0
@@ -51,8 +52,7 @@ VOCABULARY = Asset(
 
 def cache_directory() -> Path:
     """Where fetched files are kept."""
-    configured = os.environ.get("ANTIPHON_CACHE")
-    return Path(configured) if configured else Path.home() / ".cache" / "antiphon"
+    return cache_root()
 
 
 def resolve(asset: Asset, *, fetch: bool = True) -> Path:

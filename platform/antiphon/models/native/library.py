@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 _SOURCES = tuple(
     Path(__file__).with_name(name) for name in ("kernels.cpp", "experts.cpp", "halves.cpp", "sampling.cpp", "delta.cpp")
 )
+_MOST_COMPILERS = 4  # at once: each takes up to a gigabyte
 _IMAGE_TIMEOUT_S = 3600.0  # images for other machines are built under emulation, some thirty times as slow
 
 
@@ -51,9 +53,14 @@ def build_kernels() -> tuple[Path, ...]:
     compiler = find_compiler("CXX", COMPILERS)
     if compiler is None:
         raise Unavailable("no C++ compiler (c++, g++ or clang++) on PATH")
-    libraries = tuple(build(source, compiler, _flags()) for source in _SOURCES)
+    with _compilers() as at_once:
+        libraries = tuple(at_once.map(lambda source: build(source, compiler, _flags()), _SOURCES))
     built_marker().touch()
     return libraries
+
+
+def _compilers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(len(_SOURCES), os.cpu_count() or 1, _MOST_COMPILERS), "compiler")
 
 
 def build_for_image(directory: Path, wanted: tuple[InstructionSet, ...] | None = None) -> tuple[Path, ...]:
@@ -65,13 +72,14 @@ def build_for_image(directory: Path, wanted: tuple[InstructionSet, ...] | None =
     compiler = find_compiler("CXX", COMPILERS)
     if compiler is None:
         raise Unavailable("no C++ compiler (c++, g++ or clang++) on PATH")
-    return tuple(
-        compile_into(
-            directory / each.name / f"lib{source.stem}.so", source, compiler, _flags(each.flags), timeout_s=_IMAGE_TIMEOUT_S
-        )
-        for each in (instruction_sets() if wanted is None else wanted)
-        for source in _SOURCES
-    )
+
+    def compiled(each: InstructionSet, source: Path) -> Path:
+        library = directory / each.name / f"lib{source.stem}.so"
+        return compile_into(library, source, compiler, _flags(each.flags), timeout_s=_IMAGE_TIMEOUT_S)
+
+    jobs = [(each, source) for each in (instruction_sets() if wanted is None else wanted) for source in _SOURCES]
+    with _compilers() as at_once:
+        return tuple(at_once.map(compiled, *zip(*jobs, strict=True)))
 
 
 def _built() -> list[Path] | None:

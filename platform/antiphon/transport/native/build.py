@@ -20,6 +20,8 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
+from antiphon.cache_root import cache_root
+
 _MODULE = "antiphon_channel"
 _SOURCE = Path(__file__).with_name(f"{_MODULE}.c")
 _FLAGS = ("-std=gnu11", "-O2", "-shared", "-fPIC")
@@ -29,8 +31,7 @@ _log = logging.getLogger(__name__)
 
 def cache_directory() -> Path:
     """Where built modules are kept."""
-    root = os.environ.get("ANTIPHON_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "antiphon") / "native"
+    return cache_root() / "native"
 
 
 def build(cache: Path, compiler: str) -> Path:

