@@ -1,4 +1,4 @@
-"""Where this machine keeps what was fetched, converted or compiled once: ``models/``, ``native/`` and ``coe/`` below one root.
+"""Where this machine keeps what was fetched, converted or compiled once: ``models/``, ``native/``, ``coe/`` (control speed).
 
 Must not know: what is kept there.
 """
