@@ -223,7 +223,7 @@ class FakeWorker:
 
     async def register(self, **changes: object) -> None:
         self.info = replace(self.info, **changes)  # type: ignore[arg-type]
-        await self.directory.register(self.info, 60.0)
+        await self.directory.register(self.info, 600.0)  # which nobody renews
 
     async def die(self) -> None:
         """The process is gone; its lease isn't yet."""

@@ -152,7 +152,8 @@ async def gateway_process(checkpoint: Path, directory: str) -> AsyncIterator[tup
         await process.wait()
 
 
-async def test_streams_of_a_killed_gateway_go_on_at_another(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+async def test_streams_of_a_gateway_that_is_gone_go_on_at_another(tmp_path: Path, fault: signal.Signals) -> None:
     async with fake.world(tmp_path, max_num_seqs=16, step_s=0.004) as world, httpx.AsyncClient(timeout=30) as http:
         directory = await DirectoryServer.start(world.directory)
         try:
@@ -163,33 +164,33 @@ async def test_streams_of_a_killed_gateway_go_on_at_another(tmp_path: Path) -> N
                 world.engine.stop_after_tokens = 30  # all streams are in their midst when their gateway dies
                 streams = [(path, number) for path in BODIES for number in range(2)]
                 fields = {"seed": None, "max_tokens": 100, "temperature": 1.0}
-                progress: dict[tuple[str, int], int] = {}
+                ids: dict[tuple[str, int], str] = {}
+                texts = dict.fromkeys(streams, "")
 
                 def body(path: str) -> dict[str, Any]:
                     own = {"max_output_tokens": 100, "temperature": 1.0} if path == "/v1/responses" else fields
                     return asked(path, **{k: v for k, v in own.items() if v is not None})
 
-                async def read(key: tuple[str, int]) -> tuple[str, str]:
-                    text, request_id = "", ""
+                async def read(key: tuple[str, int]) -> None:
                     with contextlib.suppress(httpx.HTTPError):  # which came in the midst: fewer events are asserted below
                         async with http.stream("POST", here + key[0], json=body(key[0])) as response:
-                            request_id = response.headers["x-request-id"]
+                            ids[key] = response.headers["x-request-id"]
                             async for piece in response.aiter_text():
-                                text += piece
-                                progress[key] = text.count("\n\n")
-                    return request_id, text
+                                texts[key] += piece
 
                 async with asyncio.TaskGroup() as group:
-                    reading = {key: group.create_task(read(key)) for key in streams}
-                    await fake.until(lambda: all(progress.get(key, 0) > 10 for key in streams), 60)
+                    reading = [group.create_task(read(key)) for key in streams]
+                    await fake.until(lambda: all(text.count("\n\n") > 10 for text in texts.values()), 60)
                     assert first.pid != os.getpid()
-                    first.send_signal(signal.SIGKILL)
+                    first.send_signal(fault)
+                    if fault == signal.SIGSTOP:  # nothing tells its clients: their own patience ends
+                        for task in reading:
+                            task.cancel()
                 world.engine.stop_after_tokens = None
-                for key, task in reading.items():
-                    request_id, text = task.result()
+                for key, text in texts.items():
                     seen = Sent.all_of(text[: text.rfind("\n\n") + 2])  # what came last may be half an event
                     assert 10 < len(seen) < 100
-                    headers = {"x-request-id": request_id, "last-event-id": seen[-1].id}
+                    headers = {"x-request-id": ids[key], "last-event-id": seen[-1].id}
                     rest = Sent.all_of((await http.post(there + key[0], json=body(key[0]), headers=headers)).text)
                     whole = Sent.all_of(
                         (await http.post(there + key[0], json=body(key[0]), headers={**headers, "last-event-id": seen[0].id})).text

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -291,6 +292,139 @@ async def test_a_lost_connection_goes_on_with_the_same_expert_at_another_gateway
         whole = fake.expected_tokens(prompt, 8, seed=started.seed, allowed=worker.engine.allowed)
     assert told["x-antiphon-expert"] == "model-1"
     assert tokens + [i for r in rest for i in r.delta.token_ids] == whole
+
+
+GATEWAY = """
+import asyncio, json, sys
+from pathlib import Path
+from antiphon.coe.serving.gateway import GatewayCompositions
+from antiphon.core.document.composition import CompositionOfExperts
+from antiphon.directory.memory import open_directory
+from antiphon.gateway.app import run_gateway
+from antiphon.gateway.config import GatewayConfig
+
+async def main():
+    directory = open_directory(sys.argv[2])
+    config = GatewayConfig(
+        models={f"served-{i}": Path(sys.argv[1]) for i in range(3)}, http_port=0, grpc_port=0, refresh_s=0.05,
+        compositions=(CompositionOfExperts.model_validate_json(sys.argv[3]),),
+        deployment_models={f"d{i}": f"served-{i}" for i in range(3)}, routing="here",
+    )
+    await run_gateway(config, directory, asyncio.Event(), on_bound=lambda ports: print(ports.http_port, flush=True),
+                      notes=directory, open_compositions=GatewayCompositions.open)
+
+asyncio.run(main())
+"""
+
+
+@contextlib.asynccontextmanager
+async def gateway_process(made: World, composition: dict[str, Any]) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    directory = await DirectoryServer.start(made.directory)
+    command = [sys.executable, "-c", GATEWAY, str(made.checkpoint), directory.address, json.dumps(composition)]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(60):
+            port = int(await process.stdout.readline())
+        yield process, f"http://127.0.0.1:{port}"
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        await directory.close()
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
+async def test_http_streams_go_on_with_the_same_expert_when_their_gateway_is_killed_or_stopped(
+    artifact: Path, tmp_path: Path, fault: signal.Signals
+) -> None:
+    composition = document(artifact)
+    asked: dict[str, dict[str, Any]] = {
+        "/v1/completions": {"prompt": SUMS, "max_tokens": 40},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": CODE}], "max_tokens": 40, "temperature": 1.0},
+        "/v1/responses": {"input": SUMS, "max_output_tokens": 40, "temperature": 1.0},
+        "/v1/messages": {"messages": [{"role": "user", "content": CODE}], "max_tokens": 40},
+    }
+    async with (
+        world(tmp_path, composition) as made,
+        gateway_process(made, composition) as (first, here),
+        httpx.AsyncClient(timeout=WAIT_S) as http,
+    ):
+        for worker in made.workers:
+            worker.engine.stop_after_tokens = 20  # all streams are in their midst when their gateway ends
+        seen, ids, experts = dict.fromkeys(asked, ""), {}, {}
+
+        async def read(path: str) -> None:
+            with contextlib.suppress(httpx.HTTPError):
+                async with http.stream("POST", here + path, json={"model": "coe/team", "stream": True, **asked[path]}) as answer:
+                    ids[path], experts[path] = answer.headers["x-request-id"], answer.headers["x-antiphon-expert"]
+                    async for piece in answer.aiter_text():
+                        seen[path] += piece
+
+        async def all_froze() -> bool:
+            return all(text.count("\n\n") > 4 for text in seen.values())
+
+        reading = [asyncio.create_task(read(path)) for path in asked]
+        await eventually(all_froze)
+        first.send_signal(fault)
+        if fault == signal.SIGSTOP:  # nothing tells a client: its own patience ends
+            for task in reading:
+                task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+        for worker in made.workers:
+            worker.engine.stop_after_tokens = None
+        for path in asked:
+            blocks = seen[path].split("\n\n")[:-1]  # what came last may be half an event
+
+            async def rest(position: int, *, path: str = path, blocks: list[str] = blocks, **changes: str) -> httpx.Response:
+                last = blocks[position].partition("\n")[0].removeprefix("id: ")
+                headers = {"x-request-id": ids[path], "last-event-id": last, **changes}
+                return await http.post(made.url + path, json={"model": "coe/team", "stream": True, **asked[path]}, headers=headers)
+
+            answer, whole = await rest(-1), await rest(0)
+            assert answer.status_code == 200, answer.text
+            assert (answer.headers["x-antiphon-expert"], answer.headers["x-antiphon-reason"]) == (experts[path], "resumed")
+            cached = re.compile(r'"(completed_at|\w*cached_tokens|cache_read_input_tokens|input_tokens)":[^,}]+')
+            assert cached.sub("", "\n\n".join(blocks[1:]) + "\n\n" + answer.text) == cached.sub("", whole.text)
+            assert (await rest(-1, **{"x-request-id": "another"})).status_code == 400
+        assert experts == {path: "model-1" if SUMS in json.dumps(body) else "model-0" for path, body in asked.items()}
+
+
+async def test_a_stream_of_another_servers_expert_is_not_begun_anew_for_one_who_asks_for_its_rest(
+    artifact: Path, tmp_path: Path
+) -> None:
+    app, num_asked = FastAPI(), 0
+
+    @app.post("/v1/completions")
+    async def complete() -> StreamingResponse:
+        nonlocal num_asked
+        num_asked += 1
+        chunk = {"choices": [{"index": 0, "text": "43", "finish_reason": "stop"}]}
+        return StreamingResponse(iter([f"id: 1.theirs\ndata: {json.dumps(chunk)}\n\n"]), media_type="text/event-stream")
+
+    server = HttpServer(app, host="127.0.0.1", port=0)
+    await server.start()
+    body = {"model": "coe/team", "prompt": SUMS, "stream": True}
+    try:
+        async with (
+            world(tmp_path, document(artifact, external=f"http://127.0.0.1:{server.port}/v1")) as made,
+            httpx.AsyncClient(base_url=made.url, timeout=WAIT_S) as http,
+        ):
+            begun = await http.post("/v1/completions", json=body)
+            headers = {"x-request-id": begun.headers["x-request-id"], "last-event-id": "1.theirs"}
+            again = await http.post("/v1/completions", json=body, headers=headers)
+            ours = await http.post(
+                "/v1/completions", json={**body, "model": "served-0", "max_tokens": 3}, headers={"x-request-id": "a"}
+            )
+            event_id = ours.text.partition("\n")[0].removeprefix("id: ")
+            other = await http.post("/v1/completions", json=body, headers={"x-request-id": "b", "last-event-id": event_id})
+    finally:
+        await server.close()
+    assert begun.headers["x-antiphon-expert"] == "model-1"
+    for answer in (again, other):
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "last-event-id")
+    assert "can't be gone on with" in other.json()["error"]["message"]
+    assert num_asked == 1
 
 
 # ---- faults

@@ -58,6 +58,16 @@ class Place:
     token_sum: int = 0  # over the first num_tokens
 
 
+def is_of(last_event_id: str, *, tenant: str, request_id: str, model: str, identity: Identity | None = None) -> bool:
+    """Whether the id is of an event of the stream that this tenant had under this request id from this model.
+
+    Raises:
+        InvalidInput: it is no event's.
+    """
+    packed, mac = _parsed(last_event_id)
+    return _is_proven(own_identity() if identity is None else identity, (tenant, request_id, model), packed, mac)
+
+
 class EventStream:
     """Frames the events of one answer. One per request.
 
@@ -72,7 +82,7 @@ class EventStream:
 
     def __init__(self, generation: GenerationRequest, last_event_id: str | None, *, identity: Identity | None = None) -> None:
         self._identity = own_identity() if identity is None else identity
-        self._bound_to = (generation.tenant.encode(), generation.request_id.encode(), generation.model.encode())
+        self._bound_to = (generation.tenant, generation.request_id, generation.model)
         self._has_ids = generation.n * len(generation.prompts) == 1
         self._target = Place()
         self._at = Place()
@@ -181,7 +191,7 @@ class EventStream:
         packed = _PLACE.pack(
             at.num_events, at.num_tokens, at.num_next_tokens, at.num_next_events, at.seed % 2**64, at.created, at.token_sum
         )
-        mac = self._identity.prove(_PURPOSE, *self._bound_to, packed)[:_MAC_BYTES]
+        mac = _mac(self._identity, self._bound_to, packed, 0)
         return f"{at.num_events}.{base64.urlsafe_b64encode(packed[4:] + mac).decode().rstrip('=')}"
 
     def _read(self, generation: GenerationRequest, text: str) -> Place:
@@ -189,19 +199,10 @@ class EventStream:
             raise InvalidInput("only a stream can be gone on with", LAST_EVENT_HEADER)
         if not self._has_ids:
             raise InvalidInput("only a stream of one choice can be gone on with", LAST_EVENT_HEADER)
-        number, _, token = text.partition(".")
-        try:
-            if len(text) > _MAX_ID_CHARS or not number.isascii() or not number.isdecimal():
-                raise ValueError
-            raw = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
-            packed, mac = int(number).to_bytes(4) + raw[: _PLACE.size - 4], raw[_PLACE.size - 4 :]
-            values = _PLACE.unpack(packed)
-        except (ValueError, OverflowError, struct.error) as error:
-            raise InvalidInput("this is not the id of an event of ours", LAST_EVENT_HEADER) from error
-        keys = range(len(self._identity.keys))
-        made = [self._identity.prove(_PURPOSE, *self._bound_to, packed, key=key)[:_MAC_BYTES] for key in keys]
-        if sum(hmac.compare_digest(mac, each) for each in made) == 0:
+        packed, mac = _parsed(text)
+        if not _is_proven(self._identity, self._bound_to, packed, mac):
             raise InvalidInput("this event was not of the stream that this key, x-request-id and model had", LAST_EVENT_HEADER)
+        values = _PLACE.unpack(packed)
         num_events, num_tokens, num_next_tokens, num_next_events, seed, created, token_sum = values
         return Place(
             num_events=num_events,
@@ -212,6 +213,28 @@ class EventStream:
             created=created,
             token_sum=token_sum,
         )
+
+
+def _parsed(text: str) -> tuple[bytes, bytes]:
+    """An id's place and its proof."""
+    number, _, token = text.partition(".")
+    try:
+        if len(text) > _MAX_ID_CHARS or not number.isascii() or not number.isdecimal():
+            raise ValueError
+        raw = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
+        packed, mac = int(number).to_bytes(4) + raw[: _PLACE.size - 4], raw[_PLACE.size - 4 :]
+        _PLACE.unpack(packed)
+    except (ValueError, OverflowError, struct.error) as error:
+        raise InvalidInput("this is not the id of an event of ours", LAST_EVENT_HEADER) from error
+    return packed, mac
+
+
+def _mac(identity: Identity, bound_to: tuple[str, ...], packed: bytes, key: int) -> bytes:
+    return identity.prove(_PURPOSE, *(each.encode() for each in bound_to), packed, key=key)[:_MAC_BYTES]
+
+
+def _is_proven(identity: Identity, bound_to: tuple[str, ...], packed: bytes, mac: bytes) -> bool:
+    return sum(hmac.compare_digest(mac, _mac(identity, bound_to, packed, key)) for key in range(len(identity.keys))) > 0
 
 
 def _other_answer() -> CannotResume:

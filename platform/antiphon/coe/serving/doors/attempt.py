@@ -16,10 +16,12 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import Message, Receive, Scope, Send
 
 from antiphon.coe.routing.router import Record
+from antiphon.coe.serving.composition import Composition
 from antiphon.coe.serving.doors.expert_key import key_headers
 from antiphon.core.document.coe.experts import ExternalEndpoint
 from antiphon.core.errors import InvalidInput
 from antiphon.gateway.http.bodies import check_structure
+from antiphon.gateway.http.event_stream import LAST_EVENT_HEADER, is_of
 
 RESPONSES = "/v1/responses"
 TRY_NEXT = frozenset({404, 429, 500, 502, 503, 504})
@@ -111,6 +113,24 @@ async def while_connected(work: Coroutine[Any, Any, None], receive: Receive) -> 
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         continue
+
+
+def begun_by(composition: Composition, last_event_id: str, *, tenant: str, request_id: str) -> str:
+    """The expert whose stream an event was of: its id proves it, so that nothing need be noted and any gateway can tell.
+
+    Raises:
+        InvalidInput: no expert that is served here gave it for this request and key.
+    """
+    for expert in composition.document.spec.experts:
+        if composition.external(expert.name) is None and is_of(
+            last_event_id, tenant=tenant, request_id=request_id, model=composition.model_of(expert.name)
+        ):
+            return expert.name
+    raise InvalidInput(
+        "no expert that is served here had begun this stream for this key and x-request-id; answers of other servers' experts, "
+        "and those that were taken from several, can't be gone on with: ask anew",
+        LAST_EVENT_HEADER,
+    )
 
 
 def refuse_kept(path: str, body: Mapping[str, Any]) -> None:

@@ -33,9 +33,11 @@ from antiphon.coe.serving.doors.attempt import (
     Attempt,
     Client,
     answer_headers,
+    begun_by,
     body_scope,
     forward,
     json_object,
+    quoted,
     refuse_kept,
     replayed,
     until_started,
@@ -50,6 +52,7 @@ from antiphon.core.errors import DeadlineExceeded, InvalidInput, Overloaded, Una
 from antiphon.gateway.access.keys import ApiKeys
 from antiphon.gateway.anthropic.routes import anthropic_error, authorization_of
 from antiphon.gateway.http.bodies import RequestTooLarge
+from antiphon.gateway.http.event_stream import LAST_EVENT_HEADER
 from antiphon.gateway.openai.http_io import deadline_of, error_response
 
 _COMBINED = ("/v1/chat/completions", "/v1/completions")  # several experts may answer together
@@ -132,7 +135,7 @@ class CoeDoor:
     async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         try:
-            self._keys.check(authorization_of(request))  # before a byte of the body is read
+            tenant = self._keys.check(authorization_of(request))  # before a byte of the body is read
             raw = await _read(request, self._max_bytes)
         except Exception as error:  # noqa: BLE001 - the door, as above
             await self._error(scope, error)(scope, receive, send)
@@ -147,6 +150,11 @@ class CoeDoor:
             if any(composition.external(expert.name) is not None for expert in composition.document.spec.experts):
                 refuse_kept(scope["path"], body)
             deadline_s = deadline_of(request)
+            last_event_id = request.headers.get(LAST_EVENT_HEADER)
+            if last_event_id is not None:
+                expert = begun_by(composition, last_event_id, tenant=tenant, request_id=request.state.request_id)
+                await self._go_on(composition, expert, body, scope, receive, send)
+                return
             question = question_of(body, dict(request.headers), composition.document.spec, policy)
             record = await composition.route(question)
             decline_early(composition.document.spec, record)
@@ -204,6 +212,14 @@ class CoeDoor:
             await self._error(scope, error, composition.name)(scope, receive, send)
             return
         await self._error(scope, fallback.nobody(), composition.name)(scope, receive, send)
+
+    async def _go_on(
+        self, composition: Composition, expert: str, body: dict[str, Any], scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """The rest of an expert's answer: nobody else can give it."""
+        attempt = Attempt(send, {"x-antiphon-expert": quoted(expert), "x-antiphon-reason": "resumed"}, take_any=True)
+        raw = json.dumps({**body, "model": composition.model_of(expert)}).encode()
+        await self._inner(body_scope(scope, len(raw), {}), replayed(raw, receive), attempt.send)
 
     async def _try(
         self,
