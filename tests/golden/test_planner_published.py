@@ -1,14 +1,15 @@
 """Published figures that the planner must reproduce from model dimensions, to the precision they were printed in.
 
 Source of every table here: "Step-3 is Large yet Affordable: Model-system Co-design for Cost-effective Decoding",
-arXiv 2507.19427, tables 2 to 7 and sections 4.2 and 5.1; sizes of models: their model cards.
+arXiv 2507.19427, tables 2 to 7 and sections 4.2 and 5.1; sizes of models: their model cards. What models with states, windows
+or sparse attention cost: beside each test.
 """
 
 import pytest
 
 from antiphon.planner.cost.hardware import Catalogue, roofline
 from antiphon.planner.cost.library import find_model
-from antiphon.planner.cost.model_cost import model_cost
+from antiphon.planner.cost.model_cost import core_flops, model_cost
 from antiphon.planner.cost.token_cost import token_cost, unit_cost
 from antiphon.planner.pipeline.fabric import min_sparsity
 
@@ -153,3 +154,47 @@ def test_smollm2_has_exactly_its_published_number_of_parameters():
 def test_activated_parameters_of_minimax_m1_are_the_published_ones():
     shape = find_model("minimax-m1").shape  # 45.9 billion, embedding and head aside
     assert round((shape.activated_weights - shape.embedding_weights) / 1e9, 1) == 45.9
+
+
+def cost_of(name, context):
+    model = find_model(name)
+    return model_cost(model.shape, model.formats, context)
+
+
+def state_bytes(name):
+    cost = cost_of(name, 1)
+    return cost.cache_bytes - cost.kv_bytes_per_cached_token
+
+
+def test_kimi_linear_saves_the_published_share_of_the_cache():
+    """Up to 75 % (arXiv 2510.26692): three layers with a state to one with a latent, and a last one, so 20 of 27."""
+    far = cost_of("kimi-linear-48b-a3b", 1_048_576)
+    every_layer_latent = 27 * (512 + 64) * 2 * 1_048_576
+    assert 1 - far.cache_bytes / every_layer_latent == pytest.approx(0.75, abs=0.015)
+
+
+def test_kimi_linear_at_a_million_tokens_takes_what_was_measured():
+    """llama.cpp keeps 14.875 GiB in fp16 for 1,048,576 tokens: of each latent 576 values as keys, and 512 once more as values."""
+    growing = cost_of("kimi-linear-48b-a3b", 1_048_576).kv_bytes_per_cached_token * 1_048_576
+    assert growing == 14.875 * 2**30 * 576 / (576 + 512)
+
+
+def test_qwen3_5_has_the_state_that_was_measured():
+    """ggml-org/llama.cpp#23792, 27B: 448.88 MiB of states for three sequences, 16.88 MiB of them of convolutions."""
+    assert 3 * state_bytes("qwen3.5-27b") / 2**20 == pytest.approx(448.88, abs=0.01)
+
+
+@pytest.mark.parametrize("context", [131_072, 262_144])
+def test_qwen3_next_reads_a_tenth_of_qwen3_32b_beyond_its_published_context(context):
+    """Its card: over ten times the throughput of Qwen3-32B where contexts are longer than 32K tokens."""
+    dense, hybrid = find_model("qwen3-32b"), find_model("qwen3-next-80b-a3b")
+    read = [model_cost(model.shape, hybrid.formats, context).decode.kv_bytes for model in (dense, hybrid)]
+    assert read[0] > 10 * read[1]
+
+
+def test_deepseek_v3_2_computes_what_its_published_sparse_attention_does():
+    """DeepSeek-V3.2's report: an indexer of 64 heads of 128 over all L tokens, attention over the 2,048 chosen."""
+    dense, sparse = find_model("deepseek-v3").shape, find_model("deepseek-v3.2").shape
+    full, chosen = (sum(count * core_flops(layer, 131_072) for layer, count in shape.kinds) for shape in (dense, sparse))
+    per_token, index = 2 * 128 * (576 + 512), 2 * 64 * 128
+    assert full / chosen == pytest.approx(per_token * 131_072 / (index * 131_072 + per_token * 2048))
