@@ -15,14 +15,25 @@ import yaml
 from antiphon.core.errors import Unavailable
 from antiphon_operator.api.crds import KINDS, definitions
 from antiphon_operator.api.rules import Rule
-from antiphon_operator.kube.base import Kube
-from antiphon_operator.kube.resources import COMPOSITION, LLM_DEPLOYMENT, MODEL_ARTIFACT, RAY_SERVICE, RESOURCES, SERVING_POOL
+from antiphon_operator.kube.base import Kube, NotFound
+from antiphon_operator.kube.resources import (
+    COMPOSITION,
+    HTTP_ROUTE,
+    INFERENCE_POOL,
+    LLM_DEPLOYMENT,
+    MODEL_ARTIFACT,
+    RAY_CLUSTER,
+    RAY_SERVICE,
+    RESOURCES,
+    SERVING_POOL,
+    Resource,
+)
 from antiphon_operator.kube.rest import RestKube, load_config
 from antiphon_operator.reconcile.artifact import ArtifactReconciler
 from antiphon_operator.reconcile.composition import CompositionReconciler
 from antiphon_operator.reconcile.llm.reconciler import LLMReconciler
 from antiphon_operator.render.settings import Runtime, Settings
-from antiphon_operator.testing.ray_kinds import ray_definitions
+from antiphon_operator.testing.ray_kinds import gateway_definitions, ray_definitions
 from antiphon_operator.testing.real_api import ApiServer, find_assets
 from antiphon_operator.testing.rule_cases import case_of
 
@@ -35,22 +46,22 @@ PLURALS = {kind.kind: kind.plural for kind in KINDS}
 ALL_RULES = [pytest.param(kind.kind, rule, id=f"{kind.kind}-{rule.message[:40]}") for kind in KINDS for rule in kind.rules]
 
 
-def kuberay_definitions() -> list[dict[str, Any]]:
-    """KubeRay's own definitions where ANTIPHON_KUBERAY_CRDS names a directory with them, else ones that take anything."""
-    directory = os.environ.get("ANTIPHON_KUBERAY_CRDS")
+def theirs(variable: str, *resources: Resource) -> list[dict[str, Any]]:
+    """The kinds' own definitions from the directory that ``variable`` names, else ones that take anything."""
+    directory = os.environ.get(variable)
     if directory is None:
-        return list(ray_definitions())
+        anything = (*ray_definitions(), *gateway_definitions())
+        return [value for value in anything if value["spec"]["names"]["kind"] in {resource.kind for resource in resources}]
     loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    found = [yaml.load(path.read_text(), Loader=loader) for path in sorted(Path(directory).glob("ray.io_*.yaml"))]
-    assert {"RayCluster", "RayService"} <= {value["spec"]["names"]["kind"] for value in found}, directory
-    return found
+    files = [Path(directory) / f"{resource.group}_{resource.plural}.yaml" for resource in resources]
+    return [yaml.load(path.read_text(), Loader=loader) for path in files]
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ApiServer]:
     assert ASSETS is not None
     with ApiServer(ASSETS, users=("operator",)) as started:
-        started.install([*definitions(), *kuberay_definitions()])
+        started.install([*definitions(), *theirs("ANTIPHON_KUBERAY_CRDS", RAY_SERVICE, RAY_CLUSTER)])
         yield started
 
 
@@ -115,7 +126,12 @@ async def passes(kube: Kube, name: str, count: int = 6) -> None:
 async def everything(kube: Kube) -> dict[tuple[str, str], str]:
     found = {}
     for resource in RESOURCES:
-        for item in (await kube.list(resource, "default")).items:
+        try:
+            items = (await kube.list(resource, "default")).items
+        except NotFound:
+            assert resource in (HTTP_ROUTE, INFERENCE_POOL), "a cluster may lack the Gateway API, and nothing else"
+            continue
+        for item in items:
             found[resource.kind, item["metadata"]["name"]] = item["metadata"]["resourceVersion"]
     return found
 
@@ -167,3 +183,33 @@ async def test_scale_reaches_a_pool_and_stays(server: ApiServer, kube: Kube) -> 
     service = await kube.get(RAY_SERVICE, "default", "scaled")
     assert service is not None
     assert "num_replicas: 3" in service["spec"]["serveConfigV2"]
+
+
+async def test_gateway_objects_come_once_their_kinds_do_and_go_when_they_are_no_longer_asked_for(
+    server: ApiServer, kube: Kube
+) -> None:
+    head = {"apiVersion": "serving.antiphon.dev/v1alpha1", "kind": "LLMDeployment", "metadata": {"name": "fronted"}}
+    spec = {"model": {"uri": "/m"}, "pools": [{"name": "all", "role": "monolith"}]}
+    gateway = {"gateway": {"parentRefs": [{"name": "public"}], "hostnames": ["models.example.org"], "inferencePool": True}}
+    create(server, {**head, "spec": {**spec, "kubernetes": gateway}}, keep=True)
+    await passes(kube, "fronted", 2)
+
+    async def ready() -> dict[str, str]:
+        live = await kube.get(LLM_DEPLOYMENT, "default", "fronted")
+        assert live is not None
+        return dict({c["type"]: c for c in live["status"]["conditions"]}["Ready"])
+
+    assert (await ready())["reason"] == "GatewayApiMissing"
+    server.install(theirs("ANTIPHON_GATEWAY_CRDS", HTTP_ROUTE, INFERENCE_POOL))
+    await passes(kube, "fronted", 2)
+    assert (await ready())["reason"] == "Initializing"
+    before = await everything(kube)
+    assert {("HTTPRoute", "fronted-http"), ("InferencePool", "fronted-gateways")} <= before.keys()
+    await passes(kube, "fronted", 2)
+    assert await everything(kube) == before
+    live = await kube.get(LLM_DEPLOYMENT, "default", "fronted")
+    assert live is not None
+    live["spec"].pop("kubernetes")
+    server.request("PUT", f"{OURS}/llmdeployments/fronted", live)
+    await passes(kube, "fronted", 2)
+    assert not {"HTTPRoute", "InferencePool"} & {kind for kind, _ in await everything(kube)}

@@ -123,6 +123,10 @@ class ConditionSet:
         """True when that was recorded as true."""
         return type_ in self._conditions and self._conditions[type_].status == "True"
 
+    def reason(self, type_: Type) -> str:
+        """Why, of what was recorded; empty when nothing was."""
+        return self._conditions[type_].reason if type_ in self._conditions else ""
+
     @property
     def values(self) -> tuple[Condition, ...]:
         """All of them, in a fixed order."""

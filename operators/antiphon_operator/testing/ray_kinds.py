@@ -1,18 +1,23 @@
-"""Just enough of KubeRay's kinds for a bare API server to keep them: any spec, a status subresource (control speed, data). Shipped.
+"""Just enough of others' kinds for a bare API server to keep them: any spec, a status subresource (control speed, data). Shipped.
 
-Their own definitions are a megabyte and come with KubeRay. Must not know: what is in a RayService.
+Their own definitions are a megabyte and come with KubeRay and with the Gateway API. Must not know: what is in a RayService.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from antiphon_operator.kube.resources import RAY_CLUSTER, RAY_SERVICE, Resource
+from antiphon_operator.kube.resources import HTTP_ROUTE, INFERENCE_POOL, RAY_CLUSTER, RAY_SERVICE, Resource
 
 
 def ray_definitions() -> tuple[dict[str, Any], ...]:
     """CustomResourceDefinitions of RayService and RayCluster."""
     return tuple(_definition(resource) for resource in (RAY_SERVICE, RAY_CLUSTER))
+
+
+def gateway_definitions() -> tuple[dict[str, Any], ...]:
+    """CustomResourceDefinitions of HTTPRoute and InferencePool."""
+    return tuple(_definition(resource) for resource in (HTTP_ROUTE, INFERENCE_POOL))
 
 
 def _definition(resource: Resource) -> dict[str, Any]:
@@ -21,7 +26,11 @@ def _definition(resource: Resource) -> dict[str, Any]:
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{resource.plural}.{resource.group}"},
+        "metadata": {
+            "name": f"{resource.plural}.{resource.group}",
+            # A group of Kubernetes' own is refused without the review of its API; this one has none.
+            "annotations": {"api-approved.kubernetes.io": "unapproved, for tests"} if resource.group.endswith("k8s.io") else {},
+        },
         "spec": {
             "group": resource.group,
             "scope": "Namespaced",

@@ -12,7 +12,7 @@ from typing import Any
 
 from antiphon.core.document.spec import LLMDeployment
 from antiphon_operator.api.conditions import ConditionSet, Reason, Type, seconds, timestamp
-from antiphon_operator.api.status import LLMDeploymentStatus, RolloutStatus, StageTimes
+from antiphon_operator.api.status import LLMDeploymentStatus, PoolStatus, RolloutStatus, StageTimes
 from antiphon_operator.kube.base import Object
 from antiphon_operator.planning.rollout import Action, Step
 from antiphon_operator.reconcile.llm.gateway_api import GatewayObjects
@@ -108,10 +108,12 @@ def llm_status(
     _ready_condition(conditions, document, observed, step, failed=failed, unapplied=unapplied, is_serving=is_serving, zero=zero)
     _progress_conditions(conditions, document, step, failed=failed, is_complete=is_complete)
     unhealthy = () if service is None else service.unhealthy
+    short = [pool for pool in pools if pool.ready < pool.target]
     if unapplied:
         conditions.set(Type.DEGRADED, True, unapplied[0].reason, _told(unapplied))
-    elif is_serving and (unhealthy or not all(pool.ready >= pool.target for pool in pools)):
-        conditions.set(Type.DEGRADED, True, Reason.DEPLOYMENT_UNHEALTHY, "; ".join(unhealthy) or "fewer workers than wanted")
+    elif conditions.holds(Type.AVAILABLE) and (unhealthy or _workers_lost(previous, pools) or (short and _in_trouble(conditions))):
+        missing = f"fewer workers than wanted: {', '.join(f'{p.name} {p.ready}/{p.target}' for p in short)}"
+        conditions.set(Type.DEGRADED, True, Reason.DEPLOYMENT_UNHEALTHY, "; ".join(unhealthy) or missing)
     else:
         conditions.set(Type.DEGRADED, False, Reason.HEALTHY)
     namespace, name = live["metadata"].get("namespace", "default"), document.metadata.name
@@ -198,6 +200,22 @@ def _pools_condition(conditions: ConditionSet, plan: PoolsPlan, observed: Observ
         conditions.set(Type.POOLS_READY, True, Reason.ALL_READY)
     else:
         conditions.set(Type.POOLS_READY, False, Reason.PODS_PENDING, "workers are starting")
+
+
+def _workers_lost(previous: Mapping[str, Any], pools: tuple[PoolStatus, ...]) -> bool:
+    """Whether a pool has fewer workers than it had, or not yet all of them back; one that grows to a new size has lost none."""
+    before = {pool["name"]: pool for pool in previous.get("pools", ())}
+    was_degraded = any(c["type"] == Type.DEGRADED and c["status"] == "True" for c in previous.get("conditions", ()))
+    for pool in pools:
+        if pool.name in before and pool.ready < pool.target:
+            ready, target = before[pool.name]["ready"], before[pool.name]["target"]
+            if pool.ready < ready or (was_degraded and ready < target):
+                return True
+    return False
+
+
+def _in_trouble(conditions: ConditionSet) -> bool:
+    return conditions.reason(Type.POOLS_READY) in (Reason.CRASH_LOOP, Reason.INSUFFICIENT_CAPACITY)
 
 
 def _told(unapplied: tuple[Unapplied, ...]) -> str:

@@ -337,6 +337,41 @@ def test_an_external_pool_is_seeded_once_and_then_left_to_others() -> None:
     assert pool_of(cluster)["spec"]["replicas"] == 4
 
 
+def test_growing_is_no_degradation_but_a_worker_lost_is_until_it_is_back() -> None:
+    cluster = Cluster()
+    cluster.create(external())
+    cluster.run()
+
+    def seen() -> list[tuple[str, str]]:
+        found = []
+        for _ in range(8):
+            cluster.run(1)
+            found.append((cluster.live["status"]["summary"], cluster.condition("Degraded")[0]))
+        return found
+
+    scale(cluster, 4)
+    growing = seen()
+    assert {degraded for _, degraded in growing} == {"False"}
+    assert growing[0][0] == "attn 2/4, ffn 2/2"
+    assert growing[-1][0] == "attn 4/4, ffn 2/2"
+    lost = next(p["metadata"]["name"] for p in cluster.api.list(POD, "default").items if "attention" in p["metadata"]["name"])
+    cluster.api.delete(POD, "default", lost)
+    back = seen()
+    assert {degraded for summary, degraded in back if summary.startswith("attn 3/4")} == {"True"}
+    assert back[-1] == ("attn 4/4, ffn 2/2", "False")
+
+
+def test_growing_into_a_crash_loop_is_a_degradation() -> None:
+    cluster = Cluster()
+    cluster.create(external())
+    cluster.run()
+    scale(cluster, 3)
+    cluster.kuberay.broken_images.add("antiphon/worker:1")
+    cluster.run()
+    assert cluster.condition("PoolsReady") == ("False", "CrashLoop")
+    assert cluster.condition("Degraded") == ("True", "DeploymentUnhealthy")
+
+
 def test_going_from_static_to_external_keeps_the_size() -> None:
     cluster = Cluster()
     cluster.create(spec())
