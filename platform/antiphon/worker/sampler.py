@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from antiphon.core.request import SamplingParams, TokenLogprob
@@ -93,8 +94,10 @@ class SamplingState:
         return has_rules or self._counts_V is not None or self._bias is not None or position < self.params.min_tokens
 
     def adjust(self, logits_V: torch.Tensor, position: int) -> torch.Tensor:
-        """Penalties, bias and the mask of min_tokens; a new tensor."""
+        """Penalties, bias, the mask of min_tokens and what the rules allow; a new tensor."""
         params = self.params
+        if self._counts_V is None and self._bias is None and position >= params.min_tokens:
+            return self._obey(logits_V)
         out = logits_V.clone()
         if self._counts_V is not None and self._prompt_V is not None:
             if params.repetition_penalty != 1.0:
@@ -106,24 +109,25 @@ class SamplingState:
             out.index_add_(0, self._bias[0], self._bias[1])
         if position < params.min_tokens and self.end_ids:
             out[self.end_ids] = float("-inf")
-        self._obey(out)
-        return out
+        return self._obey(out)
 
-    def _obey(self, out_V: torch.Tensor) -> None:
-        """Leave only what the rules allow."""
+    def _obey(self, logits_V: torch.Tensor) -> torch.Tensor:
+        """What the rules allow of logits, which stay as they are."""
         forced = None if self._meter is None else self._meter.forced
         if forced is not None:
-            kept = out_V[forced].clone()
-            out_V.fill_(float("-inf"))
-            out_V[forced] = kept if bool(torch.isfinite(kept)) else 0.0
-        elif self._matcher is not None:
-            # Inverted while it is small. On the processor by numpy: 49k values are enough for torch to wake its threads for.
-            barred = np.frombuffer(self._matcher.allowed(), dtype=np.uint8) ^ np.uint8(0xFF)
-            barred_V = np.unpackbits(barred, count=out_V.numel(), bitorder="little").view(np.bool_)
-            if out_V.device.type == "cpu" and out_V.dtype is torch.float32:
-                np.copyto(out_V.numpy(), -np.inf, where=barred_V)
-            else:
-                out_V.masked_fill_(torch.from_numpy(barred_V).to(out_V.device), float("-inf"))
+            out_V = torch.full_like(logits_V, float("-inf"))
+            out_V[forced] = logits_V[forced] if bool(torch.isfinite(logits_V[forced])) else 0.0
+            return out_V
+        return logits_V if self._matcher is None else keep_allowed(logits_V, self._matcher.allowed())
+
+
+def keep_allowed(logits_V: torch.Tensor, allowed: npt.NDArray[np.uint8]) -> torch.Tensor:
+    """Logits with -inf where a token's bit is not set, lowest bit first; a new tensor."""
+    if logits_V.device.type == "cpu" and logits_V.dtype is torch.float32 and available():
+        kept_V: torch.Tensor = torch.ops.antiphon.keep_allowed(logits_V.contiguous(), torch.from_numpy(allowed))
+        return kept_V
+    bits_V = torch.from_numpy(np.unpackbits(allowed, count=logits_V.numel(), bitorder="little").view(np.bool_))
+    return torch.where(bits_V.to(logits_V.device), logits_V, float("-inf"))
 
 
 def numbers_only(ids_R: torch.Tensor, values_R: torch.Tensor) -> list[int | None]:
@@ -180,10 +184,10 @@ def _draw_all(
     if not (available() and logits_RV.device.type == "cpu" and logits_RV.dtype is torch.float32):
         return [_draw(changed.get(row, logits_RV[row]), states[row].params, positions[row]) for row in rows]
     place = {row: logits_RV.shape[0] + index for index, row in enumerate(changed)}  # of changed logits, behind the others
-    together = torch.cat([logits_RV, torch.stack(list(changed.values()))]) if changed else logits_RV.contiguous()
     settings = [(p.temperature, p.top_p, p.min_p, uniform(p.seed, positions[row])) for row in rows if (p := states[row].params)]
     drawn: list[int] = torch.ops.antiphon.draw(
-        together,
+        logits_RV.contiguous(),
+        list(changed.values()),
         torch.tensor([place.get(row, row) for row in rows]),
         torch.tensor(settings, dtype=torch.float64),
         torch.tensor([states[row].params.top_k for row in rows]),

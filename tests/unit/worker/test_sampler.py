@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from transformers.generation.logits_process import (
@@ -17,7 +18,7 @@ from transformers.generation.logits_process import (
 from antiphon.core.request import SamplingParams
 from antiphon.models.native.library import available
 from antiphon.worker import sampler
-from antiphon.worker.sampler import SamplingState, logprobs_of, sample, uniform
+from antiphon.worker.sampler import SamplingState, keep_allowed, logprobs_of, sample, uniform
 
 VOCAB = 300
 
@@ -148,6 +149,24 @@ def test_the_kernel_draws_the_tokens_that_torch_draws(params: dict[str, float], 
     by_kernel = sample(rows, states, list(range(24)))
     monkeypatch.setattr(sampler, "available", lambda: False)
     assert sample(rows, states, list(range(24))) == by_kernel
+
+
+@pytest.mark.parametrize("by_kernel", [True, False])
+@pytest.mark.parametrize("vocab", [1, 31, 32, 300, 5003])
+def test_only_what_a_mask_allows_is_left_of_logits(vocab: int, by_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (by_kernel and available()):
+        monkeypatch.setattr(sampler, "available", lambda: False)
+    generator = np.random.default_rng(vocab)
+    num_words = -(-vocab // 32)
+    words = generator.integers(0, 2**32, num_words, dtype=np.uint32)
+    words[generator.random(num_words) < 0.3], words[generator.random(num_words) < 0.3] = 0, 2**32 - 1
+    rows = torch.randn(2, vocab, generator=torch.Generator().manual_seed(1))
+    before = rows.clone()
+    for row, scores in zip(rows, before, strict=True):
+        kept = keep_allowed(row, words.view(np.uint8))
+        expected = [float(scores[i]) if int(words[i // 32]) >> i % 32 & 1 else float("-inf") for i in range(vocab)]
+        assert kept.tolist() == expected
+    assert torch.equal(rows, before)
 
 
 def test_mixed_rows_get_the_tokens_they_get_alone() -> None:

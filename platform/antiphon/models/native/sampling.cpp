@@ -1,4 +1,5 @@
-// Draws a token per row from logits (hot): temperature, top-k, top-p, min-p, one uniform number per row, without sorting the vocabulary.
+// Draws a token per row from logits (hot): temperature, top-k, top-p, min-p, one uniform number per row, without sorting the vocabulary;
+// and leaves of logits what a grammar allows, read from its packed bits.
 //
 // Weights e = exp((logit - max) / temperature) are positive floats, whose bits order as they do: a histogram over the leading bits
 // finds the bucket that a cut falls into, and only that bucket is sorted. A row's token depends on its own row alone.
@@ -12,6 +13,8 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <limits>
 #include <vector>
 
 #include "elements.h"
@@ -108,10 +111,14 @@ struct Row {
   }
 };
 
+inline bool is_plain(const Tensor& logits) { return logits.is_contiguous() && logits.scalar_type() == at::kFloat && logits.device().is_cpu(); }
+
 // Tokens of the given rows of logits_RV (fp32): settings_S4 (fp64) holds temperature, top-p, min-p and the uniform number.
-Tensor draw(const Tensor& logits, const Tensor& rows, const Tensor& settings, const Tensor& top_k) {
-  TORCH_CHECK(logits.is_contiguous() && logits.scalar_type() == at::kFloat && settings.is_contiguous());
-  const int64_t vocabulary = logits.size(1), count = rows.numel();
+// A row from R on is one of ``changed``, which stand apart so that nobody copies the batch to add them.
+Tensor draw(const Tensor& logits, at::TensorList changed, const Tensor& rows, const Tensor& settings, const Tensor& top_k) {
+  const int64_t vocabulary = logits.size(1), count = rows.numel(), unchanged = logits.size(0);
+  TORCH_CHECK(is_plain(logits) && settings.is_contiguous());
+  for (const Tensor& each : changed) TORCH_CHECK(is_plain(each) && each.numel() == vocabulary);
   const int64_t *row = rows.const_data_ptr<int64_t>(), *k = top_k.const_data_ptr<int64_t>();
   const double* s = settings.const_data_ptr<double>();
   Tensor out = at::empty({count}, rows.options());
@@ -119,15 +126,52 @@ Tensor draw(const Tensor& logits, const Tensor& rows, const Tensor& settings, co
   antiphon::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     static thread_local Row state;
     for (int64_t i = begin; i < end; ++i) {
-      to[i] = state.draw(logits.const_data_ptr<float>() + row[i] * vocabulary, vocabulary, static_cast<float>(s[4 * i]), k[i], s[4 * i + 1],
-                         static_cast<float>(s[4 * i + 2]), s[4 * i + 3]);
+      const float* from = row[i] < unchanged ? logits.const_data_ptr<float>() + row[i] * vocabulary
+                                             : changed[row[i] - unchanged].const_data_ptr<float>();
+      to[i] = state.draw(from, vocabulary, static_cast<float>(s[4 * i]), k[i], s[4 * i + 1], static_cast<float>(s[4 * i + 2]),
+                         s[4 * i + 3]);
     }
   });
   return out;
 }
 
+// A copy of logits_V (fp32) with -inf where a token's bit is 0. Bits: lowest first, of bytes in order. Of what a grammar allows, most
+// words are all ones (inside a string) or all zeros (outside): those are only copied or filled.
+Tensor keep_allowed(const Tensor& logits, const Tensor& bits) {
+  constexpr int64_t kWord = 32;
+  constexpr float kNever = -std::numeric_limits<float>::infinity();
+  static_assert(std::endian::native == std::endian::little, "bytes are read as words");
+  const int64_t vocabulary = logits.numel();
+  TORCH_CHECK(is_plain(logits) && bits.is_contiguous() && bits.scalar_type() == at::kByte && 8 * bits.numel() >= vocabulary);
+  Tensor out = at::empty({vocabulary}, logits.options());
+  const float* from = logits.const_data_ptr<float>();
+  const uint8_t* bytes = bits.const_data_ptr<uint8_t>();
+  float* to = out.data_ptr<float>();
+  int64_t at = 0;
+  for (; at + kWord <= vocabulary; at += kWord) {
+    uint32_t word;
+    std::memcpy(&word, bytes + at / 8, sizeof word);
+    if (word == 0) {
+      std::fill_n(to + at, kWord, kNever);
+    } else if (word == ~uint32_t{0}) {
+      std::memcpy(to + at, from + at, kWord * sizeof(float));
+    } else {
+#pragma omp simd
+      for (int32_t i = 0; i < kWord; ++i) to[at + i] = (word >> i) & 1u ? from[at + i] : kNever;
+    }
+  }
+  for (; at < vocabulary; ++at) to[at] = (bytes[at / 8] >> (at % 8)) & 1u ? from[at] : kNever;
+  return out;
+}
+
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(antiphon, m) { m.def("draw(Tensor logits, Tensor rows, Tensor settings, Tensor top_k) -> Tensor"); }
+TORCH_LIBRARY_FRAGMENT(antiphon, m) {
+  m.def("draw(Tensor logits, Tensor[] changed, Tensor rows, Tensor settings, Tensor top_k) -> Tensor");
+  m.def("keep_allowed(Tensor logits, Tensor bits) -> Tensor");
+}
 
-TORCH_LIBRARY_IMPL(antiphon, CompositeExplicitAutograd, m) { m.impl("draw", &draw); }
+TORCH_LIBRARY_IMPL(antiphon, CompositeExplicitAutograd, m) {
+  m.impl("draw", &draw);
+  m.impl("keep_allowed", &keep_allowed);
+}

@@ -11,6 +11,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from antiphon.core.errors import CheckpointInvalid, InvalidInput
@@ -42,15 +44,17 @@ def why_invalid(grammar: str) -> str | None:
 class Matcher:
     """Where one output stands in its grammar. Belongs to one thread."""
 
-    __slots__ = ("_matcher",)
+    __slots__ = ("_address", "_allowed", "_matcher")
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
+        self._allowed = np.zeros(-(-vocab_size // 32) * 4, dtype=np.uint8)
+        self._address = self._allowed.ctypes.data
 
-    def allowed(self) -> bytes:
-        """A bit per token of the vocabulary, lowest first."""
-        mask: bytes = self._matcher.compute_bitmask()
-        return mask
+    def allowed(self) -> npt.NDArray[np.uint8]:
+        """A bit per token of the vocabulary, lowest first, of whole words of 32; good until asked again."""
+        self._matcher.unsafe_compute_mask_ptr(self._address, self._allowed.nbytes)
+        return self._allowed
 
     def append(self, token_id: int) -> None:
         """A token was chosen."""
@@ -89,7 +93,7 @@ class Grammars:
         matcher = root.deep_copy()
         if output and not matcher.consume_tokens(list(output)):
             raise InvalidInput(f"the output so far is not of its grammar: {matcher.get_error().splitlines()[0]}", "grammar")
-        return Matcher(matcher)
+        return Matcher(matcher, self._vocab_size)
 
     def token_bytes(self, end_ids: frozenset[int]) -> Callable[[int], bytes]:
         """Bytes of single tokens; a special one's are those of its name."""
