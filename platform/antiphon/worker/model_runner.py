@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -25,18 +26,21 @@ from antiphon.models.decoder import AttentionHalves, StepState
 from antiphon.models.pooling.pooler import Pooler, check_pooling
 from antiphon.telemetry.step_trace import Mark, StepTrace
 from antiphon.worker.batch_builder import BatchBuilder, Run
+from antiphon.worker.cards.decode_graphs import DecodeGraphs, DecodeStep
 from antiphon.worker.fault_containment import FaultContainment
 from antiphon.worker.kv_roles import KVRole, NoHandOff
 from antiphon.worker.layer_loop import LayerLoop, LayerTimes
 from antiphon.worker.request_row import RequestRow, Scheduled, all_finite
 from antiphon.worker.sampler import logprobs_of, numbers_only
-from antiphon.worker.speculation.hidden_states import HiddenStates
+from antiphon.worker.speculation.hidden_states import HiddenStates, tell_hidden
 from antiphon.worker.speculation.verification import Drawing, draw_in_turns, end_at_bad_rows, take_best
 from antiphon.worker.structure.enforcer import Enforcer
 from antiphon.worker.ubatch import Segment, split_segments
 from antiphon.worker.ubatch_tuning import UbatchTuner
 
 _LIKELIHOOD_ROWS = 32  # of a prompt's logits at once: 6 MB at a vocabulary of 49k
+
+Laid = TypeVar("Laid")
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +72,13 @@ class AttentionWorker:
         enforcer: Enforcer | None = None,
         pooler: Pooler | None = None,
         hidden_states: HiddenStates | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         """``num_ubatches``: in flight at most; ``tuner``: chooses how many each step gets, None = always as many as there are;
         ``kv``: its part in KV hand-offs, None = it has none; ``warms``: waits are for another processor, and this one fetches
         weights meanwhile; ``enforcer``: holds outputs to their rules, None = requests have none.
         ``pooler``: makes the vectors of a model that does not generate. ``hidden_states``: wants those of requests that speculate.
+        ``graphs``: steps of decodes alone are replayed from it, where it has room for them.
         """
         self.halves = halves
         self.cache = cache
@@ -81,6 +87,7 @@ class AttentionWorker:
         self.enforcer = enforcer
         self.pooler = pooler
         self.hidden_states = hidden_states
+        self.graphs = graphs
         self.wanted_trace: StepTrace | None = None  # any thread may set it; taken up between two steps
         self._kv: KVRole = NoHandOff() if kv is None else kv
         self._num_ubatches = num_ubatches
@@ -91,6 +98,7 @@ class AttentionWorker:
         self._rows: dict[RequestId, RequestRow] = {}
         self._experts = afd.experts  # as wanted; the connector takes it between two steps
         self._is_stepping = False
+        self._replayed: DecodeStep | None = None  # what this step was, where it was replayed
 
     @property
     def trace(self) -> StepTrace | None:
@@ -193,6 +201,7 @@ class AttentionWorker:
         likelihoods: dict[RequestId, dict[int, TokenLogprob]] = {}
         runs: list[list[Segment]] = []
         states: list[StepState] = []
+        self._replayed = None
         if segments:
             runs, states = self._forward(exchange_id, batch, segments)
             for run, state in zip(runs, states, strict=True):
@@ -219,7 +228,7 @@ class AttentionWorker:
         output = self._sample(finals, list(drawings.values()))
         output.prompt_logprobs.update(likelihoods)
         if self.hidden_states is not None:
-            self._tell_hidden(self.hidden_states, batch, runs, states)
+            tell_hidden(self.hidden_states, self.halves, batch, runs, states)
         for part in batch:
             row = part.row
             if row.bad_at is not None and row.request_id not in output.errors:
@@ -230,19 +239,6 @@ class AttentionWorker:
                 del row.block_ids[-(-len(row.token_ids) // self.cache.layout.block_size_tokens) :]  # as the scheduler does
             self._kv.end(row, output.errors.get(row.request_id))
         return output
-
-    def _tell_hidden(
-        self, wanted: HiddenStates, batch: Sequence[Scheduled], runs: Sequence[Sequence[Segment]], states: Sequence[StepState]
-    ) -> None:
-        """Hand over the hidden states of tokens that are known by now: not those of drafts that were wrong."""
-        for run, state in zip(runs, states, strict=True):
-            hidden_TD, at = self.halves.hidden(state.x_TD), 0
-            for segment in run:
-                row = batch[segment.request].row
-                num_rows = min(segment.num_tokens, len(row.token_ids) - 1 - segment.first_token)
-                if num_rows > 0 and row.sampling.params.speculates and row.kv_target is None:
-                    wanted.take(row.request_id, segment.first_token, hidden_TD[at : at + num_rows].clone())
-                at += segment.num_tokens
 
     def _note_likelihoods(
         self, row: RequestRow, segment: Segment, x_TD: torch.Tensor, found: dict[RequestId, dict[int, TokenLogprob]]
@@ -284,8 +280,13 @@ class AttentionWorker:
         wanted = self._num_ubatches if tuner is None else tuner.choose(num_rows, is_decode=is_decode)
         before = (times.num_exchanges, times.ffn_compute_s, times.ffn_wait_s, times.round_trip_s)
         start_s = time.perf_counter()
+        if self.graphs is not None and is_decode and self.trace is None and not self._kv.is_due(batch):
+            self._replayed = self._with_runs(batch, segments, self.graphs.run)
+            if self._replayed is not None:
+                self._replayed.state.settle()
+                return [segments], [self._replayed.state]
         runs = split_segments(segments, wanted)
-        states = [self._lay_out(batch, run) for run in runs]
+        states = [self._with_runs(batch, run, self._begin) for run in runs]
 
         def attended(layer: int, ubatch: int) -> None:
             self._kv.offer(layer, batch, runs[ubatch], states[ubatch])
@@ -306,7 +307,11 @@ class AttentionWorker:
             )
         return runs, states
 
-    def _lay_out(self, batch: Sequence[Scheduled], run: list[Segment]) -> StepState:
+    def _begin(self, runs: Sequence[Run]) -> StepState:
+        return self.halves.begin(*self._builder.build(runs))
+
+    def _with_runs(self, batch: Sequence[Scheduled], run: list[Segment], use: Callable[[Sequence[Run]], Laid]) -> Laid:
+        """``use`` of the ubatch's rows."""
         rows = [(batch[segment.request].row, segment) for segment in run]
         runs = [
             Run(
@@ -324,7 +329,7 @@ class AttentionWorker:
         for part in guessing:  # for as long as ids are read: nothing else may take them for known
             part.row.token_ids += part.drafts
         try:
-            return self.halves.begin(*self._builder.build(runs))
+            return use(runs)
         finally:
             for part in guessing:
                 del part.row.token_ids[-len(part.drafts) :]
@@ -335,14 +340,17 @@ class AttentionWorker:
         if self.pooler is not None:  # such a model generates nothing, so that all rows want vectors
             return self._pool(finals, [drawing.row for drawing in drawings], self.pooler)
         start_s = time.perf_counter()
+        whole = self._replayed
+        if whole is not None and len(finals) != whole.logits_RV.shape[0]:  # some rows are of prompts that go on
+            whole = None
         x_RD = finals[0] if len(finals) == 1 else torch.cat(list(finals))
         end_at_bad_rows(x_RD, drawings)
         if all(drawing.sampling.needs_best_only for drawing in drawings):
-            ids_R, values_R = self.halves.greedy(x_RD)
+            ids_R, values_R = self.halves.greedy(x_RD) if whole is None else whole.best_R
             sample_s = time.perf_counter()
             take_best(numbers_only(ids_R, values_R), drawings)
         else:
-            logits_RV = self.halves.logits(x_RD)
+            logits_RV = self.halves.logits(x_RD) if whole is None else whole.logits_RV
             sample_s = time.perf_counter()
             draw_in_turns(logits_RV, drawings)
         self.stats.head_s += sample_s - start_s

@@ -6,9 +6,12 @@ their FFN half behind a loopback link that runs it inline. Must not know: where 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from antiphon.apps.process.wiring.drafters import build_drafter
 from antiphon.apps.process.wiring.resolve import ModelFacts
@@ -20,6 +23,8 @@ from antiphon.connectors.kv.decode_side import DecodeSide
 from antiphon.connectors.kv.prefill_side import PrefillSide
 from antiphon.core.document.spec import LLMDeploymentSpec
 from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
+from antiphon.device.device import is_card
+from antiphon.device.graphs import CudaGraphs, TapeGraphs
 from antiphon.engine.core import EngineCore, Outbox
 from antiphon.engine.limits import SchedulerConfig
 from antiphon.engine.scheduler import Scheduler
@@ -31,6 +36,7 @@ from antiphon.models.pooling.pooler import Pooler
 from antiphon.transport.base import Hello
 from antiphon.transport.loopback import loopback_pair
 from antiphon.transport.waiting import WaitSet
+from antiphon.worker.cards.decode_graphs import DecodeGraphs
 from antiphon.worker.ffn_worker import FFNWorker
 from antiphon.worker.kv_roles import KVRole, NoHandOff, ReceivesKV, SendsKV
 from antiphon.worker.model_runner import AttentionWorker
@@ -109,7 +115,8 @@ def build_attention(
     """An engine of any role but FFN. Whole-layer roles are complete; an attention worker still needs links to FFN workers."""
     ubatches = num_ubatches(spec, role)
     tensor, expert = ffn_parallelism(spec) if role is Role.ATTENTION else (1, 1)
-    cache = KVCache(facts.kv, facts.num_blocks, facts.device, facts.num_state_slots or 0)
+    replays = _replays(facts, role)
+    cache = KVCache(facts.kv, facts.num_blocks + replays, facts.device, facts.num_state_slots or 0)
     side = AttentionSide(
         epoch=epoch,
         num_shards=tensor * expert,
@@ -152,6 +159,18 @@ def build_attention(
     if speculation is not None and role.generates:
         drafter = build_drafter(speculation, facts, halves, None if ffn is None else ffn.halves)
         speculator = Speculator(drafter, max_drafts=speculation.max_drafts, clock=clock)
+    graphs = None
+    if replays and ffn is not None:
+        graphs = DecodeGraphs(
+            halves,
+            ffn.halves,
+            cache,
+            TapeGraphs() if facts.device.type == "cpu" else CudaGraphs(facts.device),
+            max_rows=spec.scheduler.max_num_seqs,
+            spare_block=facts.num_blocks,
+            return_dtype=facts.return_dtype,
+        )
+        graphs.record()
     tuner = UbatchTuner(ubatches) if spec.transport.num_ubatches == "auto" and ubatches > 1 else None
     worker = AttentionWorker(
         halves,
@@ -164,6 +183,7 @@ def build_attention(
         enforcer=Enforcer(facts.checkpoint.path, facts.config.vocab_size) if role.generates and facts.pooling is None else None,
         pooler=None if facts.pooling is None else Pooler(facts.pooling, facts.checkpoint, facts.dtype, facts.device),
         hidden_states=drafter if isinstance(drafter, PredictionDrafter) else None,
+        graphs=graphs,
     )
     scheduler = Scheduler(
         SchedulerConfig(
@@ -186,6 +206,14 @@ def build_attention(
     return AttentionPart(
         engine=EngineCore(scheduler, worker, outbox), worker=worker, ffn=ffn, decode_side=decode_side, prefill_side=prefill_side
     )
+
+
+def _replays(facts: ModelFacts, role: Role) -> bool:
+    """Whether decode steps are replayed: on a card, where a worker has every layer whole and nothing but KV to find for a row."""
+    if os.environ.get("ANTIPHON_GRAPHS") == "0":  # for comparisons
+        return False
+    is_plain = facts.pooling is None and not facts.kv.has_state and facts.activation_dtype == facts.dtype
+    return is_card(facts.device) and role.holds_ffn and role.generates and is_plain and facts.return_dtype is not torch.int8
 
 
 def _pumped(ffn: FFNWorker) -> Callable[[], None]:

@@ -1,0 +1,1 @@
+"""What a worker has on a card alone (step)."""
