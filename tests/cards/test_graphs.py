@@ -39,6 +39,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
         monkeypatch.setenv("ANTIPHON_GRAPHS", "1" if graphs else "0")
         if not (tmp_path / "config.json").exists():
             WRITERS[kind](tmp_path)
+        sections["scheduler"] = {"maxNumSeqs": 12, **sections.get("scheduler", {})}
         spec = wiring(tmp_path, topology, **{"cache": {"numBlocks": 64, "blockSizeTokens": 4}, **sections})
         cluster = LocalCluster(spec, tmp_path)
         made.append(cluster)
@@ -124,8 +125,9 @@ def test_a_row_that_is_not_finite_ends_its_request_alone(make: Callable[..., Loc
     with torch.inference_mode():  # what a fault of the memory would leave
         worker.cache.planes[0][0][row.block_ids[0] * worker.cache.layout.block_size_tokens] = float("nan")
     cluster.run()
-    assert cluster.outputs[bad].error is not None
-    assert "non-finite" in cluster.outputs[bad].error.message
+    error = cluster.outputs[bad].error
+    assert error is not None
+    assert "non-finite" in error.message
     alone = make("moe", "monolith", graphs=False)
     assert cluster.outputs[good].token_ids == alone.generate([1, 2, 3], max_tokens=12)
 
