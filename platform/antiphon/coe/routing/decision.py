@@ -207,16 +207,17 @@ def _candidates(
 ) -> tuple[Candidate, ...]:
     found = []
     scores: Mapping[str, float] = {} if judgement is None else judgement.scores
-    wait_weight = spec.policy.wait_weight
+    costs, states, wait_weight = terms.cost, view.experts, spec.policy.wait_weight
     for expert in spec.experts:
         name = expert.name
-        state = view.of(name)
+        state = states.get(name, _UNREPORTED)
         block = _block(expert, question, state)
         score = scores.get(name, 0.0)
-        cost = terms.cost.get(name, 0.0)
-        wait = wait_weight * (state.expected_wait_s + (0.0 if state.resident else state.load_s))
-        total = score - cost - wait if block is None else None
-        found.append(Candidate(expert=name, score=score, cost=cost, wait=wait, total=total, block=block))
+        cost = costs.get(name, 0.0)
+        wait = 0.0
+        if state is not _UNREPORTED:
+            wait = wait_weight * (state.expected_wait_s + (0.0 if state.resident else state.load_s))
+        found.append(Candidate(name, score, cost, wait, score - cost - wait if block is None else None, block))
     return tuple(found)
 
 

@@ -6,9 +6,10 @@ Must not know: categories, experts.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,6 +28,7 @@ _GROUP_IDS = tuple(bytes((i,)) for i in range(1, len(_GROUPS) + 1))
 # Every ASCII character as the id of its group, 0 where it is in none: counting an id is one pass in C.
 _GROUP_OF = bytes(next((i for i, group in enumerate(_GROUPS, 1) if chr(code) in group), 0) for code in range(256))
 NUM_SHAPE = len(_GROUPS) + 2
+_UNKNOWN = -1  # the place of a word that has no vector
 _SHAPE_SCALE = np.float32(0.35)  # keeps the shape's spread near that of one direction of the token vectors
 
 
@@ -47,13 +49,24 @@ class TokenVectors:
     table_VD: npt.NDArray[np.int8]
     scale_V: Floats
 
-    def direction(self, id_T: Ints, into_D: Floats) -> None:
-        """Write the normalised sum of the tokens' vectors into ``into_D``; it is left alone when the sum is zero."""
+    def direction(self, id_U: Ints, into_D: Floats, weight_U: Floats | None = None) -> None:
+        """Write the normalised sum of the tokens' vectors, by weight, into ``into_D``; it is left alone when the sum is zero."""
+        scale_U = self.scale_V.take(id_U)
+        if weight_U is not None:
+            scale_U *= weight_U
         # One product of scales and int8 rows: the weighted sum without a scaled fp32 copy of the rows.
-        summed_D: Floats = self.scale_V[id_T] @ self.table_VD[id_T].astype(np.float32)
+        # ``take`` gathers rows in half the time of an index.
+        summed_D: Floats = scale_U @ self.table_VD.take(id_U, axis=0).astype(np.float32)
         norm = math.sqrt(float(summed_D @ summed_D))
         if norm > 0.0:
             np.multiply(summed_D, np.float32(1.0 / norm), out=into_D)
+
+
+def _distinct(counts: Mapping[int, int]) -> tuple[Ints, Floats | None]:
+    """What is counted, and how often each; None where all of it stands once, as in most short prompts."""
+    id_U = np.array(list(counts))
+    times = list(counts.values())
+    return id_U, None if max(times) == 1 else np.array(times, np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,23 +83,15 @@ class WordVectors:
 
     def direction(self, words: Iterable[str], into_D: Floats) -> None:
         """Write the normalised sum of the words' vectors, each by one plus the logarithm of its count, into ``into_D``."""
-        place = self.index.get
-        places = [found for word in words if (found := place(word)) is not None]
-        if not places:
+        counts = Counter(map(self.index.get, words, itertools.repeat(_UNKNOWN)))
+        counts.pop(_UNKNOWN, None)
+        if not counts:
             return
-        if len(set(places)) == len(places):  # every count is 1 and its weight too, as in most short prompts
-            id_U = np.array(places)
-            weight_U = self.vectors.scale_V[id_U]
-        else:
-            counts = Counter(places)
-            weight_U = np.log(np.fromiter(counts.values(), np.float32, len(counts)))
-            weight_U += np.float32(1.0)
-            id_U = np.fromiter(counts, np.int64, len(counts))
-            weight_U *= self.vectors.scale_V[id_U]
-        summed_D: Floats = weight_U @ self.vectors.table_VD[id_U].astype(np.float32)
-        norm = math.sqrt(float(summed_D @ summed_D))
-        if norm > 0.0:
-            np.multiply(summed_D, np.float32(1.0 / norm), out=into_D)
+        id_U, count_U = _distinct(counts)
+        if count_U is not None:
+            np.log(count_U, out=count_U)
+            count_U += np.float32(1.0)
+        self.vectors.direction(id_U, into_D, count_U)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,11 +143,12 @@ class StaticEmbedding:
         embedding[D : D + NUM_SHAPE] = shape_of(seen)
         embedding[D : D + NUM_SHAPE] *= _SHAPE_SCALE
         if ids:
-            self.near.direction(np.array(ids), embedding[:D])
+            id_U, count_U = _distinct(Counter(ids))
+            self.near.direction(id_U, embedding[:D], count_U)
             begin = D + NUM_SHAPE
             if self.topics is not None:
                 end = begin + self.topics.table_VD.shape[1]
-                self.topics.direction(np.array(list(dict.fromkeys(ids))), embedding[begin:end])
+                self.topics.direction(id_U, embedding[begin:end])
                 begin = end
             if self.words is not None:
                 self.words.direction(words, embedding[begin:])

@@ -7,6 +7,7 @@ becomes the unknown token. Ours rather than the tokenizers library's, which take
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ MAX_CACHED_WORDS = 65_536  # the cache is emptied when full; it never changes a 
 
 # A run of letters and digits; or one ideograph, mark of punctuation or symbol (the underscore counts as one).
 _WORD = re.compile(r"[^\W_\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+|[^\s\w]|[_\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+_ASCII_WORD = re.compile(r"[a-z0-9]+|[^\sa-z0-9]")  # the same of ASCII in lower case, in half the time
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff\ufffd\ud800-\udfff]")
 
 
@@ -63,11 +65,9 @@ class WordPiece:
     def words(text: str) -> list[str]:
         """Words, ideographs, marks and symbols of ``text``: lower case, without accents."""
         if text.isascii():
-            text = text.lower()
-        else:
-            text = unicodedata.normalize("NFD", _CONTROL.sub("", text).lower())
-            text = "".join([c for c in text if unicodedata.category(c) != "Mn"])
-        return _WORD.findall(text)
+            return _ASCII_WORD.findall(text.lower())
+        text = unicodedata.normalize("NFD", _CONTROL.sub("", text).lower())
+        return _WORD.findall("".join([c for c in text if unicodedata.category(c) != "Mn"]))
 
     def encode(self, text: str, max_tokens: int) -> list[int]:
         """At most ``max_tokens`` ids of ``text``, without special tokens."""
@@ -76,6 +76,9 @@ class WordPiece:
     def encode_words(self, words: Sequence[str], max_tokens: int) -> list[int]:
         """The same of words that ``words`` found."""
         cache = self._cache
+        known = [pieces for pieces in map(cache.get, words) if pieces is not None]
+        if len(known) == len(words):  # as in most prompts, once the cache is warm
+            return list(itertools.islice(itertools.chain.from_iterable(known), max_tokens))
         ids: list[int] = []
         for word in words:
             pieces = cache.get(word)

@@ -70,3 +70,10 @@ def test_a_very_long_prompt_is_looked_at_only_at_its_ends() -> None:
     source = random.Random(0)
     long = "".join(source.choice("ab .,!?\n") for _ in range(200_000))
     assert len(without_framing(f"Hi! {long}")) > 190_000
+
+
+def test_the_question_after_many_worked_examples_is_found_and_a_long_one_is_left_whole() -> None:
+    shown = "".join(f"Q: What is {n} plus {n}?\nA: {2 * n}\n\n" for n in range(5_000))
+    assert without_framing(f"{shown}Q: {ASKED}\nA:") == ASKED
+    long = f"{shown}Q: {'the cell ' * 2_000}\nA:"
+    assert len(without_framing(long)) > 0.9 * len(long)

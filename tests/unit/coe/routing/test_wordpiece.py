@@ -49,3 +49,10 @@ def test_the_window_keeps_head_and_tail() -> None:
 @given(st.text(st.characters(), max_size=200))
 def test_any_text_has_ids_of_the_vocabulary(text: str) -> None:
     assert all(0 <= i < len(TOKENS.vocabulary) for i in TOKENS.encode(text, 50))
+
+
+@given(st.text(st.characters(max_codepoint=127), max_size=100))
+def test_ascii_has_the_words_that_any_text_has(text: str) -> None:
+    """A letter that is not ASCII, at the end, sends the same text the long way; control characters are dropped there alone."""
+    plain = "".join(char for char in text if " " <= char < "\x7f" or char in "\t\n\r")
+    assert [*WordPiece.words(plain), "e"] == WordPiece.words(plain + " é")
