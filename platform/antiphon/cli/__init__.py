@@ -15,6 +15,7 @@ from types import ModuleType
 
 import click
 import typer
+from click.shell_completion import CompletionItem
 
 from antiphon.core.errors import AntiphonError, SpecInvalid, Unavailable
 
@@ -42,11 +43,27 @@ VERBS = {
     "coe": Verb(module="coe", help="Composition of experts: train, evaluate, route."),
     "keys": Verb(module="keys", help="Make API keys, and the hashed lines that a key file holds."),
     "k8s": Verb(module="k8s", help="A deployment on a cluster: its tree, why it is not ready, logs, a port to it."),
+    "completion": Verb(module="completion", help="Let a shell complete verbs and options: bash, zsh, fish."),
     "doctor": Verb(module="doctor", help="Check this machine and cluster for what Antiphon needs."),
 }
 
 
 _ASK_A_GATEWAY = ("chat", "status", "experts")
+
+
+def _complete(ctx: click.Context, _param: click.Parameter | None, incomplete: str) -> list[CompletionItem]:
+    """Words of a verb, for a shell that completes them."""
+    from antiphon.cli.completion import complete_words
+
+    module = importlib.import_module(f"antiphon.cli.{VERBS[str(ctx.info_name)].module}")
+    return complete_words(typer.main.get_command(module.app), ctx.params.get("arguments") or (), incomplete)
+
+
+class _PassedOn(click.Command):
+    """A verb, whose arguments pass through to its module."""
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        return _complete(ctx, None, incomplete)
 
 
 class _LazyGroup(click.Group):
@@ -59,10 +76,10 @@ class _LazyGroup(click.Group):
             near = difflib.get_close_matches(cmd_name, VERBS, n=1)
             ctx.fail(f"no such command {cmd_name!r}" + (f"; did you mean {near[0]}?" if near else "; antiphon --help lists them"))
         # typer brings a click of its own, whose exits and usage errors only its own ``main`` understands: arguments pass through.
-        return click.Command(
+        return _PassedOn(
             cmd_name,
             callback=functools.partial(_run, cmd_name, verb),
-            params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
+            params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED, shell_complete=_complete)],
             context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
             add_help_option=False,
         )
@@ -79,7 +96,9 @@ def _run(name: str, verb: Verb, arguments: tuple[str, ...]) -> None:
     except Unavailable as error:
         if name not in _ASK_A_GATEWAY:
             raise
-        click.echo(f"error: {error}\nis `antiphon serve` running? --endpoint names another gateway", err=True)
+        from antiphon.cli.serving.connection import IS_IT_RUNNING
+
+        click.echo(f"error: {error}\n{IS_IT_RUNNING}", err=True)
         sys.exit(1)
 
 

@@ -13,9 +13,9 @@ from typing import Annotated
 
 import typer
 
-from antiphon.cli.serving.connection import DEFAULT, ApiKey, CaFile, Endpoint, connect
+from antiphon.cli.serving.connection import DEFAULT, IS_IT_RUNNING, ApiKey, CaFile, Endpoint, connect
 from antiphon.client import Client, ServiceStatus
-from antiphon.core.errors import AntiphonError
+from antiphon.core.errors import AntiphonError, Unavailable
 
 app = typer.Typer(add_completion=False)
 
@@ -69,6 +69,8 @@ def _watch(client: Client, endpoint: str, deployment: str, as_json: bool, interv
     def frame() -> RenderableType:
         try:
             return render(client.status(deployment))
+        except Unavailable as error:
+            return Text(f"{endpoint}: {error}\n{IS_IT_RUNNING}", style="red")
         except AntiphonError as error:
             return Text(f"{endpoint}: {error}", style="red")
 
