@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hmac
 import importlib.util
 import os
 import random
@@ -242,6 +243,29 @@ def test_content_arrives_unchanged_whatever_its_size(transport: Transport, num_b
             answer = receive(near)
             assert torch.equal(answer.data, noise(num_bytes, turn + 50))
             near.release(answer)
+
+
+@pytest.mark.parametrize("name", ["shm", "shm-python", pytest.param("nixl", marks=needs_nixl)])
+def test_a_link_that_is_open_proves_nothing_any_more(name: str, short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_proofs = 0
+    digest = hmac.digest
+
+    def counted(key: bytes, message: bytes, method: str) -> bytes:
+        nonlocal num_proofs
+        num_proofs += 1
+        return digest(key, message, method)
+
+    monkeypatch.setattr(hmac, "digest", counted)
+    with pair(make(name, short_path), layout()) as (near, far):
+        assert num_proofs > 0  # it was opened with some
+        num_proofs = 0
+        for turn in range(100):
+            for here, there in ((near, far), (far, near)):
+                send(here, noise(4096, turn), turn)
+                message = receive(there)
+                assert torch.equal(message.data, noise(4096, turn))
+                there.release(message)
+        assert num_proofs == 0
 
 
 def test_a_direction_may_have_no_payload_at_all(transport: Transport) -> None:

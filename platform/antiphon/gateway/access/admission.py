@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
-from antiphon.core.budget import Budgets, Kind, TenantLimits, Use, Wish
+from antiphon.core.budget import Budgets, Kind, TenantLimits, Use, Verdict, Wish
 from antiphon.core.errors import AntiphonError, InvalidInput, Overloaded
 from antiphon.telemetry import Telemetry, semconv
 
@@ -111,9 +111,13 @@ class Admission:
                 field,
             )
         ticket = secrets.token_hex(12)
-        verdict = await self._budgets.take_budget(
-            Wish(tenant=tenant, ticket=ticket, num_tokens=num_tokens, limits=limits, lease_s=LEASE_S)
-        )
+        wish = Wish(tenant=tenant, ticket=ticket, num_tokens=num_tokens, limits=limits, lease_s=LEASE_S)
+        taking = asyncio.ensure_future(self._budgets.take_budget(wish))
+        try:
+            verdict = await asyncio.shield(taking)
+        except asyncio.CancelledError:  # the client left; what the store says then, or does not, is given back
+            taking.add_done_callback(lambda done: self._give_back(tenant, ticket, done))
+            raise
         if verdict.exceeded is not None:
             self._refused.add(1, {"tenant": tenant, "limit": verdict.exceeded})
             most = {
@@ -149,6 +153,9 @@ class Admission:
         except AntiphonError as error:
             _log.warning("a reservation is settled later: %s", error)
             self.settle_soon(tenant, ticket, num_tokens)
+        except asyncio.CancelledError:  # the client left at the last word: settling twice settles once
+            self.settle_soon(tenant, ticket, num_tokens)
+            raise
 
     def settle_soon(self, tenant: str, ticket: str, num_tokens: int) -> None:
         """End a reservation in ``run``."""
@@ -209,6 +216,11 @@ class Admission:
             day = (first + datetime.timedelta(days=number)).isoformat()
             found += [(day, use) for use in await self._budgets.used(day)]
         return found
+
+    def _give_back(self, tenant: str, ticket: str, taking: asyncio.Future[Verdict]) -> None:
+        """Nobody uses what was taken."""
+        if not taking.cancelled() and (taking.exception() is not None or taking.result().exceeded is None):
+            self.settle_soon(tenant, ticket, 0)
 
     def _forget(self, tenant: str, ticket: str) -> None:
         tickets = self._open.get(tenant, set())

@@ -10,10 +10,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from antiphon.core.budget import TenantLimits, Use, Wish
+from antiphon.core.budget import TenantLimits, Use, Verdict, Wish
 from antiphon.core.errors import InvalidInput
 from antiphon.directory.budgets import MemoryBudgets
+from antiphon.gateway.access.admission import Admission
 from antiphon.gateway.access.key_lines import key_line, parse_lines
+from antiphon.telemetry import disabled
 
 _spec = importlib.util.spec_from_file_location("doors_fake_engine", Path(__file__).parents[3] / "contract/doors/fake_engine.py")
 assert _spec is not None
@@ -106,6 +108,58 @@ def test_limits_are_a_tenants_and_its_lines_must_agree() -> None:
     for wrong in ("tokens=0", "tokens=-1", "tokens=1e3", "streams=x", "requests=" + "9" * 14):
         with pytest.raises(InvalidInput, match="no number"):
             parse_lines(f"a user sha256:{'0' * 64} {wrong}")
+
+
+class SlowStore(MemoryBudgets):
+    """A store across a network: what it was told is done, though the answer takes until ``answers`` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = asyncio.Event()
+        self.num_asked = 0
+
+    async def take_budget(self, wish: Wish) -> Verdict:
+        verdict = await super().take_budget(wish)
+        await self._answer()
+        return verdict
+
+    async def settle_budget(self, tenant: str, ticket: str, num_tokens: int) -> None:
+        await self._answer()  # and a call that is given up before it was sent has settled nothing
+        await super().settle_budget(tenant, ticket, num_tokens)
+
+    async def _answer(self) -> None:
+        self.num_asked += 1
+        await self.answers.wait()
+
+
+@pytest.mark.parametrize("at", ["enter", "finish"])
+async def test_a_client_that_leaves_while_the_store_is_asked_leaves_nothing_reserved(at: str) -> None:
+    store, limits = SlowStore(), TenantLimits(tokens_per_min=100, num_streams=1)
+    admission = Admission(store, lambda _tenant: limits, disabled())
+    use = Use(tenant="a", model="m", num_requests=1, num_prompt_tokens=20, num_cached_tokens=0, num_output_tokens=5)
+
+    async def request() -> None:
+        turn = await admission.enter("a", 90, None)
+        store.answers.clear()
+        await turn.finish(use)
+
+    if at == "finish":
+        store.answers.set()
+    asking = asyncio.create_task(request())
+    await fake.until(lambda: store.num_asked == (1 if at == "enter" else 2))
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    store.answers.set()
+    running = asyncio.create_task(admission.run())
+    try:
+        used = 25 if at == "finish" else 0
+        async with asyncio.timeout(10):
+            while (await store.take_budget(wish("next", 100 - used, tokens_per_min=100, num_streams=1))).exceeded is not None:
+                await asyncio.sleep(0)
+        assert (await store.take_budget(wish("more", 1, tokens_per_min=100))).exceeded == "tokens"
+    finally:
+        running.cancel()
 
 
 async def test_budgets_hold_to_the_token_over_two_gateways_and_the_ledger_has_all_of_it(tmp_path: Path) -> None:
