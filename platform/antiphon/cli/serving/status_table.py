@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -10,6 +10,9 @@ from antiphon.client import CompositionStatus, PoolStatus, ServiceStatus, Worker
 
 _STYLES = {"ready": "green", "draining": "yellow", "starting": "yellow", "no session": "red"}
 _COMPOSITION_STYLES = {"ready": "green", "degraded": "yellow", "unavailable": "red"}
+
+_LEFT_OUT_IN_ORDER = ("#EPOCH", "ADDRESS", "ROLE", "#LEASE", "#WEIGHTS", "SHARD")
+_LEAST_WHY_WIDTH = 24
 
 
 def render(status: ServiceStatus) -> RenderableType:
@@ -19,7 +22,7 @@ def render(status: ServiceStatus) -> RenderableType:
     head = Text(f"gateway {gateway.version}: {state}, up {duration(gateway.uptime_s)}, {gateway.num_requests} requests in flight")
     below: list[RenderableType] = [Text("no workers are registered")]
     if status.workers:
-        below = [Text(), _pools(status.pools), Text(), _workers(status.workers)]
+        below = [Text(), _pools(status.pools), Text(), _Workers(status.workers)]
     if status.compositions:
         below += [Text(), _compositions(status.compositions)]
     return Group(head, *below)
@@ -34,34 +37,57 @@ def _pools(pools: tuple[PoolStatus, ...]) -> Table:
     return table
 
 
-def _workers(workers: tuple[WorkerStatus, ...]) -> Table:
-    table = _table(
-        "WORKER", "ROLE", "STATE", "SHARD", "#EPOCH", "#LEASE", "#WAIT", "#RUN", "#KV", "#WORK", "#WEIGHTS", "ADDRESS", "WHY"
-    )
-    messages = any(worker.message for worker in workers)
-    for worker in workers:
-        state = state_of(worker)
-        lease = "-" if worker.lease_remaining_s is None else f"{worker.lease_remaining_s:.1f} s"
-        usage = worker.kv_usage
-        table.add_row(
-            worker.worker_id,
-            worker.role,
-            Text(state, _STYLES[state]),
-            worker.shard or "-",
-            str(worker.epoch),
-            lease,
-            str(worker.load.num_waiting),
-            str(worker.load.num_running),
-            "-" if usage is None else f"{usage:.0%}",
-            work_of(worker),
-            weights_of(worker),
-            worker.rpc_address,
-            Text(worker.message),
-        )
-    table.columns[-1].overflow = "fold"
-    if not messages:
-        table.columns.pop()
-    return table
+class _Workers:
+    """A line for each worker. Where a terminal is too narrow for all columns, whole ones are left out, and named below."""
+
+    def __init__(self, workers: tuple[WorkerStatus, ...]) -> None:
+        self._rows = [_worker_cells(worker) for worker in workers]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        names = [name for name in self._rows[0] if name != "WHY" or any(row["WHY"] for row in self._rows)]
+        left_out: list[str] = []
+        for name in _LEFT_OUT_IN_ORDER:
+            if self._width(console, names) <= options.max_width:
+                break
+            names.remove(name)
+            left_out.append(name.removeprefix("#"))
+        yield self._table(names)
+        if left_out:
+            yield Text(f"left out, for want of width: {', '.join(left_out)}", style="dim")
+
+    def _table(self, names: list[str]) -> Table:
+        table = _table(*names)
+        for row in self._rows:
+            table.add_row(*(row[name] for name in names))
+        if names[-1] == "WHY":
+            table.columns[-1].overflow = "fold"
+        return table
+
+    def _width(self, console: Console, names: list[str]) -> int:
+        """Columns of the terminal that these take whole; WHY goes on in further lines."""
+        table = self._table([name for name in names if name != "WHY"])
+        unbounded = console.options.update(max_width=10_000)
+        return table.__rich_measure__(console, unbounded).maximum + (_LEAST_WHY_WIDTH if "WHY" in names else 0)
+
+
+def _worker_cells(worker: WorkerStatus) -> dict[str, str | Text]:
+    state = state_of(worker)
+    usage = worker.kv_usage
+    return {
+        "WORKER": worker.worker_id,
+        "ROLE": worker.role,
+        "STATE": Text(state, _STYLES[state]),
+        "SHARD": worker.shard or "-",
+        "#EPOCH": str(worker.epoch),
+        "#LEASE": "-" if worker.lease_remaining_s is None else f"{worker.lease_remaining_s:.1f} s",
+        "#WAIT": str(worker.load.num_waiting),
+        "#RUN": str(worker.load.num_running),
+        "#KV": "-" if usage is None else f"{usage:.0%}",
+        "#WORK": work_of(worker),
+        "#WEIGHTS": weights_of(worker),
+        "ADDRESS": worker.rpc_address,
+        "WHY": Text(worker.message),
+    }
 
 
 def _compositions(compositions: tuple[CompositionStatus, ...]) -> Table:

@@ -73,6 +73,19 @@ STATUS = ServiceStatus(
 )
 
 
+@pytest.mark.parametrize("width", [80, 100, 120])
+@pytest.mark.parametrize("message", ["", "waits for a shard of its pool, which has not come back since"])
+def test_a_narrow_terminal_shows_fewer_columns_and_none_cut(width: int, message: str) -> None:
+    worker = replace(ATTENTION, worker_id="smollm2/attention/0", epoch=1795861423, rpc_address="127.0.0.1:41234", message=message)
+    out = io.StringIO()
+    Console(file=out, width=width).print(render(replace(STATUS, workers=(worker, FFN))))
+    text = out.getvalue()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for whole in ("smollm2/attention/0", "ready", "75%", "1,234 in, 56 out", "left out, for want of width: EPOCH"):
+        assert whole in text
+
+
 def lines(status: ServiceStatus) -> list[list[str]]:
     out = io.StringIO()
     Console(file=out, width=220).print(render(status))
