@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -181,21 +183,98 @@ async def test_thinking_is_switched_bounded_and_hidden(tmp_path: Path) -> None:
         assert list(thinking.end_token_ids) == world.tokenizer.encode("</think>").ids
 
 
-async def test_an_expensive_schema_ends_within_a_second_by_name_and_delays_nobody(tmp_path: Path) -> None:
-    patterns = [{"type": "string", "pattern": f"a.{{{i}}}b.*c{{{i * 3}}}"} for i in range(1, 30)]
-    costly = {
-        "a pattern": {"allOf": patterns},
-        "many values": {"enum": [f"value{i * 7919}" for i in range(100_000)]},
-        "depth": json.loads('{"items":' * 150 + "{}" + "}" * 150),
-    }
-    async with answering(tmp_path, "</think>{}") as (_, client):
-        await client.chat.completions.create(model="tiny", messages=QUESTION, response_format={"type": "json_object"})
-        for name, schema in costly.items():
-            shape: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+def chained(count: int) -> dict[str, Any]:
+    links = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(count)}
+    return {"$ref": "#/$defs/d0", "$defs": {**links, f"d{count}": {"type": "integer"}}}
+
+
+COSTLY_SCHEMAS: dict[str, Any] = {
+    "patterns": {"allOf": [{"type": "string", "pattern": f"a.{{{i}}}b.*c{{{i * 3}}}"} for i in range(1, 30)]},
+    "many patterns": {"allOf": [{"type": "string", "pattern": f"a{i}"} for i in range(1000)]},
+    "many values": {"enum": [f"value{i * 7919}" for i in range(100_000)]},
+    "a long value": {"enum": ["x" * 200_000]},
+    "depth": json.loads('{"items":' * 150 + "{}" + "}" * 150),
+    "references": chained(3000),
+    "references in a ring": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+    "many options": {"anyOf": [{"properties": {f"k{i}": {}}, "required": [f"k{i}"], "type": "object"} for i in range(3000)]},
+    "many properties": {"type": "object", "properties": {f"k{i}": {"type": "string"} for i in range(5000)}},
+    "a step": {"type": "integer", "multipleOf": 999_983},
+}
+COSTLY_SHAPES: dict[str, Any] = {
+    "regex": "a" * 900_000,
+    "choice": [f"value{i * 7919}" for i in range(100_000)],
+    "grammar": "start: r0\n" + "\n".join(f'r{i}: "a{i}" r{i + 1} | "b" r{i + 1}' for i in range(8000)) + '\nr8000: "z"',
+}
+COSTLY: list[tuple[str, dict[str, Any], str]] = [
+    *(
+        (
+            name,
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}},
+            "response_format.json_schema.schema",
+        )
+        for name, schema in COSTLY_SCHEMAS.items()
+    ),
+    *(
+        (kind, {"extra_body": {"structured_outputs": {kind: value}}}, f"structured_outputs.{kind}")
+        for kind, value in COSTLY_SHAPES.items()
+    ),
+    (
+        "words",
+        {"extra_body": {"structured_outputs": {"grammar": "start: T\nT: /.*a.{14}/ & /.*b.{13}/ & ~/.*c.{12}/"}}},
+        "structured_outputs.grammar",
+    ),
+    ("older names", {"extra_body": {"guided_regex": COSTLY_SHAPES["regex"]}}, "guided_regex"),
+    *(
+        (
+            f"a tool of {name}",
+            {"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": schema}}]},
+            "tools[0].function.parameters",
+        )
+        for name in ("depth", "a step")
+        for schema in [
+            {"type": "object", "properties": {"x": COSTLY_SCHEMAS[name]}, "$defs": COSTLY_SCHEMAS[name].get("$defs", {})}
+        ]
+    ),
+]
+
+
+async def test_expensive_shapes_end_by_name_and_delay_nobody(tmp_path: Path) -> None:
+    """Within 0.8 s of a process of their own: see ``CHECK_TIMEOUT_S``."""
+    async with answering(tmp_path, "</think>{}") as (world, client):
+
+        async def others() -> list[float]:
+            waits = []
+            while not done.is_set():
+                begun_s = time.monotonic()
+                await client.chat.completions.create(model="tiny", messages=QUESTION, response_format={"type": "json_object"})
+                waits.append(time.monotonic() - begun_s)
+            return waits
+
+        done = asyncio.Event()
+        other = asyncio.create_task(others())
+        for name, fields, field in COSTLY:
             with pytest.raises(openai.BadRequestError) as refused:
-                await client.chat.completions.create(model="tiny", messages=QUESTION, response_format=shape, timeout=5)
-            assert refused.value.param == "response_format.json_schema.schema", name
-        assert (await client.chat.completions.create(model="tiny", messages=QUESTION)).choices[0].finish_reason == "stop"
+                await client.chat.completions.create(model="tiny", messages=QUESTION, timeout=20, **fields)
+            assert refused.value.param == field, (name, refused.value)
+        done.set()
+        waits = await other
+        assert len(waits) > len(COSTLY)  # each of them took less time than a refusal, in which one core has other work
+        assert len(world.engine.requests) == len(waits)  # no worker saw any of them
+
+
+async def test_bounds_that_are_large_but_cheap_are_taken(tmp_path: Path) -> None:
+    cheap: list[dict[str, Any]] = [
+        {"type": "array", "minItems": 10**9},
+        {"type": "string", "minLength": 99_999, "maxLength": 10**9},
+        {"type": "string", "pattern": "^((a+)+)+$"},
+        {"type": "string", "pattern": "^(a{1,1000}){1,1000}$"},
+        json.loads('{"items":' * 60 + "{}" + "}" * 60),
+    ]
+    async with answering(tmp_path, "</think>{}") as (_, client):
+        for schema in cheap:
+            shape: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+            answer = await client.chat.completions.create(model="tiny", messages=QUESTION, response_format=shape)
+            assert answer.choices[0].finish_reason == "stop"
 
 
 async def test_unknown_fields_are_named_in_a_header_or_refused(tmp_path: Path) -> None:

@@ -18,9 +18,12 @@ from collections.abc import Mapping, Sequence
 from antiphon.core.errors import InvalidInput
 from antiphon.gateway.text.chat_options import AnswerShape, ChatOptions, Tool
 from antiphon.gateway.text.formats.base import CallFormat, ChannelFormat, Rules, ThoughtMarkers
+from antiphon.worker.structure.checking import BOUND
 
 MAX_SCHEMA_CHARS = 262_144
+MAX_PATTERN_CHARS = 32_768  # a text that must come costs its length at every token
 MAX_DEPTH = 64
+_SAY_NOTHING = ("description", "title", "default", "examples", "$comment")
 
 
 def answer_grammar(
@@ -40,56 +43,59 @@ def answer_grammar(
     rules = Rules(literal=lambda text: _literal(text, special_tokens))
     shape = options.shape
     is_plain = thoughts is None and not isinstance(form, ChannelFormat)
+    if shape is not None:
+        _check_size(shape)
     if shape is not None and not options.tools and is_plain and shape.kind == "grammar":
         return str(shape.value), shape.field
-    body, field = _body(options, tools, form, rules)
+    body, field, bound = _body(options, tools, form, rules)
     if body is None:
         return None, ""
     thinking = "" if thoughts is None else _thinking(thoughts, rules, is_open=is_open)
-    lines = [f"start: {thinking} {body}", *rules.lines, "ANY: /(?s:.*)/", "EMPTY: /[ \\n]{0,4}/"]
+    lines = [f"start: {thinking} {body}", f"{BOUND}{bound or body}", *rules.lines, "ANY: /(?s:.*)/", "EMPTY: /[ \\n]{0,4}/"]
     return "\n".join(lines), field
 
 
-def _body(options: ChatOptions, tools: Sequence[Tool], form: CallFormat | None, rules: Rules) -> tuple[str | None, str]:
+def _body(options: ChatOptions, tools: Sequence[Tool], form: CallFormat | None, rules: Rules) -> tuple[str | None, str, str | None]:
+    """What follows a thought, the field that asked for it, and its part that is bound, None = all of it."""
     shape = None if options.shape is None else _shape(options.shape, rules)
     if isinstance(form, ChannelFormat):
         return _in_channels(options, tools, form, shape, rules)
     if form is None or not tools:
-        return shape, "" if options.shape is None else options.shape.field
+        return shape, "" if options.shape is None else options.shape.field, None
     for tool in tools:
         _check(tool.parameters, tool.field)
     parallel = options.parallel_tool_calls
     after = form.grammar(tools, rules, parallel=parallel)
     calls = rules.name(after if form.opening is None else f"{rules.literal(form.opening)} {after}")
     if options.tool_choice == "required":
-        return calls, tools[0].field if len(tools) == 1 else options.tool_choice_field
+        return calls, tools[0].field if len(tools) == 1 else options.tool_choice_field, None
     if shape is not None and options.shape is not None:
         if form.opening is None:
             why = "this model's calls begin like any JSON: tools and a shape exclude each other"
             raise InvalidInput(f"{options.shape.field}: {why}", options.shape.field)
-        return f"({calls} | {rules.name(shape)})", options.shape.field
+        return f"({calls} | {rules.name(shape)})", options.shape.field, None
     strict = next((tool.field for tool in tools if tool.strict), None)
     if strict is None and parallel:
-        return None, ""
-    return _maybe(form, calls, after, rules), "parallel_tool_calls" if strict is None else strict
+        return None, "", None
+    return _maybe(form, calls, after, rules), "parallel_tool_calls" if strict is None else strict, calls
 
 
 def _in_channels(
     options: ChatOptions, tools: Sequence[Tool], form: ChannelFormat, shape: str | None, rules: Rules
-) -> tuple[str | None, str]:
+) -> tuple[str | None, str, str | None]:
     """The same, where an answer has a channel of its own and ends after a call."""
     for tool in tools:
         _check(tool.parameters, tool.field)
     calls = form.grammar(tools, rules, parallel=False) if tools else None
     if calls is not None and options.tool_choice == "required":
-        return calls, tools[0].field if len(tools) == 1 else options.tool_choice_field
+        return calls, tools[0].field if len(tools) == 1 else options.tool_choice_field, None
     strict = next((tool.field for tool in tools if tool.strict), None)
     # A second thought would be beyond the budget: it is not of the grammar.
     if shape is None and strict is None and options.thinking_budget is None:
-        return None, ""
+        return None, "", None
     final = form.final("ANY" if shape is None else shape, rules)
     field = options.shape.field if options.shape is not None else strict or options.thinking_field
-    return final if calls is None else f"({final} | {calls})", field
+    return final if calls is None else f"({final} | {calls})", field, calls if shape is None else None
 
 
 def _maybe(form: CallFormat, calls: str, after: str, rules: Rules) -> str:
@@ -126,6 +132,15 @@ def _shape(shape: AnswerShape, rules: Rules) -> str:
             return f"%lark {{\n{shape.value}\n}}"
 
 
+def _check_size(shape: AnswerShape) -> None:
+    texts = shape.value if shape.kind == "choice" else [shape.value] if shape.kind in ("regex", "grammar") else []
+    longest, total = max(map(len, texts), default=0), sum(map(len, texts))
+    if longest > MAX_PATTERN_CHARS:
+        raise InvalidInput(f"{shape.field}: {longest} characters are above the limit of {MAX_PATTERN_CHARS}", shape.field)
+    if total > MAX_SCHEMA_CHARS:
+        raise InvalidInput(f"{shape.field}: {total} characters are above the limit of {MAX_SCHEMA_CHARS}", shape.field)
+
+
 def _check(schema: object, field: str) -> None:
     if schema is False:
         raise InvalidInput(f"{field}: no value fits the schema false", field)
@@ -134,6 +149,18 @@ def _check(schema: object, field: str) -> None:
     size = len(json.dumps(schema))
     if size > MAX_SCHEMA_CHARS:
         raise InvalidInput(f"{field}: the schema has {size} characters, above the limit of {MAX_SCHEMA_CHARS}", field)
+    longest = _longest_text(schema) if size > MAX_PATTERN_CHARS else 0
+    if longest > MAX_PATTERN_CHARS:
+        raise InvalidInput(f"{field}: a value of {longest} characters is above the limit of {MAX_PATTERN_CHARS}", field)
+
+
+def _longest_text(value: object) -> int:
+    """Of texts that an answer is held to; values are no deeper than ``MAX_DEPTH``."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return max((max(len(key), _longest_text(inner)) for key, inner in value.items() if key not in _SAY_NOTHING), default=0)
+    return max(map(_longest_text, value), default=0) if isinstance(value, list) else 0
 
 
 def _depth(value: object) -> int:

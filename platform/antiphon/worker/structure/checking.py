@@ -15,9 +15,12 @@ from collections import OrderedDict
 
 from antiphon.core.errors import InvalidInput, Overloaded
 
+BOUND = "bound: "  # begins a grammar's second line where that is its part without thoughts and free text
+MAX_GRAMMAR_CHARS = 1_048_576
 CHECK_TIMEOUT_S = 0.8
 START_TIMEOUT_S = 20.0
 MAX_MEMORY_BYTES = 2**30
+STACK_BYTES = 2**20  # less than any thread's of a worker: what overflows does so here, where nobody else is
 _MAX_PROCESSES = 3
 _MAX_WAITING = 64
 _MAX_REMEMBERED = 1024
@@ -48,6 +51,8 @@ class GrammarChecker:
             TooExpensive: it takes too long or too much memory.
             Overloaded: too many are being checked.
         """
+        if len(grammar) > MAX_GRAMMAR_CHARS:
+            raise TooExpensive(f"{field}: it makes a grammar of {len(grammar)} characters, the limit is {MAX_GRAMMAR_CHARS}", field)
         if grammar in self._known:
             self._known.move_to_end(grammar)
             why = self._known[grammar]
@@ -82,7 +87,7 @@ class GrammarChecker:
                 await process.stdin.drain()
                 line = await process.stdout.readline()
             if not line:
-                raise TooExpensive(f"{field}: compiling it takes too much memory", field)
+                raise TooExpensive(f"{field}: compiling it takes too much memory, or nests too deeply", field)
             why: str | None = json.loads(line)
         except (TimeoutError, ConnectionError) as error:
             raise TooExpensive(f"{field}: compiling it takes longer than {CHECK_TIMEOUT_S} s", field) from error
@@ -120,13 +125,15 @@ class GrammarChecker:
 
 def main() -> None:
     """The checking process: a grammar per line in, what is wrong with it out."""
-    from antiphon.worker.structure.grammar import why_invalid
+    from antiphon.worker.structure.grammar import why_invalid, why_unaffordable
 
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, STACK_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     print("null", flush=True)  # noqa: T201 - the pipe to the gateway
     for line in sys.stdin:
-        print(json.dumps(why_invalid(json.loads(line))), flush=True)  # noqa: T201 - as above
+        grammar = json.loads(line)
+        print(json.dumps(why_invalid(grammar) or why_unaffordable(grammar)), flush=True)  # noqa: T201 - as above
 
 
 if __name__ == "__main__":

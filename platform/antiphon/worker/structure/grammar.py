@@ -6,18 +6,23 @@ need nothing but the ids. Must not know: JSON schemas, formats of calls, or torc
 
 from __future__ import annotations
 
+import random
+import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from antiphon.core.errors import CheckpointInvalid, InvalidInput
+from antiphon.worker.structure.checking import BOUND, MAX_GRAMMAR_CHARS
 
-MAX_GRAMMAR_CHARS = 1_048_576
+MAX_WALK_S = 0.1  # of processor time; what people write takes a hundredth of it
+_WALK_BYTES = 64
 _MAX_CACHED = 64  # compiled grammars; those of running requests are held by their matchers
 _MAX_VOCABULARIES = 4  # by end-of-sequence ids: one model has one
 _SPECIAL_MARK = b"\xff"  # llguidance marks special tokens' bytes with it
@@ -39,6 +44,45 @@ def why_invalid(grammar: str) -> str | None:
     """What is wrong with a grammar; None when it compiles. Takes as long as it takes: see ``checking``."""
     wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=limits())
     return messages[0] if wrong else None
+
+
+class _Bytes:
+    """A vocabulary of single bytes, as llguidance reads one; and ids that grammars name."""
+
+    eos_token_id = 256
+    bos_token_id = None
+
+    def __init__(self, num_ids: int) -> None:
+        self.tokens = [bytes([byte]) for byte in range(256)] + [b"<%d>" % i for i in range(256, num_ids)]
+        self.special_token_ids = list(range(256, num_ids))
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        return list(text.encode() if isinstance(text, str) else text)
+
+
+def why_unaffordable(grammar: str) -> str | None:
+    """Why a grammar that compiles is too much per token, seen by a walk along random answers, byte by byte; None when it isn't.
+
+    Compiling over a vocabulary takes longer than validating, and a long text that must come takes its length at every token.
+    """
+    rest = grammar.partition("\n")[2]
+    if rest.startswith(BOUND):
+        grammar = f"start: {rest.removeprefix(BOUND)}"
+    named = [int(found) for found in re.findall(r"<\[(\d{1,6})\]>", grammar)]
+    vocabulary = LLTokenizer(TokenizerWrapper(_Bytes(max(named, default=0) + 257)), slices=[])
+    matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=limits())
+    chance = random.Random(0)
+    start_s = time.thread_time()
+    for _ in range(_WALK_BYTES):
+        allowed = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8), bitorder="little").nonzero()[0]
+        if time.thread_time() - start_s > MAX_WALK_S:
+            return "holding an answer to it takes too long per token"
+        if matcher.is_error():
+            return f"no answer can be held to it: {matcher.get_error().splitlines()[0]}"
+        if len(allowed) == 0 or matcher.is_stopped():
+            return None
+        matcher.consume_token(int(chance.choice(allowed)))
+    return None
 
 
 class Matcher:
