@@ -32,8 +32,13 @@
 #include "prefetch.h"
 #include "thread_pool.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
+#define ANTIPHON_HALF_LANES 1  // sixteen registers of eight: what is summed at once is chosen to stay in them
+#else
+#define ANTIPHON_HALF_LANES 0
 #endif
 #if defined(__linux__) && defined(__AMX_BF16__) && defined(__x86_64__)
 #include <sys/syscall.h>
@@ -167,6 +172,64 @@ void pack_experts(const Tensor& out, const Tensor& first, const std::optional<Te
 // sums_R2L[r][half][lane] of up to 32 rows x_RK (stride in elements) with one block.
 using Sums = float[2 * kLanes][2][kLanes];
 
+#if ANTIPHON_HALF_LANES
+// R rows with V eights of a block's outputs, from the first of them on: R * V sums. Rows are float32 whatever the weights are.
+template <int R, int V>
+void sums_of_eights(const float* x, int64_t stride, const float* block, int64_t k, float* sums) {
+  __m256 acc[R][V];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) acc[r][v] = _mm256_setzero_ps();
+  }
+  for (int64_t i = 0; i < k; ++i) {
+    __m256 w[V];
+    for (int v = 0; v < V; ++v) w[v] = _mm256_loadu_ps(block + i * kBlock + 8 * v);
+    for (int r = 0; r < R; ++r) {
+      const __m256 a = _mm256_broadcast_ss(x + r * stride + i);
+      for (int v = 0; v < V; ++v) acc[r][v] = _mm256_fmadd_ps(a, w[v], acc[r][v]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) _mm256_storeu_ps(sums + r * kBlock + 8 * v, acc[r][v]);
+  }
+}
+
+template <int R, int V>
+void sums_of_eights(const float* x, int64_t stride, const bf16* block, int64_t k, float* sums) {
+  const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  __m256 acc[R][V];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) acc[r][v] = _mm256_setzero_ps();
+  }
+  for (int64_t i = 0; i < k; i += 2) {
+    const auto pairs = [&](int v) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + i * kBlock + 16 * v)); };
+    __m256 w[V];
+    for (int v = 0; v < V; ++v) w[v] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs(v), 16));
+    for (int r = 0; r < R; ++r) {
+      const __m256 a = _mm256_broadcast_ss(x + r * stride + i);
+      for (int v = 0; v < V; ++v) acc[r][v] = _mm256_fmadd_ps(a, w[v], acc[r][v]);
+    }
+    for (int v = 0; v < V; ++v) w[v] = _mm256_castsi256_ps(_mm256_and_si256(pairs(v), high));
+    for (int r = 0; r < R; ++r) {
+      const __m256 a = _mm256_broadcast_ss(x + r * stride + i + 1);
+      for (int v = 0; v < V; ++v) acc[r][v] = _mm256_fmadd_ps(a, w[v], acc[r][v]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) _mm256_storeu_ps(sums + r * kBlock + 8 * v, acc[r][v]);
+  }
+}
+
+template <int R, typename T>
+void sums_of_rows(const float* x, int64_t stride, const T* block, int64_t k, float (*sums)[2][kLanes]) {
+  constexpr int64_t kHalf = kLanes * pair_of<T>;
+  if constexpr (R <= 2) {
+    sums_of_eights<R, 4>(x, stride, block, k, &sums[0][0][0]);
+  } else {
+    sums_of_eights<R, 2>(x, stride, block, k, &sums[0][0][0]);
+    sums_of_eights<R, 2>(x, stride, block + kHalf, k, &sums[0][1][0]);
+  }
+}
+#else
 template <int R>
 void sums_of_rows(const float* x, int64_t stride, const float* block, int64_t k, float (*sums)[2][kLanes]) {
   Lanes acc[R][2] = {};
@@ -219,6 +282,7 @@ void sums_of_rows(const bf16* x, int64_t stride, const bf16* block, int64_t k, f
   std::memcpy(sums, acc, sizeof(acc));
 #endif
 }
+#endif
 
 #if ANTIPHON_AMX
 struct alignas(64) TileConfig {
@@ -317,6 +381,27 @@ void multiply(const Tiles& tiles, const T* x, int64_t stride, int64_t rows, cons
   (void)tiles;
   (void)ahead;
   int64_t r = 0;
+#if ANTIPHON_HALF_LANES
+  const float* wide = nullptr;
+  if constexpr (std::is_same_v<T, float>) {
+    wide = x;
+  } else {
+    static thread_local Scratch<float> memory;
+    float* to = memory.take(rows * k);
+    for (int64_t row = 0; row < rows; ++row) {
+#pragma omp simd
+      for (int64_t i = 0; i < k; ++i) to[row * k + i] = load(x[row * stride + i]);
+    }
+    wide = to;
+    stride = k;
+  }
+  for (; r + 4 <= rows; r += 4) sums_of_rows<4>(wide + r * stride, stride, block, k, sums + r);
+  if (r + 2 <= rows) {
+    sums_of_rows<2>(wide + r * stride, stride, block, k, sums + r);
+    r += 2;
+  }
+  if (r < rows) sums_of_rows<1>(wide + r * stride, stride, block, k, sums + r);
+#else
   for (; r + 8 <= rows; r += 8) {
     sums_of_rows<8>(x + r * stride, stride, block, k, sums + r);
   }
@@ -326,6 +411,7 @@ void multiply(const Tiles& tiles, const T* x, int64_t stride, int64_t rows, cons
   for (; r < rows; ++r) {
     sums_of_rows<1>(x + r * stride, stride, block, k, sums + r);
   }
+#endif
 }
 
 // One block of int8 weights in the format of the rows; exact, as bfloat16 has eight bits of mantissa.
