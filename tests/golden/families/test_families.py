@@ -256,6 +256,8 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model.save_pretrained(path)
     if request.param == "kimi_linear":
         name_dense_layers_as_published(path)
+    if request.param.startswith(("qwen3_next", "qwen3_5")):
+        add_prediction_tensors(path)
     return path, model
 
 
@@ -264,6 +266,16 @@ def name_dense_layers_as_published(path: Path) -> None:
     tensors = load_file(path / "model.safetensors")
     dense = re.compile(r"block_sparse_moe\.(gate|up|down)_proj")
     save_file({dense.sub(r"mlp.\1_proj", name): each for name, each in tensors.items()}, path / "model.safetensors")
+
+
+def add_prediction_tensors(path: Path) -> None:
+    """The published checkpoints hold a layer that predicts a second token, which transformers drops: nothing may come of it."""
+    tensors = load_file(path / "model.safetensors")
+    tensors["mtp.fc.weight"] = torch.ones(SHAPE["hidden_size"], 2 * SHAPE["hidden_size"])
+    tensors |= {
+        name.replace("model.layers.1.", "mtp.layers.0."): 1 + each for name, each in tensors.items() if ".layers.1." in name
+    }
+    save_file(tensors, path / "model.safetensors")
 
 
 def watch_logits(cluster: LocalCluster) -> list[torch.Tensor]:

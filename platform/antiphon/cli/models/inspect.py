@@ -66,6 +66,8 @@ def inspect(
     ):
         if count:
             table.add_row(label, f"{count:,}")
+    if found.prediction_parameters:
+        table.add_row("multi-token prediction", f"{found.prediction_parameters:,} more, which only drafts use")
     table.add_row("active per token", f"{found.active_parameters:,}")
     if found.kv_token_bytes:
         per_gib = 2**30 // found.kv_token_bytes

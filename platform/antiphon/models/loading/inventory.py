@@ -32,6 +32,7 @@ class Inventory:
     dense_ffn_parameters: int
     expert_parameters: int  # routed
     shared_parameters: int
+    prediction_parameters: int  # of layers that predict further tokens: in the checkpoint, and in none of the other counts
     active_parameters: int  # that one token computes with (embedding looked up, not computed)
     kv_token_bytes: int  # all layers
     state_bytes: int  # of a sequence at one place, all layers; 0 where no layer has a state
@@ -78,6 +79,7 @@ def take_inventory(config: DecoderConfig, checkpoint: Checkpoint, dtype: str) ->
         dense_ffn_parameters=dense,
         expert_parameters=experts,
         shared_parameters=shared,
+        prediction_parameters=sum(math.prod(shape_of(checkpoint, name)) for name in _prediction_names(config, checkpoint)),
         active_parameters=active + attention - (0 if config.tie_embeddings else embedding),
         kv_token_bytes=layout.token_bytes,
         state_bytes=layout.state_bytes,
@@ -120,6 +122,15 @@ def _attention_names(config: DecoderConfig, checkpoint: Checkpoint) -> Iterable[
     for name in filter(None, map(stands_for, checkpoint.names)):
         in_layer = any(name.startswith(prefix) for prefix in wanted)
         if name.startswith(top) or (in_layer and (name in gates or not name.startswith(ffn_prefixes))):
+            yield name
+
+
+def _prediction_names(config: DecoderConfig, checkpoint: Checkpoint) -> Iterable[str]:
+    """Tensors of layers for multi-token prediction: below "mtp.", or numbered on behind the last layer."""
+    stem = config.layers[0].prefix.removesuffix("0.")
+    for name in filter(None, map(stands_for, checkpoint.names)):
+        number = name.removeprefix(stem).partition(".")[0] if name.startswith(stem) else ""
+        if name.startswith("mtp.") or ".mtp." in name or (number.isdigit() and int(number) >= config.num_layers):
             yield name
 
 
