@@ -105,8 +105,12 @@ class ServeSession:
         """What is served; with the directories of checkpoints once they are there."""
         return self._serving
 
-    def start(self, show: Show, say: Say, watch: Watch | None = None) -> Ready:
+    def start(
+        self, show: Show, say: Say, watch: Watch | None = None, check: Callable[[Serving], None] = lambda _serving: None
+    ) -> Ready:
         """Start everything and wait until it is ready; ``say`` gets what is being done, ``watch`` how far downloads are.
+
+        ``check`` raises what is wrong with models, once all of them are on this machine and before anything is started.
 
         Raises:
             AntiphonError: cards or the model can't be had, or something could not be started; the message has the end of its log.
@@ -131,6 +135,7 @@ class ServeSession:
                     step(f"Looking for {speculation.model.uri}")
                     resolve(speculation.model.uri, speculation.model.revision, watch=watch)
         self._serving = replace(self._serving, checkpoints=checkpoints)
+        check(self._serving)
         self._check_artifacts(step)
         if kernels_missing() is not None:
             with self._event_log.timed("kernels"):

@@ -9,6 +9,8 @@ import errno
 import json
 import resource
 import socket
+from collections.abc import Mapping
+from pathlib import Path
 
 import psutil
 
@@ -39,6 +41,21 @@ def check(serving: Serving) -> None:
         *_files(),
     ]
     if problems:
+        raise SpecInvalid(problems)
+
+
+def check_checkpoints(serving: Serving) -> None:
+    """The same of models that had to be found first: they are on this machine now, and nothing slow has started.
+
+    Raises:
+        SpecInvalid: a checkpoint lacks a file, or its KV blocks can't fit into the machine.
+    """
+    problems = [
+        problem
+        for document in serving.deployments
+        for problem in _files_of(document, Path(serving.checkpoints[document.metadata.name]))
+    ]
+    if problems := [*problems, *_memory(serving)]:
         raise SpecInvalid(problems)
 
 
@@ -74,29 +91,34 @@ def _checkpoint(document: LLMDeployment) -> list[Problem]:
         return []
     from antiphon.models.loading.source import local_path
 
-    def problem(message: str) -> list[Problem]:
-        return [Problem(path=f"{document.metadata.name}: spec.model.uri", message=message)]
-
     try:
         path = local_path(uri)
     except InvalidInput as error:
-        return problem(str(error))
+        return [_of_model(document, str(error))]
     if path.is_file() and path.suffix == ".gguf":
         return []
     if not path.is_dir():
-        return problem(f"{path}: {'not a directory or .gguf file' if path.exists() else 'no such directory'}")
+        return [_of_model(document, f"{path}: {'not a directory or .gguf file' if path.exists() else 'no such directory'}")]
+    return _files_of(document, path)
+
+
+def _files_of(document: LLMDeployment, path: Path) -> list[Problem]:
     for name, what in (("config.json", "the model's config"), ("tokenizer.json", "its tokenizer")):
         if not (path / name).is_file():
-            return problem(f"{path} has no {name}, {what}")
+            return [_of_model(document, f"{path} has no {name}, {what}")]
     if not any(path.glob("*.safetensors")):
-        return problem(f"{path} has no weights (*.safetensors)")
+        return [_of_model(document, f"{path} has no weights (*.safetensors)")]
     from antiphon.models.pooling.facts import read_pooling, wrong_topology
 
     try:
         why = wrong_topology(document.spec.topology, read_pooling(path, document.spec.model.task))
     except AntiphonError as error:
-        return problem(str(error))
+        return [_of_model(document, str(error))]
     return [] if why is None else [Problem(path=f"{document.metadata.name}: spec.topology", message=why)]
+
+
+def _of_model(document: LLMDeployment, message: str) -> Problem:
+    return Problem(path=f"{document.metadata.name}: spec.model.uri", message=message)
 
 
 def _memory(serving: Serving) -> list[Problem]:
@@ -112,7 +134,10 @@ def _memory(serving: Serving) -> list[Problem]:
         if cache.num_blocks is None:
             each, field = parse_quantity(cache.memory), "spec.cache.memory"
         else:
-            each, field = float(_token_bytes(document) * cache.num_blocks * cache.block_size_tokens), "spec.cache.numBlocks"
+            each, field = (
+                float(_token_bytes(document, serving.checkpoints) * cache.num_blocks * cache.block_size_tokens),
+                "spec.cache.numBlocks",
+            )
         wanted += each * workers
         shown.append((f"{document.metadata.name}: {field}", each, workers))
     if wanted <= total:
@@ -125,14 +150,14 @@ def _memory(serving: Serving) -> list[Problem]:
     return [Problem(path=path, message=message)]
 
 
-def _token_bytes(document: LLMDeployment) -> int:
+def _token_bytes(document: LLMDeployment, checkpoints: Mapping[str, str]) -> int:
     """KV bytes per token in the document's type, from a config.json that is at hand; 0 where there is none."""
     from antiphon.models.loading.source import local_path
 
-    uri = document.spec.model.uri
-    if "://" in uri and not uri.startswith("file://"):
+    uri, found = document.spec.model.uri, checkpoints.get(document.metadata.name)
+    if found is None and "://" in uri and not uri.startswith("file://"):
         return 0
-    config = local_path(uri) / "config.json"
+    config = (Path(found) if found is not None else local_path(uri)) / "config.json"
     if not config.is_file():
         return 0
     try:

@@ -18,7 +18,7 @@ import psutil
 import typer
 from rich.markup import escape
 
-from antiphon.cli.serving.first_checks import check
+from antiphon.cli.serving.first_checks import check, check_checkpoints
 from antiphon.cli.serving.quick_document import API_KEYS_ENV, Wishes, document_text, is_document
 from antiphon.core.document.spec import Topology
 from antiphon.core.errors import AntiphonError, InvalidInput
@@ -190,7 +190,9 @@ def _run(session: ServeSession, serving: Serving, ask: str | None) -> int:
         console.print(composition_line(composition))
     progress = Progress(console)
     try:
-        ready = session.start(lambda entries: progress.update(entries, serving.num_processes), progress.say, progress.amount)
+        ready = session.start(
+            lambda entries: progress.update(entries, serving.num_processes), progress.say, progress.amount, check_checkpoints
+        )
         progress.close()
         _print_ready(console, session.serving, ready)
         if ask is not None:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,26 @@ def test_a_cache_beyond_the_machines_memory_is_told(checkpoint: Path, cache: str
     text = document_text(str(checkpoint), Wishes(http_port=0, grpc_port=0)).replace("{memory: 1Gi}", cache)
     with pytest.raises(SpecInvalid, match=r"spec\.cache\.(memory|numBlocks): .*don't fit into this machine"):
         first_checks.check(serving(text))
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "missing", "said"),
+    [(90_000_000, None, "spec.cache.numBlocks: .*don't fit"), (64, "tokenizer.json", "spec.model.uri: .*has no tokenizer.json")],
+)
+def test_a_model_that_had_to_be_fetched_is_looked_at_before_anything_starts(
+    checkpoint: Path, num_blocks: int, missing: str | None, said: str
+) -> None:
+    text = document_text(str(checkpoint), Wishes(http_port=0, grpc_port=0))
+    text = text.replace(str(checkpoint), "hf://org/tiny").replace(
+        "{memory: 1Gi}", f"{{numBlocks: {num_blocks}, blockSizeTokens: 256}}"
+    )
+    asked = serving(text)
+    first_checks.check(asked)  # nothing is known of it yet
+    if missing is not None:
+        (checkpoint / missing).unlink()
+    (name,) = asked.models
+    with pytest.raises(SpecInvalid, match=said):
+        first_checks.check_checkpoints(replace(asked, checkpoints={name: str(checkpoint)}))
 
 
 def test_a_good_document_passes_and_too_few_open_files_are_told(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
