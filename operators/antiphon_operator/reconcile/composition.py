@@ -153,6 +153,15 @@ def _expert(expert: ExpertSpec, reference: str, live: Object | None, addresses: 
     return ExpertStatus(name=name, ready=holds, url=address.url, message=message[:1000])
 
 
+def _starts(live: Object | None) -> bool:
+    """Whether a referenced deployment that does not answer yet is on its way."""
+    if live is None:
+        return False
+    reasons = {c["type"]: c["reason"] for c in live.get("status", {}).get("conditions", ())}
+    why = reasons.get(Type.AVAILABLE, reasons.get(Type.READY))
+    return why in (None, Reason.INITIALIZING, Reason.DOWNLOADING, Reason.PODS_PENDING)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPoolSeen:
     """The model pool as far as it is known."""
@@ -184,14 +193,17 @@ def _status(
     pool: ModelPoolSeen | None,
 ) -> tuple[CompositionStatus, ConditionSet]:
     addresses = _addresses(document, references)
-    experts = []
+    experts, starting = [], set()
     for expert in document.spec.experts:
         if expert.deployment_ref is not None:
             reference = expert.deployment_ref
             if pool is not None and reference in pool.members:
                 experts.append(pool.expert(expert.name, reference, f"{door}/v1"))
+                starting.add(expert.name)
                 continue
             experts.append(_expert(expert, reference, references[reference], addresses))
+            if _starts(references[reference]):
+                starting.add(expert.name)
         elif expert.external is not None:
             experts.append(ExpertStatus(name=expert.name, ready=True, url=expert.external.url))
     num_ready = sum(1 for expert in experts if expert.ready)
@@ -205,11 +217,15 @@ def _status(
         conditions.set(Type.ACCEPTED, True, Reason.ACCEPTED, _tiers_told(document, pool))
     down = "; ".join(f"{expert.name}: {expert.message}" for expert in experts if not expert.ready)
     all_ready = num_ready == len(experts)
-    conditions.set(Type.EXPERTS_READY, all_ready, Reason.ALL_EXPERTS_READY if all_ready else Reason.EXPERT_UNAVAILABLE, down)
+    # The first start is no cause for concern; what was there and is gone is.
+    first = all(c["reason"] == Reason.INITIALIZING for c in live.get("status", {}).get("conditions", ()) if c["type"] == Type.READY)
+    first = first and starting.issuperset(expert.name for expert in experts if not expert.ready)
+    unavailable = Reason.INITIALIZING if first else Reason.EXPERT_UNAVAILABLE
+    conditions.set(Type.EXPERTS_READY, all_ready, Reason.ALL_EXPERTS_READY if all_ready else unavailable, down)
     router = Reason.READY if ready_routers else Reason.INITIALIZING
     conditions.set(Type.ROUTER_READY, ready_routers > 0, router, f"{ready_routers} of {document.spec.router.replicas}")
     if num_ready == 0:
-        conditions.set(Type.READY, False, Reason.NO_EXPERT_READY, down)
+        conditions.set(Type.READY, False, Reason.INITIALIZING if first else Reason.NO_EXPERT_READY, down)
     elif not ready_routers:
         conditions.set(Type.READY, False, Reason.INITIALIZING, "no router is ready")
     else:
@@ -219,7 +235,7 @@ def _status(
         conditions.set(Type.READY, False, writer.unapplied[0].reason, why)
         conditions.set(Type.DEGRADED, True, writer.unapplied[0].reason, why)
     else:
-        degraded = not all_ready
+        degraded = not all_ready and not first
         conditions.set(Type.DEGRADED, degraded, Reason.EXPERT_UNAVAILABLE if degraded else Reason.HEALTHY, down)
     status = CompositionStatus(
         observed_generation=generation,

@@ -52,8 +52,9 @@ def serving(document: LLMDeployment, plan: PoolsPlan, observed: Observed) -> boo
 
 
 def enough_pods(document: LLMDeployment, plan: PoolsPlan, observed: Observed, cluster: str) -> bool:
-    """True when every pool, and the gateway, has as many ready pods as it needs."""
-    needed = {pool.name: min(pool.floor, plan.sizes.replicas[pool.name]) for pool in document.spec.pools} | {GATEWAY: 1}
+    """True when every pool, and the gateway, has as many ready pods as it needs; of a pool that is not to sleep, one whole copy."""
+    least_awake = {pool.name: max(pool.floor, pool.parallelism.num_shards) for pool in document.spec.pools}
+    needed = {name: min(least, plan.sizes.replicas[name]) for name, least in least_awake.items()} | {GATEWAY: 1}
     return all(observed.ready(pool, cluster) >= least for pool, least in needed.items())
 
 
@@ -104,7 +105,7 @@ def llm_status(
         )
     else:
         conditions.set(Type.SCALING_READY, True, Reason.METRICS_FRESH)
-    _available_condition(conditions, document, observed, zero=zero and is_serving)
+    _available_condition(conditions, document, observed, previous, zero=zero and is_serving)
     _ready_condition(conditions, document, observed, step, failed=failed, unapplied=unapplied, is_serving=is_serving, zero=zero)
     _progress_conditions(conditions, document, step, failed=failed, is_complete=is_complete)
     unhealthy = () if service is None else service.unhealthy
@@ -215,15 +216,20 @@ def _workers_lost(previous: Mapping[str, Any], pools: tuple[PoolStatus, ...]) ->
 
 
 def _in_trouble(conditions: ConditionSet) -> bool:
-    return conditions.reason(Type.POOLS_READY) in (Reason.CRASH_LOOP, Reason.INSUFFICIENT_CAPACITY)
+    return conditions.reason(Type.POOLS_READY) in (Reason.CRASH_LOOP, Reason.INSUFFICIENT_CAPACITY, Reason.DEPLOYMENT_UNHEALTHY)
 
 
 def _told(unapplied: tuple[Unapplied, ...]) -> str:
     return "; ".join(item.message for item in unapplied)
 
 
-def _available_condition(conditions: ConditionSet, document: LLMDeployment, observed: Observed, *, zero: bool) -> None:
-    """Whether requests are answered, by whatever revision: a whole copy of the weights in every pool, and a gateway."""
+def _available_condition(
+    conditions: ConditionSet, document: LLMDeployment, observed: Observed, previous: Mapping[str, Any], *, zero: bool
+) -> None:
+    """Whether requests are answered, by whatever revision: a whole copy of the weights in every pool, and a gateway.
+
+    A deployment that wakes stays available: its gateway holds requests until the first worker is there.
+    """
     service = observed.service
     if zero:
         conditions.set(Type.AVAILABLE, True, Reason.SCALED_TO_ZERO, "the next request starts a worker")
@@ -231,8 +237,16 @@ def _available_condition(conditions: ConditionSet, document: LLMDeployment, obse
     active = "" if service is None or not service.ready or service.suspend else service.active
     needed = {pool.name: pool.parallelism.num_shards for pool in document.spec.pools if pool.ceiling} | {GATEWAY: 1}
     short = [name for name, least in needed.items() if observed.ready(name, active) < least]
+    slept = any(
+        c["type"] == Type.AVAILABLE and c["status"] == "True" and c["reason"] == Reason.SCALED_TO_ZERO
+        for c in previous.get("conditions", ())
+    )
+    sleepers = {pool.name for pool in document.spec.pools if pool.floor == 0}
+    hopeless = _in_trouble(conditions) or any(pod.unschedulable for pod in observed.pods)
     if not active:
         conditions.set(Type.AVAILABLE, False, Reason.INITIALIZING, "no cluster serves yet")
+    elif short and slept and sleepers.issuperset(short) and not hopeless:
+        conditions.set(Type.AVAILABLE, True, Reason.SCALED_TO_ZERO, "its workers are being started; requests wait for them")
     elif short:
         conditions.set(Type.AVAILABLE, False, Reason.PODS_PENDING, f"too few workers are ready in {', '.join(short)}")
     else:

@@ -372,6 +372,36 @@ def test_growing_into_a_crash_loop_is_a_degradation() -> None:
     assert cluster.condition("Degraded") == ("True", "DeploymentUnhealthy")
 
 
+def test_a_pool_that_wakes_is_not_ready_before_a_worker_is_and_is_available_throughout() -> None:
+    cluster = Cluster()
+    made = spec()
+    for pool in made["pools"]:
+        pool["scaling"] = {"mode": "External", "minReplicas": 0, "maxReplicas": 4, "scaleDownWindowS": 10}
+    cluster.create(made)
+    cluster.run()
+
+    def to(replicas: int) -> list[tuple[str, str, str]]:
+        for name in ("demo-attention", "demo-ffn"):
+            cluster.api.merge_patch(SERVING_POOL, "default", name, {"spec": {"replicas": replicas}}, manager="kubectl")
+        found = []
+        for _ in range(20):
+            cluster.run(1)
+            found.append((cluster.live["status"]["summary"], cluster.condition("Ready")[0], cluster.condition("Available")[0]))
+        return found
+
+    assert to(0)[-1] == ("attn 0/0, ffn 0/0", "True", "True")
+    assert cluster.condition("Ready") == ("True", "ScaledToZero")
+    waking = to(2)
+    assert ("attn 0/2, ffn 0/2", "False", "True") in waking
+    assert ("attn 0/2, ffn 0/2", "True", "True") not in waking
+    assert {available for _, _, available in waking} == {"True"}
+    assert cluster.condition("Available") == ("True", "Ready")
+    to(0)
+    cluster.kuberay.broken_images.add("antiphon/worker:1")
+    to(2)
+    assert cluster.condition("Available")[0] == "False", "nobody is going to answer"
+
+
 def test_going_from_static_to_external_keeps_the_size() -> None:
     cluster = Cluster()
     cluster.create(spec())

@@ -10,7 +10,7 @@ import pytest
 
 from antiphon.apps.serve.deployment_set import Serving, serving_of
 from antiphon.core.document.loading import parse_documents
-from antiphon_operator.kube.resources import COMPOSITION, CONFIG_MAP, DEPLOYMENT, LLM_DEPLOYMENT, MODEL_ARTIFACT, Resource
+from antiphon_operator.kube.resources import COMPOSITION, CONFIG_MAP, DEPLOYMENT, EVENT, LLM_DEPLOYMENT, MODEL_ARTIFACT, Resource
 from antiphon_operator.reconcile.composition import TIERS_S, CompositionReconciler
 from antiphon_operator.reconcile.tiers import TierSeen, tiers_in
 from antiphon_operator.render.settings import Runtime, Settings
@@ -61,9 +61,9 @@ class World:
     def reconcile(self) -> float | None:
         return asyncio.run(self._composition.reconcile("default", "team"))
 
-    def start(self) -> None:
+    def start(self, ready: int = 1) -> None:
         live = self.get(DEPLOYMENT, "team-router")
-        self.api.update(DEPLOYMENT, {**live, "status": {"readyReplicas": 1}}, manager="x", subresource="status")
+        self.api.update(DEPLOYMENT, {**live, "status": {"readyReplicas": ready}}, manager="x", subresource="status")
 
     @property
     def pod(self) -> Any:
@@ -140,6 +140,25 @@ def test_status_says_who_is_resident_and_what_waking_takes(world: World) -> None
     assert (maths["ready"], "resident" in maths) == (False, False)
     assert world.status["modelPool"] == "1/2 resident"
     assert "chat, code share a model pool" in world.condition("Accepted")["message"]
+
+
+def test_a_start_is_no_cause_for_warnings_and_a_model_pool_that_is_gone_is(world: World) -> None:
+    world.edit(COMPOSITION, "team", experts=[{"name": n, "deploymentRef": n} for n in MEMBERS])
+
+    def warnings() -> list[str]:
+        return [event["message"] for event in world.api.list(EVENT, "default").items if event["type"] == "Warning"]
+
+    world.reconcile()
+    assert world.condition("Ready")["reason"] == "Initializing"
+    assert "its model pool is starting" in world.condition("Ready")["message"]
+    world.start()
+    world.reconcile()
+    assert world.condition("Ready")["status"] == "True"
+    assert warnings() == []
+    world.start(ready=0)
+    world.reconcile()
+    assert world.condition("Ready")["reason"] == "NoExpertReady"
+    assert len(warnings()) == 3
 
 
 def test_at_rest_it_is_looked_at_often_and_nothing_is_written(world: World) -> None:
