@@ -585,6 +585,23 @@ def test_gateways_that_the_document_names_lead_to_it_until_they_are_taken_out(cl
     assert cluster.api.get(HTTP_ROUTE, "default", "demo-http") is None
 
 
+def test_somebody_elses_edit_of_a_route_is_told_with_the_next_look_which_takes_two_reads_more(cluster: Cluster) -> None:
+    gateway(cluster)
+    cluster.edit(lambda s: s["kubernetes"]["gateway"].update(inferencePool=True))
+    cluster.run()
+    cluster.api.calls.clear()
+    assert cluster.reconcile() == 600.0
+    assert (len(cluster.api.calls), cluster.writes()) == (12, [])
+    route = cluster.api.get(HTTP_ROUTE, "default", "demo-http")
+    assert route is not None
+    route["spec"]["parentRefs"] = [{"name": "elsewhere"}]
+    cluster.api.update(HTTP_ROUTE, route, manager="somebody")
+    cluster.reconcile()
+    assert cluster.condition("Ready") == ("False", "FieldConflict")
+    assert "HTTPRoute demo-http" in cluster.message("Ready")
+    assert cluster.condition("Available")[0] == "True"
+
+
 def test_an_inference_pool_leads_to_the_replicas_and_their_picker_until_it_is_taken_out(cluster: Cluster) -> None:
     cluster.run()
     gateway(cluster)
