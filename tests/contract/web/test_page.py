@@ -109,6 +109,19 @@ async def test_thoughts_text_and_calls_stand_apart_and_a_result_goes_back(tmp_pa
         assert '<tool_call>weather {"city": "Où?"}</tool_call>' in prompt
 
 
+async def test_what_is_sent_before_the_models_are_known_is_answered(tmp_path: Path, page: Any) -> None:
+    def use() -> None:
+        page.until("document.getElementById('model').value === 'tiny' && document.activeElement.id === 'prompt'")
+        page.run("document.getElementById('model').replaceChildren()")  # as it is until the list has come
+        page.write("hello")
+        page.key("Enter", **ENTER)
+        page.until(DONE)
+        assert page.run("document.querySelector('.text').innerText") == "Well."
+
+    async with answering(tmp_path, page, f"{THOUGHT}</think>\n\nWell."):
+        await asyncio.to_thread(use)
+
+
 async def test_escape_stops_and_the_engine_is_free_again(tmp_path: Path, page: Any) -> None:
     def use() -> None:
         by_hand(page, "go on")

@@ -224,6 +224,8 @@ async function answerNow() {
   answer.before = [...messages];
   toEnd();
   try {
+    if (!model()) await loadModels(); // sent before the page has asked which there are
+    if (!model()) throw new ApiError(0, "model", "No model is served here yet.");
     const asked = { body: body(), signal: controller.signal };
     for await (const chunk of events("v1/chat/completions", asked)) answer.add(chunk);
     answer.end(null);
