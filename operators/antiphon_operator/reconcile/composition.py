@@ -69,7 +69,8 @@ class CompositionReconciler:
                 pool = ModelPoolSeen(members=frozenset(m.name for m in members), ready=ready_routers > 0, tiers=seen)
             status, conditions = _status(live, document, references, ready_routers, writer, _door_of(live, members), pool)
             value: Mapping[str, Any] = status.model_dump(mode="json", by_alias=True, exclude_none=True)
-            at_rest = conditions.holds(Type.READY) and not conditions.holds(Type.DEGRADED)
+            settled = conditions.holds(Type.READY) and conditions.holds(Type.EXPERTS_READY)
+            at_rest = settled and not conditions.holds(Type.DEGRADED)
         except ValidationError as error:
             text = "; ".join(e["msg"] for e in error.errors(include_input=False))
             value, conditions = refused_status(live, Refusal(reason=Reason.INVALID_SPEC, message=text), now_s=writer.now_s)
@@ -218,7 +219,8 @@ def _status(
     down = "; ".join(f"{expert.name}: {expert.message}" for expert in experts if not expert.ready)
     all_ready = num_ready == len(experts)
     # The first start is no cause for concern; what was there and is gone is.
-    first = all(c["reason"] == Reason.INITIALIZING for c in live.get("status", {}).get("conditions", ()) if c["type"] == Type.READY)
+    before = {c["type"]: c["reason"] for c in live.get("status", {}).get("conditions", ())}
+    first = before.get(Type.EXPERTS_READY, Reason.INITIALIZING) == Reason.INITIALIZING
     first = first and starting.issuperset(expert.name for expert in experts if not expert.ready)
     unavailable = Reason.INITIALIZING if first else Reason.EXPERT_UNAVAILABLE
     conditions.set(Type.EXPERTS_READY, all_ready, Reason.ALL_EXPERTS_READY if all_ready else unavailable, down)

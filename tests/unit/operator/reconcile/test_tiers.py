@@ -142,23 +142,34 @@ def test_status_says_who_is_resident_and_what_waking_takes(world: World) -> None
     assert "chat, code share a model pool" in world.condition("Accepted")["message"]
 
 
-def test_a_start_is_no_cause_for_warnings_and_a_model_pool_that_is_gone_is(world: World) -> None:
-    world.edit(COMPOSITION, "team", experts=[{"name": n, "deploymentRef": n} for n in MEMBERS])
-
+def test_a_start_is_no_cause_for_warnings_and_an_expert_that_was_there_and_is_gone_is(world: World) -> None:
     def warnings() -> list[str]:
         return [event["message"] for event in world.api.list(EVENT, "default").items if event["type"] == "Warning"]
+
+    def maths(status: str, reason: str) -> None:
+        found = [{"type": "Available", "status": status, "reason": reason, "message": "as told"}]
+        live = world.get(LLM_DEPLOYMENT, "maths")
+        world.api.update(LLM_DEPLOYMENT, {**live, "status": {"conditions": found}}, manager="x", subresource="status")
+        world.reconcile()
 
     world.reconcile()
     assert world.condition("Ready")["reason"] == "Initializing"
     assert "its model pool is starting" in world.condition("Ready")["message"]
     world.start()
-    world.reconcile()
+    maths("False", "PodsPending")
     assert world.condition("Ready")["status"] == "True"
+    assert world.condition("ExpertsReady")["reason"] == "Initializing"
+    again_s = world.reconcile()
+    assert again_s is not None
+    assert again_s < TIERS_S, "a start is followed closely"
+    maths("True", "Ready")
+    assert world.condition("ExpertsReady")["status"] == "True"
     assert warnings() == []
+    maths("False", "PodsPending")
+    assert [message.partition(":")[0] for message in sorted(warnings())] == ["Degraded is True", "ExpertsReady is False"]
     world.start(ready=0)
     world.reconcile()
     assert world.condition("Ready")["reason"] == "NoExpertReady"
-    assert len(warnings()) == 3
 
 
 def test_at_rest_it_is_looked_at_often_and_nothing_is_written(world: World) -> None:
