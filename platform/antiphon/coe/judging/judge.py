@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from antiphon.coe.judging.comparisons import COMPARISONS, Rows, expected_scores
+from antiphon.coe.judging.comparisons import COMPARISONS, SIMPLE, Rows, expected_scores
 from antiphon.coe.routing.assessment import Assessment, Ints
 from antiphon.coe.training.data.augment import PERTURBATIONS, perturbed
 from antiphon.coe.training.encoders.sentences import encode_sentences
@@ -62,6 +62,7 @@ class Verdict:
     category_B: Ints  # predicted
     confidence_B: Doubles
     policies: dict[str, tuple[Doubles, Doubles]]  # policy → score and cost per row
+    simple_policies: dict[str, tuple[Doubles, Doubles]]  # policy → the simple router's score under it; utility over its per row
     comparisons: dict[str, Doubles]  # the simple router, nearest neighbours, ridge, random → score per row
     advantage_B: Doubles  # expected score of the best expert over the cheapest: what two models are told apart by
     comparison_advantages: dict[str, Doubles]
@@ -135,14 +136,14 @@ def _assess(router: Router, asked: _Asked, rows: Ints) -> _Assessed:
 def _serve(router: Router, found: _Assessed, point: int, weight: float, costs_M: Doubles) -> _Seen:
     """Route rows just as the service does."""
     term = weight * costs_M / costs_M.max()
-    experts = router.fast.frontier[point].experts
-    expert_B = pick(found.fast, router.fast.gate, router.fast.general, term, experts)
+    experts, cost_from = router.fast.frontier[point].experts, router.fast.frontier[point].cost_from
+    expert_B = pick(found.fast, router.fast.gate, router.fast.general, term, experts, cost_from)
     gated_B = found.fast.familiarity_B < np.float32(router.fast.gate.threshold)
     slow_B = np.zeros(len(gated_B), bool)
     categories_BC, scores_BM = found.fast.categories_BC, found.fast.scores_BM
     if router.slow is not None and found.slow is not None:
         slow_B = gated_B
-        again_B = pick(found.slow, router.slow.gate, router.fast.general, term, experts)
+        again_B = pick(found.slow, router.slow.gate, router.fast.general, term, experts, cost_from)
         expert_B = np.where(slow_B, again_B, expert_B)
         gated_B = slow_B & (found.slow.familiarity_B < np.float32(router.slow.gate.threshold))
         categories_BC = np.where(slow_B[:, None], found.slow.categories_BC, categories_BC)
@@ -236,10 +237,6 @@ class _Parts:
         self._set("category", rows, served.category_B)
         self._set("confidence", rows, served.confidence_B)
         self._set("advantage", rows, served.scores_BM[:, strong] - served.scores_BM[:, weak])
-        for policy, point in router.policies.items():
-            expert_B = _serve(router, found, point, router.fast.frontier[point].weight, costs_M).expert_B
-            self._set(f"policy {policy}", rows, scores_BM[rows, expert_B])
-            self._set(f"policy cost {policy}", rows, costs_M[expert_B])
         fast = self.prepared.fast
         compared = Rows(
             prompts=table.prompts,
@@ -250,10 +247,27 @@ class _Parts:
         )
         for name in COMPARISONS:
             expected_BM = expected_scores(name, compared, seen, rows)
+            if name == SIMPLE:
+                self._put_policies(router, found, rows, expected_BM)
             self._set(f"comparison {name}", rows, scores_BM[rows, expected_BM.argmax(axis=1)])
             self._set(f"comparison advantage {name}", rows, expected_BM[:, strong] - expected_BM[:, weak])
         self._set("comparison random", rows, scores_BM[rows].mean(axis=1))
         return served
+
+    def _put_policies(self, router: Router, found: _Assessed, rows: Ints, simple_BM: Doubles) -> None:
+        """Each policy's picks, and those of the simple router under the same policy: the same cost, for the same prompts."""
+        scores_BM, costs_M = self.prepared.table.scores[rows], self.prepared.table.params_b
+        own = np.arange(len(rows))
+        for policy, point in router.policies.items():
+            weight, cost_from = router.fast.frontier[point].weight, router.fast.frontier[point].cost_from
+            expert_B = _serve(router, found, point, weight, costs_M).expert_B
+            counts_B1 = (found.fast.familiarity_B >= np.float32(cost_from))[:, None]
+            cost_BM = np.where(counts_B1, weight, TIE_WEIGHT) * (costs_M / costs_M.max())
+            simple_B = (simple_BM - cost_BM).argmax(axis=1)
+            self._set(f"policy {policy}", rows, scores_BM[own, expert_B])
+            self._set(f"policy cost {policy}", rows, costs_M[expert_B])
+            self._set(f"policy simple {policy}", rows, scores_BM[own, simple_B])
+            self._set(f"policy utility {policy}", rows, (scores_BM - cost_BM)[own, expert_B] - (scores_BM - cost_BM)[own, simple_B])
 
     def _set(self, name: str, rows: Ints, values_B: npt.NDArray[Any]) -> None:
         if name not in self.arrays:
@@ -277,6 +291,7 @@ class _Parts:
             category_B=a["category"].astype(np.int64),
             confidence_B=a["confidence"],
             policies={name: (a[f"policy {name}"], cost_B) for name, cost_B in costs.items()},
+            simple_policies={name: (a[f"policy simple {name}"], a[f"policy utility {name}"]) for name in costs},
             comparisons={name: v for name, v in self._named("comparison ").items() if not name.startswith("advantage ")},
             advantage_B=a["advantage"],
             comparison_advantages=self._named("comparison advantage "),
@@ -295,7 +310,9 @@ def _changed(prepared: Prepared, prompts: list[str]) -> _Asked:
 
 
 def _nearest(path: Path, weight: float) -> int:
-    return min(range(len(path.frontier)), key=lambda i: abs(path.frontier[i].weight - weight))
+    """The point of the nearest weight at which cost always counts."""
+    plain = [i for i, point in enumerate(path.frontier) if point.cost_from == 0.0]
+    return min(plain, key=lambda i: abs(path.frontier[i].weight - weight))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

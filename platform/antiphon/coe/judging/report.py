@@ -33,6 +33,8 @@ class PolicyFigures:
     avg_cost: float
     over_single: Estimate
     over: dict[str, Estimate]  # against each comparison, row by row
+    over_simple_alike: Estimate  # against the simple router under the same policy: the same cost, for the same prompts
+    utility_over_simple_alike: Estimate  # the same with the cost deducted on both sides
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +152,8 @@ def _policies(verdict: Verdict, recipe: Recipe) -> dict[str, PolicyFigures]:
             avg_cost=float(cost_B.mean()),
             over_single=judge.estimate(score_B - verdict.single_B, recipe.seed),
             over={other: judge.estimate(score_B - other_B, recipe.seed) for other, other_B in verdict.comparisons.items()},
+            over_simple_alike=judge.estimate(score_B - verdict.simple_policies[name][0], recipe.seed),
+            utility_over_simple_alike=judge.estimate(verdict.simple_policies[name][1], recipe.seed),
         )
         for name, (score_B, cost_B) in verdict.policies.items()
     }
@@ -257,13 +261,18 @@ Rows = list[tuple[str, ...]]
 
 
 def policy_rows(report: Report) -> Rows:
-    """A head, then a line per policy and way of judging: score, cost, and the differences to what it is compared with."""
+    """A head, then a line per policy and way of judging: score, cost, and the differences to what it is compared with.
+
+    Comparisons route without cost but in the last two columns, where the simple router has the same policy.
+    """
     others = [SIMPLE, *(name for name in report.scores if name in COMPARISONS and name != SIMPLE)]
-    rows: Rows = [("policy", "judged by", "score", "cost", "− best single", *(f"− {name}" for name in others))]
+    alike = (f"− {SIMPLE}, same policy", "less its cost")
+    rows: Rows = [("policy", "judged by", "score", "cost", "− best single", *(f"− {name}" for name in others), *alike)]
     for how, policies in (("five folds", report.policies), ("dataset unseen", report.policies_left_out)):
         for name, found in policies.items():
             differences = (_points(found.over_single), *(_points(found.over[other]) for other in others))
-            rows.append((name, how, f"{found.score:.4f}", f"{found.avg_cost:.1f}", *differences))
+            like = (_points(found.over_simple_alike), _points(found.utility_over_simple_alike))
+            rows.append((name, how, f"{found.score:.4f}", f"{found.avg_cost:.1f}", *differences, *like))
     return rows
 
 

@@ -34,8 +34,8 @@ from antiphon.coe.routing.wordpiece import WordPiece
 from antiphon.core.errors import CheckpointInvalid
 
 FORMAT = "antiphon-coe-router"
-FORMAT_VERSION = 3
-READ_VERSIONS = (2, 3)  # 2 has no words
+FORMAT_VERSION = 4
+READ_VERSIONS = (2, 3, 4)  # 2 has no words, 3 no points that are harmless only for familiar prompts
 MANIFEST = "manifest.json"
 _JSON, _ARRAYS, _VOCABULARY, _ENCODER = "router.json", "router.safetensors", "vocab.txt", "encoder.onnx"
 _WORDS = "words.txt"
@@ -61,6 +61,8 @@ class PolicyPoint:
     avg_cost: float
     score: float
     experts: tuple[int, ...]  # the experts worth having at this weight
+    cost_from: float = 0.0  # familiarity from which cost counts
+    harmless: bool = True  # on datasets that were left out no worse than the general expert, within what is allowed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

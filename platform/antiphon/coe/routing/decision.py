@@ -108,6 +108,8 @@ class PolicyTerms:
 
     cost: Mapping[str, float]
     experts: frozenset[str]
+    cost_from: float = 0.0  # familiarity from which cost counts; what is less familiar goes to who is expected to be best
+    tie_cost: Mapping[str, float] = field(default_factory=dict)  # what costs below: no more than parts equals
 
 
 class Candidate(NamedTuple):
@@ -207,7 +209,8 @@ def _candidates(
 ) -> tuple[Candidate, ...]:
     found = []
     scores: Mapping[str, float] = {} if judgement is None else judgement.scores
-    costs, states, wait_weight = terms.cost, view.experts, spec.policy.wait_weight
+    familiar = judgement is None or judgement.familiarity >= terms.cost_from
+    costs, states, wait_weight = terms.cost if familiar else terms.tie_cost, view.experts, spec.policy.wait_weight
     for expert in spec.experts:
         name = expert.name
         state = states.get(name, _UNREPORTED)

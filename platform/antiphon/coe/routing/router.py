@@ -104,9 +104,13 @@ def policy_terms(
     largest = max(costs.values())
     added = {expert.name for expert in artifact.experts if expert.added_from_probes}
     worth = {artifact.expert_names[m] for m in point.experts if artifact.allowed[m]} | added
+    shares = {name: max(cost / largest, prices[name] / dearest) for name, cost in costs.items()}
+    tie_weight = artifact.frontier[artifact.policies["quality"]].weight
     return PolicyTerms(
-        cost={name: point.weight * max(cost / largest, prices[name] / dearest) for name, cost in costs.items()},
+        cost={name: point.weight * share for name, share in shares.items()},
         experts=frozenset(worth & resident) or resident,
+        cost_from=point.cost_from,
+        tie_cost={name: tie_weight * share for name, share in shares.items()},
     )
 
 

@@ -35,7 +35,7 @@ from antiphon.coe.routing.embedding import TokenVectors, WordVectors
 from antiphon.coe.training.data.labels import Labels
 from antiphon.coe.training.encoders.topics import fit_topics, topic_rows
 from antiphon.coe.training.encoders.words import WordCounts, fit_words, word_rows
-from antiphon.coe.training.frontier import FrontierPoint, frontier
+from antiphon.coe.training.frontier import Foreign, FrontierPoint, frontier
 from antiphon.coe.training.gating import OPEN, Rehearsal, choose_gate
 from antiphon.coe.training.heads import fit_classes, fit_values, landmark_rows, prior_rows, shrunken_means, steadying
 
@@ -65,8 +65,7 @@ class Recipe:
     worth_having: float = 0.001  # mean score that an expert must bring to the category that would miss it most
     category_share: float = 0.5
     value_shares: tuple[float, ...] = (0.0, 0.2, 0.4, 0.7)
-    # More costs nothing on known datasets and harms on unseen ones, where words that are known by chance speak as surely as ever.
-    word_shares: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3)
+    word_shares: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +168,8 @@ def fit_path(examples: Examples, rows: Ints, costs_M: Doubles, recipe: Recipe, m
     )
     mix = replace(mix, trust=_trust(outside, temperature, mix, gate, scores_BM))
     found = _joined([_assessed(part, temperature, mix, gate) for part in inside])
-    points = frontier(found, scores_BM[seen], category_B[seen], costs_M, general, gate, recipe.worth_having)
+    foreign = [_foreign(part, temperature, mix, gate, scores_BM) for part in outside]
+    points = frontier(found, scores_BM[seen], category_B[seen], costs_M, general, gate, recipe.worth_having, foreign)
     fitted = replace(final.fitted, temperature=temperature)
     return Path(fitted=fitted, spaces=final.spaces, mix=mix, gate=gate, general=general, frontier=points)
 
@@ -339,6 +339,11 @@ def _rehearsal(part: _Part, temperature: float, mix: Mix, scores_BM: Doubles) ->
     actual_BM = scores_BM[part.rows]
     row, general = np.arange(len(actual_BM)), int(part.fitted.mean_M.argmax())
     return Rehearsal(signal_B=part.raw.energy, gain_B=actual_BM[row, expected_BM.argmax(axis=1)] - actual_BM[:, general])
+
+
+def _foreign(part: _Part, temperature: float, mix: Mix, gate: Gate, scores_BM: Doubles) -> Foreign:
+    found = _assessed(part, temperature, mix, gate)
+    return Foreign(found=found, scores_BM=scores_BM[part.rows], general=int(part.fitted.mean_M.argmax()))
 
 
 def _trust(outside: Sequence[_Part], temperature: float, mix: Mix, gate: Gate, scores_BM: Doubles) -> float:

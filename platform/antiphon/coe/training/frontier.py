@@ -21,6 +21,10 @@ _WEIGHTS = (
     *(0.18, 0.2, 0.22, 0.24, 0.26, 0.32, 0.4, 0.55, 0.8, 1.5),
 )
 _BALANCED_LOSS = 0.004  # balanced: this much below the best quality
+_ALLOWED_HARM = 0.005  # what a named policy may lose against the general expert on left-out datasets, at 95 %; scores without cost
+_COST_FROM = (0.2, 0.4, 0.6, 0.8)  # shares of known prompts that are too unfamiliar for cost to count
+_NEVER = 2.0  # above any familiarity
+_SURE = 1.96  # standard errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,12 +35,28 @@ class FrontierPoint:
     avg_cost: float  # in the experts' cost unit
     score: float
     experts: tuple[int, ...]  # the experts that are worth having at this weight
+    cost_from: float = 0.0  # familiarity from which cost counts
+    harmless: bool = True  # on left-out datasets no worse than the general expert, within what is allowed
 
 
-def pick(found: Assessment, gate: Gate, general: int, cost_term_M: Doubles, experts: Sequence[int]) -> Ints:
-    """The expert of each prompt: the best of ``experts`` after cost, or the general one where the gate closes."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Foreign:
+    """Rows of a dataset as a model sees them that has not seen it, and the expert that this model holds for the best."""
+
+    found: Assessment
+    scores_BM: Doubles
+    general: int
+
+
+def pick(found: Assessment, gate: Gate, general: int, cost_term_M: Doubles, experts: Sequence[int], cost_from: float = 0.0) -> Ints:
+    """The expert of each prompt: the best of ``experts`` after cost, or the general one where the gate closes.
+
+    Cost counts from familiarity ``cost_from`` on; below, all but ties (``TIE_WEIGHT``) go to who is expected to be best.
+    """
     allowed = np.array(sorted(experts), np.int64)
-    chosen = allowed[(found.scores_BM - cost_term_M)[:, allowed].argmax(axis=1)]
+    counts_B1 = (found.familiarity_B >= np.float32(cost_from))[:, None]
+    tie_M = np.minimum(cost_term_M, TIE_WEIGHT * cost_term_M / max(float(cost_term_M.max()), TIE_WEIGHT))
+    chosen = allowed[(found.scores_BM - np.where(counts_B1, cost_term_M, tie_M))[:, allowed].argmax(axis=1)]
     result: Ints = np.where(found.familiarity_B < np.float32(gate.threshold), general, chosen)
     return result
 
@@ -84,30 +104,66 @@ def frontier(
     general: int,
     gate: Gate,
     worth_having: float,
+    foreign: Sequence[Foreign] = (),
 ) -> tuple[FrontierPoint, ...]:
-    """A point for each of a fixed row of cost weights; the first one is as good as free of cost."""
+    """Points for each of a fixed row of cost weights; the first one is as good as free of cost.
+
+    Where a weight does harm on left-out datasets, there is a second point at which cost counts only for the more familiar prompts:
+    the least familiarity of a few from which it does none.
+    """
     row = np.arange(len(scores_BM))
-    points = []
+    from_Q = [0.0, *(float(q) for q in np.quantile(found.familiarity_B, _COST_FROM)), _NEVER]
+    points: list[FrontierPoint] = []
+    allowed = -_ALLOWED_HARM
+    best_experts: tuple[int, ...] = ()
     for weight in _WEIGHTS:
         term = weight * costs_M / costs_M.max()
         experts = worthy_experts(found.scores_BM, scores_BM, category_B, term, general, worth_having)
-        chosen = pick(found, gate, general, term, experts)
-        points.append(
-            FrontierPoint(
-                weight=weight,
-                avg_cost=float(costs_M[chosen].mean()),
-                score=float(scores_BM[row, chosen].mean()),
-                experts=tuple(int(m) for m in np.unique(np.append(chosen, general))),
+        best_experts = best_experts or experts
+        for cost_from in from_Q:
+            # Who is expected to be best, where cost does not count, is among those worth having without cost.
+            open_to = experts if cost_from == 0.0 else tuple(sorted({*experts, *best_experts}))
+            low = _least_gain(foreign, gate, term, open_to, cost_from)
+            if not points:
+                allowed = min(allowed, low)  # no policy has to be better than quality is
+            harmless = low >= allowed
+            if cost_from > 0.0 and not harmless:
+                continue
+            chosen = pick(found, gate, general, term, open_to, cost_from)
+            points.append(
+                FrontierPoint(
+                    weight=weight,
+                    avg_cost=float(costs_M[chosen].mean()),
+                    score=float(scores_BM[row, chosen].mean()),
+                    experts=tuple(int(m) for m in np.unique(np.append(chosen, general))),
+                    cost_from=cost_from,
+                    harmless=harmless,
+                )
             )
-        )
+            if harmless:
+                break
     return tuple(points)
+
+
+def _least_gain(foreign: Sequence[Foreign], gate: Gate, term: Doubles, experts: Sequence[int], cost_from: float) -> float:
+    """Lower bound of the mean score over the general expert's, on rows of left-out datasets; 0 without any.
+
+    At 95 %; rows count as independent, as they do where routers are judged.
+    """
+    gains = []
+    for part in foreign:
+        chosen = pick(part.found, gate, part.general, term, experts, cost_from)
+        gains.append(part.scores_BM[np.arange(len(chosen)), chosen] - part.scores_BM[:, part.general])
+    gain_B = np.concatenate(gains) if gains else np.zeros(0)
+    return float(gain_B.mean() - _SURE * gain_B.std() / np.sqrt(len(gain_B))) if len(gain_B) else 0.0
 
 
 def policies_of(points: Sequence[FrontierPoint], best_single: float) -> dict[str, int]:
     """The point of each policy.
 
     quality has no cost; balanced is the cheapest that loses no more than its policy allows; cheap the cheapest that is as good as
-    the best single expert, or as balanced where that is less: never the dearer of the two.
+    the best single expert, or as balanced where that is less: never the dearer of the two. Only points that do no harm on left-out
+    datasets are looked at.
     """
     best = points[0].score
     balanced = best - _BALANCED_LOSS
@@ -119,8 +175,9 @@ def policies_of(points: Sequence[FrontierPoint], best_single: float) -> dict[str
 
 
 def cheapest(points: Sequence[FrontierPoint], at_least: float) -> int:
-    """The cheapest point with a score of ``at_least``; the best one when there is none."""
-    good = [i for i, point in enumerate(points) if point.score >= at_least]
+    """The cheapest harmless point with a score of ``at_least``; the best one when there is none."""
+    harmless = [i for i, point in enumerate(points) if point.harmless]  # the first one is: others are measured against it
+    good = [i for i in harmless if points[i].score >= at_least]
     if not good:
-        return max(range(len(points)), key=lambda i: (points[i].score, -points[i].avg_cost))
+        return max(harmless, key=lambda i: (points[i].score, -points[i].avg_cost))
     return min(good, key=lambda i: (points[i].avg_cost, -points[i].score, i))

@@ -289,7 +289,7 @@ def _artifact(prepared: Prepared, router: Router, mapping: Mapping, options: Opt
         allowed=allowed,
         costs=tuple(float(cost) for cost in table.params_b),
         policies=router.policies,
-        frontier=tuple(PolicyPoint(weight=p.weight, avg_cost=p.avg_cost, score=p.score, experts=p.experts) for p in fast.frontier),
+        frontier=tuple(PolicyPoint(**asdict(point)) for point in fast.frontier),
         embedding=replace(prepared.embedding, topics=fast.spaces.topics, words=fast.spaces.words),
         fast=as_stored(ServedPath.of(fast.fitted, fast.mix, fast.gate)),
         slow=None if router.slow is None else as_stored(ServedPath.of(router.slow.fitted, router.slow.mix, router.slow.gate)),

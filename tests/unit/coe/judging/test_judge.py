@@ -2,14 +2,17 @@ import random
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from antiphon.coe.judging.judge import aiq, by_dataset, by_prompt, calibration_error, estimate, two_models
+from antiphon.coe.routing.assessment import Assessment
 from antiphon.coe.training.data.augment import PERTURBATIONS, perturbed, training_variants
 from antiphon.coe.training.data.example_table import example_table
 from antiphon.coe.training.data.labels import grow, label
 from antiphon.coe.training.fit import Recipe, folds_of
-from antiphon.coe.training.frontier import FrontierPoint, policies_of, worthy_experts
-from antiphon.coe.training.gating import Rehearsal, choose_gate
+from antiphon.coe.training.frontier import Foreign, FrontierPoint, frontier, policies_of, worthy_experts
+from antiphon.coe.training.gating import OPEN, Rehearsal, choose_gate
 from antiphon.coe.training.heads import fit_classes, fit_values, prior_rows, shrunken_means, steadying
 from antiphon.coe.training.train import Options, prepare
 
@@ -73,6 +76,39 @@ def test_cheap_is_never_dearer_than_balanced_and_ties_go_to_the_cheaper() -> Non
     found = policies_of(points, best_single=0.6995)  # the best single expert is better than balanced
     assert points[found["cheap"]].avg_cost <= points[found["balanced"]].avg_cost == 30.0
     assert found["quality"] == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.floats(1, 70), st.floats(0, 1), st.booleans()), min_size=1, max_size=12), st.floats(0, 1))
+def test_no_frontier_makes_cheap_dearer_than_balanced_or_either_harmful(
+    found: list[tuple[float, float, bool]], best_single: float
+) -> None:
+    points = [
+        FrontierPoint(weight=0.0, avg_cost=cost, score=score, experts=(0,), harmless=harmless or i == 0)
+        for i, (cost, score, harmless) in enumerate(found)
+    ]
+    chosen = policies_of(points, best_single)
+    assert points[chosen["cheap"]].avg_cost <= points[chosen["balanced"]].avg_cost
+    assert all(points[point].harmless for point in chosen.values())
+
+
+def test_where_cost_harms_foreign_prompts_it_counts_only_for_familiar_ones() -> None:
+    def rows(familiarity: float, cheap_score: float) -> tuple[Assessment, np.ndarray]:
+        found = Assessment(
+            categories_BC=np.ones((500, 1), np.float32),
+            scores_BM=np.tile(np.float32([0.8, 0.79]), (500, 1)),
+            familiarity_B=np.full(500, familiarity, np.float32) + np.linspace(0, 0.05, 500, dtype=np.float32),
+        )
+        return found, np.tile([0.8, cheap_score], (500, 1))
+
+    known, scores = rows(0.9, 0.79)
+    strange, harmed = rows(0.5, 0.1)  # the cheap expert is expected to do as well there, and does not
+    foreign = [Foreign(found=strange, scores_BM=harmed, general=0)]
+    points = frontier(known, scores, np.zeros(500, np.int64), np.array([10.0, 1.0]), 0, OPEN, 0.001, foreign)
+    cheap = points[policies_of(points, 0.78)["cheap"]]
+    assert cheap.avg_cost < 5.0
+    assert cheap.cost_from > 0.55
+    assert not next(point for point in points if point.weight == cheap.weight and point.cost_from == 0.0).harmless
 
 
 def _foreign(gain: float, spread: float = 0.0) -> list[Rehearsal]:

@@ -23,6 +23,7 @@ def found() -> tuple[Report, Judged]:
         confidence_B=confidence,
         expected_B=confidence,
         policies={},
+        simple_policies={},
         comparisons={},
         advantage_B=confidence,
         comparison_advantages={},
@@ -40,7 +41,16 @@ def found() -> tuple[Report, Judged]:
         aiq=0.65,
         left_out=None,
         left_out_by_dataset={},
-        policies={"quality": PolicyFigures(score=0.7, avg_cost=40.0, over_single=NONE, over=dict.fromkeys(COMPARISONS, NONE))},
+        policies={
+            "quality": PolicyFigures(
+                score=0.7,
+                avg_cost=40.0,
+                over_single=NONE,
+                over=dict.fromkeys(COMPARISONS, NONE),
+                over_simple_alike=NONE,
+                utility_over_simple_alike=NONE,
+            )
+        },
         policies_left_out={},
         by_dataset={
             "d": DatasetFigures(
@@ -78,6 +88,6 @@ def test_what_was_not_judged_is_not_shown(found: tuple[Report, Judged]) -> None:
 
 def test_every_policy_has_a_line_with_its_intervals_and_every_dataset_has_one(found: tuple[Report, Judged]) -> None:
     head, *rows = policy_rows(found[0])
-    assert head[4:] == ("− best single", "− simple", "− kNN-100", "− ridge")
-    assert rows == [("quality", "five folds", "0.7000", "40.0", *["+0.00 [+0.00, +0.00]"] * 4)]
+    assert head[4:] == ("− best single", "− simple", "− kNN-100", "− ridge", "− simple, same policy", "less its cost")
+    assert rows == [("quality", "five folds", "0.7000", "40.0", *["+0.00 [+0.00, +0.00]"] * 6)]
     assert dataset_rows(found[0])[1] == ("d", "200", "0.700", "0.600", "0.650", "–", "–", "–")

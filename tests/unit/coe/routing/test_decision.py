@@ -58,6 +58,15 @@ def test_an_uncertain_prompt_goes_to_the_general_expert() -> None:
     assert (decision.expert, decision.reason) == ("big", Reason.UNCERTAIN)
 
 
+def test_cost_counts_only_for_what_is_familiar_enough_and_parts_equals_elsewhere() -> None:
+    def expert(cost_from: float, tie_cost: dict[str, float]) -> str:
+        terms = PolicyTerms(cost={"coder": 0.5}, experts=frozenset(NAMES), cost_from=cost_from, tie_cost=tie_cost)
+        return decide(Question(prompt="p"), _judgement(), _spec(), terms, EVERYONE_IDLE).expert  # familiarity 0.9
+
+    assert (expert(0.8, {}), expert(0.95, {})) == ("big", "coder")
+    assert expert(0.95, {"coder": 0.5}) == "big"
+
+
 def test_an_expert_named_by_the_request_comes_before_everything() -> None:
     decision = _decide(Question(prompt="p", expert="tiny"), rules=[{"name": "r", "when": {"language": "de"}, "expert": "big"}])
     assert (decision.expert, decision.reason) == ("tiny", Reason.EXPLICIT)
