@@ -48,6 +48,13 @@ VERBS = {
 }
 
 
+# Modules that only an extra brings, and which.
+EXTRAS = {
+    **dict.fromkeys(("sklearn", "scipy", "onnx", "onnxruntime", "threadpoolctl"), "coe"),
+    "matplotlib": "plan",
+    **dict.fromkeys(("aiohttp", "huggingface_hub", "jsonpatch", "kopf", "lightkube", "minio"), "operator"),
+    "nixl": "nixl",
+}
 _ASK_A_GATEWAY = ("chat", "status", "experts")
 
 
@@ -90,9 +97,14 @@ class _LazyGroup(click.Group):
 
 
 def _run(name: str, verb: Verb, arguments: tuple[str, ...]) -> None:
-    module = importlib.import_module(f"antiphon.cli.{verb.module}")
     try:
-        _call(name, module, arguments)
+        _call(name, importlib.import_module(f"antiphon.cli.{verb.module}"), arguments)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRAS:
+            raise
+        click.echo(f"error: antiphon {name} needs {missing}: pip install 'antiphon[{EXTRAS[missing]}]'", err=True)
+        sys.exit(1)
     except Unavailable as error:
         if name not in _ASK_A_GATEWAY:
             raise
