@@ -177,8 +177,10 @@ async def measure(system: System, args: argparse.Namespace) -> int:
         print(json.dumps(line), flush=True)
 
     quiet_s = time.monotonic()
-    await load.ended_since(quiet_s + REST_S)  # before the first fault: what silences are without any
-    told({"fault": "none", "role": ""}, quiet_s, quiet_s + REST_S)
+    await asyncio.sleep(REST_S)  # before the first fault: what silences are without any
+    rested_s = time.monotonic()
+    await load.ended_since(rested_s)
+    told({"fault": "none", "role": ""}, quiet_s, rested_s)
     for fault in args.faults:
         for role in args.roles or system.wanted.roles:
             epoch = (await load.epochs()).get(worker_name(role))
