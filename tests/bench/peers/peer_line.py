@@ -19,6 +19,8 @@ import sys
 import traceback
 from typing import Any, Protocol
 
+TEXT_CHUNK = 64  # tokens of a text that are computed together: logits of more would be most of what is held
+
 
 class Measured(Protocol):
     """A system that has its model loaded."""
@@ -58,6 +60,14 @@ def answer(system: Measured, private: int) -> None:
                 traceback.print_exc()
                 said = {"error": f"{type(error).__name__}: {error}"}
             out.write(json.dumps(said) + "\n")
+
+
+def resident() -> dict[str, int]:
+    """What this process holds in memory now: all of it, and without mapped files."""
+    with open("/proc/self/status", encoding="ascii") as status:
+        fields = dict(line.split(":", 1) for line in status if ":" in line)
+    kinds = {"resident_bytes": "VmRSS", "anonymous_bytes": "RssAnon"}
+    return {name: int(fields[field].split()[0]) * 1024 for name, field in kinds.items()}
 
 
 def prompts(batch: int, num_prompt: int, seed: int = 0) -> list[list[int]]:

@@ -2,19 +2,22 @@
 
     peer_llama_cpp.py MODEL.gguf THREADS              speaks ``peer_line``
     peer_llama_cpp.py --to-bf16 FROM.gguf TO.gguf     writes the same weights in BF16
+    peer_llama_cpp.py --text MODEL.gguf TOKENS.json FIRST      perplexity of the tokens from FIRST on, and memory: a JSON line
 
 Sequences have caches of their own (not one unified cache), as in llama.cpp's batched bench; the greedy token is
 numpy's argmax.
 """
 
 import ctypes
+import json
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peer_line import answer, decode_figures, keep_stdout, prompts
+from peer_line import TEXT_CHUNK, answer, decode_figures, keep_stdout, prompts, resident
 
 PRIVATE = keep_stdout()
 
@@ -123,8 +126,31 @@ def to_bf16(source: str, target: str) -> None:
         raise RuntimeError(f"llama_model_quantize returned {status}")
 
 
+def perplexity(path: str, tokens: list[int], first: int) -> dict[str, Any]:
+    """Of tokens[first:], each after all before it; and what loading and reading them add to the process's memory."""
+    before = resident()
+    model = LlamaCpp(path, len(os.sched_getaffinity(0)))
+    with model._context(1, len(tokens)) as context:
+        total = 0.0
+        for start in range(0, len(tokens), TEXT_CHUNK):
+            chunk = range(start, min(start + TEXT_CHUNK, len(tokens)))
+            with _batch([(tokens[at], at, 0, True) for at in chunk]) as rows:
+                model._run(context, rows)
+            for at in (at for at in chunk if first <= at + 1 < len(tokens)):
+                logits = llama_cpp.llama_get_logits_ith(context, at - start)
+                row = np.ctypeslib.as_array(logits, shape=(model._num_vocab,)).astype(np.float64)
+                total += float(row[tokens[at + 1]] - row.max() - np.log(np.exp(row - row.max()).sum()))
+        after = resident()
+    places = len(tokens) - first
+    used = {key: after[key] - before[key] for key in after}
+    return {"positions": places, "perplexity": float(np.exp(-total / places)), **used, **model.facts()}
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "--to-bf16":
         to_bf16(sys.argv[2], sys.argv[3])
+    elif sys.argv[1] == "--text":
+        with open(sys.argv[3], encoding="ascii") as text, os.fdopen(PRIVATE, "w") as out:
+            out.write(json.dumps(perplexity(sys.argv[2], json.load(text), int(sys.argv[4]))) + "\n")
     else:
         answer(LlamaCpp(sys.argv[1], int(sys.argv[2])), PRIVATE)
