@@ -177,6 +177,12 @@ def main() -> None:
     """Entry point of the ``antiphon-operator`` script."""
     try:
         app()
+    except ModuleNotFoundError as error:
+        missing = (error.name or "antiphon").partition(".")[0]
+        if missing.startswith("antiphon"):
+            raise
+        typer.echo(f"error: antiphon-operator needs {missing}: pip install 'antiphon[operator]'", err=True)
+        sys.exit(1)
     except AntiphonError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)

@@ -19,7 +19,7 @@ class Missing:
         if name.partition(".")[0] in {missing!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Missing())
-from antiphon.cli import main
+from {cli} import main
 main()
 """
 
@@ -36,13 +36,25 @@ def test_every_package_of_an_extra_is_known_by_its_module() -> None:
     )
 
 
-@pytest.mark.parametrize("verb", [("coe", "train", "--table", "t.jsonl", "--out", "o"), ("coe", "demo")], ids=" ".join)
-def test_a_verb_without_its_extra_says_what_to_install(verb: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("cli", "verb", "said"),
+    [
+        (
+            "antiphon.cli",
+            ("coe", "train", "--table", "t.jsonl", "--out", "o"),
+            "antiphon coe needs sklearn: pip install 'antiphon[coe]'",
+        ),
+        ("antiphon.cli", ("coe", "demo"), "antiphon coe needs sklearn: pip install 'antiphon[coe]'"),
+        ("antiphon_operator.cli", ("run",), "antiphon-operator needs aiohttp: pip install 'antiphon[operator]'"),
+    ],
+    ids=["train", "demo", "operator"],
+)
+def test_a_verb_without_its_extra_says_what_to_install(cli: str, verb: tuple[str, ...], said: str, tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text("{}")
-    script = WITHOUT.format(missing=tuple(EXTRAS))
+    script = WITHOUT.format(missing=tuple(EXTRAS), cli=cli)
     done = subprocess.run(
         [sys.executable, "-c", script, *verb], capture_output=True, text=True, cwd=tmp_path, timeout=200, check=False
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == "error: antiphon coe needs sklearn: pip install 'antiphon[coe]'"
+    assert done.stderr.splitlines()[-1] == f"error: {said}"
