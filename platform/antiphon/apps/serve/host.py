@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import psutil
@@ -86,6 +86,11 @@ class OrphanReaper:
                 )
         finally:
             os.close(read_end)
+
+    @property
+    def pids(self) -> frozenset[int]:
+        """Its process, if there is one."""
+        return frozenset(() if self._process is None else (self._process.pid,))
 
     def close(self) -> None:
         """Nothing is left behind: it may go."""
@@ -157,12 +162,12 @@ def adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def end_descendants(grace_s: float) -> int:
-    """End all descendants: SIGTERM, after ``grace_s`` seconds SIGKILL; 0 = SIGKILL at once. How many there were."""
+def end_descendants(grace_s: float, spared: Collection[int] = ()) -> int:
+    """End all descendants but ``spared``: SIGTERM, after ``grace_s`` seconds SIGKILL; 0 = SIGKILL at once. How many there were."""
     seen: set[int] = set()
     deadline = time.monotonic() + grace_s
     give_up = deadline + 5.0
-    while running := list(_descendants()):
+    while running := [process for process in _descendants() if process.pid not in spared]:
         killing = time.monotonic() >= deadline
         for process in running:
             with contextlib.suppress(psutil.Error):

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from antiphon.apps.serve.host import check_private, end_descendants, ray_dir
 from antiphon.core.errors import Unavailable
 
@@ -105,6 +107,7 @@ class RayRuntime:
         import ray
 
         self._ray = ray
+        others = {process.pid for process in psutil.Process().children()}  # of this run, but none of Ray's
         for attempt in range(_START_ATTEMPTS):
             try:
                 ray.init(
@@ -124,7 +127,7 @@ class RayRuntime:
                 if attempt + 1 == _START_ATTEMPTS:
                     raise Unavailable(f"Ray did not start: {error}") from error
                 ray.shutdown()
-                end_descendants(_LEFTOVER_GRACE_S)
+                end_descendants(_LEFTOVER_GRACE_S, spared=others)
             else:
                 check_private(self._run_dir)
                 return

@@ -266,9 +266,12 @@ class ServeSession:
         remove_tree(self.run_dir)
 
     def _force(self) -> None:
-        """In the handler of a second signal: end everything now, without touching streams that may be in use."""
+        """In the handler of a second signal: end everything now, without touching streams that may be in use.
+
+        The reaper stays until it has seen that nobody is left.
+        """
         try:
-            end_descendants(0.0)
+            end_descendants(0.0, spared=self._reaper.pids)
             self._remove_files()
         finally:
             os._exit(130)

@@ -100,6 +100,18 @@ def test_descendants_end_even_when_orphaned_stubborn_and_in_sessions_of_their_ow
     assert not psutil.pid_exists(orphan)
 
 
+def test_who_is_spared_lives_on() -> None:
+    script = textwrap.dedent("""
+        import psutil, subprocess
+        from antiphon.apps.serve.host import end_descendants
+        spared, other = subprocess.Popen(["sleep", "600"]), subprocess.Popen(["sleep", "600"])
+        print(end_descendants(0.0, spared={spared.pid}), spared.poll(), psutil.pid_exists(other.pid))
+        spared.kill()
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["1", "None", "False"]
+
+
 def test_streams_are_taken_away_and_given_back() -> None:
     script = textwrap.dedent("""
         import os, sys, tempfile
