@@ -326,6 +326,23 @@ async def test_no_call_uses_up_the_epochs_of_an_id(directory: Directory) -> None
     assert await directory.next_epoch(real.worker_id) > first
 
 
+async def test_a_topic_that_is_flooded_loses_its_own_oldest_notes_and_no_other_topics(
+    directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for store in ("memory", "redis"):
+        monkeypatch.setattr(f"antiphon.directory.{store}.MAX_TOPIC_BYTES", 10_000)
+    await directory.put_note("quiet", "k", "x" * 9_000, LONG_S)
+    for number in range(40):
+        await directory.put_note("loud", f"{number:02}", "y" * 1_000, LONG_S)
+        await directory.put_note("loud", f"{number:02}", "z" * 1_000, LONG_S)  # written over, counted once
+    assert list(await directory.notes("loud")) == [f"{number:02}" for number in range(30, 40)]
+    await directory.put_note("loud", "large", "y" * 20_000, LONG_S)
+    assert list(await directory.notes("loud")) == ["large"], "the newest is kept, whatever its size"
+    await directory.put_note("loud", "small", "y", LONG_S)
+    assert list(await directory.notes("loud")) == ["small"]
+    assert await directory.note("quiet", "k") == "x" * 9_000
+
+
 async def test_names_that_are_none_are_refused(directory: Directory) -> None:
     for name in ("p" * 10_000, "a\nb", "\0"):
         with pytest.raises(InvalidInput):

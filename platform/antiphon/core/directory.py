@@ -106,6 +106,7 @@ MAX_POOLS = 4096
 MAX_INDICES = 8192  # of one pool
 MAX_TOPICS = 1024
 MAX_NOTES = 1 << 16  # of one topic; the oldest go
+MAX_TOPIC_BYTES = 1 << 26  # of one topic's notes; the oldest go
 # Epochs are seconds of the clock or count from one. One call moves an id by so many at most, so that no call can use up its epochs.
 MAX_EPOCH_STEP = 1_000_000
 MAX_EPOCH = 1 << 52  # the stores' numbers are doubles in part

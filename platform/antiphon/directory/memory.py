@@ -16,6 +16,7 @@ from antiphon.core.directory import (
     MAX_NOTE_BYTES,
     MAX_NOTES,
     MAX_POOLS,
+    MAX_TOPIC_BYTES,
     MAX_TOPICS,
     MAX_WORKERS,
     Directory,
@@ -53,6 +54,11 @@ class _Note:
     text: str
     until_s: float
 
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes."""
+        return len(self.text)
+
 
 class MemoryDirectory:
     """The store in this process; belongs to one event loop.
@@ -81,6 +87,7 @@ class MemoryDirectory:
         self._claims: dict[tuple[str, str], dict[int, _Claim]] = {}
         self._epochs: dict[WorkerId, int] = {}
         self._notes: dict[str, dict[str, _Note]] = {}
+        self._note_bytes: dict[str, int] = {}  # by topic
         self._num_notes_kept = _NOTES_SWEPT_AT
         self.budgets = MemoryBudgets(clock)
 
@@ -163,9 +170,12 @@ class MemoryDirectory:
             if len(self._notes) >= MAX_TOPICS:
                 raise Unavailable(f"the directory is full: {MAX_TOPICS} topics have notes")
         notes = self._notes.setdefault(topic, {})
-        if key not in notes and len(notes) >= MAX_NOTES:
-            del notes[next(iter(notes))]
+        self._drop_note(topic, key)
+        num_bytes = self._note_bytes.get(topic, 0) + len(text)
+        while notes and (len(notes) >= MAX_NOTES or num_bytes > MAX_TOPIC_BYTES):
+            num_bytes -= self._drop_note(topic, next(iter(notes)))
         notes[key] = _Note(text=text, until_s=self._clock() + lease_s)
+        self._note_bytes[topic] = num_bytes
         if len(notes) > self._num_notes_kept:  # swept each time their number has doubled: O(1) per note
             self._sweep_notes(topic)
             self._num_notes_kept = max(_NOTES_SWEPT_AT, 2 * max((len(held) for held in self._notes.values()), default=0))
@@ -183,13 +193,21 @@ class MemoryDirectory:
     async def close(self) -> None:
         """See ``Directory``."""
 
+    def _drop_note(self, topic: str, key: str) -> int:
+        held = self._notes[topic].pop(key, None)
+        num_bytes = 0 if held is None else held.num_bytes
+        self._note_bytes[topic] = self._note_bytes.get(topic, 0) - num_bytes
+        return num_bytes
+
     def _sweep_notes(self, topic: str) -> None:
         now = self._clock()
         kept = {key: held for key, held in self._notes.get(topic, {}).items() if now < held.until_s}
         if kept:
             self._notes[topic] = kept
+            self._note_bytes[topic] = sum(held.num_bytes for held in kept.values())
         else:
             self._notes.pop(topic, None)
+            self._note_bytes.pop(topic, None)
 
     def _check_settled(self) -> None:
         left = self._settled_s - self._clock()

@@ -9,6 +9,7 @@
     antiphon:{directory}:budget:, use:, used:          ``directory.redis_budgets``
     antiphon:{directory}:note:<topic>:<key>            text; expires with its lease
     antiphon:{directory}:notes:<topic>                 sorted set of keys by the end of their lease, pruned when written
+    antiphon:{directory}:sizes:<topic>                 hash of those notes' sizes; under "" their sum
 
 The braces hold ``directory``, or ``directory/<namespace>``: two namespaces may share a Redis, and nothing in it. They keep all keys
 in one slot of a Redis Cluster. Time is Redis' own, so clocks of hosts do not matter.
@@ -26,7 +27,15 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from antiphon.core.directory import MAX_EPOCH_STEP, MAX_NOTE_BYTES, WorkerRecord, check_lease, check_names
+from antiphon.core.directory import (
+    MAX_EPOCH_STEP,
+    MAX_NOTE_BYTES,
+    MAX_NOTES,
+    MAX_TOPIC_BYTES,
+    WorkerRecord,
+    check_lease,
+    check_names,
+)
 from antiphon.core.errors import AntiphonError, InternalError, InvalidInput, Unavailable
 from antiphon.core.identity import Identity, own_identity
 from antiphon.core.ids import Epoch, WorkerId
@@ -96,14 +105,31 @@ if index and redis.call('GET', ARGV[1] .. index) == ARGV[2] then redis.call('DEL
 return redis.call('DEL', KEYS[1])
 """
 
-# KEYS the note, its topic; ARGV text, lease_ms, key
+# KEYS the note, its topic, the topic's sizes; ARGV text, lease_ms, key, prefix of the topic's notes, most notes, most bytes
 _PUT_NOTE = """
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+local function drop(key)
+  redis.call('HINCRBY', KEYS[3], '', 0 - tonumber(redis.call('HGET', KEYS[3], key) or 0))
+  redis.call('HDEL', KEYS[3], key)
+  redis.call('ZREM', KEYS[2], key)
+  redis.call('DEL', ARGV[4] .. key)
+end
+for _, key in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now)) do drop(key) end
+drop(ARGV[3])
+local bytes = redis.call('HINCRBY', KEYS[3], '', #ARGV[1])
+local oldest = redis.call('ZRANGE', KEYS[2], 0, 0)[1]
+while oldest and (bytes > tonumber(ARGV[6]) or redis.call('ZCARD', KEYS[2]) >= tonumber(ARGV[5])) do
+  drop(oldest)
+  bytes = tonumber(redis.call('HGET', KEYS[3], ''))
+  oldest = redis.call('ZRANGE', KEYS[2], 0, 0)[1]
+end
+redis.call('HSET', KEYS[3], ARGV[3], #ARGV[1])
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
 redis.call('ZADD', KEYS[2], now + tonumber(ARGV[2]), ARGV[3])
-redis.call('PEXPIREAT', KEYS[2], redis.call('ZREVRANGE', KEYS[2], 0, 0, 'WITHSCORES')[2])
+local last = redis.call('ZREVRANGE', KEYS[2], 0, 0, 'WITHSCORES')[2]
+redis.call('PEXPIREAT', KEYS[2], last)
+redis.call('PEXPIREAT', KEYS[3], last)
 """
 
 # KEYS the topic; ARGV prefix of its notes. Answers key, text for each.
@@ -220,8 +246,10 @@ class RedisDirectory:
         check_names(topic=topic, key=key)
         if len(text) > MAX_NOTE_BYTES:
             raise InvalidInput(f"a note of {len(text)} characters, at most {MAX_NOTE_BYTES} are kept", "text")
-        keys = [f"{self._prefix}note:{topic}:{key}", f"{self._prefix}notes:{topic}"]
-        await _translated(self._put_note(keys=keys, args=[text, _milliseconds(lease_s), key]))
+        notes = f"{self._prefix}note:{topic}:"
+        keys = [f"{notes}{key}", f"{self._prefix}notes:{topic}", f"{self._prefix}sizes:{topic}"]
+        args: list[str | int] = [text, _milliseconds(lease_s), key, notes, MAX_NOTES, MAX_TOPIC_BYTES]
+        await _translated(self._put_note(keys=keys, args=args))
 
     async def note(self, topic: str, key: str) -> str | None:
         """See ``Notes``."""

@@ -210,14 +210,31 @@ class Gateway:
         """
         return await self._preparer.token_ids(model, prompt, options, self.max_model_len(model))
 
+    async def text_ids(self, model: str, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of a text by itself. Raises as ``prompt_ids``."""
+        return await self._preparer.text_ids(model, text, self.max_model_len(model), add_special_tokens=add_special_tokens)
+
+    async def text_of(self, model: str, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special ones shown. Raises UnknownModel."""
+        self._check_known(model)
+        return await self._preparer.text_of(model, token_ids)
+
+    async def texts_of(self, model: str, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token by itself. Raises UnknownModel."""
+        self._check_known(model)
+        return await self._preparer.texts_of(model, token_ids)
+
+    def _check_known(self, model: str) -> None:
+        if model not in self.models:
+            raise UnknownModel(f"the model {model!r} does not exist", "model")
+
     def max_model_len(self, model: str) -> int | None:
         """Longest prompt plus output; None while no worker of it is registered.
 
         Raises:
             UnknownModel: no such model is served here.
         """
-        if model not in self.models:
-            raise UnknownModel(f"the model {model!r} does not exist", "model")
+        self._check_known(model)
         lengths = [i.max_model_len for i in self.view.workers if i.model == model and i.role.generates and i.max_model_len > 0]
         return min(lengths, default=None)
 

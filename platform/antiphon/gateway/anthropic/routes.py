@@ -16,6 +16,7 @@ from antiphon.gateway.anthropic.schema import CountBody, MessagesBody
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.generation.request import ChoiceDelta, Started, Usage
 from antiphon.gateway.http.event_stream import LAST_EVENT_HEADER, EventStream
+from antiphon.gateway.json_text import read_json_text
 from antiphon.gateway.openai.http_io import deadline_of, error_response
 from antiphon.gateway.openai.parsing import parse_tolerant, warning_header
 from antiphon.gateway.openai.serving import answered, parts_of
@@ -175,7 +176,7 @@ class MessageWriter:
 def _object(text: str) -> Json:
     """Arguments as an object; what is none is shown under a name of its own."""
     try:
-        value = json.loads(text)
+        value = read_json_text(text)
     except ValueError:
         return {"_raw": text}
     return value if isinstance(value, dict) else {"_raw": text}

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
+from typing import TypeVar
 
 from antiphon.core.budget import Use
 from antiphon.core.errors import (
@@ -37,9 +38,14 @@ from antiphon.models.pooling.facts import PoolingFacts
 _log = logging.getLogger(__name__)
 
 _MAX_IN_FLIGHT = 64  # of one request, so that a long one leaves room in the workers' queues for others
+_MAX_TOKENS = 2**20  # of a text, while no worker says what the model takes
+_MAX_PAIR_TOKENS = 2**21  # of all pairs of one request: each has its query once more
+_TURN_CHARS = 2**17  # tokenized in one go: others' texts have their turns between them
 _EMBED = Pooling(kind="embed")
 
 _Prompt = tuple[EncodedText, Pooling]
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 class VectorMaker:
@@ -121,15 +127,23 @@ class VectorMaker:
         longest, _ = self._limits(call.model)
         cut = _cut_of(call, longest)
 
-        def encode() -> list[_Prompt]:
-            found = []
-            for query, document in request.pairs:
-                encoded = reader.encode(query, document, request.instruction, cut)
-                _check_length(encoded, longest, request.fields[1])
-                found.append((encoded, reader.pooling(encoded)))
-            return found
+        text_model, instruction = self._models[call.model], request.instruction
+        num_tokens = 0
 
-        prompts = await in_thread(self._executor, sum(len(a) + len(b) for a, b in request.pairs), encode)
+        def encode(pair: tuple[str, str]) -> _Prompt:
+            nonlocal num_tokens
+            query, document = (_bounded(text_model, text, cut, longest) for text in pair)
+            told = None if instruction is None else _bounded(text_model, instruction, cut, longest)
+            encoded = reader.encode(query, document, told, cut)
+            _check_length(encoded, longest, request.fields[1])
+            num_tokens += len(encoded.token_ids)
+            if num_tokens > _MAX_PAIR_TOKENS:
+                more = f"the pairs have more than {_MAX_PAIR_TOKENS} tokens together; ask with fewer at once"
+                raise InvalidInput(more, request.fields[1])
+            return encoded, reader.pooling(encoded)
+
+        more = len(instruction or "")
+        prompts = await self._in_turns(request.pairs, lambda pair: len(pair[0]) + len(pair[1]) + more, encode)
         vectors = await self._counted(call, prompts)
         return Scores(
             values=tuple(_probability(vector.values) for vector in vectors),
@@ -165,28 +179,43 @@ class VectorMaker:
         longest, vocab_size = self._limits(call.model)
         cut = _cut_of(call, longest)
 
-        def encode() -> list[EncodedText]:
-            found = []
-            for index, item in enumerate(inputs):
-                where = field if len(inputs) == 1 else f"{field}[{index}]"
-                if isinstance(item, str):
-                    try:
-                        encoded = text_model.encode_cut(item, cut, add_special_tokens=add_special_tokens)
-                    except InvalidInput as error:
-                        raise type(error)(str(error), where) from error
-                else:
-                    encoded = EncodedText(token_ids=item if cut is None else item[:cut])
-                    wrong = next((i for i in item if vocab_size is not None and not 0 <= i < vocab_size), None)
-                    if wrong is not None:
-                        raise InvalidInput(f"token id {wrong} is not in the model's vocabulary of {vocab_size}", where)
-                if not encoded.token_ids:
-                    raise InvalidInput("the input is empty: it has no tokens", where)
-                _check_length(encoded, longest, where)
-                found.append(encoded)
-            return found
+        def encode(numbered: tuple[int, TextOrTokens]) -> EncodedText:
+            index, item = numbered
+            where = field if len(inputs) == 1 else f"{field}[{index}]"
+            if isinstance(item, str):
+                try:
+                    text = _bounded(text_model, item, cut, longest)
+                    encoded = text_model.encode_cut(text, cut, add_special_tokens=add_special_tokens)
+                except InvalidInput as error:
+                    raise type(error)(str(error), where) from error
+            else:
+                encoded = EncodedText(token_ids=item if cut is None else item[:cut])
+                wrong = next((i for i in item if vocab_size is not None and not 0 <= i < vocab_size), None)
+                if wrong is not None:
+                    raise InvalidInput(f"token id {wrong} is not in the model's vocabulary of {vocab_size}", where)
+            if not encoded.token_ids:
+                raise InvalidInput("the input is empty: it has no tokens", where)
+            _check_length(encoded, longest, where)
+            return encoded
 
-        found: list[EncodedText] = await in_thread(self._executor, sum(map(len, inputs)), encode)
-        return found
+        return await self._in_turns(list(enumerate(inputs)), lambda numbered: len(numbered[1]), encode)
+
+    async def _in_turns(self, items: Sequence[_T], size: Callable[[_T], int], work: Callable[[_T], _R]) -> list[_R]:
+        """``work`` on each item, some at a time, so that a long request holds up nobody's short one."""
+        found: list[_R] = []
+        turn: list[_T] = []
+        num_chars = 0
+
+        def do() -> list[_R]:
+            return [work(item) for item in turn]
+
+        for item in items:
+            turn.append(item)
+            num_chars += size(item)
+            if num_chars >= _TURN_CHARS:
+                found += await in_thread(self._executor, num_chars, do)
+                turn, num_chars = [], 0
+        return [*found, *await in_thread(self._executor, num_chars, do)]
 
     async def _counted(self, call: VectorCall, prompts: Sequence[_Prompt]) -> list[Vector]:
         """The vectors, with everything around them that operators look at."""
@@ -254,6 +283,14 @@ def _cut_of(call: VectorCall, longest: int | None) -> int | None:
     if call.truncate_tokens is None or call.truncate_tokens >= 0:
         return call.truncate_tokens
     return longest
+
+
+def _bounded(text_model: TextModel, text: str, cut: int | None, longest: int | None) -> str:
+    """A text that is worth to be tokenized whole. Raises InvalidInput."""
+    if cut is not None:
+        return text_model.beginning(text, cut)
+    text_model.refuse_longer(text, longest or _MAX_TOKENS)
+    return text
 
 
 def _check_length(encoded: EncodedText, longest: int | None, field: str) -> None:

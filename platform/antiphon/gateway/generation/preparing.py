@@ -8,7 +8,6 @@ Must not know: workers, doors.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -18,13 +17,15 @@ from antiphon.core.errors import ContextLengthExceeded, InvalidInput
 from antiphon.core.request import OutputRules
 from antiphon.gateway.generation.infilling import infilling, infilling_ends
 from antiphon.gateway.generation.request import ChatMessage, ChatPrompt, GenerationRequest, Prompt, TextPrompt, TokenPrompt
+from antiphon.gateway.json_text import read_json_text
 from antiphon.gateway.text.chat_options import ChatOptions
 from antiphon.gateway.text.dialect import AnswerPlan, Dialect
 from antiphon.gateway.text.templates.template_process import TemplateProcess
-from antiphon.gateway.text.tokenizer import TextModel, in_thread
+from antiphon.gateway.text.tokenizer import INLINE_CHARS, TextModel, in_thread
 from antiphon.worker.structure.checking import GrammarChecker
 
 _MAX_TOKENS = 2**20  # of a prompt, while no worker says what its context is
+_MIN_SHOWN_TOKENS = 2**16  # a text that is only tokenized may have so many at least
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +107,35 @@ class Preparer:
         ids = await self._encode(model, prompt, options, max_model_len or _MAX_TOKENS)
         return (*ids, *dialect.plan(options, ids, is_chat=isinstance(prompt, ChatPrompt)).extra_token_ids)
 
+    async def text_ids(
+        self, model: str, text: str, max_model_len: int | None, *, add_special_tokens: bool = True
+    ) -> tuple[int, ...]:
+        """Token ids of a text to look at, which may be somewhat longer than a prompt.
+
+        Raises:
+            InvalidInput: it is not valid Unicode, or far longer.
+        """
+        max_tokens = max(_MIN_SHOWN_TOKENS, 4 * (max_model_len or _MAX_TOKENS))
+        encode = functools.partial(self._models[model].encode, add_special_tokens=add_special_tokens, max_tokens=max_tokens)
+        ids: tuple[int, ...] = await in_thread(self._executor, len(text), encode, text)
+        return ids
+
+    async def text_of(self, model: str, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special ones shown."""
+        decode = functools.partial(self._models[model].decode, skip_special_tokens=False)
+        text: str = await in_thread(self._executor, len(token_ids), decode, token_ids)
+        return text
+
+    async def texts_of(self, model: str, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token by itself."""
+        text_model = self._models[model]
+
+        def each() -> list[str]:
+            return [text_model.token_text(token_id).text for token_id in token_ids]
+
+        texts: list[str] = await in_thread(self._executor, len(token_ids), each)
+        return texts
+
     async def _encode(self, model: str, prompt: Prompt, options: ChatOptions, max_tokens: int) -> tuple[int, ...]:
         text_model = self._models[model]
         ids: tuple[int, ...]
@@ -133,17 +163,22 @@ class Preparer:
             raise InvalidInput("this model has no chat template; use completions", "messages")
         begun = prompt.messages[-1:] if prompt.continue_final_message else ()
         shown = [template_message(message) for message in prompt.messages[: len(prompt.messages) - len(begun)]]
-        messages, breaker = text_model.guard(dialect.messages(shown, options))
+        given, named = dialect.messages(shown, options), dialect.variables(options, prompt.variables)
+        messages, variables, breaker = await in_thread(self._executor, _num_chars(prompt, options), text_model.guard, given, named)
         text = await self._templates.render(
-            model,
-            messages,
-            add_generation_prompt=prompt.add_generation_prompt or bool(begun),
-            variables=dialect.variables(options, prompt.variables),
+            model, messages, add_generation_prompt=prompt.add_generation_prompt or bool(begun), variables=variables
         )
         ids: tuple[int, ...] = await in_thread(self._executor, len(text), text_model.encode_rendered, text, breaker, max_tokens)
         for message in begun:
-            ids += text_model.encode(message.content, add_special_tokens=False)
+            ids += await in_thread(self._executor, len(message.content), text_model.encode_begun, message.content, max_tokens)
         return ids
+
+
+def _num_chars(prompt: ChatPrompt, options: ChatOptions) -> int:
+    """About how much a chat's preparing has to look at; tools are seldom little."""
+    said = sum(len(m.content) + len(m.reasoning or "") + sum(len(call.arguments) for call in m.tool_calls) for m in prompt.messages)
+    given = sum(len(value) for value in prompt.variables.values() if isinstance(value, str))
+    return said + given + (INLINE_CHARS if options.tools else 0)
 
 
 def template_message(message: ChatMessage) -> dict[str, Any]:
@@ -165,7 +200,7 @@ def template_message(message: ChatMessage) -> dict[str, Any]:
 
 def _arguments(text: str) -> Any:
     try:
-        return json.loads(text) if text else {}
+        return read_json_text(text) if text else {}
     except ValueError:
         return text
 

@@ -5,12 +5,12 @@ Fields are checked by the same types as HTTP's bodies. Must not know: how reques
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from antiphon.core.errors import InvalidInput
 from antiphon.gateway.generation.request import ChatMessage
+from antiphon.gateway.json_text import read_json_text
 from antiphon.gateway.openai.parsing import parse
 from antiphon.gateway.openai.schema import MAX_MESSAGES
 from antiphon.gateway.openai.tools import (
@@ -155,6 +155,6 @@ def _shape(shape: pb.Shape) -> AnswerShape | None:
 
 def _json(text: str, field: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return read_json_text(text)
+    except ValueError as error:
         raise InvalidInput(f"not valid JSON: {error}", field) from error

@@ -19,6 +19,7 @@ from typing import Any, Final
 from fastapi import Request
 
 from antiphon.core.errors import InvalidInput, Overloaded
+from antiphon.gateway.json_text import MAX_DEPTH, is_deeper
 
 MAX_CONTAINERS: Final = 100_000  # lists and objects in one body
 MAX_VALUES: Final = 1_500_000  # token ids of many prompts are the most that makes sense
@@ -28,6 +29,10 @@ _LARGE_AT_ONCE: Final = 2
 
 # Strings, the last one also without its end: what is left is the structure. Each byte is looked at once.
 _STRINGS: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+
+
+# Half of a surrogate pair has no other way into JSON that is UTF-8.
+_SURROGATES: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class RequestTooLarge(InvalidInput):
@@ -96,7 +101,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     """JSON text as an object.
 
     Raises:
-        InvalidInput: it isn't UTF-8, JSON or an object, or holds too many values.
+        InvalidInput: it isn't UTF-8, JSON or an object, holds too many values, or what no answer could repeat.
     """
     check_structure(body)
     endless: list[str] = []  # 1e999: JSON can write it, but no answer could repeat it
@@ -120,6 +125,11 @@ def parse_object(body: bytes) -> dict[str, Any]:
     if endless:
         field = next((name for name, inner in value.items() if _holds_infinity(inner)), None)
         raise InvalidInput(f"{endless[0][:32]} is beyond every float", field)
+    if is_deeper(value, MAX_DEPTH):
+        field = next(name for name, inner in value.items() if is_deeper(inner, MAX_DEPTH - 1))
+        raise InvalidInput(f"{field[:64]}: nested more than {MAX_DEPTH} deep", field)
+    if _SURROGATES.search(body) and (path := _half_a_pair(value)) is not None:
+        raise InvalidInput(f"{path or 'the body'}: not valid Unicode: it holds half of a surrogate pair", path or None)
     return value
 
 
@@ -149,6 +159,28 @@ def _holds_infinity(value: object) -> bool:
             case dict() as fields:
                 waiting += fields.values()
     return False
+
+
+def _half_a_pair(value: object) -> str | None:
+    """The path of a text that has no UTF-8 form, a field's name included; None = there is none. The depth is bounded."""
+    if isinstance(value, str):
+        return None if _is_unicode(value) else ""
+    inner = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
+    for key, item in inner:
+        if isinstance(key, str) and not _is_unicode(key):
+            return ""
+        if isinstance(item, str | list | dict) and (rest := _half_a_pair(item)) is not None:
+            head = f"[{key}]" if isinstance(key, int) else key
+            return f"{head}{'' if not rest or rest[0] == '[' else '.'}{rest}"
+    return None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse_constant(name: str) -> None:

@@ -89,7 +89,7 @@ class ResponseStore:
         """Keep a response; one that is too large, or comes while the directory is away, is not kept and the answer stands."""
         text = json.dumps({"messages": [m.model_dump() for m in messages], "response": response})
         try:
-            await self._notes.put_note(_TOPIC, _key(tenant, response["id"]), text, KEPT_S)
+            await self._notes.put_note(_topic(tenant), _key(tenant, response["id"]), text, KEPT_S)
         except AntiphonError as error:
             _log.warning("a response is not stored: %s", error)
 
@@ -114,8 +114,13 @@ class ResponseStore:
         return found
 
     async def _kept(self, tenant: str, response_id: str) -> Json | None:
-        text = await self._notes.note(_TOPIC, _key(tenant, response_id))
+        text = await self._notes.note(_topic(tenant), _key(tenant, response_id))
         return None if text is None else json.loads(text)
+
+
+def _topic(tenant: str) -> str:
+    """Of each tenant its own: whoever stores most loses its own oldest, nobody else's."""
+    return f"{_TOPIC}/{hashlib.sha256(tenant.encode()).hexdigest()[:16]}" if tenant else _TOPIC
 
 
 def _key(tenant: str, response_id: str) -> str:

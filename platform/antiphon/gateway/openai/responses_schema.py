@@ -110,6 +110,13 @@ class ResponsesBody(BaseModel):
         )
 
 
+def _parts(item: Json, name: str, index: int) -> list[Any]:
+    parts = item.get(name) or []
+    if not isinstance(parts, list):
+        raise InvalidInput(f"input[{index}].{name}: a list of parts is needed", f"input[{index}].{name}")
+    return parts
+
+
 def _items(items: Sequence[Json]) -> list[tuple[int, Json]]:
     """Items as a chat's messages, each with its place; neighbouring calls are one message of the assistant."""
     found: list[tuple[int, Json]] = []
@@ -122,7 +129,7 @@ def _items(items: Sequence[Json]) -> list[tuple[int, Json]]:
                     message["reasoning_content"], thought = thought, ""
                 found.append((index, message))
             case "reasoning":
-                parts = [*(item.get("summary") or []), *(item.get("content") or [])]
+                parts = [part for name in ("summary", "content") for part in _parts(item, name, index)]
                 thought = "\n".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
             case "function_call":
                 called = {"name": item.get("name"), "arguments": item.get("arguments") or ""}

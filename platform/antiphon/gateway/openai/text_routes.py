@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from antiphon.core.errors import InvalidInput, UnknownModel
+from antiphon.core.errors import InvalidInput
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.generation.request import ChatPrompt
 from antiphon.gateway.generation.sampling_fields import MAX_TOKEN_ID
@@ -19,7 +19,7 @@ from antiphon.gateway.openai.schema import MAX_MESSAGES
 from antiphon.gateway.openai.tools import MAX_TOOLS, ToolBody, tools_of
 from antiphon.gateway.text.chat_options import ChatOptions
 
-MAX_TOKENS = 1_048_576
+MAX_TOKENS = 262_144
 
 
 class TokenizeBody(BaseModel):
@@ -58,7 +58,7 @@ def add_text_routes(app: FastAPI, gateway: Gateway) -> None:
             ids = await _ids(gateway, body)
             answer: dict[str, Any] = {"count": len(ids), "max_model_len": gateway.max_model_len(body.model), "tokens": list(ids)}
             if body.return_token_strs:
-                answer["token_strs"] = [gateway.models[body.model].token_text(token_id).text for token_id in ids]
+                answer["token_strs"] = await gateway.texts_of(body.model, ids)
         except Exception as error:  # noqa: BLE001 - the door: whatever happens, the client gets OpenAI's error shape
             gateway.refused(error, raw.get("model"))
             return error_response(error)
@@ -71,9 +71,7 @@ def add_text_routes(app: FastAPI, gateway: Gateway) -> None:
             gateway.keys.check(request.headers.get("authorization"))
             raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
             body, ignored = parse_tolerant(DetokenizeBody, raw, gateway.config.unknown_fields)
-            if body.model not in gateway.models:
-                raise UnknownModel(f"the model {body.model!r} does not exist", "model")
-            text = gateway.models[body.model].decode(body.tokens, skip_special_tokens=False)
+            text = await gateway.text_of(body.model, body.tokens)
         except Exception as error:  # noqa: BLE001 - the door, as above
             gateway.refused(error, raw.get("model"))
             return error_response(error)
@@ -83,10 +81,8 @@ def add_text_routes(app: FastAPI, gateway: Gateway) -> None:
 async def _ids(gateway: Gateway, body: TokenizeBody) -> tuple[int, ...]:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidInput("one of prompt and messages is needed", "prompt")
-    if body.model not in gateway.models:
-        raise UnknownModel(f"the model {body.model!r} does not exist", "model")
     if body.prompt is not None:
-        return gateway.models[body.model].encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        return await gateway.text_ids(body.model, body.prompt, add_special_tokens=body.add_special_tokens is not False)
     tools = tools_of(body.tools or [])
     prompt = ChatPrompt(
         messages=tuple(message.message() for message in body.messages or ()),

@@ -5,7 +5,6 @@ Must not know: HTTP, or how models write calls.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from antiphon.core.errors import InvalidInput
+from antiphon.gateway.json_text import read_json_text
 from antiphon.gateway.text.chat_options import AnswerShape, Tool, ToolChoice
 
 MAX_TOOLS = 256
@@ -123,7 +123,7 @@ def _as_schema(value: object) -> object:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return read_json_text(value)
     except ValueError as error:
         raise ValueError(f"not valid JSON: {error}") from error
 

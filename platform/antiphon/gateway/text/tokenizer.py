@@ -89,7 +89,7 @@ class TextModel:
         self.eos_token_ids = frozenset(eos_token_ids)
         special = {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self.special_token_ids = frozenset(special)
-        self._markers = ControlMarkers(special.values())
+        self._markers = _control_markers(tokenizer, special.values())
         self._literal_ids = _literal_ids(tokenizer) if self._byte_level else frozenset()
         self.special_tokens: Mapping[str, int] = {
             token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
@@ -154,10 +154,25 @@ class TextModel:
             ContextLengthExceeded: it has far more than ``max_tokens`` tokens.
         """
         if max_tokens is not None:
-            self._refuse_longer(text, max_tokens)
+            self.refuse_longer(text, max_tokens)
         return self._ids(self._tokenizer, text, add_special_tokens=add_special_tokens)
 
-    def _refuse_longer(self, text: str, max_tokens: int) -> None:
+    def beginning(self, text: str, num_tokens: int) -> str:
+        """The text, or as much of it as holds more than ``num_tokens`` tokens. Raises InvalidInput."""
+        counted = 0
+        for start in range(0, len(text) - _PIECE_CHARS, _PIECE_CHARS):
+            piece = text[start : start + _PIECE_CHARS]
+            counted += max(0, len(self._ids(self._tokenizer, piece, add_special_tokens=False)) - _CUT_TOKENS)
+            if counted > num_tokens:
+                return text[: start + _PIECE_CHARS]
+        return text
+
+    def refuse_longer(self, text: str, max_tokens: int) -> None:
+        """Refuse, at little cost, a text that has far more than ``max_tokens`` tokens.
+
+        Raises:
+            InvalidInput, ContextLengthExceeded: as ``encode``.
+        """
         if len(text) <= _PIECE_CHARS:
             return
         if self._longest_token is None:
@@ -205,19 +220,26 @@ class TextModel:
         variables: Mapping[str, Any] | None = None,
     ) -> tuple[int, ...]:
         """Token ids of a chat; the template writes special tokens itself, and what clients write is text."""
-        guarded, breaker = self.guard(messages)
-        text = self.render_chat(guarded, add_generation_prompt=add_generation_prompt, variables=variables)
+        guarded, shown, breaker = self.guard(messages, variables or {})
+        text = self.render_chat(guarded, add_generation_prompt=add_generation_prompt, variables=shown)
         return self.encode_rendered(text, breaker)
 
-    def guard(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str | None]:
-        """Messages as a template may see them, and what ``encode_rendered`` needs to know of it.
+    def guard(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+    ) -> tuple[list[dict[str, Any]], dict[str, Any], str | None]:
+        """Messages and variables as a template may see them, and what ``encode_rendered`` needs to know of it.
 
         Raises:
             InvalidInput: they hold every character that could break a marker.
         """
         if not self._markers_are_text:
-            return [dict(message) for message in messages], None
-        return self._markers.guarded(messages)
+            return [dict(message) for message in messages], dict(variables), None
+        return self._markers.guarded(messages, variables)
+
+    def encode_begun(self, text: str, max_tokens: int | None = None) -> tuple[int, ...]:
+        """Token ids of an answer that a client began: its thoughts' markers count, others are text. Raises as ``encode``."""
+        (message,), _, breaker = self.guard([{"role": "assistant", "content": text}], {})
+        return self.encode_rendered(message["content"], breaker, max_tokens)
 
     def encode_rendered(self, text: str, breaker: str | None, max_tokens: int | None = None) -> tuple[int, ...]:
         """Token ids of a rendered chat.
@@ -233,7 +255,7 @@ class TextModel:
         if breaker is None or breaker not in text:
             return self.encode(text, add_special_tokens=False, max_tokens=max_tokens)
         if max_tokens is not None:
-            self._refuse_longer(text, max_tokens)
+            self.refuse_longer(text, max_tokens)
         ids: list[int] = []
         for piece, is_plain in self._markers.pieces(text, breaker):
             ids += self.encode_plain(piece) if is_plain else self._ids(self._tokenizer, piece, add_special_tokens=False)
@@ -242,7 +264,7 @@ class TextModel:
     def encode_plain(self, text: str, *, max_tokens: int | None = None) -> tuple[int, ...]:
         """Token ids of a text in which control markers are text; ``max_tokens`` as ``encode``. Raises InvalidInput."""
         if max_tokens is not None:
-            self._refuse_longer(text, max_tokens)
+            self.refuse_longer(text, max_tokens)
         if self._plain is None:
             plain = Tokenizer.from_str(self._tokenizer.to_str())
             plain.encode_special_tokens = True
@@ -321,6 +343,21 @@ async def in_thread(executor: Executor, num_chars: int, work: Any, *args: Any) -
     if num_chars <= INLINE_CHARS:
         return work(*args)
     return await asyncio.get_running_loop().run_in_executor(executor, work, *args)
+
+
+def _control_markers(tokenizer: Tokenizer, special: Iterable[str]) -> ControlMarkers:
+    normaliser = tokenizer.normalizer
+    normalised = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special and t.normalized]
+    if normaliser is None or not normalised:
+        return ControlMarkers(special)
+
+    def normalise(text: str) -> str:
+        try:
+            return str(normaliser.normalize_str(text))
+        except (UnicodeEncodeError, TypeError):  # half of a surrogate pair: encoding refuses it
+            return text
+
+    return ControlMarkers(special, normalise=normalise, normalised=map(normalise, normalised))
 
 
 def _is_byte_level(tokenizer: Tokenizer) -> bool:

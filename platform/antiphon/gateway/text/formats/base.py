@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from antiphon.gateway.json_text import read_json_text
 from antiphon.gateway.text.chat_options import Tool, ToolCall
 from antiphon.gateway.text.parts import CallArguments, CallBegin, CallEnd, Part, Text, Thought
 
@@ -263,7 +264,7 @@ class CallMachine(ABC):
 def example_arguments(call: ToolCall) -> Any:
     """A call's arguments as a value; what isn't JSON stays text."""
     try:
-        return json.loads(call.arguments) if call.arguments else {}
+        return read_json_text(call.arguments) if call.arguments else {}
     except ValueError:
         return call.arguments
 

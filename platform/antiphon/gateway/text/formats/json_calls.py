@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 
+from antiphon.gateway.json_text import read_json_text
 from antiphon.gateway.text.chat_options import Tool, ToolCall
 from antiphon.gateway.text.formats.base import SPACE, CallMachine, Malformed, Rules, Steps, example_arguments
 
@@ -129,7 +130,7 @@ def any_of(expressions: Sequence[str]) -> str:
 
 def _text_of(raw: str) -> str | None:
     try:
-        value = json.loads(raw)
+        value = read_json_text(raw)
     except ValueError:
         return None
     return value if isinstance(value, str) else None
@@ -141,6 +142,6 @@ def _unquoted(raw: str) -> str:
     if inner is None:
         return raw
     try:
-        return inner if isinstance(json.loads(inner), Mapping) else raw
+        return inner if isinstance(read_json_text(inner), Mapping) else raw
     except ValueError:
         return raw

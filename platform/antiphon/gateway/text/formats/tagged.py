@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from antiphon.gateway.json_text import read_json_text
 from antiphon.gateway.text.chat_options import Tool, ToolCall
 from antiphon.gateway.text.formats.base import CallMachine, Malformed, Rules, Steps, example_arguments, one_or_more
 from antiphon.gateway.text.formats.json_calls import any_of
@@ -142,7 +143,7 @@ class TaggedMachine(CallMachine):
         schema = properties_of(known).get(key) if known is not None else None
         if not is_text(schema):
             try:
-                return json.dumps(json.loads(raw), ensure_ascii=False)
+                return json.dumps(read_json_text(raw), ensure_ascii=False)
             except ValueError:
                 pass
         return json.dumps(raw, ensure_ascii=False)
