@@ -6,7 +6,8 @@ FROM ${BASE} AS build
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/antiphon
 ENV PATH=/opt/antiphon/bin:$PATH
-COPY deploy/constraints.txt /src/constraints.txt
+COPY deploy/constraints.txt deploy/images/requirements.lock /src/
+RUN pip install --no-cache-dir --require-hashes --no-deps -r /src/requirements.lock
 RUN pip install --no-cache-dir -c /src/constraints.txt torch
 COPY pyproject.toml README.md LICENSE /src/
 COPY platform /src/platform

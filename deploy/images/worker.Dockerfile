@@ -7,7 +7,9 @@ FROM ${BASE} AS build
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/antiphon
 ENV PATH=/opt/antiphon/bin:$PATH
-COPY deploy/constraints.txt /src/constraints.txt
+COPY deploy/constraints.txt deploy/images/requirements.lock /src/
+# By version and by hash, whatever index or mirror it comes from.
+RUN pip install --no-cache-dir --require-hashes --no-deps -r /src/requirements.lock
 # torch for processors only: the default one brings some gigabytes of CUDA libraries along.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --no-cache-dir -c /src/constraints.txt --index-url ${TORCH_INDEX} torch

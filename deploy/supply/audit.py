@@ -51,7 +51,7 @@ def audit(client: httpx.Client, pins: Sequence[tuple[str, str]], ignored: Mappin
     try:
         vulnerable = found(client, pins)
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        say(f"audit: SKIPPED, OSV can't be asked: {type(error).__name__}: {error}")
+        say(f"audit: SKIPPED, OSV can't be asked about {len(pins)} packages: {type(error).__name__}: {error}")
         return 0
     left = {pin: [i for i in ids if i not in ignored] for pin, ids in vulnerable.items()}
     for pin, ids in left.items():

@@ -67,6 +67,26 @@ def test_every_runtime_dependency_is_pinned() -> None:
     assert not {name for name in missing if not name.startswith(("nvidia-", "cuda-", "triton"))}, missing
 
 
+def test_images_install_by_hash_what_is_pinned_and_all_of_it() -> None:
+    lock = (ROOT / "deploy/images/requirements.lock").read_text()
+    assert "://" not in lock
+    pins = dict(script("audit").pinned((ROOT / "deploy/constraints.txt").read_text()))
+    pins = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
+    locked = {}
+    for entry in script("lock").entries(lock):
+        matched = re.match(r"([a-z0-9-]+)==([^ ;]+)", entry)
+        assert matched is not None, entry
+        assert re.findall(r"--hash=sha256:[0-9a-f]{64}\b", entry), matched[1]
+        locked[matched[1]] = matched[2]
+    assert {name: pins.get(name) for name in locked} == locked
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [need for extra in script("lock").EXTRAS for need in project["optional-dependencies"][extra]]
+    wanted = {re.split(r"[\[><=;]", need)[0].strip().lower().replace("_", "-") for need in [*project["dependencies"], *extras]}
+    assert wanted - {"torch"} <= locked.keys()
+    for name in ("worker", "worker-gpu"):
+        assert "--require-hashes" in (ROOT / f"deploy/images/{name}.Dockerfile").read_text()
+
+
 @pytest.mark.parametrize(
     ("results", "ignored", "status", "told"),
     [
