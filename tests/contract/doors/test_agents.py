@@ -252,9 +252,12 @@ async def test_expensive_shapes_end_by_name_and_delay_nobody(tmp_path: Path) -> 
 
         done = asyncio.Event()
         other = asyncio.create_task(others())
-        for name, fields, field in COSTLY:
+        for name, fields, named in COSTLY:
+            field = named
             with pytest.raises(openai.BadRequestError) as refused:
                 await client.chat.completions.create(model="tiny", messages=QUESTION, timeout=20, **fields)
+            if name.endswith("depth"):  # refused before anything is made of the body: by its first field
+                field = field.partition(".")[0].partition("[")[0]
             assert refused.value.param == field, (name, refused.value)
         done.set()
         waits = await other
