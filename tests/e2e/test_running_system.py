@@ -44,7 +44,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
 
 
 class System:
-    def __init__(self, base: Path, collector: Collector) -> None:
+    def __init__(self, base: Path, collector: Collector, num_blocks: int = 256, **model: Any) -> None:
         self.collector = collector
         self.checkpoint = write_tiny_llama(base / "model")
         self.run_dir = base / "run"
@@ -55,14 +55,14 @@ class System:
                 "kind": "LLMDeployment",
                 "metadata": {"name": "tiny"},
                 "spec": {
-                    "model": {"uri": str(self.checkpoint)},
+                    "model": {"uri": str(self.checkpoint), **model},
                     "topology": "pd-afd",
                     "pools": [
                         {"name": "prefill", "role": "prefill"},
                         {"name": "attention", "role": "attention", "replicas": 2},
                         {"name": "ffn", "role": "ffn", "replicas": 2},
                     ],
-                    "cache": {"numBlocks": 256},
+                    "cache": {"numBlocks": num_blocks},
                     "scheduler": {
                         "maxNumSeqs": 16,
                         "maxQueuedRequests": 24,
