@@ -12,6 +12,8 @@ from typing import Any
 
 import httpx
 
+from antiphon.gateway.openai.http_io import ClientBound
+
 _path = Path(__file__).parents[1] / "contract" / "doors" / "fake_engine.py"
 _spec = importlib.util.spec_from_file_location("doors_fake_engine", _path)
 assert _spec is not None
@@ -170,3 +172,22 @@ async def test_a_long_query_is_not_tokenized_once_for_each_document(tmp_path: Pa
         assert cut.status_code == 200, cut.text[:200]
         assert time.process_time() - started < 5.0, "seconds of processor for what has no answer"
     assert late < LATE_S
+
+
+async def test_an_answer_that_is_late_before_its_first_byte_is_a_timeout_and_no_fault_of_ours() -> None:
+    """Under overload the last bound of time can end an answer that has not begun: the server said 500 then."""
+    sent: list[Any] = []
+
+    async def produce(scope: Any, receive: Any, send: Any) -> None:
+        async with asyncio.timeout(0):
+            await asyncio.Event().wait()
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await ClientBound(produce)({"type": "http"}, receive, send)
+    assert sent[0]["status"] == 504
+    assert json.loads(sent[1]["body"])["error"]["code"] == "deadline_exceeded"

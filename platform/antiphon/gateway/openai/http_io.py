@@ -19,7 +19,16 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from antiphon.core.errors import AntiphonError, Cancelled, InternalError, InvalidInput, Overloaded, Unauthenticated, Unavailable
+from antiphon.core.errors import (
+    AntiphonError,
+    Cancelled,
+    DeadlineExceeded,
+    InternalError,
+    InvalidInput,
+    Overloaded,
+    Unauthenticated,
+    Unavailable,
+)
 from antiphon.gateway.generation.request import MAX_REQUEST_ID_CHARS
 from antiphon.gateway.openai.answers import error_body
 from antiphon.telemetry import log_context
@@ -150,7 +159,14 @@ class ClientBound(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the work beside a watch on the connection."""
-        work = asyncio.ensure_future(self._produce(scope, receive, send))
+        has_begun = False
+
+        async def begin(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        work = asyncio.ensure_future(self._produce(scope, receive, begin))
         watch = asyncio.create_task(_disconnected(receive))
         try:
             await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
@@ -158,6 +174,9 @@ class ClientBound(Response):
             for task in (work, watch):
                 task.cancel()
             results = await asyncio.gather(work, watch, return_exceptions=True)
+        if isinstance(results[0], TimeoutError) and not has_begun:  # late, on a machine that does too much else
+            await error_response(DeadlineExceeded("the request's deadline has passed"))(scope, receive, send)
+            return
         if isinstance(results[0], Exception) and not isinstance(results[0], OSError):
             raise results[0]
 
