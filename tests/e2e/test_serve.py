@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -53,7 +53,7 @@ def _model() -> None:
 class Serve:
     """A running command in surroundings of its own: home, temporary directory, and a mark that all its processes inherit."""
 
-    def __init__(self, *arguments: str, document: Path = EXAMPLES / "smollm2-pd-afd.yaml", on_terminal: bool = False) -> None:
+    def __init__(self, *arguments: str, document: Path, on_terminal: bool = False, **variables: str) -> None:
         self.mark = uuid.uuid4().hex
         self.home = Path(tempfile.mkdtemp(prefix="at-"))
         self.temp = Path(tempfile.mkdtemp(prefix="at-"))
@@ -64,6 +64,7 @@ class Serve:
             "TMPDIR": str(self.temp),
             "ANTIPHON_CACHE": str(cache_root()),
             "ANTIPHON_TEST_MARK": self.mark,
+            **variables,
         }
         command = [sys.executable, "-m", "antiphon", "serve", "-f", str(document), "--http-port", "0", "--grpc-port", "0"]
         ours, theirs = pty.openpty() if on_terminal else os.pipe()
@@ -102,12 +103,7 @@ class Serve:
 
     def processes(self) -> list[psutil.Process]:
         """Every living process that carries the mark, whoever its parent is now."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("ANTIPHON_TEST_MARK") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+        return marked(self.mark)
 
     def leftovers(self) -> list[str]:
         """What is still there: processes, files, shared memory."""
@@ -118,9 +114,7 @@ class Serve:
         return left
 
     def close(self) -> None:
-        for process in self.processes():
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+        end_marked(self.mark)
         self.process.wait(30)
         self._reader.join(10)
         self._output.close()
@@ -137,6 +131,15 @@ class Serve:
             self._changed.notify_all()
 
 
+def marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("ANTIPHON_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
 def is_mapped(path: str) -> bool:
     """Whether a living process uses this memory. Ours must have ended, so it is another program's of this machine."""
     for maps in Path("/proc").glob("[0-9]*/maps"):
@@ -147,8 +150,10 @@ def is_mapped(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def serve(*arguments: str, document: Path = EXAMPLES / "smollm2-pd-afd.yaml", on_terminal: bool = False) -> Iterator[Serve]:
-    running = Serve(*arguments, document=document, on_terminal=on_terminal)
+def serve(
+    *arguments: str, document: Path = EXAMPLES / "smollm2-pd-afd.yaml", on_terminal: bool = False, **variables: str
+) -> Iterator[Serve]:
+    running = Serve(*arguments, document=document, on_terminal=on_terminal, **variables)
     try:
         yield running
     finally:
@@ -171,8 +176,8 @@ class Doors:
 
 @pytest.fixture(scope="module")
 def doors() -> Iterator[Doors]:
-    """Three pools on Ray Serve, started at a terminal; shared by the tests that only look or ask."""
-    with serve(on_terminal=True) as running:
+    """Three pools on Ray Serve, started at a terminal, with the dashboard; shared by the tests that only look or ask."""
+    with serve("--dashboard", on_terminal=True) as running:
         yield Doors.of(running)
 
 
@@ -197,10 +202,79 @@ def without_model(directory: Path) -> Path:
 
 
 def assert_nothing_left(running: Serve) -> None:
-    deadline = time.monotonic() + 10
-    while running.leftovers() and time.monotonic() < deadline:
+    assert_empty(running.leftovers, within_s=10)
+
+
+def assert_empty(look: Callable[[], list[str]], within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while look() and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert running.leftovers() == []
+    assert look() == []
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """A Ray of a person's own, as ``ray start`` makes it."""
+
+    address: str
+    home: Path
+    mark: str
+
+    def status(self) -> str:
+        variables = {"HOME": str(self.home), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+        return run(f"ray status --address {self.address}", **variables)
+
+    def replicas(self) -> list[str]:
+        """Processes that serve something of ours there."""
+        titles = [" ".join(process.cmdline()) for process in marked(self.mark)]
+        return [title for title in titles if "ServeReplica:antiphon" in title]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """One for all tests that join; it listens on loopback alone."""
+    mark, home = uuid.uuid4().hex, Path(tempfile.mkdtemp(prefix="at-"))
+    try:
+        yield Cluster(start_ray(home, mark), home, mark)
+    finally:
+        end_marked(mark)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def start_ray(home: Path, mark: str, num_attempts: int = 3) -> str:
+    """The address of a head started here. Ray gives a start half a minute, which a busy machine may need more of."""
+    environment = {**os.environ, "HOME": str(home), "ANTIPHON_TEST_MARK": mark, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    said: list[str] = []
+    for _ in range(num_attempts):
+        port, client_port = free_ports(2)
+        options = [
+            *("--head", "--num-cpus", "8", "--object-store-memory", "80000000", "--include-dashboard", "false"),
+            *("--node-ip-address", "127.0.0.1", "--port", str(port), "--ray-client-server-port", str(client_port)),
+            *("--dashboard-agent-listen-port", "0", "--temp-dir", str(home / "r"), "--disable-usage-stats"),
+        ]
+        log = home / "ray.log"
+        with log.open("w") as file:  # no pipe: those who stay would hold it open
+            command = [str(Path(sys.executable).parent / "ray"), "start", *options]
+            done = subprocess.run(command, env=environment, stdout=file, stderr=file, timeout=180)
+        if done.returncode == 0:
+            return f"127.0.0.1:{port}"
+        said.append(log.read_text())
+        end_marked(mark)
+    pytest.fail("".join(said))
+
+
+def end_marked(mark: str) -> None:
+    for process in marked(mark):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def free_ports(number: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        taken = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for each in taken:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in taken]
 
 
 # ---- while it serves
@@ -229,16 +303,39 @@ def test_nothing_of_ray_reaches_the_terminal(doors: Doors) -> None:
     assert not re.search(r"(?i)raylet|INFO|WARN|traceback|gcs_server", doors.serve.output)
 
 
+def test_rays_own_commands_work_as_printed(doors: Doors) -> None:
+    (ray_status, serve_status) = printed_commands(doors.serve)
+    assert re.search(r"\d+(\.\d+)?/\d+(\.\d+)? CPU", run(ray_status))
+    assert yaml.safe_load(run(serve_status))["applications"]["antiphon"]["status"] == "RUNNING"
+
+
 def test_nothing_listens_beyond_this_machine(doors: Doors) -> None:
-    """Ray's own processes and Serve's replicas included; the document asks for no other address."""
+    """Ray's own processes, its dashboard and Serve's replicas included; the document asks for no other address."""
+    assert_on_loopback(doors.serve.processes())
+
+
+def assert_on_loopback(processes: list[psutil.Process]) -> None:
     found = []
-    for process in doors.serve.processes():
+    for process in processes:
         with contextlib.suppress(psutil.Error):
             found += [
                 (process.name(), c.laddr.ip, c.laddr.port) for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN
             ]
     assert len(found) > 5
     assert not [each for each in found if not is_loopback(each[1])]
+
+
+def printed_commands(running: Serve) -> list[str]:
+    return re.findall(r"(?m)^Ray +(.*\S)", running.output)
+
+
+def run(command: str, **variables: str) -> str:
+    """What a person sees who types it into a shell without any of Ray's variables."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **variables}
+    result = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 def is_loopback(address: str) -> bool:
@@ -319,6 +416,22 @@ def test_sigterm_lets_a_running_request_end(tmp_path: Path) -> None:
             running.process.send_signal(signal.SIGTERM)
             assert [c["finish_reason"] for e in events for c in e["choices"]][-1] == "length"
         assert running.wait() == 0
+        assert_nothing_left(running)
+
+
+def test_streams_end_first_when_ray_loses_its_control_process_and_the_end_names_it(tmp_path: Path) -> None:
+    with serve(document=make_document(tmp_path)) as running:
+        doors = Doors.of(running)
+        body = {"model": "smollm2", "prompt": "Once upon a time", "max_tokens": 40, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{doors.http}/v1/completions", json=body, timeout=120) as response:
+            events = (json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {"))
+            next(events)
+            (control,) = [process for process in running.processes() if process.name() == "gcs_server"]
+            control.kill()
+            running.wait_for("error: Ray's control process gcs_server was killed by SIGKILL", STOP_S)
+            rest = list(events)
+            assert [c["finish_reason"] for e in rest for c in e.get("choices", ())][-1:] == ["length"], rest[-1]
+        assert running.wait() == 1
         assert_nothing_left(running)
 
 
@@ -406,3 +519,43 @@ def test_workers_register_in_the_redis_that_the_document_names(tmp_path: Path) -
     finally:
         server.kill()
         server.wait(10)
+
+
+# ---- on a Ray that runs already
+
+
+def test_a_running_ray_is_joined_and_left_running(cluster: Cluster, tmp_path: Path) -> None:
+    variables = {"HOME": str(cluster.home)}
+    with serve("--ray-address", cluster.address, document=make_document(tmp_path)) as running:
+        doors = Doors.of(running)
+        client = openai.OpenAI(base_url=f"{doors.http}/v1", api_key="none")
+        answer = client.completions.create(model="smollm2", prompt="The capital of France is", max_tokens=4, temperature=0)
+        assert "Paris" in answer.choices[0].text
+        assert len(cluster.replicas()) == 2  # the pool's and the gateway's
+        assert re.search(r"\d+(\.\d+)?/8\.0 CPU", run(printed_commands(running)[0], **variables))
+        assert_on_loopback([*running.processes(), *marked(cluster.mark)])
+        running.process.send_signal(signal.SIGINT)
+        assert running.wait() == 0
+        assert_nothing_left(running)
+    assert_empty(cluster.replicas, within_s=10)
+    assert "Active:" in cluster.status()
+
+
+@LINUX
+def test_a_joined_ray_keeps_nothing_of_a_command_that_is_killed(cluster: Cluster, tmp_path: Path) -> None:
+    with serve(document=make_document(tmp_path), RAY_ADDRESS=cluster.address) as running:
+        Doors.of(running)
+        running.process.kill()
+        running.process.wait(30)
+        assert_empty(lambda: [p.name() for p in running.processes()], within_s=30)
+        assert_empty(cluster.replicas, within_s=60)
+        assert [path for path in running.temp.iterdir() if path.name.startswith("antiphon-")] == []
+    assert "Active:" in cluster.status()
+
+
+def test_an_address_without_a_ray_is_said_at_once(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    with serve("--ray-address", f"127.0.0.1:{port}", document=make_document(tmp_path)) as running:
+        assert running.wait() == 1
+        assert re.search(rf"error: --ray-address: no Ray at 127.0.0.1:{port} .*`ray start --head`", running.output)
+        assert_nothing_left(running)

@@ -13,11 +13,13 @@ import asyncio
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 from ray import serve
 from ray.serve import Application
 
+from antiphon.apps.on_ray.joining import take_environment
 from antiphon.apps.serve.door_thread import DoorThread
 from antiphon.apps.serve.ray_runtime import keep_serve_on_loopback
 from antiphon.coe.serving.app import CoeConfig, run_coe
@@ -97,6 +99,7 @@ class CoeReplica:
     """The Serve deployment's class. Its constructor returns when the doors are open."""
 
     def __init__(self, args_json: str) -> None:
+        take_environment()
         keep_serve_on_loopback()
         args = CoeArgs.model_validate_json(args_json)
         self._doors = CoeThread(args.config())
@@ -131,12 +134,12 @@ def build(args: Mapping[str, object]) -> Application:
     return router_deployment(checked)
 
 
-def router_deployment(checked: CoeArgs) -> Application:
-    """The routers as an application, or as a part of one."""
+def router_deployment(checked: CoeArgs, options: Mapping[str, Any] | None = None) -> Application:
+    """The routers as an application, or as a part of one; ``options`` are Ray actor options besides its own."""
     deployment = serve.deployment(
         name=ROUTER,
         num_replicas=checked.num_replicas,
-        ray_actor_options={"num_cpus": ROUTER_CPU},
+        ray_actor_options={"num_cpus": ROUTER_CPU, **(options or {})},
         health_check_period_s=2.0,
         health_check_timeout_s=15.0,
         graceful_shutdown_wait_loop_s=0.05,  # requests do not pass through Serve: there is nothing to wait for

@@ -101,14 +101,18 @@ def _limits(settings: ServeSettings) -> dict[str, Any]:
     }
 
 
-def application_of(serving: Serving, settings: ServeSettings, run_dirs: Mapping[str, str]) -> Application:
+def application_of(
+    serving: Serving, settings: ServeSettings, run_dirs: Mapping[str, str], options: Mapping[str, Any] | None = None
+) -> Application:
     """Documents that are served together as one application: their pools, the routers, and one gateway before them.
 
     Args:
         serving: the documents, their models resolved.
         settings: how processes are run; with a run directory and the directory's address.
         run_dirs: run directory of each deployment.
+        options: Ray actor options of every replica, besides their own.
     """
+    options = options or {}
     limits = _limits(settings)
     others: list[Application] = []
     for document in serving.deployments:
@@ -122,7 +126,7 @@ def application_of(serving: Serving, settings: ServeSettings, run_dirs: Mapping[
             deployment = serve.deployment(
                 name=f"pool-{name}-{pool.name}",
                 num_replicas=pool.num_replicas,
-                ray_actor_options=pool.actor_options(pinned=False, sized=False),
+                ray_actor_options={**pool.actor_options(pinned=False, sized=False), **options},
                 **limits,
             )(PoolReplica)
             others.append(deployment.bind(document.model_dump_json(by_alias=True), pool.name, mine, tier_pool_json))
@@ -138,9 +142,9 @@ def application_of(serving: Serving, settings: ServeSettings, run_dirs: Mapping[
             grpc_port=0,
             start_timeout_s=settings.start_timeout_s,
         )
-        others.append(router_deployment(args))
+        others.append(router_deployment(args, options))
     gateway = serve.deployment(
-        name=GATEWAY, num_replicas=serving.endpoint.replicas, ray_actor_options={"num_cpus": GATEWAY_CPU}, **limits
+        name=GATEWAY, num_replicas=serving.endpoint.replicas, ray_actor_options={"num_cpus": GATEWAY_CPU, **options}, **limits
     )(SetGatewayReplica)
     application: Application = gateway.bind(serving.to_json(), settings, routing, *others)
     return application

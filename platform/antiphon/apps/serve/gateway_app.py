@@ -10,14 +10,17 @@ from __future__ import annotations
 import asyncio
 import os
 import ssl
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from antiphon.apps.on_ray.joining import take_environment
 from antiphon.apps.process.config import LogSettings
 from antiphon.apps.serve.deployment_set import Serving
 from antiphon.apps.serve.door_thread import DoorThread, OnBound
 from antiphon.apps.serve.plan import GATEWAY, ServeSettings
 from antiphon.apps.serve.ray_runtime import keep_serve_on_loopback
+from antiphon.apps.serve.stop_signals import wait_for_stop
 from antiphon.apps.supervision.event_log import EventLog, Fact
 from antiphon.coe.serving.doors.expert_key import check_key_host
 from antiphon.core.document.coe.experts import ExternalEndpoint
@@ -178,6 +181,7 @@ class GatewayReplica:
     """The Serve deployment's class. Its constructor returns when the doors are open."""
 
     def __init__(self, document_json: str, settings: ServeSettings, *_pools: object) -> None:
+        take_environment()
         from antiphon.apps.serve.directory_actor import directory_address  # needs Ray, which the direct kind leaves out
 
         document = LLMDeployment.model_validate_json(document_json)
@@ -201,6 +205,13 @@ class GatewayReplica:
             raise
         if event_log is not None:
             event_log.write("ready", GATEWAY, pid=os.getpid(), facts=port_facts(bound))
+            threading.Thread(target=self._close_when_told, args=(Path(settings.run_dir or ""),), daemon=True).start()
+
+    def _close_when_told(self, run_dir: Path) -> None:
+        """End as at a stop by Serve, when Serve can't ask for it any more."""
+        wait_for_stop(run_dir)
+        self._gateway.close()
+        EventLog(run_dir).write("exited", GATEWAY, pid=os.getpid())
 
     async def check_health(self) -> None:
         """Serve's probe: raises when the gateway has stopped by itself."""
@@ -215,5 +226,6 @@ class SetGatewayReplica(GatewayReplica):
 
     def __init__(self, serving_json: str, settings: ServeSettings, routing: Routing, *_others: object) -> None:
         assert settings.directory is not None
+        take_environment()
         config = serving_config(Serving.from_json(serving_json), drain_s=settings.drain_s, routing=routing)
         self._open(config, settings.directory, settings)

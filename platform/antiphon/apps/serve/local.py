@@ -6,7 +6,6 @@ ready, where, and what went wrong stands in the event log of the run directory. 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import os
@@ -16,15 +15,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import httpx
+import psutil
 
 from antiphon.apps.serve.deployment_set import Serving
 from antiphon.apps.serve.gateway_app import GatewayThread, door_trust, door_url, port_facts, serving_config
 from antiphon.apps.serve.plan import GATEWAY, GATEWAY_CPU, PoolTemplate, ServeSettings, plan_serve
-from antiphon.apps.serve.ray_runtime import ApplicationState, RayRuntime
+from antiphon.apps.serve.ray_runtime import ApplicationState, RayRuntime, RayView
+from antiphon.apps.serve.stop_signals import make_stop_pipe, tell_to_stop
 from antiphon.apps.supervision.child_process import RUNTIME_VARIABLES
+from antiphon.apps.supervision.directory_hosting import DirectoryHosting
 from antiphon.apps.supervision.event_log import EventLog, EventLogEntry
 from antiphon.apps.supervision.fork_server import ForkServer
 from antiphon.apps.supervision.supervisor import DEFAULT_ARGV, RestartLimits, SupervisorState, WorkerSupervisor
@@ -33,15 +35,14 @@ from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import AntiphonError, InvalidInput, Unavailable
 from antiphon.core.identity import own_identity
 from antiphon.directory.lease import BlockingDirectory
-from antiphon.directory.memory import MemoryDirectory, open_directory
+from antiphon.directory.memory import open_directory
 from antiphon.gateway.config import BoundPorts
-from antiphon.rpc.directory.service import DirectoryServer
 
 Say = Callable[[str], None]
 
 _APPLICATION = "antiphon"
 _LOOK_S = 5.0  # between two questions to Serve
-_HOSTING_DEADLINE_S = 10.0
+_GATEWAY_MARGIN_S = 10.0  # for its end, beyond that of the requests
 _READY_S = 2.0  # for the gateway to say whether it is ready
 
 
@@ -209,13 +210,22 @@ class RayDeployment:
         plans = [plan_serve(one) for one in self._serving.deployments]
         num_routers = max((c.spec.router.replicas for c in self._serving.compositions), default=0)
         num_cpus = sum(plan.num_cpus for plan in plans) + (num_routers + self._serving.endpoint.replicas) * GATEWAY_CPU
+        self._num_cpus = num_cpus
         # One processor more than the replicas reserve is for Serve's own actors.
-        self._runtime = RayRuntime(run_dir, num_cpus=num_cpus + 1, resources={})
+        self._runtime = RayRuntime(
+            run_dir,
+            num_cpus=num_cpus + 1,
+            resources={},
+            address=settings.ray_address,
+            dashboard=settings.ray_dashboard,
+            drain_s=settings.drain_s,
+        )
         own_identity()  # before any process is started: it goes with the environment
         self._host = DirectoryHosting(self._serving.redis_url)
         self._forks: ForkServer | None = None
         self._deployed = False
         self._next_look_s = 0.0
+        self.notes: tuple[str, ...] = ()  # what a person should know about a joined Ray
         self._state = ApplicationState(status="NOT_STARTED")
 
     @property
@@ -226,14 +236,18 @@ class RayDeployment:
     def start(self, say: Say = lambda _text: None) -> None:
         """See ``LocalDeployment``."""
         self._forks = ForkServer.start(self._run_dir, RUNTIME_VARIABLES)  # it imports while Ray starts
-        say("Starting Ray")
+        say("Joining Ray" if self._runtime.is_joined else "Starting Ray")
         with self._event_log.timed("ray"):
             self._runtime.start()
         say("Starting Ray Serve")
+        options = self._look_around() if self._runtime.is_joined else {}
         with self._event_log.timed("serve"):
             self._runtime.start_serve()
+        if self._runtime.is_joined and self._runtime.state(_APPLICATION).status != "NOT_STARTED":
+            raise Unavailable(f"this Ray serves an application {_APPLICATION} already: another `antiphon serve` joined it")
         from antiphon.apps.serve_entry import application_of
 
+        make_stop_pipe(self._run_dir)
         forks = None if self._forks is None else self._forks.address
         settings = dataclasses.replace(self._settings, directory=self._host.address, fork_server=forks)
         run_dirs = {}
@@ -241,11 +255,24 @@ class RayDeployment:
             run_dir = self._serving.run_dir_of(document.metadata.name, self._run_dir)
             run_dir.mkdir(exist_ok=True)
             run_dirs[document.metadata.name] = str(run_dir)
-        self._runtime.deploy(_APPLICATION, application_of(self._serving, settings, run_dirs))
+        self._runtime.deploy(_APPLICATION, application_of(self._serving, settings, run_dirs, options))
         self._deployed = True
+
+    def ray_view(self) -> RayView:
+        """How to look at the Ray that serves; once it was started."""
+        return self._runtime.view
+
+    def _look_around(self) -> dict[str, Any]:
+        """What every replica needs on a Ray of somebody else's."""
+        from antiphon.apps.on_ray.joining import look_at_node, options_for
+
+        node = look_at_node(self._num_cpus)
+        self.notes = tuple(node.warnings())
+        return options_for(node, self._run_dir)
 
     def poll(self) -> bool:
         """See ``LocalDeployment``."""
+        self._runtime.check()
         entries = read_event_logs(self._serving, self._run_dir)
         failed = [entry for entry in entries if entry.kind == "failed"]
         if failed:
@@ -262,7 +289,10 @@ class RayDeployment:
 
     def close(self, *, graceful: bool = True) -> None:
         """See ``LocalDeployment``."""
-        if graceful and self._deployed:
+        if self._runtime.is_lost:
+            if graceful and self._deployed:
+                self._end_requests()
+        elif self._deployed and (graceful or self._runtime.is_joined):  # somebody else's Ray goes on
             with contextlib.suppress(AntiphonError):  # what does not end by itself is ended with Ray
                 self._runtime.delete(_APPLICATION)
         self._deployed = False
@@ -270,6 +300,22 @@ class RayDeployment:
         if self._forks is not None:
             self._forks.close()
         self._host.close()
+
+    @property
+    def is_ray_lost(self) -> bool:
+        """Ray has lost its control process: it ends nothing for us, and this process can't end it in order."""
+        return self._runtime.is_lost
+
+    def _end_requests(self) -> None:
+        """Let gateways close without Ray: when they have, nobody waits for an answer."""
+        tell_to_stop(self._run_dir)
+        deadline = time.monotonic() + self._settings.drain_s + _GATEWAY_MARGIN_S
+        while time.monotonic() < deadline:
+            of_gateways = [entry for entry in EventLog(self._run_dir).read() if entry.subject == GATEWAY]
+            closed = {entry.pid for entry in of_gateways if entry.kind in ("exited", "failed")}
+            if not any(psutil.pid_exists(entry.pid) for entry in of_gateways if entry.pid not in closed):
+                return
+            time.sleep(0.1)
 
 
 def _as_serving(document: LLMDeployment | Serving, checkpoint: str | None) -> Serving:
@@ -290,36 +336,6 @@ def read_event_logs(serving: Serving, run_dir: Path) -> list[EventLogEntry]:
         found = EventLog(serving.run_dir_of(name, run_dir)).read()
         entries += [dataclasses.replace(entry, subject=f"{name}/{entry.subject}") for entry in found]
     return sorted(entries, key=lambda entry: entry.time_s)
-
-
-class DirectoryHosting:
-    """A deployment's directory: the Redis it names, or a store of this process, served to the others.
-
-    Args:
-        redis_url: None = a store of this process.
-    """
-
-    def __init__(self, redis_url: str | None) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        if redis_url is not None:
-            self.address = redis_url
-            return
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="directory-server", daemon=True)
-        self._thread.start()
-        starting = asyncio.run_coroutine_threadsafe(DirectoryServer.start(MemoryDirectory()), self._loop)
-        self._server = starting.result(_HOSTING_DEADLINE_S)
-        self.address = self._server.address
-
-    def close(self) -> None:
-        """Stop serving; idempotent."""
-        loop, self._loop = self._loop, None
-        if loop is not None and self._thread is not None:
-            asyncio.run_coroutine_threadsafe(self._server.close(0.0), loop).result(_HOSTING_DEADLINE_S)
-            loop.call_soon_threadsafe(loop.stop)
-            self._thread.join(_HOSTING_DEADLINE_S)
-            loop.close()
 
 
 def wait_ready(deployment: LocalDeployment, timeout_s: float) -> None:

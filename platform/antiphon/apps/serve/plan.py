@@ -37,6 +37,8 @@ class ServeSettings:
     max_start_attempts: int = 20  # of a pool's replicas, before Serve gives the application up
     drain_s: float = 20.0
     log: LogSettings = field(default_factory=LogSettings)
+    ray_address: str | None = None  # of a running Ray to join; None = one of this run's own
+    ray_dashboard: bool = False  # with its dashboard
     cards: Mapping[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)  # see apps.devices; empty = Ray deals them out
     fork_server: str | None = None  # its address, on this machine; None = each worker is started from nothing
 

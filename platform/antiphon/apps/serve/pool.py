@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ray import serve
 
+from antiphon.apps.on_ray.joining import take_environment
 from antiphon.apps.serve.directory_actor import directory_address, node_address
 from antiphon.apps.serve.plan import PoolTemplate, ServeSettings
 from antiphon.apps.serve.ray_runtime import keep_serve_on_loopback
@@ -31,6 +32,7 @@ class PoolReplica:
 
     def __init__(self, document_json: str, pool: str, settings: ServeSettings, tier_pool_json: str = "") -> None:
         """``tier_pool_json``: the experts that share the worker's process; "" = none."""
+        take_environment()
         keep_serve_on_loopback()
         self._tier_pool = TierPool.from_value(json.loads(tier_pool_json)) if tier_pool_json else None
         self._document = LLMDeployment.model_validate_json(document_json)

@@ -1,11 +1,13 @@
 """A Ray cluster of this machine alone with Ray Serve on it, private to one process: start, deploy, observe, stop (control speed).
 
-No dashboard, no usage statistics, no files outside the run directory, no ports beyond loopback, and nothing printed: callers
-redirect the standard streams while it lives (Ray writes there from native threads). Must not know: documents.
+Or one that runs already, which is joined and left again. Of its own: no dashboard unless asked, no usage statistics, no files
+outside the run directory, no ports beyond loopback, and nothing printed: callers redirect the standard streams while it lives (Ray
+writes there from native threads). Must not know: documents.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import ipaddress
@@ -23,7 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from antiphon.apps.serve.host import check_private, end_descendants, ray_dir
+from antiphon.apps.on_ray.control import CONTROL, ControlLost, ControlWatch
+from antiphon.apps.on_ray.joining import is_loopback_only
+from antiphon.apps.serve.host import check_private, end_descendants, open_private, ray_dir
 from antiphon.core.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -33,6 +37,11 @@ _OBJECT_STORE_BYTES = 80_000_000  # the smallest that Ray takes; nothing of ours
 
 _START_ATTEMPTS = 2
 _LEFTOVER_GRACE_S = 1.0  # for processes of a failed start
+# Ray's own processes end when its control process has been away for so long; requests in flight may take their drain time before.
+_CONTROL_AWAY = "RAY_gcs_rpc_server_reconnect_timeout_s"
+_CONTROL_AWAY_S = 60
+
+_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 # Read by Ray when it is imported, and by the processes it starts.
 _ENVIRONMENT = {
@@ -45,8 +54,13 @@ _ENVIRONMENT = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
     # Ray takes the loopback address that it is given for a mistake, and puts the machine's own in its place, but where clusters of
     # several machines are turned off. With it, none of its processes listens beyond this machine.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    _LOOPBACK: "0",
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",  # a busy machine takes more than Ray's minute; the start's own deadline holds
 }
+
+
+_WHEN_JOINED = ("RAY_DISABLE_IMPORT_WARNING", "RAY_DEDUP_LOGS", "RAY_SERVE_LOG_TO_STDERR")
+_TOKEN_FILE = "ray-token"  # noqa: S105 - its name
 
 
 def keep_serve_on_loopback() -> None:
@@ -83,6 +97,22 @@ class ApplicationState:
         return self.status == "DEPLOY_FAILED"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayView:
+    """How a person looks at the Ray that serves: its head, its dashboard ("" = none), and variables that its commands need."""
+
+    address: str = ""
+    dashboard: str = ""
+    variables: str = ""
+
+    def commands(self) -> list[str]:
+        """The commands to type."""
+        found = [f"{self.variables}ray status --address {self.address}"]
+        if self.dashboard:
+            found.append(f"{self.variables}serve status --address http://{self.dashboard}")
+        return found
+
+
 class RayRuntime:
     """The cluster; one per process at a time.
 
@@ -90,32 +120,62 @@ class RayRuntime:
         run_dir: takes Ray's own files, in a directory of their own.
         num_cpus: processors that Ray may hand out; more than the machine has is fine, Ray only counts.
         resources: custom resources of the node.
+        address: of a running cluster to join; None = start one.
+        dashboard: start Ray's dashboard with it, on loopback.
+        drain_s: how long requests in flight may take after its control process is lost.
     """
 
-    def __init__(self, run_dir: Path, *, num_cpus: float, resources: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        num_cpus: float,
+        resources: Mapping[str, float],
+        address: str | None = None,
+        dashboard: bool = False,
+        drain_s: float = 0.0,
+    ) -> None:
         self._run_dir = run_dir
         self._num_cpus = math.ceil(num_cpus)
         self._resources = dict(resources)
+        self._address = address
+        self._dashboard = dashboard
         self._ray: ModuleType | None = None
+        self._drain_s = drain_s
+        self._control: ControlWatch | None = None
+        self._has_begun_serve = False
+        self.is_lost = False  # its control process has ended: nothing can be asked of Ray any more
+        self.view = RayView()
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether somebody else started this Ray."""
+        return self._address is not None
 
     def start(self) -> None:
-        """Start Ray, as the only thing that this process has started so far. Raises Unavailable."""
+        """Start Ray, as the only thing that this process has started so far; or join it. Raises Unavailable."""
+        warnings.filterwarnings("ignore", module="ray")
+        if self._address is not None:
+            self._join(self._address)
+            return
         if "ray" not in sys.modules:  # it has read its environment
             os.environ.update(_ENVIRONMENT)
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of this run only, and in no file
-        warnings.filterwarnings("ignore", module="ray")
+            os.environ[_CONTROL_AWAY] = str(_CONTROL_AWAY_S + math.ceil(self._drain_s))
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of this run only
         import ray
 
         self._ray = ray
         others = {process.pid for process in psutil.Process().children()}  # of this run, but none of Ray's
         for attempt in range(_START_ATTEMPTS):
             try:
-                ray.init(
+                context = ray.init(
+                    address="local",
                     num_cpus=self._num_cpus,
                     num_gpus=0,
                     resources=self._resources,
                     object_store_memory=_OBJECT_STORE_BYTES,
-                    include_dashboard=False,
+                    include_dashboard=self._dashboard,
+                    dashboard_host="127.0.0.1",
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                     namespace="antiphon",
@@ -130,7 +190,44 @@ class RayRuntime:
                 end_descendants(_LEFTOVER_GRACE_S, spared=others)
             else:
                 check_private(self._run_dir)
+                self._look(context, self._keep_token())
+                self._control = ControlWatch.of_child(CONTROL)
                 return
+
+    def _join(self, address: str) -> None:
+        names = [*_WHEN_JOINED, *([_LOOPBACK] if is_loopback_only(address) else [])]
+        os.environ.update({name: _ENVIRONMENT[name] for name in names})
+        import ray
+
+        try:
+            context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="antiphon")
+        except Exception as error:
+            raise Unavailable(f"can't join Ray at {address}: {error}") from error
+        self._ray = ray
+        self._look(context, f"{_LOOPBACK}=0 " if _LOOPBACK in names else "")
+        self._control = ControlWatch.of_port(self.view.address)
+
+    def check(self) -> None:
+        """Raise ControlLost once Ray's control process has ended."""
+        if self._control is None:
+            return
+        try:
+            self._control.check()
+        except ControlLost:
+            self.is_lost = True
+            raise
+
+    def _keep_token(self) -> str:
+        """Leave the token where ``ray status`` of this user can read it; the variables that say so."""
+        path = self._run_dir / _TOKEN_FILE
+        with os.fdopen(open_private(path), "w") as file:
+            file.write(os.environ.get("RAY_AUTH_TOKEN", ""))
+        return f"{_LOOPBACK}=0 RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={path} "
+
+    def _look(self, context: Any, variables: str) -> None:
+        self.view = RayView(
+            address=str(context.address_info["gcs_address"]), dashboard=str(context.dashboard_url or ""), variables=variables
+        )
 
     def start_serve(self) -> None:
         """Start Ray Serve without its proxies. Raises Unavailable."""
@@ -138,6 +235,11 @@ class RayRuntime:
         from ray.serve.config import HTTPOptions, ProxyLocation
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        if self.is_joined:
+            context: Any = importlib.import_module("ray.serve.context")
+            if context._get_global_client(raise_if_no_controller_running=False) is not None:
+                return  # what else is served there has set it up
+        self._has_begun_serve = True
         try:
             serve.start(http_options=HTTPOptions(location=ProxyLocation.Disabled))
         except Exception as error:
@@ -183,8 +285,17 @@ class RayRuntime:
             raise Unavailable(f"Ray Serve could not delete {name}: {error}") from error
 
     def stop(self) -> None:
-        """Stop Ray at once; idempotent."""
+        """Stop Ray at once; idempotent. Without its control process it can't be asked to: the host's sweep ends it."""
+        if self.is_lost and self._ray is not None:
+            atexit.unregister(self._ray.shutdown)
+            self._ray = None
         if self._ray is not None:
             ray, self._ray = self._ray, None
+            if self.is_joined and self._has_begun_serve:
+                with contextlib.suppress(Exception):  # whoever uses Serve there by now keeps it
+                    from ray import serve
+
+                    if not serve.status().applications:
+                        serve.shutdown()  # type: ignore[no-untyped-call]
             with contextlib.suppress(Exception):  # whatever is left is ended by the host's sweep
                 ray.shutdown()

@@ -65,6 +65,8 @@ class Ready:
     ports: BoundPorts
     workers: tuple[WorkerRecord, ...]
     entries: tuple[EventLogEntry, ...]
+    ray_commands: tuple[str, ...] = ()  # by which a person looks at Ray
+    notes: tuple[str, ...] = ()  # what they should know of it
 
 
 class ServeSession:
@@ -162,7 +164,11 @@ class ServeSession:
         self._await_gateway(ports)
         self._ready = True
         self._signals.serving()
-        return Ready(ports=ports, workers=workers, entries=tuple(entries))
+        if isinstance(deployment, RayDeployment):
+            commands, notes = tuple(deployment.ray_view().commands()), deployment.notes
+        else:
+            commands, notes = (), ()
+        return Ready(ports=ports, workers=workers, entries=tuple(entries), ray_commands=commands, notes=notes)
 
     def watch(self, show: Show) -> None:
         """Serve until a signal. Raises Unavailable when a pool is given up."""
@@ -181,11 +187,22 @@ class ServeSession:
         if self._deployment is not None:
             # Nobody can be in the middle of a request that was never served.
             self._deployment.close(graceful=self._ready)
-        self._reaper.close()
-        end_descendants(_LEFTOVER_GRACE_S)
+        if self.must_leave_hard:
+            end_descendants(_LEFTOVER_GRACE_S, spared=self._reaper.pids)
+        else:
+            self._reaper.close()
+            end_descendants(_LEFTOVER_GRACE_S)
         take_key_back(self.run_dir)
         self._remove_files()
         self.streams.close()
+
+    @property
+    def must_leave_hard(self) -> bool:
+        """Whether this process has to end by ``os._exit`` once closed: Ray's library in it can't end without its control process.
+
+        The reaper looks after it for replicas that are no descendants.
+        """
+        return isinstance(self._deployment, RayDeployment) and self._deployment.is_ray_lost
 
     def __enter__(self) -> Self:
         return self
@@ -268,7 +285,7 @@ class ServeSession:
     def _force(self) -> None:
         """In the handler of a second signal: end everything now, without touching streams that may be in use.
 
-        The reaper stays until it has seen that nobody is left.
+        The reaper finds who is no descendant: replicas on a Ray that was joined.
         """
         try:
             end_descendants(0.0, spared=self._reaper.pids)

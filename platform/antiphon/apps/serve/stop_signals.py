@@ -4,6 +4,8 @@
     serving:   first signal ends ``wait``
     stopping:  every further signal calls ``force``
 
+Where Ray can't be asked any more, a named pipe of the run directory reaches the processes that it started.
+
 Must not know: what is stopped.
 """
 
@@ -14,9 +16,11 @@ import os
 import select
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PIPE = "stop"
 
 
 class StopRequested(BaseException):
@@ -78,3 +82,19 @@ class StopSignals:
             os.write(self._wake_write, b"x")
         if self._raises:
             raise StopRequested
+
+
+def make_stop_pipe(run_dir: Path) -> None:
+    """The pipe of ``run_dir``, before anybody waits at it."""
+    os.mkfifo(run_dir / _PIPE, 0o600)
+
+
+def wait_for_stop(run_dir: Path) -> None:
+    """Block until ``tell_to_stop``."""
+    (run_dir / _PIPE).read_bytes()  # opening waits for a writer, reading for its end
+
+
+def tell_to_stop(run_dir: Path) -> None:
+    """Wake all who wait for it."""
+    with contextlib.suppress(OSError):  # nobody waits
+        os.close(os.open(run_dir / _PIPE, os.O_WRONLY | os.O_NONBLOCK))

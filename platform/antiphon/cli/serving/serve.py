@@ -6,6 +6,7 @@ Must not know: how anything is started or stopped.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -80,6 +81,11 @@ def serve(
     ] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Keep the logs of all processes here.")] = None,
     log_level: Annotated[LogLevel, typer.Option(help="Level of those logs.")] = LogLevel.INFO,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT|auto", help="Join this running Ray; default: RAY_ADDRESS, or a Ray of its own."),
+    ] = None,
+    dashboard: Annotated[bool, typer.Option("--dashboard", help="Start its Ray with the dashboard, on this machine only.")] = False,
     no_ray: Annotated[bool, typer.Option("--no-ray", help="Start the same processes without Ray.", hidden=True)] = False,
 ) -> None:
     """Serve a model, or documents' pools and compositions over them, on this machine until Ctrl-C."""
@@ -120,6 +126,17 @@ def serve(
             for path in given:
                 print(path.read_text(encoding="utf-8"), end="")
             return
+    from antiphon.apps.on_ray.joining import address_from
+
+    joined = None if no_ray and ray_address is None else address_from(ray_address)
+    for option, is_given, why in (
+        ("--no-ray", no_ray, "starts without Ray"),
+        ("--dashboard", dashboard, "is for a Ray that this command starts; a running one has its own, or none"),
+    ):
+        if is_given and joined is not None:
+            raise InvalidInput(f"{option} {why}: leave out --ray-address (and RAY_ADDRESS)", option)
+    if dashboard and no_ray:
+        raise InvalidInput("--dashboard is Ray's: leave out --no-ray", "--dashboard")
     check(serving)
     from antiphon.apps.process.config import LogSettings
     from antiphon.apps.serve.plan import ServeSettings
@@ -128,10 +145,18 @@ def serve(
     drains = [document.spec.kubernetes.drain_s for document in serving.deployments]
     drain_s = max(drains, default=_DRAIN_S) if drain is None else drain
     settings = ServeSettings(
-        start_timeout_s=timeout, drain_s=drain_s, max_start_attempts=1, log=LogSettings(level=log_level.upper())
+        start_timeout_s=timeout,
+        drain_s=drain_s,
+        max_start_attempts=1,
+        log=LogSettings(level=log_level.upper()),
+        ray_address=joined,
+        ray_dashboard=dashboard,
     )
     with ServeSession(serving, settings, with_ray=not no_ray, log_dir=log_dir) as session:
         status = _run(session, serving, ask)
+    if session.must_leave_hard:
+        sys.stdout.flush()
+        os._exit(status)
     raise SystemExit(status)
 
 
@@ -215,6 +240,8 @@ def _run(session: ServeSession, serving: Serving, ask: str | None) -> int:
 
 
 def _print_ready(console: Console, serving: Serving, ready: Ready) -> None:
+    from rich.text import Text
+
     from antiphon.cli.serving.serve_view import endpoints, expert_table, times_line, worker_table
 
     if serving.deployments:
@@ -225,6 +252,10 @@ def _print_ready(console: Console, serving: Serving, ready: Ready) -> None:
     console.print(times_line(ready.entries, time.time() - psutil.Process().create_time()))
     console.print()
     console.print(endpoints(serving, ready.ports))
+    for note in ready.ray_commands:
+        console.print(Text.assemble(("Ray   ", "bold"), (note, "dim")))
+    for note in ready.notes:
+        console.print(f"note  {note}", style="dim", markup=False)
     console.print()
 
 
