@@ -31,6 +31,7 @@ from antiphon.telemetry import Telemetry, disabled
 
 MODEL = "tiny"
 MAX_MODEL_LEN = 256
+LEASE_S = 600.0  # of workers, which nobody renews
 EOS = "<|im_end|>"
 CORPUS = [
     "The choir answers from the other side of the nave, and the first choir listens.",
@@ -223,7 +224,7 @@ class FakeWorker:
 
     async def register(self, **changes: object) -> None:
         self.info = replace(self.info, **changes)  # type: ignore[arg-type]
-        await self.directory.register(self.info, 600.0)  # which nobody renews
+        await self.directory.register(self.info, LEASE_S)
 
     async def die(self) -> None:
         """The process is gone; its lease isn't yet."""

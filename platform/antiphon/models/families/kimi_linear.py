@@ -11,7 +11,7 @@ from antiphon.models.config import DecoderConfig, DeltaConfig, GateConfig, Laten
 from antiphon.models.families.dense import decoder, dense_ffn
 from antiphon.models.families.fields import activation, refuse
 from antiphon.models.families.sparse import MIXTRAL_NAMES
-from antiphon.models.layers.rope_config import RopeConfig
+from antiphon.models.layers.rope_config import RopeConfig, check_rotary_dim
 
 ARCHITECTURES = ("KimiLinearForCausalLM",)
 
@@ -68,6 +68,7 @@ def _either(raw: Mapping[str, Any], published: str, other: str, default: Any = N
 
 def _latent(raw: Mapping[str, Any]) -> LatentAttentionConfig:
     nope_dim, rope_dim = int(raw["qk_nope_head_dim"]), int(raw["qk_rope_head_dim"])
+    check_rotary_dim(rope_dim, "qk_rope_head_dim")
     q_rank = raw.get("q_lora_rank")
     return LatentAttentionConfig(
         num_heads=int(raw["num_attention_heads"]),

@@ -32,6 +32,9 @@ _KNOWN = frozenset(
 )
 
 
+_MOST_DIMS = 65_536  # a hundred times what any published model has
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
     """Rotary embedding: ``inv_freq`` per pair of dimensions (after scaling) and the factor on cos and sin."""
@@ -92,6 +95,12 @@ def _section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return section
 
 
+def check_rotary_dim(rotary_dim: int, field: str) -> None:
+    """A damaged config's number must not become a table that fills the memory. Raises UnsupportedModel."""
+    if rotary_dim > _MOST_DIMS:
+        raise UnsupportedModel(f"{rotary_dim} rotated dimensions a head are more than {_MOST_DIMS}", field)
+
+
 def rope_config(
     raw: Mapping[str, Any],
     head_dim: int,
@@ -122,6 +131,7 @@ def rope_config(
     classic_theta = raw.get("rope_theta")
     theta = float(scaling.get("rope_theta") or classic_theta or default_theta)
     rotary_dim = int(head_dim * float(scaling.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0))
+    check_rotary_dim(rotary_dim, "head_dim")
     kind = rope_type(scaling)
     inv_freq = [theta ** (-2.0 * i / rotary_dim) for i in range(rotary_dim // 2)]
     if kind == "default":

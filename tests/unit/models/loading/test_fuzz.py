@@ -60,6 +60,13 @@ def test_no_config_raises_anything_else(name: str, data: st.DataObject) -> None:
         return
 
 
+@pytest.mark.parametrize(("name", "field"), [("Llama", "head_dim"), ("DeepseekV3", "qk_rope_head_dim"), ("Gemma3", "head_dim")])
+@pytest.mark.parametrize("number", [10**8, 2**62])
+def test_a_number_of_a_config_fills_no_memory(name: str, field: str, number: int) -> None:
+    with pytest.raises(AntiphonError, match="rotated dimensions"):
+        describe({**RAW[name], field: number})
+
+
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json", "chat_template.jinja")
 
 

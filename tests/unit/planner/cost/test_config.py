@@ -14,6 +14,7 @@ NAMES = {
     "deepseek-v3", "kimi-k2", "qwen3-235b-a22b", "qwen3-32b", "llama-4-maverick", "minimax-m1", "ernie-4.5",
     "pangu-pro-moe", "step-3", "qwen3-30b-a3b", "mixtral-8x7b", "smollm2-135m", "llama-3.1-8b", "llama-3.3-70b", "gpt-oss-20b",
     "gpt-oss-120b", "glm-4.5", "glm-4.5-air", "deepseek-v3.2", "step-3.7-flash", "gemma-2-27b",
+    "kimi-linear-48b-a3b", "qwen3-next-80b-a3b", "qwen3.5-27b",
 }  # fmt: skip
 DENSE = {
     "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
