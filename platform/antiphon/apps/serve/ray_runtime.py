@@ -164,7 +164,7 @@ class RayRuntime:
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of this run only
         import ray
 
-        if self._dashboard:  # its processes leave directories of theirs where temporary files lie; the run directory goes at the end
+        if self._dashboard:  # its processes leave directories where temporary files lie; the run directory goes at the end
             os.environ["TMPDIR"] = str(ray_dir(self._run_dir))
         self._ray = ray
         others = {process.pid for process in psutil.Process().children()}  # of this run, but none of Ray's
