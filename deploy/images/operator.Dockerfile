@@ -12,6 +12,7 @@ RUN pip install --no-cache-dir -c /src/constraints.txt \
 COPY pyproject.toml README.md LICENSE /src/
 COPY platform /src/platform
 COPY operators /src/operators
+COPY deploy/examples /src/deploy/examples
 RUN pip install --no-cache-dir --no-deps --no-build-isolation /src && pip uninstall --yes hatchling pip \
     && find /opt/antiphon -name "__pycache__" -type d -prune -exec rm -rf {} +
 

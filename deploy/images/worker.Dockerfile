@@ -16,6 +16,7 @@ RUN pip install --no-cache-dir -c /src/constraints.txt --index-url ${TORCH_INDEX
 COPY pyproject.toml README.md LICENSE /src/
 COPY platform /src/platform
 COPY operators /src/operators
+COPY deploy/examples /src/deploy/examples
 RUN pip install --no-cache-dir -c /src/constraints.txt "/src[coe,convert,operator]"
 # For every instruction set, the newest that a machine has is taken when a worker starts; a kernel that does not compile ends the build.
 RUN python -m antiphon.models.native.library --into /opt/antiphon/kernels

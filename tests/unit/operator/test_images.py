@@ -7,11 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-IMAGES = Path(__file__).parents[3] / "deploy/images"
+ROOT = Path(__file__).parents[3]
+IMAGES = ROOT / "deploy/images"
 DOCKERFILES = sorted(IMAGES.glob("*.Dockerfile"))
 
 
@@ -21,6 +23,17 @@ def test_an_image_stands_on_an_exact_base_in_two_stages_and_runs_as_nobody_speci
     assert re.search(r"^ARG BASE=\S+:\d+\.\d+\.\d+\S*$", text, re.MULTILINE)
     assert re.findall(r"^FROM (\S+)", text, re.MULTILINE) == ["${BASE}", "${BASE}"]
     assert re.search(r"^USER [1-9]\d*:[1-9]\d*$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)
+def test_an_image_is_given_every_path_that_the_wheel_is_made_of(path: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed = [*wheel["packages"], *wheel["force-include"], project["project"]["readme"], *project["project"]["license-files"]]
+    lines = re.findall(r"^COPY (?!--from)(.+) /src/\S*$", path.read_text(), re.MULTILINE)
+    copied = [source for line in lines for source in line.split()]
+    missing = [each for each in needed if not any(Path(each).is_relative_to(source) for source in copied)]
+    assert missing == []
 
 
 def test_the_operator_runs_on_what_its_image_installs() -> None:
