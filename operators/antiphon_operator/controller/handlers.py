@@ -13,19 +13,18 @@ from typing import Any, cast
 import kopf
 
 from antiphon.core.document.spec import API_VERSION
+from antiphon_operator.controller.label_watch import WATCHED_BY_LABEL, LabelWatch
 from antiphon_operator.controller.observability import OperatorMetrics
-from antiphon_operator.controller.pod_watch import PodWatch
 from antiphon_operator.controller.resync import Resync
 from antiphon_operator.controller.work_queue import Pass, WorkQueue
 from antiphon_operator.kube.base import Kube
-from antiphon_operator.kube.resources import COMPOSITION, LLM_DEPLOYMENT, MODEL_ARTIFACT, POD, RAY_SERVICE, SERVING_POOL
+from antiphon_operator.kube.resources import COMPOSITION, LLM_DEPLOYMENT, MODEL_ARTIFACT, RAY_SERVICE, SERVING_POOL
 from antiphon_operator.reconcile.llm.reconciler import REST_S
 
 Key = tuple[str, str, str]  # kind, namespace, name
 Reconcile = Callable[[str, str], Awaitable[float | None]]
 
 WATCHED = (LLM_DEPLOYMENT, SERVING_POOL, COMPOSITION, MODEL_ARTIFACT, RAY_SERVICE)
-WATCHED_BY_LABEL = (POD,)
 _OURS = (LLM_DEPLOYMENT.kind, COMPOSITION.kind, MODEL_ARTIFACT.kind)
 _LOG = logging.getLogger(__name__)
 
@@ -70,7 +69,11 @@ class Controller:
         self._queue: WorkQueue[Key] = WorkQueue(self._reconcile, num_workers=num_workers, on_pass=self._passed)
         self._compositions: set[Key] = set()
         self._resync = None if resting is None else resting(self._unsettled, self._looked)
-        self._pods = None if kube is None else PodWatch(kube, namespaces=self._namespaces, changed=self._unsettled)
+        self._by_label = [
+            LabelWatch(kube, resource, facts=facts, namespaces=self._namespaces, changed=self._unsettled)
+            for resource, facts in (WATCHED_BY_LABEL.items() if kube is not None else ())
+            if kube is not None
+        ]
         self.watching = asyncio.Event()
 
     async def run(self) -> None:
@@ -84,8 +87,8 @@ class Controller:
                 group.create_task(self._queue.run())
                 if self._resync is not None:
                     group.create_task(self._resync.run())
-                if self._pods is not None:
-                    group.create_task(self._pods.run())
+                for watch in self._by_label:
+                    group.create_task(watch.run())
                 group.create_task(self._watch())
         except* _Stopped:
             _LOG.info("stopped")
