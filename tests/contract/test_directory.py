@@ -97,7 +97,7 @@ async def directory(request: pytest.FixtureRequest) -> AsyncIterator[Directory]:
             client = open_directory(server.address)
             yield client
             await client.close()
-            await server.close()
+            await server.close(0)
         case "redis":
             client = open_directory(request.getfixturevalue("redis_server").url)
             await client._redis.flushall()  # type: ignore[attr-defined]
@@ -450,3 +450,30 @@ async def test_a_gateway_takes_workers_of_its_own_deployments_alone() -> None:
         await store.register(dataclasses.replace(info(0), worker_id=WorkerId(f"{name}/ffn/0"), deployment=name), LONG_S)
     seen = await DeploymentWorkers(store, ["mine"]).workers()
     assert [record.info.worker_id for record in seen] == ["mine/ffn/0"]
+
+
+async def test_a_directory_whose_handshakes_are_slow_is_reached() -> None:
+    """As on a machine that has just started everything: an attempt to connect is not given up for a new one too soon."""
+    server = await DirectoryServer.start(MemoryDirectory())
+    host, _, port = server.address.removeprefix("grpc://").rpartition(":")
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = await asyncio.open_connection(host, int(port))
+        await asyncio.sleep(1.5)  # what is measured: longer than the longest pause between two attempts
+        await asyncio.gather(copy(reader, there[1]), copy(there[0], writer))
+
+    proxy = await asyncio.start_server(late, "127.0.0.1", 0)
+    remote = open_directory(f"grpc://127.0.0.1:{proxy.sockets[0].getsockname()[1]}")
+    try:
+        assert await remote.workers() == ()
+    finally:
+        await remote.close()
+        proxy.close()
+        await server.close(0)

@@ -9,6 +9,7 @@ import asyncio
 import concurrent.futures
 import logging
 import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -21,6 +22,7 @@ from antiphon.core.worker_info import WorkerInfo
 T = TypeVar("T")
 
 _RENEWALS_PER_LEASE = 3  # two may be lost before the record is
+_AGAIN_S = 0.2
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +97,24 @@ class BlockingDirectory:
         except concurrent.futures.TimeoutError as error:
             future.cancel()
             raise Unavailable(f"the directory did not answer within {self._timeout_s:g} s") from error
+
+
+def patiently(call: Callable[[], T], timeout_s: float, stopping: threading.Event) -> T:
+    """The call's answer, asked for again while the directory can't be reached: a machine that starts much is slow to answer.
+
+    Raises:
+        Unavailable: it is not reached within ``timeout_s`` seconds, or before ``stopping`` is set.
+    """
+    end_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            return call()
+        except Unavailable as error:
+            if time.monotonic() >= end_s:
+                raise
+            logger.warning("still trying: %s", error)
+            if stopping.wait(_AGAIN_S):
+                raise
 
 
 class LeaseKeeper:

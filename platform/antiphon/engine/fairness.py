@@ -6,8 +6,9 @@
 
 These are virtual token counters (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024, algorithm 2, its weights 1
 and 2). Beyond the paper, a tenant with far fewer places in the batch than another takes one of them (``over_share``), since places
-of long answers would else be held for minutes. Requests without a tenant are one tenant's: where nobody has a name, this is one
-queue. Must not know: blocks, steps.
+of long answers would else be held for minutes; and the tokens of a step that prompts may have are divided (``PromptShares``), since
+long prompts in chunks would else keep everybody out until they are computed. Requests without a tenant are one tenant's: where
+nobody has a name, this is one queue. Must not know: blocks.
 """
 
 from __future__ import annotations
@@ -55,6 +56,20 @@ class FairQueue:
         """Every tenant's first, in order of turns."""
         return sorted((queue[0] for queue in self._queues.values()), key=self._turn)
 
+    def newcomers(self, running: Sequence[RequestState], num_places: int) -> list[RequestState]:
+        """The tenants' first that a batch of ``num_places`` could take now, if only by an exchange of places."""
+        if len(running) < num_places:
+            return self.heads()
+        return [head for head in self.heads() if over_share(running, head.request.tenant) is not None]
+
+    def exchange(self, running: Sequence[RequestState], kept: Iterable[str]) -> tuple[RequestState, RequestState] | None:
+        """Whose turn comes by taking a place, and whose place; None where nobody holds more than its share."""
+        for state in self.heads():
+            victim = over_share(running, state.request.tenant, kept)
+            if victim is not None:
+                return state, victim
+        return None
+
     def take(self, state: RequestState, num_tokens: int) -> None:
         """It is served now, with so many tokens of its prompt to compute."""
         self.remove(state)
@@ -95,6 +110,40 @@ class FairQueue:
         if len(self._counters) > _MAX_IDLE + len(self._queues):
             idle = next(each for each in self._counters if each not in self._queues)
             del self._counters[idle]
+
+
+class PromptShares:
+    """What each tenant's prompts in the batch may have of a step: equal parts, and what one does not need is the others' (max-min).
+
+    One token of each request that decodes is set aside first, and the part of tenants whose first prompt waits to be let in.
+    """
+
+    def __init__(self, running: Sequence[RequestState], queue: FairQueue, *, budget: int, num_places: int) -> None:
+        """``budget``: tokens of the step. ``num_places``: of the batch."""
+        needs: Counter[str] = Counter()
+        for state in running:
+            num_tokens = state.num_tokens_to_compute
+            if num_tokens > 1:
+                needs[state.request.tenant] += num_tokens
+            else:
+                budget -= num_tokens
+        if needs and len(queue):
+            for head in queue.newcomers(running, num_places):
+                needs[head.request.tenant] += len(head.token_ids)
+        left = max(1, budget)
+        self._left: dict[str, int] = {}
+        for number, (tenant, need) in enumerate(sorted(needs.items(), key=lambda item: item[1])):
+            self._left[tenant] = min(need, -(-left // (len(needs) - number)))
+            left -= self._left[tenant]
+
+    def take(self, state: RequestState) -> int:
+        """How many tokens a running request computes now."""
+        wanted = state.num_tokens_to_compute
+        if wanted <= 1:
+            return wanted
+        num_tokens = min(wanted, self._left[state.request.tenant])
+        self._left[state.request.tenant] -= num_tokens
+        return num_tokens
 
 
 def over_share(running: Sequence[RequestState], tenant: str, kept: Iterable[str] = ()) -> RequestState | None:

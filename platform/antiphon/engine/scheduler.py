@@ -30,7 +30,7 @@ from antiphon.core.step import (
 )
 from antiphon.engine.block_manager import KVBlockManager
 from antiphon.engine.deadlines import TOO_LATE, Deadlines
-from antiphon.engine.fairness import FairQueue, over_share
+from antiphon.engine.fairness import FairQueue, PromptShares
 from antiphon.engine.limits import SchedulerConfig, SchedulerStats, check_cache, check_request, check_room
 from antiphon.engine.outcome import end_output, stop_status, token_output
 from antiphon.engine.request_blocks import RequestBlocks
@@ -228,10 +228,11 @@ class Scheduler:
     # ---- scheduling, inside --------------------------------------------------------------------------------------
 
     def _schedule_running(self, plan: StepPlan) -> None:
+        shares = PromptShares(self._running, self._waiting, budget=plan.budget, num_places=self.config.max_num_seqs)
         index = 0
         while index < len(self._running) and plan.budget > 0:
             state = self._running[index]
-            num_tokens = min(state.num_tokens_to_compute, plan.budget)
+            num_tokens = min(shares.take(state), plan.budget)
             if not self._grow(state, num_tokens, plan):
                 continue  # it preempted itself: the next request moved into its place, or there is none
             if num_tokens > 0:
@@ -267,7 +268,7 @@ class Scheduler:
             num_cached_tokens = len(prefix.blocks) * self.config.block_size_tokens
             is_remote = state.is_worth_remote(num_cached_tokens, self.config.remote_prefill_min_tokens)
             if not fits or (full and not is_remote):
-                exchange = self._exchange(plan)
+                exchange = self._waiting.exchange(self._running, plan.new)
                 if exchange is None:
                     break
                 chosen, victim = exchange
@@ -282,14 +283,6 @@ class Scheduler:
                 self._start_load(state, plan)
             else:
                 self._admit(state, plan)
-
-    def _exchange(self, plan: StepPlan) -> tuple[RequestState, RequestState] | None:
-        """Whose turn comes by taking a place, and whose place; None where nobody holds more than its share."""
-        for state in self._waiting.heads():
-            victim = over_share(self._running, state.request.tenant, plan.new)
-            if victim is not None:
-                return state, victim
-        return None
 
     def _admit(self, state: RequestState, plan: StepPlan) -> None:
         """Run a request whose blocks fit, for no tokens where a hand-off is all cached here."""

@@ -238,6 +238,10 @@ def main() -> None:
         try:
             system.start()
             num_bad = asyncio.run(measure(system, args))
+        except BaseException:
+            for log in sorted(Path(base).rglob("*.log")):
+                print(f"--- the end of {log.name}", log.read_text(errors="replace")[-3000:], sep="\n", file=sys.stderr)
+            raise
         finally:
             system.close()
     raise SystemExit(1 if num_bad else 0)

@@ -10,7 +10,7 @@ import pytest
 from antiphon.core.errors import Unavailable
 from antiphon.core.ids import Endpoint, Epoch, Role, WorkerId
 from antiphon.core.worker_info import WorkerInfo
-from antiphon.directory.lease import BlockingDirectory, LeaseKeeper
+from antiphon.directory.lease import BlockingDirectory, LeaseKeeper, patiently
 from antiphon.directory.memory import MemoryDirectory, open_directory
 
 INFO = WorkerInfo(
@@ -46,6 +46,24 @@ class FlakyDirectory(MemoryDirectory):
         if not self.reachable:
             raise Unavailable("gone")
         return await super().register(info, lease_s)
+
+
+def test_the_first_words_with_a_directory_that_is_slow_are_said_again() -> None:
+    stopping, calls = threading.Event(), 0
+
+    def register() -> str:
+        nonlocal calls
+        calls += 1
+        if calls < 3:
+            raise Unavailable("Deadline Exceeded")
+        return "registered"
+
+    assert patiently(register, 30.0, stopping) == "registered"
+    for timeout_s in (0.0, 30.0):
+        calls = 0
+        with pytest.raises(Unavailable):
+            patiently(register, timeout_s, stopping)
+        stopping.set()
 
 
 def test_a_lease_is_kept_until_the_keeper_closes() -> None:

@@ -197,6 +197,23 @@ def test_a_full_queue_makes_way_for_who_has_less_in_it() -> None:
         assert output.error.code == "overloaded"
 
 
+def test_long_prompts_of_one_tenant_leave_another_its_part_of_every_step() -> None:
+    limits = {"max_model_len": 4096, "num_blocks": 4096, "max_queued_requests": 64}
+    scheduler, core, outputs = engine(**limits)
+    for number in range(8):  # four run, and each is thirty steps long
+        core.submit(request(f"a{number}", "a", at_s=number, num_prompt=2000, num_output=8))
+    for _ in range(3):
+        core.step()
+    core.submit(request("b", "b", at_s=10.0, num_prompt=40, num_output=3))
+    for _ in range(5):  # its turn, two for its prompt; then it decodes beside prompts that would fill the step
+        core.step()
+    tokens = Counter(output.request_id for output in outputs for _ in output.new_token_ids)
+    assert tokens["b"] == 3
+    assert not {output.request_id for output in outputs if output.error is not None}
+    a = sum(state.num_computed_tokens for name, state in scheduler._states.items() if name.startswith("a"))
+    assert a == 8 * 64 - 40 - 2  # what b did not need went to a
+
+
 @pytest.mark.parametrize("limits", [{}, {"max_num_seqs": 64, "num_blocks": 16}])
 def test_who_fills_the_batch_gives_places_up_to_half_and_no_token_is_lost(limits: dict[str, int]) -> None:
     scheduler, core, outputs = engine(**limits)

@@ -6,6 +6,7 @@ before the pinning, so that they do not inherit it. Must not know: Ray.
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
 import threading
@@ -32,11 +33,13 @@ from antiphon.apps.process.wiring.resolve import ModelFacts, resolve_model
 from antiphon.apps.process.wiring.sizes import ffn_parallelism
 from antiphon.core.ids import Endpoint, Role
 from antiphon.core.worker_info import WorkerInfo, WorkerLoad
-from antiphon.directory.lease import BlockingDirectory, LeaseKeeper
+from antiphon.directory.lease import BlockingDirectory, LeaseKeeper, patiently
 from antiphon.directory.memory import open_directory
 from antiphon.telemetry import step_trace
 from antiphon.transport.waiting import give_way
 from antiphon.worker.tracing import StepRecorder
+
+_DIRECTORY_S = 60.0  # for the first words with it; its supervisor has reached it a moment ago
 
 
 class WorkerProcess:
@@ -89,11 +92,13 @@ class WorkerProcess:
         Raises:
             AntiphonError: what ended the worker.
         """
-        config = self._config
+        config, experts = self._config, self._experts
         with unpinned():
-            if self._experts is not None and config.role in (Role.FFN, Role.ATTENTION):
-                adopt_newest(self._experts, config.role, self._directory, config.deployment, config.revision)
-            lease = self._lease = LeaseKeeper(self._directory, self._describe, config.spec.directory.lease_s)
+            if experts is not None and config.role in (Role.FFN, Role.ATTENTION):
+                newest = functools.partial(adopt_newest, experts, config.role, self._directory, config.deployment, config.revision)
+                patiently(newest, _DIRECTORY_S, self._stop)
+            keep = functools.partial(LeaseKeeper, self._directory, self._describe, config.spec.directory.lease_s)
+            lease = self._lease = patiently(keep, _DIRECTORY_S, self._stop)
             peers = PeerKeeper(self._directory, config.deployment, config.revision, self._role.wishes(), data_links.connect)
         self._closers += [lease.close, peers.close]
         with lease:

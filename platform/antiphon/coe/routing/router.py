@@ -163,7 +163,8 @@ class Router:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """``artifact`` None = rules and the general expert only; ``replica`` sets this replica's decision ids apart.
+        """``artifact`` None = rules and the general expert only; ``replica`` sets this replica's decision ids apart. Where
+        others may ask for a decision by its id, there is something random in it: else the id of a prompt could be worked out.
 
         Raises:
             InvalidInput: the document's experts and the artifact's don't fit.

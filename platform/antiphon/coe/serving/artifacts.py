@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from pathlib import Path
 
 from antiphon.coe.routing.artifact import Artifact, load_artifact
@@ -27,7 +28,7 @@ class WatchedRoutes(LocalRoutes):
     """
 
     def __init__(self, document: CompositionOfExperts, replica: str) -> None:
-        super().__init__(Router(document.spec, load(document), replica=replica))
+        super().__init__(Router(document.spec, load(document), replica=f"{replica}-{secrets.token_hex(16)}"))
         self._document = document
         self._seen = _stamp(document)
 

@@ -70,6 +70,7 @@ class GatewayCompositions:
             self._compositions,
             keys=gateway.keys,
             max_request_bytes=gateway.config.max_request_bytes,
+            bodies=gateway.bodies,
             refused=gateway.refused,
         )
         return RequestIds(Manners(self._door, ROUTES, gateway.refused))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -62,7 +63,7 @@ class RemoteRoutes:
         self._avoided = avoided
         self._clock = clock
         self._timeout_s = document.spec.router.timeout_s * _TIMEOUT_FACTOR
-        self._alone = Router(document.spec, None, replica="gateway")
+        self._alone = Router(document.spec, None, replica=f"gateway-{secrets.token_hex(16)}")
         self._calls: dict[str, RouterCalls] = {}
         self._shunned: dict[str, float] = {}
         self._turns = itertools.count()

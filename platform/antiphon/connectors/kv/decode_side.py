@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from antiphon.connectors.headers import Header, Kind, unpack
-from antiphon.connectors.kv.handoff import NOTHING_HAPPENED, TEXT_BYTES, Sender
+from antiphon.connectors.kv.handoff import NOTHING_HAPPENED, Sender, write_text
 from antiphon.core.errors import AntiphonError, CorruptMessage, PeerLost
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.core.kv import KVLoad, TransferId
@@ -193,7 +193,7 @@ class DecodeSide:
         if slot is None:
             return False
         tokens = torch.tensor(load.token_ids, dtype=torch.int32).view(torch.uint8)
-        text = f"{load.cache_salt}\0{load.traceparent or ''}\0{load.tenant}".encode()[:TEXT_BYTES]
+        text = write_text(load.cache_salt, load.traceparent or "", load.tenant)
         num_bytes = tokens.numel() + len(text)
         slot.data[: tokens.numel()].copy_(tokens)
         slot.data[tokens.numel() : num_bytes].copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))

@@ -17,6 +17,7 @@ The two ends are in kv_decode and kv_prefill; here is what they share. Must not 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 from antiphon.core.kv import KVLayout
@@ -27,7 +28,23 @@ CHANNEL = "kv"
 NUM_SLOTS = 8
 TOKENS_PER_MESSAGE = 128
 _MIN_STATE_SLOT_BYTES = 1 << 16  # a state is megabytes
-TEXT_BYTES = 4096  # room after the token ids for salt and trace context
+TEXT_BYTES = 4096  # room after the token ids for salt, trace context and tenant
+_MAX_SALT_BYTES = 1024  # longer ones travel as their hash
+
+
+def write_text(salt: str, traceparent: str, tenant: str) -> bytes:
+    """What stands after a request's token ids. The salt is a client's and may hold anything; a trace context has no NUL."""
+    raw = salt.encode("utf-8", "surrogatepass")
+    if len(raw) > _MAX_SALT_BYTES:
+        salt = hashlib.blake2b(raw, digest_size=32).hexdigest()
+    return f"{salt}\0{traceparent}\0{tenant}".encode("utf-8", "replace")[:TEXT_BYTES]
+
+
+def read_text(text: str) -> tuple[str, str, str]:
+    """Salt, trace context ("" = none) and tenant; an older asker names no tenant, and less than that is a salt."""
+    salt, *others = text.rsplit("\0", 2)
+    traceparent, tenant, *_ = [*others, "", ""]
+    return salt, traceparent, tenant
 
 
 def request_slot_bytes(max_model_len: int) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from antiphon.connectors.headers import Header, Kind, unpack
-from antiphon.connectors.kv.handoff import NOTHING_HAPPENED, TOKENS_PER_MESSAGE, Sender
+from antiphon.connectors.kv.handoff import NOTHING_HAPPENED, TOKENS_PER_MESSAGE, Sender, read_text
 from antiphon.core.errors import AntiphonError, CorruptMessage, PeerLost, kept
 from antiphon.core.ids import Epoch
 from antiphon.core.kv import KVTarget, TransferId
@@ -264,7 +264,7 @@ class PrefillSide:
             raise CorruptMessage(peer.link.peer, f"a request of {header.rows} tokens in {message.data.numel()} bytes")
         tokens = tuple(message.data[:num_token_bytes].view(torch.int32).tolist())
         text = bytes(message.data[num_token_bytes:].numpy()).decode(errors="replace")
-        salt, traceparent, tenant, *_ = [*text.split("\0"), "", ""]
+        salt, traceparent, tenant = read_text(text)
         request_id = RequestId(f"{peer.link.peer}#{peer.link.peer_epoch}#{transfer_id}")
         now_s = self._clock()
         self._arrived.append(

@@ -105,7 +105,7 @@ class VectorRunner:
         timeout_s = self._waking.timeout_s(call.model) if may_wake else 0.0
         end_s = self._clock() + timeout_s
         try:
-            return self._placement.place(call.model, token_ids, salt=call.cache_salt, excluded=excluded)
+            return self._placement.place(call.model, token_ids, salt=call.cache_salt, tenant=call.tenant, excluded=excluded)
         except Unavailable:
             if timeout_s <= 0:
                 raise
@@ -113,7 +113,7 @@ class VectorRunner:
             while True:
                 await asyncio.sleep(_PAUSE_S)
                 try:
-                    return self._placement.place(call.model, token_ids, salt=call.cache_salt, excluded=excluded)
+                    return self._placement.place(call.model, token_ids, salt=call.cache_salt, tenant=call.tenant, excluded=excluded)
                 except Unavailable:
                     if self._clock() >= end_s:
                         raise

@@ -195,7 +195,12 @@ class ChoiceRun:
         spec = self._spec
         token_ids = (*spec.prompt_token_ids, *self.progress.token_ids)
         plan = self._placement.place(
-            spec.model, token_ids, salt=spec.cache_salt, excluded=self._trouble.excluded, revision=self._revision
+            spec.model,
+            token_ids,
+            salt=spec.cache_salt,
+            tenant=spec.tenant,
+            excluded=self._trouble.excluded,
+            revision=self._revision,
         )
         self.progress.plans.append(plan)
         return plan

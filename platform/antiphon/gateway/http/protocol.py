@@ -51,6 +51,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_headers = 0
         self._header_bytes = 0  # of whole headers
         self._received_bytes = 0  # since the last part of a request was complete
+        self._empty_bytes = 0  # of a body, that came since its last byte: chunks' extensions, trailers
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -75,12 +76,14 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self._in_headers and self._timer is None:  # a further request of this connection
             self._start(self.header_timeout_s, "the request's headers")
+        self._empty_bytes += len(data)
         super().data_received(data)
         if self._refused or self.transport.is_closing():
             return
         if self._begun and self._in_headers and self._timer is None:  # its first bytes came with the end of the one before
             self._start(self.header_timeout_s, "the request's headers")
-        if self._in_headers and self._received_bytes > MAX_HEADER_BYTES:
+        # Behind a body, and between its parts: the parser keeps trailers, however long.
+        if (self._received_bytes if self._in_headers else self._empty_bytes) > MAX_HEADER_BYTES:
             self._refuse_headers()
         elif self._received_bytes > _MAX_BODY_BYTES:
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the body is too large", "request_too_large")
@@ -107,7 +110,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """All headers are here."""
         self._stop()
         self._in_headers = False
-        self._received_bytes = 0
+        self._received_bytes = self._empty_bytes = 0
         if self._over:
             self._refuse_headers()
             return
@@ -124,6 +127,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
+        self._empty_bytes = 0
         if not self._refused:
             super().on_body(body)
 

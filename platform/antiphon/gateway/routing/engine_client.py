@@ -16,6 +16,7 @@ import asyncio
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from antiphon.core.directory import WorkerRecord
@@ -51,6 +52,7 @@ class WorkerConnection:
         self._session: EngineSession | None = None
         self._connected = asyncio.Event()
         self._inboxes: dict[RequestId, _Inbox] = {}
+        self.tenants: Counter[str] = Counter()  # of the requests on it
         self._closed: AntiphonError | None = None
         self.heard_s = clock()
         self._task = asyncio.create_task(self._run(), name=f"engine session {worker_id}")
@@ -91,6 +93,7 @@ class WorkerConnection:
         inbox: _Inbox = asyncio.Queue()  # bounded by the request's max_tokens
         request_id = request.request_id
         self._inboxes[request_id] = inbox
+        self.tenants[request.tenant] += 1
         finished = False
         try:
             session.submit(request, deadline_left_s=deadline_left_s)
@@ -105,6 +108,7 @@ class WorkerConnection:
                 yield answer
         finally:
             del self._inboxes[request_id]
+            self.tenants -= Counter([request.tenant])  # leaves no zeros behind
             if not finished:
                 session.abort(request_id)
 
@@ -199,6 +203,13 @@ class EngineClient:
         """This gateway's requests on a worker."""
         connection = self._connections.get(worker_id)
         return 0 if connection is None else connection.num_inflight
+
+    def has_less(self, worker_id: WorkerId, tenant: str) -> bool:
+        """Whether another tenant has so many more of this gateway's requests on a worker that one of them would make way."""
+        connection = self._connections.get(worker_id)
+        if connection is None:
+            return False
+        return max(connection.tenants.values(), default=0) > connection.tenants[tenant] + 1
 
     def is_connected(self, worker_id: WorkerId) -> bool:
         """True while the session with the worker is open."""

@@ -2,6 +2,8 @@
 
     registered workers of the model ─► generating, ready, not draining ─► connected ─► room in the queue ─► cheapest
 
+A full queue refuses the tenant who fills it; for who has less in it the engine makes way, exactly (``engine.fairness``).
+
 The cost of a worker is its load (requests over sequences that run at once) plus half the used share of its KV blocks. A
 worker that served a prompt with the same beginning is preferred as long as it costs at most ``MAX_IMBALANCE`` more than the
 cheapest, so that a popular prefix doesn't pile up on one worker.
@@ -35,6 +37,7 @@ class WorkerSnapshot:
     num_inflight: int = 0
     num_inflight_then: int = 0
     connected: bool = True
+    makes_way: bool = False  # its queue, if full, is another tenant's
 
     @property
     def num_requests(self) -> int:
@@ -119,7 +122,7 @@ def pick(
         raise Unavailable(_why_none(model, serving), retry_after_s=2.0)
     candidates = [s for s in ready if s.connected] or ready
     candidates = [s for s in candidates if s.info.worker_id not in excluded] or candidates
-    free = [s for s in candidates if not s.is_full]
+    free = [s for s in candidates if not s.is_full] or [s for s in candidates if s.makes_way]
     if not free:
         raise Overloaded(f"all {len(candidates)} workers of {model} have full queues", min(_retry_after_s(s) for s in candidates))
     chosen, why = _choose(free, prefix, turn)

@@ -57,6 +57,7 @@ class Placement:
         token_ids: Sequence[int],
         *,
         salt: str = "",
+        tenant: str = "",
         excluded: AbstractSet[WorkerId] = frozenset(),
         revision: str | None = None,
     ) -> RoutePlan:
@@ -64,7 +65,7 @@ class Placement:
         keys = prefix_keys(token_ids, f"{model}\n{salt}")
         plan = pick(
             model,
-            [self._snapshot(info) for info in self._view.workers],
+            [self._snapshot(info, tenant) for info in self._view.workers],
             num_prompt_tokens=len(token_ids),
             prefix=self._affinity.match(keys),
             excluded=excluded,
@@ -87,12 +88,13 @@ class Placement:
             if self._prefilling[worker_id] <= 0:
                 del self._prefilling[worker_id]
 
-    def _snapshot(self, info: WorkerInfo) -> WorkerSnapshot:
+    def _snapshot(self, info: WorkerInfo, tenant: str) -> WorkerSnapshot:
         return WorkerSnapshot(
             info=info,
             num_inflight=self._inflight(info),
             num_inflight_then=self._inflight_then.get(info.worker_id, 0),
             connected=self._client.is_connected(info.worker_id),
+            makes_way=self._client.has_less(info.worker_id, tenant),
         )
 
     def _inflight(self, info: WorkerInfo) -> int:

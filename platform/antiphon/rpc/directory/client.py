@@ -19,7 +19,7 @@ from antiphon.core.errors import AntiphonError, InternalError, InvalidInput, Una
 from antiphon.core.identity import Identity
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.core.worker_info import WorkerInfo
-from antiphon.rpc.channels import PartChannel
+from antiphon.rpc.channels import ChannelLimits, PartChannel, channel_options
 from antiphon.rpc.directory.budgets import RemoteBudgets
 from antiphon.rpc.errors import closed_meanwhile
 from antiphon.rpc.v1 import directory_pb2 as pb
@@ -29,13 +29,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-# A directory that restarts on its port must be found again well within a lease.
-_OPTIONS = [
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.enable_http_proxy", 0),
-]
+_OPTIONS = channel_options(ChannelLimits(max_backoff_s=1.0))  # one that restarts on its port is found again well within a lease
 
 
 class RemoteDirectory:

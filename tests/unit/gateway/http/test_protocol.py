@@ -114,10 +114,23 @@ async def test_connections_beyond_the_limit_are_refused_and_leave_room_again(mon
             writer.close()
 
 
-async def test_endless_trailers_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with serving(monkeypatch) as port:
-        head = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\n"
-        answer = await said(port, head, *[b"x: " + b"a" * 1000 + b"\r\n"] * 200)
+@pytest.mark.parametrize(
+    ("begun", "more"),
+    [
+        pytest.param(b"1\r\na\r\n0\r\n", b"x: " + b"a" * 1000 + b"\r\n", id="trailers"),
+        pytest.param(b"1\r\na\r\n0\r\nx: ", b"a" * 1000, id="a trailer"),
+        pytest.param(b"1\r\na\r\n1;x=", b"a" * 1000, id="a chunk's extension"),
+    ],
+)
+async def test_what_is_endless_behind_a_body_or_between_its_parts_is_cut(
+    monkeypatch: pytest.MonkeyPatch, begun: bytes, more: bytes
+) -> None:
+    class Patient(Tight):
+        body_timeout_s = 20.0
+
+    async with serving(monkeypatch, Patient) as port:
+        head = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
+        answer = await said(port, head + begun, *[more] * 200)
         assert b"HTTP/1.1 200" not in answer
         assert (await said(port, GOOD)).startswith(b"HTTP/1.1 200")
 

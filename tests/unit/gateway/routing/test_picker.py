@@ -51,6 +51,14 @@ def test_the_least_loaded_worker_is_taken() -> None:
     assert chosen(snapshot("a", load=load(running=4)), snapshot("b", load=load(running=1))) == "b"
 
 
+def test_a_queue_that_another_tenant_has_filled_does_not_refuse_who_has_less_in_it() -> None:
+    full = snapshot("a", load=load(running=8, waiting=8))
+    with pytest.raises(Overloaded):
+        chosen(full)
+    assert chosen(replace(full, makes_way=True)) == "a"
+    assert chosen(replace(full, makes_way=True), snapshot("b", load=load(running=8, waiting=7))) == "b"
+
+
 def test_a_fuller_kv_cache_tips_the_balance() -> None:
     assert chosen(snapshot("a", load=load(free=10)), snapshot("b", load=load(free=90))) == "b"
 

@@ -86,7 +86,7 @@ class CoeGenerator:
             async for event in self._generate(replace(request, model=composition.model_of(expert))):
                 yield event
             return
-        question = question_of(_body(request), headers, composition.document.spec, policy)
+        question = question_of(_body(request), headers, composition.document.spec, policy, tenant=request.tenant)
         record = await composition.route(question)
         decline_early(composition.document.spec, record)
         fallback = Fallback(composition, question, record)

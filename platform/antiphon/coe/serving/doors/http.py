@@ -51,7 +51,7 @@ from antiphon.core.document.composition import Policy, policy_named, split_model
 from antiphon.core.errors import DeadlineExceeded, InvalidInput, Overloaded, Unavailable, UnknownModel
 from antiphon.gateway.access.keys import ApiKeys
 from antiphon.gateway.anthropic.routes import anthropic_error, authorization_of
-from antiphon.gateway.http.bodies import RequestTooLarge
+from antiphon.gateway.http.bodies import LARGE_BYTES, Bodies
 from antiphon.gateway.http.event_stream import LAST_EVENT_HEADER
 from antiphon.gateway.openai.http_io import deadline_of, error_response
 
@@ -69,6 +69,7 @@ class CoeDoor:
         compositions: by metadata.name.
         keys: who may ask.
         max_request_bytes: of a body.
+        bodies: what bodies may cost together, with those of the door behind; None = a measure of this door's own.
         refused: counts what this door refuses by itself; the second is the model as the client sent it.
     """
 
@@ -79,9 +80,11 @@ class CoeDoor:
         *,
         keys: ApiKeys,
         max_request_bytes: int,
+        bodies: Bodies | None = None,
         refused: Callable[[Exception, object], None] = lambda _error, _model: None,
     ) -> None:
         self._refused = refused
+        self._bodies = Bodies() if bodies is None else bodies
         self._inner = inner
         self._compositions = compositions
         self._keys = keys
@@ -136,11 +139,10 @@ class CoeDoor:
         request = Request(scope, receive)
         try:
             tenant = self._keys.check(authorization_of(request))  # before a byte of the body is read
-            raw = await _read(request, self._max_bytes)
+            raw, body = await self._read(request)
         except Exception as error:  # noqa: BLE001 - the door, as above
             await self._error(scope, error)(scope, receive, send)
             return
-        body = json_object(raw)
         named = split_model_name(body["model"]) if body is not None and isinstance(body.get("model"), str) else None
         if body is None or named is None:
             await self._inner(scope, replayed(raw, receive), send)
@@ -155,7 +157,7 @@ class CoeDoor:
                 expert = begun_by(composition, last_event_id, tenant=tenant, request_id=request.state.request_id)
                 await self._go_on(composition, expert, body, scope, receive, send)
                 return
-            question = question_of(body, dict(request.headers), composition.document.spec, policy)
+            question = question_of(body, dict(request.headers), composition.document.spec, policy, tenant=tenant)
             record = await composition.route(question)
             decline_early(composition.document.spec, record)
         except Exception as error:  # noqa: BLE001 - the door, as above
@@ -304,15 +306,25 @@ class CoeDoor:
             "experts": [expert.name for expert in composition.document.spec.experts],
         }
 
+    async def _read(self, request: Request) -> tuple[bytes, dict[str, Any] | None]:
+        """A body, and the object that it is; a large one is parsed off the event loop, few at once."""
+        raw = await self._bodies.read(request, self._max_bytes)
+        if len(raw) <= LARGE_BYTES:
+            return raw, json_object(raw)
+        async with self._bodies.turn(len(raw)):
+            return raw, await asyncio.to_thread(json_object, raw)
+
     async def _route(self, request: Request) -> dict[str, Any]:
-        body = json_object(await _read(request, self._max_bytes))
+        _, body = await self._read(request)
         if body is None:
             raise InvalidInput("the body must be a JSON object")
         named = split_model_name(body["model"]) if isinstance(body.get("model"), str) else None
         if named is None:
             raise InvalidInput("model must be coe/<name> or coe/<name>:<policy>", "model")
         composition, policy = self._composition(*named)
-        record = await composition.route(question_of(body, dict(request.headers), composition.document.spec, policy))
+        tenant = self._keys.check(request.headers.get("authorization"))
+        question = question_of(body, dict(request.headers), composition.document.spec, policy, tenant=tenant)
+        record = await composition.route(question)
         return record_json(record)
 
     async def _experts(self, request: Request) -> dict[str, Any]:
@@ -353,7 +365,7 @@ class CoeDoor:
         return result
 
     async def _feedback(self, request: Request) -> dict[str, Any]:
-        body = json_object(await _read(request, self._max_bytes))
+        _, body = await self._read(request)
         if body is None or not isinstance(body.get("decision_id"), str):
             raise InvalidInput("decision_id must be the id of a decision", "decision_id")
         score = body.get("score")
@@ -368,16 +380,6 @@ class CoeDoor:
         if name not in self._compositions:
             raise UnknownModel(f"the model 'coe/{name}' does not exist", "model")
         return self._compositions[name], policy
-
-
-async def _read(request: Request, max_bytes: int) -> bytes:
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > max_bytes:
-            raise RequestTooLarge(f"the body is larger than {max_bytes} bytes")
-        chunks.append(chunk)
-    return b"".join(chunks)
 
 
 def _refusal_of(scope: Scope) -> Callable[[Exception], Response]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +16,12 @@ _TEXTS = ("text", "input_text", "output_text")
 _MAX_TOKENS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 
 
-def question_of(body: Mapping[str, Any], headers: Mapping[str, str], spec: CompositionSpec, policy: Policy | None) -> Question:
+def question_of(
+    body: Mapping[str, Any], headers: Mapping[str, str], spec: CompositionSpec, policy: Policy | None, *, tenant: str
+) -> Question:
     """The question behind a body of any door; whatever else is malformed is the expert's door's to refuse.
+
+    Sessions are each tenant's own: nobody finds out, or decides, where another's goes.
 
     Raises:
         InvalidInput: the prompt is token ids, which mean another text to every expert.
@@ -31,7 +36,7 @@ def question_of(body: Mapping[str, Any], headers: Mapping[str, str], spec: Compo
         allowed = frozenset(name.strip() for name in listed.split(",") if name.strip())
     return Question(
         prompt=texts[-1] if texts else "",
-        session=headers.get("x-antiphon-session", "")[:256],
+        session=_session(headers.get("x-antiphon-session", "")[:256], tenant),
         expert=headers.get("x-antiphon-expert"),
         category=headers.get("x-antiphon-category"),
         language=headers.get("x-antiphon-language"),
@@ -42,6 +47,12 @@ def question_of(body: Mapping[str, Any], headers: Mapping[str, str], spec: Compo
         tools=bool(body.get("tools") or body.get("functions")),
         allowed=allowed,
     )
+
+
+def _session(name: str, tenant: str) -> str:
+    if not name or not tenant:
+        return name
+    return hashlib.blake2b(f"{tenant}\0{name}".encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _contents(body: Mapping[str, Any]) -> tuple[list[str], tuple[str, ...]]:
