@@ -20,6 +20,7 @@ from antiphon.models.prefetch import WeightPrefetch
 from antiphon.telemetry.step_trace import Mark, StepTrace
 from antiphon.transport.base import Link
 from antiphon.worker.batching import Batching
+from antiphon.worker.cards.ffn_graphs import FFNGraphs, Rows
 
 _IDLE_WAIT_S = 0.5
 # So many messages in a row that could not be computed, and the worker is to blame: its supervisor starts a new one.
@@ -45,8 +46,11 @@ class FFNStats:
 class FFNWorker:
     """Owns one shard of every layer's FFN. Belongs to one loop."""
 
-    def __init__(self, halves: FFNHalves, side: FFNSide, *, max_batch_wait_s: float = 0.0) -> None:
-        """``max_batch_wait_s``: rows are held for those of other peers at most this long; 0 = never."""
+    def __init__(self, halves: FFNHalves, side: FFNSide, *, max_batch_wait_s: float = 0.0, graphs: FFNGraphs | None = None) -> None:
+        """``max_batch_wait_s``: rows are held for those of other peers at most this long; 0 = never. ``graphs``: batches are
+        replayed from it, where it has room for them.
+        """
+        self.graphs = graphs
         self.halves = halves
         self.side = side
         self.stats = FFNStats()
@@ -196,6 +200,10 @@ class FFNWorker:
         self.trace.add(Mark.COMPUTE, start_s, time.perf_counter(), 0, layer, 0, num_rows)
 
     def _compute(self, layer: int, batch: list[FFNWork]) -> torch.Tensor:
+        if self.graphs is not None:
+            parts = [Rows(rows_RD=work.rows_RD, ids_RK=work.ids_RK, weights_RK=work.weights_RK) for work in batch]
+            if (out_RD := self.graphs.compute(layer, parts)) is not None:
+                return out_RD
         first = batch[0]
         rows_RD = first.rows_RD if len(batch) == 1 else torch.cat([work.rows_RD for work in batch])
         if first.ids_RK is None:

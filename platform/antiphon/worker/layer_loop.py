@@ -10,11 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from antiphon.connectors.afd.attention_side import AttentionSide
 from antiphon.models.attention.kv_cache import KVCache
+from antiphon.models.attention.paged import AttentionBatch
 from antiphon.models.decoder import AttentionHalves, StepState
 from antiphon.models.prefetch import WeightPrefetch
 from antiphon.telemetry.step_trace import Mark, StepTrace
+from antiphon.worker.cards.split_graphs import ReplayedState, SplitGraphs
 from antiphon.worker.ubatch import Half, Op, plan_ops
 
 
@@ -38,10 +42,12 @@ class LayerLoop:
         num_ubatches: int,
         warms: bool,
         times: LayerTimes,
+        graphs: SplitGraphs | None = None,
     ) -> None:
         """``num_ubatches``: in flight at most; ``warms``: waits are for another processor, and this one fetches weights meanwhile;
-        ``times``: added to.
+        ``times``: added to; ``graphs``: ubatches of decodes alone are replayed from it, where it has room for them.
         """
+        self.graphs = graphs
         self.times = times
         self.trace: StepTrace | None = None
         self._halves = halves
@@ -51,6 +57,11 @@ class LayerLoop:
         self._plans = {m: plan_ops(halves.config.num_layers, m) for m in range(1, num_ubatches + 1)}
         self._prefetch = WeightPrefetch(halves.first_weights) if warms else None
         self._away: dict[int, int] = {}  # place in flight → FFN layer, while tracing
+
+    def begin(self, ubatch: int, token_ids_T: torch.Tensor, batch: AttentionBatch) -> StepState:
+        """Take the rows of one ubatch in."""
+        state = None if self.graphs is None else self.graphs.begin(ubatch, token_ids_T, batch)
+        return self._halves.begin(token_ids_T, batch) if state is None else state
 
     def run(self, step_id: int, states: Sequence[StepState], attended: Callable[[int, int], None] | None) -> None:
         """Compute all layers of the ubatches; ``attended(layer, ubatch)`` is called when a layer's K and V are in the cache.
@@ -69,7 +80,10 @@ class LayerLoop:
     def _attend(self, step_id: int, op: Op, state: StepState) -> None:
         trace = self.trace
         start_s = time.perf_counter()
-        leaving = self._halves.attend(op.layer, state, self._cache)
+        if self.graphs is not None and isinstance(state, ReplayedState):
+            leaving = self.graphs.attend(op.layer, state)
+        else:
+            leaving = self._halves.attend(op.layer, state, self._cache)
         attended_s = time.perf_counter()
         self.times.attention_s += attended_s - start_s
         for out in leaving:
@@ -90,7 +104,10 @@ class LayerLoop:
             self._afd.times.blocked_s += time.perf_counter() - start_s  # a wait, whatever it was used for
         results = [self._afd.receive(stream * self._num_ubatches + op.ubatch) for stream in streams]
         received_s = time.perf_counter()
-        self._halves.combine(op.layer, state, results)
+        if self.graphs is not None and isinstance(state, ReplayedState):
+            self.graphs.combine(op.layer, state, results)
+        else:
+            self._halves.combine(op.layer, state, results)
         combined_s = time.perf_counter()
         self.times.attention_s += combined_s - received_s
         if self.trace is not None:

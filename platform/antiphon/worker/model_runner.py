@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -27,6 +28,7 @@ from antiphon.models.pooling.pooler import Pooler, check_pooling
 from antiphon.telemetry.step_trace import Mark, StepTrace
 from antiphon.worker.batch_builder import BatchBuilder, Run
 from antiphon.worker.cards.decode_graphs import DecodeGraphs, DecodeStep
+from antiphon.worker.cards.split_graphs import SplitGraphs
 from antiphon.worker.fault_containment import FaultContainment
 from antiphon.worker.kv_roles import KVRole, NoHandOff
 from antiphon.worker.layer_loop import LayerLoop, LayerTimes
@@ -73,12 +75,13 @@ class AttentionWorker:
         pooler: Pooler | None = None,
         hidden_states: HiddenStates | None = None,
         graphs: DecodeGraphs | None = None,
+        split_graphs: SplitGraphs | None = None,
     ) -> None:
         """``num_ubatches``: in flight at most; ``tuner``: chooses how many each step gets, None = always as many as there are;
         ``kv``: its part in KV hand-offs, None = it has none; ``warms``: waits are for another processor, and this one fetches
         weights meanwhile; ``enforcer``: holds outputs to their rules, None = requests have none.
         ``pooler``: makes the vectors of a model that does not generate. ``hidden_states``: wants those of requests that speculate.
-        ``graphs``: steps of decodes alone are replayed from it, where it has room for them.
+        ``graphs``, or ``split_graphs`` where FFN halves are elsewhere: decodes alone are replayed from it, where it has room.
         """
         self.halves = halves
         self.cache = cache
@@ -93,7 +96,7 @@ class AttentionWorker:
         self._num_ubatches = num_ubatches
         self._builder = BatchBuilder(cache, halves.device, halves.max_model_len, with_slots=halves.reads_context_slots)
         self._tuner = tuner
-        self._layers = LayerLoop(halves, cache, afd, num_ubatches=num_ubatches, warms=warms, times=self.stats)
+        self._layers = LayerLoop(halves, cache, afd, num_ubatches=num_ubatches, warms=warms, times=self.stats, graphs=split_graphs)
         self._contained = FaultContainment(self._run, abandon=afd.abandon, scrub=self._scrub)
         self._rows: dict[RequestId, RequestRow] = {}
         self._experts = afd.experts  # as wanted; the connector takes it between two steps
@@ -286,7 +289,7 @@ class AttentionWorker:
                 self._replayed.state.settle()
                 return [segments], [self._replayed.state]
         runs = split_segments(segments, wanted)
-        states = [self._with_runs(batch, run, self._begin) for run in runs]
+        states = [self._with_runs(batch, run, partial(self._begin, ubatch)) for ubatch, run in enumerate(runs)]
 
         def attended(layer: int, ubatch: int) -> None:
             self._kv.offer(layer, batch, runs[ubatch], states[ubatch])
@@ -307,8 +310,8 @@ class AttentionWorker:
             )
         return runs, states
 
-    def _begin(self, runs: Sequence[Run]) -> StepState:
-        return self.halves.begin(*self._builder.build(runs))
+    def _begin(self, ubatch: int, runs: Sequence[Run]) -> StepState:
+        return self._layers.begin(ubatch, *self._builder.build(runs))
 
     def _with_runs(self, batch: Sequence[Scheduled], run: list[Segment], use: Callable[[Sequence[Run]], Laid]) -> Laid:
         """``use`` of the ubatch's rows."""

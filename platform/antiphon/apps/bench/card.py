@@ -38,7 +38,7 @@ from antiphon.worker.batch_builder import BatchBuilder, Run
 ROOT = Path(__file__).parents[4]
 _SUITES = (
     ("op suite", ("tests/cards/test_values.py",)),
-    ("recorded steps against eager ones", ("tests/cards/test_graphs.py",)),
+    ("recorded steps against eager ones", ("tests/cards/test_graphs.py", "tests/cards/test_split.py")),
     ("families and wirings against transformers", ("tests/golden/families", "tests/golden/test_wirings.py")),
     ("losses of FFN workers", ("tests/contract/test_split_faults.py",)),
 )

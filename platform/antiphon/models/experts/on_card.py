@@ -33,6 +33,7 @@ class CardExperts:
         self._slots: dict[int, int] = {}
         self._free: list[int] = []
         self._num_expected = 0
+        self.num_moves = 0  # of weights to other addresses: recorded work reads where they were
         self._gate_up_SID: torch.Tensor | None = None
         self._down_SDI: torch.Tensor | None = None
         self._slot_of_id = torch.full((num_ids,), -1, dtype=torch.int32, device=device)
@@ -57,6 +58,7 @@ class CardExperts:
         """Hold an expert; bytes of gate and up, and of down."""
         if expert == self._num_routed:
             self._shared = torch.cat((gate, up)), down.contiguous()
+            self.num_moves += 1
             return self._shared[0].nbytes, self._shared[1].nbytes
         gate_up_SID, down_SDI = self._arena(*gate.shape)
         slot = self._free.pop()
@@ -72,6 +74,7 @@ class CardExperts:
         """Let an expert go."""
         if expert == self._num_routed:
             self._shared = None
+            self.num_moves += 1
             return
         self._slot_of_id.select(0, expert).fill_(-1)
         self._free.append(self._slots.pop(expert))
@@ -84,14 +87,24 @@ class CardExperts:
         Raises:
             ValueError: an id is no expert's. Looked at where the ids are in host memory, as those of other processes are.
         """
-        if ids_TK.device != self._device and bool(((ids_TK < -1) | (ids_TK >= self._num_ids)).any()):
-            raise ValueError("an id is no expert's")
+        if ids_TK.device != self._device:
+            self._check(ids_TK)
         ids_TK = ids_TK.to(self._device, torch.int64)
-        weights_TK = weights_TK.to(self._device)
-        takes_TK = ids_TK >= 0
         missing = self._missing(ids_TK)
-        if missing is not None:
-            return missing
+        if missing is None:
+            self.compute_held(out_TD, counts_E, rows_TD, ids_TK, weights_TK.to(self._device))
+        return missing
+
+    def missing(self, ids_TK: torch.Tensor) -> int | None:
+        """An id in host memory that is not held, or None. Raises ValueError for one that is no expert's."""
+        self._check(ids_TK)
+        return self._missing(ids_TK)
+
+    def compute_held(
+        self, out_TD: torch.Tensor, counts_E: torch.Tensor, rows_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> None:
+        """``compute`` for ids, int64 on the card, all of which are held: nothing is asked of the card."""
+        takes_TK = ids_TK >= 0
         counts_E.scatter_add_(0, ids_TK.clamp(min=0).flatten(), takes_TK.flatten().to(counts_E.dtype))
         is_shared_TK = ids_TK == self._num_routed
         routed_TK = ids_TK.masked_fill(is_shared_TK, -1)
@@ -107,7 +120,10 @@ class CardExperts:
             weight_T1 = torch.where(is_shared_TK, weights_TK, 0.0).sum(dim=1, keepdim=True).to(rows_TD.dtype)
             result_TD = F.linear(self._kernels.gated(F.linear(rows_TD, gate_up), self._activation), down)
             out_TD.add_(torch.where(weight_T1 == 0, 0.0, weight_T1 * result_TD))
-        return None
+
+    def _check(self, ids_TK: torch.Tensor) -> None:
+        if bool(((ids_TK < -1) | (ids_TK >= self._num_ids)).any()):
+            raise ValueError("an id is no expert's")
 
     def _missing(self, ids_TK: torch.Tensor) -> int | None:
         held = self.held
@@ -130,5 +146,6 @@ class CardExperts:
                 gate_up[:used].copy_(self._gate_up_SID)
                 down[:used].copy_(self._down_SDI)
             self._gate_up_SID, self._down_SDI = gate_up, down
+            self.num_moves += 1
             self._free += range(size - 1, used - 1, -1)
         return self._gate_up_SID, self._down_SDI

@@ -209,6 +209,28 @@ class ExpertBank:
                 for name in self._reader.keys(expert):
                     self._weights.resident_bytes.pop(name, None)
 
+    @property
+    def num_moves(self) -> int:
+        """How often a card's weights moved to other addresses; recorded work reads where they were."""
+        return self._experts.num_moves if isinstance(self._experts, CardExperts) else 0
+
+    def hold_for(self, ids_TK: torch.Tensor) -> None:
+        """Read the experts of ids in host memory that are not held. Raises InvalidInput: an id is no expert's."""
+        assert isinstance(self._experts, CardExperts)  # elsewhere nothing is recorded
+        try:
+            while (missing := self._experts.missing(ids_TK)) is not None:
+                self.num_late_loads += 1
+                self.hold(missing)
+        except ValueError:
+            raise self._no_expert(ids_TK) from None
+
+    def compute_held(self, rows_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        """``compute`` on a card for ids, int64 there, that ``hold_for`` has seen: nothing is asked of the card."""
+        assert isinstance(self._experts, CardExperts)
+        out_TD = torch.empty(rows_TD.shape, dtype=rows_TD.dtype, device=rows_TD.device)
+        self._experts.compute_held(out_TD, self.rows_by_expert, rows_TD, ids_TK, weights_TK)
+        return out_TD
+
     def compute(
         self, rows_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, out_TD: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -230,9 +252,12 @@ class ExpertBank:
                 self.num_late_loads += 1
                 self.hold(missing)
         except ValueError:
-            low, high = torch.aminmax(ids_TK)
-            raise InvalidInput(f"expert ids {int(low)} to {int(high)}, there are {self.config.num_ids}") from None
+            raise self._no_expert(ids_TK) from None
         return out_TD
+
+    def _no_expert(self, ids_TK: torch.Tensor) -> InvalidInput:
+        low, high = torch.aminmax(ids_TK)
+        return InvalidInput(f"expert ids {int(low)} to {int(high)}, there are {self.config.num_ids}")
 
     def _int8_of(self, expert: int) -> Int8Parts:
         int8 = self._int8

@@ -24,7 +24,7 @@ from antiphon.connectors.kv.prefill_side import PrefillSide
 from antiphon.core.document.spec import LLMDeploymentSpec
 from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
 from antiphon.device.device import is_card
-from antiphon.device.graphs import CudaGraphs, TapeGraphs
+from antiphon.device.graphs import CudaGraphs, Graphs, TapeGraphs
 from antiphon.engine.core import EngineCore, Outbox
 from antiphon.engine.limits import SchedulerConfig
 from antiphon.engine.scheduler import Scheduler
@@ -37,6 +37,8 @@ from antiphon.transport.base import Hello
 from antiphon.transport.loopback import loopback_pair
 from antiphon.transport.waiting import WaitSet
 from antiphon.worker.cards.decode_graphs import DecodeGraphs
+from antiphon.worker.cards.ffn_graphs import FFNGraphs
+from antiphon.worker.cards.split_graphs import SplitGraphs
 from antiphon.worker.ffn_worker import FFNWorker
 from antiphon.worker.kv_roles import KVRole, NoHandOff, ReceivesKV, SendsKV
 from antiphon.worker.model_runner import AttentionWorker
@@ -45,8 +47,8 @@ from antiphon.worker.structure.enforcer import Enforcer
 from antiphon.worker.ubatch_tuning import UbatchTuner
 
 
-def build_ffn(facts: ModelFacts, shard: FFNShard, epoch: Epoch) -> FFNWorker:
-    """An FFN worker without peers."""
+def build_ffn(facts: ModelFacts, shard: FFNShard, epoch: Epoch, *, replays: bool = True) -> FFNWorker:
+    """An FFN worker without peers. ``replays``: on a card its halves are recorded; those that a worker runs inline need not be."""
     halves = FFNHalves(
         facts.config, facts.checkpoint, facts.dtype, facts.device, shard, facts.placement(shard.num_expert), facts.int8
     )
@@ -58,7 +60,11 @@ def build_ffn(facts: ModelFacts, shard: FFNShard, epoch: Epoch) -> FFNWorker:
         compute_dtype=facts.dtype,
         experts_per_row=experts_per_row(facts.config),
     )
-    return FFNWorker(halves, side, max_batch_wait_s=facts.batch_wait_s)
+    graphs = None
+    if replays and _wants_graphs(facts):
+        graphs = FFNGraphs(halves, _graphs(facts), facts.device, experts_per_row=experts_per_row(facts.config))
+        graphs.record()
+    return FFNWorker(halves, side, max_batch_wait_s=facts.batch_wait_s, graphs=graphs)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -131,7 +137,7 @@ def build_attention(
     )
     ffn = None
     if role.holds_ffn:
-        ffn = build_ffn(facts, FFNShard(), epoch)
+        ffn = build_ffn(facts, FFNShard(), epoch, replays=False)
         near, far = loopback_pair(
             Hello(
                 worker_id=worker_id, epoch=epoch, layout=afd_layout(facts, spec, FFNShard(), attention_end=True, ubatches=ubatches)
@@ -159,18 +165,29 @@ def build_attention(
     if speculation is not None and role.generates:
         drafter = build_drafter(speculation, facts, halves, None if ffn is None else ffn.halves)
         speculator = Speculator(drafter, max_drafts=speculation.max_drafts, clock=clock)
-    graphs = None
+    graphs = split_graphs = None
     if replays and ffn is not None:
         graphs = DecodeGraphs(
             halves,
             ffn.halves,
             cache,
-            TapeGraphs() if facts.device.type == "cpu" else CudaGraphs(facts.device),
+            _graphs(facts),
             max_rows=spec.scheduler.max_num_seqs,
             spare_block=facts.num_blocks,
             return_dtype=facts.return_dtype,
         )
         graphs.record()
+    elif replays:
+        split_graphs = SplitGraphs(
+            halves,
+            cache,
+            _graphs(facts),
+            max_rows=spec.scheduler.max_num_seqs,
+            num_lanes=ubatches,
+            spare_block=facts.num_blocks,
+            return_dtype=facts.return_dtype,
+        )
+        split_graphs.record()
     tuner = UbatchTuner(ubatches) if spec.transport.num_ubatches == "auto" and ubatches > 1 else None
     worker = AttentionWorker(
         halves,
@@ -184,6 +201,7 @@ def build_attention(
         pooler=None if facts.pooling is None else Pooler(facts.pooling, facts.checkpoint, facts.dtype, facts.device),
         hidden_states=drafter if isinstance(drafter, PredictionDrafter) else None,
         graphs=graphs,
+        split_graphs=split_graphs,
     )
     scheduler = Scheduler(
         SchedulerConfig(
@@ -209,11 +227,20 @@ def build_attention(
 
 
 def _replays(facts: ModelFacts, role: Role) -> bool:
-    """Whether decode steps are replayed: on a card, where a worker has every layer whole and nothing but KV to find for a row."""
-    if os.environ.get("ANTIPHON_GRAPHS") == "0":  # for comparisons
-        return False
-    is_plain = facts.pooling is None and not facts.kv.has_state and facts.activation_dtype == facts.dtype
-    return is_card(facts.device) and role.holds_ffn and role.generates and is_plain and facts.return_dtype is not torch.int8
+    """Whether decode steps are replayed: on a card, by a worker that has nothing but KV to find for a row. What would change on
+    the way to FFN workers is not done within a recording of whole layers.
+    """
+    is_plain = facts.pooling is None and not facts.kv.has_state
+    is_same = facts.activation_dtype == facts.dtype and facts.return_dtype is not torch.int8
+    return _wants_graphs(facts) and role.generates and is_plain and (is_same or not role.holds_ffn)
+
+
+def _wants_graphs(facts: ModelFacts) -> bool:
+    return is_card(facts.device) and os.environ.get("ANTIPHON_GRAPHS") != "0"  # for comparisons
+
+
+def _graphs(facts: ModelFacts) -> Graphs:
+    return TapeGraphs() if facts.device.type == "cpu" else CudaGraphs(facts.device)
 
 
 def _pumped(ffn: FFNWorker) -> Callable[[], None]:
