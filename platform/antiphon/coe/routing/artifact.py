@@ -34,8 +34,8 @@ from antiphon.coe.routing.wordpiece import WordPiece
 from antiphon.core.errors import CheckpointInvalid
 
 FORMAT = "antiphon-coe-router"
-FORMAT_VERSION = 4
-READ_VERSIONS = (2, 3, 4)  # 2 has no words, 3 no points that are harmless only for familiar prompts
+FORMAT_VERSION = 5
+READ_VERSIONS = (2, 3, 4, 5)  # 2 has no words, 3 no points that are harmless only for familiar prompts, 4 no caution
 MANIFEST = "manifest.json"
 _JSON, _ARRAYS, _VOCABULARY, _ENCODER = "router.json", "router.safetensors", "vocab.txt", "encoder.onnx"
 _WORDS = "words.txt"
@@ -122,6 +122,7 @@ def _path_arrays(prefix: str, path: ServedPath) -> dict[str, Array]:
 def _path_json(path: ServedPath) -> dict[str, Any]:
     return {
         "temperature": path.fitted.temperature,
+        "general": path.fitted.general,
         "mix": asdict(path.mix),
         "gate": asdict(path.gate),
     }
@@ -142,6 +143,7 @@ def _read_path(prefix: str, arrays: Mapping[str, Array], value: Mapping[str, Any
             class_scores_FM=arrays[f"{prefix}.class_scores"],
             category_scores_CM=arrays[f"{prefix}.category_scores"],
             mean_M=arrays[f"{prefix}.mean"],
+            general=int(value.get("general", arrays[f"{prefix}.mean"].argmax())),  # formats before 5 don't say it
             landmarks_ND=arrays[f"{prefix}.landmarks"].astype(np.float32),
         ),
         mix=Mix(**value["mix"]),

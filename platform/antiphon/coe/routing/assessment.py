@@ -34,16 +34,28 @@ def softmax(logits_BC: npt.NDArray[np.floating], temperature: float) -> Floats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
-    """Familiarity as a logistic function of the energy; below ``threshold`` a prompt goes to the general expert."""
+    """Familiarity as a logistic function of the energy; below ``threshold`` a prompt goes to the general expert.
+
+    Above it, the less familiar a prompt is, the further ahead of the general expert another must be expected: by ``caution`` at a
+    familiarity of 0, by nothing from ``caution_below`` on. Small leads on unfamiliar prompts are noise.
+    """
 
     weight: float
     bias: float
     threshold: float
+    caution: float = 0.0  # expected score
+    caution_below: float = 1.0  # familiarity; above 0
 
     def familiarity(self, energy_B: Floats) -> Floats:
         """0..1 for each prompt."""
         logit_B = np.clip(self.weight * energy_B.astype(np.float64) + self.bias, -_MAX_LOGIT, _MAX_LOGIT)
         result: Floats = (1.0 / (1.0 + np.exp(-logit_B))).astype(np.float32)
+        return result
+
+    def lead(self, familiarity_B: Floats) -> Floats:
+        """The expected score by which another expert must be ahead of the general one, for each prompt."""
+        strange_B = np.maximum(np.float32(0.0), np.float32(1.0) - familiarity_B / np.float32(self.caution_below))
+        result: Floats = np.float32(self.caution) * strange_B
         return result
 
 
@@ -74,6 +86,7 @@ class Fitted:
     class_scores_FM: Floats  # mean score of each expert in each class
     category_scores_CM: Floats
     mean_M: Floats  # mean score of each expert
+    general: int  # the expert that has the best one, and serves what is not familiar
     landmarks_ND: Floats  # a fixed sample of training prompts, which stand for requests to come
 
     def raw(self, embedding_BD: Floats) -> Raw:
@@ -99,7 +112,7 @@ class Assessment:
     """What a path says about prompts."""
 
     categories_BC: Floats  # calibrated p(category)
-    scores_BM: Floats  # expected score per expert
+    scores_BM: Floats  # expected score per expert; of all but the general one less the lead that is asked of them
     familiarity_B: Floats
 
 
@@ -113,11 +126,10 @@ def assess(raw: Raw, fitted: Fitted, mix: Mix, gate: Gate) -> Assessment:
     familiarity_B = gate.familiarity(raw.energy)
     # Expected scores of what is not familiar are drawn to the experts' means: there, means are what is known.
     trust_B1 = np.where(familiarity_B < np.float32(gate.threshold), np.float32(mix.trust), np.float32(1.0))[:, None]
-    return Assessment(
-        categories_BC=categories_BC,
-        scores_BM=fitted.mean_M + trust_B1 * (scores_BM - fitted.mean_M),
-        familiarity_B=familiarity_B,
-    )
+    scores_BM = fitted.mean_M + trust_B1 * (scores_BM - fitted.mean_M)
+    if gate.caution:
+        scores_BM -= gate.lead(familiarity_B)[:, None] * others(fitted)
+    return Assessment(categories_BC=categories_BC, scores_BM=scores_BM, familiarity_B=familiarity_B)
 
 
 def class_probabilities(raw: Raw, temperature: float, word_share: float) -> Floats:
@@ -145,6 +157,13 @@ def members(fitted: Fitted) -> Floats:
     return member_FC
 
 
+def others(fitted: Fitted) -> Floats:
+    """1 for every expert but the general one [M]."""
+    other_M = np.ones_like(fitted.mean_M)
+    other_M[fitted.general] = 0.0
+    return other_M
+
+
 class Ready:
     """A path made ready for one prompt at a time: the arithmetic of ``assess`` in a dozen calls. Shares nothing that changes."""
 
@@ -165,6 +184,7 @@ class Ready:
         self._word_share = mix.word_share
         self._cooling = np.float32(1.0 / fitted.temperature)
         self._trust = np.float32(mix.trust)
+        self._other_M = others(fitted)
         self._gate = gate
 
     def assess(self, embedding_D: Floats, threshold: float) -> tuple[list[float], list[float], float]:
@@ -190,4 +210,6 @@ class Ready:
         familiarity = 1.0 / (1.0 + math.exp(-logit))
         if familiarity < threshold:
             scores_M = self._mean_M + self._trust * (scores_M - self._mean_M)
+        if self._gate.caution and familiarity < self._gate.caution_below:
+            scores_M -= np.float32(self._gate.caution * (1.0 - familiarity / self._gate.caution_below)) * self._other_M
         return mixed_X[self._num_experts :].tolist(), scores_M.tolist(), familiarity

@@ -213,6 +213,7 @@ def _fit(examples: Examples, rows: Ints, recipe: Recipe, num_variants: int, memo
                 category_B, scores_BM[labelled], num_categories, mean_M, prior_rows(category_B, scores_BM[labelled])
             ),
             mean_M=mean_M.astype(np.float32),
+            general=int(mean_M.argmax()),
             landmarks_ND=np.concatenate([plain_BD, word_BD], axis=1)[chosen],
         ),
         spaces=Spaces(topics=topics, words=words),
@@ -337,13 +338,17 @@ def _best_mix(inside: Sequence[_Part], scores_BM: Doubles, temperature: float, w
 def _rehearsal(part: _Part, temperature: float, mix: Mix, scores_BM: Doubles) -> Rehearsal:
     expected_BM = _assessed(part, temperature, mix, OPEN).scores_BM
     actual_BM = scores_BM[part.rows]
-    row, general = np.arange(len(actual_BM)), int(part.fitted.mean_M.argmax())
-    return Rehearsal(signal_B=part.raw.energy, gain_B=actual_BM[row, expected_BM.argmax(axis=1)] - actual_BM[:, general])
+    row, general = np.arange(len(actual_BM)), part.fitted.general
+    return Rehearsal(
+        signal_B=part.raw.energy,
+        ahead_B=(expected_BM.max(axis=1) - expected_BM[:, general]).astype(np.float64),
+        gain_B=actual_BM[row, expected_BM.argmax(axis=1)] - actual_BM[:, general],
+    )
 
 
 def _foreign(part: _Part, temperature: float, mix: Mix, gate: Gate, scores_BM: Doubles) -> Foreign:
     found = _assessed(part, temperature, mix, gate)
-    return Foreign(found=found, scores_BM=scores_BM[part.rows], general=int(part.fitted.mean_M.argmax()))
+    return Foreign(found=found, scores_BM=scores_BM[part.rows], general=part.fitted.general)
 
 
 def _trust(outside: Sequence[_Part], temperature: float, mix: Mix, gate: Gate, scores_BM: Doubles) -> float:

@@ -21,7 +21,7 @@ _WEIGHTS = (
     *(0.18, 0.2, 0.22, 0.24, 0.26, 0.32, 0.4, 0.55, 0.8, 1.5),
 )
 _BALANCED_LOSS = 0.004  # balanced: this much below the best quality
-_ALLOWED_HARM = 0.005  # what a named policy may lose against the general expert on left-out datasets, at 95 %; scores without cost
+_ALLOWED_HARM = 0.002  # what a named policy may lose against the general expert on left-out datasets, at 95 %; scores without cost
 _COST_FROM = (0.2, 0.4, 0.6, 0.8)  # shares of known prompts that are too unfamiliar for cost to count
 _NEVER = 2.0  # above any familiarity
 _SURE = 1.96  # standard errors
@@ -162,21 +162,22 @@ def policies_of(points: Sequence[FrontierPoint], best_single: float) -> dict[str
     """The point of each policy.
 
     quality has no cost; balanced is the cheapest that loses no more than its policy allows; cheap the cheapest that is as good as
-    the best single expert, or as balanced where that is less: never the dearer of the two. Only points that do no harm on left-out
+    the best single expert, or as balanced where that is less: never the dearer of the two, on these rows nor, since in balanced
+    cost weighs no more and for no prompt that it doesn't weigh for in cheap, on others. Only points that do no harm on left-out
     datasets are looked at.
     """
-    best = points[0].score
-    balanced = best - _BALANCED_LOSS
-    return {
-        "quality": 0,
-        "balanced": cheapest(points, balanced),
-        "cheap": cheapest(points, min(best_single, balanced)),
-    }
+    least = points[0].score - _BALANCED_LOSS
+    cheap = cheapest(points, min(best_single, least))
+    weight, cost_from = points[cheap].weight, points[cheap].cost_from
+    milder = [i for i, point in enumerate(points) if point.weight <= weight and point.cost_from >= cost_from]
+    milder = [0, *(i for i in milder if i != 0)]  # in quality cost weighs for no prompt at all
+    balanced = milder[cheapest([points[i] for i in milder], least)]
+    return {"quality": 0, "balanced": balanced, "cheap": cheap}
 
 
 def cheapest(points: Sequence[FrontierPoint], at_least: float) -> int:
     """The cheapest harmless point with a score of ``at_least``; the best one when there is none."""
-    harmless = [i for i, point in enumerate(points) if point.harmless]  # the first one is: others are measured against it
+    harmless = [i for i, point in enumerate(points) if point.harmless]  # never empty: the points that policies are of hold one
     good = [i for i in harmless if points[i].score >= at_least]
     if not good:
         return max(harmless, key=lambda i: (points[i].score, -points[i].avg_cost))

@@ -1,4 +1,4 @@
-"""Chooses below which familiarity the general expert serves (control speed, offline).
+"""Chooses below which familiarity the general expert serves, and how cautious routing is above it (control speed, offline).
 
 A gate that closes on prompts of known kinds loses what routing gains there; one that stays open on foreign prompts loses what
 routing harms there. Both are measured on models that had not seen the prompts: those of inner folds, and those that had one
@@ -25,6 +25,10 @@ _SHARES = (0.0, 0.04, 0.08, 0.12, 0.16, 0.24)
 # that was learnt from is not known, however well routing went.
 _MARGIN = 0.5
 _USUAL = 2  # the share that is taken unless another is better beyond doubt
+# Expected scores by which another expert must be ahead of the general one at a familiarity of 0; nothing is asked from the median
+# of known prompts on. A lead of this size is what class means of some hundred prompts differ by when nothing is behind it.
+_CAUTIONS = (0.0, 0.06, 0.12)
+_USUAL_CAUTION = 1
 # Standard errors, over datasets left out. Gains differ far more between datasets than within: a best share that is taken for
 # granted is the best for the datasets at hand, and a bad one for the next.
 _BEYOND_DOUBT = 2.0
@@ -32,10 +36,11 @@ _BEYOND_DOUBT = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsal:
-    """Prompts that a model had not seen: the gate's signal, and the score its pick has over the general expert's."""
+    """Prompts that a model had not seen: the gate's signal, and how far its pick is ahead of the general expert."""
 
     signal_B: Floats
-    gain_B: Doubles
+    ahead_B: Doubles  # in expected score
+    gain_B: Doubles  # in score
 
 
 def choose_gate(inside: Sequence[Rehearsal], outside: Sequence[Rehearsal]) -> Gate:
@@ -44,23 +49,36 @@ def choose_gate(inside: Sequence[Rehearsal], outside: Sequence[Rehearsal]) -> Ga
     weight, bias = _scale(known_B, np.concatenate([one.signal_B for one in outside]) if outside else None)
     cut_Q = np.quantile(known_B, _SHARES)
     cut_Q[0] -= _MARGIN * known_B.std()
-    chosen = _USUAL
-    if outside:
-        gain_Q = np.array([_gain(inside, cut) for cut in cut_Q])
-        gain_GQ = np.array([[_gain([one], cut) for cut in cut_Q] for one in outside if len(one.gain_B)])
-        better_GQ = gain_GQ - gain_GQ[:, _USUAL : _USUAL + 1]
-        error_Q = better_GQ.std(axis=0, ddof=1) / np.sqrt(len(better_GQ))
-        better_Q = gain_Q - gain_Q[_USUAL] + better_GQ.mean(axis=0)
-        sure_Q = better_Q > _BEYOND_DOUBT * error_Q
-        if sure_Q.any():
-            chosen = int(np.where(sure_Q, better_Q, -np.inf).argmax())
     gate = Gate(weight=weight, bias=bias, threshold=0.0)
-    return replace(gate, threshold=float(gate.familiarity(cut_Q[chosen : chosen + 1].astype(np.float32))[0]))
+    threshold_Q = gate.familiarity(cut_Q.astype(np.float32))
+    shares = [replace(gate, threshold=float(threshold)) for threshold in threshold_Q]
+    gate = shares[_best(shares, _USUAL, inside, outside)]
+    below = float(np.median(gate.familiarity(known_B.astype(np.float32))))
+    cautions = [replace(gate, caution=caution, caution_below=below) for caution in _CAUTIONS]
+    return cautions[_best(cautions, _USUAL_CAUTION, inside, outside)]
 
 
-def _gain(rehearsals: Sequence[Rehearsal], cut: float) -> float:
-    gain_B = np.concatenate([np.where(one.signal_B < cut, 0.0, one.gain_B) for one in rehearsals])
-    return float(gain_B.mean())
+def _best(gates: Sequence[Gate], usual: int, inside: Sequence[Rehearsal], outside: Sequence[Rehearsal]) -> int:
+    """The gate that gains most on known and foreign prompts together, where it beats the usual one beyond doubt; else that one."""
+    datasets = [one for one in outside if len(one.gain_B)]
+    if len(datasets) < 2:
+        return usual
+    gain_Q = np.array([_gain(inside, gate) for gate in gates])
+    gain_GQ = np.array([[_gain([one], gate) for gate in gates] for one in datasets])
+    better_GQ = gain_GQ - gain_GQ[:, usual : usual + 1]
+    error_Q = better_GQ.std(axis=0, ddof=1) / np.sqrt(len(better_GQ))
+    better_Q = gain_Q - gain_Q[usual] + better_GQ.mean(axis=0)
+    sure_Q = better_Q > _BEYOND_DOUBT * error_Q
+    return int(np.where(sure_Q, better_Q, -np.inf).argmax()) if sure_Q.any() else usual
+
+
+def _gain(rehearsals: Sequence[Rehearsal], gate: Gate) -> float:
+    gains = []
+    for one in rehearsals:
+        familiarity_B = gate.familiarity(one.signal_B)
+        open_B = (familiarity_B >= np.float32(gate.threshold)) & (one.ahead_B >= gate.lead(familiarity_B))
+        gains.append(np.where(open_B, one.gain_B, 0.0))
+    return float(np.concatenate(gains).mean())
 
 
 def _scale(known_B: Doubles, foreign_B: Floats | None) -> tuple[float, float]:

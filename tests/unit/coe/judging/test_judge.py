@@ -116,13 +116,20 @@ def _foreign(gain: float, spread: float = 0.0) -> list[Rehearsal]:
     return [
         Rehearsal(
             signal_B=source.normal(0.0, 1.0, 300).astype(np.float32),
+            ahead_B=np.ones(300),
             gain_B=np.full(300, gain + spread * (-1) ** group),
         )
         for group in range(8)
     ]
 
 
-KNOWN = [Rehearsal(signal_B=np.random.default_rng(2).normal(3.0, 1.0, 3000).astype(np.float32), gain_B=np.full(3000, 0.04))]
+KNOWN = [
+    Rehearsal(
+        signal_B=np.random.default_rng(2).normal(3.0, 1.0, 3000).astype(np.float32),
+        ahead_B=np.ones(3000),
+        gain_B=np.full(3000, 0.04),
+    )
+]
 
 
 def _closed(foreign: list[Rehearsal]) -> tuple[float, float]:
@@ -147,8 +154,34 @@ def test_the_gate_closes_further_where_routing_surely_harms_and_opens_where_it_s
 
 def test_one_lucky_dataset_does_not_open_the_gate() -> None:
     unlucky = _foreign(-0.02, spread=0.05)[:7]
-    lucky = Rehearsal(signal_B=unlucky[0].signal_B, gain_B=np.full(300, 0.5))
+    lucky = Rehearsal(signal_B=unlucky[0].signal_B, ahead_B=np.ones(300), gain_B=np.full(300, 0.5))
     assert _closed([*unlucky, lucky])[0] == pytest.approx(0.08, abs=0.01)
+
+
+def _leads(gain_of_small: float) -> list[Rehearsal]:
+    """Foreign prompts of middling familiarity; half of them have an expert that is ahead by little."""
+    source = np.random.default_rng(5)
+    return [
+        Rehearsal(
+            signal_B=source.normal(1.5, 0.5, 300).astype(np.float32),
+            ahead_B=np.tile([0.01, 0.3], 150),
+            gain_B=np.tile([gain_of_small, 0.1], 150),
+        )
+        for _ in range(8)
+    ]
+
+
+def test_a_small_lead_over_the_general_expert_does_not_count_on_unfamiliar_prompts() -> None:
+    gate = choose_gate(KNOWN, _leads(-0.001))
+    lead = gate.lead(np.array([0.0, gate.caution_below / 2, gate.caution_below, 1.0], np.float32))
+    assert lead[0] > lead[1] > 0.0
+    assert lead[2] == lead[3] == 0.0
+
+
+def test_caution_grows_where_small_leads_surely_harm_and_goes_where_they_surely_help() -> None:
+    usual = choose_gate(KNOWN, _leads(-0.001)).caution
+    assert choose_gate(KNOWN, _leads(+0.2)).caution == 0.0
+    assert choose_gate(KNOWN, _leads(-0.2)).caution >= usual > 0.0
 
 
 def test_means_of_classes_that_differ_much_are_drawn_little() -> None:
