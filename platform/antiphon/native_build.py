@@ -19,7 +19,7 @@ from pathlib import Path
 from antiphon.cache_root import cache_root
 from antiphon.core.errors import Unavailable
 
-COMPILE_TIMEOUT_S = 300.0
+COMPILE_TIMEOUT_S = 1800.0  # half a minute where nothing else runs; a loaded machine is given its time
 
 
 def cache_directory() -> Path:

@@ -464,7 +464,7 @@ def test_nothing_outlives_a_command_that_is_killed() -> None:
 def test_a_model_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
     with serve(document=without_model(tmp_path)) as running:
         assert running.wait(60) == 1
-        assert re.search(r"error: smollm2: spec.model.uri: /nowhere: no such directory", running.output)
+        assert re.search(r"error: .*\.yaml:\d+: smollm2: spec.model.uri: /nowhere: no such directory", running.output)
         assert "Traceback" not in running.output
         assert_nothing_left(running)
 

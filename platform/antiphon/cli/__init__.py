@@ -1,7 +1,7 @@
 """The antiphon command: parse, import only what the verb needs, run (control speed).
 
 A verb lives in a module of this package that has ``app``, a typer application. VERBS is the only list of them;
-``antiphon --help`` reads it without importing any. Errors of our tree print one line each and exit with 1 (2 = wrong usage).
+``antiphon --help`` reads it without importing any. Every error is a line of ``cli.errors``; the exit status is 1 (2 = wrong usage).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import click
 import typer
 from click.shell_completion import CompletionItem
 
-from antiphon.core.errors import AntiphonError, SpecInvalid, Unavailable
+from antiphon.cli.errors import ABORTS, FAILED, USAGE_ERRORS, error_lines, tell, tell_usage
+from antiphon.core.errors import AntiphonError, Unavailable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +56,7 @@ EXTRAS = {
     **dict.fromkeys(("aiohttp", "huggingface_hub", "jsonpatch", "kopf", "lightkube", "minio"), "operator"),
     "nixl": "nixl",
 }
-_ASK_A_GATEWAY = ("chat", "status", "experts")
+_ASK_A_GATEWAY = ("chat", "status", "experts", "keys")
 
 
 def _complete(ctx: click.Context, _param: click.Parameter | None, incomplete: str) -> list[CompletionItem]:
@@ -103,19 +104,24 @@ def _run(name: str, verb: Verb, arguments: tuple[str, ...]) -> None:
         missing = (error.name or "").partition(".")[0]
         if missing not in EXTRAS:
             raise
-        click.echo(f"error: antiphon {name} needs {missing}: pip install 'antiphon[{EXTRAS[missing]}]'", err=True)
-        sys.exit(1)
+        tell(f"antiphon {name} needs {missing}: pip install 'antiphon[{EXTRAS[missing]}]'")
+        sys.exit(FAILED)
     except Unavailable as error:
         if name not in _ASK_A_GATEWAY:
             raise
         from antiphon.cli.serving.connection import IS_IT_RUNNING
 
-        click.echo(f"error: {error}\n{IS_IT_RUNNING}", err=True)
-        sys.exit(1)
+        tell(f"{error}; {IS_IT_RUNNING}")
+        sys.exit(FAILED)
 
 
 def _call(name: str, module: ModuleType, arguments: tuple[str, ...]) -> None:
-    typer.main.get_command(module.app).main(args=list(arguments), prog_name=f"antiphon {name}", help_option_names=["-h", "--help"])
+    command = typer.main.get_command(module.app)
+    status = command.main(
+        args=list(arguments), prog_name=f"antiphon {name}", help_option_names=["-h", "--help"], standalone_mode=False
+    )
+    if status:  # what a verb left with, by typer.Exit
+        sys.exit(int(status))
 
 
 def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -135,12 +141,12 @@ def _root() -> None:
 def main() -> None:
     """Entry point of the ``antiphon`` script."""
     try:
-        _root(prog_name="antiphon")
-    except SpecInvalid as error:
-        for problem in error.problems:
-            where = f"{problem.source}:{problem.line}: " if problem.source and problem.line else ""
-            click.echo(f"error: {where}{problem.path}: {problem.message}", err=True)
-        sys.exit(1)
+        sys.exit(_root.main(prog_name="antiphon", standalone_mode=False))
+    except USAGE_ERRORS as error:
+        sys.exit(tell_usage(error))
+    except ABORTS:  # the input ended where an answer was asked for
+        tell("interrupted")
+        sys.exit(130)
     except AntiphonError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        tell(*error_lines(error))
+        sys.exit(FAILED)

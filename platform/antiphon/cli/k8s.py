@@ -15,7 +15,9 @@ import typer
 
 from antiphon.core.errors import InvalidInput, Unavailable
 
-app = typer.Typer(help="Daily work with deployments on a cluster.", no_args_is_help=True)
+app = typer.Typer(
+    add_completion=False, help="Daily work with deployments on a cluster.", no_args_is_help=True, rich_markup_mode=None
+)
 
 GROUP = "serving.antiphon.dev"
 _DEADLINE_S = 30.0

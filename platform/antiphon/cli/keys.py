@@ -15,7 +15,7 @@ import typer
 
 from antiphon.core.errors import InvalidInput
 
-app = typer.Typer(add_completion=False, no_args_is_help=True)
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
 
 Tenant = Annotated[str, typer.Argument(help="Whose key it is; several keys may have one tenant.", show_default=False)]
 ScopeOption = Annotated[str, typer.Option("--scope", help="user (ask models) or admin (status, experts and metrics, too).")]
@@ -96,8 +96,11 @@ def usage(
     try:
         trust: ssl.SSLContext | bool = True if ca_file is None else ssl.create_default_context(cafile=ca_file)
         answer = httpx.get(f"{url.rstrip('/')}/usage", params=asked, headers=headers, verify=trust, timeout=30.0)
+    except httpx.ConnectError as error:
+        refused = "Connection refused" in str(error)
+        raise Unavailable(f"no connection to {url}: {'connection refused' if refused else error}") from error
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-        raise Unavailable(f"{url} can't be asked: {error}") from error
+        raise InvalidInput(f"{url} can't be asked: {error}", "url") from error
     if answer.is_success:
         click.echo(answer.text, nl=not answer.text.endswith("\n"))
         return

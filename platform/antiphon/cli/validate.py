@@ -10,14 +10,15 @@ from typing import Annotated
 import typer
 
 from antiphon.apps.serve.deployment_set import unknown_references
+from antiphon.cli.errors import problem_line
 from antiphon.core.device import device_problems
 from antiphon.core.document.composition import CompositionOfExperts
-from antiphon.core.document.loading import Document, read_documents
+from antiphon.core.document.loading import Document, placed, read_documents
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import Problem, SpecInvalid
 from antiphon.core.tiers import tier_problems
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @app.command()
@@ -38,6 +39,7 @@ def validate(
             sources += [str(path)] * (len(documents) - len(sources))
     problems += _devices(documents, sources)
     problems += _misfits(documents, sources)
+    problems = placed(problems, files)
     if as_json:
         found = {
             "ok": not problems,
@@ -57,7 +59,7 @@ def validate(
 def _devices(documents: list[Document], sources: list[str]) -> list[Problem]:
     """Cards asked for in ways that no worker can use, whatever the machine."""
     return [
-        Problem(path=f"spec.{path}", message=why, source=source)
+        Problem(path=f"{document.kind}/{document.metadata.name}: spec.{path}", message=why, source=source)
         for document, source in zip(documents, sources, strict=True)
         if isinstance(document, LLMDeployment)
         for path, why in device_problems(document.spec)
@@ -78,14 +80,6 @@ def _misfits(documents: list[Document], sources: list[str]) -> list[Problem]:
         if isinstance(document, CompositionOfExperts)
         for problem in (*unknown_references(deployments, [document]), *tier_problems(deployments, [document]))
     ]
-
-
-def problem_line(problem: Problem) -> str:
-    """file:line: path: message, in the form that editors and terminals turn into links."""
-    where = problem.source if problem.line is None else f"{problem.source}:{problem.line}"
-    if problem.path == problem.source:
-        return f"{where}: {problem.message}"
-    return f"{where}: {problem.path}: {problem.message}"
 
 
 def describe(document: Document) -> str:

@@ -13,12 +13,14 @@ from pathlib import Path
 from antiphon.native_build import cache_directory, find_compiler, library_path
 
 COMPILERS = ("c++", "g++", "clang++")
+_SOURCES = sorted((Path(__file__).parent / "native").glob("*.cpp"))
+NUM_LIBRARIES = len(_SOURCES)  # one for each
 
 
 def built_marker() -> Path:
     """The file that is there once this machine's kernels are built."""
     compiler = find_compiler("CXX", COMPILERS) or ""
     digest = hashlib.sha256()
-    for source in sorted((Path(__file__).parent / "native").glob("*.cpp")):
+    for source in _SOURCES:
         digest.update(str(library_path(source, compiler, (importlib.metadata.version("torch"), sys.prefix))).encode())
     return cache_directory() / f"built-{digest.hexdigest()[:16]}"

@@ -16,7 +16,7 @@ import grpc.aio
 
 from antiphon.core.errors import AntiphonError, Cancelled, Overloaded, Unavailable
 from antiphon.rpc.channels import channel_options
-from antiphon.rpc.errors import RETRY_AFTER_KEY, closed_meanwhile, error_from_call
+from antiphon.rpc.errors import CODE_KEY, RETRY_AFTER_KEY, closed_meanwhile, error_from_call, unreachable
 from antiphon.rpc.v1 import inference_pb2 as pb
 from antiphon.rpc.v1.inference_pb2_grpc import InferenceStub
 
@@ -36,8 +36,9 @@ class Tls:
 class ResponseStream:
     """The responses of one running call. One thread iterates; any thread may cancel."""
 
-    def __init__(self, call: Any) -> None:
+    def __init__(self, call: Any, address: str) -> None:
         self._call = call
+        self._address = address
 
     def receive(self) -> pb.GenerateResponse | None:
         """The next response; None = the call ended well. Raises what the call failed with."""
@@ -46,7 +47,7 @@ class ResponseStream:
         except StopIteration:
             return None
         except grpc.RpcError as error:
-            raise _translated(error) from error
+            raise _translated(error, self._address) from error
 
     def routed(self) -> dict[str, str]:
         """Who answers for a composition, and why; once a response has come."""
@@ -60,8 +61,9 @@ class ResponseStream:
 class AsyncResponseStream:
     """The responses of one running call, for one task."""
 
-    def __init__(self, call: Any) -> None:
+    def __init__(self, call: Any, address: str) -> None:
         self._call = call
+        self._address = address
         self._cancelled = False
 
     async def receive(self) -> pb.GenerateResponse | None:
@@ -69,7 +71,7 @@ class AsyncResponseStream:
         try:
             response = await self._call.read()
         except grpc.RpcError as error:
-            raise _translated(error) from error
+            raise _translated(error, self._address) from error
         except asyncio.CancelledError:
             if self._cancelled or closed_meanwhile():  # by cancel() below or close(), not the task
                 raise Cancelled("the call was cancelled") from None
@@ -91,13 +93,14 @@ class InferenceCalls:
     """A blocking connection to one server; connects lazily and again after a loss. Any thread may call."""
 
     def __init__(self, address: str, tls: Tls | None) -> None:
+        self._address = address
         self._channel = open_client_channel(address, tls)
         self._stub: Any = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
 
     def generate(self, request: pb.GenerateRequest, *, timeout_s: float, metadata: Metadata) -> ResponseStream:
         """Start a call; its errors come with its responses."""
         try:
-            return ResponseStream(self._stub.Generate(request, timeout=timeout_s, metadata=metadata))
+            return ResponseStream(self._stub.Generate(request, timeout=timeout_s, metadata=metadata), self._address)
         except ValueError as error:  # grpc's word for a closed channel
             raise Cancelled("the connection is closed") from error
 
@@ -130,7 +133,7 @@ class InferenceCalls:
         try:
             return method(request, timeout=timeout_s, metadata=metadata)
         except grpc.RpcError as error:
-            raise _translated(error) from error
+            raise _translated(error, self._address) from error
         except ValueError as error:  # grpc's word for a closed channel
             raise Cancelled("the connection is closed") from error
 
@@ -147,7 +150,7 @@ class AsyncInferenceCalls:
     def generate(self, request: pb.GenerateRequest, *, timeout_s: float, metadata: Metadata) -> AsyncResponseStream:
         """Start a call; its errors come with its responses."""
         try:
-            return AsyncResponseStream(self._stub().Generate(request, timeout=timeout_s, metadata=metadata))
+            return AsyncResponseStream(self._stub().Generate(request, timeout=timeout_s, metadata=metadata), self._address)
         except grpc.aio.UsageError as error:
             raise Cancelled("the connection is closed") from error
 
@@ -191,7 +194,7 @@ class AsyncInferenceCalls:
         try:
             return await method(request, timeout=timeout_s, metadata=metadata)
         except grpc.RpcError as error:
-            raise _translated(error) from error
+            raise _translated(error, self._address) from error
         except grpc.aio.UsageError as error:
             raise Cancelled("the connection is closed") from error
         except asyncio.CancelledError:
@@ -223,11 +226,14 @@ def _credentials(tls: Tls) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(tls.root_certificates, tls.private_key, tls.certificate_chain)
 
 
-def _translated(error: grpc.RpcError) -> AntiphonError:
+def _translated(error: grpc.RpcError, address: str) -> AntiphonError:
     translated = error_from_call(error)
     if isinstance(translated, Overloaded | Unavailable):
         call: Any = error
-        trailing = (call.trailing_metadata() or ()) if hasattr(call, "trailing_metadata") else ()
-        if not any(key == RETRY_AFTER_KEY for key, _ in trailing):
+        trailing = dict((call.trailing_metadata() or ()) if hasattr(call, "trailing_metadata") else ())
+        words = None if CODE_KEY in trailing else unreachable(address, str(translated))
+        if words is not None and isinstance(translated, Unavailable):  # grpc said it, not the server
+            translated = Unavailable(words, translated.retry_after_s)
+        if RETRY_AFTER_KEY not in trailing:
             translated.retry_after_s = 0.0
     return translated

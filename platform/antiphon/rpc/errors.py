@@ -50,6 +50,25 @@ _BY_STATUS: dict[str, type[AntiphonError]] = {
     "UNAVAILABLE": Unavailable,
 }
 
+# What stands in grpc's own words about a connection, and what people say.
+_REASONS = (
+    ("Connection refused", "connection refused"),
+    ("DNS resolution failed", "there is no host of that name"),
+    ("CERTIFICATE_VERIFY_FAILED", "its certificate is signed by nobody who is trusted here"),
+    ("WRONG_VERSION_NUMBER", "it does not speak TLS"),
+    ("andshake failed", "the TLS handshake failed"),
+    ("SETTINGS frame", "it does not speak gRPC, or wants TLS"),
+    ("http2 header", "it does not speak gRPC, or wants TLS"),
+    ("unreachable", "the network is unreachable"),
+    ("No route to host", "no route to that host"),
+    ("imed out", "no answer in time"),
+    ("imeout", "no answer in time"),
+    ("GOAWAY", "the server ended it"),
+    ("Socket closed", "the connection was lost"),
+    ("Connection reset", "the connection was lost"),
+    ("Broken pipe", "the connection was lost"),
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
@@ -90,6 +109,12 @@ def error_from_call(error: grpc.RpcError) -> AntiphonError:
     kind = _by_code().get(found.get(CODE_KEY, "")) or _BY_STATUS.get(status, InternalError)
     field = unquote(found[FIELD_KEY]) if FIELD_KEY in found else None
     return _make(kind, message or status, field, _seconds(found.get(RETRY_AFTER_KEY)))
+
+
+def unreachable(address: str, details: str) -> str | None:
+    """Why there is no connection to ``address``, in a person's words; None where grpc's ``details`` are about something else."""
+    found = next((words for sign, words in _REASONS if sign in details), None)
+    return None if found is None else f"no connection to {address}: {found}"
 
 
 def _seconds(text: str | None) -> float | None:

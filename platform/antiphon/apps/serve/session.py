@@ -112,13 +112,13 @@ class ServeSession:
     ) -> Ready:
         """Start everything and wait until it is ready; ``say`` gets what is being done, ``watch`` how far downloads are.
 
-        ``check`` raises what is wrong with models, once all of them are on this machine and before anything is started.
+        ``check`` raises what is wrong with models, once all of them are on this machine and before anything is started. The
+        settings' ``start_timeout_s`` begins there: downloads, conversions and the building of kernels have deadlines of their own.
 
         Raises:
             AntiphonError: cards or the model can't be had, or something could not be started; the message has the end of its log.
             StopRequested: a signal came.
         """
-        deadline = time.monotonic() + self._settings.start_timeout_s
 
         def step(text: str) -> None:
             self._signals.install()  # Ray has handlers of its own
@@ -142,6 +142,7 @@ class ServeSession:
         if kernels_missing() is not None:
             with self._event_log.timed("kernels"):
                 ensure_kernels(step)
+        deadline = time.monotonic() + self._settings.start_timeout_s
         kind = RayDeployment if self._with_ray else DirectDeployment
         deployment = kind(self._serving, run_dir=self.run_dir, settings=settings)
         self._deployment = deployment

@@ -15,13 +15,14 @@ from antiphon.apps.serve.host import open_private
 
 
 class QuietStreams:
-    """While open, what anybody writes to stdout or stderr lands in ``log``; ``terminal`` is the former stdout."""
+    """While open, what anybody writes to stdout or stderr lands in ``log``; ``terminal`` is the former stdout, ``errors`` stderr."""
 
     def __init__(self, log: Path) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         self._saved = (os.dup(1), os.dup(2))
         self.terminal: IO[str] = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
+        self.errors: IO[str] = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace")
         target = open_private(log, append=True)
         os.dup2(target, 1)
         os.dup2(target, 2)
@@ -38,7 +39,8 @@ class QuietStreams:
         for number, saved in enumerate(self._saved, start=1):
             os.dup2(saved, number)
             os.close(saved)
-        self.terminal.flush()
+        for stream in (self.terminal, self.errors):
+            stream.flush()
 
     def __enter__(self) -> Self:
         return self

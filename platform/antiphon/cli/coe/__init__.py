@@ -10,7 +10,12 @@ import typer
 from antiphon.cli.coe.serving import demo, route, serve
 from antiphon.cli.coe.training import add_expert, calibrate, evaluate, example, replay, train
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Composition of experts: train, evaluate, route, serve, demo.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Composition of experts: train, evaluate, route, serve, demo.",
+    rich_markup_mode=None,
+)
 app.command()(train)
 app.command()(evaluate)
 app.command()(route)

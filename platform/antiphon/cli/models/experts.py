@@ -25,7 +25,9 @@ from antiphon.core.errors import InvalidInput
 from antiphon.rpc.client_channel import Tls
 from antiphon.rpc.experts import ExpertsCalls, RebalanceWish
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Load of experts, their placement, and skipping.")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Load of experts, their placement, and skipping.", rich_markup_mode=None
+)
 
 Deployment = Annotated[str, typer.Option("--deployment", "-d", help="Which deployment; default: the only one with experts.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or uri, as in a document's model.uri.")]

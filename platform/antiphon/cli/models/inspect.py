@@ -16,7 +16,7 @@ from antiphon.cli.models.heat import draw, heat, read_load
 from antiphon.core.errors import InvalidInput
 from antiphon.core.kv import LIVE_STATES
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 _FORMATS = ("bfloat16", "float32")
 

@@ -13,6 +13,6 @@ from antiphon.cli.plan.deploy import deploy
 from antiphon.cli.plan.listings import hardware, models
 from antiphon.cli.plan.simulate import simulate
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 for verb in (cost, deploy, simulate, calibrate, hardware, models):
     app.command()(verb)

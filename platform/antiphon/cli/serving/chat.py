@@ -11,12 +11,13 @@ from typing import Annotated
 
 import typer
 
+from antiphon.cli.errors import error_lines, tell
 from antiphon.cli.serving.chat_session import Session, Turn, choose_model
-from antiphon.cli.serving.connection import DEFAULT, ApiKey, CaFile, Endpoint, connect
+from antiphon.cli.serving.connection import DEFAULT, IS_IT_RUNNING, ApiKey, CaFile, Endpoint, connect
 from antiphon.client import GenerateOptions
-from antiphon.core.errors import AntiphonError, InvalidInput
+from antiphon.core.errors import AntiphonError, InvalidInput, Unavailable
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 _HELP = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C cancels a running answer"
 
@@ -88,9 +89,11 @@ def _converse(session: Session) -> None:
                     _answer(session, line)
                 except InvalidInput as error:
                     hint = "; /reset starts anew" if session.history else ""
-                    typer.echo(typer.style(f"{error}{hint}", fg="red"), err=True)
+                    tell(f"{error}{hint}")
+                except Unavailable as error:
+                    tell(f"{error}; {IS_IT_RUNNING}")
                 except AntiphonError as error:
-                    typer.echo(typer.style(str(error), fg="red"), err=True)
+                    tell(*error_lines(error))
 
 
 def _answer(session: Session, text: str) -> Turn:

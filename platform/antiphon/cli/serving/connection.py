@@ -19,7 +19,7 @@ ApiKey = Annotated[
 ]
 CaFile = Annotated[Path | None, typer.Option("--tls-ca", envvar="ANTIPHON_TLS_CA", help="PEM file of authorities: connect by TLS.")]
 DEFAULT = DEFAULT_ENDPOINT
-IS_IT_RUNNING = "is `antiphon serve` running? --endpoint names another gateway"
+IS_IT_RUNNING = "is `antiphon serve` running?"
 
 
 def connect(endpoint: str, api_key: str | None, ca_file: Path | None, *, max_attempts: int = 4) -> Client:

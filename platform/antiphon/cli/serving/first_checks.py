@@ -1,4 +1,4 @@
-"""Mistakes that can be told before anything slow starts: ports, files, memory, descriptors (control speed).
+"""Mistakes that can be told before anything slow starts: ports, files, memory, descriptors, compiler (control speed).
 
 Each names the field, or the command to run. Must not know: how anything is started.
 """
@@ -16,6 +16,7 @@ import psutil
 
 from antiphon.apps.devices import deal
 from antiphon.apps.serve.deployment_set import Serving
+from antiphon.apps.serve.kernels import no_compiler
 from antiphon.core.document.pools import parse_quantity
 from antiphon.core.document.serving import EndpointSpec
 from antiphon.core.document.spec import LLMDeployment
@@ -39,6 +40,7 @@ def check(serving: Serving) -> None:
         *[problem for document in serving.deployments for problem in _checkpoint(document)],
         *_memory(serving),
         *_files(),
+        *_kernels(serving),
     ]
     if problems:
         raise SpecInvalid(problems)
@@ -184,3 +186,11 @@ def _files() -> list[Problem]:
         return []
     message = f"{wanted} open files are allowed, {LEAST_FILES} are needed: ulimit -n {LEAST_FILES}"
     return [Problem(path="open files", message=message)]
+
+
+def _kernels(serving: Serving) -> list[Problem]:
+    """Workers on CPUs would be several times slower without kernels: nobody shall find that out by measuring."""
+    if all(pool.worker_device != "cpu" for document in serving.deployments for pool in document.spec.pools):
+        return []
+    why = no_compiler()
+    return [] if why is None else [Problem(path="kernels", message=why)]

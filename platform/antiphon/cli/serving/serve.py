@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -19,10 +19,11 @@ import psutil
 import typer
 from rich.markup import escape
 
+from antiphon.cli.errors import FAILED, error_lines, tell
 from antiphon.cli.serving.first_checks import check, check_checkpoints
 from antiphon.cli.serving.quick_document import API_KEYS_ENV, Wishes, document_text, is_document
 from antiphon.core.document.spec import Topology
-from antiphon.core.errors import AntiphonError, InvalidInput
+from antiphon.core.errors import AntiphonError, InvalidInput, SpecInvalid
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from antiphon.apps.supervision.event_log import EventLogEntry
     from antiphon.client import Client, Tls
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 _DRAIN_S = 60.0
@@ -113,7 +114,7 @@ def serve(
             read_text(made, model)
             return
         print(made)
-        serving = read_text(made, model)
+        serving, sources = read_text(made, model), []
     else:
         given = [*(files or []), *([Path(model)] if model is not None else [])]
         if not given:
@@ -121,7 +122,7 @@ def serve(
         if said := [name for name, value in wishes.items() if value is not None]:
             raise InvalidInput(f"{said[0]} is for a model; a document says it itself", said[0])
         serving = read_serving(given).with_ports(http_port, grpc_port)
-        serving = with_door(serving, host, api_key)
+        serving, sources = with_door(serving, host, api_key), given
         if dry_run:
             for path in given:
                 print(path.read_text(encoding="utf-8"), end="")
@@ -137,7 +138,7 @@ def serve(
             raise InvalidInput(f"{option} {why}: leave out --ray-address (and RAY_ADDRESS)", option)
     if dashboard and no_ray:
         raise InvalidInput("--dashboard is Ray's: leave out --no-ray", "--dashboard")
-    check(serving)
+    placing(check, serving, sources)
     from antiphon.apps.process.config import LogSettings
     from antiphon.apps.serve.plan import ServeSettings
     from antiphon.apps.serve.session import ServeSession
@@ -153,11 +154,25 @@ def serve(
         ray_dashboard=dashboard,
     )
     with ServeSession(serving, settings, with_ray=not no_ray, log_dir=log_dir) as session:
-        status = _run(session, serving, ask)
+        status = _run(session, serving, ask, sources)
     if session.must_leave_hard:
         sys.stdout.flush()
         os._exit(status)
     raise SystemExit(status)
+
+
+def placing(look: Callable[[Serving], None], serving: Serving, sources: Sequence[Path]) -> None:
+    """Look at what is served; what is wrong is told with the file and the line.
+
+    Raises:
+        SpecInvalid: what ``look`` found.
+    """
+    from antiphon.core.document.loading import placed
+
+    try:
+        look(serving)
+    except SpecInvalid as error:
+        raise SpecInvalid(placed(error.problems, sources)) from None
 
 
 def read_text(text: str, source: str) -> Serving:
@@ -191,15 +206,19 @@ def read_serving(files: Sequence[Path]) -> Serving:
         SpecInvalid: a document is wrong, or they don't fit together.
     """
     from antiphon.apps.serve.deployment_set import serving_of
-    from antiphon.core.document.loading import Document, read_documents
+    from antiphon.core.document.loading import Document, placed, read_documents
 
     documents: list[Document] = []
     for file in files:
         documents += read_documents(file)
-    return serving_of(documents, ", ".join(map(str, files)))
+    source = ", ".join(map(str, files))
+    try:
+        return serving_of(documents, source)
+    except SpecInvalid as error:
+        raise SpecInvalid(placed([replace(p, source="" if len(files) > 1 else source) for p in error.problems], files)) from None
 
 
-def _run(session: ServeSession, serving: Serving, ask: str | None) -> int:
+def _run(session: ServeSession, serving: Serving, ask: str | None, sources: Sequence[Path]) -> int:
     """Start, serve, say what happens; the exit status."""
     from rich.console import Console
 
@@ -216,7 +235,10 @@ def _run(session: ServeSession, serving: Serving, ask: str | None) -> int:
     progress = Progress(console)
     try:
         ready = session.start(
-            lambda entries: progress.update(entries, serving.num_processes), progress.say, progress.amount, check_checkpoints
+            lambda entries: progress.update(entries, serving.num_processes),
+            progress.say,
+            progress.amount,
+            lambda found: placing(check_checkpoints, found, sources),
         )
         progress.close()
         _print_ready(console, session.serving, ready)
@@ -231,8 +253,8 @@ def _run(session: ServeSession, serving: Serving, ask: str | None) -> int:
         return 130
     except AntiphonError as error:
         progress.close()
-        console.print(f"[red]error:[/] {escape(str(error))}")
-        return 1
+        tell(*error_lines(error), file=session.streams.errors)
+        return FAILED
     finally:
         progress.close()
         console.print("Stopping (a second Ctrl-C does not wait) ...", style="dim")

@@ -17,7 +17,7 @@ from antiphon.cli.serving.connection import DEFAULT, IS_IT_RUNNING, ApiKey, CaFi
 from antiphon.client import Client, ServiceStatus
 from antiphon.core.errors import AntiphonError, Unavailable
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 _PIPE_WIDTH = 220  # columns where nobody's terminal says how many there are
 
@@ -70,9 +70,9 @@ def _watch(client: Client, endpoint: str, deployment: str, as_json: bool, interv
         try:
             return render(client.status(deployment))
         except Unavailable as error:
-            return Text(f"{endpoint}: {error}\n{IS_IT_RUNNING}", style="red")
+            return Text(f"error: {error}; {IS_IT_RUNNING}", style="red")
         except AntiphonError as error:
-            return Text(f"{endpoint}: {error}", style="red")
+            return Text(f"error: {error}", style="red")
 
     console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     with Live(frame(), console=console, auto_refresh=False, screen=sys.stdout.isatty()) as live:

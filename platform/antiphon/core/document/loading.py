@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +21,8 @@ from antiphon.core.document.problems import findings, shown, suggestion
 from antiphon.core.document.spec import API_VERSION, LLMDeployment
 from antiphon.core.document.yaml import YamlDocument, load_yaml, path_text
 from antiphon.core.errors import Problem, SpecInvalid
+
+_PART = re.compile(r"\[[0-9]+\]|[A-Za-z_][A-Za-z0-9_-]*")  # of a path that ``path_text`` wrote
 
 
 class Document(Protocol):
@@ -89,6 +93,36 @@ def parse_object(value: object, source: str) -> Document:
         SpecInvalid: it holds wrong fields; all of them are named.
     """
     return _parse(value, source, None)
+
+
+def placed(problems: Sequence[Problem], files: Sequence[Path]) -> list[Problem]:
+    """The problems with file and line where those are not known yet and one of ``files`` has the field.
+
+    A path may begin with whose it is: "LLMDeployment/name: spec.pools" or "name: spec.pools".
+    """
+    known: list[tuple[str, YamlDocument]] = []
+    for file in files:
+        try:
+            known += [(str(file), part) for part in load_yaml(file.read_bytes(), str(file))]
+        except (OSError, ValueError, SpecInvalid):  # whoever reads it says so
+            continue
+    return [problem if problem.line is not None else _placed(problem, known) for problem in problems]
+
+
+def _placed(problem: Problem, known: Sequence[tuple[str, YamlDocument]]) -> Problem:
+    whose, _, path = problem.path.rpartition(": ")
+    parts = [int(part[1:-1]) if part[0] == "[" else part for part in _PART.findall(path)]
+    kind, _, name = whose.rpartition("/")
+    for source, part in known:
+        value = part.value
+        if not isinstance(value, dict) or (kind and value.get("kind") != kind):
+            continue
+        metadata = value.get("metadata")
+        if name and not (isinstance(metadata, dict) and metadata.get("name") == name):
+            continue
+        if name or part.has(parts):
+            return replace(problem, source=source, line=part.line(parts))
+    return problem
 
 
 def _parse(value: object, source: str, text: YamlDocument | None) -> Document:

@@ -106,6 +106,16 @@ class YamlDocument:
     value: Value
     root: yaml.Node
 
+    def has(self, path: Sequence[str | int]) -> bool:
+        """Whether there is a value at ``path``."""
+        node = self.root
+        for part in path:
+            found = _child(node, part)
+            if found is None:
+                return False
+            node = found[0]
+        return True
+
     def line(self, path: Sequence[str | int]) -> int:
         """The line, from 1, of the value at ``path``, or of its nearest ancestor that is there."""
         node, line = self.root, self.root.start_mark.line

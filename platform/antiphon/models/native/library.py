@@ -14,7 +14,8 @@ import logging
 import os
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -44,8 +45,8 @@ def _flags(machine: tuple[str, ...] = ("-march=native",)) -> list[str]:
     ]
 
 
-def build_kernels() -> tuple[Path, ...]:
-    """Compile the kernels for this machine, unless that was done: a library per source.
+def build_kernels(built: Callable[[Path], None] = lambda _library: None) -> tuple[Path, ...]:
+    """Compile the kernels for this machine, unless that was done: a library per source. ``built`` gets each when it is there.
 
     Raises:
         Unavailable: there is no compiler, or it refuses.
@@ -54,9 +55,11 @@ def build_kernels() -> tuple[Path, ...]:
     if compiler is None:
         raise Unavailable("no C++ compiler (c++, g++ or clang++) on PATH")
     with _compilers() as at_once:
-        libraries = tuple(at_once.map(lambda source: build(source, compiler, _flags()), _SOURCES))
+        running = [at_once.submit(build, source, compiler, _flags()) for source in _SOURCES]
+        for one in as_completed(running):
+            built(one.result())
     built_marker().touch()
-    return libraries
+    return tuple(one.result() for one in running)
 
 
 def _compilers() -> ThreadPoolExecutor:
@@ -131,7 +134,11 @@ if __name__ == "__main__":
         arguments = argparse.ArgumentParser()
         arguments.add_argument("--into", type=Path, help="build for every instruction set of this kind of machine")
         directory = arguments.parse_args().into
-        print(*(build_kernels() if directory is None else build_for_image(directory)), sep="\n")  # noqa: T201  # a command's answer
+        say = functools.partial(print, flush=True)  # a command's answer
+        if directory is None:
+            build_kernels(say)
+        else:
+            say(*build_for_image(directory), sep="\n")
     except Unavailable as error:
         print(f"kernels are not built: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(1)
