@@ -97,7 +97,7 @@ def test_an_expert_whose_deployment_is_in_no_file_of_the_call_is_a_problem(good:
     result = CliRunner().invoke(app, ["-f", str(team), "-f", str(good)])
     assert result.exit_code == 1
     assert result.output.startswith(
-        f"{team}: CompositionOfExperts/team: spec.experts[0].deploymentRef: there is no LLMDeployment 'dmo'"
+        f"{team}:6: CompositionOfExperts/team: spec.experts[0].deploymentRef: there is no LLMDeployment 'dmo'"
     )
     team.write_text(COMPOSITION.replace("REF", "demo"))
     assert CliRunner().invoke(app, ["-f", str(team), "-f", str(good)]).exit_code == 0

@@ -24,7 +24,7 @@ from antiphon.core.errors import (
     UnknownModel,
     UnsupportedModel,
 )
-from antiphon.rpc.errors import error_from_call, error_of, status_of
+from antiphon.rpc.errors import error_from_call, error_of, status_of, unreachable
 
 
 class FailedCall(grpc.RpcError):
@@ -103,3 +103,19 @@ def test_a_field_with_any_characters_survives_the_metadata() -> None:
 
 def test_a_code_nobody_knows_is_an_internal_error() -> None:
     assert type(error_of("no_such_code", "hm")) is InternalError
+
+
+@pytest.mark.parametrize(
+    ("details", "words"),
+    [
+        (
+            "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:9: Failed to connect: Connection refused",
+            "connection refused",
+        ),
+        ("DNS resolution failed for nowhere:9: C-ares status is not ARES_SUCCESS", "there is no host of that name"),
+        ("Socket closed", "the connection was lost"),
+        ("every worker is draining", None),
+    ],
+)
+def test_grpcs_words_about_a_connection_become_a_persons(details: str, words: str | None) -> None:
+    assert unreachable("host:9", details) == (None if words is None else f"no connection to host:9: {words}")

@@ -39,8 +39,11 @@ def kernels_missing() -> str | None:
     """Why there are no kernels, in words; None = they were built on this machine, or came with the image."""
     if kernels_are_off():
         return f"{SWITCH}=0 turns them off"
-    if os.environ.get("ANTIPHON_KERNELS") or built_marker().exists():
-        return None
+    try:
+        if os.environ.get("ANTIPHON_KERNELS") or built_marker().exists():
+            return None
+    except OSError as error:
+        return f"{error.filename} can't be read: {error.strerror}; ANTIPHON_CACHE names another directory for them"
     if find_compiler("CXX", COMPILERS) is None:
         return "there is no C++ compiler (c++, g++ or clang++): install g++"
     return f"they are not built: python -m {_MODULE}"

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _OBJECT_STORE_BYTES = 80_000_000  # the smallest that Ray takes; nothing of ours goes through it
 
-_START_ATTEMPTS = 2
+_START_ATTEMPTS = 3
 _LEFTOVER_GRACE_S = 1.0  # for processes of a failed start
 # Ray's own processes end when its control process has been away for so long; requests in flight may take their drain time before.
 _CONTROL_AWAY = "RAY_gcs_rpc_server_reconnect_timeout_s"

@@ -15,7 +15,7 @@ from antiphon.apps.serve.host import open_private
 
 
 class QuietStreams:
-    """While open, what anybody writes to stdout or stderr lands in ``log``; ``terminal`` is the former stdout, ``errors`` stderr."""
+    """While open, what anybody writes to stdout or stderr lands in ``log``; ``terminal`` and ``errors`` are the former two."""
 
     def __init__(self, log: Path) -> None:
         sys.stdout.flush()

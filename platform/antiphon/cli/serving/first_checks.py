@@ -17,6 +17,7 @@ import psutil
 from antiphon.apps.devices import deal
 from antiphon.apps.serve.deployment_set import Serving
 from antiphon.apps.serve.kernels import no_compiler
+from antiphon.cli.serving.checkpoint_files import FilesWrong, weights_bytes
 from antiphon.core.document.pools import parse_quantity
 from antiphon.core.document.serving import EndpointSpec
 from antiphon.core.document.spec import LLMDeployment
@@ -95,21 +96,26 @@ def _checkpoint(document: LLMDeployment) -> list[Problem]:
 
     try:
         path = local_path(uri)
+        if path.is_file() and path.suffix == ".gguf":
+            return []
+        if not path.is_dir():
+            return [_of_model(document, f"{path}: {'not a directory or .gguf file' if path.exists() else 'no such directory'}")]
     except InvalidInput as error:
         return [_of_model(document, str(error))]
-    if path.is_file() and path.suffix == ".gguf":
-        return []
-    if not path.is_dir():
-        return [_of_model(document, f"{path}: {'not a directory or .gguf file' if path.exists() else 'no such directory'}")]
+    except OSError as error:
+        return [_of_model(document, f"{path} can't be read: {error.strerror or error}")]
     return _files_of(document, path)
 
 
 def _files_of(document: LLMDeployment, path: Path) -> list[Problem]:
-    for name, what in (("config.json", "the model's config"), ("tokenizer.json", "its tokenizer")):
-        if not (path / name).is_file():
-            return [_of_model(document, f"{path} has no {name}, {what}")]
-    if not any(path.glob("*.safetensors")):
-        return [_of_model(document, f"{path} has no weights (*.safetensors)")]
+    try:
+        num_bytes = weights_bytes(path, 4 if document.spec.model.dtype == "float32" else 2)
+    except FilesWrong as error:
+        return [_of_model(document, str(error))]
+    total = psutil.virtual_memory().total
+    if num_bytes > total and all(pool.worker_device == "cpu" for pool in document.spec.pools):
+        message = f"{path}: the weights take {num_bytes / 2**30:.1f} GiB in memory, this machine has {total / 2**30:.1f} GiB"
+        return [_of_model(document, message)]
     from antiphon.models.pooling.facts import read_pooling, wrong_topology
 
     try:

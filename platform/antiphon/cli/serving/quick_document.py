@@ -54,10 +54,15 @@ def uri_of(model: str) -> str:
     """
     if "://" in model:
         return model
-    path = Path(model).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-        return str(path.resolve())
-    if path.exists():
+    try:
+        path = Path(model).expanduser()
+        if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+            return str(path.resolve())
+        is_there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # no right to look, no home, no path at all
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise InvalidInput(f"{model} can't be read: {why}", "model") from error
+    if is_there:
         raise InvalidInput(f"{model}: neither a checkpoint directory, a .gguf file nor a .yaml document", "model")
     if _HUB.fullmatch(model) and not model.startswith((".", "~")):
         return f"hf://{model}"

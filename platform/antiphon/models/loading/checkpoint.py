@@ -175,7 +175,7 @@ class Checkpoint:
             try:
                 handle = self._file(entry.file)
                 view = handle.get_slice(name)[tuple(index)] if index else handle.get_tensor(name)
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
                 raise CheckpointInvalid(f"{self.path / entry.file}: can't read tensor {name!r}: {error}") from error
             self._bytes_read += view.numel() * stored.itemsize
             # The view may lie in the mapped file: an owned copy lets the file go.
@@ -253,14 +253,19 @@ def _read_header(path: Path, file: str, digest: hashlib.blake2b) -> dict[str, _E
     """Shapes and types from a file's header, after the library has found the file whole; feeds the digest."""
     full = path / file
     try:
-        with safe_open(full, framework="pt", device="cpu"):
-            pass  # checks offsets against the file's length
+        size_bytes = full.stat().st_size
         with full.open("rb") as stream:
             header = stream.read(min(int.from_bytes(stream.read(8), "little"), _MAX_HEADER_BYTES))
+    except OSError as error:  # the library takes any of them for a file that is not there
+        raise CheckpointInvalid(f"{full}: can't be read: {error.strerror or error}") from error
+    try:
+        with safe_open(full, framework="pt", device="cpu"):
+            pass  # checks offsets against the file's length
         parsed: dict[str, Any] = json.loads(header)
-        size_bytes = full.stat().st_size
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointInvalid(f"{full}: not a whole safetensors file: {error}") from error
+    except (RuntimeError, MemoryError) as error:  # torch's word for a file that can't be mapped
+        raise CheckpointInvalid(f"{full}: its {size_bytes / 2**30:.1f} GiB can't be mapped into this machine's memory") from error
     digest.update(f"{file}:{size_bytes}:".encode() + header)
     return {
         name: _Entry(file=file, shape=tuple(entry["shape"]), dtype=entry["dtype"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from antiphon.apps.serve.deployment_set import Serving, serving_of
+from antiphon.apps.serve.kernels import ensure_kernels
 from antiphon.cli.serving import first_checks
 from antiphon.cli.serving.quick_document import Wishes, document_text, name_of, uri_of
 from antiphon.core.document.loading import parse_documents
@@ -38,8 +41,16 @@ def checkpoint(tmp_path: Path) -> Path:
     config = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "tokenizer.json").write_text("{}")
-    (directory / "model.safetensors").write_bytes(b"")
+    write_weights(directory / "model.safetensors", 8)
     return directory
+
+
+def write_weights(path: Path, num_floats: int, num_bytes: int | None = None) -> None:
+    """One tensor of float32, with a hole where its values would be; ``num_bytes`` cuts the file."""
+    header = json.dumps({"w": {"dtype": "F32", "shape": [num_floats], "data_offsets": [0, 4 * num_floats]}}).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 4 * num_floats if num_bytes is None else num_bytes)
 
 
 @pytest.mark.parametrize("topology", Topology)
@@ -142,6 +153,81 @@ def test_a_checkpoint_that_lacks_a_file_is_told(checkpoint: Path, name: str) -> 
         first_checks.check(serving(document_text(str(checkpoint), Wishes(http_port=0, grpc_port=0))))
 
 
+def broken(checkpoint: Path, how: str) -> str:
+    """A checkpoint that can't be served, and what is to be said of it."""
+    weights, index = checkpoint / "model.safetensors", checkpoint / "model.safetensors.index.json"
+    match how:
+        case "cut short":
+            write_weights(weights, 1000, 2000)
+            return f"{weights} is not whole: it has 2,000 bytes, its header says"
+        case "empty":
+            weights.write_bytes(b"")
+            return f"{weights} is not a whole safetensors file: it has 0 bytes"
+        case "no header":
+            weights.write_bytes((9).to_bytes(8, "little") + b"not json!")
+            return f"{weights} is not a safetensors file"
+        case "larger than memory":
+            write_weights(weights, 2**40)
+            return f"{checkpoint}: the weights take 2048.0 GiB in memory, this machine has"
+        case "index without files":
+            weights.unlink()
+            index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}))
+            return f"{index} names model-1.safetensors and 1 more of 2, which is not there"
+        case "tokenizer is no JSON":
+            (checkpoint / "tokenizer.json").write_text("{")
+            return f"{checkpoint / 'tokenizer.json'}: can't be read as JSON"
+        case "a link to nowhere":
+            weights.unlink()
+            weights.symlink_to("/nowhere/blob")
+            return f"{checkpoint} has no weights (model.safetensors, or"
+    raise AssertionError(how)
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["cut short", "empty", "no header", "larger than memory", "index without files", "tokenizer is no JSON", "a link to nowhere"],
+)
+def test_a_checkpoint_that_can_not_be_served_is_told_by_its_file(checkpoint: Path, how: str) -> None:
+    said = broken(checkpoint, how)
+    with pytest.raises(SpecInvalid) as told:
+        first_checks.check(serving(document_text(str(checkpoint), Wishes(http_port=0, grpc_port=0))))
+    assert str(told.value).startswith(f"tiny-model-1b: spec.model.uri: {said}")
+
+
+def test_what_nobody_may_read_is_told_by_its_file(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: object, **_: object) -> None:  # the superuser, who runs tests in containers, may read everything
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    asked = serving(document_text(str(checkpoint), Wishes(http_port=0, grpc_port=0)))
+    monkeypatch.setattr("antiphon.cli.serving.checkpoint_files.os.stat", refuse)
+    with pytest.raises(SpecInvalid, match=r"spec\.model\.uri: .*Tiny_Model-1B can't be read: Permission denied"):
+        first_checks.check(asked)
+    with pytest.raises(InvalidInput, match="Tiny_Model-1B can't be read: Permission denied"):
+        uri_of(str(checkpoint))
+
+
+def test_without_a_compiler_a_start_ends_at_once_with_the_ways_on(checkpoint: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PATH": str(tmp_path), "ANTIPHON_CACHE": str(tmp_path), "RAY_ADDRESS": ""}
+    for name in ("CXX", "ANTIPHON_KERNELS", "ANTIPHON_NATIVE"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "antiphon", "serve", str(checkpoint), "--port", "0", "--grpc-port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: kernels: no C++ compiler (c++, g++ or clang++) on PATH builds them: `apt-get install g++`")
+    assert "ANTIPHON_NATIVE=0 to go without: models run on torch alone, several times slower" in line
+    assert "Starting" not in done.stdout
+
+
+def test_going_without_kernels_is_said_with_its_cost(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+    monkeypatch.setenv("ANTIPHON_NATIVE", "0")
+    monkeypatch.setenv("PATH", "/nowhere")
+    first_checks.check(serving(document_text(str(checkpoint), Wishes(http_port=0, grpc_port=0))))
+    said: list[str] = []
+    ensure_kernels(said.append)
+    assert said == ["No kernels, models run on torch alone, several times slower: ANTIPHON_NATIVE=0 turns them off"]
+
+
 @pytest.mark.parametrize("cache", ["{memory: 900000Gi}", "{numBlocks: 90000000, blockSizeTokens: 256}"])
 def test_a_cache_beyond_the_machines_memory_is_told(checkpoint: Path, cache: str) -> None:
     text = document_text(str(checkpoint), Wishes(http_port=0, grpc_port=0)).replace("{memory: 1Gi}", cache)
@@ -185,7 +271,7 @@ def test_options_of_a_model_are_refused_beside_a_document(tmp_path: Path) -> Non
 
 
 def test_verbs_that_ask_a_gateway_say_what_to_start() -> None:
-    done, _ = antiphon("status", "--endpoint", "127.0.0.1:9")
-    assert done.returncode == 1
-    assert "is `antiphon serve` running?" in done.stderr
-    assert "Traceback" not in done.stderr
+    for verb in (("status", "--endpoint", "127.0.0.1:9"), ("keys", "usage", "http://127.0.0.1:9")):
+        done, _ = antiphon(*verb)
+        assert done.returncode == 1
+        assert done.stderr == f"error: no connection to {verb[-1]}: connection refused; is `antiphon serve` running?\n"
