@@ -78,10 +78,12 @@ function stages(gauges, role) {
   const share = (name) => Math.min(1, Math.max(0, gauges[name] ?? 0));
   if (role === "ffn") return gauges.bubble_share === undefined ? null : meter("computes", 1 - share("bubble_share"), percent(1 - share("bubble_share")));
   if (gauges.bubble_share === undefined) return null;
+  // Who holds whole layers computes the FFN itself, over the same in-process link: it waits for nobody.
+  const away = role === "attention" ? "waits for the FFN" : "FFN";
   const parts = [
     ["attention", Math.max(0, 1 - share("bubble_share") - share("head_share") - share("sample_share")), ""],
     ["head and sampler", share("head_share") + share("sample_share"), "head"],
-    ["waits for the FFN", share("bubble_share"), "wait"],
+    [away, share("bubble_share"), role === "attention" ? "wait" : ""],
   ];
   const track = make("span", { class: "track", "aria-hidden": "true" });
   for (const [, part, kind] of parts) {
@@ -90,7 +92,7 @@ function stages(gauges, role) {
     track.append(piece);
   }
   const words = parts.map(([name, part]) => `${name} ${percent(part)}`).join(", ");
-  return make("div", { class: "meter", title: `Of its steps: ${words}` }, make("span", {}, "step"), track, make("b", {}, `${percent(share("bubble_share"))} waits`), make("span", { class: "sr" }, words));
+  return make("div", { class: "meter", title: `Of its steps: ${words}` }, make("span", {}, "step"), track, make("b", {}, `${percent(share("bubble_share"))} ${role === "attention" ? "waits" : "FFN"}`), make("span", { class: "sr" }, words));
 }
 
 function stateOf(worker) {

@@ -19,6 +19,9 @@ let from = 0; // share of the step at the window's left
 
 const short = (worker) => worker.split("/").slice(1).join("/") || worker;
 const span = (us) => (us >= 10000 ? `${(us / 1000).toFixed(1)} ms` : us >= 1000 ? `${(us / 1000).toFixed(2)} ms` : `${us.toFixed(0)} µs`);
+// Who holds whole layers computes the FFN itself: between sending and receiving it waits for nobody.
+const waitsForFfn = (lane) => lane.role === "attention";
+const own = (lane) => ["attend", "combine", "sample", "send", ...(waitsForFfn(lane) ? [] : ["receive"])];
 const isFfn = (lane) => lane.events.some((event) => event.mark === "compute");
 const sum = (events, marks) => events.filter((event) => marks.includes(event.mark)).reduce((all, event) => all + event.end_us - event.start_us, 0);
 
@@ -35,13 +38,14 @@ function batches(lane) {
 }
 
 function blocks(lane) {
-  const own = isFfn(lane) ? batches(lane) : lane.events.filter((event) => event.mark !== "rows");
-  return own.map((event) => ({ ...event, kind: event.mixed ? "compute both" : `${event.mark}${event.ubatch % 2 && ["attend", "compute"].includes(event.mark) ? " odd" : ""}` }));
+  const shown = isFfn(lane) ? batches(lane) : lane.events.filter((event) => event.mark !== "rows");
+  const word = (event) => (event.mark === "receive" && !waitsForFfn(lane) ? "FFN, in this process" : WORDS[event.mark]);
+  return shown.map((event) => ({ ...event, word: word(event), kind: event.mixed ? "compute both" : `${event.mark}${event.ubatch % 2 && ["attend", "compute"].includes(event.mark) ? " odd" : ""}` }));
 }
 
 function titled(event) {
   const place = event.mark === "sample" ? "" : `, layer ${event.layer}${event.mixed ? "" : `, ubatch ${event.ubatch}`}`;
-  return `${WORDS[event.mark]}${place}: ${span(event.end_us - event.start_us)}${event.rows ? `, ${event.rows} rows` : ""}`;
+  return `${event.word}${place}: ${span(event.end_us - event.start_us)}${event.rows ? `, ${event.rows} rows` : ""}`;
 }
 
 function picture(step, width) {
@@ -120,8 +124,8 @@ function summary(step) {
   const parts = step.lanes.map((lane) => {
     const share = (us) => `${Math.round((100 * us) / step.duration_us)} %`;
     const ffn = isFfn(lane);
-    const works = share(ffn ? sum(lane.events, ["compute"]) : sum(lane.events, ["attend", "combine", "sample", "send"]));
-    const waits = sum(lane.events, ["receive"]);
+    const works = share(ffn ? sum(lane.events, ["compute"]) : sum(lane.events, own(lane)));
+    const waits = waitsForFfn(lane) ? sum(lane.events, ["receive"]) : 0;
     return `${short(lane.worker)} ${ffn ? "computes" : "works"} ${works}${!ffn && waits ? ` and waits ${share(waits)}` : ""} of it`;
   });
   const layers = new Set(step.lanes[0].events.filter((event) => event.mark === "attend").map((event) => event.layer)).size;
@@ -131,8 +135,8 @@ function summary(step) {
 
 function table(step) {
   const rows = step.lanes.map((lane) => {
-    const works = isFfn(lane) ? sum(lane.events, ["compute"]) : sum(lane.events, ["attend", "combine", "sample", "send"]);
-    const cells = [works, sum(lane.events, ["receive"]), lane.uncertainty_us].map((us) => make("td", { class: "n" }, span(us)));
+    const works = isFfn(lane) ? sum(lane.events, ["compute"]) : sum(lane.events, own(lane));
+    const cells = [works, waitsForFfn(lane) ? sum(lane.events, ["receive"]) : 0, lane.uncertainty_us].map((us) => make("td", { class: "n" }, span(us)));
     return make("tr", {}, make("th", { scope: "row" }, short(lane.worker)), make("td", {}, lane.role), ...cells);
   });
   const head = ["Worker", "Role"].map((name) => make("th", { scope: "col" }, name));
@@ -141,7 +145,7 @@ function table(step) {
 }
 
 function legend(step) {
-  const marks = [["attend", "attention, ubatch 0"], ["attend odd", "ubatch 1"], ["receive", "waits"], ["combine", "adds the result"], ["sample", "head and sampler"]];
+  const marks = [["attend", "attention, ubatch 0"], ["attend odd", "ubatch 1"], ["receive", step.lanes.some(waitsForFfn) ? "waits" : "FFN"], ["combine", "adds the result"], ["sample", "head and sampler"]];
   if (step.lanes.some(isFfn)) marks.push(["compute", "FFN, ubatch 0"], ["compute odd", "ubatch 1"], ["compute both", "of several"]);
   return make("ul", { class: "legend" }, ...marks.map(([kind, name]) => make("li", {}, draw("svg", { viewBox: "0 0 12 12", "aria-hidden": "true" }, draw("rect", { class: kind, width: 12, height: 12, rx: 3 })), name)));
 }
