@@ -13,7 +13,7 @@ COPY pyproject.toml README.md LICENSE /src/
 COPY platform /src/platform
 COPY operators /src/operators
 COPY deploy/examples /src/deploy/examples
-RUN pip install --no-cache-dir -c /src/constraints.txt "/src[coe,convert,operator,nixl]"
+RUN pip install --no-cache-dir -c /src/constraints.txt "/src[route,convert,operator,nixl]"
 RUN python -m antiphon.models.native.library --into /opt/antiphon/kernels
 
 FROM ${BASE}

@@ -17,9 +17,12 @@ COPY pyproject.toml README.md LICENSE /src/
 COPY platform /src/platform
 COPY operators /src/operators
 COPY deploy/examples /src/deploy/examples
-RUN pip install --no-cache-dir -c /src/constraints.txt "/src[coe,convert,operator]"
+RUN pip install --no-cache-dir -c /src/constraints.txt "/src[route,convert,operator]"
 # For every instruction set, the newest that a machine has is taken when a worker starts; a kernel that does not compile ends the build.
 RUN python -m antiphon.models.native.library --into /opt/antiphon/kernels
+# Headers, test programs and Java, which nobody needs who compiles nothing.
+RUN cd /opt/antiphon/lib/python3.11/site-packages && rm -r torch/include torch/test ray/jars \
+    && find torch/bin -type f ! -name torch_shm_manager -delete
 RUN pip uninstall --yes pip && find /opt/antiphon -name tests -type d -path "*/site-packages/*" -prune -exec rm -rf {} + \
     && find /opt/antiphon -name "__pycache__" -type d -prune -exec rm -rf {} +
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 DEPLOY = Path(__file__).parents[1]
 LOCK = DEPLOY / "images" / "requirements.lock"
-EXTRAS = ("coe", "convert", "operator")
+EXTRAS = ("route", "convert", "operator")
 _LEFT_OUT = re.compile(r"(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)==")
 _HEAD = "# Written by deploy/supply/lock.py. Versions as in constraints.txt; torch comes from an index of its own.\n"
 _TIMEOUT_S = 600

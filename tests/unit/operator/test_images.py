@@ -69,6 +69,22 @@ def test_worker_images_carry_kernels_for_several_instruction_sets_and_name_where
     assert "torch" not in re.findall(r"pip install[^#]*", (IMAGES / "operator.Dockerfile").read_text())[0]
 
 
+def test_what_a_router_imports_to_serve_is_in_the_worker_image_which_has_no_training() -> None:
+    """Everything that only the extra ``coe`` brings is hidden."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for name in ("worker", "worker-gpu"):
+        assert "/src[route," in (IMAGES / f"{name}.Dockerfile").read_text()
+    assert set(extras["route"]) < set(extras["coe"])
+    hidden = ("sklearn", "scipy", "matplotlib", "onnx", "threadpoolctl")
+    code = (
+        "import sys\n"
+        f"for name in {hidden!r}: sys.modules[name] = None\n"
+        "import antiphon.cli.coe, antiphon.cli.serving.serve, antiphon.coe.routing.encoder, onnxruntime; print('served')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.strip() == "served", done.stderr
+
+
 def pin(directory: Path, answer: str) -> subprocess.CompletedProcess[str]:
     for path in (*DOCKERFILES, IMAGES / "pin-bases.sh"):
         shutil.copy(path, directory)
