@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from antiphon.apps.bench import card_split
 from antiphon.apps.bench.card import Bench, Shape, run_sections, suite
 from antiphon.device.driver import look_for_cards
 
@@ -34,6 +35,21 @@ def test_shares_are_of_what_was_measured(bench: Bench) -> None:
 def test_the_same_shape_is_measured_in_transformers(bench: Bench) -> None:
     bench.decode(SHAPE, (1,), 32)
     assert "x ours" in bench.transformers(SHAPE, (1,), 8, num_tokens=2)
+
+
+@pytest.mark.parametrize("num_ubatches", [1, 2])
+def test_halves_apart_are_measured_as_shares_of_the_bytes_they_read(bench: Bench, num_ubatches: int) -> None:
+    assert "of copy" in card_split.inline(bench, SHAPE, 4, 32, num_ubatches)
+    found = bench.found[f"1A1F inline tiny, batch 4, {num_ubatches} ubatches"]
+    weights = SHAPE.num_weights - SHAPE.vocab * SHAPE.hidden
+    num_bytes = 2 * (num_ubatches * weights + 4 * 32 * SHAPE.kv_numbers)
+    assert found["share_of_copy"] == pytest.approx(num_bytes / found["step_s"] / bench.copy_bytes_per_s)
+
+
+def test_an_ffn_process_is_measured_and_killed_without_a_row_changed(bench: Bench) -> None:
+    assert "an exchange" in card_split.processes(bench, SHAPE, 4, 32, 2)
+    assert "no row changed" in card_split.kill(bench, SHAPE, 4, 32)
+    assert bench.found["1A1F kill tiny"]["resent"] > 0
 
 
 def test_a_section_that_fails_says_so_and_ends_no_other() -> None:

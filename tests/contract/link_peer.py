@@ -10,19 +10,20 @@ from antiphon.transport.connect.choose import connect_auto
 NUM_SLOTS, SLOT_BYTES = 4, 1 << 16
 
 
-def hello(worker: str) -> Hello:
+def hello(worker: str, memory: str = "") -> Hello:
     layout = LinkLayout(
         channel="afd",
         num_slots=NUM_SLOTS,
         send_slot_bytes=SLOT_BYTES,
         recv_slot_bytes=SLOT_BYTES,
         fields=(("model", "tiny"), ("dtype", "bfloat16")),
+        memory=memory,
     )
     return Hello(worker_id=WorkerId(worker), epoch=Epoch(7), layout=layout)
 
 
-def main(address: str) -> None:
-    link = connect_auto([address], hello("peer/process/0"), timeout_s=20)
+def main(address: str, memory: str = "") -> None:
+    link = connect_auto([address], hello("peer/process/0", memory), timeout_s=20)
     try:
         while True:
             message = link.poll()
@@ -39,4 +40,4 @@ def main(address: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

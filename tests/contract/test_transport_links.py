@@ -25,10 +25,12 @@ import torch
 
 from antiphon.core.errors import LayoutMismatch, PeerLost, Unavailable
 from antiphon.core.ids import Epoch, WorkerId
+from antiphon.device.shared import PRETENDED
 from antiphon.transport.base import HEADER_BYTES, Answer, Hello, Link, LinkLayout, Listener, Message, Transport
 from antiphon.transport.connect.choose import open_transport
 from antiphon.transport.faults import Faults, FaultyLink
 from antiphon.transport.loopback import LoopbackTransport
+from antiphon.transport.shm.ring import RingLink
 from antiphon.transport.shm.transport import ShmTransport
 from antiphon.transport.waiting import WaitSet
 
@@ -43,11 +45,28 @@ BETWEEN_PROCESSES = [
     pytest.param("shm"),
     pytest.param("shm-python"),
     pytest.param("shm-directory"),
+    pytest.param("shm-card"),
     pytest.param("nixl", marks=needs_nixl),
 ]
 
 
+class OnPretendedCard(ShmTransport):
+    """Both ends want their slots in a card's memory, for which the host's stands in."""
+
+    def listen(self, host: str, answer: Answer) -> Listener:
+        return super().listen(host, lambda theirs: on_card(answer(theirs)))
+
+    def connect(self, address: str, hello: Hello, timeout_s: float) -> RingLink:
+        return super().connect(address, on_card(hello), timeout_s)
+
+
+def on_card(hello: Hello) -> Hello:
+    return replace(hello, layout=replace(hello.layout, memory=PRETENDED))
+
+
 def make(name: str, directory: Path) -> Transport:
+    if name == "shm-card":
+        return OnPretendedCard()
     if name == "shm-python":
         return ShmTransport(native=False)
     if name == "shm-directory":
@@ -475,9 +494,13 @@ def test_after_its_own_close_a_link_raises_and_closes_again_quietly(transport: T
 @pytest.mark.parametrize("call", ["poll", "acquire", "wait"])
 def test_a_killed_peer_is_noticed_by(remote: Transport, call: str) -> None:
     with listening(remote, lambda theirs: hello("ffn/0", mirrored(theirs.layout))) as listener:
-        process = subprocess.Popen([sys.executable, str(PEER), listener.address])
+        memory = PRETENDED if isinstance(remote, OnPretendedCard) else ""
+        process = subprocess.Popen([sys.executable, str(PEER), listener.address, memory])
         try:
             link = eventually(listener.accept, 60)
+            if isinstance(remote, OnPretendedCard):
+                assert isinstance(link, RingLink)
+                assert link.region is not None
             send(link, noise(1000, 3), 3)
             echo = receive(link)
             assert torch.equal(echo.data, noise(1000, 3))

@@ -50,6 +50,7 @@ class LinkLayout:
     send_slot_bytes: int
     recv_slot_bytes: int
     fields: tuple[tuple[str, str], ...]
+    memory: str = ""  # kind of card memory this end would like slots in (device.shared), where the peer has it too; "": the host's
 
     def differences(self, other: LinkLayout) -> list[str]:
         """Names and values of the facts in which ``other``, the peer's layout seen from its end, does not match."""

@@ -4,6 +4,7 @@
     suites        the cards' op suite, families and wirings against transformers, losses of workers: our own tests, on the card
     decode        bytes that a step must read over its time, over the copy bandwidth; eager, and as one recorded graph
     prefill       arithmetic of a step over its time, over the matrix rate
+    1A1F          halves apart, replayed with an exchange between; an FFN process killed (``card_split``)
     transformers  the same shape through ``generate``
 
 A section that fails says so in its line and the next one runs. Weights are random, of public models' shapes with fewer layers;
@@ -18,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,7 +45,7 @@ _SUITES = (
     ("losses of FFN workers", ("tests/contract/test_split_faults.py",)),
 )
 _SUITE_DEADLINE_S = 150.0
-_BLOCK = 16
+BLOCK = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +141,8 @@ class RandomCheckpoint:
         shape = self._shapes.get(key, self._norm)
         if len(shape) == 1:
             return torch.ones(shape, dtype=dtype, device=self._device)
-        made: torch.Tensor = torch.randn(shape, device=self._device, dtype=dtype) * shape[1] ** -0.5
+        chance = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))  # the same in every process
+        made: torch.Tensor = torch.randn(shape, device=self._device, dtype=dtype, generator=chance) * shape[1] ** -0.5
         made = made if rows is None else made[rows[0] : rows[1]]
         return made if cols is None else made[:, cols[0] : cols[1]]
 
@@ -213,7 +216,7 @@ class Bench:
         step, build = self._model(shape, max(batches), context)
         lines = []
         for batch in batches:
-            blocks = -(-context // _BLOCK)
+            blocks = -(-context // BLOCK)
             runs = [
                 Run(
                     token_ids=range(context),
@@ -238,7 +241,7 @@ class Bench:
     def prefill(self, shape: Shape, num_tokens: int) -> str:
         """One prompt, over the matrix rate."""
         step, build = self._model(shape, 1, num_tokens)
-        run = Run(token_ids=range(num_tokens), block_ids=range(-(-num_tokens // _BLOCK)), first_token=0, num_tokens=num_tokens)
+        run = Run(token_ids=range(num_tokens), block_ids=range(-(-num_tokens // BLOCK)), first_token=0, num_tokens=num_tokens)
         inputs = build([run])
         seconds = self.time_s(lambda: step(*inputs), 5)
         attention = 2 * shape.layers * shape.heads * shape.dim * num_tokens**2  # causal: half of 4 N H T^2
@@ -274,10 +277,10 @@ class Bench:
     def _model(self, shape: Shape, num_requests: int, context: int) -> tuple[Callable[..., torch.Tensor], Callable[..., Any]]:
         checkpoint: Any = RandomCheckpoint(shape, self.device)
         config, dtype = describe(shape.config), torch.bfloat16
-        halves = AttentionHalves(config, checkpoint, dtype, self.device, context + _BLOCK)
+        halves = AttentionHalves(config, checkpoint, dtype, self.device, context + BLOCK)
         ffn = FFNHalves(config, checkpoint, dtype, self.device, FFNShard())
-        cache = KVCache(kv_layout(config, dtype, _BLOCK), num_requests * -(-context // _BLOCK), self.device)
-        builder = BatchBuilder(cache, self.device, context + _BLOCK, with_slots=halves.reads_context_slots)
+        cache = KVCache(kv_layout(config, dtype, BLOCK), num_requests * -(-context // BLOCK), self.device)
+        builder = BatchBuilder(cache, self.device, context + BLOCK, with_slots=halves.reads_context_slots)
 
         def step(ids: torch.Tensor, batch: Any) -> torch.Tensor:
             with torch.inference_mode():
@@ -304,6 +307,8 @@ def suite(paths: Sequence[str]) -> str:
 
 def sections(bench: Bench) -> list[tuple[str, Callable[[], str]]]:
     """What is run, in order: the ceilings come first, because shares are of them."""
+    from antiphon.apps.bench import card_split
+
     large, small = SHAPES
     found: list[tuple[str, Callable[[], str]]] = [("ceilings", bench.ceilings)]
     found += [(name, lambda paths=paths: suite(paths)) for name, paths in _SUITES]  # type: ignore[misc]
@@ -311,6 +316,7 @@ def sections(bench: Bench) -> list[tuple[str, Callable[[], str]]]:
         (f"decode {large.name}, context 1k", lambda: bench.decode(large, (1, 8, 32, 128, 256), 1024)),
         (f"decode {small.name}, context 1k", lambda: bench.decode(small, (1,), 1024)),
         (f"prefill {large.name}", lambda: bench.prefill(large, 8192)),
+        *card_split.sections(bench, large),
         (f"transformers {large.name}", lambda: bench.transformers(large, (1, 32), 1024)),
     ]
     return found

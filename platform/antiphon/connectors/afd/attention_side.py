@@ -248,7 +248,7 @@ class AttentionSide:
             else:
                 if fresh:
                     out_TD.zero_()
-                out_TD.index_add_(0, share.rows_R, part)
+                out_TD.index_add_(0, share.rows_R.to(part.device), part)
             fresh = False
         if fresh:
             out_TD.zero_()

@@ -121,6 +121,6 @@ def _pick(source: torch.Tensor, rows_R: torch.Tensor | None, target: torch.Tenso
     if rows_R is None:
         target.copy_(source, non_blocking=True)  # who commits waits for it: device.ready
     elif source.device == target.device:
-        torch.index_select(source, 0, rows_R, out=target)
+        torch.index_select(source, 0, rows_R.to(source.device), out=target)
     else:  # from a card into host memory
         target.copy_(source.index_select(0, rows_R.to(source.device)), non_blocking=True)

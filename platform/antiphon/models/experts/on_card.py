@@ -95,6 +95,11 @@ class CardExperts:
             self.compute_held(out_TD, counts_E, rows_TD, ids_TK, weights_TK.to(self._device))
         return missing
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether every expert of the layer is here."""
+        return len(self.held) == self._num_ids
+
     def missing(self, ids_TK: torch.Tensor) -> int | None:
         """An id in host memory that is not held, or None. Raises ValueError for one that is no expert's."""
         self._check(ids_TK)
@@ -103,7 +108,10 @@ class CardExperts:
     def compute_held(
         self, out_TD: torch.Tensor, counts_E: torch.Tensor, rows_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> None:
-        """``compute`` for ids, int64 on the card, all of which are held: nothing is asked of the card."""
+        """``compute`` for ids, int64 on the card, all of which are held: nothing is asked of the card. An id that is no expert's
+        is none: it may be another process's, and must not end this one's use of the card.
+        """
+        ids_TK = ids_TK.masked_fill(ids_TK >= self._num_ids, -1)
         takes_TK = ids_TK >= 0
         counts_E.scatter_add_(0, ids_TK.clamp(min=0).flatten(), takes_TK.flatten().to(counts_E.dtype))
         is_shared_TK = ids_TK == self._num_routed

@@ -214,15 +214,22 @@ class ExpertBank:
         """How often a card's weights moved to other addresses; recorded work reads where they were."""
         return self._experts.num_moves if isinstance(self._experts, CardExperts) else 0
 
-    def hold_for(self, ids_TK: torch.Tensor) -> None:
-        """Read the experts of ids in host memory that are not held. Raises InvalidInput: an id is no expert's."""
+    def hold_for(self, ids_TK: torch.Tensor) -> bool:
+        """Read the experts of ids in host memory that are not held; False where ids lie on the card and some experts are elsewhere.
+
+        Raises:
+            InvalidInput: an id is no expert's.
+        """
         assert isinstance(self._experts, CardExperts)  # elsewhere nothing is recorded
+        if ids_TK.device.type != "cpu":  # the host does not see them
+            return self._experts.holds_all
         try:
             while (missing := self._experts.missing(ids_TK)) is not None:
                 self.num_late_loads += 1
                 self.hold(missing)
         except ValueError:
             raise self._no_expert(ids_TK) from None
+        return True
 
     def compute_held(self, rows_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """``compute`` on a card for ids, int64 there, that ``hold_for`` has seen: nothing is asked of the card."""

@@ -58,6 +58,7 @@ def encode_greeting(greeting: Greeting) -> bytes:
         "send_slot_bytes": layout.send_slot_bytes,
         "recv_slot_bytes": layout.recv_slot_bytes,
         "fields": layout.fields,
+        "memory": layout.memory,
     }
     return _frame(_HELLO, text, greeting.attachment)
 
@@ -172,5 +173,6 @@ def _hello(text: dict[str, Any], peer: str) -> Hello:
             send_slot_bytes=integer("send_slot_bytes", 0, _MAX_SLOT_BYTES),
             recv_slot_bytes=integer("recv_slot_bytes", 0, _MAX_SLOT_BYTES),
             fields=tuple((name, value) for name, value in fields),
+            memory=string("memory") if "memory" in text else "",  # workers of versions before this field have none to offer
         ),
     )

@@ -1,6 +1,7 @@
 """A link over memory both ends map: slots in place, spin, then sleep (hot). transport.py opens it.
 
-Headers lie with their slots, so that a message stays whole until its release, in whatever order slots come and go.
+Headers lie with their slots, so that a message stays whole until its release, in whatever order slots come and go. Slots of two
+cards lie in a region of a card's memory; what is told of them is in host memory all the same, and is told when a card is done.
 Must not know: how the memory came to be shared.
 """
 
@@ -11,13 +12,16 @@ import mmap
 import time
 from collections.abc import Sequence
 
+import torch
+
 from antiphon.core.errors import CorruptMessage, PeerLost
 from antiphon.core.ids import Epoch, WorkerId
-from antiphon.device.ready import THERE, Ready
+from antiphon.device.ready import DEADLINE_S, THERE, Ready
+from antiphon.device.shared import SharedRegion
 from antiphon.transport.base import HEADER_BYTES, Hello, Link, Message, Slot, await_bytes
 from antiphon.transport.liveness import PeerLiveness
 from antiphon.transport.shm.control_channel import CORRUPT, NOTHING, ControlChannel, can_spin, open_control_channel, spin
-from antiphon.transport.shm.segment import Segment
+from antiphon.transport.shm.segment import Direction, Segment
 from antiphon.transport.slots import MessageViews, byte_rows, slots_of
 from antiphon.transport.waiting import bounded, sleep_on, wait_on
 from antiphon.transport.wakeup import Wakeup
@@ -39,16 +43,20 @@ class RingLink(Link):
         connecting: bool,
         spin_s: float,
         native: bool = True,
+        region: SharedRegion | None = None,
     ) -> None:
-        """The hellos fit; ``wakeups`` are the one that wakes this end and the one that wakes the peer."""
-        segment = Segment.of(mine.layout, connecting=connecting)
+        """The hellos fit; ``wakeups`` are the one that wakes this end and the one that wakes the peer. ``region``: where slots lie,
+        None = in ``memory``.
+        """
+        segment = Segment.of(mine.layout, connecting=connecting, apart=region is not None)
+        self.region = region
         self._theirs = theirs
         self._num_slots = segment.num_slots
         self._recv_slot_bytes = mine.layout.recv_slot_bytes
         self._channel = open_control_channel(memory, segment, connecting=connecting, native=native)
         self._native = can_spin(self._channel)
         out, in_ = segment.directions if connecting else segment.directions[::-1]
-        rows = [byte_rows(memory, segment.num_slots, d.slots, d.stride_bytes)[:, : d.slot_bytes] for d in (out, in_)]
+        rows = [_slots(memory if region is None else region.data, segment.num_slots, direction) for direction in (out, in_)]
         headers = memoryview(memory)[in_.headers : in_.headers + segment.num_slots * HEADER_BYTES]
         self._slots = slots_of(rows[0])
         self._views: MessageViews | None = MessageViews(rows[1], headers)
@@ -97,6 +105,8 @@ class RingLink(Link):
     def commit(self, slot: Slot, header: bytes | bytearray | memoryview, num_bytes: int, ready: Ready = THERE) -> None:
         """Publish the slot. Raises PeerLost."""
         await_bytes(ready, self.peer)
+        if self.region is not None:  # no stream orders the peer's reading behind our writing, whatever the caller thinks is there
+            await_bytes(self.region.settled(), self.peer)
         if self._lost is not None:
             self._raise_lost()
         index = slot.index
@@ -128,6 +138,8 @@ class RingLink(Link):
         """Give the slot back."""
         slot = message.slot
         self._held[slot] = False
+        if self.region is not None:
+            self.region.settled().wait(DEADLINE_S)  # nor its next writing behind our reading
         if self._lost is None and self._channel.give(slot):
             self._peer_wakeup.ring()
 
@@ -155,7 +167,7 @@ class RingLink(Link):
         self._my_wakeup.close()
         self._peer_wakeup.close()
         self._channel.close()
-        self._slots, self._views = [], None
+        self._slots, self._views, self.region = [], None, None
 
     @property
     def spin_s(self) -> float:
@@ -207,3 +219,11 @@ class RingLink(Link):
         if self._lost is None:
             self._lost = self._liveness.lost or "it is gone"
         raise PeerLost(self.peer, self._lost)
+
+
+def _slots(memory: mmap.mmap | torch.Tensor, num_slots: int, direction: Direction) -> torch.Tensor:
+    """uint8 [num_slots, slot_bytes], in host memory or in a region."""
+    if isinstance(memory, mmap.mmap):
+        return byte_rows(memory, num_slots, direction.slots, direction.stride_bytes)[:, : direction.slot_bytes]
+    end = direction.slots + num_slots * direction.stride_bytes
+    return memory[direction.slots : end].view(num_slots, direction.stride_bytes)[:, : direction.slot_bytes]

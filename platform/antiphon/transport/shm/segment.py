@@ -4,7 +4,8 @@
     then     per direction: entries [num_slots x 64], returns [num_slots x 8], headers [num_slots x 64]
     then     per direction: slots [num_slots x stride], page-aligned, the stride a multiple of 64
 
-Direction 0 goes from the connecting end to the listening one. Must not know: how the memory is shared.
+Slots may lie in a region of their own instead, at the same distances from its start. Direction 0 goes from the connecting end to
+the listening one. Must not know: how the memory is shared.
 """
 
 from __future__ import annotations
@@ -42,10 +43,11 @@ class Segment:
     directions: tuple[Direction, Direction]
     sleep: tuple[int, int]  # sleep words of the connecting and of the listening end
     num_bytes: int
+    region_bytes: int  # of the slots' own region; 0 where they lie in the segment
 
     @classmethod
-    def of(cls, layout: LinkLayout, *, connecting: bool) -> Segment:
-        """The segment for ``layout`` as seen from one end."""
+    def of(cls, layout: LinkLayout, *, connecting: bool, apart: bool = False) -> Segment:
+        """The segment for ``layout`` as seen from one end. ``apart``: slots lie in a region of their own."""
         sizes = (layout.send_slot_bytes, layout.recv_slot_bytes)
         if not connecting:
             sizes = sizes[::-1]
@@ -57,6 +59,8 @@ class Segment:
             headers = _up(returns + num_slots * 8, _LINE_BYTES)
             at = headers + num_slots * HEADER_BYTES
             small.append((entries, returns, headers))
+        control_bytes = _up(at, PAGE_BYTES)
+        at = 0 if apart else at
         directions = []
         for (entries, returns, headers), slot_bytes in zip(small, sizes, strict=True):
             slots, stride = _up(at, PAGE_BYTES), _up(slot_bytes, _LINE_BYTES)
@@ -75,7 +79,8 @@ class Segment:
             num_slots=num_slots,
             directions=(directions[0], directions[1]),
             sleep=_SLEEP_AT,
-            num_bytes=_up(at, PAGE_BYTES),
+            num_bytes=control_bytes if apart else _up(at, PAGE_BYTES),
+            region_bytes=max(PAGE_BYTES, _up(at, PAGE_BYTES)) if apart else 0,
         )
 
     def prefix(self) -> bytes:

@@ -10,6 +10,12 @@ has a name, nothing outlives the two processes, and whoever can't reach the sock
       memory file, two wakeups ─────────────►  map
       open  ◄─────────────────────────────  ready
 
+Where both hellos want slots in a card's memory, the first memory file has no slots, and the handle of a region of the connecting
+end's card comes with it. A listening end that can't open that region says so, and all is done again with slots in the file:
+
+    file without slots, two wakeups, handle ─►  open, map
+      open, slots on a card  ◄────────────  ready            (or "host": once more as above)
+
 The socket then stays open and silent: its end of file (or the peer's pidfd) is how a loss shows, to a sleeper at once and to
 a poller within 10 ms. ``shm://<name>`` is an abstract socket (same network namespace: one machine, or containers of one
 pod), ``shm:///directory/<name>`` a socket file (any processes that share the directory).
@@ -30,9 +36,11 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from antiphon.core.errors import AntiphonError, LayoutMismatch, PeerLost, Unavailable
+from antiphon.device.shared import HANDLE_BYTES, SharedRegion, shared_memory
 from antiphon.transport.base import Answer, Hello, Listener, Transport
 from antiphon.transport.connect.acceptor import Acceptor
 from antiphon.transport.connect.hello import (
@@ -55,7 +63,7 @@ logger = logging.getLogger(__name__)
 SPIN_S = 3e-3
 _SOCKET_SUFFIX = ".antiphon"
 _GREETING_S = 5.0
-_READY = b"R"
+_READY, _HOST = b"R", b"H"
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -121,20 +129,19 @@ class ShmTransport(Transport):
             proven.send(encode_greeting(Greeting(hello=hello)), address, deadline)
             theirs = proven.receive(address, deadline).hello
             check_layouts(hello, theirs)
-            segment = Segment.of(hello.layout, connecting=True)
-            handle = _make_memory(segment, address)
-            undo.callback(os.close, handle)
-            mine, peers = undo.enter_context(Wakeup()), undo.enter_context(Wakeup())
-            try:
-                socket.send_fds(sock, [_READY], [handle, mine.fd, peers.fd])
-                ready = sock.recv(1)
-            except OSError as error:
-                raise PeerLost(address, f"it took no memory: {error}") from error
-            if ready != _READY:
-                raise Unavailable(f"no shared memory with {address}: it could not map ours")
-            link = self._open(hello, theirs, _map(handle, segment), sock, (mine, peers), connecting=True)
+            wakeups = undo.enter_context(Wakeup()), undo.enter_context(Wakeup())
+            region, handle = _make_region(hello, theirs, address)
+            memory = None
+            if region is not None:
+                undo.callback(region.handed_over)
+                memory = _offer(sock, Segment.of(hello.layout, connecting=True, apart=True), wakeups, address, handle)
+                region.handed_over()
+            if memory is None:
+                region = None
+                memory = _offer(sock, Segment.of(hello.layout, connecting=True), wakeups, address)
+                assert memory is not None  # without a region it is taken, or the offer raised
+            link = self._open(hello, theirs, memory, sock, wakeups, connecting=True, region=region)
             undo.pop_all()
-            os.close(handle)
         return link
 
     def _open(
@@ -146,6 +153,7 @@ class ShmTransport(Transport):
         wakeups: tuple[Wakeup, Wakeup],
         *,
         connecting: bool,
+        region: SharedRegion | None,
     ) -> RingLink:
         return RingLink(
             mine,
@@ -156,6 +164,7 @@ class ShmTransport(Transport):
             connecting=connecting,
             spin_s=self._spin_s,
             native=self._native,
+            region=region,
         )
 
     def _greet(self, listener: QueuedListener, sock: socket.socket, proven_to: Callable[[], None]) -> RingLink | None:
@@ -193,17 +202,64 @@ class ShmTransport(Transport):
         return link
 
     def _take_memory(self, mine: Hello, theirs: Hello, sock: socket.socket, undo: contextlib.ExitStack) -> RingLink:
-        data, handles, _, _ = socket.recv_fds(sock, 1, 3)
-        if data != _READY or len(handles) != 3:
+        data, handles, _, _ = socket.recv_fds(sock, 1 + HANDLE_BYTES, 3)
+        if len(handles) != 3 or data[:1] != _READY or len(data) not in (1, 1 + HANDLE_BYTES):
             for handle in handles:
                 os.close(handle)
             raise Unavailable("it passed no memory")
+        region = None
+        if len(data) > 1 and (region := _open_region(mine, theirs, data[1:])) is None:
+            for handle in handles:
+                os.close(handle)
+            sock.sendall(_HOST)
+            return self._take_memory(mine, replace(theirs, layout=replace(theirs.layout, memory="")), sock, undo)
         peers, own = undo.enter_context(Wakeup(handles[1])), undo.enter_context(Wakeup(handles[2]))
         try:
-            memory = _map_checked(handles[0], Segment.of(mine.layout, connecting=False))
+            memory = _map_checked(handles[0], Segment.of(mine.layout, connecting=False, apart=region is not None))
         finally:
             os.close(handles[0])
-        return self._open(mine, theirs, memory, sock, (own, peers), connecting=False)
+        return self._open(mine, theirs, memory, sock, (own, peers), connecting=False, region=region)
+
+
+def _make_region(mine: Hello, theirs: Hello, address: str) -> tuple[SharedRegion | None, bytes]:
+    """A region for the slots and its handle, where both ends want them on a card; (None, b"") where they go to host memory."""
+    if not mine.layout.memory or mine.layout.memory != theirs.layout.memory:
+        return None, b""
+    try:
+        return shared_memory(mine.layout.memory).make(Segment.of(mine.layout, connecting=True, apart=True).region_bytes)
+    except Unavailable as error:
+        logger.warning("no card memory for a link with %s: rows go through the host's: %s", address, error)
+        return None, b""
+
+
+def _open_region(mine: Hello, theirs: Hello, handle: bytes) -> SharedRegion | None:
+    """The connecting end's region; None where it can't be opened. Raises Unavailable: nobody asked for one."""
+    if not mine.layout.memory or mine.layout.memory != theirs.layout.memory:
+        raise Unavailable("it passed a card's memory, which was not agreed on")
+    try:
+        return shared_memory(mine.layout.memory).open(handle, Segment.of(mine.layout, connecting=False, apart=True).region_bytes)
+    except Unavailable as error:
+        logger.warning("%s's card memory can't be opened: rows go through the host's: %s", theirs.worker_id, error)
+        return None
+
+
+def _offer(
+    sock: socket.socket, segment: Segment, wakeups: tuple[Wakeup, Wakeup], address: str, region: bytes = b""
+) -> mmap.mmap | None:
+    """Make a memory file and pass it; our map of it, None where the peer can't open the region. Raises Unavailable, PeerLost."""
+    handle = _make_memory(segment, address)
+    try:
+        socket.send_fds(sock, [_READY + region], [handle, *(wakeup.fd for wakeup in wakeups)])
+        reply = sock.recv(1)
+        if reply == _READY:
+            return _map(handle, segment)
+    except OSError as error:
+        raise PeerLost(address, f"it took no memory: {error}") from error
+    finally:
+        os.close(handle)
+    if region and reply == _HOST:
+        return None
+    raise Unavailable(f"no shared memory with {address}: it could not map ours")
 
 
 def _make_memory(segment: Segment, address: str) -> int:

@@ -4,7 +4,8 @@
 
 Rows that a recording has beyond those that came take no expert; what a dense half makes of them is read by nobody. Which experts
 rows want is known to the host, where the rows came through its memory: it looks for those that are not held before it replays, and
-reads them. A layer whose weights have moved since (an arena of experts that grew) is computed eagerly from then on.
+reads them. Rows that lie on the card are replayed where every expert of the layer is held. A layer whose weights have moved since
+(an arena of experts that grew) is computed eagerly from then on.
 
 Legend: R rows, D hidden, K ids per row. Must not know: peers, messages.
 """
@@ -88,9 +89,8 @@ class FFNGraphs:
         if bank is not None:
             for part in parts:
                 assert part.ids_RK is not None  # the connector refuses rows without ids for a mixture of experts
-                if part.ids_RK.device.type != "cpu":
-                    return None  # the host can't look for experts that are not held
-                bank.hold_for(part.ids_RK)
+                if not bank.hold_for(part.ids_RK):
+                    return None
             if bank.num_moves != self._moved[number]:
                 return None
         at = 0

@@ -10,6 +10,7 @@ from antiphon.connectors.afd import layout as afd_link
 from antiphon.connectors.kv import handoff as kv
 from antiphon.core.document.spec import LLMDeploymentSpec
 from antiphon.core.ids import FFNShard, Role
+from antiphon.device.shared import kind_of
 from antiphon.models.config import DecoderConfig, MoEConfig
 from antiphon.transport.base import LinkLayout
 
@@ -55,6 +56,7 @@ def afd_layout(facts: ModelFacts, spec: LLMDeploymentSpec, shard: FFNShard, *, a
                 return_dtype=facts.return_dtype,
             )
         ),
+        memory=kind_of(facts.device),
     )
 
 
