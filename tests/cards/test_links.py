@@ -29,6 +29,7 @@ from antiphon.device.device import CPU, PRETENDS
 from antiphon.testing import LocalCluster, wiring, write_tiny_llama, write_tiny_moe
 from antiphon.transport.base import Hello
 from antiphon.transport.connect.choose import connect_auto, listen_all
+from antiphon.transport.shm.card_slots import FlagOrdered
 from antiphon.transport.shm.ring import RingLink
 
 assert PRETENDS, "this file runs with ANTIPHON_PRETEND_CARD=1"
@@ -38,8 +39,21 @@ PROMPTS = [[5, 6, 7], list(range(30)), [9] * 11]
 WRITERS: dict[str, Callable[[Path], object]] = {"dense": write_tiny_llama, "moe": write_tiny_moe}
 
 
-def serve(spec: LLMDeploymentSpec, checkpoint: str, epoch: int, pipe: Connection) -> None:
-    """An FFN worker: says its address and serves until it is killed."""
+def serve(spec: LLMDeploymentSpec, checkpoint: str, epoch: int, pipe: Connection, silent_after: int) -> None:
+    """An FFN worker: says its address and serves until it is killed. It tells of answers beyond ``silent_after`` as its host
+    would, but its card never has them there; it says so.
+    """
+    real, num_written = FlagOrdered.written, 0
+
+    def written(card: FlagOrdered, slot: int) -> None:
+        nonlocal num_written
+        num_written += 1
+        if num_written <= silent_after:
+            real(card, slot)
+        elif num_written == silent_after + 1:
+            pipe.send("silent")
+
+    FlagOrdered.written = written  # type: ignore[method-assign]
     facts = resolve_model(spec, checkpoint, "test", CPU)
     worker = build_ffn(facts, FFNShard(), Epoch(epoch))
     layout = afd_layout(facts, spec, FFNShard(), attention_end=False, ubatches=num_ubatches(spec, Role.ATTENTION))
@@ -62,18 +76,21 @@ class Split:
         self.tokens: dict[RequestId, list[int]] = {}
         self.num_ended = 0
         self.processes: list[ForkProcess] = []
+        self.pipes: list[Connection] = []
         self.links: list[RingLink] = []
         self.part: AttentionPart = build_attention(
             self.facts, self.spec, Role.ATTENTION, WorkerId("test/attention/0"), Epoch(1), self._take, time.monotonic
         )
 
-    def start(self, *epochs: int) -> None:
-        """FFN workers of these epochs, linked."""
+    def start(self, *epochs: int, silent_after: int = 1 << 30) -> None:
+        """FFN workers of these epochs, linked; the first falls silent."""
         for epoch in epochs:
             ours, theirs = FORK.Pipe()
-            process = FORK.Process(target=serve, args=(self.spec, str(self.folder), epoch, theirs), daemon=True)
+            limit = silent_after if epoch == epochs[0] else 1 << 30
+            process = FORK.Process(target=serve, args=(self.spec, str(self.folder), epoch, theirs, limit), daemon=True)
             process.start()
             self.processes.append(process)
+            self.pipes.append(ours)
             assert ours.poll(DEADLINE_S)
             address = ours.recv()
             layout = afd_layout(
@@ -82,7 +99,7 @@ class Split:
             me = Hello(worker_id=WorkerId("test/attention/0"), epoch=Epoch(1), layout=layout)
             link = connect_auto([address], me, DEADLINE_S)
             assert isinstance(link, RingLink)
-            assert link.region is not None, "rows do not lie in the card's memory"
+            assert isinstance(link.card, FlagOrdered), "rows do not lie in the card's memory"
             self.links.append(link)
             self.part.worker.afd.add_link(0, link)
 
@@ -129,14 +146,15 @@ def make(tmp_path: Path) -> Iterator[Callable[[str], Split]]:
         split.close()
 
 
-@pytest.mark.parametrize("kind", WRITERS)
-def test_an_ffn_process_killed_at_work_costs_no_token_and_one_of_a_new_epoch_takes_its_place(
-    kind: str, make: Callable[[str], Split], tmp_path: Path
-) -> None:
-    split = make(kind)
+def expected_of(split: Split) -> list[list[int]]:
+    with LocalCluster(wiring(split.folder, "monolith", cache={"numBlocks": 64}), split.folder) as cluster:
+        return [cluster.generate(prompt, max_tokens=12, ignore_eos=True) for prompt in PROMPTS]
+
+
+def test_an_ffn_process_killed_at_work_costs_no_token_and_one_of_a_new_epoch_takes_its_place(make: Callable[[str], Split]) -> None:
+    split = make("moe")
     split.start(1, 2)
-    with LocalCluster(wiring(tmp_path, "monolith", cache={"numBlocks": 64}), tmp_path) as cluster:
-        expected = [cluster.generate(prompt, max_tokens=12, ignore_eos=True) for prompt in PROMPTS]
+    expected = expected_of(split)
     side = split.part.worker.afd
 
     def kill(step: int) -> None:
@@ -154,3 +172,24 @@ def test_an_ffn_process_killed_at_work_costs_no_token_and_one_of_a_new_epoch_tak
     graphs = split.part.worker._layers.graphs
     assert graphs is not None
     assert graphs.num_replays > 20
+
+
+@pytest.mark.parametrize("silent_after", [0, 3, 22])
+def test_a_card_that_waits_for_a_killed_process_goes_on_and_the_step_is_computed_again(
+    silent_after: int, make: Callable[[str], Split]
+) -> None:
+    split = make("dense")
+    split.start(1, 2, silent_after=silent_after)
+    expected = expected_of(split)
+
+    def kill() -> None:
+        if split.pipes[0].poll(DEADLINE_S):  # told of an answer that is not there: it is being waited for
+            split.processes[0].kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert split.generate(12) == expected
+    killer.join()
+    side = split.part.worker.afd
+    assert side.ahead.num_repeats == 1
+    assert len(side.losses) == 1

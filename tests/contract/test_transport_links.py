@@ -25,7 +25,7 @@ import torch
 
 from antiphon.core.errors import LayoutMismatch, PeerLost, Unavailable
 from antiphon.core.ids import Epoch, WorkerId
-from antiphon.device.shared import PRETENDED
+from antiphon.device.shared import PRETENDED, PRETENDED_WITH_FLAGS
 from antiphon.transport.base import HEADER_BYTES, Answer, Hello, Link, LinkLayout, Listener, Message, Transport
 from antiphon.transport.connect.choose import open_transport
 from antiphon.transport.faults import Faults, FaultyLink
@@ -46,6 +46,7 @@ BETWEEN_PROCESSES = [
     pytest.param("shm-python"),
     pytest.param("shm-directory"),
     pytest.param("shm-card"),
+    pytest.param("shm-flags"),
     pytest.param("nixl", marks=needs_nixl),
 ]
 
@@ -53,20 +54,23 @@ BETWEEN_PROCESSES = [
 class OnPretendedCard(ShmTransport):
     """Both ends want their slots in a card's memory, for which the host's stands in."""
 
+    def __init__(self, memory: str) -> None:
+        super().__init__()
+        self.memory = memory
+
     def listen(self, host: str, answer: Answer) -> Listener:
-        return super().listen(host, lambda theirs: on_card(answer(theirs)))
+        return super().listen(host, lambda theirs: self.on_card(answer(theirs)))
 
     def connect(self, address: str, hello: Hello, timeout_s: float) -> RingLink:
-        return super().connect(address, on_card(hello), timeout_s)
+        return super().connect(address, self.on_card(hello), timeout_s)
 
-
-def on_card(hello: Hello) -> Hello:
-    return replace(hello, layout=replace(hello.layout, memory=PRETENDED))
+    def on_card(self, hello: Hello) -> Hello:
+        return replace(hello, layout=replace(hello.layout, memory=self.memory))
 
 
 def make(name: str, directory: Path) -> Transport:
-    if name == "shm-card":
-        return OnPretendedCard()
+    if name in ("shm-card", "shm-flags"):
+        return OnPretendedCard(PRETENDED if name == "shm-card" else PRETENDED_WITH_FLAGS)
     if name == "shm-python":
         return ShmTransport(native=False)
     if name == "shm-directory":
@@ -494,13 +498,13 @@ def test_after_its_own_close_a_link_raises_and_closes_again_quietly(transport: T
 @pytest.mark.parametrize("call", ["poll", "acquire", "wait"])
 def test_a_killed_peer_is_noticed_by(remote: Transport, call: str) -> None:
     with listening(remote, lambda theirs: hello("ffn/0", mirrored(theirs.layout))) as listener:
-        memory = PRETENDED if isinstance(remote, OnPretendedCard) else ""
+        memory = remote.memory if isinstance(remote, OnPretendedCard) else ""
         process = subprocess.Popen([sys.executable, str(PEER), listener.address, memory])
         try:
             link = eventually(listener.accept, 60)
             if isinstance(remote, OnPretendedCard):
                 assert isinstance(link, RingLink)
-                assert link.region is not None
+                assert link.card is not None
             send(link, noise(1000, 3), 3)
             echo = receive(link)
             assert torch.equal(echo.data, noise(1000, 3))

@@ -21,15 +21,27 @@ class Ready(Protocol):
         ...
 
 
+class Settled(Ready, Protocol):
+    """Bytes that can be asked after, too."""
+
+    def done(self) -> bool:
+        """Whether they are there; never waits."""
+        ...
+
+
 class _There:
     __slots__ = ()
+
+    def done(self) -> bool:
+        """They are."""
+        return True
 
     def wait(self, timeout_s: float) -> bool:
         """They are."""
         return True
 
 
-THERE: Ready = _There()
+THERE: Settled = _There()
 
 
 class CardReady:
@@ -40,6 +52,10 @@ class CardReady:
     def __init__(self, device: torch.device) -> None:
         self._event = torch.cuda.Event(blocking=False)  # type: ignore[no-untyped-call]
         self._event.record(torch.cuda.current_stream(device))
+
+    def done(self) -> bool:
+        """See ``Settled``."""
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self, timeout_s: float) -> bool:
         """See ``Ready``; the driver has its own deadline for a card that hangs."""

@@ -20,10 +20,14 @@ import torch
 
 from antiphon.core.errors import Unavailable
 from antiphon.device.device import PRETENDS
-from antiphon.device.ready import THERE, CardReady, Ready
+from antiphon.device.flags import CardFlags, Flags, PretendedFlags, has_flags
+from antiphon.device.ready import THERE, CardReady, Settled
 
 HANDLE_BYTES = 64
-CARD, PRETENDED = "cuda", "pretended"  # kinds of memory, as both ends of a link call them
+# Kinds of memory, as both ends of a link call them; those with flags have words that cards wait for.
+CARD, CARD_WITH_FLAGS = "cuda", "cuda-flags"
+PRETENDED, PRETENDED_WITH_FLAGS = "pretended", "pretended-flags"
+WITH_FLAGS = (CARD_WITH_FLAGS, PRETENDED_WITH_FLAGS)
 _LIBRARY = "libcuda.so.1"
 _LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 
@@ -36,7 +40,7 @@ class SharedRegion(Protocol):
         """uint8 [num_bytes]."""
         ...
 
-    def settled(self) -> Ready:
+    def settled(self) -> Settled:
         """When everything is done that this process asked for up to now: writes, and reads too."""
         ...
 
@@ -44,12 +48,16 @@ class SharedRegion(Protocol):
         """The other process has opened it, or will not; idempotent."""
         ...
 
+    def flags(self, at: int) -> Flags:
+        """Words from byte ``at`` to the region's end."""
+        ...
+
 
 class SharedMemory(Protocol):
     """Where regions are made and opened."""
 
     def make(self, num_bytes: int) -> tuple[SharedRegion, bytes]:
-        """A region and its handle. Raises Unavailable."""
+        """A region of zeros and its handle. Raises Unavailable."""
         ...
 
     def open(self, handle: bytes, num_bytes: int) -> SharedRegion:
@@ -59,14 +67,16 @@ class SharedMemory(Protocol):
 
 def kind_of(device: torch.device) -> str:
     """What memory of ``device`` is called on links; "" where it is the host's."""
-    return CARD if device.type == "cuda" else PRETENDED if PRETENDS else ""
+    if device.type == "cuda":
+        return CARD_WITH_FLAGS if has_flags(device) else CARD
+    return PRETENDED_WITH_FLAGS if PRETENDS else ""
 
 
 def shared_memory(kind: str) -> SharedMemory:
     """Memory of that kind. Raises Unavailable: there is none in this process."""
-    if kind == PRETENDED:
+    if kind in (PRETENDED, PRETENDED_WITH_FLAGS):
         return PretendedMemory()
-    if kind == CARD and torch.cuda.is_available():
+    if kind in (CARD, CARD_WITH_FLAGS) and torch.cuda.is_available():
         return CardMemory(torch.device("cuda", torch.cuda.current_device()))
     raise Unavailable(f"no shared memory of kind {kind!r}")
 
@@ -104,6 +114,8 @@ class CardMemory:
         self._call("cuMemAlloc_v2", ctypes.byref(address), num_bytes)
         region = self._region(address.value, num_bytes, self._cuda.cuMemFree_v2)
         self._call("cuIpcGetMemHandle", ctypes.byref(handle), address.value)
+        region.data.zero_()
+        torch.cuda.synchronize(self._device)
         return region, bytes(handle.reserved)
 
     def open(self, handle: bytes, num_bytes: int) -> SharedRegion:
@@ -128,11 +140,14 @@ class _CardRegion:
     def __init__(self, data: torch.Tensor) -> None:
         self.data = data
 
-    def settled(self) -> Ready:
+    def settled(self) -> Settled:
         return CardReady(self.data.device)
 
     def handed_over(self) -> None:
         return
+
+    def flags(self, at: int) -> Flags:
+        return CardFlags(self.data[at:])
 
 
 class PretendedMemory:
@@ -168,9 +183,13 @@ class PretendedRegion:
             os.close(fd)
             raise
 
-    def settled(self) -> Ready:
+    def settled(self) -> Settled:
         """See ``SharedRegion``."""
         return THERE
+
+    def flags(self, at: int) -> Flags:
+        """See ``SharedRegion``."""
+        return PretendedFlags(self.data[at:])
 
     def handed_over(self) -> None:
         """See ``SharedRegion``."""

@@ -21,6 +21,8 @@ from antiphon.telemetry.step_trace import Mark, StepTrace
 from antiphon.worker.cards.split_graphs import ReplayedState, SplitGraphs
 from antiphon.worker.ubatch import Half, Op, plan_ops
 
+_REPEAT_SHIFT = 49  # of a step's number of 64 bits: above those that tell attempts after faults apart
+
 
 @dataclass(slots=True, kw_only=True)
 class LayerTimes:
@@ -57,18 +59,33 @@ class LayerLoop:
         self._plans = {m: plan_ops(halves.config.num_layers, m) for m in range(1, num_ubatches + 1)}
         self._prefetch = WeightPrefetch(halves.first_weights) if warms else None
         self._away: dict[int, int] = {}  # place in flight → FFN layer, while tracing
+        self._begun: list[tuple[torch.Tensor, AttentionBatch]] = []  # ubatches of the step, as they were taken in
 
     def begin(self, ubatch: int, token_ids_T: torch.Tensor, batch: AttentionBatch) -> StepState:
         """Take the rows of one ubatch in."""
+        del self._begun[ubatch:]
+        self._begun.append((token_ids_T, batch))
         state = None if self.graphs is None else self.graphs.begin(ubatch, token_ids_T, batch)
         return self._halves.begin(token_ids_T, batch) if state is None else state
 
-    def run(self, step_id: int, states: Sequence[StepState], attended: Callable[[int, int], None] | None) -> None:
+    def run(self, step_id: int, states: list[StepState], attended: Callable[[int, int], None] | None) -> None:
         """Compute all layers of the ubatches; ``attended(layer, ubatch)`` is called when a layer's K and V are in the cache.
+
+        States are others behind it where a lost FFN worker's answers were used too early and all was computed again.
 
         Raises:
             PeerLost: FFN workers that nobody replaces.
         """
+        self._afd.ahead.begin()
+        self._run(step_id, states, attended)
+        while not self._afd.ahead.is_true():
+            self._afd.abandon()
+            self._afd.ahead.begin()
+            states[:] = [self.begin(ubatch, *begun) for ubatch, begun in enumerate(tuple(self._begun))]
+            # Late answers to what was given up are told by the number.
+            self._run(step_id | self._afd.ahead.num_repeats % (1 << 15) << _REPEAT_SHIFT, states, attended)
+
+    def _run(self, step_id: int, states: Sequence[StepState], attended: Callable[[int, int], None] | None) -> None:
         for op in self._plans[len(states)]:
             if op.half is Half.ATTEND:
                 self._attend(step_id, op, states[op.ubatch])

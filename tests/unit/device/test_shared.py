@@ -38,6 +38,10 @@ class Held:
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner
+        self.is_zero = False
+
+    def zero_(self) -> None:
+        self.is_zero = True
 
 
 @pytest.fixture
@@ -49,6 +53,7 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CardMemory:
     source.write_text(DRIVER)
     subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(source)], check=True, timeout=60)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
     monkeypatch.setattr(torch, "as_tensor", lambda owner, device: Held(owner))
     made = CardMemory(torch.device("cuda", 0), str(library))
     for name in ("last_freed", "last_closed"):
@@ -66,6 +71,7 @@ def address_of(region: Any) -> int:
 def test_a_region_is_opened_by_its_handle_and_freed_with_its_last_tensor(memory: CardMemory) -> None:
     made, handle = memory.make(4096)
     assert len(handle) == HANDLE_BYTES
+    assert made.data.is_zero  # type: ignore[attr-defined]
     opened = memory.open(handle, 4096)
     assert address_of(opened) == address_of(made) == 0x7F0000000000 + 4096
     data = made.data

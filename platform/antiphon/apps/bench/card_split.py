@@ -50,8 +50,8 @@ _START_S, _ANSWER_S = 120.0, 60.0  # an FFN process makes its weights and compil
 _STOPPED_S = 0.3  # between stopping an FFN process and killing it
 
 
-def hello(shape: Shape, name: str, device: torch.device, num_ubatches: int, max_rows: int) -> Hello:
-    """What either end says; rows are as wide both ways."""
+def hello(shape: Shape, name: str, memory: str, num_ubatches: int, max_rows: int) -> Hello:
+    """What either end says; rows are as wide both ways, and lie in ``memory`` where that can be shared."""
     num_bytes = max_rows * shape.hidden * _DTYPE.itemsize
     layout = LinkLayout(
         channel="afd",
@@ -59,7 +59,7 @@ def hello(shape: Shape, name: str, device: torch.device, num_ubatches: int, max_
         send_slot_bytes=num_bytes,
         recv_slot_bytes=num_bytes,
         fields=(("shape", shape.name),),
-        memory=kind_of(device),
+        memory=memory,
     )
     return Hello(worker_id=WorkerId(name), epoch=Epoch(1), layout=layout)
 
@@ -140,8 +140,8 @@ def inline(bench: Bench, shape: Shape, batch: int, context: int, num_ubatches: i
     """Both ends here, slots on the card."""
     end, worker = AttentionEnd(bench, shape, batch, context, num_ubatches), ffn_worker(shape, bench.device)
     near, far = loopback_pair(
-        hello(shape, "attention", bench.device, num_ubatches, batch),
-        hello(shape, "ffn", bench.device, num_ubatches, batch),
+        hello(shape, "attention", "", num_ubatches, batch),
+        hello(shape, "ffn", "", num_ubatches, batch),
         bench.device,
     )
 
@@ -154,10 +154,11 @@ def inline(bench: Bench, shape: Shape, batch: int, context: int, num_ubatches: i
     return _measured(bench, end, f"1A1F inline {shape.name}, batch {batch}, {num_ubatches} ubatches", bench.time_s(end.step))
 
 
-def processes(bench: Bench, shape: Shape, batch: int, context: int, num_ubatches: int) -> str:
-    """The FFN end in a process of its own."""
+def processes(bench: Bench, shape: Shape, batch: int, context: int, num_ubatches: int, *, with_flags: bool) -> str:
+    """The FFN end in a process of its own. ``with_flags``: cards keep the order, where this one can; else the host does."""
+    memory = kind_of(bench.device) if with_flags else kind_of(bench.device).removesuffix("-flags")
     end = AttentionEnd(bench, shape, batch, context, num_ubatches)
-    with ffn_processes(bench, shape, end, 1, batch):
+    with ffn_processes(bench, shape, end, 1, batch, memory):
         end.step()
         start_s = time.perf_counter()
         for _ in range(bench.repeats):
@@ -165,7 +166,7 @@ def processes(bench: Bench, shape: Shape, batch: int, context: int, num_ubatches
         _settle(bench)
         step_s = (time.perf_counter() - start_s) / bench.repeats
         exchange_s = end.side.times.round_trip_s / end.side.times.num_exchanges
-    name = f"1A1F processes {shape.name}, batch {batch}, {num_ubatches} ubatches"
+    name = f"1A1F processes {shape.name}, batch {batch}, {num_ubatches} ubatches, {memory}"
     text = _measured(bench, end, name, step_s)
     bench.found[name]["exchange_s"] = exchange_s
     return f"{text}, an exchange {exchange_s * 1e6:.0f} us"
@@ -174,7 +175,7 @@ def processes(bench: Bench, shape: Shape, batch: int, context: int, num_ubatches
 def kill(bench: Bench, shape: Shape, batch: int, context: int) -> str:
     """Two FFN processes, one of which is killed while it owes an answer. Raises RuntimeError: a row changed."""
     end = AttentionEnd(bench, shape, batch, context, 2)
-    with ffn_processes(bench, shape, end, 2, batch) as started:
+    with ffn_processes(bench, shape, end, 2, batch, kind_of(bench.device)) as started:
         expected = [x_TD.clone() for x_TD in end.step()]
         used = started[0]
         used.send_signal(signal.SIGSTOP)  # it answers nothing from now on: whatever waits, waits for it
@@ -191,10 +192,10 @@ def kill(bench: Bench, shape: Shape, batch: int, context: int) -> str:
 
 @contextmanager
 def ffn_processes(
-    bench: Bench, shape: Shape, end: AttentionEnd, count: int, max_rows: int
+    bench: Bench, shape: Shape, end: AttentionEnd, count: int, max_rows: int, memory: str
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """FFN processes linked to ``end``, killed at the end."""
-    facts = json.dumps({"shape": asdict(shape), "num_ubatches": end.num_ubatches, "max_rows": max_rows})
+    facts = json.dumps({"shape": asdict(shape), "num_ubatches": end.num_ubatches, "max_rows": max_rows, "memory": memory})
     command = [sys.executable, "-m", "antiphon.apps.bench.card_split", facts]
     if bench.device.type == "cpu":
         command.append("cpu")
@@ -205,7 +206,7 @@ def ffn_processes(
         for process in started:
             assert process.stdout is not None
             address = process.stdout.readline().strip()
-            link = connect_auto([address], hello(shape, "attention", bench.device, end.num_ubatches, max_rows), _START_S)
+            link = connect_auto([address], hello(shape, "attention", memory, end.num_ubatches, max_rows), _START_S)
             end.side.add_link(0, link)
         yield started
     finally:
@@ -233,7 +234,8 @@ def sections(bench: Bench, shape: Shape) -> list[tuple[str, Callable[[], str]]]:
     ]
     return [
         *parts,
-        ("1A1F in two processes", partial(processes, bench, shape, 64, 1024, 2)),
+        ("1A1F in two processes, hosts keep the order", partial(processes, bench, shape, 64, 1024, 2, with_flags=False)),
+        ("1A1F in two processes, cards keep the order", partial(processes, bench, shape, 64, 1024, 2, with_flags=True)),
         ("kill of an FFN process", partial(kill, bench, shape, 64, 1024)),
     ]
 
@@ -244,7 +246,7 @@ def serve(facts: str, device_name: str = "cuda") -> None:
     shape = Shape(**given["shape"])
     device = CPU.torch if device_name == "cpu" else open_device("cuda", 0.4, "make gpu").torch
     worker = ffn_worker(shape, device)
-    mine = hello(shape, "ffn", device, given["num_ubatches"], given["max_rows"])
+    mine = hello(shape, "ffn", given["memory"], given["num_ubatches"], given["max_rows"])
     listener = listen_all(("shm",), "127.0.0.1", lambda _: mine)
     worker.side.add_listener(listener)
     print(listener.address, flush=True)  # noqa: T201

@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from antiphon.connectors.afd.ahead import Ahead
 from antiphon.connectors.afd.expert_map import ExpertMap, Share
 from antiphon.connectors.afd.inflight import Exchange, Peer, StageTimes
 from antiphon.connectors.afd.rows import RowFormat
@@ -73,6 +74,7 @@ class AttentionSide:
             num_shards, out=self._out, back=self._back, preferred_replica=preferred_replica, hold_s=hold_s, clock=clock
         )
         self._shards = self._links.shards
+        self.ahead = Ahead(self._links, answer_timeout_s)
         self._exchanges = [Exchange(parts=[None] * num_shards) for _ in range(num_ubatches)]
         self._dense = _dense_shares(0, num_shards)
         self._waiting = self._links.waiting

@@ -15,9 +15,16 @@ from antiphon.connectors.afd.rows import RowFormat, SlotViews
 from antiphon.core.errors import AntiphonError, CorruptMessage, PeerLost, kept
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.transport.base import Link
+from antiphon.transport.shm.card_slots import FlagOrdered
 from antiphon.transport.waiting import WaitSet
 
 _LOOK_S = 0.002  # between two looks for a worker that is waited for
+
+
+def flags_of(link: Link) -> FlagOrdered | None:
+    """What keeps the order of a link whose hosts run ahead of their cards; None for others."""
+    card = getattr(link, "card", None)  # of shared memory alone
+    return card if isinstance(card, FlagOrdered) else None
 
 
 class ShardLinks:
@@ -38,6 +45,7 @@ class ShardLinks:
         self.shards: list[list[Peer]] = [[] for _ in range(num_shards)]  # the first of a shard's replicas is in use
         self.waiting = WaitSet()  # on all of them
         self.losses: deque[AntiphonError] = deque(maxlen=64)  # peers dropped, and why
+        self.num_lost_ahead = 0  # of them in use, over links whose answers are used before they are there
         self.silent: deque[tuple[tuple[WorkerId, Epoch], str]] = deque()  # workers that others take for lost, and why
         self._out = out
         self._back = back
@@ -114,6 +122,7 @@ class ShardLinks:
     def drop(self, index: int, peer: Peer, error: AntiphonError) -> None:
         """A worker is lost, and why."""
         peers = self.shards[index]
+        self.num_lost_ahead += peers[:1] == [peer] and flags_of(peer.link) is not None
         if peer in peers:
             self.losses.append(kept(error))
             peers.remove(peer)

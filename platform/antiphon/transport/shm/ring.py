@@ -1,7 +1,7 @@
 """A link over memory both ends map: slots in place, spin, then sleep (hot). transport.py opens it.
 
 Headers lie with their slots, so that a message stays whole until its release, in whatever order slots come and go. Slots of two
-cards lie in a region of a card's memory; what is told of them is in host memory all the same, and is told when a card is done.
+cards lie in a region of a card's memory, in the order that ``card_slots`` keeps; what is told of them is in host memory even so.
 Must not know: how the memory came to be shared.
 """
 
@@ -16,10 +16,11 @@ import torch
 
 from antiphon.core.errors import CorruptMessage, PeerLost
 from antiphon.core.ids import Epoch, WorkerId
-from antiphon.device.ready import DEADLINE_S, THERE, Ready
-from antiphon.device.shared import SharedRegion
+from antiphon.device.ready import THERE, Ready
+from antiphon.device.shared import WITH_FLAGS, SharedRegion
 from antiphon.transport.base import HEADER_BYTES, Hello, Link, Message, Slot, await_bytes
 from antiphon.transport.liveness import PeerLiveness
+from antiphon.transport.shm.card_slots import CardSlots, FlagOrdered, HostOrdered
 from antiphon.transport.shm.control_channel import CORRUPT, NOTHING, ControlChannel, can_spin, open_control_channel, spin
 from antiphon.transport.shm.segment import Direction, Segment
 from antiphon.transport.slots import MessageViews, byte_rows, slots_of
@@ -49,7 +50,12 @@ class RingLink(Link):
         None = in ``memory``.
         """
         segment = Segment.of(mine.layout, connecting=connecting, apart=region is not None)
-        self.region = region
+        self.card: CardSlots | None = None
+        if region is not None and mine.layout.memory in WITH_FLAGS:
+            flags = region.flags(segment.flags_at)
+            self.card = FlagOrdered(region, flags, segment.num_slots, connecting=connecting, is_gone=self._is_gone)
+        elif region is not None:
+            self.card = HostOrdered(region)
         self._theirs = theirs
         self._num_slots = segment.num_slots
         self._recv_slot_bytes = mine.layout.recv_slot_bytes
@@ -97,7 +103,10 @@ class RingLink(Link):
         if self._free:
             if self._starved:
                 self._starve(False)
-            return self._slots[self._free.pop()]
+            slot = self._slots[self._free.pop()]
+            if self.card is not None:
+                self.card.before_writing(slot.index)
+            return slot
         if not self._starved:
             self._starve(True)
         return None
@@ -105,11 +114,11 @@ class RingLink(Link):
     def commit(self, slot: Slot, header: bytes | bytearray | memoryview, num_bytes: int, ready: Ready = THERE) -> None:
         """Publish the slot. Raises PeerLost."""
         await_bytes(ready, self.peer)
-        if self.region is not None:  # no stream orders the peer's reading behind our writing, whatever the caller thinks is there
-            await_bytes(self.region.settled(), self.peer)
         if self._lost is not None:
             self._raise_lost()
         index = slot.index
+        if self.card is not None:  # no stream orders the peer's reading behind our writing, whatever the caller thinks is there
+            self.card.written(index)
         self._in_flight[index] = True
         self._moved_s = time.monotonic()
         if self._channel.publish(index, header, num_bytes):
@@ -131,6 +140,8 @@ class RingLink(Link):
             self._corrupt(f"the ring's next entry is damaged ({found:#x})")
         self._held[slot] = True
         self._moved_s = time.monotonic()
+        if self.card is not None:
+            self.card.before_reading(slot)
         assert self._views is not None  # gone only after close, which _lost tells
         return self._views.view(slot, num_bytes)
 
@@ -138,8 +149,8 @@ class RingLink(Link):
         """Give the slot back."""
         slot = message.slot
         self._held[slot] = False
-        if self.region is not None:
-            self.region.settled().wait(DEADLINE_S)  # nor its next writing behind our reading
+        if self.card is not None:
+            self.card.read(slot)  # nor does one order its next writing behind our reading
         if self._lost is None and self._channel.give(slot):
             self._peer_wakeup.ring()
 
@@ -167,7 +178,9 @@ class RingLink(Link):
         self._my_wakeup.close()
         self._peer_wakeup.close()
         self._channel.close()
-        self._slots, self._views, self.region = [], None, None
+        if self.card is not None:
+            self.card.poison()
+        self._slots, self._views, self.card = [], None, None
 
     @property
     def spin_s(self) -> float:
@@ -198,6 +211,9 @@ class RingLink(Link):
         if woken:
             self._my_wakeup.clear()
             self._liveness.look()
+
+    def _is_gone(self) -> bool:
+        return self._lost is not None or self._liveness.ended()
 
     def _collect(self) -> None:
         while (slot := self._channel.back()) != NOTHING:

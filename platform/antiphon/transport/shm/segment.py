@@ -4,8 +4,8 @@
     then     per direction: entries [num_slots x 64], returns [num_slots x 8], headers [num_slots x 64]
     then     per direction: slots [num_slots x stride], page-aligned, the stride a multiple of 64
 
-Slots may lie in a region of their own instead, at the same distances from its start. Direction 0 goes from the connecting end to
-the listening one. Must not know: how the memory is shared.
+Slots may lie in a region of their own instead, page-aligned from its start, four words for each slot behind them (``card_slots``).
+Direction 0 goes from the connecting end to the listening one. Must not know: how the memory is shared.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from antiphon.transport.base import HEADER_BYTES, PROTOCOL_VERSION, LinkLayout
 
 PAGE_BYTES = 4096
 ENTRY_BYTES = 64
+FLAG_BYTES = 8
 _LINE_BYTES = 64
 _SLEEP_AT = (128, 192)
 _PREFIX = struct.Struct("<QIIQQ")
@@ -44,6 +45,7 @@ class Segment:
     sleep: tuple[int, int]  # sleep words of the connecting and of the listening end
     num_bytes: int
     region_bytes: int  # of the slots' own region; 0 where they lie in the segment
+    flags_at: int  # in that region, behind the slots
 
     @classmethod
     def of(cls, layout: LinkLayout, *, connecting: bool, apart: bool = False) -> Segment:
@@ -80,7 +82,8 @@ class Segment:
             directions=(directions[0], directions[1]),
             sleep=_SLEEP_AT,
             num_bytes=control_bytes if apart else _up(at, PAGE_BYTES),
-            region_bytes=max(PAGE_BYTES, _up(at, PAGE_BYTES)) if apart else 0,
+            region_bytes=_up(at, PAGE_BYTES) + _up(4 * num_slots * FLAG_BYTES, PAGE_BYTES) if apart else 0,
+            flags_at=_up(at, PAGE_BYTES) if apart else 0,
         )
 
     def prefix(self) -> bytes:

@@ -56,8 +56,14 @@ def afd_layout(facts: ModelFacts, spec: LLMDeploymentSpec, shard: FFNShard, *, a
                 return_dtype=facts.return_dtype,
             )
         ),
-        memory=kind_of(facts.device),
+        memory=_memory(facts, spec),
     )
+
+
+def _memory(facts: ModelFacts, spec: LLMDeploymentSpec) -> str:
+    """A card's, unless the host has to look at ids on their way, or a step can't be computed again after a loss (``afd.ahead``)."""
+    _, expert = ffn_parallelism(spec)
+    return kind_of(facts.device) if expert == 1 and not facts.kv.has_state else ""
 
 
 def kv_link_layout(facts: ModelFacts, *, decode_end: bool) -> LinkLayout:
