@@ -53,7 +53,7 @@ def serve(spec: LLMDeploymentSpec, checkpoint: str, epoch: int, pipe: Connection
         elif num_written == silent_after + 1:
             pipe.send("silent")
 
-    FlagOrdered.written = written  # type: ignore[method-assign]
+    FlagOrdered.written = written  # type: ignore[method-assign, assignment]
     facts = resolve_model(spec, checkpoint, "test", CPU)
     worker = build_ffn(facts, FFNShard(), Epoch(epoch))
     layout = afd_layout(facts, spec, FFNShard(), attention_end=False, ubatches=num_ubatches(spec, Role.ATTENTION))

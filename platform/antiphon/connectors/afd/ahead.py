@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from antiphon.connectors.afd.inflight import Peer
 from antiphon.connectors.afd.shard_links import ShardLinks, flags_of
-from antiphon.core.errors import PeerLost
+from antiphon.core.errors import InternalError, PeerLost
 
 _LOOK_S = 50e-6  # between two looks whether the card is done
 
@@ -56,6 +56,8 @@ class Ahead:
         while True:
             is_done = settled.done()
             is_overdue = not is_done and self._clock() > overdue_s
+            if is_overdue and self._clock() > overdue_s + self._timeout_s:
+                raise InternalError(f"the card is not done, {self._timeout_s:g} s after nothing made it wait any more")
             for (index, peer), each in zip(used, flags, strict=True):
                 assert each is not None
                 if is_overdue:
