@@ -28,6 +28,7 @@ import torch
 from antiphon.apps.bench.card import BLOCK, Bench, RandomCheckpoint, Shape
 from antiphon.connectors.afd.attention_side import AttentionSide
 from antiphon.connectors.afd.ffn_side import FFNSide
+from antiphon.core.errors import Unavailable
 from antiphon.core.ids import Epoch, FFNShard, WorkerId
 from antiphon.device.device import CPU, open_device
 from antiphon.device.graphs import CudaGraphs, TapeGraphs
@@ -36,7 +37,7 @@ from antiphon.models.attention.kv_cache import KVCache
 from antiphon.models.cache_layout import kv_layout
 from antiphon.models.decoder import AttentionHalves, FFNHalves
 from antiphon.models.families import describe
-from antiphon.transport.base import Hello, LinkLayout
+from antiphon.transport.base import Hello, Link, LinkLayout
 from antiphon.transport.connect.choose import connect_auto, listen_all
 from antiphon.transport.loopback import loopback_pair
 from antiphon.worker.batch_builder import BatchBuilder, Run
@@ -206,14 +207,24 @@ def ffn_processes(
         for process in started:
             assert process.stdout is not None
             address = process.stdout.readline().strip()
-            link = connect_auto([address], hello(shape, "attention", memory, end.num_ubatches, max_rows), _START_S)
-            end.side.add_link(0, link)
+            end.side.add_link(0, _linked(address, hello(shape, "attention", memory, end.num_ubatches, max_rows)))
         yield started
     finally:
         end.side.close()
         for process in started:
             process.kill()
             process.wait()
+
+
+def _linked(address: str, mine: Hello) -> Link:
+    """A link to an FFN process that may be busy with its start. Raises Unavailable: it stays so."""
+    until_s = time.monotonic() + _START_S
+    while True:
+        try:
+            return connect_auto([address], mine, _START_S)
+        except Unavailable:
+            if time.monotonic() > until_s:
+                raise
 
 
 def _measured(bench: Bench, end: AttentionEnd, name: str, step_s: float) -> str:
