@@ -29,6 +29,7 @@ from antiphon.apps.bench.card import BLOCK, Bench, RandomCheckpoint, Shape
 from antiphon.connectors.afd.attention_side import AttentionSide
 from antiphon.connectors.afd.ffn_side import FFNSide
 from antiphon.core.errors import Unavailable
+from antiphon.core.identity import own_identity
 from antiphon.core.ids import Epoch, FFNShard, WorkerId
 from antiphon.device.device import CPU, open_device
 from antiphon.device.graphs import CudaGraphs, TapeGraphs
@@ -202,6 +203,7 @@ def ffn_processes(
         command.append("cpu")
     else:
         torch.cuda.empty_cache()  # what earlier sections left is theirs to take
+    own_identity()  # what they start with, so that they are believed
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)]
     try:
         for process in started:
