@@ -1,11 +1,11 @@
-"""1A1F on this machine's card: halves replayed with an exchange between, as shares of their own roofline; an FFN process killed.
+"""1A1F on this machine's card, as shares of its own roofline, and with an FFN process killed (control speed).
 
     inline        both ends in this process, slots on the card, one stream: what recordings and the exchange itself cost
     processes     the FFN end in a process of its own, slots in memory of the card that both map; the card takes turns between them,
                   so that its time says what the protocol does, and little of its speed
     kill          the same with two FFN processes, one of which is killed while it owes an answer: no row may change
 
-Run as a module it is the FFN process: it prints its address and serves until it is killed (control speed).
+Run as a module it is the FFN process: it prints its address and serves until it is killed.
 """
 
 from __future__ import annotations
