@@ -51,8 +51,9 @@ test: $(BUILT)  ## Run all tests: in parallel first, then those that start clust
 attack: $(BUILT)  ## Try the known attacks on a running deployment, and list what came of each.
 	@$(BIN)/python -m pytest tests/attack -n 0 --timeout 280
 
-fuzz: $(BUILT)  ## Try the decoders of what peers send with a hundred thousand damaged inputs each.
+fuzz: $(BUILT)  ## Hundred thousand damaged inputs for each decoder of what peers send, and over all doors of a deployment.
 	@ANTIPHON_FUZZ_EXAMPLES=100000 $(BIN)/python -m pytest tests/fuzz -n 2 --dist worksteal --timeout 0
+	@ANTIPHON_ATTACK_INPUTS=100000 $(BIN)/python -m pytest tests/attack/test_mutations.py -n 0 -s --timeout 0
 
 lint: $(READY)  ## Check style, format, types, the direction of imports and published vulnerabilities.
 	@failed=""; \

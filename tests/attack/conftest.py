@@ -20,7 +20,7 @@ from antiphon.directory.lease import BlockingDirectory
 from antiphon.directory.memory import open_directory
 from antiphon.testing import write_tiny_llama
 
-START_S = 120.0
+START_S = 240.0
 PEER_TIMEOUT_S = 3.0
 _RESULTS = pytest.StashKey[list[tuple[str, str, float]]]()
 
@@ -68,6 +68,7 @@ class Target:
         self.expected = self.ask()
         processes = {role: psutil.Process(info.pid) for role, info in self.workers.items()}
         self.figures = {role.value: (process.num_fds(), process.num_threads()) for role, process in processes.items()}
+        self.own_figures = psutil.Process().num_fds(), psutil.Process().memory_info().rss
         self.resident_bytes = {role: process.memory_info().rss for role, process in processes.items()}
 
     def _workers(self) -> dict[Role, WorkerInfo]:

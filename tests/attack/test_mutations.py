@@ -122,6 +122,9 @@ QUERIES = [
     "/trace?seconds={}",
     "/web/{}",
     "/status?deployment={}",
+    "/experts?deployment={}",
+    "/metrics?name={}",
+    "/v1/decisions/{}",
 ]
 TEXTS = [
     "",
@@ -168,10 +171,12 @@ def test_http(target: Target) -> None:
 
         def one(number: int) -> str:
             chance = random.Random(SEED * 10**7 + number)
-            headers = {"content-type": chance.choice(["application/json"] * 9 + ["text/plain", "", "a" * 999])}
+            headers: dict[str, Any] = {"content-type": chance.choice(["application/json"] * 9 + ["text/plain", "", "a" * 999])}
             headers["x-request-timeout-s"] = chance.choice(["10"] * 9 + ["nan", "inf", "-1", "0", "1e400", "9" * 500, "0x1"])
             if chance.random() < 0.15:
                 headers["x-request-id"] = chance.choice(["ok-1", "a" * 129, "a b", "%0d%0a", ""])
+                headers["last-event-id"] = chance.choice(["0.", "1.AAAA", "9" * 90 + ".x", "-1.x", "5." + "A" * 56])
+                headers["authorization"] = chance.choice(["Bearer x", "Basic eDp5", "Bearer", "Bearer " + "x" * 5000])
                 headers["traceparent"] = chance.choice(["00-" + "0" * 32 + "-" + "0" * 16 + "-01", "ff-x", "x" * 5000, ""])
             if chance.random() < 0.05:
                 answer = client.get(chance.choice(QUERIES).format(chance.choice(TEXTS)), headers=headers)
@@ -194,7 +199,11 @@ def test_http(target: Target) -> None:
 
 
 def calls_on(
-    address: str, credentials: grpc.ChannelCredentials | None, methods: dict[str, list[bytes]], number: int
+    address: str,
+    credentials: grpc.ChannelCredentials | None,
+    methods: dict[str, list[bytes]],
+    number: int,
+    timeout_s: float = DEADLINE_S,
 ) -> collections.Counter[str]:
     """Statuses of calls whose bytes are near those of ``methods``."""
     channel = (
@@ -209,7 +218,7 @@ def calls_on(
             raw = raw if chance.random() < 0.05 else changed_bytes(chance, raw)
             metadata = [("traceparent", chance.choice(["x", "a" * 4000]))] if chance.random() < 0.05 else []
             try:
-                for count, _ in enumerate(channel.stream_stream(method)(iter([raw]), timeout=DEADLINE_S, metadata=metadata)):
+                for count, _ in enumerate(channel.stream_stream(method)(iter([raw]), timeout=timeout_s, metadata=metadata)):
                     if count > 20:  # a stream that goes on is a good answer
                         break
             except grpc.RpcError as error:
@@ -444,5 +453,10 @@ def test_afterwards_everything_is_where_it_was(target: Target) -> None:
     assert same, (target.figures, now)
     for role, info in target.workers.items():
         grown = psutil.Process(info.pid).memory_info().rss - target.resident_bytes[role]
-        print(f"{role.value}: {grown / 2**20:.1f} MiB more than at its start, {now[role.value]} descriptors and threads")
+        was = target.figures[role.value]
+        print(f"{role.value}: {grown / 2**20:.1f} MiB more than at its start; descriptors, threads {was}, then {now[role.value]}")
         assert grown < 192 * 2**20
+    own = psutil.Process()  # the gateway's process is that of the attacks
+    print(f"gateway and attacks: {own.memory_info().rss / 2**20:.0f} MiB, {own.num_fds()} descriptors, {own.num_threads()} threads")
+    assert own.num_fds() < target.own_figures[0] + 64
+    assert own.memory_info().rss - target.own_figures[1] < 512 * 2**20

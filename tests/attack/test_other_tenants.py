@@ -1,0 +1,94 @@
+"""Two keys of one running deployment: neither reads, goes on with, or is told of what the other has."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+
+from antiphon.apps.serve.deployment_set import Serving
+from antiphon.apps.serve.gateway_app import GatewayThread, serving_config
+
+from .conftest import Target
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280)]
+
+KEYS = {"red": "red-key-of-random-text", "blue": "blue-key-of-random-text"}
+ASKED: dict[str, Any] = {"model": "target", "prompt": [5, 6, 7], "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def door(target: Target) -> Iterator[str]:
+    """A second gateway of the deployment, which asks for keys."""
+    config = serving_config(Serving.alone(target.document, str(target.checkpoint)), drain_s=1.0)
+    gateway = GatewayThread(replace(config, api_keys=frozenset(KEYS.values())), target.deployment.directory_address)
+    try:
+        url = f"http://127.0.0.1:{gateway.wait_open(60.0).http_port}"
+        with httpx.Client(base_url=url, trust_env=False, timeout=60.0) as client:
+            while client.get("/ready").status_code != 200:
+                gateway.check()
+        yield url
+    finally:
+        gateway.close()
+
+
+def as_(door: str, tenant: str | None) -> httpx.Client:
+    headers = {} if tenant is None else {"authorization": f"Bearer {KEYS.get(tenant, tenant)}"}
+    return httpx.Client(base_url=door, headers=headers, trust_env=False, timeout=60.0)
+
+
+def ids_of(answer: httpx.Response) -> list[str]:
+    return [line.removeprefix("id: ") for line in answer.text.splitlines() if line.startswith("id: ")]
+
+
+def test_a_stream_is_gone_on_with_by_its_own_key_alone(door: str) -> None:
+    chance, body = random.Random(3), {**ASKED, "stream": True}
+    with as_(door, "red") as red, as_(door, "blue") as blue:
+        whole = red.post("/v1/completions", json=body, headers={"x-request-id": "mine"})
+        place = ids_of(whole)[3]
+        rest = red.post("/v1/completions", json=body, headers={"x-request-id": "mine", "last-event-id": place})
+        assert rest.status_code == 200
+        assert whole.text.endswith(rest.text[rest.text.index("data: ") :])
+        for asker, request_id in ((blue, "mine"), (blue, "other"), (red, "other")):
+            answer = asker.post("/v1/completions", json=body, headers={"x-request-id": request_id, "last-event-id": place})
+            assert answer.status_code == 400, answer.text
+        number, _, token = place.partition(".")
+        for _ in range(150):
+            at = chance.randrange(len(token))
+            other = chance.choice("ABCDEFghijk0123-_")
+            forged = f"{chance.choice([number, '0', '1', '9' * 30, ''])}.{token[:at]}{other}{token[at + 1 :]}"
+            headers = {"x-request-id": "mine", "last-event-id": forged}
+            assert blue.post("/v1/completions", json=body, headers=headers).status_code == 400, forged
+
+
+def test_stored_responses_are_their_keys_own(door: str) -> None:
+    chance = random.Random(4)
+    body = {"model": ASKED["model"], "input": "a secret", "max_output_tokens": 2}
+    with as_(door, "red") as red, as_(door, "blue") as blue:
+        kept = red.post("/v1/responses", json=body).json()["id"]
+        assert red.get(f"/v1/responses/{kept}").status_code == 200
+        assert blue.get(f"/v1/responses/{kept}").status_code == 404
+        known = "".join(chance.choice("0123456789abcdef") for _ in range(32))
+        for name in (kept, kept.upper(), f"{kept}%00", f"resp_{known}", "", "a" * 4000):
+            asked = {**body, "previous_response_id": name}
+            assert blue.post("/v1/responses", json=asked).status_code == 400, name
+        assert red.post("/v1/responses", json={**body, "previous_response_id": kept}).status_code == 200
+
+
+def test_who_has_no_key_is_refused_everywhere_and_names_nothing_in_the_metrics(door: str) -> None:
+    chance = random.Random(5)
+    with as_(door, None) as nobody:
+        for _ in range(100):
+            key = chance.choice(["", "x", "Bearer", "é" * 40, KEYS["red"][:-1], KEYS["red"].upper(), "own-" + "0" * 64])
+            headers = {"authorization": f"{chance.choice(['Bearer', 'bearer', 'Basic', 'x'])} {key}".strip().encode()}
+            path = chance.choice(["/v1/completions", "/v1/responses", "/v1/messages", "/tokenize", "/v1/embeddings", "/v1/score"])
+            answer = nobody.post(path, json=ASKED, headers=headers)
+            assert answer.status_code == 401, (path, key, answer.text)
+            shown = nobody.get(chance.choice(["/v1/models", "/status", "/usage", "/experts"]), headers=headers)
+            assert shown.status_code == 401, shown.text
+        metrics = nobody.get("/metrics").text
+        assert not [line for line in metrics.splitlines() if "tenant=" in line and ("é" in line or "own-" in line)]
