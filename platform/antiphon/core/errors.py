@@ -80,6 +80,12 @@ class InvalidInput(AntiphonError):
         self.field = field
 
 
+class StructureRefused(InvalidInput):
+    """A worker can't hold an answer to its grammar; which of the request's fields asked for it, the gateway knows."""
+
+    code = "structure_refused"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """One wrong field of a document: where it is, what stands there and what was expected."""

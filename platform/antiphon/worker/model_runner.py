@@ -18,7 +18,7 @@ import torch
 
 from antiphon.connectors.afd.attention_side import AttentionSide
 from antiphon.connectors.afd.expert_map import ExpertMap
-from antiphon.core.errors import AntiphonError, ErrorInfo, InvalidInput
+from antiphon.core.errors import AntiphonError, ErrorInfo, StructureRefused
 from antiphon.core.request import RequestId, TokenLogprob
 from antiphon.core.step import KVEvents, ModelRunnerOutput, SchedulerOutput
 from antiphon.models.attention.kv_cache import KVCache
@@ -265,7 +265,7 @@ class AttentionWorker:
         before it wrote are numbers, and others may share those blocks.
         """
         if row.bad_at is None and row.sampling.failure is not None:
-            return ErrorInfo.of(InvalidInput(f"the answer's grammar is too complex to go on with: {row.sampling.failure}"))
+            return ErrorInfo.of(StructureRefused(f"the answer can't be held to its grammar: {row.sampling.failure}"))
         self._scrub(row)
         where = "" if row.bad_at is None else f", first seen at {row.bad_at}"
         return ErrorInfo.internal(f"the model's logits are non-finite{where}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from antiphon.core.errors import InvalidInput
+from antiphon.core.errors import StructureRefused
 from antiphon.core.step import NewRequestData, StateStep
 from antiphon.models.decoder import StepState
 from antiphon.worker.sampler import SamplingState
@@ -34,7 +34,7 @@ class RequestRow:
     )
 
     def __init__(self, new: NewRequestData, vocab_size: int, enforcer: Enforcer | None) -> None:
-        """Raises InvalidInput where its rules can't be enforced."""
+        """Raises StructureRefused where its rules can't be enforced."""
         self.request_id = new.request_id
         self.bad_at: str | None = None  # where this request's rows were first seen not to be numbers
         self.token_ids = list(new.token_ids)
@@ -47,7 +47,7 @@ class RequestRow:
         matcher = meter = None
         if new.sampling.rules is not None and new.kv_target is None:
             if enforcer is None:
-                raise InvalidInput("this worker has no vocabulary to enforce a grammar with", "grammar")
+                raise StructureRefused("this worker has no vocabulary to enforce a grammar with", "grammar")
             matcher, meter = enforcer.begin(new.sampling.rules, new.eos_token_ids, output)
         prompt = self.token_ids[: self.num_prompt_tokens]
         self.sampling = SamplingState(new.sampling, new.eos_token_ids, prompt, output, vocab_size, matcher=matcher, meter=meter)

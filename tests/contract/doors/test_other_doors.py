@@ -10,6 +10,7 @@ from typing import Any
 import anthropic
 import httpx
 import openai
+import pydantic
 import pytest
 
 _spec = importlib.util.spec_from_file_location("doors_agents", Path(__file__).with_name("test_agents.py"))
@@ -55,6 +56,48 @@ async def test_a_response_comes_whole_and_streamed_alike_and_is_gone_on_with(tmp
         with pytest.raises(openai.BadRequestError) as refused:
             await client.responses.create(model="tiny", previous_response_id=unkept.id, input="x")
         assert refused.value.param == "previous_response_id"
+
+
+async def test_a_kept_response_tells_what_it_answered_and_is_forgotten_when_asked(tmp_path: Path) -> None:
+    async with agents.answering(tmp_path, "</think>Yes.") as (world, client):
+        asked: Any = [{"role": "user", "content": text} for text in ("first", "second", "third")]
+        kept = await client.responses.create(model="tiny", input=asked)
+        newest: list[Any] = [item async for item in client.responses.input_items.list(kept.id, limit=2)]
+        assert [item.content[0].text for item in newest] == ["third", "second", "first"]  # two pages
+        page = await client.responses.input_items.list(kept.id, order="asc", limit=1)
+        first: Any = page.data[0]
+        assert (first.content[0].text, page.has_more) == ("first", True)
+        counted = await client.responses.input_tokens.count(model="tiny", input="more", previous_response_id=kept.id)
+        await client.responses.create(model="tiny", input="more", previous_response_id=kept.id)
+        assert counted.input_tokens == len(world.engine.requests[-1].prompt_token_ids)
+        await client.responses.delete(kept.id)
+        for gone in (client.responses.retrieve, client.responses.delete, client.responses.input_items.list):
+            with pytest.raises(openai.NotFoundError):
+                await gone(kept.id)
+        with pytest.raises(openai.BadRequestError):
+            await client.responses.create(model="tiny", input="x", previous_response_id=kept.id)
+
+
+async def test_a_message_has_the_shape_its_output_config_asks_for(tmp_path: Path) -> None:
+    class City(pydantic.BaseModel):
+        name: str
+
+    async with (
+        agents.answering(tmp_path, '</think>{"name": "Oslo"}') as (world, _),
+        anthropic.AsyncAnthropic(base_url=world.url, api_key="none", max_retries=0) as client,
+    ):
+        asked: dict[str, Any] = {"model": "tiny", "max_tokens": 50, "messages": agents.QUESTION}
+        parsed = await client.messages.parse(**asked, output_format=City)
+        assert parsed.parsed_output == City(name="Oslo")
+        grammar = world.engine.requests[-1].sampling.rules.grammar
+        assert '"name"' in grammar
+        await client.messages.create(
+            **asked, extra_body={"output_format": {"type": "json_schema", "schema": City.model_json_schema()}}
+        )
+        assert '"name"' in world.engine.requests[-1].sampling.rules.grammar
+        wrong: Any = {"format": {"type": "json_schema", "schema": {"not": {"type": "string"}}}}
+        with pytest.raises(anthropic.BadRequestError, match=r"output_config\.format\.schema"):
+            await client.messages.create(**asked, output_config=wrong)
 
 
 async def test_a_message_comes_whole_and_streamed_alike(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from antiphon.gateway.generation.request import MAX_STOPS, ChatMessage, ChatProm
 from antiphon.gateway.generation.sampling_fields import MAX_TOKEN_ID, SamplingFields, Stop
 from antiphon.gateway.openai.schema import MAX_MESSAGES
 from antiphon.gateway.openai.tools import MAX_TOOLS
-from antiphon.gateway.text.chat_options import ChatOptions, Tool, ToolCall, ToolChoice
+from antiphon.gateway.text.chat_options import AnswerShape, ChatOptions, Tool, ToolCall, ToolChoice
 
 
 class _Part(BaseModel):
@@ -71,6 +71,20 @@ class Thinking(_Part):
     budget_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKEN_ID)
 
 
+class OutputFormat(_Part):
+    """``output_config.format``."""
+
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(_Part):
+    """``output_config``."""
+
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: OutputFormat | None = None
+
+
 class CountBody(BaseModel):
     """POST /v1/messages/count_tokens."""
 
@@ -82,6 +96,8 @@ class CountBody(BaseModel):
     tools: list[ToolBody] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_choice: ToolChoiceBody | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # output_config.format by its older name
 
     def prompt(self) -> ChatPrompt:
         """The chat; a last message of the assistant is the beginning of the answer."""
@@ -94,10 +110,10 @@ class CountBody(BaseModel):
         return ChatPrompt(messages=tuple(messages), add_generation_prompt=not begun, continue_final_message=begun)
 
     def options(self) -> ChatOptions:
-        """Tools and thinking.
+        """Tools, shape and thinking.
 
         Raises:
-            InvalidInput: tool_choice names no tool.
+            InvalidInput: tool_choice names no tool, or two shapes are asked for.
         """
         tools = tuple(
             Tool(
@@ -117,12 +133,23 @@ class CountBody(BaseModel):
         return ChatOptions(
             tools=tools,
             tool_choice=kinds[choice.type],
-            tool_name=name,
+            tool_names=None if name is None else (name,),
             parallel_tool_calls=not choice.disable_parallel_tool_use,
+            shape=self._shape(),
+            effort=None if self.output_config is None else self.output_config.effort,
             thinking=None if self.thinking is None or self.thinking.type == "adaptive" else self.thinking.type == "enabled",
             thinking_budget=None if self.thinking is None else self.thinking.budget_tokens,
             thinking_field="thinking",
         )
+
+    def _shape(self) -> AnswerShape | None:
+        newer = None if self.output_config is None else self.output_config.format
+        if newer is not None and self.output_format is not None:
+            raise InvalidInput("output_format: the answer has one shape already, by output_config.format", "output_format")
+        if newer is not None:
+            return AnswerShape(kind="json_schema", value=newer.schema_, field="output_config.format.schema")
+        older = self.output_format
+        return None if older is None else AnswerShape(kind="json_schema", value=older.schema_, field="output_format.schema")
 
 
 class MessagesBody(CountBody):

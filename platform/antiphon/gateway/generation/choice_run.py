@@ -20,7 +20,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
-from antiphon.core.errors import Overloaded, PeerLost, Unavailable
+from antiphon.core.errors import Overloaded, PeerLost, StructureRefused, Unavailable
 from antiphon.core.ids import WorkerId
 from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput, SamplingParams, TokenLogprob
 from antiphon.directory.workers import WorkerView
@@ -160,6 +160,8 @@ class ChoiceRun:
                         yield delta
                         if delta.finish_reason is not None:
                             return
+            except StructureRefused as error:
+                raise StructureRefused(f"{self._spec.plan.grammar_field}: {error}", self._spec.plan.grammar_field) from error
             except (Unavailable, Overloaded) as error:
                 if len(self.progress.token_ids) > num_tokens:
                     self._trouble = _Trouble()

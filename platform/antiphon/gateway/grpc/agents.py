@@ -50,7 +50,7 @@ def options_of(request: pb.GenerateRequest) -> ChatOptions:
         raise InvalidInput(f"at most {MAX_TOOLS} tools", "tools")
     bodies = [_tool(index, tool) for index, tool in enumerate(request.tools)]
     tools = tools_of(bodies)
-    choice, name = choice_of(_choice(request), tools)
+    choice, names = choice_of(_choice(request), tools)
     reasoning = request.reasoning
     if reasoning.effort not in _EFFORTS:
         raise InvalidInput(f"the effort must be one of {', '.join(_EFFORTS[1:])}", "reasoning.effort")
@@ -61,7 +61,7 @@ def options_of(request: pb.GenerateRequest) -> ChatOptions:
     return ChatOptions(
         tools=tools,
         tool_choice=choice,
-        tool_name=name,
+        tool_names=names,
         parallel_tool_calls=request.parallel_tool_calls if request.HasField("parallel_tool_calls") else True,
         shape=_shape(request.shape) if request.HasField("shape") else None,
         thinking=reasoning.effort != "none" if thinking is None and reasoning.effort else thinking,

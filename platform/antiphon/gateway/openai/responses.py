@@ -1,4 +1,4 @@
-"""POST /v1/responses and GET /v1/responses/{id} (request speed).
+"""POST /v1/responses, and what was kept: /v1/responses/{id} and its input (request speed).
 
 A stored response and the conversation that led to it are a note in the directory, under a lease: any gateway goes on with it.
 Must not know: how requests are answered.
@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -27,6 +27,7 @@ from antiphon.gateway.openai.messages import MessageBody
 from antiphon.gateway.openai.parsing import parse, parse_tolerant, warning_header
 from antiphon.gateway.openai.responses_schema import ResponsesBody
 from antiphon.gateway.openai.serving import answered, parts_of
+from antiphon.gateway.openai.tools import flat_choice
 from antiphon.gateway.text.blocks import Block, Blocks, Change
 from antiphon.gateway.text.folded import call_id
 
@@ -36,6 +37,8 @@ Json = dict[str, Any]
 
 KEPT_S = 3600.0  # a stored response can be gone on with for so long
 _TOPIC = "responses"
+_DELETED, _DELETED_S = "-", 1.0  # a note can be written over, not removed
+_MAX_PAGE = 100
 
 
 def add_response_routes(app: FastAPI, gateway: Gateway, notes: Notes) -> None:
@@ -65,9 +68,43 @@ def add_response_routes(app: FastAPI, gateway: Gateway, notes: Notes) -> None:
 
         async def keep() -> None:
             if body.store is not False:
-                await store.put(tenant, [*before, *said, writer.message()], writer.body())
+                await store.put(tenant, [*before, *said, writer.message()], writer.body(), body.input_items())
 
         return answered(gateway, stream, writer, warning_header(ignored), keep)
+
+    @app.post("/v1/responses/input_tokens")
+    async def input_tokens(request: Request) -> Response:
+        raw: Json = {}
+        try:
+            tenant = gateway.keys.check(request.headers.get("authorization"))
+            raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
+            body, ignored = parse_tolerant(ResponsesBody, raw, gateway.config.unknown_fields)
+            before = [] if body.previous_response_id is None else await store.conversation(tenant, body.previous_response_id)
+            asked = body.request([*before, *body.messages()], request_id="", deadline_s=None, traceparent=None)
+            ids = await gateway.prompt_ids(asked.model, asked.prompts[0], asked.options)
+        except Exception as error:  # noqa: BLE001 - the door, as above
+            gateway.refused(error, raw.get("model"))
+            return error_response(error)
+        return JSONResponse({"object": "response.input_tokens", "input_tokens": len(ids)}, headers=warning_header(ignored))
+
+    @app.get("/v1/responses/{response_id}/input_items")
+    async def input_items(request: Request, response_id: str) -> Response:
+        try:
+            tenant = gateway.keys.check(request.headers.get("authorization"))
+            return JSONResponse(_page(await store.input_items(tenant, response_id), request.query_params))
+        except Exception as error:  # noqa: BLE001 - the door, as above
+            gateway.refused(error)
+            return error_response(error)
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete(request: Request, response_id: str) -> Response:
+        try:
+            tenant = gateway.keys.check(request.headers.get("authorization"))
+            await store.delete(tenant, response_id)
+            return JSONResponse({"id": response_id, "object": "response", "deleted": True})
+        except Exception as error:  # noqa: BLE001 - the door, as above
+            gateway.refused(error)
+            return error_response(error)
 
     @app.get("/v1/responses/{response_id}")
     async def retrieve(request: Request, response_id: str) -> Response:
@@ -85,9 +122,10 @@ class ResponseStore:
     def __init__(self, notes: Notes) -> None:
         self._notes = notes
 
-    async def put(self, tenant: str, messages: Sequence[MessageBody], response: Json) -> None:
+    async def put(self, tenant: str, messages: Sequence[MessageBody], response: Json, items: Sequence[Json]) -> None:
         """Keep a response; one that is too large, or comes while the directory is away, is not kept and the answer stands."""
-        text = json.dumps({"messages": [m.model_dump() for m in messages], "response": response})
+        told = [{"id": f"in_{response['id']}_{index}", **item} for index, item in enumerate(items)]
+        text = json.dumps({"messages": [m.model_dump() for m in messages], "response": response, "input": told})
         try:
             await self._notes.put_note(_topic(tenant), _key(tenant, response["id"]), text, KEPT_S)
         except AntiphonError as error:
@@ -107,15 +145,54 @@ class ResponseStore:
 
     async def response(self, tenant: str, response_id: str) -> Json:
         """A stored response. Raises NotFound."""
+        found: Json = (await self._found(tenant, response_id))["response"]
+        return found
+
+    async def input_items(self, tenant: str, response_id: str) -> list[Json]:
+        """What a stored response answered, oldest first. Raises NotFound."""
+        items: list[Json] = (await self._found(tenant, response_id)).get("input", [])
+        return items
+
+    async def delete(self, tenant: str, response_id: str) -> None:
+        """Forget a stored response; those that went on from it stay. Raises NotFound."""
+        await self._found(tenant, response_id)
+        await self._notes.put_note(_topic(tenant), _key(tenant, response_id), _DELETED, _DELETED_S)
+
+    async def _found(self, tenant: str, response_id: str) -> Json:
         kept = await self._kept(tenant, response_id)
         if kept is None:
             raise NotFound(f"there is no stored response {response_id[:128]!r}")
-        found: Json = kept["response"]
-        return found
+        return kept
 
     async def _kept(self, tenant: str, response_id: str) -> Json | None:
         text = await self._notes.note(_topic(tenant), _key(tenant, response_id))
-        return None if text is None else json.loads(text)
+        return None if text is None or text == _DELETED else json.loads(text)
+
+
+def _page(items: Sequence[Json], query: Mapping[str, str]) -> Json:
+    """A page of a list, newest first unless ``order`` is asc.
+
+    Raises:
+        InvalidInput: a parameter of the address is wrong.
+    """
+    order, limit, after = query.get("order", "desc"), query.get("limit", "20"), query.get("after")
+    if order not in ("asc", "desc"):
+        raise InvalidInput("order: asc or desc", "order")
+    if not (limit.isascii() and limit.isdigit() and len(limit) <= 3 and 1 <= int(limit) <= _MAX_PAGE):
+        raise InvalidInput(f"limit: a number from 1 to {_MAX_PAGE}", "limit")
+    ordered = list(items) if order == "asc" else list(reversed(items))
+    ids = [item["id"] for item in ordered]
+    if after is not None and after not in ids:
+        raise InvalidInput("after: there is no such item", "after")
+    start = 0 if after is None else ids.index(after) + 1
+    page = ordered[start : start + int(limit)]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": start + len(page) < len(ordered),
+    }
 
 
 def _topic(tenant: str) -> str:
@@ -186,11 +263,7 @@ class ResponseWriter:
             "text": {"format": {"type": "text"}}
             if asked.text is None or asked.text.format is None
             else {"format": asked.text.format.flat()},
-            "tool_choice": "auto"
-            if asked.tool_choice is None
-            else asked.tool_choice
-            if isinstance(asked.tool_choice, str)
-            else {"type": "function", "name": asked.tool_choice.function.name},
+            "tool_choice": flat_choice(asked.tool_choice),
             "tools": [{"type": "function", **tool.function.model_dump()} for tool in asked.tools or []],
             "top_p": asked.top_p,
             "truncation": asked.truncation or "disabled",

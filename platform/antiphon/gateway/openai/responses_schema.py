@@ -72,12 +72,18 @@ class ResponsesBody(BaseModel):
             return [parse(MessageBody, {"role": "user", "content": self.input})]
         return [parse(MessageBody, item, prefix=f"input[{index}].") for index, item in _items(self.input)]
 
+    def input_items(self) -> list[Json]:
+        """``input`` as a list of items, each with its type."""
+        if isinstance(self.input, str):
+            return [_with_parts({"role": "user", "content": self.input})]
+        return [_with_parts(item) if item.get("type", "message") == "message" else item for item in self.input]
+
     def request(
         self, history: Sequence[MessageBody], *, request_id: str, deadline_s: float | None, traceparent: str | None
     ) -> GenerationRequest:
         """The value, with the conversation so far. Raises InvalidInput where fields contradict each other."""
         tools = tools_of(self.tools or [])
-        tool_choice, tool_name = choice_of(self.tool_choice, tools)
+        tool_choice, tool_names = choice_of(self.tool_choice, tools)
         reasoning = ReasoningBody() if self.reasoning is None else self.reasoning
         thinking = reasoning.enabled if reasoning.effort is None else reasoning.effort != "none"
         form = None if self.text is None or self.text.format is None else self.text.format.shape("text.format")
@@ -99,7 +105,7 @@ class ResponsesBody(BaseModel):
             options=ChatOptions(
                 tools=tools,
                 tool_choice=tool_choice,
-                tool_name=tool_name,
+                tool_names=tool_names,
                 parallel_tool_calls=self.parallel_tool_calls is not False,
                 shape=form,
                 thinking=thinking,
@@ -108,6 +114,14 @@ class ResponsesBody(BaseModel):
                 thinking_field="reasoning.max_tokens",
             ),
         )
+
+
+def _with_parts(item: Json) -> Json:
+    """A message whose text is a list of parts, with its type."""
+    content = item.get("content")
+    if isinstance(content, str):
+        content = [{"type": "output_text" if item.get("role") == "assistant" else "input_text", "text": content}]
+    return {"type": "message", **item, "content": content}
 
 
 def _parts(item: Json, name: str, index: int) -> list[Any]:

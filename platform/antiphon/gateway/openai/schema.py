@@ -215,10 +215,10 @@ class ChatBody(_Body):
             InvalidInput: they contradict each other.
         """
         if self.uses_functions:
-            tools, (tool_choice, tool_name) = self._functions()
+            tools, (tool_choice, tool_names) = self._functions()
         else:
             tools = tools_of(value_or(self.tools, []))
-            tool_choice, tool_name = choice_of(self.tool_choice, tools)
+            tool_choice, tool_names = choice_of(self.tool_choice, tools)
         reasoning = ReasoningBody() if self.reasoning is None else self.reasoning
         effort = reasoning.effort if self.reasoning_effort is None else self.reasoning_effort
         thinking = reasoning.enabled if self.enable_thinking is None else self.enable_thinking
@@ -228,7 +228,7 @@ class ChatBody(_Body):
         return ChatOptions(
             tools=tools,
             tool_choice=tool_choice,
-            tool_name=tool_name,
+            tool_names=tool_names,
             tool_choice_field="function_call" if self.uses_functions else "tool_choice",
             parallel_tool_calls=value_or(self.parallel_tool_calls, not self.uses_functions),
             shape=self.shape(),
@@ -243,7 +243,7 @@ class ChatBody(_Body):
         """Whether tools were asked for by their older name, so that an answer has one ``function_call`` at most."""
         return bool(self.functions) or isinstance(self.function_call, NamedFunction)
 
-    def _functions(self) -> tuple[tuple[Tool, ...], tuple[ToolChoice, str | None]]:
+    def _functions(self) -> tuple[tuple[Tool, ...], tuple[ToolChoice, tuple[str, ...] | None]]:
         if self.tools or self.tool_choice is not None:
             raise InvalidInput("functions: tools are the newer name of it; both together mean nothing", "functions")
         if self.parallel_tool_calls:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from antiphon.core.errors import InvalidInput
 from antiphon.gateway.json_text import read_json_text
@@ -73,7 +73,70 @@ class NamedChoice(_Part):
         return _flat_or_nested(value)
 
 
-ChoiceBody = Literal["none", "auto", "required"] | NamedChoice
+class AllowedTool(_Part):
+    """One of the tools that an answer may call; others are shown to the model all the same."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nested(cls, value: object) -> object:
+        return _flat_or_nested(value)
+
+
+class AllowedTools(_Part):
+    """Some of the tools, and whether one of them must be called."""
+
+    mode: Literal["auto", "required"]
+    tools: list[AllowedTool] = Field(min_length=1, max_length=MAX_TOOLS)
+
+
+class AllowedChoice(_Part):
+    """``tool_choice`` that allows some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nested(cls, value: object) -> object:
+        """Responses writes it flat."""
+        if isinstance(value, dict) and value.get("type") == "allowed_tools" and "allowed_tools" not in value:
+            return {"type": "allowed_tools", "allowed_tools": {k: v for k, v in value.items() if k != "type"}}
+        return value
+
+
+def flat_choice(choice: ChoiceBody | None) -> str | dict[str, Any]:
+    """As Responses writes it."""
+    match choice:
+        case NamedChoice():
+            return {"type": "function", "name": choice.function.name}
+        case AllowedChoice():
+            allowed = choice.allowed_tools
+            return {
+                "type": "allowed_tools",
+                "mode": allowed.mode,
+                "tools": [{"type": "function", "name": tool.function.name} for tool in allowed.tools],
+            }
+        case _:
+            return choice or "auto"
+
+
+def _kind_of_choice(value: object) -> str:
+    """Which form it has, so that an error speaks of that one alone; a name in brackets is no part of a field's path."""
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    if kind == "allowed_tools":
+        return "[allowed]"
+    return "[named]" if kind is not None or isinstance(value, dict) else "[word]"
+
+
+ChoiceBody = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("[word]")]
+    | Annotated[NamedChoice, Tag("[named]")]
+    | Annotated[AllowedChoice, Tag("[allowed]")],
+    Discriminator(_kind_of_choice),
+]
 
 
 class SchemaBody(_Part):
@@ -234,8 +297,8 @@ def _tools(functions: Sequence[tuple[FunctionBody, str]]) -> tuple[Tool, ...]:
     return tuple(tools)
 
 
-def choice_of(body: ChoiceBody | None, tools: Sequence[Tool]) -> tuple[ToolChoice, str | None]:
-    """The choice, and the function it names.
+def choice_of(body: ChoiceBody | None, tools: Sequence[Tool]) -> tuple[ToolChoice, tuple[str, ...] | None]:
+    """The choice, and the functions it names; None = it names none.
 
     Raises:
         InvalidInput: it needs tools that are not there.
@@ -246,7 +309,13 @@ def choice_of(body: ChoiceBody | None, tools: Sequence[Tool]) -> tuple[ToolChoic
         name = body.function.name
         if not any(tool.name == name for tool in tools):
             raise InvalidInput(f"tool_choice: there is no tool {name[:128]!r}", "tool_choice")
-        return "required", name
+        return "required", (name,)
+    if isinstance(body, AllowedChoice):
+        names = tuple(tool.function.name for tool in body.allowed_tools.tools)
+        for name in names:
+            if not any(tool.name == name for tool in tools):
+                raise InvalidInput(f"tool_choice: there is no tool {name[:128]!r}", "tool_choice")
+        return body.allowed_tools.mode, names
     if body == "required" and not tools:
         raise InvalidInput("tool_choice: required needs tools", "tool_choice")
     return body, None
@@ -254,10 +323,10 @@ def choice_of(body: ChoiceBody | None, tools: Sequence[Tool]) -> tuple[ToolChoic
 
 def function_choice_of(
     body: Literal["none", "auto"] | NamedFunction | None, tools: Sequence[Tool]
-) -> tuple[ToolChoice, str | None]:
+) -> tuple[ToolChoice, tuple[str, ...] | None]:
     """As ``choice_of``, for ``function_call``. Raises InvalidInput: it names a function that is not there."""
     if isinstance(body, NamedFunction):
         if not any(tool.name == body.name for tool in tools):
             raise InvalidInput(f"function_call: there is no function {body.name[:128]!r}", "function_call")
-        return "required", body.name
+        return "required", (body.name,)
     return body or "auto", None

@@ -52,7 +52,7 @@ class ChatOptions:
 
     tools: tuple[Tool, ...] = ()
     tool_choice: ToolChoice = "auto"
-    tool_name: str | None = None  # with "required": this one
+    tool_names: tuple[str, ...] | None = None  # of tools that this answer may call; None = all
     parallel_tool_calls: bool = True
     shape: AnswerShape | None = None
     thinking: bool | None = None  # None = as the template does by itself
@@ -66,4 +66,4 @@ class ChatOptions:
         """Tools that this answer may call."""
         if self.tool_choice == "none":
             return ()
-        return tuple(tool for tool in self.tools if self.tool_name is None or tool.name == self.tool_name)
+        return tuple(tool for tool in self.tools if self.tool_names is None or tool.name in self.tool_names)

@@ -303,6 +303,31 @@ class AnsweredResponse(BaseModel):
     metadata: dict[str, Any]
 
 
+class DeletedResponse(BaseModel):
+    """A response that is kept no longer."""
+
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
+
+
+class ItemList(BaseModel):
+    """A page of what a response answered."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class ResponseInputTokens(BaseModel):
+    """How many tokens a request's prompt has."""
+
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
 class NamedEvent(BaseModel):
     """An event of a stream; its other fields follow from ``type``."""
 

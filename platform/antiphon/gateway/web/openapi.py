@@ -30,7 +30,7 @@ Access = Literal["open", "user", "admin"]
 class Operation:
     """One method of one path."""
 
-    method: Literal["get", "post"]
+    method: Literal["get", "post", "delete"]
     path: str
     tag: str
     summary: str
@@ -83,6 +83,30 @@ OPERATIONS: Final = (
         tag="OpenAI",
         summary="A response that was kept",
         answer=answers.AnsweredResponse,
+    ),
+    Operation(
+        method="delete",
+        path="/v1/responses/{response_id}",
+        tag="OpenAI",
+        summary="Forget a response",
+        answer=answers.DeletedResponse,
+    ),
+    Operation(
+        method="get",
+        path="/v1/responses/{response_id}/input_items",
+        tag="OpenAI",
+        summary="What a response that was kept answered",
+        answer=answers.ItemList,
+        query={"order": "desc (the default) or asc.", "limit": "Items at most; 20 by default.", "after": "The one before them."},
+    ),
+    Operation(
+        method="post",
+        path="/v1/responses/input_tokens",
+        tag="OpenAI",
+        summary="Count a request's tokens",
+        body=ResponsesBody,
+        answer=answers.ResponseInputTokens,
+        example={"model": "MODEL", "input": "What is the capital of France?"},
     ),
     Operation(method="get", path="/v1/models", tag="OpenAI", summary="The models served here", answer=answers.ModelList),
     Operation(method="get", path="/v1/models/{name}", tag="OpenAI", summary="One of them", answer=answers.ModelCard),

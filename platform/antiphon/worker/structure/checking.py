@@ -1,7 +1,8 @@
 """Whether a grammar is affordable, found out in a process of its own that is killed when it takes too long (request speed).
 
 Some grammars can't be compiled in any useful time or memory, and a compiler can't be interrupted. So a gateway compiles each new
-one here first: the process has bounds on time and memory, and a worker only ever sees what has passed. Must not know: requests.
+one here first: the process has bounds on processor time and memory, and a worker only ever sees what has passed. A machine that is
+too busy to give it that time says so, and nothing about the grammar. Must not know: requests.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
+import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections import OrderedDict
@@ -17,7 +19,8 @@ from antiphon.core.errors import InvalidInput, Overloaded
 
 BOUND = "bound: "  # begins a grammar's second line where that is its part without thoughts and free text
 MAX_GRAMMAR_CHARS = 1_048_576
-CHECK_TIMEOUT_S = 0.8
+CHECK_TIMEOUT_S = 0.8  # of processor time
+CHECK_WAIT_S = 10.0  # until a starved process has had that much
 START_TIMEOUT_S = 20.0
 MAX_MEMORY_BYTES = 2**30
 STACK_BYTES = 2**20  # less than any thread's of a worker: what overflows does so here, where nobody else is
@@ -49,7 +52,7 @@ class GrammarChecker:
         Raises:
             InvalidInput: it does not compile; ``field`` is named.
             TooExpensive: it takes too long or too much memory.
-            Overloaded: too many are being checked.
+            Overloaded: too many are being checked, or the machine has no time for it.
         """
         if len(grammar) > MAX_GRAMMAR_CHARS:
             raise TooExpensive(f"{field}: it makes a grammar of {len(grammar)} characters, the limit is {MAX_GRAMMAR_CHARS}", field)
@@ -82,15 +85,19 @@ class GrammarChecker:
             process = self._idle.pop() if self._idle else await self._start()
             assert process.stdin is not None
             assert process.stdout is not None
-            async with asyncio.timeout(CHECK_TIMEOUT_S):
+            async with asyncio.timeout(CHECK_WAIT_S):
                 process.stdin.write(json.dumps(grammar).encode() + b"\n")
                 await process.stdin.drain()
                 line = await process.stdout.readline()
+                if not line and await process.wait() == -signal.SIGPROF:
+                    raise TooExpensive(f"{field}: compiling it takes longer than {CHECK_TIMEOUT_S} s", field)
             if not line:
                 raise TooExpensive(f"{field}: compiling it takes too much memory, or nests too deeply", field)
             why: str | None = json.loads(line)
-        except (TimeoutError, ConnectionError) as error:
-            raise TooExpensive(f"{field}: compiling it takes longer than {CHECK_TIMEOUT_S} s", field) from error
+        except TimeoutError as error:
+            raise Overloaded(f"{field}: the machine is too busy to check it", retry_after_s=1.0) from error
+        except ConnectionError as error:
+            raise Overloaded(f"{field}: the process that checks it has ended", retry_after_s=1.0) from error
         else:
             self._idle.append(process)
             process = None
@@ -133,7 +140,10 @@ def main() -> None:
     print("null", flush=True)  # noqa: T201 - the pipe to the gateway
     for line in sys.stdin:
         grammar = json.loads(line)
-        print(json.dumps(why_invalid(grammar) or why_unaffordable(grammar)), flush=True)  # noqa: T201 - as above
+        signal.setitimer(signal.ITIMER_PROF, CHECK_TIMEOUT_S)  # its signal ends the process
+        why = why_invalid(grammar) or why_unaffordable(grammar)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(why), flush=True)  # noqa: T201 - as above
 
 
 if __name__ == "__main__":

@@ -18,13 +18,15 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-from antiphon.core.errors import CheckpointInvalid, InvalidInput
+from antiphon.core.errors import CheckpointInvalid, StructureRefused
 from antiphon.worker.structure.checking import BOUND, MAX_GRAMMAR_CHARS
 
 MAX_WALK_S = 0.1  # of processor time; what people write takes a hundredth of it
 _WALK_BYTES = 64
 _MAX_CACHED = 64  # compiled grammars; those of running requests are held by their matchers
 _MAX_VOCABULARIES = 4  # by end-of-sequence ids: one model has one
+_UNWRITABLE = "doesn't satisfy the grammar; forced bytes"
+_DEAD_END = "no token of this model's vocabulary writes what must come"
 _SPECIAL_MARK = b"\xff"  # llguidance marks special tokens' bytes with it
 
 
@@ -106,8 +108,12 @@ class Matcher:
 
     @property
     def failure(self) -> str | None:
-        """Why it can't go on, if it can't: a limit was hit."""
-        return self._matcher.get_error().splitlines()[0] if self._matcher.is_error() else None
+        """Why it can't go on, if it can't: a limit was hit, or the vocabulary lacks a byte that must come."""
+        if not self._matcher.is_error():
+            return None
+        error = self._matcher.get_error().splitlines()[0]
+        # Of tokens that were allowed: a byte of theirs stood for one that no token has.
+        return f"{_DEAD_END} ({error})" if _UNWRITABLE in error else error
 
 
 class Grammars:
@@ -129,14 +135,14 @@ class Grammars:
         """A matcher that stands after ``output``; ``end_ids`` are allowed where the grammar may end.
 
         Raises:
-            InvalidInput: the grammar does not compile, or ``output`` is not of it.
+            StructureRefused: the grammar does not compile, or ``output`` is not of it.
             CheckpointInvalid: the tokenizer can't be read.
         """
         with self._lock:
             root = self._root(grammar, end_ids)
         matcher = root.deep_copy()
         if output and not matcher.consume_tokens(list(output)):
-            raise InvalidInput(f"the output so far is not of its grammar: {matcher.get_error().splitlines()[0]}", "grammar")
+            raise StructureRefused(f"the output so far is not of its grammar: {matcher.get_error().splitlines()[0]}", "grammar")
         return Matcher(matcher, self._vocab_size)
 
     def token_bytes(self, end_ids: frozenset[int]) -> Callable[[int], bytes]:
@@ -156,10 +162,10 @@ class Grammars:
             self._compiled.move_to_end(key)
             return found
         if len(grammar) > MAX_GRAMMAR_CHARS:
-            raise InvalidInput(f"the grammar has {len(grammar)} characters, above the limit of {MAX_GRAMMAR_CHARS}", "grammar")
+            raise StructureRefused(f"the grammar has {len(grammar)} characters, above the limit of {MAX_GRAMMAR_CHARS}", "grammar")
         made = LLMatcher(self._vocabulary(end_ids), grammar, log_level=0, limits=limits())
         if made.is_error():
-            raise InvalidInput(f"the grammar does not compile: {made.get_error().splitlines()[0]}", "grammar")
+            raise StructureRefused(f"the grammar does not compile: {made.get_error().splitlines()[0]}", "grammar")
         self._compiled[key] = made
         if len(self._compiled) > _MAX_CACHED:
             self._compiled.popitem(last=False)
