@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fake_card import FakeCard
+
 from antiphon.apps.bench import card_split
 from antiphon.apps.bench.card import Bench, Shape, run_sections, suite
 from antiphon.device.driver import look_for_cards
+from antiphon.device.memory import CardMemory
 
 SHAPE = Shape(name="tiny", hidden=32, width=48, heads=4, kv_heads=2, dim=8, layers=2, vocab=97)
 
@@ -52,6 +58,22 @@ def test_an_ffn_process_is_measured_and_killed_without_a_row_changed(bench: Benc
     assert bench.found["1A1F kill tiny"]["resent"] > 0
 
 
+def test_an_engine_decides_ahead_and_gives_the_tokens_of_steps_in_turn(bench: Bench) -> None:
+    assert "batch 2: " in bench.engine(SHAPE, (2,), 32, num_tokens=6)
+    found = bench.found["engine tiny, batch 2"]
+    assert found["steps_ahead"] > 0
+    assert found["num_blocks"] > 0
+    assert found["share_of_copy"]["ahead"] > 0
+
+
+def test_an_engine_of_the_bench_takes_what_the_card_has(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = torch.device("cpu")
+    monkeypatch.setattr(bench, "memory", CardMemory(device=where, share=0.5, field="make gpu"))
+    with FakeCard(total=64 << 20).answer(monkeypatch):
+        bench.engine(SHAPE, (2,), 32, num_tokens=4)
+    assert bench.found["engine tiny, batch 2"]["cache_bytes"] > 8 << 20
+
+
 def test_a_section_that_fails_says_so_and_ends_no_other() -> None:
     said: list[str] = []
 
@@ -74,6 +96,6 @@ def test_a_machine_without_a_card_is_told_so_in_one_line() -> None:
         pytest.skip("this machine has a card: make gpu runs")
     command = [sys.executable, "-m", "antiphon.apps.bench.card"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=dict(os.environ))
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
     assert len(done.stdout.splitlines()) == 1
     assert done.stdout.startswith("make gpu: this machine has no NVIDIA driver")

@@ -171,7 +171,7 @@ def test_a_row_that_is_not_finite_ends_its_request_alone(make: Make) -> None:
     for _ in range(4):
         cluster.step()
     worker = cluster.generating[0].worker
-    row = worker._rows[bad]
+    row = worker.rows[bad]
     with torch.inference_mode():  # what a fault of the memory would leave
         worker.cache.planes[0][0][row.block_ids[0] * worker.cache.layout.block_size_tokens] = float("nan")
     cluster.run()

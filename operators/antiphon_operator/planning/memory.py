@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from antiphon.core.document.pools import PoolSpec, parse_quantity
-from antiphon.core.document.spec import LLMDeploymentSpec
+from antiphon.core.document.spec import DEFAULT_CACHE_MEMORY, LLMDeploymentSpec
 from antiphon.core.kv import num_state_slots
 
 # Seen on a cluster with Ray 2.60: a worker of 1.57 GB held 1.07 of KV cache and 0.11 of weights; beside it stood Ray's serve
@@ -81,7 +81,7 @@ def _kv_cache(spec: LLMDeploymentSpec, pool: PoolSpec, sizes: WeightSizes) -> in
     if pool.role not in _KV_ROLES:
         return 0
     if cache.num_blocks is None:
-        return int(parse_quantity(cache.memory))
+        return cache.host_memory_bytes
     if sizes.kv_bytes_per_token is None:
         return None
     blocks = cache.num_blocks * cache.block_size_tokens * sizes.kv_bytes_per_token
@@ -104,12 +104,13 @@ def _states(spec: LLMDeploymentSpec, sizes: WeightSizes, memory_bytes: int) -> i
 
 def memory_problems(spec: LLMDeploymentSpec, sizes: WeightSizes) -> Iterator[str]:
     """A cache without room for its states, and pools whose ``resources.memory`` is less than a worker needs; with the figures."""
-    room = int(parse_quantity(spec.cache.memory))
+    room = spec.cache.host_memory_bytes
     states = _states(spec, sizes, room)
-    if spec.cache.num_blocks is None and states > room:
+    on_host = spec.cache.memory or any(pool.role in _KV_ROLES and pool.worker_device == "cpu" for pool in spec.pools)
+    if spec.cache.num_blocks is None and states > room and on_host:  # what a card has left is known where it is
         yield (
-            f"spec.cache.memory: {spec.cache.memory} ({room / _GIB:.2f} GiB) is too little for the states of "
-            f"{spec.scheduler.max_num_seqs} sequences and of snapshots, which take {states / _GIB:.2f} GiB "
+            f"spec.cache.memory: {spec.cache.memory or DEFAULT_CACHE_MEMORY} ({room / _GIB:.2f} GiB) is too little for the states "
+            f"of {spec.scheduler.max_num_seqs} sequences and of snapshots, which take {states / _GIB:.2f} GiB "
             f"({sizes.state_bytes:,} bytes each); raise it, or lower spec.scheduler.maxNumSeqs"
         )
     for i, pool in enumerate(spec.pools):

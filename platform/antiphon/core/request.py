@@ -119,6 +119,14 @@ class SamplingParams:
         """True when the most probable token is always taken."""
         return self.temperature == 0.0
 
+    def draws_from_logits_alone(self, position: int) -> bool:
+        """Whether the output's token at ``position`` depends on its logits and the seed alone, and nothing else is asked of them:
+        no penalty, bias, mask, rule or log-probability.
+        """
+        is_penalised = self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+        is_changed = is_penalised or bool(self.logit_bias) or position < self.min_tokens or self.rules is not None
+        return not is_changed and self.num_logprobs is None and self.pooling is None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from antiphon.core.errors import InvalidInput
+from antiphon.device.memory import CardMemory
 
 # A process with this variable takes its CPU for a card: the cards' paths run, on kernels' references. For tests and debugging.
 PRETENDS = os.environ.get("ANTIPHON_PRETEND_CARD") == "1"
@@ -20,20 +21,15 @@ MIN_CAPABILITY = (8, 0)  # the oldest that our kernels are compiled for: bfloat1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """Where a worker computes. ``memory_share``: of a card's whole memory, what this worker may fill."""
+    """Where a worker computes. ``memory``: of its card; None = the host's, of which documents say how much a worker takes."""
 
     torch: torch.device
-    memory_share: float = 1.0
+    memory: CardMemory | None = None
 
     @property
     def is_card(self) -> bool:
         """Whether it is a card."""
         return self.torch.type == "cuda"
-
-    @property
-    def total_bytes(self) -> int:
-        """Memory of the card, other workers' and the driver's part included."""
-        return int(torch.cuda.get_device_properties(self.torch).total_memory)
 
 
 def is_card(device: torch.device) -> bool:
@@ -64,4 +60,5 @@ def open_device(kind: Literal["cpu", "cuda"], memory_share: float, field: str) -
     torch.cuda.set_per_process_memory_fraction(memory_share, 0)  # the allocator refuses what is beyond, weights and KV alike
     torch.backends.cuda.matmul.allow_tf32 = False  # fp32 weights are served in fp32
     torch.backends.cudnn.allow_tf32 = False
-    return Device(torch=torch.device("cuda", 0), memory_share=memory_share)
+    where = torch.device("cuda", 0)
+    return Device(torch=where, memory=CardMemory(device=where, share=memory_share, field=f"{field}MemoryUtilization"))

@@ -59,7 +59,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise NotRecordable(f"{func} asks the host for a value")
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if not func.is_view:
+        if not func.is_view or not _shares_memory(out, args):  # "to" and "reshape" are views where nothing is to be done
             self.entries.append((func, args, kwargs, out))
         return out
 
@@ -119,6 +119,12 @@ class CudaGraphs:
             raise NotRecordable(str(error)) from error
         self._pool = graph.pool()
         return graph, result
+
+
+def _shares_memory(out: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a view's result is in its first argument's memory."""
+    given = {tensor.untyped_storage().data_ptr() for tensor in _tensors(args[:1])}
+    return all(tensor.untyped_storage().data_ptr() in given for tensor in _tensors(out))
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -1,6 +1,8 @@
 """The engine core: schedule, execute, update (step speed); and the inbox that other threads may fill.
 
-``step`` is the whole engine. Everything else here is the hand-over between the loop that steps and those who submit.
+``step`` is the whole engine. With an executor that runs ahead (``engine.overlap``) a step that can be launched is, and the next is
+decided and launched before its tokens are waited for. Everything else here is the hand-over between the loop that steps and those
+who submit.
 Must not know: how tokens are computed (an Executor does), text, transports.
 """
 
@@ -8,13 +10,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from antiphon.core.errors import AntiphonError, ErrorInfo, Overloaded
 from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput
 from antiphon.core.step import KVEvents, ModelRunnerOutput, SchedulerOutput
 from antiphon.engine.limits import check_request
 from antiphon.engine.scheduler import Scheduler
+
+Flying = TypeVar("Flying", bound="Launched")
 
 
 class Executor(Protocol):
@@ -29,6 +33,27 @@ class Executor(Protocol):
         ...
 
 
+class Launched(Protocol):
+    """A step that is being computed."""
+
+    @property
+    def step(self) -> SchedulerOutput:
+        """Which."""
+        ...
+
+
+class AheadExecutor(Protocol[Flying]):
+    """Computes steps while the engine goes on; at most two at once, collected in order."""
+
+    def launch(self, step: SchedulerOutput, after: Flying | None) -> Flying | None:
+        """Begin to compute ``step`` behind ``after``; None where it has to be executed, once ``after`` is collected."""
+        ...
+
+    def collect(self, launched: Flying) -> ModelRunnerOutput:
+        """Wait for what came of it."""
+        ...
+
+
 Outbox = Callable[[Sequence[RequestOutput]], None]
 
 
@@ -36,13 +61,18 @@ def _nobody_sleeps() -> None:
     pass
 
 
-class EngineCore:
+class EngineCore(Generic[Flying]):
     """One engine. ``submit`` and ``abort`` may be called from any thread, everything else from the loop's own."""
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, outbox: Outbox) -> None:
+    def __init__(
+        self, scheduler: Scheduler, executor: Executor, outbox: Outbox, ahead: AheadExecutor[Flying] | None = None
+    ) -> None:
+        """``ahead``: the same executor where it can launch steps, None = each is waited for."""
         self.scheduler = scheduler
         self.wake: Callable[[], None] = _nobody_sleeps  # called, from any thread, when the inbox got something
         self._executor = executor
+        self._ahead = ahead
+        self._flying: Flying | None = None  # launched, not collected
         self._outbox = outbox
         self._inbox: deque[Request | RequestId | RequestOutput] = deque()
         self.num_steps = 0
@@ -76,17 +106,38 @@ class EngineCore:
         """Take the inbox, then schedule, execute, update; False when there was nothing to do."""
         self._take_inbox()
         self._take_kv()
+        if self._ahead is not None and self._flying is not None:
+            self._go_on(self._ahead, self._flying)
+            return True
         if not self.scheduler.has_requests:
             return False
         step = self.scheduler.schedule()
         outputs = self.scheduler.take_outputs()
         if step.has_work:
-            result = self._executor.execute(step)
-            outputs += self.scheduler.update(step, result)
-            self.num_steps += 1
+            self._flying = None if self._ahead is None else self._ahead.launch(step, None)
+            if self._flying is None:
+                outputs += self._execute(step)
+            else:
+                self.scheduler.in_flight.launched(step)
         if outputs:
             self._outbox(outputs)
         return bool(step.num_scheduled_tokens)
+
+    def _go_on(self, ahead: AheadExecutor[Flying], flying: Flying) -> None:
+        """Launch the step behind the one that is being computed, if it can be known; then wait for that one."""
+        step = self.scheduler.schedule_ahead(flying.step)
+        self._flying = None if step is None else ahead.launch(step, flying)
+        outputs = self.scheduler.update(flying.step, ahead.collect(flying))
+        self.num_steps += 1
+        if step is not None and self._flying is None:
+            outputs += self._execute(step)
+        if outputs:
+            self._outbox(outputs)
+
+    def _execute(self, step: SchedulerOutput) -> list[RequestOutput]:
+        outputs = self.scheduler.update(step, self._executor.execute(step))
+        self.num_steps += 1
+        return outputs
 
     @property
     def has_inbox(self) -> bool:

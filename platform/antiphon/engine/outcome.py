@@ -5,7 +5,7 @@ Must not know: queues, blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from antiphon.core.errors import ErrorInfo
 from antiphon.core.request import FINISH_REASON, RequestOutput, RequestStatus, TokenLogprob
@@ -22,6 +22,23 @@ def stop_status(state: RequestState, token_id: int, max_model_len: int) -> Reque
     if state.num_output_tokens >= sampling.max_tokens or len(state.token_ids) >= max_model_len:
         return RequestStatus.FINISHED_LENGTH
     return None
+
+
+def take_tokens(
+    state: RequestState, token_ids: Sequence[int], max_model_len: int, computed: Callable[[RequestState], None]
+) -> tuple[int, RequestStatus | None]:
+    """Append what a step drew: the next token, and those after drafts that were taken, up to the one that ends the request; how
+    many were, and the status that the last brought. ``computed``: a further token's KV is there.
+    """
+    for num_taken, token_id in enumerate(token_ids, 1):
+        if num_taken > 1:  # the token before was a draft
+            state.num_computed_tokens += 1
+            computed(state)
+        state.token_ids.append(token_id)
+        status = stop_status(state, token_id, max_model_len)
+        if status is not None:
+            return num_taken, status
+    return len(token_ids), None
 
 
 def token_output(

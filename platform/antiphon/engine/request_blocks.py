@@ -5,6 +5,9 @@ Must not know: queues, budgets, tensors.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from antiphon.core.request import RequestId
 from antiphon.core.step import StateStep
 from antiphon.engine.block_manager import KVBlockManager
 from antiphon.engine.limits import SchedulerStats
@@ -36,6 +39,12 @@ class RequestBlocks:
             return False
         return self._manager.num_free_after(prefix.blocks) >= needed
 
+    def could_begin(self, state: RequestState, min_remote: int | None) -> bool:
+        """Whether all of it fits now. ``min_remote``: it must also be worth asking another worker for at least so many tokens."""
+        prefix = self.find_prefix(state)
+        num_cached = len(prefix.blocks) * self._manager.block_size_tokens
+        return self.fits(state, prefix) and (min_remote is None or state.is_worth_remote(num_cached, min_remote))
+
     def take_prefix(self, state: RequestState, prefix: Prefix) -> None:
         """Begin with what ``find_prefix`` found."""
         self._manager.hold(prefix.blocks)
@@ -59,6 +68,11 @@ class RequestBlocks:
             return False
         state.block_ids += fresh
         return True
+
+    def plan_states(self, states: Mapping[RequestId, RequestState], counts: Mapping[RequestId, int]) -> dict[RequestId, StateStep]:
+        """Of all requests of a step; the last decision, since a request may be preempted in the course of others."""
+        planned = {name: self.plan_state(states[name], count) for name, count in counts.items()} if self._slots is not None else {}
+        return {name: step for name, step in planned.items() if step is not None}
 
     def plan_state(self, state: RequestState, num_tokens: int) -> StateStep | None:
         """Where the step that computes ``num_tokens`` more reads and writes the request's state; None: the model has none."""

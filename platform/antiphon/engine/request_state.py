@@ -81,6 +81,11 @@ class RequestState:
             and len(self.token_ids) - 1 - num_cached_tokens >= min_tokens
         )
 
+    def note_scheduled(self, now_s: float) -> None:
+        """It is served; the first time counts."""
+        if self.scheduled_s is None:
+            self.scheduled_s = now_s
+
     def update_hashes(self, block_size_tokens: int) -> None:
         """Extend ``block_hashes`` to all full blocks of the known tokens."""
         done = len(self.block_hashes)

@@ -22,17 +22,13 @@ from collections.abc import Callable, Iterable, Sequence
 from antiphon.core.errors import ErrorInfo, InvalidInput, Overloaded
 from antiphon.core.kv import KVTarget
 from antiphon.core.request import Request, RequestId, RequestOutput, RequestStatus
-from antiphon.core.step import (
-    KVEvents,
-    ModelRunnerOutput,
-    SchedulerOutput,
-    StateStep,
-)
+from antiphon.core.step import KVEvents, ModelRunnerOutput, SchedulerOutput
 from antiphon.engine.block_manager import KVBlockManager
 from antiphon.engine.deadlines import TOO_LATE, Deadlines
 from antiphon.engine.fairness import FairQueue, PromptShares
 from antiphon.engine.limits import SchedulerConfig, SchedulerStats, check_cache, check_request, check_room
-from antiphon.engine.outcome import end_output, stop_status, token_output
+from antiphon.engine.outcome import end_output, take_tokens, token_output
+from antiphon.engine.overlap.in_flight import StepsInFlight
 from antiphon.engine.request_blocks import RequestBlocks
 from antiphon.engine.request_state import RequestState
 from antiphon.engine.speculation.reservation import draft, trim
@@ -50,14 +46,7 @@ class Scheduler:
         self.config = config
         self.stats = SchedulerStats()
         self.blocks = KVBlockManager(config.num_blocks, config.block_size_tokens, prefix_caching=config.prefix_caching)
-        self.slots: StateSlots | None = None  # of sequences' states, where the model has any
-        if config.num_state_slots is not None:
-            self.slots = StateSlots(
-                config.num_state_slots,
-                config.block_size_tokens,
-                snapshot_blocks=config.snapshot_blocks,
-                prefix_caching=config.prefix_caching,
-            )
+        self.slots = StateSlots.of(config)  # of sequences' states, where the model has any
         self._blocks_of = RequestBlocks(self.blocks, self.stats, self.slots)
         self.speculator = None if self.slots is not None else speculator  # a state can't be taken back behind a guess
         self._clock = clock
@@ -70,6 +59,7 @@ class Scheduler:
         self._forgotten: list[RequestId] = []  # the runner must drop these at the next step
         self._load_aborts: list[RequestId] = []
         self._outputs: list[RequestOutput] = []  # ends that came about outside update()
+        self.in_flight = StepsInFlight(self._blocks_of, config.max_model_len)
         self._step_id = 0
         self._deadlines = Deadlines()
 
@@ -140,6 +130,24 @@ class Scheduler:
         if self.speculator is not None and not plan.new:
             most = {"room": self.config.max_num_batched_tokens, "max_model_len": self.config.max_model_len}
             plan.add_drafts(draft(self.speculator, plan.num_tokens, self._states, self.blocks, **most))
+        return self._decided(plan)
+
+    def schedule_ahead(self, flying: SchedulerOutput) -> SchedulerOutput | None:
+        """Decide the step behind ``flying``, which is being computed and whose tokens are not known; None where they have to be."""
+        self._expire()
+        if self._load_aborts or self._is_anyone_due():
+            return None
+        plan = self.in_flight.plan_behind(flying, self._running, speculates=self.speculator is not None)
+        if plan is None:
+            return None
+        if self.speculator is not None:
+            self.speculator.begin()  # no drafts, and nothing to learn from how long it takes
+        self._step_id += 1
+        step = self._decided(plan)
+        self.in_flight.launched(step)
+        return step
+
+    def _decided(self, plan: StepPlan) -> SchedulerOutput:
         output = SchedulerOutput(
             step_id=self._step_id,
             new_requests=tuple(plan.new.values()),
@@ -149,7 +157,7 @@ class Scheduler:
             finished_request_ids=tuple(self._forgotten),
             kv_loads=tuple(plan.loads),
             kv_load_aborts=tuple(self._load_aborts),
-            states=self._plan_states(plan),
+            states=self._blocks_of.plan_states(self._states, plan.num_tokens),
         )
         self._forgotten.clear()
         self._load_aborts.clear()
@@ -158,6 +166,7 @@ class Scheduler:
     def update(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[RequestOutput]:
         """Take in what came of a step; returns what each request gained, ends included."""
         outputs: list[RequestOutput] = []
+        self.in_flight.over(step)
         if self.speculator is not None:
             self.speculator.note(result.sampled_token_ids, sum(len(drafts.token_ids) for drafts in step.drafts.values()))
         for request_id, num_tokens in step.num_scheduled_tokens.items():
@@ -284,31 +293,31 @@ class Scheduler:
             else:
                 self._admit(state, plan)
 
+    def _is_anyone_due(self) -> bool:
+        """Whether a request that waits would get a place now."""
+        full = len(self._running) >= self.config.max_num_seqs
+        if self._ready or not self._waiting:
+            return bool(self._ready) and not full
+        min_remote = self.config.remote_prefill_min_tokens if full else None
+        could_begin = self._blocks_of.could_begin(self._waiting.head(), min_remote)
+        return could_begin or self._waiting.exchange(self._running, ()) is not None
+
     def _admit(self, state: RequestState, plan: StepPlan) -> None:
         """Run a request whose blocks fit, for no tokens where a hand-off is all cached here."""
         num_tokens = min(state.num_tokens_to_compute, plan.budget)
         has_room = self._blocks_of.grow(state, state.num_computed_tokens + num_tokens)
         assert has_room  # the caller saw that all of it fits, or it holds its blocks already
         state.status = RequestStatus.RUNNING
-        if state.scheduled_s is None:
-            state.scheduled_s = self._clock()
+        state.note_scheduled(self._clock())
         plan.admit(state, num_tokens)
         self._running.append(state)
-
-    def _plan_states(self, plan: StepPlan) -> dict[RequestId, StateStep]:
-        """Of all requests of the step; the last decision, since a request may be preempted in the course of others."""
-        if self.slots is None:
-            return {}
-        planned = {name: self._blocks_of.plan_state(self._states[name], count) for name, count in plan.num_tokens.items()}
-        return {name: step for name, step in planned.items() if step is not None}
 
     def _start_load(self, state: RequestState, plan: StepPlan) -> None:
         assert state.prefill_worker is not None
         has_room = self._blocks_of.grow(state, len(state.token_ids))
         assert has_room  # the caller saw that the whole request fits
         state.status = RequestStatus.WAITING_FOR_REMOTE_KV
-        if state.scheduled_s is None:
-            state.scheduled_s = self._clock()
+        state.note_scheduled(self._clock())
         self._remote[state.request_id] = state
         plan.loads.append(load_asked(state, state.prefill_worker, self.config.kv_lease_s))
 
@@ -331,27 +340,18 @@ class Scheduler:
     # ---- progress, inside ----------------------------------------------------------------------------------------
 
     def _append(self, state: RequestState, token_ids: Sequence[int], result: ModelRunnerOutput) -> RequestOutput:
-        """Take in what a step drew: the next token, and those after drafts that were taken, up to the one that ends the request."""
+        """Take in what a step drew."""
         now_s = self._clock()
         if state.first_token_s is None:
             state.first_token_s = now_s
             self.stats.num_prompt_tokens += state.num_prompt_tokens
-        status: RequestStatus | None = None
-        num_taken = 0
-        for token_id in token_ids:
-            if num_taken:  # the token before was a draft, whose KV is there
-                state.num_computed_tokens += 1
-                self._blocks_of.computed(state)
-            if state.request.sampling.pooling is None:
-                self._waiting.sampled(state.request.tenant)
-            state.token_ids.append(token_id)
-            num_taken += 1
-            status = stop_status(state, token_id, self.config.max_model_len)
-            if status is not None:
-                self._close(state, status)
-                break
+        num_taken, status = take_tokens(state, token_ids, self.config.max_model_len, self._blocks_of.computed)
         if state.request.sampling.pooling is None:
             self.stats.num_generation_tokens += num_taken
+            for _ in range(num_taken):
+                self._waiting.sampled(state.request.tenant)
+        if status is not None:
+            self._close(state, status)
         logprobs, vector = result.logprobs.get(state.request_id, ()), result.vectors.get(state.request_id, ())
         return token_output(state, token_ids[:num_taken], logprobs[:num_taken], status, now_s, vector)
 
@@ -381,7 +381,7 @@ class Scheduler:
                 self._ready.remove(state)
             else:
                 self._waiting.remove(state)
-        self._blocks_of.release(state)
+        self.in_flight.release(state)
         state.status = status
         if self.speculator is not None:
             self.speculator.forget(state.request_id)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from antiphon.core.kv import LIVE_STATES
 from antiphon.core.step import StateSnapshot, StateStep
 from antiphon.engine.block_manager import BlockHash, KVBlockManager
+from antiphon.engine.limits import SchedulerConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +65,14 @@ class StateSlots:
         self._block_size = block_size_tokens
         self._every = snapshot_blocks
         self._pool = KVBlockManager(num_slots, block_size_tokens, prefix_caching=prefix_caching)
+
+    @classmethod
+    def of(cls, config: SchedulerConfig) -> StateSlots | None:
+        """Those of an engine; None: its model has no states."""
+        if config.num_state_slots is None:
+            return None
+        size, every = config.block_size_tokens, config.snapshot_blocks
+        return cls(config.num_state_slots, size, snapshot_blocks=every, prefix_caching=config.prefix_caching)
 
     @property
     def num_free_slots(self) -> int:

@@ -26,10 +26,10 @@ class StepPlan:
     drafts: dict[RequestId, Drafts] = field(default_factory=dict)
     loads: list[KVLoad] = field(default_factory=list)
 
-    def go_on(self, state: RequestState, num_tokens: int) -> None:
-        """A request that the runner knows computes so many tokens more."""
+    def go_on(self, state: RequestState, num_tokens: int, num_pending: int = 0) -> None:
+        """A request that the runner knows computes so many tokens more, behind ``num_pending`` that are being computed."""
         self.num_tokens[state.request_id] = num_tokens
-        self.cached[state.request_id] = continued(state)
+        self.cached[state.request_id] = continued(state, num_pending)
         self.budget -= num_tokens
 
     def admit(self, state: RequestState, num_tokens: int) -> None:
@@ -66,11 +66,12 @@ def announced(state: RequestState) -> NewRequestData:
     )
 
 
-def continued(state: RequestState) -> CachedRequestData:
-    """What is new about a request that the runner knows."""
+def continued(state: RequestState, num_pending: int = 0) -> CachedRequestData:
+    """What is new about a request that the runner knows, once ``num_pending`` more tokens are computed."""
     fresh = tuple(state.block_ids[state.num_sent_block_ids :])
     state.num_sent_block_ids = len(state.block_ids)
-    return CachedRequestData(request_id=state.request_id, new_block_ids=fresh, num_computed_tokens=state.num_computed_tokens)
+    num_computed = state.num_computed_tokens + num_pending
+    return CachedRequestData(request_id=state.request_id, new_block_ids=fresh, num_computed_tokens=num_computed)
 
 
 def load_asked(state: RequestState, prefill_worker: str, lease_s: float) -> KVLoad:

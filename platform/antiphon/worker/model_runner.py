@@ -27,20 +27,20 @@ from antiphon.models.decoder import AttentionHalves, StepState
 from antiphon.models.pooling.pooler import Pooler, check_pooling
 from antiphon.telemetry.step_trace import Mark, StepTrace
 from antiphon.worker.batch_builder import BatchBuilder, Run
-from antiphon.worker.cards.decode_graphs import DecodeGraphs, DecodeStep
+from antiphon.worker.cards.decode_graphs import DecodeGraphs, InFlight
+from antiphon.worker.cards.overlap import Overlap
 from antiphon.worker.cards.split_graphs import SplitGraphs
+from antiphon.worker.encoding.last_rows import pool_rows
 from antiphon.worker.fault_containment import FaultContainment
 from antiphon.worker.kv_roles import KVRole, NoHandOff
 from antiphon.worker.layer_loop import LayerLoop, LayerTimes
 from antiphon.worker.request_row import RequestRow, Scheduled, all_finite
-from antiphon.worker.sampler import logprobs_of, numbers_only
+from antiphon.worker.sampler import numbers_only, prompt_logprobs
 from antiphon.worker.speculation.hidden_states import HiddenStates, tell_hidden
 from antiphon.worker.speculation.verification import Drawing, draw_in_turns, end_at_bad_rows, take_best
 from antiphon.worker.structure.enforcer import Enforcer
 from antiphon.worker.ubatch import Segment, split_segments
 from antiphon.worker.ubatch_tuning import UbatchTuner
-
-_LIKELIHOOD_ROWS = 32  # of a prompt's logits at once: 6 MB at a vocabulary of 49k
 
 Laid = TypeVar("Laid")
 
@@ -98,10 +98,14 @@ class AttentionWorker:
         self._tuner = tuner
         self._layers = LayerLoop(halves, cache, afd, num_ubatches=num_ubatches, warms=warms, times=self.stats, graphs=split_graphs)
         self._contained = FaultContainment(self._run, abandon=afd.abandon, scrub=self._scrub)
-        self._rows: dict[RequestId, RequestRow] = {}
+        self.rows: dict[RequestId, RequestRow] = {}
         self._experts = afd.experts  # as wanted; the connector takes it between two steps
         self._is_stepping = False
-        self._replayed: DecodeStep | None = None  # what this step was, where it was replayed
+        self._replayed: InFlight | None = None  # what this step was, where it was replayed
+        self._taken: SchedulerOutput | None = None  # the step whose changes were taken in last
+        self.overlap: Overlap | None = None
+        if graphs is not None and hidden_states is None:
+            self.overlap = Overlap(graphs, self, take=self._take_changes, refuse=self._refuse, note=self._note_step)
 
     @property
     def trace(self) -> StepTrace | None:
@@ -147,7 +151,7 @@ class AttentionWorker:
         refused = self._take_changes(step)
         found = step.drafts.get
         batch = [
-            Scheduled(row=self._rows[request_id], num_tokens=n, drafts=drafts.token_ids if (drafts := found(request_id)) else ())
+            Scheduled(row=self.rows[request_id], num_tokens=n, drafts=drafts.token_ids if (drafts := found(request_id)) else ())
             for request_id, n in step.num_scheduled_tokens.items()
             if request_id not in refused
         ]
@@ -156,21 +160,27 @@ class AttentionWorker:
         batch.sort(key=lambda part: not part.is_decode)  # decodes first; the sort is stable
         output = self._contained.run(step.step_id, batch)
         output.errors.update(refused)
-        self.stats.num_steps += 1
-        self.stats.num_rows += step.num_tokens
         end_s = time.perf_counter()
-        self.stats.step_s += end_s - start_s
+        self._note_step(step.num_tokens, end_s - start_s)
         if self.trace is not None:
             self.trace.add(Mark.STEP, start_s, end_s, step.step_id, rows=step.num_tokens)
         return output
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
+    def _note_step(self, num_rows: int, seconds: float) -> None:
+        self.stats.num_steps += 1
+        self.stats.num_rows += num_rows
+        self.stats.step_s += seconds
+
     def _take_changes(self, step: SchedulerOutput) -> dict[RequestId, ErrorInfo]:
         """Take in what changed since the last step; new requests that can't be taken in, and why."""
         refused: dict[RequestId, ErrorInfo] = {}
+        if step is self._taken:  # it was to be launched, and could not be
+            return refused
+        self._taken = step
         for request_id in step.finished_request_ids:
-            self._rows.pop(request_id, None)
+            self.rows.pop(request_id, None)
         self._kv.begin(step)
         for new in step.new_requests:
             try:
@@ -184,17 +194,17 @@ class AttentionWorker:
                 logger.exception("request %s can't be taken in", new.request_id)
                 refused[new.request_id] = ErrorInfo.internal(type(error).__name__)
                 continue
-            self._rows[new.request_id] = row
+            self.rows[new.request_id] = row
             self._kv.take(row)
         for cached in step.cached_requests:
-            row = self._rows[cached.request_id]
+            row = self.rows[cached.request_id]
             row.block_ids += cached.new_block_ids
             row.num_computed_tokens = cached.num_computed_tokens
         for request_id, state in step.states.items():
             if request_id not in refused:
-                self._rows[request_id].state = state
+                self.rows[request_id].state = state
         for request_id, drafts in step.drafts.items():
-            self._rows[request_id].block_ids += drafts.new_block_ids
+            self.rows[request_id].block_ids += drafts.new_block_ids
         return refused
 
     def _run(self, exchange_id: int, batch: Sequence[Scheduled]) -> ModelRunnerOutput:
@@ -246,19 +256,12 @@ class AttentionWorker:
     def _note_likelihoods(
         self, row: RequestRow, segment: Segment, x_TD: torch.Tensor, found: dict[RequestId, dict[int, TokenLogprob]]
     ) -> None:
-        """Log-probabilities of the prompt's tokens that follow the segment's, a few rows of logits at a time."""
+        """Log-probabilities of the prompt's tokens that follow the segment's."""
         num_top = row.sampling.params.num_prompt_logprobs
         assert num_top is not None
-        count = min(segment.num_tokens, row.num_prompt_tokens - 1 - segment.first_token)
-        noted = found.setdefault(row.request_id, {})
-        for start in range(0, count, _LIKELIHOOD_ROWS):
-            end = min(count, start + _LIKELIHOOD_ROWS)
-            logits_TV = self.halves.logits(x_TD[start:end])
-            if not all_finite(logits_TV):
-                return  # the request ends with an error of its own
-            for offset in range(end - start):
-                position = segment.first_token + start + offset + 1
-                noted[position] = logprobs_of(logits_TV[offset], row.token_ids[position], num_top)
+        count = max(0, min(segment.num_tokens, row.num_prompt_tokens - 1 - segment.first_token))
+        noted = prompt_logprobs(self.halves.logits, x_TD[:count], row.token_ids, segment.first_token + 1, num_top)
+        found.setdefault(row.request_id, {}).update(noted)
 
     def _refuse(self, row: RequestRow) -> ErrorInfo:
         """Why a request of rows that are non-finite ends. What this step wrote of it may be none either and is zeroed; what steps
@@ -271,7 +274,11 @@ class AttentionWorker:
         return ErrorInfo.internal(f"the model's logits are non-finite{where}")
 
     def _scrub(self, row: RequestRow) -> None:
-        self.cache.scrub(row.block_ids[row.num_computed_tokens // self.cache.layout.block_size_tokens :])
+        blocks = row.block_ids[row.num_computed_tokens // self.cache.layout.block_size_tokens :]
+        if self.graphs is not None:
+            self.graphs.behind(lambda: self.cache.scrub(blocks))  # a step that is being computed may write there
+            return
+        self.cache.scrub(blocks)
 
     def _forward(
         self, exchange_id: int, batch: Sequence[Scheduled], segments: list[Segment]
@@ -284,9 +291,11 @@ class AttentionWorker:
         before = (times.num_exchanges, times.ffn_compute_s, times.ffn_wait_s, times.round_trip_s)
         start_s = time.perf_counter()
         if self.graphs is not None and is_decode and self.trace is None and not self._kv.is_due(batch):
-            self._replayed = self._with_runs(batch, segments, self.graphs.run)
+            draws, launch = [batch[each.request].row.draw_at(each.first_token) for each in segments], self.graphs.launch
+            self._replayed = self._with_runs(batch, segments, lambda runs: launch(runs, draws))
             if self._replayed is not None:
-                self._replayed.state.settle()
+                self._replayed.wait()
+                self._replayed.state.bad_rows = self._replayed.bad_rows()
                 return [segments], [self._replayed.state]
         runs = split_segments(segments, wanted)
         states = [self._with_runs(batch, run, partial(self._begin, ubatch)) for ubatch, run in enumerate(runs)]
@@ -340,20 +349,28 @@ class AttentionWorker:
     def _sample(self, finals: Sequence[torch.Tensor], drawings: Sequence[Drawing]) -> ModelRunnerOutput:
         if not drawings:
             return ModelRunnerOutput()
-        if self.pooler is not None:  # such a model generates nothing, so that all rows want vectors
-            return self._pool(finals, [drawing.row for drawing in drawings], self.pooler)
         start_s = time.perf_counter()
+        if self.pooler is not None:  # such a model generates nothing, so that all rows want vectors
+            output = pool_rows(self.pooler, self.halves, finals, [drawing.row for drawing in drawings], self._refuse)
+            self.stats.head_s += time.perf_counter() - start_s
+            return output
         whole = self._replayed
-        if whole is not None and len(finals) != whole.logits_RV.shape[0]:  # some rows are of prompts that go on
+        if whole is not None and len(finals) != whole.num_rows:  # some rows are of prompts that go on
             whole = None
         x_RD = finals[0] if len(finals) == 1 else torch.cat(list(finals))
         end_at_bad_rows(x_RD, drawings)
-        if all(drawing.sampling.needs_best_only for drawing in drawings):
-            ids_R, values_R = self.halves.greedy(x_RD) if whole is None else whole.best_R
+        if whole is not None:
+            sample_s = time.perf_counter()
+            on_host = [drawing for drawing in drawings if not all(whole.is_drawn[drawing.first_row :][: drawing.num_rows])]
+            if on_host:
+                draw_in_turns(whole.logits_RV, on_host)  # first: it may fail, and nothing has changed then
+            take_best(whole.tokens(), [drawing for drawing in drawings if drawing not in on_host])
+        elif all(drawing.sampling.needs_best_only for drawing in drawings):
+            ids_R, values_R = self.halves.greedy(x_RD)
             sample_s = time.perf_counter()
             take_best(numbers_only(ids_R, values_R), drawings)
         else:
-            logits_RV = self.halves.logits(x_RD) if whole is None else whole.logits_RV
+            logits_RV = self.halves.logits(x_RD)
             sample_s = time.perf_counter()
             draw_in_turns(logits_RV, drawings)
         self.stats.head_s += sample_s - start_s
@@ -374,22 +391,6 @@ class AttentionWorker:
         self.stats.sample_s += end_s - sample_s
         if self.trace is not None:
             self.trace.add(Mark.SAMPLE, start_s, end_s, rows=len(finals))
-        return output
-
-    def _pool(self, finals: Sequence[torch.Tensor], rows: Sequence[RequestRow], pooler: Pooler) -> ModelRunnerOutput:
-        start_s = time.perf_counter()
-        output = ModelRunnerOutput()
-        for x_1D, row in zip(finals, rows, strict=True):
-            pooling = row.sampling.params.pooling
-            assert pooling is not None  # seen when the request came
-            vector = pooler.of_last(self.halves, x_1D[0], pooling)
-            if row.bad_at is not None or not all_finite(vector):
-                output.errors[row.request_id] = self._refuse(row)
-                continue
-            output.sampled_token_ids[row.request_id] = (0,)
-            output.vectors[row.request_id] = tuple(vector.tolist())
-            row.token_ids.append(0)
-        self.stats.head_s += time.perf_counter() - start_s
         return output
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ import torch
 from antiphon.core.errors import StructureRefused
 from antiphon.core.step import NewRequestData, StateStep
 from antiphon.models.decoder import StepState
+from antiphon.worker.cards.drawing import Draw
 from antiphon.worker.sampler import SamplingState
 from antiphon.worker.structure.enforcer import Enforcer
 from antiphon.worker.ubatch import Segment
@@ -56,6 +57,11 @@ class RequestRow:
     def num_output_tokens(self) -> int:
         """Tokens generated, those of an earlier worker included."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    def draw_at(self, token: int) -> Draw | None:
+        """How a card draws the token that follows number ``token``; None where it does not, or none is drawn there."""
+        position = token + 1 - self.num_prompt_tokens
+        return None if position < self.num_output_tokens else self.sampling.draw_at(position)
 
     def note_bad(self, state: StepState, start: int, end: int) -> None:
         """Remember where rows [start, end) of the ubatch, which are this request's, were first seen not to be numbers."""

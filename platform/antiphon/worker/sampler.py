@@ -9,7 +9,7 @@ Legend: R rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +17,12 @@ import torch
 
 from antiphon.core.request import SamplingParams, TokenLogprob
 from antiphon.models.native.library import available
+from antiphon.worker.cards.drawing import Draw
 from antiphon.worker.structure.grammar import Matcher
 from antiphon.worker.structure.thinking import ThinkingMeter
 
 _MASK64 = (1 << 64) - 1
+_LIKELIHOOD_ROWS = 32  # of a prompt's logits at once: 6 MB at a vocabulary of 49k
 _TOP_P_FIRST_LOOK = 1024  # nearly always holds top_p of the mass; sorting a whole vocabulary costs milliseconds
 
 
@@ -82,6 +84,14 @@ class SamplingState:
             self._matcher.append(token_id)
         if self._meter is not None:
             self._meter.append(token_id)
+
+    def draw_at(self, position: int) -> Draw | None:
+        """The draw as a card makes it where it depends on logits and seed alone; None = ``sample`` chooses."""
+        p = self.params
+        if not p.draws_from_logits_alone(position):
+            return None
+        point = 0.0 if p.greedy else uniform(p.seed, position)
+        return Draw(point=point, temperature=p.temperature, top_k=p.top_k, top_p=p.top_p, min_p=p.min_p)
 
     @property
     def failure(self) -> str | None:
@@ -215,18 +225,35 @@ def _draw(logits_V: torch.Tensor, params: SamplingParams, position: int) -> int:
 
 
 def _top_p(probs_V: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The smallest set of most probable tokens that holds ``top_p`` of the mass (arXiv 1904.09751), as a mask."""
+    """The smallest set of most probable tokens with ``top_p`` of the mass (arXiv 1904.09751), as a mask; of equals the first."""
     looked_at = min(_TOP_P_FIRST_LOOK, probs_V.numel())
     while True:
-        values, indices = torch.topk(probs_V, looked_at)
+        values = torch.topk(probs_V, looked_at).values
         before = values.cumsum(0) - values  # mass of the more probable ones
         if float(before[-1]) >= top_p or looked_at == probs_V.numel():
-            mask_V = torch.zeros_like(probs_V, dtype=torch.bool)
-            kept = before < top_p
-            kept[0] = True
-            mask_V[indices[kept]] = True
+            num_kept = max(1, int((before < top_p).sum()))
+            least = values[num_kept - 1]
+            mask_V = probs_V > least
+            mask_V[(probs_V == least).nonzero()[: num_kept - int(mask_V.sum()), 0]] = True
             return mask_V
         looked_at = probs_V.numel()
+
+
+def prompt_logprobs(
+    logits_of: Callable[[torch.Tensor], torch.Tensor], x_TD: torch.Tensor, token_ids: Sequence[int], first: int, num_top: int
+) -> dict[int, TokenLogprob]:
+    """Log-probabilities of the prompt's tokens at positions from ``first`` on, each from the row of the one before it; a few rows
+    of logits at a time, and no more once a row is none of numbers.
+    """
+    noted: dict[int, TokenLogprob] = {}
+    for start in range(0, x_TD.shape[0], _LIKELIHOOD_ROWS):
+        logits_TV = logits_of(x_TD[start : start + _LIKELIHOOD_ROWS])
+        if not bool(torch.isfinite(logits_TV.sum(dtype=torch.float32))):
+            break  # the request ends with an error of its own
+        for offset, logits_V in enumerate(logits_TV):
+            position = first + start + offset
+            noted[position] = logprobs_of(logits_V, token_ids[position], num_top)
+    return noted
 
 
 def logprobs_of(logits_V: torch.Tensor, token_id: int, num_top: int) -> TokenLogprob:

@@ -3,6 +3,7 @@
     ceilings      copy bandwidth, matrix rate, a launch by Python and by a graph: what everything below is divided by
     suites        the cards' op suite, families and wirings against transformers, losses of workers: our own tests, on the card
     decode        bytes that a step must read over its time, over the copy bandwidth; eager, and as one recorded graph
+    engine        the same by a whole engine with KV sized by the card, its steps decided ahead and in turn: equal tokens
     prefill       arithmetic of a step over its time, over the matrix rate
     1A1F          halves apart, replayed with an exchange between; an FFN process killed (``card_split``)
     transformers  the same shape through ``generate``
@@ -27,10 +28,12 @@ from typing import Any
 
 import torch
 
+from antiphon.apps.bench.card_engine import decoded
 from antiphon.core.ids import FFNShard
 from antiphon.device.device import open_device
 from antiphon.device.driver import look_for_cards
 from antiphon.device.graphs import CudaGraphs, Graphs, TapeGraphs
+from antiphon.device.memory import CardMemory
 from antiphon.models.attention.kv_cache import KVCache
 from antiphon.models.cache_layout import kv_layout
 from antiphon.models.decoder import AttentionHalves, FFNHalves
@@ -41,6 +44,7 @@ ROOT = Path(__file__).parents[4]
 _SUITES = (
     ("op suite", ("tests/cards/test_values.py",)),
     ("recorded steps against eager ones", ("tests/cards/test_graphs.py", "tests/cards/test_split.py")),
+    ("overlapped steps against steps in turn", ("tests/cards/test_overlap.py",)),
     ("families and wirings against transformers", ("tests/golden/families", "tests/golden/test_wirings.py")),
     ("losses of FFN workers", ("tests/contract/test_split_faults.py",)),
 )
@@ -120,6 +124,8 @@ class RandomCheckpoint:
         }
         self._norm = (d,)
 
+    path = Path("random")  # nothing is there: requests have no grammars
+
     @property
     def names(self) -> frozenset[str]:
         """Nothing is stored in another form."""
@@ -155,6 +161,7 @@ class Bench:
     """One run: where, with which ceilings, and what was found."""
 
     device: torch.device
+    memory: CardMemory | None = None  # of the card; None: a CPU is taken for one
     repeats: int = 20
     copy_bytes_per_s: float = 0.0
     flops: float = 0.0
@@ -238,6 +245,32 @@ class Bench:
             )
         return "; ".join(lines)
 
+    def engine(self, shape: Shape, batches: Sequence[int], context: int, num_tokens: int = 64) -> str:
+        """Whole engines, KV sized by the card: tokens a second with steps decided ahead and in turn, which must be the same."""
+        lines = []
+        for batch in batches:
+            found = {}
+            for name in ("ahead", "in turn"):
+                made = RandomCheckpoint(shape, self.device)
+                found[name] = decoded(made, self.device, self.memory, batch, context, num_tokens, overlaps=name == "ahead")
+            num_bytes = 2 * (shape.num_weights + batch * context * shape.kv_numbers)
+            shares = {name: num_bytes / each.step_s / self.copy_bytes_per_s for name, each in found.items()}
+            ahead = found["ahead"]
+            self.found[f"engine {shape.name}, batch {batch}"] = {
+                "step_s": {name: each.step_s for name, each in found.items()},
+                "share_of_copy": shares,
+                "num_blocks": ahead.num_blocks,
+                "cache_bytes": ahead.cache_bytes,
+                "steps_ahead": ahead.num_ahead,
+            }
+            if ahead.tokens != found["in turn"].tokens:
+                raise RuntimeError(f"batch {batch}: steps decided ahead give other tokens than steps in turn")
+            lines.append(
+                f"batch {batch}: {shares['ahead']:.2f} of copy ({batch / ahead.step_s:.0f} tokens/s; in turn "
+                f"{shares['in turn']:.2f}), {ahead.num_blocks} blocks, {ahead.cache_bytes / 2**30:.1f} GiB"
+            )
+        return "; ".join(lines)
+
     def prefill(self, shape: Shape, num_tokens: int) -> str:
         """One prompt, over the matrix rate."""
         step, build = self._model(shape, 1, num_tokens)
@@ -315,6 +348,8 @@ def sections(bench: Bench) -> list[tuple[str, Callable[[], str]]]:
     found += [
         (f"decode {large.name}, context 1k", lambda: bench.decode(large, (1, 8, 32, 128, 256), 1024)),
         (f"decode {small.name}, context 1k", lambda: bench.decode(small, (1,), 1024)),
+        (f"engine {large.name}, context 1k", lambda: bench.engine(large, (1, 32, 128), 1024)),
+        (f"engine {small.name}, context 1k", lambda: bench.engine(small, (1,), 1024)),
         (f"prefill {large.name}", lambda: bench.prefill(large, 8192)),
         *card_split.sections(bench, large),
         (f"transformers {large.name}", lambda: bench.transformers(large, (1, 32), 1024)),
@@ -344,10 +379,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cards = look_for_cards()
     if not cards.cards:
         print(f"make gpu: {cards.why_none}: nothing was run")  # noqa: T201
-        return 0
-    device = open_device("cuda", 0.9, "make gpu").torch
+        return 1
+    device = open_device("cuda", 0.9, "make gpu")
     card = cards.cards[0]
-    bench = Bench(device=device)
+    bench = Bench(device=device.torch, memory=device.memory)
     print(f"{card.name}, driver {cards.driver}, torch {torch.__version__}")  # noqa: T201
     failed = run_sections(sections(bench), print)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -67,6 +67,8 @@ class WorkerProcess:
                 self._role: WorkerRole = (
                     FFNRole(config, self._facts) if config.role is Role.FFN else AttentionRole(config, self._facts, self._telemetry)
                 )
+        if self._role.part is not None:
+            self._facts = self._role.part.facts  # with the cache's size, which a card tells once weights are on it
         self._trace_steps()
         self._lease: LeaseKeeper | None = None
         self._experts = self._expert_host()
@@ -239,7 +241,7 @@ class WorkerProcess:
 
     def _ready_facts(self) -> dict[str, str | int | float]:
         facts: dict[str, str | int | float] = {"address": self._rpc.address}
-        if self._role.part is not None:
+        if self._role.part is not None and self._facts.num_blocks is not None:
             facts["num_blocks"] = self._facts.num_blocks
         facts["resident_weight_bytes"] = self._role.resident_weight_bytes
         return facts

@@ -267,6 +267,7 @@ class TierProcess:
         spec, config = member.document.spec, self._config
         facts = resolve_model(spec, member.checkpoint, revision_of(spec))
         facts.checkpoint.close()
+        assert facts.num_blocks is not None  # experts that share a process compute on CPUs
         return ExpertServicer(
             expert=member.expert,
             model_pool=self._model_pool,

@@ -18,7 +18,6 @@ from antiphon.apps.devices import deal
 from antiphon.apps.serve.deployment_set import Serving
 from antiphon.apps.serve.kernels import no_compiler
 from antiphon.cli.serving.checkpoint_files import FilesWrong, weights_bytes
-from antiphon.core.document.pools import parse_quantity
 from antiphon.core.document.serving import EndpointSpec
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import AntiphonError, InvalidInput, Problem, SpecInvalid
@@ -140,7 +139,7 @@ def _memory(serving: Serving) -> list[Problem]:
             pool.replicas for pool in document.spec.pools if Role(pool.role).holds_attention and pool.worker_device == "cpu"
         )
         if cache.num_blocks is None:
-            each, field = parse_quantity(cache.memory), "spec.cache.memory"
+            each, field = float(cache.host_memory_bytes), "spec.cache.memory"
         else:
             each, field = (
                 float(_token_bytes(document, serving.checkpoints) * cache.num_blocks * cache.block_size_tokens),

@@ -33,13 +33,14 @@ from antiphon.core.document.policies import (
     ScalingMode,
     SloSpec,
 )
-from antiphon.core.document.pools import PoolSpec, Quantity
+from antiphon.core.document.pools import PoolSpec, Quantity, parse_quantity
 from antiphon.core.document.serving import DirectorySpec, EndpointSpec, SchedulerSpec, SpeculationSpec
 from antiphon.core.ids import Role
 
 GROUP = "serving.antiphon.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
+DEFAULT_CACHE_MEMORY = "1Gi"
 
 
 class Topology(StrEnum):
@@ -165,7 +166,11 @@ class CacheSpec(Model):
 
     block_size_tokens: int = Field(default=16, ge=1, le=256, description="Tokens per KV block.")
     num_blocks: int | None = Field(default=None, ge=8, le=100_000_000, description="KV blocks; None = from memory.")
-    memory: Quantity = Field(default="1Gi", description="Memory for KV blocks, and states, where numBlocks is not given.")
+    memory: Quantity | None = Field(
+        default=None,
+        description="Memory for KV blocks, and states, where numBlocks is not given; None = 1Gi on CPUs, and on a card what its "
+        "worker's share of it (gpuMemoryUtilization) has left beside weights and a step.",
+    )
     prefix_caching: bool = Field(default=True, description="Keep blocks of finished requests for equal prefixes.")
     snapshot_blocks: int = Field(
         default=16,
@@ -185,6 +190,11 @@ class CacheSpec(Model):
         description="Who may use a prefix that is kept: tenant = requests with the same API key, so that no key learns what "
         "another has sent; deployment = all.",
     )
+
+    @property
+    def host_memory_bytes(self) -> int:
+        """What a worker on CPUs takes for blocks and states where ``num_blocks`` is not given."""
+        return int(parse_quantity(DEFAULT_CACHE_MEMORY if self.memory is None else self.memory))
 
 
 class LLMDeploymentSpec(Model):

@@ -21,7 +21,10 @@ def test_kernels_without_a_card(suite: str, variable: str, triton_path: list[str
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("suite", ["test_step.py", "test_graphs.py", "test_split.py", "test_links.py", "test_bench.py"])
+@pytest.mark.parametrize(
+    "suite",
+    ["test_step.py", "test_graphs.py", "test_overlap.py", "test_room.py", "test_split.py", "test_links.py", "test_bench.py"],
+)
 def test_a_step_of_a_card_without_one(suite: str, tmp_path: Path) -> None:
     passes(suite, "ANTIPHON_PRETEND_CARD", [], tmp_path)
 

@@ -186,7 +186,7 @@ def test_states_count_as_many_slots_as_a_worker_makes(section: dict[str, Any]) -
     layout = kv_layout(describe(HYBRIDS["Qwen3-Next"]), torch.bfloat16, 16)
     sizes = WeightSizes(kv_bytes_per_token=layout.token_bytes, state_bytes=layout.state_bytes)
     value = spec(cache={"memory": "64Mi", **section}, scheduler={"maxNumSeqs": 10})
-    room = cache_room(value, layout, 4096)
+    room = cache_room(value, layout, 4096, value.cache.host_memory_bytes)
     assert room.num_state_slots is not None
     needed = room.num_blocks * layout.block_bytes + room.num_state_slots * layout.state_bytes
     counted = memory_need(value, value.pools[0], sizes).kv_cache
@@ -201,4 +201,4 @@ def test_a_cache_without_room_for_its_states_is_refused_before_a_worker_starts()
     (problem,) = memory_problems(value, sizes)
     assert problem.startswith("spec.cache.memory: 1Mi (0.00 GiB) is too little for the states of 256 sequences")
     with pytest.raises(InvalidInput, match="take 22,164,480 bytes"):
-        cache_room(value, layout, 4096)
+        cache_room(value, layout, 4096, value.cache.host_memory_bytes)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from antiphon.apps.process.wiring.card_room import see_use, sized, within_share
 from antiphon.apps.process.wiring.drafters import build_drafter
 from antiphon.apps.process.wiring.resolve import ModelFacts
 from antiphon.apps.process.wiring.sizes import afd_layout, experts_per_row, ffn_parallelism, num_ubatches
@@ -25,6 +26,8 @@ from antiphon.core.document.spec import LLMDeploymentSpec
 from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
 from antiphon.device.device import is_card
 from antiphon.device.graphs import CudaGraphs, Graphs, TapeGraphs
+from antiphon.device.memory import CardMemory
+from antiphon.device.stream import CurrentStream
 from antiphon.engine.core import EngineCore, Outbox
 from antiphon.engine.limits import SchedulerConfig
 from antiphon.engine.scheduler import Scheduler
@@ -38,6 +41,8 @@ from antiphon.transport.loopback import loopback_pair
 from antiphon.transport.waiting import WaitSet
 from antiphon.worker.cards.decode_graphs import DecodeGraphs
 from antiphon.worker.cards.ffn_graphs import FFNGraphs
+from antiphon.worker.cards.overlap import LaunchedStep
+from antiphon.worker.cards.profiling import LargestSteps
 from antiphon.worker.cards.split_graphs import SplitGraphs
 from antiphon.worker.ffn_worker import FFNWorker
 from antiphon.worker.kv_roles import KVRole, NoHandOff, ReceivesKV, SendsKV
@@ -48,10 +53,16 @@ from antiphon.worker.ubatch_tuning import UbatchTuner
 
 
 def build_ffn(facts: ModelFacts, shard: FFNShard, epoch: Epoch, *, replays: bool = True) -> FFNWorker:
-    """An FFN worker without peers. ``replays``: on a card its halves are recorded; those that a worker runs inline need not be."""
-    halves = FFNHalves(
-        facts.config, facts.checkpoint, facts.dtype, facts.device, shard, facts.placement(shard.num_expert), facts.int8
-    )
+    """An FFN worker without peers. ``replays``: on a card its halves are recorded; those that a worker runs inline need not be.
+
+    Raises:
+        InvalidInput: its weights do not fit into its share of a card.
+    """
+    placement = facts.placement(shard.num_expert)
+    with within_share(facts.card_memory):
+        halves = FFNHalves(facts.config, facts.checkpoint, facts.dtype, facts.device, shard, placement, facts.int8)
+    if facts.card_memory is not None:
+        facts.card_memory.check_free()
     side = FFNSide(
         epoch=epoch,
         hidden_size=facts.config.hidden_size,
@@ -71,7 +82,8 @@ def build_ffn(facts: ModelFacts, shard: FFNShard, epoch: Epoch, *, replays: bool
 class AttentionPart:
     """An engine with everything around it that its process owns."""
 
-    engine: EngineCore
+    facts: ModelFacts  # with the cache's size as it is
+    engine: EngineCore[LaunchedStep]
     worker: AttentionWorker
     ffn: FFNWorker | None  # the inline half of roles that hold whole layers
     decode_side: DecodeSide | None = None  # of roles that decode, where a pool prefills for them
@@ -117,12 +129,17 @@ def build_attention(
     *,
     index: int = 0,
     hold_s: float | None = None,
+    overlaps: bool = True,
 ) -> AttentionPart:
-    """An engine of any role but FFN. Whole-layer roles are complete; an attention worker still needs links to FFN workers."""
+    """An engine of any role but FFN. Whole-layer roles are complete; an attention worker still needs links to FFN workers.
+    ``overlaps``: steps that a card replays are decided while the one before is computed; without, for comparisons.
+
+    Raises:
+        InvalidInput: the document asks for more than the worker's share of a card holds; names the field.
+    """
+    overlaps = overlaps and os.environ.get("ANTIPHON_OVERLAP") != "0"
     ubatches = num_ubatches(spec, role)
     tensor, expert = ffn_parallelism(spec) if role is Role.ATTENTION else (1, 1)
-    replays = _replays(facts, role)
-    cache = KVCache(facts.kv, facts.num_blocks + replays, facts.device, facts.num_state_slots or 0)
     side = AttentionSide(
         epoch=epoch,
         num_shards=tensor * expert,
@@ -150,6 +167,21 @@ def build_attention(
         near.on_poll = _pumped(ffn)
         side.add_link(0, near)
         ffn.side.add_link(far)
+    with within_share(facts.card_memory):
+        halves = AttentionHalves(facts.config, facts.checkpoint, facts.dtype, facts.device, facts.max_model_len)
+        pooler = None if facts.pooling is None else Pooler(facts.pooling, facts.checkpoint, facts.dtype, facts.device)
+        speculation, drafter, speculator = spec.speculation, None, None
+        if speculation is not None and role.generates:
+            drafter = build_drafter(speculation, facts, halves, None if ffn is None else ffn.halves)
+            speculator = Speculator(drafter, max_drafts=speculation.max_drafts, clock=clock)
+    if spec.experts.skip_file is not None:
+        halves.skip(ExpertSkipping.load(Path(spec.experts.skip_file), facts.config))
+    replays = _replays(facts, role)
+    if facts.card_memory is not None:
+        facts = _sized_on_card(facts, spec, facts.card_memory, halves, None if ffn is None else ffn.halves, replays=replays)
+        halves.max_model_len = facts.max_model_len  # no context is longer: tables and splits of attention go by it
+    assert facts.num_blocks is not None  # resolved with the document, or just now
+    cache = KVCache(facts.kv, facts.num_blocks + replays, facts.device, facts.num_state_slots or 0)
     kv_role: KVRole = NoHandOff()
     decode_side, prefill_side = None, None
     if role is Role.PREFILL:
@@ -158,13 +190,6 @@ def build_attention(
     elif any(pool.role == "prefill" for pool in spec.pools):
         decode_side = DecodeSide(epoch=epoch, cache=cache)
         kv_role = ReceivesKV(decode_side)
-    halves = AttentionHalves(facts.config, facts.checkpoint, facts.dtype, facts.device, facts.max_model_len)
-    if spec.experts.skip_file is not None:
-        halves.skip(ExpertSkipping.load(Path(spec.experts.skip_file), facts.config))
-    speculation, drafter, speculator = spec.speculation, None, None
-    if speculation is not None and role.generates:
-        drafter = build_drafter(speculation, facts, halves, None if ffn is None else ffn.halves)
-        speculator = Speculator(drafter, max_drafts=speculation.max_drafts, clock=clock)
     graphs = split_graphs = None
     if replays and ffn is not None:
         graphs = DecodeGraphs(
@@ -172,6 +197,7 @@ def build_attention(
             ffn.halves,
             cache,
             _graphs(facts),
+            CurrentStream(facts.device),
             max_rows=spec.scheduler.max_num_seqs,
             spare_block=facts.num_blocks,
             return_dtype=facts.return_dtype,
@@ -198,7 +224,7 @@ def build_attention(
         kv=kv_role,
         warms=not role.holds_ffn,
         enforcer=Enforcer(facts.checkpoint.path, facts.config.vocab_size) if role.generates and facts.pooling is None else None,
-        pooler=None if facts.pooling is None else Pooler(facts.pooling, facts.checkpoint, facts.dtype, facts.device),
+        pooler=pooler,
         hidden_states=drafter if isinstance(drafter, PredictionDrafter) else None,
         graphs=graphs,
         split_graphs=split_graphs,
@@ -222,8 +248,30 @@ def build_attention(
         speculator,
     )
     return AttentionPart(
-        engine=EngineCore(scheduler, worker, outbox), worker=worker, ffn=ffn, decode_side=decode_side, prefill_side=prefill_side
+        facts=facts,
+        engine=EngineCore(
+            scheduler, worker, outbox, worker.overlap if overlaps and os.environ.get("ANTIPHON_OVERLAP") != "0" else None
+        ),
+        worker=worker,
+        ffn=ffn,
+        decode_side=decode_side,
+        prefill_side=prefill_side,
     )
+
+
+def _sized_on_card(
+    facts: ModelFacts,
+    spec: LLMDeploymentSpec,
+    memory: CardMemory,
+    halves: AttentionHalves,
+    ffn: FFNHalves | None,
+    *,
+    replays: bool,
+) -> ModelFacts:
+    """The facts with as many blocks as the card has room for, seen from the largest steps."""
+    rows = DecodeGraphs.most_rows(spec.scheduler.max_num_seqs) if replays else 0
+    use = see_use(memory, lambda: LargestSteps(halves, ffn, facts.kv), spec, rows, rows * DecodeGraphs.row_bytes(halves, facts.kv))
+    return sized(facts, spec, memory, use)
 
 
 def _replays(facts: ModelFacts, role: Role) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from antiphon.core.document.pools import parse_quantity
 from antiphon.core.document.spec import LLMDeploymentSpec
 from antiphon.core.errors import InvalidInput
 from antiphon.core.kv import KVLayout, num_state_slots
@@ -21,13 +20,12 @@ class CacheRoom:
     num_state_slots: int | None
 
 
-def cache_room(spec: LLMDeploymentSpec, layout: KVLayout, max_model_len: int) -> CacheRoom:
-    """What the document's cache section comes to for a model of this layout.
+def cache_room(spec: LLMDeploymentSpec, layout: KVLayout, max_model_len: int, memory_bytes: int) -> CacheRoom:
+    """What the document's cache section comes to for a model of this layout, with ``memory_bytes`` where it gives no ``numBlocks``.
 
     Raises:
         InvalidInput: states of as many sequences as may run leave no memory for blocks.
     """
-    memory_bytes = int(parse_quantity(spec.cache.memory))
     if not layout.has_state:
         return CacheRoom(
             num_blocks=memory_bytes // layout.block_bytes if spec.cache.num_blocks is None else spec.cache.num_blocks,

@@ -38,7 +38,7 @@ def build_drafter(spec: SpeculationSpec, facts: ModelFacts, halves: AttentionHal
         InvalidInput: the model's own shape rules it out; names the field.
         CheckpointInvalid, UnsupportedModel: the draft model can't be used.
     """
-    if facts.num_state_slots is not None:
+    if facts.kv.has_state:
         raise InvalidInput("the model keeps a state per sequence, which can't be taken back behind a wrong guess", FIELD)
     match spec.drafter:
         case "ngram":
@@ -152,5 +152,7 @@ def _modules(spec: SpeculationSpec, facts: ModelFacts, halves: AttentionHalves) 
 
 def _cache(spec: SpeculationSpec, facts: ModelFacts, config: DecoderConfig) -> KVCache:
     layout = kv_layout(config, facts.dtype, facts.kv.block_size_tokens)
-    num_tokens = min(spec.cache_tokens, facts.num_blocks * layout.block_size_tokens)
+    num_tokens = spec.cache_tokens
+    if facts.num_blocks is not None:  # else the card has room for the model's own blocks once these are there
+        num_tokens = min(num_tokens, facts.num_blocks * layout.block_size_tokens)
     return KVCache(layout, layout.num_blocks_for(num_tokens), facts.device)

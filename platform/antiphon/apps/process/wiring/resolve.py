@@ -5,17 +5,18 @@ Must not know: workers, links.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
 import torch
 
-from antiphon.apps.process.wiring.cache_room import cache_room
+from antiphon.apps.process.wiring.cache_room import CacheRoom, cache_room
 from antiphon.core.document.spec import LLMDeploymentSpec
 from antiphon.core.errors import InvalidInput
 from antiphon.core.kv import KVLayout
 from antiphon.device.device import CPU, Device
+from antiphon.device.memory import CardMemory
 from antiphon.models.attention.kv_cache import TORCH_DTYPES
 from antiphon.models.cache_layout import kv_layout
 from antiphon.models.config import DecoderConfig
@@ -37,15 +38,16 @@ class ModelFacts:
     activation_dtype: torch.dtype
     return_dtype: torch.dtype
     device: torch.device
-    max_model_len: int
+    max_model_len: int  # of the deployment until the cache is sized, then of this worker
     kv: KVLayout
-    num_blocks: int
-    num_state_slots: int | None  # None = the model has no states
+    num_blocks: int | None  # None = what the card has left, known once weights are on it
+    num_state_slots: int | None  # None = the model has no states, or as above
     fingerprint: str
     revision: str
     int8: Int8Choice | None = None  # which FFN weights are held in int8
     placement_file: Path | None = None
     pooling: PoolingFacts | None = None  # of a model that does not generate
+    card_memory: CardMemory | None = None  # of this worker's card
     batch_wait_s: float = 0.0  # rows are held for those of other attention workers at most this long
 
     def placement(self, num_groups: int) -> ExpertPlacement:
@@ -78,19 +80,10 @@ def resolve_model(spec: LLMDeploymentSpec, checkpoint_dir: str, revision: str, d
     if max_model_len > config.max_position:
         raise InvalidInput(f"maxModelLen {max_model_len} is more than the model's {config.max_position}", "spec.model.maxModelLen")
     layout = kv_layout(config, dtype, spec.cache.block_size_tokens)
-    room = cache_room(spec, layout, max_model_len)
-    num_blocks = room.num_blocks
-    if num_blocks * layout.block_size_tokens < max_model_len:
-        if spec.model.max_model_len is not None:
-            raise InvalidInput(
-                f"{num_blocks} blocks hold {num_blocks * layout.block_size_tokens} tokens, maxModelLen is {max_model_len}",
-                "spec.cache",
-            )
-        max_model_len = num_blocks * layout.block_size_tokens
     int8 = Int8Choice(shared="shared" not in spec.experts.keep, down="down" not in spec.experts.keep)
     quantized = int8 if spec.model.quantization == "int8" else None
     digest = blake2b(f"{checkpoint.digest}/{config.fingerprint}/{dtype}/{quantized}".encode(), digest_size=8).hexdigest()
-    return ModelFacts(
+    facts = ModelFacts(
         checkpoint=checkpoint,
         config=config,
         dtype=dtype,
@@ -99,14 +92,35 @@ def resolve_model(spec: LLMDeploymentSpec, checkpoint_dir: str, revision: str, d
         device=device.torch,
         max_model_len=max_model_len,
         kv=layout,
-        num_blocks=num_blocks,
-        num_state_slots=room.num_state_slots,
+        num_blocks=None,
+        num_state_slots=None,
         fingerprint=digest,
         revision=revision,
         int8=quantized,
+        card_memory=device.memory,
         batch_wait_s=spec.transport.batch_wait_us * 1e-6,
         pooling=pooling,
         placement_file=None if spec.experts.placement_file is None else Path(spec.experts.placement_file),
+    )
+    if device.memory is not None:  # the card says how much there is, once weights are on it
+        return facts
+    return with_cache(facts, spec, cache_room(spec, layout, max_model_len, spec.cache.host_memory_bytes))
+
+
+def with_cache(facts: ModelFacts, spec: LLMDeploymentSpec, room: CacheRoom) -> ModelFacts:
+    """The facts with the cache's size; ``max_model_len`` is cut to what it holds, where the document does not ask for more.
+
+    Raises:
+        InvalidInput: it does.
+    """
+    num_tokens = room.num_blocks * facts.kv.block_size_tokens
+    if num_tokens < facts.max_model_len and spec.model.max_model_len is not None:
+        raise InvalidInput(f"{room.num_blocks} blocks hold {num_tokens} tokens, maxModelLen is {facts.max_model_len}", "spec.cache")
+    return replace(
+        facts,
+        num_blocks=room.num_blocks,
+        num_state_slots=room.num_state_slots,
+        max_model_len=min(facts.max_model_len, num_tokens),
     )
 
 
