@@ -188,23 +188,25 @@ def kill(bench: Bench, shape: Shape, batch: int, context: int) -> str:
         pause_s = time.perf_counter() - start_s - _STOPPED_S
         if not all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)):
             raise RuntimeError("rows differ after an FFN process was killed")
-    bench.found[f"1A1F kill {shape.name}"] = {"pause_s": pause_s, "resent": end.side.times.num_resent}
-    return f"no row changed, {end.side.times.num_resent} exchanges sent again, {pause_s * 1e3:.0f} ms for the step"
+    resent, repeats = end.side.times.num_resent, end.side.ahead.num_repeats
+    bench.found[f"1A1F kill {shape.name}"] = {"pause_s": pause_s, "resent": resent, "repeats": repeats}
+    return f"no row changed, {resent} exchanges sent again, {repeats} steps computed again, {pause_s * 1e3:.0f} ms for the step"
 
 
 @contextmanager
 def ffn_processes(
     bench: Bench, shape: Shape, end: AttentionEnd, count: int, max_rows: int, memory: str
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """FFN processes linked to ``end``, killed at the end."""
-    facts = json.dumps({"shape": asdict(shape), "num_ubatches": end.num_ubatches, "max_rows": max_rows, "memory": memory})
-    command = [sys.executable, "-m", "antiphon.apps.bench.card_split", facts]
-    if bench.device.type == "cpu":
-        command.append("cpu")
-    else:
+    """FFN processes linked to ``end``, which uses the first while it lives; killed at the end."""
+    facts = {"shape": asdict(shape), "num_ubatches": end.num_ubatches, "max_rows": max_rows, "memory": memory}
+    names = [f"ffn-{number}" for number in range(count)]
+    command = [sys.executable, "-m", "antiphon.apps.bench.card_split", "cpu" if bench.device.type == "cpu" else "cuda"]
+    if bench.device.type != "cpu":
         torch.cuda.empty_cache()  # what earlier sections left is theirs to take
     own_identity()  # what they start with, so that they are believed
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)]
+    started = [
+        subprocess.Popen([*command, json.dumps({**facts, "name": name})], stdout=subprocess.PIPE, text=True) for name in names
+    ]
     try:
         for process in started:
             assert process.stdout is not None
@@ -253,13 +255,13 @@ def sections(bench: Bench, shape: Shape) -> list[tuple[str, Callable[[], str]]]:
     ]
 
 
-def serve(facts: str, device_name: str = "cuda") -> None:
+def serve(device_name: str, facts: str) -> None:
     """The FFN process: never returns."""
     given = json.loads(facts)
     shape = Shape(**given["shape"])
     device = CPU.torch if device_name == "cpu" else open_device("cuda", 0.4, "make gpu").torch
     worker = ffn_worker(shape, device)
-    mine = hello(shape, "ffn", given["memory"], given["num_ubatches"], given["max_rows"])
+    mine = hello(shape, given["name"], given["memory"], given["num_ubatches"], given["max_rows"])
     listener = listen_all(("shm",), "127.0.0.1", lambda _: mine)
     worker.side.add_listener(listener)
     print(listener.address, flush=True)  # noqa: T201
