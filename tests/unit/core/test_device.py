@@ -87,7 +87,7 @@ def test_validate_names_the_field_and_ends_with_1(tmp_path: Path) -> None:
     )
     result = CliRunner().invoke(app, ["-f", str(path)])
     assert result.exit_code == 1
-    assert f"{path}: spec.pools[0].resources.gpu: 2 cards per worker" in result.output
+    assert f"{path}:6: LLMDeployment/demo: spec.pools[0].resources.gpu: 2 cards per worker" in result.output
 
 
 def test_the_example_for_cards_asks_for_nothing_impossible() -> None:
