@@ -58,6 +58,18 @@ async def test_a_response_comes_whole_and_streamed_alike_and_is_gone_on_with(tmp
         assert refused.value.param == "previous_response_id"
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("top_logprobs", 2), ("include", ["reasoning.encrypted_content", "message.output_text.logprobs"])]
+)
+async def test_a_response_says_that_it_has_no_log_probabilities(tmp_path: Path, field: str, value: Any) -> None:
+    async with agents.answering(tmp_path, "</think>Yes.") as (_, client):
+        asked: Any = {"model": "tiny", "input": "what is it?", field: value}
+        with pytest.raises(openai.BadRequestError) as refused:
+            await client.responses.create(**asked)
+        assert refused.value.param == field
+        await client.responses.create(model="tiny", input="x", top_logprobs=0, include=["reasoning.encrypted_content"])
+
+
 async def test_a_kept_response_tells_what_it_answered_and_is_forgotten_when_asked(tmp_path: Path) -> None:
     async with agents.answering(tmp_path, "</think>Yes.") as (world, client):
         asked: Any = [{"role": "user", "content": text} for text in ("first", "second", "third")]

@@ -19,6 +19,8 @@ from antiphon.gateway.text.chat_options import ChatOptions
 
 Json = dict[str, Any]
 
+_LOGPROBS = "message.output_text.logprobs"
+
 
 class TextBody(BaseModel):
     """``text``."""
@@ -52,8 +54,8 @@ class ResponsesBody(BaseModel):
     previous_response_id: str | None = Field(default=None, max_length=256)
     background: Literal[False] | None = None
     truncation: Literal["disabled", "auto"] | None = None
+    include: list[str] | None = None  # but for log-probabilities, nothing that it names exists here
     # Without influence on the result.
-    include: list[str] | None = None
     metadata: Json | None = None
     user: str | None = None
     service_tier: str | None = None
@@ -91,6 +93,10 @@ class ResponsesBody(BaseModel):
         messages = (*system, *(message.message() for message in history))
         if not messages:
             raise InvalidInput("input: nothing is said", "input")
+        if self.top_logprobs:
+            raise InvalidInput("top_logprobs: responses give no log-probabilities, chat completions do", "top_logprobs")
+        if _LOGPROBS in (self.include or ()):
+            raise InvalidInput(f"include: {_LOGPROBS} is not given, chat completions have log-probabilities", "include")
         fields = SamplingFields(temperature=self.temperature, top_p=self.top_p)
         return GenerationRequest(
             request_id=request_id,

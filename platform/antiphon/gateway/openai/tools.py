@@ -62,19 +62,7 @@ class NamedFunction(_Part):
 
 
 class NamedChoice(_Part):
-    """``tool_choice`` that names a function."""
-
-    type: Literal["function"]
-    function: NamedFunction
-
-    @model_validator(mode="before")
-    @classmethod
-    def _nested(cls, value: object) -> object:
-        return _flat_or_nested(value)
-
-
-class AllowedTool(_Part):
-    """One of the tools that an answer may call; others are shown to the model all the same."""
+    """``tool_choice`` that names a function, or one of those that it allows."""
 
     type: Literal["function"]
     function: NamedFunction
@@ -86,10 +74,10 @@ class AllowedTool(_Part):
 
 
 class AllowedTools(_Part):
-    """Some of the tools, and whether one of them must be called."""
+    """Some of the tools, and whether one of them must be called; others are shown to the model all the same."""
 
     mode: Literal["auto", "required"]
-    tools: list[AllowedTool] = Field(min_length=1, max_length=MAX_TOOLS)
+    tools: list[NamedChoice] = Field(min_length=1, max_length=MAX_TOOLS)
 
 
 class AllowedChoice(_Part):
