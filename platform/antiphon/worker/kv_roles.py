@@ -19,7 +19,8 @@ from antiphon.core.step import KVEvents, SchedulerOutput
 from antiphon.models.attention.kv_cache import KVCache
 from antiphon.models.config import DecoderConfig
 from antiphon.models.decoder import StepState
-from antiphon.worker.request_row import RequestRow, Scheduled, all_finite
+from antiphon.worker.request_row import RequestRow, Scheduled
+from antiphon.worker.sampler import all_finite
 from antiphon.worker.ubatch import Segment
 
 _NOTHING = KVEvents()

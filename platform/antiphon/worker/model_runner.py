@@ -34,8 +34,8 @@ from antiphon.worker.encoding.last_rows import pool_rows
 from antiphon.worker.fault_containment import FaultContainment
 from antiphon.worker.kv_roles import KVRole, NoHandOff
 from antiphon.worker.layer_loop import LayerLoop, LayerTimes
-from antiphon.worker.request_row import RequestRow, Scheduled, all_finite
-from antiphon.worker.sampler import numbers_only, prompt_logprobs
+from antiphon.worker.request_row import RequestRow, Scheduled
+from antiphon.worker.sampler import all_finite, numbers_only, prompt_logprobs
 from antiphon.worker.speculation.hidden_states import HiddenStates, tell_hidden
 from antiphon.worker.speculation.verification import Drawing, draw_in_turns, end_at_bad_rows, take_best
 from antiphon.worker.structure.enforcer import Enforcer

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from antiphon.core.errors import StructureRefused
 from antiphon.core.step import NewRequestData, StateStep
 from antiphon.models.decoder import StepState
@@ -92,8 +90,3 @@ class Scheduled:
     def without_drafts(self) -> Scheduled:
         """The same, guessing nothing."""
         return Scheduled(row=self.row, num_tokens=self.num_tokens - len(self.drafts))
-
-
-def all_finite(x_TD: torch.Tensor) -> bool:
-    """Whether rows are numbers: their sum tells, without a mask of them."""
-    return bool(torch.isfinite(x_TD.sum(dtype=torch.float32)))

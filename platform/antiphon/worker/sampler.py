@@ -140,6 +140,11 @@ def keep_allowed(logits_V: torch.Tensor, allowed: npt.NDArray[np.uint8]) -> torc
     return torch.where(bits_V.to(logits_V.device), logits_V, float("-inf"))
 
 
+def all_finite(x_TD: torch.Tensor) -> bool:
+    """Whether rows are numbers: their sum tells, without a mask of them."""
+    return bool(torch.isfinite(x_TD.sum(dtype=torch.float32)))
+
+
 def numbers_only(ids_R: torch.Tensor, values_R: torch.Tensor) -> list[int | None]:
     """The most likely tokens of rows; None where the logit is not a number."""
     chosen: list[int | None] = list(ids_R.tolist())
@@ -248,7 +253,7 @@ def prompt_logprobs(
     noted: dict[int, TokenLogprob] = {}
     for start in range(0, x_TD.shape[0], _LIKELIHOOD_ROWS):
         logits_TV = logits_of(x_TD[start : start + _LIKELIHOOD_ROWS])
-        if not bool(torch.isfinite(logits_TV.sum(dtype=torch.float32))):
+        if not all_finite(logits_TV):
             break  # the request ends with an error of its own
         for offset, logits_V in enumerate(logits_TV):
             position = first + start + offset

@@ -13,7 +13,8 @@ from antiphon.core.errors import ErrorInfo
 from antiphon.core.step import ModelRunnerOutput
 from antiphon.models.decoder import AttentionHalves
 from antiphon.models.pooling.pooler import Pooler
-from antiphon.worker.request_row import RequestRow, all_finite
+from antiphon.worker.request_row import RequestRow
+from antiphon.worker.sampler import all_finite
 
 
 def pool_rows(

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import torch
 
 from antiphon.core.request import TokenLogprob
-from antiphon.worker.request_row import RequestRow, all_finite
-from antiphon.worker.sampler import logprobs_of, sample
+from antiphon.worker.request_row import RequestRow
+from antiphon.worker.sampler import all_finite, logprobs_of, sample
 
 logger = logging.getLogger(__name__)
 
