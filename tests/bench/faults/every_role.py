@@ -8,7 +8,8 @@ gateways in processes of their own; with ``--composition`` a router and a model 
 is in network namespaces that are made for it and end with it. The first worker of each pool, the first gateway, the router and the
 store each have one: a cut takes its link down at the far end, so that what is sent to it is lost without a word. Streams come
 through the SDK over gRPC, which resumes what a lost gateway leaves. One JSON line a fault, of the streams that overlap it:
-``pause_s`` is the longest silence of any, ``num_wrong`` those with another text than undisturbed, ``num_errors`` those that ended
+``pause_s`` is the longest silence of any, ``num_wrong`` those with another text than the model's or expert's that answered them has
+undisturbed, ``num_fallback`` those that another expert answered as the first's workers were away, ``num_errors`` those that ended
 early, ``back_s`` how long after its end the role was whole again. Exits with 1 if any stream was not.
 """
 
@@ -28,19 +29,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fault_system import WORKERS, System, Wanted
+from fault_system import EXPERTS, WORKERS, System, Wanted
 
 FAULTS = ("kill", "stop", "cut")
+WRONG = "another text"  # how such an error begins
 START_S, BACK_S, REST_S, HANG_S = 300.0, 300.0, 3.0, 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """One stream. ``error``: "" = it is whole."""
+    """One stream. ``error``: "" = it is whole. ``expert``: who answered for a composition in another's place, else ""."""
 
     began_s: float
     ended_s: float
     error: str
+    expert: str = ""
 
 
 class Load:
@@ -53,7 +56,8 @@ class Load:
         self._prompts = [f"stream number {n} " * (1 + n % 5) for n in range(num_streams)]
         self._num_tokens = num_tokens
         self._models = models
-        self.expected: list[str] = []
+        self._chosen: list[str] = []  # by stream: the expert that answers it undisturbed, else ""
+        self._expected: dict[tuple[int, str], str] = {}  # by stream and expert
         self.ended: list[Ended] = []
         self.stopped = False
         self.silences: list[tuple[float, float]] = []
@@ -67,7 +71,14 @@ class Load:
             if time.monotonic() > deadline:
                 raise SystemExit("the deployment did not get ready")
             await asyncio.sleep(0.2)
-        self.expected = list(await asyncio.gather(*(self._stream(n) for n in range(len(self._prompts)))))
+        numbers = range(len(self._prompts))
+        found = await asyncio.gather(*(self._stream(n) for n in numbers))
+        self._chosen = [expert for _, expert in found]
+        self._expected = {(n, expert): text for n, (text, expert) in enumerate(found)}
+        for expert in EXPERTS if any(self._chosen) else ():
+            answered = [n for n in numbers if self._chosen[n] and self._chosen[n] != expert]
+            texts = await asyncio.gather(*(self._stream(n, expert) for n in answered))
+            self._expected |= {(n, expert): text for n, (text, _) in zip(answered, texts, strict=True)}
 
     async def run(self) -> None:
         """All streams, again and again, until stopped."""
@@ -92,28 +103,34 @@ class Load:
     async def _again(self, number: int) -> None:
         while not self.stopped:
             self.began_s[number] = began_s = time.monotonic()
-            error = ""
+            error = expert = ""
             try:
-                if await self._stream(number) != self.expected[number]:
-                    error = "another text"
+                text, expert = await self._stream(number)
+                if text != (expected := self._expected[number, expert]):
+                    at = next(
+                        (n for n, (a, b) in enumerate(zip(text, expected, strict=False)) if a != b), min(len(text), len(expected))
+                    )
+                    who = expert or self._models[number % len(self._models)]
+                    error = f"{WRONG} of {who} from character {at} of {len(expected)} on"
             except Exception as why:  # noqa: BLE001 - whatever ended it is what is counted
                 error = f"{type(why).__name__}: {why}"
                 await asyncio.sleep(0.2)
             del self.began_s[number]
-            self.ended.append(Ended(began_s, time.monotonic(), error))
+            self.ended.append(Ended(began_s, time.monotonic(), error, "" if expert == self._chosen[number] else expert))
 
-    async def _stream(self, number: int) -> str:
+    async def _stream(self, number: int, model: str = "") -> tuple[str, str]:
+        """Its text, and the expert that answered for a composition, else ""."""
         text = ""
         self.last_s[number] = time.monotonic()
         options: dict[str, Any] = {"prompt": self._prompts[number], "temperature": 0, "ignore_eos": True}
-        model = self._models[number % len(self._models)]
+        model = model or self._models[number % len(self._models)]
         async with self._client.stream(model, max_tokens=self._num_tokens, **options) as stream:
             async for chunk in stream:
                 text += chunk.text
                 now = time.monotonic()
                 self.silences.append((self.last_s[number], now))
                 self.last_s[number] = now
-        return text
+            return text, stream.routed.get("x-antiphon-expert", "")
 
     def longest(self, since: float, until: float) -> float:
         """The longest silence that overlaps the time."""
@@ -122,9 +139,12 @@ class Load:
 
     def outcome(self, since: float, until: float) -> dict[str, Any]:
         """Of the streams that overlap the time, once they have ended."""
-        found = [one.error for one in self.ended if one.ended_s > since and one.began_s < until]
-        errors = [error for error in found if error and error != "another text"]
-        line = {"num_streams": len(found), "num_wrong": found.count("another text"), "num_errors": len(errors)}
+        ended = [one for one in self.ended if one.ended_s > since and one.began_s < until]
+        errors = [one.error for one in ended if one.error]
+        num_wrong = sum(error.startswith(WRONG) for error in errors)
+        line = {"num_streams": len(ended), "num_wrong": num_wrong, "num_errors": len(errors) - num_wrong}
+        if any(self._chosen):
+            line["num_fallback"] = sum(bool(one.expert) for one in ended)
         return line | {"pause_s": round(self.longest(since, until), 2)} | ({"errors": sorted(set(errors))[:5]} if errors else {})
 
 
@@ -202,7 +222,8 @@ async def measure(system: System, args: argparse.Namespace) -> int:
     bad = [one.error for one in load.ended if one.error]
     total = {"num_streams": len(load.ended), "num_not_whole": len(bad), "num_hung": len(load.began_s) if hung else 0}
     how = {name: getattr(system.wanted, name) for name in ("num_ffn", "num_gateways", "store", "transport", "composition")}
-    print(json.dumps({"bench": "faults", **how, **total, "cores": num_cores}))
+    errors = {"errors": sorted(set(bad))[:9]} if bad else {}
+    print(json.dumps({"bench": "faults", **how, **total, **errors, "cores": num_cores}))
     return len(bad) + int(total["num_hung"])
 
 

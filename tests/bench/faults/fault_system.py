@@ -20,6 +20,7 @@ FAR_VARIABLE = "ANTIPHON_FAULTS_FAR"  # where workers find the namespaces: JSON 
 HERE, HTTP_PORT, GRPC_PORT, REDIS_PORT, DIRECTORY_PORT, ROUTER_PORT = "10.77.0.1", 18_080, 18_090, 18_379, 18_380, 18_390
 LEASE_S = 3.0  # of workers, as documents have it
 WORKERS = ("ffn", "attention", "prefill", "model-pool")
+EXPERTS = ("red", "green")  # of the composition
 PROCESSES = ("redis", "directory", "router", "gateway", "gateway-2")  # each is started and ended by the bench itself
 
 
@@ -116,11 +117,11 @@ def documents(checkpoints: dict[str, str], store: str, wanted: Wanted) -> list[d
     made: list[dict[str, Any]] = [{**head, "metadata": {"name": "tiny"}, "spec": split}]
     if not wanted.composition:
         return made
-    for name in ("red", "green"):
+    for name in EXPERTS:
         pools = [{"name": "model-pool", "role": "monolith"}]
         spec = {"model": {"uri": checkpoints[name], "dtype": "float32"}, "pools": pools, "scheduler": scheduler, **shared}
         made.append({**head, "metadata": {"name": name}, "spec": spec})
-    experts = [{"name": name, "deploymentRef": name, "memory": "100Ki"} for name in ("red", "green")]
+    experts = [{"name": name, "deploymentRef": name, "memory": "100Ki"} for name in EXPERTS]
     spec = {"experts": experts, "general": "red", "tiers": {"residentMemory": "250Ki", "hostMemory": "1Mi"}}
     made.append({**head, "kind": "CompositionOfExperts", "metadata": {"name": "colours"}, "spec": spec})
     return made
@@ -163,7 +164,7 @@ class System:
         Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
         for number, role in enumerate(self.wanted.roles, 1):
             self.far[role] = Namespace(number)
-        names = ("tiny", "red", "green") if self.wanted.composition else ("tiny",)
+        names = ("tiny", *EXPERTS) if self.wanted.composition else ("tiny",)
         self.checkpoints = {name: str(write_tiny_llama(self.base / name, seed=seed)) for seed, name in enumerate(names)}
         own_identity()
         hurt = {f"tiny/{role}/0": role for role in ("ffn", "attention", "prefill")} | {"red/model-pool/0": "model-pool"}
