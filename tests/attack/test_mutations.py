@@ -10,9 +10,12 @@ import collections
 import json
 import os
 import random
+import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -27,13 +30,15 @@ from antiphon.apps.process.wiring.resolve import resolve_model
 from antiphon.apps.process.wiring.sizes import afd_layout, kv_link_layout
 from antiphon.connectors.headers import Header, Kind
 from antiphon.core.errors import AntiphonError
+from antiphon.core.identity import Identity, own_identity
 from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
 from antiphon.gateway.routing.endpoints import EndpointBoard, key_of
-from antiphon.rpc.credentials import TARGET_OPTIONS, channel_credentials
+from antiphon.rpc.credentials import TARGET_OPTIONS, _material, channel_credentials
 from antiphon.rpc.endpoint_picker import PickerServicer
 from antiphon.rpc.services import RpcServer
 from antiphon.rpc.v1 import directory_pb2, engine_pb2, experts_pb2, ext_proc_pb2, inference_pb2, steps_pb2
-from antiphon.transport.base import Hello, Link
+from antiphon.transport.base import Hello, Link, LinkLayout
+from antiphon.transport.connect.hello import Greeting, encode_greeting
 
 from .conftest import Target
 from .mutations import changed_bytes, changed_json
@@ -413,6 +418,94 @@ def test_data_ports(target: Target, role: Role, scheme: str) -> None:
             link.close()
     said(f"{role.value} {scheme}", found)
     assert found["PeerLost"] + found["nothing"] + found["answered"]
+
+
+def opened_call(path: str, message: bytes) -> bytes:
+    """What a gRPC client sends first (RFC 9113, RFC 7541 without its tables): preface, settings, headers and one message."""
+
+    def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+    fields = {":method": "POST", ":scheme": "https", ":path": path, ":authority": "x", "content-type": "application/grpc"}
+    block = b"".join(
+        b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+        for name, value in {**fields, "te": "trailers"}.items()
+    )
+    data = b"\0" + len(message).to_bytes(4, "big") + message
+    return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + frame(1, 4, 1, block) + frame(0, 1, 1, data)
+
+
+def certified(identity: Identity, base: Path) -> ssl.SSLContext:
+    """How a part of the deployment with that key connects, to whomever."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    _, key, chain = _material(identity)
+    (base / "part.pem").write_bytes(key + chain)
+    context.load_cert_chain(base / "part.pem")
+    return context
+
+
+def test_every_port_without_credentials(target: Target, tmp_path: Path) -> None:
+    """Nearly what a part would send, from who has no key: in the clear, and under another deployment's certificate."""
+    addresses = {f"rpc://{target.deployment.directory_address.removeprefix('grpc://')}"}
+    for info in target.workers.values():
+        addresses |= {f"rpc://{info.endpoint.rpc}", *filter(None, info.endpoint.data.split(","))}
+    submit = engine_pb2.EngineCommand(submit=engine_pb2.SubmitCommand(request_id="r", prompt_token_ids=[5]))
+    layout = LinkLayout(channel="afd", num_slots=2, send_slot_bytes=1, recv_slot_bytes=1, fields=())
+    greeting = encode_greeting(Greeting(hello=Hello(worker_id=WorkerId("target/attention/9"), epoch=Epoch(1), layout=layout)))
+    openings = [
+        opened_call("/antiphon.rpc.v1.Engine/Session", submit.SerializeToString()),
+        opened_call("/antiphon.rpc.v1.Directory/ListWorkers", b""),
+        opened_call("/antiphon.transport.RawStream/Open", greeting),
+    ]
+    part, stranger = (certified(identity, tmp_path) for identity in (own_identity(), target.stranger))
+
+    def answer(address: str, data: bytes, context: ssl.SSLContext | None) -> bytes:
+        """The first that is said to who sends ``data``, where anything is."""
+        scheme, _, where = address.partition("://")
+        if scheme == "shm":
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.settimeout(DEADLINE_S)
+            sock.connect(where if where.startswith("/") else f"\0{where}")
+        else:
+            host, _, port = where.rpartition(":")
+            sock = socket.create_connection((host, int(port)), DEADLINE_S)
+        try:
+            if context is not None:
+                sock = context.wrap_socket(sock)
+            sock.sendall(data)
+            if context is None:
+                sock.shutdown(socket.SHUT_WR)
+            return sock.recv(1 << 16)
+        except TimeoutError:
+            raise
+        except OSError:  # of TLS, too: a stranger is shown the door
+            return b""
+        finally:
+            sock.close()
+
+    ports = sorted(addresses)
+    for address in ports:
+        if address.startswith(("rpc://", "grpc://")):
+            assert answer(address, openings[0], part), "not even a part of the deployment is answered"
+
+    def one(number: int) -> str:
+        chance = random.Random(SEED * 10**7 + number)
+        address = ports[number % len(ports)]
+        if not address.startswith(("rpc://", "grpc://")):
+            said_back = answer(address, changed_bytes(chance, chance.choice([greeting, bytes(48), b""])), None)
+            assert b"{" not in said_back, "a stranger is told of the layout"
+            return "raw refused"
+        clear = chance.random() < 0.5
+        data = chance.choice(openings)
+        said_back = answer(address, changed_bytes(chance, data) if chance.random() < 0.8 else data, None if clear else stranger)
+        assert not said_back or (clear and said_back[0] == 21), said_back  # TLS's alert
+        return "clear refused" if clear else "stranger refused"
+
+    found = in_parallel(max(len(ports) * 4, share(0.03)), one)
+    said("without credentials", found)
+    assert len(found) == 3
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/chat/completions"])
