@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import random
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,11 +15,18 @@ from typing import Any
 import grpc
 import pytest
 
-from antiphon.core.ids import Role
+from antiphon.apps.process.wiring.resolve import resolve_model
+from antiphon.apps.process.wiring.sizes import afd_layout, kv_link_layout
+from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
 from antiphon.rpc.credentials import TARGET_OPTIONS, channel_credentials
 from antiphon.rpc.v1 import directory_pb2, directory_pb2_grpc, engine_pb2, engine_pb2_grpc, experts_pb2
+from antiphon.transport.base import Hello
+from antiphon.transport.connect.address import split_host
+from antiphon.transport.connect.proof import connect_proven
+from antiphon.transport.nixl.transport import _greeting, _Terms
 
 from .conftest import Target
+from .mutations import changed_bytes
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280)]
 
@@ -159,3 +167,34 @@ def test_moves_that_are_none_are_refused(target: Target) -> None:
                 request = experts_pb2.PlaceRequest(phase=1, number=number, placement_json=text)
                 with pytest.raises(grpc.RpcError):
                     call(request.SerializeToString(), timeout=DEADLINE_S)
+
+
+@pytest.mark.parametrize("role", [Role.FFN, Role.PREFILL])
+def test_an_agents_description_that_is_damaged_is_refused(target: Target, role: Role) -> None:
+    """NIXL reads it: what it says of damage must reach the peer's link alone."""
+    info = target.workers[role]
+    address = next((a for a in info.endpoint.data.split(",") if a.startswith("nixl://")), None)
+    if address is None:
+        pytest.skip("no worker listens on nixl:// here")
+    facts = resolve_model(target.document.spec, str(target.checkpoint), info.revision)
+    if role is Role.FFN:
+        layout = afd_layout(facts, target.document.spec, FFNShard(), attention_end=True, ubatches=2)
+    else:
+        layout = kv_link_layout(facts, decode_end=True)
+    chance = random.Random(3)
+    for number in range(5):
+        hello = Hello(worker_id=WorkerId(f"target/attention/{200 + number}"), epoch=Epoch(1), layout=layout)
+        with socket.create_connection(split_host(address.removeprefix("nixl://")), DEADLINE_S) as sock:
+            deadline = time.monotonic() + DEADLINE_S
+            proven = connect_proven(sock, address, deadline)
+            proven.send(_greeting(hello, _Terms(boot_id=bytes(16))), address, deadline)
+            good = _Terms.decode(proven.receive(address, deadline).attachment, address)
+            assert good.metadata, "the layout is not the worker's"
+            where = chance.choice([good.address, 0, 1, 2**64 - 1])
+            metadata = changed_bytes(chance, good.metadata)
+            proven.send(_greeting(hello, dataclasses.replace(good, address=where, metadata=metadata)), address, deadline)
+            sock.settimeout(0.1)
+            try:
+                sock.recv(1 << 12)  # a refusal, or a link with nobody at its end: we leave either
+            except TimeoutError:
+                continue
