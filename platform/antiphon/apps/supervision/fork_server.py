@@ -147,12 +147,15 @@ class _Server:
             pid = os.fork()
             if pid == 0:
                 self._become_worker(connection, environment, descriptors)
+            self._workers[pid] = connection  # whoever asked may have left by now; its end is taken notice of all the same
             pidfd = os.pidfd_open(pid)
             try:
                 socket.send_fds(connection, [json.dumps({"pid": pid}).encode() + b"\n"], [pidfd])
+            except OSError:
+                os.kill(pid, signal.SIGKILL)  # nobody knows of it
+                raise
             finally:
                 os.close(pidfd)
-            self._workers[pid] = connection
         except Exception as error:  # noqa: BLE001  # whoever asked starts a process of its own, and the next may have better luck
             with contextlib.suppress(OSError):
                 connection.sendall(json.dumps({"error": str(error)}).encode() + b"\n")

@@ -153,6 +153,27 @@ def test_nonsense_at_the_socket_costs_the_server_nothing(server: ForkServer, tmp
     assert worker.process.wait(timeout=DEADLINE_S) == 7
 
 
+def test_nothing_is_left_of_a_worker_whose_supervisor_did_not_wait_for_it(server: ForkServer, tmp_path: Path) -> None:
+    import json
+    import socket
+    import struct
+
+    environment = json.dumps(dict(os.environ)).encode()
+    life, held = os.pipe()
+    with (tmp_path / "log").open("ab") as log, socket.socket(socket.AF_UNIX) as hasty:
+        hasty.connect(server.address)
+        socket.send_fds(hasty, [struct.pack("!I", len(environment))], [log.fileno(), log.fileno(), life])
+        hasty.sendall(environment)
+    os.close(held)
+    os.close(life)
+    worker = Worker(server.address, tmp_path / "second", MOOD="short").ready()  # behind the hasty one in the queue
+    assert worker.process.wait(timeout=DEADLINE_S) == 7
+    deadline = time.monotonic() + DEADLINE_S
+    while children := psutil.Process(server.pid).children():
+        assert time.monotonic() < deadline, f"left: {[(child.pid, child.status()) for child in children]}"
+        time.sleep(0.01)
+
+
 def test_no_server_where_a_socket_does_not_fit(tmp_path: Path) -> None:
     deep = tmp_path / ("d" * 120)
     deep.mkdir()
