@@ -1,7 +1,7 @@
 """uvicorn's HTTP protocol with limits: headers in bytes, number and time, bodies in time, connections (request speed).
 
 uvicorn on httptools has none of these: a client may send headers without end, or open connections and stay silent. What is over a
-limit is answered in OpenAI's error shape and closed. Must not know: any route.
+limit is answered in OpenAI's error shape and closed; who was silent all the time is closed alone. Must not know: any route.
 """
 
 from __future__ import annotations
@@ -162,6 +162,10 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _late(self, what: str, timeout_s: float) -> None:
         self._timer = None
+        if not self._begun and not self._received_bytes:  # it has asked nothing: an answer would meet its first request on the way
+            self._refused = True
+            self.transport.close()
+            return
         message = f"{what} did not come within {timeout_s:g} s"
         self._refuse(HTTPStatus.REQUEST_TIMEOUT, message, "request_timeout")
 

@@ -73,7 +73,6 @@ GOOD = b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n"
         (b"GET / HTTP/1.1\r\n\r\n", b"400"),
         (b"GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n", b"400"),
         (b"GET /\r\n\r\n", b"505"),
-        (b"", b"408"),
         (b"GET / HT", b"408"),
         (b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 10\r\n\r\nabc", b"408"),
         (GOOD, b"200"),
@@ -88,6 +87,11 @@ async def test_each_request_ends_within_its_limits(monkeypatch: pytest.MonkeyPat
         if status != b"200" and status != b"505":
             assert b'"error": {"message": "' in answer
         assert (await said(port, GOOD)).startswith(b"HTTP/1.1 200")
+
+
+async def test_who_asks_nothing_is_told_nothing_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(monkeypatch) as port:
+        assert await said(port, b"") == b""
 
 
 async def test_a_kept_connection_is_bounded_for_each_of_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
