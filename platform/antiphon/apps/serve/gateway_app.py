@@ -11,6 +11,8 @@ import asyncio
 import os
 import ssl
 import threading
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,7 +23,7 @@ from antiphon.apps.serve.door_thread import DoorThread, OnBound
 from antiphon.apps.serve.plan import GATEWAY, ServeSettings
 from antiphon.apps.serve.ray_runtime import keep_serve_on_loopback
 from antiphon.apps.serve.stop_signals import wait_for_stop
-from antiphon.apps.supervision.event_log import EventLog, Fact
+from antiphon.apps.supervision.event_log import EventLog, EventLogEntry, Fact
 from antiphon.coe.serving.doors.expert_key import check_key_host
 from antiphon.core.document.coe.experts import ExternalEndpoint
 from antiphon.core.document.serving import EndpointSpec
@@ -137,6 +139,20 @@ def door_trust(endpoint: EndpointSpec) -> ssl.SSLContext | bool:
     return True if endpoint.tls is None else own_door_context(Path(endpoint.tls.certificate_file))
 
 
+def ports_of(entry: EventLogEntry) -> BoundPorts:
+    """Where the gateway of a "ready" entry listens."""
+    facts = entry.facts
+    return BoundPorts(host=str(facts["host"]), http_port=int(facts["http_port"]), grpc_port=int(facts["grpc_port"]))
+
+
+def at_former_ports(config: GatewayConfig, entries: Sequence[EventLogEntry]) -> GatewayConfig:
+    """Where any port will do, the ones that this run's gateway had before it was lost: clients know them."""
+    former = next((ports_of(e) for e in reversed(entries) if e.subject == GATEWAY and e.kind == "ready"), None)
+    if former is None or config.reuse_port:  # one of several: another may be listening there
+        return config
+    return replace(config, http_port=config.http_port or former.http_port, grpc_port=config.grpc_port or former.grpc_port)
+
+
 def port_facts(bound: BoundPorts) -> dict[str, Fact]:
     """Where the gateway listens, as the event log has it."""
     return {"host": bound.host, "http_port": bound.http_port, "grpc_port": bound.grpc_port}
@@ -195,9 +211,16 @@ class GatewayReplica:
         event_log = None if settings.run_dir is None else EventLog(Path(settings.run_dir))
         if settings.run_dir is not None:
             log_to(Path(settings.run_dir) / f"{GATEWAY}-{os.getpid()}.log", settings.log)
-        self._gateway = GatewayThread(config, directory)
+        again = config if event_log is None else at_former_ports(config, event_log.read())
+        self._gateway = GatewayThread(again, directory)
         try:
-            bound = self._gateway.wait_open(settings.start_timeout_s)
+            try:
+                bound = self._gateway.wait_open(settings.start_timeout_s)
+            except Unavailable:
+                if again == config:
+                    raise
+                self._gateway = GatewayThread(config, directory)  # somebody has taken them meanwhile
+                bound = self._gateway.wait_open(settings.start_timeout_s)
         except BaseException as error:
             if event_log is not None:
                 event_log.write("failed", GATEWAY, pid=os.getpid(), message=str(error))

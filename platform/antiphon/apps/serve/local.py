@@ -21,7 +21,7 @@ import httpx
 import psutil
 
 from antiphon.apps.serve.deployment_set import Serving
-from antiphon.apps.serve.gateway_app import GatewayThread, door_trust, door_url, port_facts, serving_config
+from antiphon.apps.serve.gateway_app import GatewayThread, door_trust, door_url, port_facts, ports_of, serving_config
 from antiphon.apps.serve.plan import GATEWAY, GATEWAY_CPU, PoolTemplate, ServeSettings, plan_serve
 from antiphon.apps.serve.ray_runtime import ApplicationState, RayRuntime, RayView
 from antiphon.apps.serve.stop_signals import make_stop_pipe, tell_to_stop
@@ -369,8 +369,7 @@ def running_of(entries: Iterable[EventLogEntry]) -> Running:
     ports, workers = None, {}
     for entry in entries:
         if entry.subject == GATEWAY and entry.kind == "ready":
-            facts = entry.facts
-            ports = BoundPorts(host=str(facts["host"]), http_port=int(facts["http_port"]), grpc_port=int(facts["grpc_port"]))
+            ports = ports_of(entry)
         elif entry.kind == "ready":
             workers[entry.subject] = entry
         elif entry.kind == "exited":

@@ -208,6 +208,9 @@ def later_line(entry: EventLogEntry) -> str | None:
             return f"{entry.subject} (pid {entry.pid}) is gone: {entry.message}; restarting it"
         case "ready" if entry.subject != GATEWAY:
             return f"{entry.subject} (pid {entry.pid}) is ready, epoch {entry.epoch}"
+        case "ready":
+            host, http_port, grpc_port = (entry.facts[name] for name in ("host", "http_port", "grpc_port"))
+            return f"{GATEWAY} (pid {entry.pid}) is ready at {host}, HTTP port {http_port}, gRPC port {grpc_port}"
         case "failed":
             return f"{entry.subject}: {entry.message}"
         case _:
