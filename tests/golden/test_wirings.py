@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from antiphon.core.errors import AntiphonError
+from antiphon.models.layers.linear import sums_by_row
 from antiphon.models.loading.source import resolve
 from antiphon.testing import LocalCluster, wiring
 
@@ -178,6 +179,34 @@ def test_bf16_logprobs_are_equal_bit_for_bit_where_sums_have_one_order(tiny: tup
             cluster.run()
             seen.append([[(e.token_id, e.logprob) for e in cluster.outputs[i].logprobs] for i in ids])
     assert seen[0] == seen[1] == seen[2]
+
+
+@pytest.mark.skipif(not sums_by_row(), reason="the processor has no matrix units, and oneDNN's sums in bf16 depend on the batch")
+@pytest.mark.parametrize("name", ["monolith", "1A1F", "P/D + AFD"])
+def test_a_bf16_answer_depends_neither_on_its_batch_nor_on_how_its_prompt_was_cut(tiny: tuple[Path, Any], name: str) -> None:
+    """Alone, among others, in chunks of any size, in several ubatches, and with most of its prompt cached: the same bits."""
+    path, _ = tiny
+    chance = random.Random(5)
+    prompt = [chance.randrange(199) for _ in range(75)]
+    topology, counts = WIRINGS[name]
+
+    def ask(cluster: LocalCluster) -> list[tuple[int, float]]:
+        request_id = cluster.submit(prompt, max_tokens=16, num_logprobs=0, prefill=0 if cluster.prefilling else None)
+        cluster.run()
+        return [(entry.token_id, entry.logprob) for entry in cluster.outputs[request_id].logprobs]
+
+    answers = []
+    for budget, ubatches in ((128, 1), (24, 3), (17, 2)):
+        scheduler = {"maxNumBatchedTokens": budget, "remotePrefillMinTokens": 8}
+        sections: dict[str, Any] = {} if topology == "monolith" else {"transport": {"numUbatches": ubatches}}
+        spec = wiring(path, topology, dtype="bfloat16", cache={"numBlocks": 96}, scheduler=scheduler, **sections, **counts)
+        with LocalCluster(spec, path) as cluster:
+            answers.append(ask(cluster))
+            answers.append(ask(cluster))  # its prompt's blocks are cached now
+            for other in range(6):
+                cluster.submit([chance.randrange(199) for _ in range(5 + 9 * other)], max_tokens=30)
+            answers.append(ask(cluster))
+    assert all(answer == answers[0] for answer in answers)
 
 
 def test_each_worker_holds_only_the_tensors_of_its_role_and_shard(tiny: tuple[Path, Any]) -> None:

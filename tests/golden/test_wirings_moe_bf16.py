@@ -13,12 +13,12 @@ import torch
 import transformers as hf
 
 from antiphon.models.experts.placement import ExpertPlacement
-from antiphon.models.native.library import tiles_available
+from antiphon.models.layers.linear import sums_by_row
 from antiphon.testing import LocalCluster, wiring
 
 EXPERTS, VOCAB = 12, 199
-needs_tiles = pytest.mark.skipif(
-    not tiles_available(), reason="the processor has no matrix units, and torch's sums in bf16 depend on the batch"
+needs_own_sums = pytest.mark.skipif(
+    not sums_by_row(), reason="the processor has no matrix units, and oneDNN's sums in bf16 depend on the batch"
 )
 Row = tuple[int, float]  # a token and its log probability
 
@@ -103,13 +103,13 @@ def answers(path: Path, topology: str, counts: dict[str, int], dtype: str = "bfl
         return serve(cluster)
 
 
-@needs_tiles
+@needs_own_sums
 @pytest.mark.parametrize("name", ONE_PLACE)
 def test_bits_are_equal_where_one_ffn_worker_has_all_experts(four_experts: Path, name: str) -> None:
     assert answers(four_experts, *ONE_PLACE[name]) == answers(four_experts, "monolith", {})
 
 
-@needs_tiles
+@needs_own_sums
 @pytest.mark.parametrize("name", SPREAD)
 def test_bits_are_equal_where_experts_are_spread_and_a_row_has_one(one_expert: Path, name: str) -> None:
     assert answers(one_expert, *SPREAD[name]) == answers(one_expert, "monolith", {})

@@ -153,12 +153,8 @@ def test_roles_without_a_card_get_the_cheapest_of_the_fleet():
         assign(model, model.formats, 8192, CATALOGUE.priced, {"cook": CATALOGUE.get("A800")})
 
 
-def test_this_machine_is_measured_quickly_and_computes_in_fp32():
-    import time
-
-    start = time.monotonic()
+def test_this_machine_is_measured_and_computes_in_fp32():
     card = measure_local(usd_per_hour=0.1, seconds_each=0.2)
-    assert time.monotonic() - start < 10
     assert card.compute_format("bf16") == "fp32"
     assert card.flops["fp32"] > 1e9
     assert card.bandwidth > 1e8

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -216,11 +215,13 @@ def test_the_search_for_a_batch_is_exact(limit, slope, threshold):
     assert last_within(seconds.__getitem__, target, limit) == max(n for n, s in seconds.items() if s <= target)
 
 
-def test_a_thousand_cards_are_planned_in_under_two_seconds_of_processor_time():
+def test_a_plan_for_a_thousand_cards_looks_at_few_of_its_layouts(monkeypatch):
+    """Seconds are measured in tests/bench/plan_speed.py; what they follow is the number of steps that are worked out."""
+    steps, step = [], DecodeModel.step
+    monkeypatch.setattr(DecodeModel, "step", lambda *args, **others: steps.append(1) or step(*args, **others))
     asked = planner("deepseek-v3", budget_cards=1000, roles={"attention": "H20", "ffn": "H800"})
-    start = time.process_time()
     assert make_plan(asked).chosen is not None
-    assert time.process_time() - start < 2.0
+    assert 0 < len(steps) < 50_000  # of half a million pairs of pool sizes, each at many batches
 
 
 def test_the_explanation_covers_the_chosen_option():

@@ -10,7 +10,7 @@ import torch
 from antiphon.core.errors import UnsupportedModel
 from antiphon.device.device import is_card
 from antiphon.models.attention.kv_cache import KVCache
-from antiphon.models.attention.paged import AttentionBatch, Shaping, paged_attention, prefill_attention
+from antiphon.models.attention.paged import AttentionBatch, Shaping, attend_rows, paged_attention
 from antiphon.models.cards import kernels
 from antiphon.models.config import AttentionConfig, LayerConfig, NormKind
 from antiphon.models.layers.functional import Norm, RMSNorm, Rope, read_norm
@@ -152,12 +152,10 @@ class GroupedAttention:
         q_TNH = self._rope.rotate(q_TNH, tables)
         k_TKH = self._rope.rotate(k_TKH, tables)
         cache.write(layer, batch.slots_T, (k_TKH, v_TKH))
-        k_cache, v_cache = cache.planes[layer]
-        out_TNH = paged_attention(q_TNH, k_cache, v_cache, batch, c.scale, c.sliding_window, self._shaping)
-        return self._project(out_TNH.reshape(num_rows, c.num_heads * c.head_dim), x_TD)
+        return self._project(self._attend(q_TNH.flatten(1), batch, layer, cache), x_TD)
 
     def _attend_natively(self, x_TD: torch.Tensor, batch: AttentionBatch, layer: int, cache: KVCache) -> torch.Tensor:
-        """The same by the compiled kernels; without matrix units, prefill chunks go through torch's own attention."""
+        """The same by the compiled kernels."""
         c = self._config
         kernels = torch.ops.antiphon
         k_cache, v_cache = cache.planes[layer]
@@ -173,23 +171,11 @@ class GroupedAttention:
             *(qkv, self._rope.cos, self._rope.sin, batch.positions_T, batch.slots_T, k_cache, v_cache),
             *(c.num_heads, *self._head_norms, self._eps, 0.0),
         )
-        num_decodes = batch.num_decodes
-        parts = []
-        if num_decodes:
-            parts.append(
-                kernels.decode_attention(
-                    *(qkv[:num_decodes], k_cache, v_cache, batch.decode_blocks_BM, batch.decode_lens_B),
-                    *(batch.block_size_tokens, c.num_heads, c.scale, c.sliding_window or 0),
-                    *(0.0 if c.softcap is None else c.softcap, self._sinks_N),
-                )
-            )
-        if batch.chunks:
-            q_TNH = qkv[:, : c.num_heads * c.head_dim].reshape(-1, c.num_heads, c.head_dim)
-            parts += [
-                prefill_attention(q_TNH, k_cache, v_cache, chunk, c.scale, c.sliding_window, self._shaping).flatten(1)
-                for chunk in batch.chunks
-            ]
-        return self._project(parts[0] if len(parts) == 1 else torch.cat(parts), x_TD)
+        return self._project(self._attend(qkv, batch, layer, cache), x_TD)
+
+    def _attend(self, rows_TW: torch.Tensor, batch: AttentionBatch, layer: int, cache: KVCache) -> torch.Tensor:
+        c = self._config
+        return attend_rows(rows_TW, c.num_heads, *cache.planes[layer], batch, c.scale, c.sliding_window, self._shaping)
 
     def _project(self, out_TW: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
         """The heads' results [T, N*H], each times its gate, through the output projection."""

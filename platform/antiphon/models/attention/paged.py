@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from antiphon.models.attention.states import StateBatch
 from antiphon.models.cards import kernels
+from antiphon.models.native.library import available
 
 _ROWS = 256  # of a chunk whose scores are held at once, where they are worked out whole
 
@@ -124,6 +125,30 @@ def paged_attention(
         parts.append(_decode(q_BNH, k_cache, v_cache, batch.decode_slots_BC, batch.decode_lens_B, scale, sliding_window, shaping))
     parts += [prefill_attention(q_TNH, k_cache, v_cache, chunk, scale, sliding_window, shaping) for chunk in batch.chunks]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def attend_rows(
+    rows_TW: torch.Tensor,
+    num_heads: int,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    sliding_window: int | None,
+    shaping: Shaping | None = None,
+) -> torch.Tensor:
+    """``paged_attention`` by the compiled kernel where there is one: there a row's bits depend neither on the rows beside it nor on
+    how its prompt was cut. Queries are the leading N*H of each row. [T, N*V].
+    """
+    if batch.card is None and available() and k_cache.device.type == "cpu":
+        out: torch.Tensor = torch.ops.antiphon.paged_attention(
+            *(rows_TW, k_cache, v_cache, batch.decode_blocks_BM, batch.decode_lens_B, batch.block_size_tokens),
+            *(batch.chunk_slots, batch.chunk_rows, num_heads, scale, sliding_window or 0),
+            *(0.0 if shaping is None else shaping.softcap or 0.0, None if shaping is None else shaping.sinks_N),
+        )
+        return out
+    q_TNH = rows_TW[:, : num_heads * k_cache.shape[2]].unflatten(1, (num_heads, -1))
+    return paged_attention(q_TNH, k_cache, v_cache, batch, scale, sliding_window, shaping).flatten(1)
 
 
 def _on_card(

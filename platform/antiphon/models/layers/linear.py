@@ -86,6 +86,15 @@ def has_tiles(weight: torch.Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and tiles_available()
 
 
+def sums_by_row() -> bool:
+    """Whether a bfloat16 row's result, here and in attention, has the same bits whatever rows are computed beside it.
+
+    So it is with our kernels; oneDNN's, which serve processors that have bfloat16 arithmetic but no matrix units, sum in an order
+    that depends on their number.
+    """
+    return tiles_available() or (available() and not _one_dnn_has(torch.bfloat16))
+
+
 def _has_row_kernel(weight: torch.Tensor) -> bool:
     return weight.device.type == "cpu" and not is_card(weight.device) and weight.dtype is torch.bfloat16 and available()
 
@@ -95,6 +104,10 @@ def _can_pack(weight: torch.Tensor) -> bool:
         weight.device.type == "cpu"
         and not is_card(weight.device)
         and weight.dtype in (torch.float32, torch.bfloat16)
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and (weight.dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and _one_dnn_has(weight.dtype)
     )
+
+
+def _one_dnn_has(dtype: torch.dtype) -> bool:
+    has_it: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return has_it and (dtype is torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))

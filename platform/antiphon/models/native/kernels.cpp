@@ -1,16 +1,16 @@
-// Decode's own kernels (hot): norms, rotary embedding with the KV write, paged decode attention, gated activation, and
-// the two halves of a layer composed of them around oneDNN's matrix products, so that a half costs one call from Python.
+// A step's own kernels (hot): norms, rotary embedding with the KV write, gated activation, products with weights in four bits and in
+// bfloat16 for processors without its arithmetic.
 //
 // Every row is computed by itself in a fixed order, so a row's result does not depend on the rest of its batch.
 // T rows, D hidden, N query heads, K KV heads, G = N/K, H head dim, R rotary dim, P blocks, S slots per block.
 // bfloat16 is read and written with round-to-nearest-even; all arithmetic is fp32. The torch path in models/ is the reference.
 
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "elements.h"
+#include "lanes.h"
 #include "thread_pool.h"
 
 #ifdef __AVX2__
@@ -33,8 +33,13 @@ using antiphon::bf16;
 using antiphon::data;
 using antiphon::dispatch;
 using antiphon::exp_negative;
+using antiphon::f32x8;
+using antiphon::kVector;
 using antiphon::load;
+using antiphon::load8;
+using antiphon::multiply_add;
 using antiphon::store;
+using antiphon::total;
 
 namespace {
 
@@ -149,113 +154,6 @@ void rope_and_cache(const Tensor& qkv, const Tensor& cos, const Tensor& sin, con
       }
     });
   });
-}
-
-// One query row per request: q is the leading N heads of qkv_BWH (W = N+2K heads) over blocks_BM (int32, M blocks a row) with
-// lens_B tokens of context; window <= 0 sees all of it. Scores are bounded to cap * tanh(score / cap) where cap > 0; sinks_N are
-// logits beside the scores that take a share of the softmax and give no value. Returns [B, N*H].
-template <typename T>
-void decode_task(const T* q, int64_t groups, int64_t h, const T* k_cache, const T* v_cache, int64_t stride, const int32_t* blocks,
-                 int64_t block_size, int64_t first, int64_t len, float scale, float cap, const float* sinks, T* out,
-                 std::vector<float>& scratch) {
-  const int64_t span = len - first;
-  scratch.resize(groups * (span + 2 * h) + h);
-  float* scores = scratch.data();             // [G, span]
-  float* query = scores + groups * span;      // [G, H]
-  float* result = query + groups * h;         // [G, H]
-  float* key = result + groups * h;           // [H]
-  for (int64_t i = 0; i < groups * h; ++i) {
-    query[i] = load(q[i]) * scale;
-    result[i] = 0.0f;
-  }
-  for (int64_t c = first; c < len; ++c) {
-    const T* k = k_cache + (blocks[c / block_size] * block_size + c % block_size) * stride;
-#pragma omp simd
-    for (int64_t i = 0; i < h; ++i) {
-      key[i] = load(k[i]);
-    }
-    for (int64_t g = 0; g < groups; ++g) {
-      float dot = 0.0f;
-      const float* qg = query + g * h;
-#pragma omp simd reduction(+ : dot)
-      for (int64_t i = 0; i < h; ++i) {
-        dot += qg[i] * key[i];
-      }
-      scores[g * span + c - first] = dot;
-    }
-  }
-  for (int64_t g = 0; g < groups; ++g) {
-    float* s = scores + g * span;
-    if (cap > 0.0f) {
-#pragma omp simd
-      for (int64_t c = 0; c < span; ++c) {
-        const float x = s[c] / cap, e = exp_negative(-2.0f * std::fabs(x));
-        s[c] = std::copysign(cap * ((1.0f - e) / (1.0f + e)), x);
-      }
-    }
-    float best = sinks != nullptr ? std::max(s[0], sinks[g]) : s[0];
-#pragma omp simd reduction(max : best)
-    for (int64_t c = 0; c < span; ++c) {
-      best = s[c] > best ? s[c] : best;
-    }
-    float sum = sinks != nullptr ? exp_negative(sinks[g] - best) : 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < span; ++c) {
-      s[c] = exp_negative(s[c] - best);
-      sum += s[c];
-    }
-    const float inverse = 1.0f / sum;
-#pragma omp simd
-    for (int64_t c = 0; c < span; ++c) {
-      s[c] *= inverse;
-    }
-  }
-  for (int64_t c = first; c < len; ++c) {
-    const T* v = v_cache + (blocks[c / block_size] * block_size + c % block_size) * stride;
-#pragma omp simd
-    for (int64_t i = 0; i < h; ++i) {
-      key[i] = load(v[i]);
-    }
-    for (int64_t g = 0; g < groups; ++g) {
-      const float p = scores[g * span + c - first];
-      float* r = result + g * h;
-#pragma omp simd
-      for (int64_t i = 0; i < h; ++i) {
-        r[i] += p * key[i];
-      }
-    }
-  }
-  for (int64_t i = 0; i < groups * h; ++i) {
-    store(out[i], result[i]);
-  }
-}
-
-Tensor decode_attention(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache, const Tensor& blocks, const Tensor& lens,
-                        int64_t block_size, int64_t num_heads, double scale, int64_t window, double cap,
-                        const std::optional<Tensor>& sinks) {
-  const int64_t kv_heads = k_cache.size(1), h = k_cache.size(2), groups = num_heads / kv_heads;
-  const int64_t batch = lens.numel(), width = qkv.numel() / std::max<int64_t>(batch, 1);
-  TORCH_CHECK(qkv.is_contiguous() && k_cache.is_contiguous() && v_cache.is_contiguous() && blocks.is_contiguous());
-  TORCH_CHECK(width >= num_heads * h && num_heads % kv_heads == 0 && blocks.size(0) == batch);
-  TORCH_CHECK(!sinks.has_value() || (sinks->is_contiguous() && sinks->scalar_type() == at::kFloat && sinks->numel() == num_heads));
-  const float* sink = sinks.has_value() ? sinks->const_data_ptr<float>() : nullptr;
-  Tensor out = at::empty({batch, num_heads * h}, qkv.options());
-  const int32_t* table = blocks.const_data_ptr<int32_t>();
-  const int64_t* len = lens.const_data_ptr<int64_t>();
-  dispatch(qkv, [&](auto tag) {
-    using T = decltype(tag);
-    antiphon::parallel_for(0, batch * kv_heads, 1, [&](int64_t begin, int64_t end) {
-      thread_local std::vector<float> scratch;
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t b = task / kv_heads, k = task % kv_heads;
-        const int64_t first = window > 0 ? std::max<int64_t>(0, len[b] - window) : 0;
-        decode_task(data<T>(qkv) + b * width + k * groups * h, groups, h, data<T>(k_cache) + k * h, data<T>(v_cache) + k * h,
-                    kv_heads * h, table + b * blocks.size(1), block_size, first, len[b], static_cast<float>(scale),
-                    static_cast<float>(cap), sink == nullptr ? nullptr : sink + k * groups, data<T>(out) + (b * num_heads + k * groups) * h, scratch);
-      }
-    });
-  });
-  return out;
 }
 
 // silu(gate) * up from [T, 2I], both side by side.
@@ -410,59 +308,10 @@ int64_t pin_threads(at::IntArrayRef cores, bool share) {
   return num_failed;
 }
 
-// x @ packed^T + bias by oneDNN, the weight packed by mkldnn::_reorder_linear_weight.
-Tensor packed_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias) {
-  using Signature = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view,
-                           c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Signature>();
-  static const c10::List<std::optional<at::Scalar>> no_scalars;
-  return op.call(x, packed, bias, "none", no_scalars, "");
-}
-
-// The attention half of a layer for rows that are all decodes: x_TD advances in place, the FFN's rows come back.
-Tensor attend_decode(const Tensor& x, const Tensor& input_norm, const Tensor& qkv_weight, const std::optional<Tensor>& qkv_bias,
-                     const Tensor& cos, const Tensor& sin, const Tensor& positions, const Tensor& slots, const Tensor& k_cache,
-                     const Tensor& v_cache, const Tensor& blocks, const Tensor& lens, int64_t block_size, int64_t num_heads,
-                     double scale, int64_t window, const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm,
-                     const Tensor& out_weight, const std::optional<Tensor>& out_bias, const Tensor& ffn_norm, double eps) {
-  const Tensor qkv = packed_linear(rms_norm(x, input_norm, eps, 0.0), qkv_weight, qkv_bias);
-  rope_and_cache(qkv, cos, sin, positions, slots, k_cache, v_cache, num_heads, q_norm, k_norm, eps, 0.0);
-  const Tensor seen = decode_attention(qkv, k_cache, v_cache, blocks, lens, block_size, num_heads, scale, window, 0.0, std::nullopt);
-  return add_rms_norm(x, packed_linear(seen, out_weight, out_bias), ffn_norm, eps, 0.0);
-}
-
-// A gated FFN shard: down(silu(gate(x)) * up(x)).
-Tensor silu_ffn(const Tensor& rows, const Tensor& gate_up_weight, const std::optional<Tensor>& gate_up_bias,
-                const Tensor& down_weight, const std::optional<Tensor>& down_bias) {
-  return packed_linear(silu_mul(packed_linear(rows, gate_up_weight, gate_up_bias)), down_weight, down_bias);
-}
-
 // Rows times bfloat16 weights as checkpoints have them, for processors without bfloat16 arithmetic: weights are read from memory once
 // for all rows, and widened in registers for few of them, into a buffer in the nearest cache for more. A row's sum has one order
 // whatever the rows beside it: eight lanes, lanes in pairs, the rest.
-using f32x8 = float __attribute__((vector_size(32)));
-constexpr int64_t kVector = 8, kOutputs = 6, kBufferedRows = 10;
-
-inline f32x8 load8(const float* at) {
-  f32x8 v;
-  std::memcpy(&v, at, sizeof v);
-  return v;
-}
-
-inline f32x8 load8(const bf16* at) {
-#ifdef __AVX2__  // one instruction; the compiler makes four of what stands below
-  return std::bit_cast<f32x8>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))), 16));
-#else
-  using u32x8 = uint32_t __attribute__((vector_size(32)));
-  using u16x8 = uint16_t __attribute__((vector_size(16)));
-  u16x8 bits;
-  std::memcpy(&bits, at, sizeof bits);
-  return std::bit_cast<f32x8>(__builtin_convertvector(bits, u32x8) << 16);
-#endif
-}
-
-inline float total(f32x8 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+constexpr int64_t kOutputs = 6, kBufferedRows = 10;
 
 // sums[row][output] of Rows rows of x, ``inputs`` floats each, and Outputs rows of weights. Both numbers are such that the sums and x stay
 // in registers.
@@ -475,13 +324,13 @@ template <int Rows, int Outputs, typename Weight>
     for (int r = 0; r < Rows; ++r) v[r] = load8(x + r * inputs + i);
     for (int o = 0; o < Outputs; ++o) {
       const f32x8 weights = load8(w + o * inputs + i);
-      for (int r = 0; r < Rows; ++r) acc[r][o] += v[r] * weights;
+      for (int r = 0; r < Rows; ++r) acc[r][o] = multiply_add(v[r], weights, acc[r][o]);
     }
   }
   for (int r = 0; r < Rows; ++r) {
     for (int o = 0; o < Outputs; ++o) {
       float sum = total(acc[r][o]);
-      for (int64_t j = i; j < inputs; ++j) sum += x[r * inputs + j] * load(w[o * inputs + j]);
+      for (int64_t j = i; j < inputs; ++j) sum = multiply_add(x[r * inputs + j], load(w[o * inputs + j]), sum);
       sums[r][o] = sum;
     }
   }
@@ -549,30 +398,19 @@ TORCH_LIBRARY(antiphon, m) {
   m.def(
       "rope_and_cache(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, Tensor(b!) k_cache, Tensor(c!) v_cache, "
       "int num_heads, Tensor? q_norm, Tensor? k_norm, float eps, float shift) -> ()");
-  m.def(
-      "decode_attention(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor blocks, Tensor lens, int block_size, int num_heads, "
-      "float scale, int window, float cap=0.0, Tensor? sinks=None) -> Tensor");
   m.def("silu_mul(Tensor gate_up) -> Tensor");
   m.def(
       "four_bit_linear(Tensor(a!) out, Tensor x, Tensor codes, Tensor scales, Tensor? lows, int group, int kind) -> ()");
   m.def("read_all(Tensor memory) -> int");
   m.def("pin_threads(int[] cores, bool share) -> int", &pin_threads);
-  m.def(
-      "attend_decode(Tensor(a!) x, Tensor input_norm, Tensor qkv_weight, Tensor? qkv_bias, Tensor cos, Tensor sin, Tensor positions, "
-      "Tensor slots, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor blocks, Tensor lens, int block_size, int num_heads, float scale, "
-      "int window, Tensor? q_norm, Tensor? k_norm, Tensor out_weight, Tensor? out_bias, Tensor ffn_norm, float eps) -> Tensor");
-  m.def("silu_ffn(Tensor rows, Tensor gate_up_weight, Tensor? gate_up_bias, Tensor down_weight, Tensor? down_bias) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(antiphon, CompositeExplicitAutograd, m) {
   m.impl("rms_norm", &rms_norm);
   m.impl("add_rms_norm", &add_rms_norm);
   m.impl("rope_and_cache", &rope_and_cache);
-  m.impl("decode_attention", &decode_attention);
   m.impl("silu_mul", &silu_mul);
   m.impl("four_bit_linear", &four_bit_linear);
   m.impl("read_all", &read_all);
-  m.impl("attend_decode", &attend_decode);
-  m.impl("silu_ffn", &silu_ffn);
   m.impl("row_linear", &row_linear);
 }

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from antiphon.core.errors import Unavailable
-from antiphon.models.attention.paged import AttentionBatch, Shaping, paged_attention
+from antiphon.models.attention.paged import AttentionBatch, Chunk, Shaping, paged_attention, prefill_attention
 from antiphon.models.layers.functional import Rope
 from antiphon.models.layers.linear import Linear
 from antiphon.models.layers.rope_config import RopeConfig
@@ -91,7 +91,7 @@ def test_rope_cache_and_decode_attention_equal_the_reference(
     )
     torch.testing.assert_close(k_cache, expected_k, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(v_cache, expected_v)
-    got = torch.ops.antiphon.decode_attention(qkv, k_cache, v_cache, tables, lens, BLOCK, heads, head_dim**-0.5, window or 0)
+    got = torch.ops.antiphon.paged_attention(qkv, k_cache, v_cache, tables, lens, BLOCK, [], [], heads, head_dim**-0.5, window or 0)
     batch = AttentionBatch(
         positions_T=positions,
         slots_T=slots,
@@ -111,11 +111,65 @@ def test_a_row_s_attention_does_not_depend_on_its_batch(dtype: torch.dtype) -> N
     tables = torch.randperm(27).view(3, 9).to(torch.int32)
     caches = [torch.randn(27 * BLOCK, 2, 16).to(dtype) for _ in range(2)]
     qkv = torch.randn(3, 8 * 16).to(dtype)
-    together = torch.ops.antiphon.decode_attention(qkv, *caches, tables, lens, BLOCK, 4, 0.25, 0)
+    together = torch.ops.antiphon.paged_attention(qkv, *caches, tables, lens, BLOCK, [], [], 4, 0.25, 0)
     for row in range(3):
         one = slice(row, row + 1)
-        alone = torch.ops.antiphon.decode_attention(qkv[one], *caches, tables[one], lens[one], BLOCK, 4, 0.25, 0)
+        alone = torch.ops.antiphon.paged_attention(qkv[one], *caches, tables[one], lens[one], BLOCK, [], [], 4, 0.25, 0)
         assert torch.equal(alone, together[one])
+
+
+# Contexts longer than a kernel's span; heads alone, in groups, and of widths that no vector divides; values narrower than keys.
+SHAPES = [(9, 3, 64, 64), (4, 4, 20, 12), (8, 1, 96, 80), (5, 1, 16, 16)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "dim_v"), SHAPES)
+@pytest.mark.parametrize(("window", "cap", "has_sinks"), [(0, 0.0, False), (70, 0.0, False), (600, 1.5, True)])
+def test_a_prompt_s_rows_have_one_result_however_it_is_cut(
+    dtype: torch.dtype, tolerance: float, heads: int, kv_heads: int, dim: int, dim_v: int, window: int, cap: float, has_sinks: bool
+) -> None:
+    """Whole, in chunks beside other requests, and row by row as decodes: bit for bit; and near to the reference in fp32."""
+    torch.manual_seed(3)
+    num_context, num_rows, scale = 560, 60, dim**-0.5
+    k_cache = torch.randn(2 * num_context, kv_heads, dim).to(dtype)
+    v_cache = torch.randn(2 * num_context, kv_heads, dim_v).to(dtype)
+    slots = torch.randperm(2 * num_context)[:num_context]
+    rows = torch.randn(num_rows, heads * dim).to(dtype)
+    sinks = torch.randn(heads) if has_sinks else None
+
+    def attention(
+        rows: torch.Tensor,
+        chunks: dict[int, int],
+        tables: torch.Tensor | None = None,
+        lens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``chunks``: where each ends in the context, and how many rows it has."""
+        ends = [slots[:end].contiguous() for end in chunks]
+        out: torch.Tensor = torch.ops.antiphon.paged_attention(
+            *(rows, k_cache, v_cache, tables, lens, 1, ends, list(chunks.values()), heads, scale, window, cap, sinks)
+        )
+        return out
+
+    whole = attention(rows, {num_context: num_rows})
+    past = num_context - num_rows
+    for cut in (1, 17, 59):
+        parts = attention(rows, {past + cut: cut, num_context: num_rows - cut})
+        assert torch.equal(parts, whole)
+    lens = torch.arange(past + 1, num_context + 1)
+    tables = slots.to(torch.int32).expand(num_rows, -1).contiguous()
+    assert torch.equal(attention(rows, {}, tables, lens), whole)
+    mixed = attention(rows, {num_context: num_rows - 2}, tables[:2], lens[:2])
+    assert torch.equal(mixed, whole)
+
+    expected = prefill_attention(
+        rows.view(num_rows, heads, dim).double(),
+        *(cache.double() for cache in (k_cache, v_cache)),
+        Chunk(first_row=0, num_rows=num_rows, context_slots=slots),
+        scale,
+        window or None,
+        Shaping(softcap=cap or None, sinks_N=sinks),
+    )
+    torch.testing.assert_close(whole.double(), expected.flatten(1), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
@@ -129,7 +183,7 @@ def test_decodes_with_bounded_scores_and_sinks_equal_the_reference(
     caches = [torch.randn(27 * BLOCK, 2, 16).to(dtype) for _ in range(2)]
     qkv = (torch.randn(3, 8 * 16) * 3).to(dtype)
     sinks = torch.randn(4) * 3 if has_sinks else None
-    got = torch.ops.antiphon.decode_attention(qkv, *caches, tables, lens, BLOCK, 4, 0.25, 12, cap or 0.0, sinks)
+    got = torch.ops.antiphon.paged_attention(qkv, *caches, tables, lens, BLOCK, [], [], 4, 0.25, 12, cap or 0.0, sinks)
     batch = AttentionBatch(
         positions_T=lens - 1, slots_T=lens, block_size_tokens=BLOCK, decode_blocks_BM=tables, decode_lens_B=lens, chunks=()
     )
