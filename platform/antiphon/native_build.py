@@ -1,7 +1,7 @@
 """Compiles a C or C++ source once per machine and finds the result again (control speed).
 
-A library lies under ``$ANTIPHON_CACHE/native/<digest of source, headers beside it, flags, compiler and processor>``, by default
-``~/.cache/antiphon``.
+A library lies under ``$ANTIPHON_CACHE/native/<digest>``, of its source, the headers beside and above it, flags, compiler and
+processor; by default in ``~/.cache/antiphon``.
 Builders racing each other each write their own file and rename it into place. Must not know: what libraries do.
 """
 
@@ -35,7 +35,8 @@ def find_compiler(variable: str, names: Sequence[str]) -> str | None:
 def library_path(source: Path, compiler: str, flags: Sequence[str]) -> Path:
     """Where the library of ``source`` lies once it is built on this machine."""
     facts = [*flags, compiler, platform.machine(), platform.libc_ver()[0], _processor_features()]
-    text = b"".join(file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h"))))
+    headers = sorted((*source.parent.glob("*.h"), *source.parent.parent.glob("*.h")))
+    text = b"".join(file.read_bytes() for file in (source, *headers))
     digest = hashlib.sha256(text + "\0".join(facts).encode()).hexdigest()
     return cache_directory() / digest[:16] / f"lib{source.stem}.so"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from antiphon.native_build import cache_directory, find_compiler, library_path
 
 COMPILERS = ("c++", "g++", "clang++")
-_SOURCES = sorted((Path(__file__).parent / "native").glob("*.cpp"))
+_SOURCES = sorted((Path(__file__).parent / "native").rglob("*.cpp"))
 NUM_LIBRARIES = len(_SOURCES)  # one for each
 
 

@@ -175,7 +175,8 @@ class GroupedAttention:
 
     def _attend(self, rows_TW: torch.Tensor, batch: AttentionBatch, layer: int, cache: KVCache) -> torch.Tensor:
         c = self._config
-        return attend_rows(rows_TW, c.num_heads, *cache.planes[layer], batch, c.scale, c.sliding_window, self._shaping)
+        k_cache, v_cache = cache.planes[layer]
+        return attend_rows(rows_TW, c.num_heads, k_cache, v_cache, batch, c.scale, c.sliding_window, self._shaping)
 
     def _project(self, out_TW: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
         """The heads' results [T, N*H], each times its gate, through the output projection."""

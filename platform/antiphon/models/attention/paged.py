@@ -147,7 +147,7 @@ def attend_rows(
             *(0.0 if shaping is None else shaping.softcap or 0.0, None if shaping is None else shaping.sinks_N),
         )
         return out
-    q_TNH = rows_TW[:, : num_heads * k_cache.shape[2]].unflatten(1, (num_heads, -1))
+    q_TNH = rows_TW[:, : num_heads * k_cache.shape[2]].reshape(-1, num_heads, k_cache.shape[2])
     return paged_attention(q_TNH, k_cache, v_cache, batch, scale, sliding_window, shaping).flatten(1)
 
 

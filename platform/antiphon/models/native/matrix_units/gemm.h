@@ -7,8 +7,8 @@
 
 #pragma once
 
-#include "prefetch.h"
-#include "thread_pool.h"
+#include "../prefetch.h"
+#include "../thread_pool.h"
 #include "tiles.h"
 
 namespace antiphon {
