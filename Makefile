@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
-NATIVE := $(wildcard $(foreach kind,c cpp h,platform/antiphon/*/native/*.$(kind) platform/antiphon/*/native/*/*.$(kind)))
+NATIVE := $(wildcard $(foreach kind,c cpp h,$(foreach under,*/native */native/* */*/native,platform/antiphon/$(under)/*.$(kind))))
 EXTRAS := convert,coe,plan,operator,dev
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
 SHELL := /bin/sh
@@ -31,6 +31,7 @@ $(READY): pyproject.toml deploy/constraints.txt
 
 $(BUILT): $(READY) $(NATIVE)
 	@$(BIN)/python -m antiphon.transport.native.build || echo "No native control channel: shared memory links will be slower." >&2
+	@$(BIN)/python -m antiphon.coe.routing.native.build || echo "No native routing: decisions will be slower." >&2
 	@$(BIN)/python -m antiphon.models.native.library >/dev/null || echo "No kernels: the slower torch path will serve." >&2
 	@touch $@
 

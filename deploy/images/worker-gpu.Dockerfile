@@ -15,6 +15,8 @@ COPY operators /src/operators
 COPY deploy/examples /src/deploy/examples
 RUN pip install --no-cache-dir -c /src/constraints.txt "/src[route,convert,operator,nixl]"
 RUN python -m antiphon.models.native.library --into /opt/antiphon/kernels
+RUN python -m antiphon.transport.native.build --into /opt/antiphon/kernels \
+    && python -m antiphon.coe.routing.native.build --into /opt/antiphon/kernels
 
 FROM ${BASE}
 # Triton compiles the launchers of its kernels when a worker starts.

@@ -20,6 +20,8 @@ COPY deploy/examples /src/deploy/examples
 RUN pip install --no-cache-dir -c /src/constraints.txt "/src[route,convert,operator]"
 # For every instruction set, the newest that a machine has is taken when a worker starts; a kernel that does not compile ends the build.
 RUN python -m antiphon.models.native.library --into /opt/antiphon/kernels
+RUN python -m antiphon.transport.native.build --into /opt/antiphon/kernels \
+    && python -m antiphon.coe.routing.native.build --into /opt/antiphon/kernels
 # Headers, test programs and Java, which nobody needs who compiles nothing.
 RUN cd /opt/antiphon/lib/python3.11/site-packages && rm -r torch/include torch/test ray/jars \
     && find torch/bin -type f ! -name torch_shm_manager -delete

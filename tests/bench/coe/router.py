@@ -2,8 +2,10 @@
 
     taskset -c 0 python tests/bench/coe/router.py ARTIFACT TABLE.jsonl.gz
 
-JSON lines, then a table: decisions in milliseconds (median and p99 of interleaved rounds) on the fast path, the slow path and for
-prompts of 200,000 characters, beside the sentence encoder alone; and the resident memory of a fresh process that only routes.
+JSON lines, then a table: decisions in milliseconds (median and p99 of interleaved rounds) on the fast path in C and in numpy, the
+slow path and for prompts of 200,000 characters, beside the sentence encoder alone; the processor time of both fast paths, which
+other work on the machine does not lengthen as much, taken in turns for each prompt; and the resident memory of a fresh process that
+only routes.
 """
 
 import json
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ import numpy as np
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 NUM_ROUNDS = 3
+NUM_CPU_ROUNDS = 8
 
 
 def memory_of_a_fresh_process(artifact: str) -> dict[str, float]:
@@ -53,8 +57,24 @@ def timed(run: Callable[[str], object], prompts: Sequence[str]) -> list[float]:
     return took
 
 
+def processor_time(both: dict[str, Callable[[str], object]], prompts: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Milliseconds of this thread on a processor: the median of all calls, and of each prompt's best."""
+    took = {name: np.zeros((NUM_CPU_ROUNDS, len(prompts))) for name in both}
+    for i in range(NUM_CPU_ROUNDS):
+        for p, prompt in enumerate(prompts):
+            for name in both if (i + p) % 2 else reversed(both):
+                began = time.thread_time_ns()
+                both[name](prompt)
+                took[name][i, p] = time.thread_time_ns() - began
+    return {
+        name: {"median_ms": 1e-6 * float(np.median(some)), "best_ms": 1e-6 * float(np.median(some.min(axis=0)))}
+        for name, some in took.items()
+    }
+
+
 def main() -> None:
     from antiphon.coe.routing.artifact import load_artifact
+    from antiphon.coe.routing.assessment import Ready
     from antiphon.coe.routing.decision import Question
     from antiphon.coe.routing.router import Router, judge, spec_of
     from antiphon.coe.training.data.table import read_table
@@ -63,9 +83,13 @@ def main() -> None:
     prompts = list(read_table(Path(sys.argv[2])).prompts)
     prompts = prompts[:: max(1, len(prompts) // 2000)]
     spec = spec_of(artifact)
-    router = Router(spec.model_copy(update={"router": spec.router.model_copy(update={"slow_path": "never"})}), artifact)
+    spec = spec.model_copy(update={"router": spec.router.model_copy(update={"slow_path": "never"})})
+    router, path = Router(spec, artifact), artifact.fast
+    numpy_path = replace(path, quick=Ready(path.fitted, path.mix, path.gate, native=False))
+    in_numpy = Router(spec, replace(artifact, embedding=replace(artifact.embedding, native=False), fast=numpy_path))
     runs: dict[str, tuple[Callable[[str], object], list[str]]] = {
         "fast path": (lambda prompt: router.route(Question(prompt=prompt)), prompts),
+        "fast path, in numpy": (lambda prompt: in_numpy.route(Question(prompt=prompt)), prompts),
         "fast path, 200,000 characters": (
             lambda prompt: router.route(Question(prompt=prompt)),
             [(prompt + " ") * (200_000 // (len(prompt) + 1)) for prompt in prompts[:60]],
@@ -86,6 +110,9 @@ def main() -> None:
     for name, seconds in took.items():
         line = {"what": name, "median_ms": 1e3 * float(np.median(seconds)), "p99_ms": 1e3 * float(np.quantile(seconds, 0.99))}
         print(json.dumps(line | {"n": len(seconds)}))
+    spent = processor_time({name: runs[name][0] for name in ("fast path", "fast path, in numpy")}, prompts[::4])
+    for name, times in spent.items():
+        print(json.dumps({"what": f"{name}, processor time", **times, "native": artifact.embedding.reader is not None}))
     memory = memory_of_a_fresh_process(sys.argv[1])
     print(json.dumps({"what": "memory of a fresh process", **memory}))
     print()

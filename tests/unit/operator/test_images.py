@@ -66,6 +66,8 @@ def test_worker_images_carry_kernels_for_several_instruction_sets_and_name_where
         text = (IMAGES / f"{name}.Dockerfile").read_text()
         (built,) = re.findall(r"antiphon\.models\.native\.library --into (\S+)", text)
         assert f"ANTIPHON_KERNELS={built}" in text
+        for module in ("transport", "coe.routing"):
+            assert f"python -m antiphon.{module}.native.build --into {built}" in text
     assert "torch" not in re.findall(r"pip install[^#]*", (IMAGES / "operator.Dockerfile").read_text())[0]
 
 

@@ -288,6 +288,7 @@ def load_artifact(directory: Path, *, slow_path: bool = True, digest: str | None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointInvalid(f"artifact {directory}: {type(error).__name__}: {error}") from error
     _check_shapes(artifact, directory)
+    artifact.embedding.make_ready()
     return artifact
 
 

@@ -1,4 +1,4 @@
-"""What one path of the router computes: categories, expected scores, familiarity (request speed, plain numpy).
+"""What one path of the router computes: categories, expected scores, familiarity (request speed; numpy, and C for one prompt).
 
     embedding ─┬► class head ─┬─► p(class) ─┬─► p(category): the sum over its classes
                │              │       ▲     └─► mean scores of classes and categories ─┐
@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
+
+from antiphon.coe.routing.native import build
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -165,20 +168,38 @@ def others(fitted: Fitted) -> Floats:
 
 
 class Ready:
-    """A path made ready for one prompt at a time: the arithmetic of ``assess`` in a dozen calls. Shares nothing that changes."""
+    """A path made ready for one prompt at a time: the arithmetic of ``assess`` in one call. Shares nothing that changes."""
 
-    def __init__(self, fitted: Fitted, mix: Mix, gate: Gate) -> None:
-        """Fold what no prompt changes: the mix into the tables, both tables into one."""
+    def __init__(self, fitted: Fitted, mix: Mix, gate: Gate, *, native: bool = True) -> None:
+        """Fold what no prompt changes: the mix into the tables, both tables into one. ``native`` False asks for numpy."""
         F, end = len(fitted.category_F), len(fitted.category_F) + len(fitted.mean_M)
         width = fitted.heads_DH.shape[1] if mix.word_share else end
         weights_DH = fitted.heads_DH[:, :width].copy()
         weights_DH[:, F:end] *= np.float32(mix.value_share)
         bias_H = fitted.bias_H[:width].copy()
         bias_H[F:end] *= np.float32(mix.value_share)
+        table_FX = np.ascontiguousarray(np.concatenate([mixed_means(fitted, mix), members(fitted)], axis=1))
+        module = build.load() if native else None
+        self._native = None
+        if module is not None:
+            self._native = module.Heads(
+                np.ascontiguousarray(weights_DH, np.float32),
+                np.ascontiguousarray(bias_H, np.float32),
+                table_FX,
+                np.ascontiguousarray(fitted.mean_M, np.float32),
+                fitted.general,
+                mix.word_share,
+                float(np.float32(1.0 / fitted.temperature)),
+                mix.trust,
+                gate.weight,
+                gate.bias,
+                gate.caution,
+                gate.caution_below,
+            )
         # A row of ones behind the embedding's numbers would save one call and cost a copy of the embedding.
         self._weights_HD = np.ascontiguousarray(weights_DH.T)
         self._bias_H = bias_H
-        self._table_FX = np.ascontiguousarray(np.concatenate([mixed_means(fitted, mix), members(fitted)], axis=1))
+        self._table_FX = table_FX
         self._mean_M = fitted.mean_M
         self._num_classes, self._num_experts, self._end = F, len(fitted.mean_M), end
         self._word_share = mix.word_share
@@ -189,6 +210,8 @@ class Ready:
 
     def assess(self, embedding_D: Floats, threshold: float) -> tuple[list[float], list[float], float]:
         """p(category), expected scores and familiarity of one prompt; below ``threshold`` scores are drawn to the means."""
+        if self._native is not None:
+            return cast("tuple[list[float], list[float], float]", self._native.assess(embedding_D, threshold))
         found_H = self._weights_HD @ embedding_D
         found_H += self._bias_H
         logits_F = found_H[: self._num_classes]

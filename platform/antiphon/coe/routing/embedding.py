@@ -1,7 +1,7 @@
 """The fast path's embedding: static token vectors, the shape of the text, topics of training, microseconds (request speed).
 
-Works in plain numpy on arrays of the router artifact. The prompt is cut to a window first, so the time is bounded for any input.
-Must not know: categories, experts.
+Works on arrays of the router artifact: in C (native/reader.h), or in numpy where that is not built. The prompt is cut to a window
+first, so the time is bounded for any input. Must not know: categories, experts.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from antiphon.coe.routing.framing.core import without_framing
+from antiphon.coe.routing.native import build
 from antiphon.coe.routing.wordpiece import WordPiece, window
 
 Floats = npt.NDArray[np.float32]
@@ -94,7 +96,7 @@ class WordVectors:
         self.vectors.direction(id_U, into_D, count_U)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class StaticEmbedding:
     """What the fast path sees of a text: [near D | shape NUM_SHAPE | topics | words].
 
@@ -110,13 +112,41 @@ class StaticEmbedding:
     num_head_chars: int = 1024
     num_tail_chars: int = 256
     max_tokens: int = 320
+    native: bool = True  # in C where it is built; to the rounding of sums both are the same
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made from the rest."""
+        return {name: value for name, value in self.__dict__.items() if name != "reader"}
+
+    @cached_property
+    def reader(self) -> Any | None:
+        """The native reader of texts, made once; None where numpy reads them."""
+        module = build.load() if self.native else None
+        if module is None:
+            return None
+        words, topics = self.words, self.topics
+        return module.Reader(
+            self.tokens.vocabulary,
+            () if words is None else words.words,
+            _pair(self.near),
+            None if topics is None else _pair(topics),
+            None if words is None else _pair(words.vectors),
+            self.tokens.unk_id,
+            self.max_tokens,
+            _GROUP_OF,
+            float(_SHAPE_SCALE),
+        )
+
+    def make_ready(self) -> None:
+        """Make the reader now rather than at the first text: it takes milliseconds, a minute at most where it is compiled."""
+        _ = self.reader
 
     @property
     def num_near(self) -> int:
         """Numbers that similarity is measured in: the first ones."""
         return int(self.near.table_VD.shape[1])
 
-    @property
+    @cached_property
     def num_dimensions(self) -> int:
         """Length of an embedding."""
         num_topics = 0 if self.topics is None else int(self.topics.table_VD.shape[1])
@@ -136,10 +166,17 @@ class StaticEmbedding:
     def encode(self, text: str) -> Floats:
         """Embedding of the window of ``text`` without its framing; each part of vectors has length 1, or 0 without tokens."""
         seen = self._seen(text)
+        embedding = np.zeros(self.num_dimensions, np.float32)
+        if self.reader is not None:
+            self.reader.encode(seen, None if seen.isascii() else self.tokens.words(seen), embedding)
+        else:
+            self._encode(seen, embedding)
+        return embedding
+
+    def _encode(self, seen: str, embedding: Floats) -> None:
         words = self.tokens.words(seen)
         ids = self.tokens.encode_words(words, self.max_tokens)
         D = self.num_near
-        embedding = np.zeros(self.num_dimensions, np.float32)
         embedding[D : D + NUM_SHAPE] = shape_of(seen)
         embedding[D : D + NUM_SHAPE] *= _SHAPE_SCALE
         if ids:
@@ -152,7 +189,6 @@ class StaticEmbedding:
                 begin = end
             if self.words is not None:
                 self.words.direction(words, embedding[begin:])
-        return embedding
 
     def encode_all(self, texts: Sequence[str]) -> Floats:
         """Embeddings [len(texts), num_dimensions]; row by row the same arithmetic as ``encode``."""
@@ -160,6 +196,10 @@ class StaticEmbedding:
         for i, text in enumerate(texts):
             rows[i] = self.encode(text)
         return rows
+
+
+def _pair(vectors: TokenVectors) -> tuple[npt.NDArray[np.int8], Floats]:
+    return np.ascontiguousarray(vectors.table_VD, np.int8), np.ascontiguousarray(vectors.scale_V, np.float32)
 
 
 def quantised(table_VD: npt.NDArray[np.floating]) -> TokenVectors:

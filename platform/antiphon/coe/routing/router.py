@@ -148,7 +148,7 @@ def spec_of(artifact: Artifact) -> CompositionSpec:
 
 
 _NAMED_BY = 2000  # characters of a prompt that its decision's id is made from
-_QUICK_CHARACTERS = 2000  # of a prompt that the fast path judges in some 0.3 ms
+_QUICK_CHARACTERS = 2000  # of a prompt that the fast path judges in well below 0.3 ms
 
 
 class Router:

@@ -1,0 +1,1 @@
+"""C source of a decision's fast path, and the loader that compiles it once (control)."""

@@ -1,0 +1,162 @@
+// The fast path of a routing decision: a text's embedding (reader.h), and what the heads say of it (request speed, microseconds).
+//
+// Objects hold the arrays they were made with and work under the GIL; scratch belongs to a call wherever Python may run within it.
+// The plain twins are StaticEmbedding in embedding.py, and Ready in assessment.py: the same words, tokens and order, and the same
+// numbers up to the rounding of sums, which differs between any two processors' libraries too.
+//
+// Must not know: policies, experts, where a text comes from.
+
+#include "reader.h"
+
+static const double MAX_LOGIT = 30.0;
+
+typedef struct {
+    PyObject_HEAD
+    array weights, bias, table, means;  // [D, H], [H], [F, M + C], [M]
+    Py_ssize_t D, H, F, M, X, general;
+    int32_t *from, *to;  // of each row of weights, outside of which it is zero
+    float cooling, trust;
+    double word_share, weight, bias_of_gate, caution, caution_below;
+} heads;
+
+// exp(x - the largest x), in place, and its sum.
+static float raised(float *x, Py_ssize_t num, float by, float top) {
+    float total = 0.0f;
+    for (Py_ssize_t i = 0; i < num; i++) total += x[i] = expf((x[i] - top) * by);
+    return total;
+}
+
+static float largest(const float *x, Py_ssize_t num) {
+    float top = x[0];
+    for (Py_ssize_t i = 1; i < num; i++) top = x[i] > top ? x[i] : top;
+    return top;
+}
+
+static PyObject *as_list(const float *x, Py_ssize_t num) {
+    PyObject *list = PyList_New(num);
+    for (Py_ssize_t i = 0; list && i < num; i++) {
+        PyObject *item = PyFloat_FromDouble(x[i]);
+        if (item) PyList_SET_ITEM(list, i, item);
+        else Py_CLEAR(list);
+    }
+    return list;
+}
+
+// assess(embedding, threshold) -> (p(category), expected scores, familiarity)
+static PyObject *heads_assess(heads *self, PyObject *const *args, Py_ssize_t num_args) {
+    if (num_args != 2) return PyErr_Format(PyExc_TypeError, "assess(embedding, threshold)");
+    double threshold = PyFloat_AsDouble(args[1]);
+    if (PyErr_Occurred()) return NULL;
+    array embedding = {0};
+    int taken = take(&embedding, args[0], sizeof(float), self->D, "embedding");
+    Py_ssize_t F = self->F, M = self->M;
+    float *found = PyMem_Malloc((size_t)(self->H + self->X) * sizeof(float)), *mixed = found + self->H;
+    if (!found) PyErr_NoMemory();
+    else if (!taken) {
+        memcpy(found, self->bias.view.buf, self->H * sizeof(float));
+        const float *row = self->weights.view.buf, *x = embedding.view.buf;
+        for (Py_ssize_t d = 0; d < self->D; d++, row += self->H)
+            if (x[d] != 0.0f) add_floats(found + self->from[d], row + self->from[d], x[d], self->to[d] - self->from[d]);
+    }
+    let_go(&embedding);
+    if (taken || !found) return PyMem_Free(found), NULL;
+    float top = largest(found, F), sum = 0.0f;
+    for (Py_ssize_t f = 0; f < F; f++) sum += expf(found[f] - top);
+    double energy = log((double)sum) + (double)top;
+    sum = raised(found, F, self->cooling, top);
+    float by = (float)((1.0 - self->word_share) / (double)sum);
+    for (Py_ssize_t f = 0; f < F; f++) found[f] *= by;
+    if (self->word_share) {
+        float *word = found + F + M;
+        by = (float)(self->word_share / (double)raised(word, F, 1.0f, largest(word, F)));
+        for (Py_ssize_t f = 0; f < F; f++) found[f] += word[f] * by;
+    }
+    memset(mixed, 0, self->X * sizeof(float));
+    for (Py_ssize_t f = 0; f < F; f++) add_floats(mixed, (const float *)self->table.view.buf + f * self->X, found[f], self->X);
+    for (Py_ssize_t m = 0; m < M; m++) mixed[m] += found[F + m];
+    double logit = self->weight * energy + self->bias_of_gate;
+    logit = logit > MAX_LOGIT ? MAX_LOGIT : logit < -MAX_LOGIT ? -MAX_LOGIT : logit;
+    double familiarity = 1.0 / (1.0 + exp(-logit));
+    const float *mean = self->means.view.buf;
+    if (familiarity < threshold)
+        for (Py_ssize_t m = 0; m < M; m++) mixed[m] = mean[m] + self->trust * (mixed[m] - mean[m]);
+    if (self->caution != 0.0 && familiarity < self->caution_below) {
+        float lead = (float)(self->caution * (1.0 - familiarity / self->caution_below));
+        for (Py_ssize_t m = 0; m < M; m++) mixed[m] -= m == self->general ? 0.0f : lead;
+    }
+    PyObject *categories = as_list(mixed + M, self->X - M), *scores = as_list(mixed, M);
+    PyMem_Free(found);
+    if (categories && scores) return Py_BuildValue("(NNd)", categories, scores, familiarity);
+    Py_XDECREF(categories);
+    Py_XDECREF(scores);
+    return NULL;
+}
+
+// Heads(weights, bias, table, means, general, word_share, cooling, trust, weight, bias of the gate, caution, caution_below)
+static int heads_init(heads *self, PyObject *args, PyObject *kwargs) {
+    PyObject *weights, *bias, *table, *means;
+    if (self->from) return PyErr_Format(PyExc_RuntimeError, "already made"), -1;
+    if (!PyArg_ParseTuple(args, "OOOOndffdddd", &weights, &bias, &table, &means, &self->general, &self->word_share, &self->cooling,
+                          &self->trust, &self->weight, &self->bias_of_gate, &self->caution, &self->caution_below))
+        return -1;
+    const Py_ssize_t item = sizeof(float);
+    if (take(&self->weights, weights, item, -1, "weights") || take(&self->bias, bias, item, -1, "bias") ||
+        take(&self->table, table, item, -1, "table") || take(&self->means, means, item, -1, "means"))
+        return -1;
+    self->H = self->bias.num;
+    self->M = self->means.num;
+    self->F = self->word_share ? (self->H - self->M) / 2 : self->H - self->M;
+    if (self->F < 1 || self->M < 1 || self->H != self->M + self->F * (self->word_share ? 2 : 1) || self->weights.num % self->H ||
+        self->table.num % self->F || self->table.num / self->F < self->M)
+        return PyErr_Format(PyExc_ValueError, "heads don't fit each other"), -1;
+    self->D = self->weights.num / self->H;
+    self->X = self->table.num / self->F;
+    self->from = PyMem_Calloc((size_t)self->D + 1, sizeof(int32_t));
+    self->to = PyMem_Calloc((size_t)self->D + 1, sizeof(int32_t));
+    if (!self->from || !self->to) return PyErr_NoMemory(), -1;
+    for (Py_ssize_t d = 0; d < self->D; d++) {
+        const float *row = (const float *)self->weights.view.buf + d * self->H;
+        Py_ssize_t from = 0, to = self->H;
+        while (to > 0 && row[to - 1] == 0.0f) to--;
+        while (from < to && row[from] == 0.0f) from++;
+        self->from[d] = (int32_t)from;
+        self->to[d] = (int32_t)to;
+    }
+    return 0;
+}
+
+static void heads_dealloc(heads *self) {
+    let_go(&self->weights), let_go(&self->bias), let_go(&self->table), let_go(&self->means);
+    PyMem_Free(self->from);
+    PyMem_Free(self->to);
+    Py_TYPE(self)->tp_free((PyObject *)self);
+}
+
+// ---- module
+
+static PyMethodDef heads_methods[] = {
+    {"assess", (PyCFunction)(void (*)(void))heads_assess, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyTypeObject heads_type = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "antiphon_router.Heads",
+    .tp_basicsize = sizeof(heads),
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_new = PyType_GenericNew,
+    .tp_init = (initproc)heads_init,
+    .tp_dealloc = (destructor)heads_dealloc,
+    .tp_methods = heads_methods,
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "antiphon_router", NULL, -1, NULL};
+
+PyMODINIT_FUNC PyInit_antiphon_router(void) {
+    if (PyType_Ready(&reader_type) || PyType_Ready(&heads_type)) return NULL;
+    PyObject *made = PyModule_Create(&module);
+    if (made) {
+        PyModule_AddObjectRef(made, "Reader", (PyObject *)&reader_type);
+        PyModule_AddObjectRef(made, "Heads", (PyObject *)&heads_type);
+    }
+    return made;
+}

@@ -1,0 +1,148 @@
+"""The fast path in C beside its twin in numpy, on vectors and heads drawn at random."""
+
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from antiphon.coe.routing.assessment import Fitted, Gate, Mix, Ready
+from antiphon.coe.routing.embedding import NUM_SHAPE, StaticEmbedding, WordVectors, quantised
+from antiphon.coe.routing.native import build
+from antiphon.coe.routing.wordpiece import WordPiece
+from antiphon.native_build import Extension
+
+pytestmark = pytest.mark.skipif(build.load() is None, reason="no C compiler or no Python header")
+
+PIECES = ("a", "b", "e", "q", "s", "the", "ed", "ing", "12", "é", "в", "中", "ß")
+VOCABULARY = (
+    *("[UNK]", "[CLS]", "[SEP]", "the", "the", "river", "café", "где", "中", "?", ".", "=", "_", "x" * 100, "x" * 101),
+    *PIECES,
+    *("##" + piece for piece in PIECES),
+)
+WORDS = ("the", "river", "12", "café", "где", "中", "x" * 101, "a", "the")
+TEXTS = (
+    *(
+        "",
+        " \n\t",
+        "The river, the RIVER; the river?",
+        "sing\x1csing\x00a",
+        "Café café CAFÉ cafe\u0301 где\u200b ГДЕ",
+        "a\ud800b \udfff",
+    ),
+    *("x" * 99, "x" * 100, "x" * 101, "é" * 100, "в" * 401, "ing#ed_12", "f(x) = {3: [1, 2]}; $\\alpha^2$ 'and' \"so\" - */"),
+    *(
+        "a" * 200_000,
+        "中" * 200_000,
+        "a 12 " * 40_000,
+        "\U0001f600" * 50_000,
+        "ﷺİıſß" * 700,
+        "\x00\x01" * 9_000,
+        "the river " * 4_000,
+    ),
+)
+_source = np.random.default_rng(0)
+
+
+def _embedding(*, topics: bool = True, words: bool = True) -> StaticEmbedding:
+    return StaticEmbedding(
+        tokens=WordPiece(VOCABULARY),
+        near=quantised(_source.normal(size=(len(VOCABULARY), 33))),
+        topics=quantised(_source.normal(size=(len(VOCABULARY), 16))) if topics else None,
+        words=WordVectors(words=WORDS, vectors=quantised(_source.normal(size=(len(WORDS), 9)))) if words else None,
+    )
+
+
+EMBEDDING = _embedding()
+PLAIN = replace(EMBEDDING, native=False)
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: repr(text[:12]))
+def test_odd_and_long_texts_have_the_same_embedding(text: str) -> None:
+    assert np.allclose(EMBEDDING.encode(text), PLAIN.encode(text), rtol=0, atol=1e-6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.text(st.one_of(st.characters(max_codepoint=127), st.sampled_from(" aethingdsqЯé中_?#"), st.characters()), max_size=400)
+)
+def test_any_text_has_the_same_embedding(text: str) -> None:
+    assert np.allclose(EMBEDDING.encode(text), PLAIN.encode(text), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("topics", "words"), [(False, False), (True, False), (False, True)])
+def test_parts_may_be_missing_and_one_text_leaves_nothing_for_the_next(topics: bool, words: bool) -> None:
+    embedding = _embedding(topics=topics, words=words)
+    plain, again = replace(embedding, native=False), embedding.encode(TEXTS[2])
+    for text in TEXTS:
+        assert np.allclose(embedding.encode(text), plain.encode(text), rtol=0, atol=1e-6)
+    assert np.array_equal(embedding.encode(TEXTS[2]), again)
+
+
+def _heads(source: random.Random, *, word_share: float, value_share: float, caution: float) -> tuple[Fitted, Mix, Gate]:
+    D, F, M, C = EMBEDDING.num_dimensions, source.randint(1, 9), source.randint(1, 7), source.randint(1, 4)
+    H = F + M + (F if word_share else 0)
+    heads_DH = _source.normal(size=(D, H)).astype(np.float32)
+    heads_DH[: D // 2, F + M :] = 0.0
+    heads_DH[D // 2 :, : F + M] = 0.0
+    fitted = Fitted(
+        heads_DH=heads_DH,
+        bias_H=_source.normal(size=H).astype(np.float32),
+        temperature=1.7,
+        category_F=_source.integers(0, C, F),
+        class_scores_FM=_source.random((F, M)).astype(np.float32),
+        category_scores_CM=_source.random((C, M)).astype(np.float32),
+        mean_M=_source.random(M).astype(np.float32),
+        general=source.randrange(M),
+        landmarks_ND=np.zeros((1, D), np.float32),
+    )
+    mix = Mix(category_share=0.4, value_share=value_share, trust=0.3, word_share=word_share)
+    return fitted, mix, Gate(weight=0.8, bias=-2.0, threshold=0.5, caution=caution, caution_below=0.7)
+
+
+@pytest.mark.parametrize(
+    ("word_share", "value_share", "caution"), [(0.3, 0.2, 0.1), (0.0, 0.7, 0.1), (0.45, 0.0, 0.0), (1.0, 0.4, 0.12)]
+)
+def test_heads_say_the_same_of_any_embedding(word_share: float, value_share: float, caution: float) -> None:
+    source = random.Random(3)
+    for _ in range(8):
+        fitted, mix, gate = _heads(source, word_share=word_share, value_share=value_share, caution=caution)
+        native, plain = Ready(fitted, mix, gate), Ready(fitted, mix, gate, native=False)
+        for text, scale in zip(TEXTS[2:14], np.geomspace(0.1, 40.0, 12).astype(np.float32), strict=True):
+            embedding = EMBEDDING.encode(text) * scale
+            for threshold in (0.0, 0.5, 2.0):
+                found, expected = native.assess(embedding, threshold), plain.assess(embedding, threshold)
+                assert np.allclose(found[0], expected[0], rtol=1e-4, atol=1e-5)
+                assert np.allclose(found[1], expected[1], rtol=1e-4, atol=1e-5)
+                assert found[2] == pytest.approx(expected[2], rel=1e-4)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    reader = EMBEDDING.reader
+    assert reader is not None
+    room = np.zeros(EMBEDDING.num_dimensions, np.float32)
+    for wrong in ((b"a", None, room), ("é", None, room), ("a", ["a", 3], room), ("a", None, room[:-1]), ("a", ["\ud800"], room)):
+        with pytest.raises((TypeError, ValueError)):
+            reader.encode(*wrong)
+    assert np.allclose(EMBEDDING.encode("a the"), PLAIN.encode("a the"), atol=1e-6)
+    fitted, mix, gate = _heads(random.Random(1), word_share=0.3, value_share=0.2, caution=0.1)
+    with pytest.raises(ValueError, match="embedding"):
+        Ready(fitted, mix, gate).assess(room[:NUM_SHAPE], 0.1)
+
+
+def test_an_image_carries_the_module_and_takes_it_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["build", "--into", str(tmp_path)])
+    assert Extension.command(replace(build.ROUTER, flags=("-O0",))) == 0
+    monkeypatch.setenv("ANTIPHON_KERNELS", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("ANTIPHON_CACHE", str(tmp_path / "nothing"))
+    module = build.load.__wrapped__()
+    assert module is not None
+    assert Path(module.__file__ or "").parent == tmp_path
+    monkeypatch.setenv("ANTIPHON_NATIVE", "0")
+    assert build.load.__wrapped__() is None
