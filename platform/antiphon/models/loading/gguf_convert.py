@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from antiphon.core.errors import CheckpointInvalid, InvalidInput
@@ -57,7 +58,7 @@ def convert_gguf(
         watch: Gets how far it is; None = nobody looks.
 
     Raises:
-        CheckpointInvalid: the file is not whole, or lacks a field or tensor.
+        CheckpointInvalid: the file is not whole, or lacks a field or tensor; or ``out`` can't be written.
         UnsupportedModel: its family, tokenizer or quantisation is not supported; named in the message.
         InvalidInput: ``out`` holds something already.
     """
@@ -130,7 +131,10 @@ def _write_weights(
             else:
                 tensors[tensor.name] = _values(file, tensor).to(dtypes[tensor.name])
             done.num_bytes += _num_bytes(tensor, dtypes)  # of the values: four bits are less to write
-        save_file(tensors, out / name, metadata={"format": "pt"})
+        try:
+            save_file(tensors, out / name, metadata={"format": "pt"})
+        except SafetensorError as error:  # what the library makes of a full disk
+            raise CheckpointInvalid(f"{out / name} can't be written: {error}") from error
         weight_map |= dict.fromkeys(tensors, name)
         num_bytes += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:

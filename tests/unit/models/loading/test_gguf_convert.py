@@ -5,6 +5,7 @@ The forward direction (names, order of rotary rows, quantising) is written out i
 
 import json
 import random
+import resource
 import time
 
 import numpy as np
@@ -310,6 +311,19 @@ def test_a_missing_tensor_is_named_and_nothing_is_left_behind(tmp_path):
 def test_a_failure_while_writing_leaves_nothing_behind(tmp_path):
     with pytest.raises(UnsupportedModel, match=r"'tokenizer\.ggml\.pre' is 'nobody-knows'"):
         converted(tmp_path, tiny_model("llama"), "llama", pre="nobody-knows")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_a_disk_that_takes_no_more_is_said_and_nothing_is_left_behind(tmp_path):
+    """A limit of the process on a file's size stands for a full disk: the system refuses the write in the same place."""
+    path = write_gguf(tmp_path / "model.gguf", tiny_model("llama"), "llama")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+    try:
+        with pytest.raises(CheckpointInvalid, match=r"model\.safetensors can't be written: .*large"):
+            convert_gguf(path, tmp_path / "out", dtype="float32")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
 
