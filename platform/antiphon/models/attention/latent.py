@@ -21,7 +21,7 @@ from antiphon.core.errors import UnsupportedModel
 from antiphon.device.device import is_card
 from antiphon.models.attention.indexer import Indexer
 from antiphon.models.attention.kv_cache import KVCache
-from antiphon.models.attention.paged import AttentionBatch, Chunk, chunk_attention, paged_attention, slot_attention
+from antiphon.models.attention.paged import AttentionBatch, Chunk, attend_context, attend_rows, chunk_attention, slot_attention
 from antiphon.models.config import LatentAttentionConfig, LayerConfig
 from antiphon.models.layers.functional import RMSNorm, Rope
 from antiphon.models.layers.linear import Linear
@@ -145,7 +145,9 @@ class LatentAttention:
         decodes = (
             batch if not batch.chunks else replace(batch, chunks=(), card=None if batch.card is None else batch.card.decodes())
         )
-        out_BNR = paged_attention(self._in_latent_space(q_BNH, q_BNP), plane, plane[..., : c.kv_rank], decodes, self._scale, None)
+        q_BNx = self._in_latent_space(q_BNH, q_BNP)
+        out_BW = attend_rows(q_BNx.flatten(1), c.num_heads, plane, plane[..., : c.kv_rank], decodes, self._scale, None)
+        out_BNR = out_BW.view(-1, c.num_heads, c.kv_rank)
         return torch.matmul(out_BNR.transpose(0, 1), self._v_up_NRV).transpose(0, 1)
 
     def _prefill(
@@ -156,7 +158,10 @@ class LatentAttention:
         kv = self._kv_up(cached[:, : c.kv_rank].contiguous()).view(-1, c.num_heads, c.nope_dim + c.v_dim)
         k_up, v = torch.split_with_sizes(kv, [c.nope_dim, c.v_dim], dim=2)
         r = cached[:, None, c.kv_rank :].expand(-1, c.num_heads, -1)
-        return chunk_attention(q_CNx, torch.cat((k_up, r), dim=2), v, chunk, self._scale, None, chosen_TC)
+        k_CNx = torch.cat((k_up, r), dim=2)
+        if chosen_TC is None:
+            return attend_context(q_CNx, k_CNx, v, chunk, self._scale)
+        return chunk_attention(q_CNx, k_CNx, v, chunk, self._scale, None, chosen_TC)
 
 
 def _num_seen(batch: AttentionBatch) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 
+from antiphon.device.device import is_card
 from antiphon.models.attention.states import StateBatch
 from antiphon.models.cards import kernels
 from antiphon.models.native.library import available
@@ -140,7 +141,7 @@ def attend_rows(
     """``paged_attention`` by the compiled kernel where there is one: there a row's bits depend neither on the rows beside it nor on
     how its prompt was cut. Queries are the leading N*H of each row. [T, N*V].
     """
-    if batch.card is None and available() and k_cache.device.type == "cpu":
+    if batch.card is None and _has_kernel(k_cache):
         out: torch.Tensor = torch.ops.antiphon.paged_attention(
             *(rows_TW, k_cache, v_cache, batch.decode_blocks_BM, batch.decode_lens_B, batch.block_size_tokens),
             *(batch.chunk_slots, batch.chunk_rows, num_heads, scale, sliding_window or 0),
@@ -149,6 +150,22 @@ def attend_rows(
         return out
     q_TNH = rows_TW[:, : num_heads * k_cache.shape[2]].reshape(-1, num_heads, k_cache.shape[2])
     return paged_attention(q_TNH, k_cache, v_cache, batch, scale, sliding_window, shaping).flatten(1)
+
+
+def attend_context(q_TNH: torch.Tensor, k_CNH: torch.Tensor, v_CNV: torch.Tensor, chunk: Chunk, scale: float) -> torch.Tensor:
+    """``chunk_attention`` of rows that see all of their context, by the compiled kernel where there is one. [T, N, V]."""
+    if not _has_kernel(k_CNH):
+        return chunk_attention(q_TNH, k_CNH, v_CNV, chunk, scale, None)
+    num_rows, num_heads, _ = q_TNH.shape
+    context = [torch.arange(k_CNH.shape[0])]
+    out: torch.Tensor = torch.ops.antiphon.paged_attention(
+        q_TNH.flatten(1), k_CNH, v_CNV, None, None, 1, context, [num_rows], num_heads, scale, 0
+    )
+    return out.view(num_rows, num_heads, -1)
+
+
+def _has_kernel(cache: torch.Tensor) -> bool:
+    return cache.device.type == "cpu" and not is_card(cache.device) and available()
 
 
 def _on_card(
