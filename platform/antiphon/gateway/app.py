@@ -147,6 +147,7 @@ async def _run(
             _log.warning("the directory can't be reached yet: %s", error)
         if compositions is not None:
             await compositions.refresh()
+        gateway.start()
         await gateway.templates.check()
         await http.start()
         await grpc.start()

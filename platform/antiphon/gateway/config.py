@@ -43,6 +43,7 @@ class GatewayConfig:
     placement_timeout_s: float = 30.0  # how long a request whose worker was lost before its first token looks for another
     wake_timeout_s_by_model: Mapping[str, float] = field(default_factory=dict)  # a request waits so long for a first worker
     refresh_s: float = 0.5  # between looks into the directory
+    checks_ahead: bool = False  # the process that checks schemas is started before the first comes
     drain_timeout_s: float = 30.0  # at the stop, how long open streams may go on
     compositions: tuple[CompositionOfExperts, ...] = ()
     deployment_models: Mapping[str, str] = field(default_factory=dict)  # deploymentRef → name of a model served here

@@ -138,6 +138,11 @@ class Gateway:
             clock=clock,
         )
 
+    def start(self) -> None:
+        """Begin what is better begun before the first request. On the event loop."""
+        if self.config.checks_ahead:
+            self._checker.start()
+
     @property
     def num_requests(self) -> int:
         """Requests being answered."""

@@ -260,7 +260,7 @@ COSTLY: list[tuple[str, dict[str, Any], str]] = [
 
 
 async def test_expensive_shapes_end_by_name_and_delay_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within 0.8 s of a process of their own's processor time: see ``CHECK_TIMEOUT_S``."""
+    """Within 0.3 s of processor time of processes of their own: see ``CHECK_TIMEOUT_S``."""
     monkeypatch.setattr(checking, "CHECK_WAIT_S", 120.0)  # the tests' machine may be a busy one
     async with answering(tmp_path, "</think>{}") as (world, client):
 

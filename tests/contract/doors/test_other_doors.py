@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -158,3 +159,22 @@ async def test_tokens_go_there_and_back(tmp_path: Path) -> None:
         assert "<|im_start|>" in world.tokenizer.decode(chat["tokens"], skip_special_tokens=False)
         wrong = await http.post("/tokenize", json={"model": "tiny"})
         assert wrong.status_code == 400
+
+
+async def test_an_event_is_one_line_wherever_unicode_ends_lines(tmp_path: Path) -> None:
+    said = "a\u2028b\u2029c\x85d"
+    chat: dict[str, Any] = {"model": "tiny", "stream": True, "max_tokens": 200}
+    async with agents.answering(tmp_path, f"</think>{said}") as (world, _), httpx.AsyncClient(base_url=world.url) as http:
+        for path, asked in (
+            ("/v1/chat/completions", {"messages": agents.QUESTION}),
+            ("/v1/completions", {"prompt": "x"}),
+            ("/v1/responses", {"input": "x", "max_tokens": None, "max_output_tokens": 200}),
+            ("/v1/messages", {"messages": agents.QUESTION}),
+        ):
+            body = {name: value for name, value in {**chat, **asked}.items() if value is not None}
+            answer = await http.post(path, json=body)
+            assert answer.status_code == 200, answer.text
+            events = [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line.startswith("data: {")]
+            assert len(events) > 1
+            assert all(line.startswith(("data: ", "event: ", "id: ")) for line in answer.text.splitlines() if line), path
+            assert all(mark in json.dumps(events, ensure_ascii=False) for mark in "\u2028\u2029\x85"), path

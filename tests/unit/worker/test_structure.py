@@ -223,13 +223,41 @@ async def test_a_machine_without_time_for_a_check_says_nothing_about_the_grammar
     checker = GrammarChecker()
     try:
         await checker.check('start: "a"', "x")
-        (process,) = checker._idle
-        process.send_signal(signal.SIGSTOP)  # as one that gets no processor
         with monkeypatch.context() as patched:
-            patched.setattr(checking, "CHECK_WAIT_S", 0.05)
+            patched.setattr(checking, "CHECK_WAIT_S", 0.0001)  # as one that gets no processor
             with pytest.raises(Overloaded):
                 await checker.check('start: "b"', "x")
         await checker.check('start: "b"', "x")
+        process = checker._forker._process
+        assert process is not None
+        process.send_signal(signal.SIGSTOP)
+        with monkeypatch.context() as patched:
+            patched.setattr(checking, "CHECK_WAIT_S", 0.05)
+            patched.setattr(checking, "START_TIMEOUT_S", 0.05)
+            with pytest.raises(Overloaded):
+                await checker.check('start: "c"', "x")
+        await checker.check('start: "c"', "x")
+    finally:
+        await checker.close()
+
+
+async def test_what_was_too_expensive_is_known_and_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checking, "CHECK_WAIT_S", 120.0)  # the tests' machine may be a busy one
+    costly = [f"start: %json {json.dumps({'type': 'integer', 'multipleOf': 999_983 + i})}" for i in range(3)]
+    checker = GrammarChecker()
+    try:
+        refused = [asyncio.create_task(checker.check(each, "x")) for each in costly]
+        left = asyncio.create_task(checker.check(costly[0], "x"))
+        await asyncio.sleep(0)
+        left.cancel()  # a client that leaves takes no other's answer with it
+        await checker.check('start: "a"', "x")
+        assert not all(task.done() for task in refused)  # those that need long wait for each other, not this one for them
+        for answer in await asyncio.gather(*refused, return_exceptions=True):
+            assert isinstance(answer, TooExpensive)
+        num_asked = checker._forker._num_asked
+        with pytest.raises(TooExpensive):
+            await checker.check(costly[0], "y")
+        assert checker._forker._num_asked == num_asked
     finally:
         await checker.close()
 

@@ -85,6 +85,7 @@ def serving_config(serving: Serving, *, drain_s: float, routing: Routing = "here
             _check_key(expert.external, f"{composition.model_name}: spec.experts[{index}].external")
     thresholds = {d.model_name: d.spec.scheduler.remote_prefill_min_tokens for d in serving.deployments}
     return GatewayConfig(
+        checks_ahead=True,
         models={d.model_name: Path(serving.checkpoints[d.metadata.name]) for d in serving.deployments},
         formats={
             d.model_name: TextFormats(tool=d.spec.model.tool_format, reasoning=d.spec.model.reasoning_format)

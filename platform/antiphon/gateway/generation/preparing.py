@@ -18,6 +18,7 @@ from antiphon.core.request import OutputRules
 from antiphon.gateway.generation.infilling import infilling, infilling_ends
 from antiphon.gateway.generation.request import ChatMessage, ChatPrompt, GenerationRequest, Prompt, TextPrompt, TokenPrompt
 from antiphon.gateway.json_text import read_json_text
+from antiphon.gateway.text.answer_grammar import is_long
 from antiphon.gateway.text.chat_options import ChatOptions
 from antiphon.gateway.text.dialect import AnswerPlan, Dialect
 from antiphon.gateway.text.templates.template_process import TemplateProcess
@@ -25,6 +26,7 @@ from antiphon.gateway.text.tokenizer import INLINE_CHARS, TextModel, in_thread
 from antiphon.worker.structure.checking import GrammarChecker
 
 _MAX_TOKENS = 2**20  # of a prompt, while no worker says what its context is
+_LONG_CHARS = 2**14  # of a schema; a shorter one takes less than handing it over
 _MIN_SHOWN_TOKENS = 2**16  # a text that is only tokenized may have so many at least
 
 
@@ -80,13 +82,20 @@ class Preparer:
         found = []
         for prompt in request.prompts:
             ids = await self._encode(request.model, prompt, request.options, max_model_len or _MAX_TOKENS)
-            plan = dialect.plan(request.options, ids, is_chat=isinstance(prompt, ChatPrompt))
+            plan = await self._plan(dialect, request.options, ids, prompt)
             if plan.grammar is not None:
                 self._check_sampling(request)
                 await self._checker.check(plan.grammar, plan.grammar_field)
             fills = isinstance(prompt, TextPrompt) and prompt.suffix is not None
             ends = infilling_ends(self._models[request.model]) if fills else frozenset()
             found.append(Prepared(token_ids=(*ids, *plan.extra_token_ids), plan=plan, end_ids=ends))
+        return found
+
+    async def _plan(self, dialect: Dialect, options: ChatOptions, ids: Sequence[int], prompt: Prompt) -> AnswerPlan:
+        """How the answer is bound; a long schema does not hold up other streams."""
+        num_chars = INLINE_CHARS + 1 if is_long(options, _LONG_CHARS) else 0
+        plan = functools.partial(dialect.plan, options, ids, is_chat=isinstance(prompt, ChatPrompt))
+        found: AnswerPlan = await in_thread(self._executor, num_chars, plan)
         return found
 
     def _check_sampling(self, request: GenerationRequest) -> None:
@@ -105,7 +114,7 @@ class Preparer:
         dialect = self._dialects[model]
         dialect.check(options)
         ids = await self._encode(model, prompt, options, max_model_len or _MAX_TOKENS)
-        return (*ids, *dialect.plan(options, ids, is_chat=isinstance(prompt, ChatPrompt)).extra_token_ids)
+        return (*ids, *(await self._plan(dialect, options, ids, prompt)).extra_token_ids)
 
     async def text_ids(
         self, model: str, text: str, max_model_len: int | None, *, add_special_tokens: bool = True

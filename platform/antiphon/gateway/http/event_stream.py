@@ -32,6 +32,7 @@ DONE: Final = "[DONE]"
 _PURPOSE: Final = "place in a stream"
 _PLACE: Final = struct.Struct(">IIIIQII")
 _MAC_BYTES: Final = 9
+_LINE_ENDS: Final = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"})  # JSON escapes all others
 _MAX_ID_CHARS: Final = 96
 
 Json = dict[str, Any]
@@ -181,7 +182,7 @@ class EventStream:
     def _framed(self, each: Json | str, *, named: bool) -> bytes:
         if isinstance(each, dict) and "sequence_number" in each:
             each = {**each, "sequence_number": self._at.num_events - 1}
-        data = each if isinstance(each, str) else json.dumps(each, ensure_ascii=False, separators=(",", ":"))
+        data = each if isinstance(each, str) else one_line(json.dumps(each, ensure_ascii=False, separators=(",", ":")))
         name = f"event: {each['type']}\n" if named and isinstance(each, dict) else ""
         event_id = f"id: {self._id()}\n" if self._has_ids else ""
         return f"{event_id}{name}data: {data}\n\n".encode()
@@ -213,6 +214,11 @@ class EventStream:
             created=created,
             token_sum=token_sum,
         )
+
+
+def one_line(json_text: str) -> str:
+    """JSON that is one line to every reader: some split event streams wherever Unicode ends a line, as ``str.splitlines`` does."""
+    return json_text.translate(_LINE_ENDS)
 
 
 def _parsed(text: str) -> tuple[bytes, bytes]:

@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from antiphon.core.errors import InvalidInput
+from antiphon.gateway.json_text import containers
 
 _M = TypeVar("_M", bound=BaseModel)
 
@@ -92,7 +93,7 @@ def _check_sizes(value: object, prefix: str) -> None:
             num_values += len(item)
             if num_values > MAX_BODY_VALUES:
                 raise InvalidInput(f"{prefix}the body holds more than {MAX_BODY_VALUES} values besides its prompt")
-            open_values += item.values() if isinstance(item, dict) else item
+            open_values += containers(item.values() if isinstance(item, dict) else item)
 
 
 def _without(value: object, location: tuple[int | str, ...]) -> object:

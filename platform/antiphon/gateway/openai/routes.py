@@ -26,7 +26,7 @@ from antiphon import __version__
 from antiphon.core.errors import AntiphonError, InvalidInput
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.generation.request import ChoiceDelta, Completed, Event, Started
-from antiphon.gateway.http.event_stream import DONE, LAST_EVENT_HEADER, EventStream
+from antiphon.gateway.http.event_stream import DONE, LAST_EVENT_HEADER, EventStream, one_line
 from antiphon.gateway.http.manners import Manners
 from antiphon.gateway.openai.answers import Answer, model_card
 from antiphon.gateway.openai.http_io import (
@@ -225,7 +225,8 @@ async def _stream(
         if not started:
             await response(scope, receive, send)
             return
-        await send({"type": "http.response.body", "body": b"data: " + bytes(response.body) + b"\n\n", "more_body": False})
+        data = one_line(bytes(response.body).decode()).encode()
+        await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": False})
 
 
 def _chunks(answer: Answer, event: Event) -> list[dict[str, Any] | str]:

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.generation.request import ChoiceDelta, Completed, Started, Usage
-from antiphon.gateway.http.event_stream import EventStream
+from antiphon.gateway.http.event_stream import EventStream, one_line
 from antiphon.gateway.openai.http_io import ClientBound
 from antiphon.gateway.text.parts import Part, Text
 
@@ -106,7 +106,7 @@ def answered(
             if not started:
                 await response(scope, receive, send)
                 return
-            body = b"event: error\ndata: " + bytes(response.body) + b"\n\n"
+            body = b"event: error\ndata: " + one_line(bytes(response.body).decode()).encode() + b"\n\n"
             await send({"type": "http.response.body", "body": body, "more_body": False})
 
     produce = streamed if generation.stream else whole

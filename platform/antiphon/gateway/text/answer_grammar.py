@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from antiphon.core.errors import InvalidInput
+from antiphon.gateway.json_text import is_deeper
 from antiphon.gateway.text.chat_options import AnswerShape, ChatOptions, Tool
 from antiphon.gateway.text.formats.base import CallFormat, ChannelFormat, Rules, ThoughtMarkers
 from antiphon.worker.structure.checking import BOUND
@@ -53,6 +54,13 @@ def answer_grammar(
     thinking = "" if thoughts is None else _thinking(thoughts, rules, is_open=is_open)
     lines = [f"start: {thinking} {body}", f"{BOUND}{bound or body}", *rules.lines, "ANY: /(?s:.*)/", "EMPTY: /[ \\n]{0,4}/"]
     return "\n".join(lines), field
+
+
+def is_long(options: ChatOptions, num_chars: int) -> bool:
+    """Whether the grammar will be made of more than so many characters; found in little time."""
+    shape = () if options.shape is None else (options.shape.value,)
+    given = [list(each) if isinstance(each, tuple) else each for each in shape]
+    return _is_longer([*given, *(tool.parameters for tool in options.callable_tools)], num_chars)
 
 
 def _body(options: ChatOptions, tools: Sequence[Tool], form: CallFormat | None, rules: Rules) -> tuple[str | None, str, str | None]:
@@ -144,7 +152,9 @@ def _check_size(shape: AnswerShape) -> None:
 def _check(schema: object, field: str) -> None:
     if schema is False:
         raise InvalidInput(f"{field}: no value fits the schema false", field)
-    if _depth(schema) > MAX_DEPTH:
+    if _is_longer(schema, MAX_SCHEMA_CHARS):
+        raise InvalidInput(f"{field}: the schema is longer than {MAX_SCHEMA_CHARS} characters", field)
+    if is_deeper(schema, MAX_DEPTH):
         raise InvalidInput(f"{field}: the schema is nested deeper than {MAX_DEPTH}", field)
     size = len(json.dumps(schema))
     if size > MAX_SCHEMA_CHARS:
@@ -163,18 +173,23 @@ def _longest_text(value: object) -> int:
     return max(map(_longest_text, value), default=0) if isinstance(value, list) else 0
 
 
-def _depth(value: object) -> int:
-    """How deep a value is nested, found without recursion."""
-    deepest, level = 0, [value]
-    while level and deepest <= MAX_DEPTH * 3:
-        deepest += 1
-        level = [
-            inner
-            for item in level
-            if isinstance(item, dict | list)
-            for inner in (item.values() if isinstance(item, dict) else item)
-        ]
-    return deepest
+def _is_longer(schema: object, num_chars: int) -> bool:
+    """Whether the JSON of a schema is surely longer, found in a time that does not grow with it."""
+    waiting = [schema]
+    while waiting and num_chars > 0:
+        item = waiting.pop()
+        match item:
+            case str():
+                num_chars -= len(item) + 2
+            case dict():
+                num_chars -= sum(map(len, item)) + 6 * len(item)
+                waiting += item.values()
+            case list() if set(map(type, item)) == {str}:
+                num_chars -= sum(map(len, item)) + 4 * len(item)
+            case list():
+                num_chars -= 2 * len(item)
+                waiting += item
+    return num_chars <= 0
 
 
 def _literal(text: str, special_tokens: Mapping[str, int]) -> str:
