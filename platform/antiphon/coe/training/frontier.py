@@ -6,7 +6,7 @@ Must not know: embeddings, gates' making.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -109,40 +109,61 @@ def frontier(
     """Points for each of a fixed row of cost weights; the first one is as good as free of cost.
 
     Where a weight does harm on left-out datasets, there is a second point at which cost counts only for the more familiar prompts:
-    the least familiarity of a few from which it does none.
+    the least familiarity of a few from which it does none. Lesser weights have a point there too where that does no harm: else
+    nothing would be milder than it and still save.
     """
     row = np.arange(len(scores_BM))
     from_Q = [0.0, *(float(q) for q in np.quantile(found.familiarity_B, _COST_FROM)), _NEVER]
-    points: list[FrontierPoint] = []
+    weighed: list[_Weighed] = []
     allowed = -_ALLOWED_HARM
-    best_experts: tuple[int, ...] = ()
     for weight in _WEIGHTS:
         term = weight * costs_M / costs_M.max()
         experts = worthy_experts(found.scores_BM, scores_BM, category_B, term, general, worth_having)
-        best_experts = best_experts or experts
+        # Who is expected to be best, where cost does not count, is among those worth having without cost.
+        familiar = tuple(sorted({*experts, *(weighed[0].experts if weighed else ())}))
+        one = _Weighed(weight=weight, term=term, experts=experts, familiar=familiar)
         for cost_from in from_Q:
-            # Who is expected to be best, where cost does not count, is among those worth having without cost.
-            open_to = experts if cost_from == 0.0 else tuple(sorted({*experts, *best_experts}))
-            low = _least_gain(foreign, gate, term, open_to, cost_from)
-            if not points:
+            low = _least_gain(foreign, gate, term, one.open_to(cost_from), cost_from)
+            if not weighed:
                 allowed = min(allowed, low)  # no policy has to be better than quality is
-            harmless = low >= allowed
-            if cost_from > 0.0 and not harmless:
-                continue
-            chosen = pick(found, gate, general, term, open_to, cost_from)
+            if low >= allowed:
+                one.harmless_from.append(cost_from)
+                break
+        weighed.append(one)
+    points: list[FrontierPoint] = []
+    for i, one in enumerate(weighed):
+        least = one.harmless_from[0] if one.harmless_from and i else _NEVER
+        greater = {cost_from for other in weighed[i + 1 :] for cost_from in other.harmless_from[:1] if cost_from < _NEVER}
+        for cost_from in sorted(cost_from for cost_from in greater if cost_from > least):
+            if _least_gain(foreign, gate, one.term, one.open_to(cost_from), cost_from) >= allowed:
+                one.harmless_from.append(cost_from)
+        for cost_from in sorted({0.0, *one.harmless_from}):
+            chosen = pick(found, gate, general, one.term, one.open_to(cost_from), cost_from)
             points.append(
                 FrontierPoint(
-                    weight=weight,
+                    weight=one.weight,
                     avg_cost=float(costs_M[chosen].mean()),
                     score=float(scores_BM[row, chosen].mean()),
                     experts=tuple(int(m) for m in np.unique(np.append(chosen, general))),
                     cost_from=cost_from,
-                    harmless=harmless,
+                    harmless=cost_from in one.harmless_from,
                 )
             )
-            if harmless:
-                break
     return tuple(points)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Weighed:
+    """A weight of cost, the experts worth having under it, and familiarities from which it does no harm, the least first."""
+
+    weight: float
+    term: Doubles
+    experts: tuple[int, ...]
+    familiar: tuple[int, ...]  # open where cost counts for some prompts only
+    harmless_from: list[float] = field(default_factory=list)
+
+    def open_to(self, cost_from: float) -> tuple[int, ...]:
+        return self.experts if cost_from == 0.0 else self.familiar
 
 
 def _least_gain(foreign: Sequence[Foreign], gate: Gate, term: Doubles, experts: Sequence[int], cost_from: float) -> float:

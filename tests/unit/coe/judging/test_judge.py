@@ -111,6 +111,30 @@ def test_where_cost_harms_foreign_prompts_it_counts_only_for_familiar_ones() -> 
     assert not next(point for point in points if point.weight == cheap.weight and point.cost_from == 0.0).harmless
 
 
+def test_balanced_saves_too_where_cheap_saves_on_familiar_prompts_alone() -> None:
+    half = np.arange(1000) % 2
+    lead = np.where(half, 0.15, 0.005)  # of the dear expert; balanced may give up the small one
+    scores = np.stack([np.full(1000, 0.8), 0.8 - lead], axis=1)
+    known = Assessment(
+        categories_BC=np.ones((1000, 1), np.float32),
+        scores_BM=scores.astype(np.float32),
+        familiarity_B=np.linspace(0.3, 0.95, 1000, dtype=np.float32),
+    )
+    strange = Assessment(
+        categories_BC=np.ones((500, 1), np.float32),
+        scores_BM=np.tile(np.float32([0.8, 0.65]), (500, 1)),  # harmed by a weight that gives up the large lead, by no lesser one
+        familiarity_B=np.full(500, 0.5, np.float32),
+    )
+    foreign = [Foreign(found=strange, scores_BM=np.tile([0.8, 0.1], (500, 1)), general=0)]
+    points = frontier(known, scores, np.zeros(1000, np.int64), np.array([10.0, 1.0]), 0, OPEN, 0.001, foreign)
+    quality, balanced, cheap = (points[point] for point in policies_of(points, 0.7).values())
+    assert cheap.cost_from > 0.5
+    assert cheap.avg_cost < balanced.avg_cost < quality.avg_cost == 10.0
+    assert balanced.cost_from >= cheap.cost_from
+    assert balanced.harmless
+    assert balanced.score >= quality.score - 0.004
+
+
 def _foreign(gain: float, spread: float = 0.0) -> list[Rehearsal]:
     source = np.random.default_rng(3)
     return [
