@@ -322,6 +322,13 @@ def test_the_directory(target: Target) -> None:
         "PutNote": directory_pb2.PutNoteRequest(topic="zz", key="k", text="t", lease_s=0.3),
         "GetNote": directory_pb2.GetNoteRequest(topic="zz", key="k"),
         "ListNotes": directory_pb2.ListNotesRequest(topic="zz"),
+        "TakeBudget": directory_pb2.TakeBudgetRequest(tenant="zz", ticket="t", num_tokens=5, lease_s=0.3, num_streams=1),
+        "SettleBudget": directory_pb2.SettleBudgetRequest(tenant="zz", ticket="t", num_tokens=5),
+        "RenewBudgets": directory_pb2.RenewBudgetsRequest(tenant="zz", tickets=["t"], lease_s=0.3),
+        "AddUse": directory_pb2.AddUseRequest(
+            day="2027-01-31", batch="b", uses=[directory_pb2.UseRow(tenant="zz", num_requests=1)]
+        ),
+        "ListUse": directory_pb2.ListUseRequest(day="2027-01-31"),
     }
     methods = {service + name: [message.SerializeToString()] for name, message in messages.items()}
     address = target.deployment.directory_address.removeprefix("grpc://")

@@ -420,6 +420,18 @@ async def test_the_ledger_adds_up_and_takes_a_batch_once(directory: Directory) -
     assert not await budgets.used("2027-02-01")
 
 
+async def test_a_batch_of_the_ledger_that_is_wrong_is_refused_whole(directory: Directory) -> None:
+    budgets = directory.budgets
+    use = Use(tenant="team", model="m", num_requests=1, num_prompt_tokens=5, num_cached_tokens=2, num_output_tokens=3)
+    for wrong in ({"num_requests": 2**64 - 1}, {"num_output_tokens": 2**41}, {"tenant": "x" * 10_000}, {"model": "a\nb"}):
+        with pytest.raises(InvalidInput):
+            await budgets.add_use("2027-01-31", "wrong", [use, dataclasses.replace(use, **wrong)])  # type: ignore[arg-type]
+    for day in ("", "zzzz", "2027-1-1", "20270131", "2027-02-30", "9" * 4000):
+        with pytest.raises(InvalidInput):
+            await budgets.add_use(day, "wrong", [use])
+    assert not await budgets.used("2027-01-31")
+
+
 async def test_two_namespaces_share_a_redis_and_nothing_in_it(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     stores = []
     for namespace in ("", "team-a", "team-b"):

@@ -10,6 +10,7 @@ of its lease. Must not know: which store it is, or who is refused.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
@@ -20,6 +21,7 @@ WINDOW_S: Final = 60
 MAX_RESERVATIONS: Final = 65_536  # of one tenant
 MAX_RENEWED: Final = 65_536  # in one call
 MAX_TOKENS: Final = 1 << 40
+MAX_USES: Final = 65_536  # in one batch of the ledger
 KEPT_DAYS: Final = 400  # of the ledger
 
 Kind = Literal["requests", "tokens", "streams"]
@@ -89,7 +91,7 @@ class Budgets(Protocol):
         ...
 
     async def add_use(self, day: str, batch: str, uses: Sequence[Use]) -> None:
-        """Add to the ledger; a batch that came already is left out."""
+        """Add to the ledger; a batch that came already is left out. Raises InvalidInput for what can't be right."""
         ...
 
     async def used(self, day: str) -> Sequence[Use]:
@@ -139,6 +141,22 @@ def check_tokens(num_tokens: int) -> None:
     """The same for what was used."""
     if not 0 <= num_tokens <= MAX_TOKENS:
         raise InvalidInput(f"{num_tokens} tokens", "num_tokens")
+
+
+def check_uses(day: str, uses: Sequence[Use]) -> None:
+    """The same for a batch of the ledger: one that is wrong would spoil the day of all tenants."""
+    try:
+        right = datetime.date.fromisoformat(day).isoformat() == day
+    except ValueError:
+        right = False
+    if not right:
+        raise InvalidInput(f"{day[:64]!r} is no day, like 2027-01-31", "day")
+    if len(uses) > MAX_USES:
+        raise InvalidInput(f"{len(uses)} rows in one batch", "uses")
+    for use in uses:
+        for number in (use.num_requests, use.num_prompt_tokens, use.num_cached_tokens, use.num_output_tokens):
+            if not 0 <= number <= MAX_TOKENS:
+                raise InvalidInput(f"{number} in a row of the ledger", "uses")
 
 
 def _until_free(used: Sequence[tuple[int, int]], over: int, now_s: float) -> float:

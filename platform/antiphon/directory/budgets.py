@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from antiphon.core.budget import KEPT_DAYS, MAX_RENEWED, Use, Verdict, Wish, check_tokens, check_wish, is_current, judge
+from antiphon.core.budget import KEPT_DAYS, MAX_RENEWED, Use, Verdict, Wish, check_tokens, check_uses, check_wish, is_current, judge
 from antiphon.core.directory import check_lease, check_names
 from antiphon.core.errors import InvalidInput, Unavailable
 
 _MAX_TENANTS: Final = 16_384
 _MAX_ROWS: Final = 65_536  # of one day
 _MAX_BATCHES: Final = 4096
+_MAX_SUM: Final = 2**63 - 1  # as in Redis; more fits no message
 
 
 @dataclass(slots=True)
@@ -94,15 +95,18 @@ class MemoryBudgets:
 
     async def add_use(self, day: str, batch: str, uses: Sequence[Use]) -> None:
         """See ``Budgets``."""
-        check_names(day=day, batch=batch)
+        check_names(batch=batch)
+        check_uses(day, uses)
+        for use in uses:
+            check_names(tenant=use.tenant, model=use.model)
         if batch in self._batches:
             return
         rows = self._days.setdefault(day, {})
+        if len(rows) + len({(use.tenant, use.model) for use in uses} - rows.keys()) > _MAX_ROWS:  # all of the batch, or nothing
+            raise Unavailable(f"the ledger of {day} is full")
         for use in uses:
             key = (use.tenant, use.model)
             before = rows.get(key)
-            if before is None and len(rows) >= _MAX_ROWS:
-                raise Unavailable(f"the ledger of {day} is full")
             rows[key] = use if before is None else added(before, use)
         self._batches[batch] = None
         if len(self._batches) > _MAX_BATCHES:
@@ -133,8 +137,8 @@ def added(one: Use, other: Use) -> Use:
     """Both together, of one tenant and model."""
     return replace(
         one,
-        num_requests=one.num_requests + other.num_requests,
-        num_prompt_tokens=one.num_prompt_tokens + other.num_prompt_tokens,
-        num_cached_tokens=one.num_cached_tokens + other.num_cached_tokens,
-        num_output_tokens=one.num_output_tokens + other.num_output_tokens,
+        num_requests=min(_MAX_SUM, one.num_requests + other.num_requests),
+        num_prompt_tokens=min(_MAX_SUM, one.num_prompt_tokens + other.num_prompt_tokens),
+        num_cached_tokens=min(_MAX_SUM, one.num_cached_tokens + other.num_cached_tokens),
+        num_output_tokens=min(_MAX_SUM, one.num_output_tokens + other.num_output_tokens),
     )

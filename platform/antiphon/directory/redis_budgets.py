@@ -24,6 +24,7 @@ from antiphon.core.budget import (
     Verdict,
     Wish,
     check_tokens,
+    check_uses,
     check_wish,
     judge,
 )
@@ -167,9 +168,11 @@ class RedisBudgets:
 
     async def add_use(self, day: str, batch: str, uses: Sequence[Use]) -> None:
         """See ``Budgets``."""
-        check_names(day=day, batch=batch)
+        check_names(batch=batch)
+        check_uses(day, uses)
         args: list[str | int] = [KEPT_DAYS * 86_400]
         for use in uses:
+            check_names(tenant=use.tenant, model=use.model)
             for name in _FIELDS:
                 if number := int(getattr(use, name)):
                     args += [json.dumps([use.tenant, use.model, name]), number]
