@@ -160,6 +160,24 @@ async def test_a_large_text_is_refused_and_holds_the_loop_up_for_nobody(tmp_path
             assert late < LATE_S, name
 
 
+async def test_very_many_mistakes_are_not_described_one_by_one(tmp_path: Path) -> None:
+    many = {f"k{number}": 1 for number in range(100_000)}
+    messages = [{"role": "user", "content": 1, "x": 1}] * 30_000
+    cases: dict[str, tuple[str, dict[str, Any], str]] = {
+        "fields": ("/v1/completions", {"prompt": "x", "structured_outputs": many}, "structured_outputs.k0"),
+        "values": ("/v1/chat/completions", {"messages": [USER], "stop_token_ids": ["a"] * 200_000}, "stop_token_ids"),
+        "messages": ("/v1/chat/completions", {"messages": messages}, "messages"),
+    }
+    async with fake.world(tmp_path) as world, httpx.AsyncClient(base_url=world.url, timeout=60) as http:
+        for name, (path, body, field) in cases.items():
+            text = json.dumps({"model": "tiny", **body})
+            began = time.thread_time()  # of the event loop alone
+            answer = await http.post(path, content=text)
+            assert answer.status_code == 400, name
+            assert str(answer.json()["error"]["param"]).startswith(field), answer.text
+            assert time.thread_time() - began < 1.0, name
+
+
 async def test_a_long_query_is_not_tokenized_once_for_each_document(tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint/config.json").write_text(json.dumps(RANKER))

@@ -5,6 +5,7 @@ A field that nobody knows is refused, or dropped and named to the client, as the
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -45,6 +46,8 @@ def parse(kind: type[_M], value: object, *, prefix: str = "") -> _M:
 
 
 _MAX_IGNORED = 64  # unknown fields of one body
+_MAX_ERRORS = 4096  # of one body, that are looked at
+_MAX_THIN = 32  # items of a list or object that stand for all, where there are more errors
 
 
 def parse_tolerant(kind: type[_M], value: object, unknown: UnknownFields, *, prefix: str = "") -> tuple[_M, tuple[str, ...]]:
@@ -57,6 +60,8 @@ def parse_tolerant(kind: type[_M], value: object, unknown: UnknownFields, *, pre
     try:
         return kind.model_validate(value), ()
     except ValidationError as error:
+        if error.error_count() > _MAX_ERRORS:  # describing each takes microseconds, on everybody's event loop
+            raise _first_of_many(kind, value, error.error_count(), prefix) from None
         unknown_at = [e["loc"] for e in error.errors(include_url=False, include_context=False) if e["type"] == "extra_forbidden"]
         if unknown == "refuse" or not unknown_at or len(unknown_at) > _MAX_IGNORED:  # leaving one out copies what is around it
             raise _translate(error, prefix) from error
@@ -66,6 +71,24 @@ def parse_tolerant(kind: type[_M], value: object, unknown: UnknownFields, *, pre
         return kind.model_validate(value), tuple(prefix + _path(location) for location in unknown_at)
     except ValidationError as error:
         raise _translate(error, prefix) from error
+
+
+def _first_of_many(kind: type[BaseModel], value: object, num_errors: int, prefix: str) -> InvalidInput:
+    """An error among very many: one that the first items of each list and object show, else their number alone."""
+    try:
+        kind.model_validate(_thinned(value))
+    except ValidationError as error:
+        if error.error_count() <= _MAX_ERRORS:
+            return _translate(error, prefix, may_be_missing=False)
+    return InvalidInput(f"{prefix}the body has {num_errors} fields or values that are wrong or unknown")
+
+
+def _thinned(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _thinned(item) for key, item in itertools.islice(value.items(), _MAX_THIN)}
+    if isinstance(value, list):
+        return [_thinned(item) for item in value[:_MAX_THIN]]
+    return value
 
 
 def warning_header(ignored: tuple[str, ...]) -> dict[str, str]:
@@ -108,8 +131,10 @@ def _without(value: object, location: tuple[int | str, ...]) -> object:
     return _without(value, rest) if rest else value
 
 
-def _translate(error: ValidationError, prefix: str) -> InvalidInput:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+def _translate(error: ValidationError, prefix: str, *, may_be_missing: bool = True) -> InvalidInput:
+    """The first error. Without ``may_be_missing``, one of what is there, if there is any: part of the value was left out."""
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    first = next((e for e in errors if may_be_missing or e["type"] != "missing"), errors[0])
     field = prefix + _path(first["loc"])
     if first["type"] == "extra_forbidden":
         return UnknownField(f"unknown parameter: {field[:200]}", field)
