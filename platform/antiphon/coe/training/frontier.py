@@ -25,6 +25,7 @@ _ALLOWED_HARM = 0.002  # what a named policy may lose against the general expert
 _COST_FROM = (0.2, 0.4, 0.6, 0.8)  # shares of known prompts that are too unfamiliar for cost to count
 _NEVER = 2.0  # above any familiarity
 _SURE = 1.96  # standard errors
+_ROUNDING = 1e-9  # of a mean score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,16 +183,21 @@ def _least_gain(foreign: Sequence[Foreign], gate: Gate, term: Doubles, experts: 
 def policies_of(points: Sequence[FrontierPoint], best_single: float) -> dict[str, int]:
     """The point of each policy.
 
-    quality has no cost; balanced is the cheapest that loses no more than its policy allows; cheap the cheapest that is as good as
-    the best single expert, or as balanced where that is less: never the dearer of the two, on these rows nor, since in balanced
-    cost weighs no more and for no prompt that it doesn't weigh for in cheap, on others. Only points that do no harm on left-out
-    datasets are looked at.
+    quality has no cost; balanced is the cheapest that loses no more than its policy allows, nor more for what it saves than cheap
+    does; cheap the cheapest that is as good as the best single expert, or as balanced where that is less: never the dearer of the
+    two, on these rows nor, since in balanced cost weighs no more and for no prompt that it doesn't weigh for in cheap, on others.
+    Only points that do no harm on left-out datasets are looked at.
     """
     least = points[0].score - _BALANCED_LOSS
     cheap = cheapest(points, min(best_single, least))
     weight, cost_from = points[cheap].weight, points[cheap].cost_from
-    milder = [i for i, point in enumerate(points) if point.weight <= weight and point.cost_from >= cost_from]
-    milder = [0, *(i for i in milder if i != 0)]  # in quality cost weighs for no prompt at all
+    saved = points[0].avg_cost - points[cheap].avg_cost
+    rate = (points[0].score - points[cheap].score) / saved if saved > 0.0 else 0.0
+    milder = [0]  # in quality cost weighs for no prompt at all
+    for i, point in enumerate(points[1:], 1):
+        worth = points[0].score - point.score <= rate * (points[0].avg_cost - point.avg_cost) + _ROUNDING
+        if worth and point.weight <= weight and point.cost_from >= cost_from:
+            milder.append(i)
     balanced = milder[cheapest([points[i] for i in milder], least)]
     return {"quality": 0, "balanced": balanced, "cheap": cheap}
 

@@ -96,7 +96,7 @@ def test_where_cost_harms_foreign_prompts_it_counts_only_for_familiar_ones() -> 
     def rows(familiarity: float, cheap_score: float) -> tuple[Assessment, np.ndarray]:
         found = Assessment(
             categories_BC=np.ones((500, 1), np.float32),
-            scores_BM=np.tile(np.float32([0.8, 0.79]), (500, 1)),
+            scores_BM=np.tile(np.array([0.8, 0.79], np.float32), (500, 1)),
             familiarity_B=np.full(500, familiarity, np.float32) + np.linspace(0, 0.05, 500, dtype=np.float32),
         )
         return found, np.tile([0.8, cheap_score], (500, 1))
@@ -122,7 +122,9 @@ def test_balanced_saves_too_where_cheap_saves_on_familiar_prompts_alone() -> Non
     )
     strange = Assessment(
         categories_BC=np.ones((500, 1), np.float32),
-        scores_BM=np.tile(np.float32([0.8, 0.65]), (500, 1)),  # harmed by a weight that gives up the large lead, by no lesser one
+        scores_BM=np.tile(
+            np.array([0.8, 0.65], np.float32), (500, 1)
+        ),  # harmed by a weight that gives up the large lead, by no lesser one
         familiarity_B=np.full(500, 0.5, np.float32),
     )
     foreign = [Foreign(found=strange, scores_BM=np.tile([0.8, 0.1], (500, 1)), general=0)]
@@ -133,6 +135,14 @@ def test_balanced_saves_too_where_cheap_saves_on_familiar_prompts_alone() -> Non
     assert balanced.cost_from >= cheap.cost_from
     assert balanced.harmless
     assert balanced.score >= quality.score - 0.004
+
+
+def test_balanced_gives_no_more_for_what_it_saves_than_cheap_does() -> None:
+    def point(weight: float, cost: float, score: float) -> FrontierPoint:
+        return FrontierPoint(weight=weight, avg_cost=cost, score=score, experts=(0,))
+
+    points = [point(0.0, 50.0, 0.700), point(0.1, 48.0, 0.699), point(0.2, 47.0, 0.697), point(0.3, 30.0, 0.690)]
+    assert policies_of(points, best_single=0.6) == {"quality": 0, "balanced": 1, "cheap": 3}
 
 
 def _foreign(gain: float, spread: float = 0.0) -> list[Rehearsal]:
