@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import json
 import os
 import random
@@ -525,6 +526,15 @@ def test_numbers_that_no_answer_could_repeat_are_refused(target: Target, path: s
         assert answer.status_code == 400, answer.text
 
 
+def open_kinds(pid: int) -> dict[str, int]:
+    """A process' descriptors by what they are."""
+    kinds: collections.Counter[str] = collections.Counter()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            kinds[os.readlink(link).partition(":[")[0] if "inode" not in os.readlink(link) else os.readlink(link)] += 1
+    return dict(kinds)
+
+
 def test_afterwards_everything_is_where_it_was(target: Target) -> None:
     """After all the others: blocks, slots, descriptors, threads and memory. What the first inputs make once is not what is left."""
     target.ask()
@@ -550,7 +560,7 @@ def test_afterwards_everything_is_where_it_was(target: Target) -> None:
             break
         time.sleep(0.2)
     assert at_rest, loads
-    assert same, (target.figures, now)
+    assert same, (target.figures, now, {role.value: open_kinds(info.pid) for role, info in target.workers.items()})
     for role, info in target.workers.items():
         grown = psutil.Process(info.pid).memory_info().rss - target.resident_bytes[role]
         was = target.figures[role.value]

@@ -104,7 +104,8 @@ class AsyncStream:
 
     async def _pause(self, pause_s: float) -> None:
         try:
-            await asyncio.wait_for(self._closed.wait(), pause_s)
+            async with asyncio.timeout(pause_s):
+                await self._closed.wait()
         except TimeoutError:
             return
 

@@ -88,7 +88,8 @@ class WorkerView:
     async def wait(self, timeout_s: float) -> None:
         """Return after the next answer of the directory, or after ``timeout_s`` seconds."""
         try:
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
         except TimeoutError:
             return
 

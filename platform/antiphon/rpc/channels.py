@@ -135,6 +135,7 @@ async def wait_until_connected(channel: grpc.aio.Channel, address: str, timeout_
         Unavailable: it isn't within ``timeout_s`` seconds.
     """
     try:
-        await asyncio.wait_for(channel.channel_ready(), timeout_s)
+        async with asyncio.timeout(timeout_s):  # wait_for of Python 3.11 may swallow its task's cancellation
+            await channel.channel_ready()
     except TimeoutError as error:
         raise Unavailable(f"no connection to {address} within {timeout_s:g} s") from error

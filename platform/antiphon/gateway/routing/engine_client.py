@@ -74,7 +74,8 @@ class WorkerConnection:
             Unavailable: it isn't within ``timeout_s`` seconds.
         """
         try:
-            await asyncio.wait_for(self._connected.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._connected.wait()
         except TimeoutError as error:
             raise Unavailable(f"no session with {self.worker_id} at {self.address}") from error
         if self._closed is not None:
@@ -123,10 +124,12 @@ class WorkerConnection:
 
     async def _run(self) -> None:
         backoff_s = _MIN_BACKOFF_S
-        while True:
+        while self._closed is None:  # a cancellation that something on the way swallows ends it, too
             try:
                 async with EngineSession(self.address) as session:
                     await session.open(self._open_timeout_s)
+                    if self._closed is not None:
+                        return
                     self._session = session
                     self._connected.set()
                     self.heard_s = self._clock()

@@ -49,7 +49,8 @@ class EngineSession:
         stub: Any = engine_pb2_grpc.EngineStub(self._channel)  # type: ignore[no-untyped-call]
         self._call = stub.Session()
         try:
-            await asyncio.wait_for(self._call.initial_metadata(), timeout_s)
+            async with asyncio.timeout(timeout_s):  # wait_for of Python 3.11 may swallow its task's cancellation
+                await self._call.initial_metadata()
         except TimeoutError as error:
             raise Unavailable(f"engine at {self._address} did not accept the session within {timeout_s:g} s") from error
         except grpc.RpcError as error:

@@ -15,6 +15,7 @@ from antiphon.core.request import FinishReason, Request, RequestId, RequestOutpu
 from antiphon.core.worker_info import WorkerInfo
 from antiphon.gateway.routing.engine_client import EngineClient
 from antiphon.rpc.engine.server import EngineServicer
+from antiphon.rpc.engine.session import EngineSession
 from antiphon.rpc.services import RpcServer
 
 A = WorkerId("a")
@@ -203,3 +204,25 @@ async def test_an_engine_nobody_reaches_is_unavailable_within_the_deadline() -> 
         with pytest.raises(Unavailable, match="no session"):
             await asyncio.wait_for(collect(client, request()), 5)
         await client.close()
+
+
+async def test_a_connection_that_is_dropped_just_as_its_session_opens_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    opening, opened = asyncio.Event(), asyncio.Event()
+    real = EngineSession.open
+
+    async def open_(self: EngineSession, timeout_s: float) -> None:
+        await real(self, timeout_s)
+        opening.set()
+        try:
+            await opened.wait()
+        except asyncio.CancelledError:
+            return  # as wait_for of Python 3.11 does where what it waited for has come meanwhile
+
+    monkeypatch.setattr(EngineSession, "open", open_)
+    async with started() as engine:
+        client = EngineClient(clock=Clock())
+        client.sync([engine.record()])
+        async with asyncio.timeout(20):
+            await opening.wait()
+            await client.close()
+        assert not [task for task in asyncio.all_tasks() if task.get_name() == f"engine session {A}"]
