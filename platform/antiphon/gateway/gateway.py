@@ -220,8 +220,17 @@ class Gateway:
         return await self._preparer.text_ids(model, text, self.max_model_len(model), add_special_tokens=add_special_tokens)
 
     async def text_of(self, model: str, token_ids: Sequence[int]) -> str:
-        """The text of token ids, special ones shown. Raises UnknownModel."""
+        """The text of token ids, special ones shown.
+
+        Raises:
+            UnknownModel: there is no such model.
+            InvalidInput: an id is none of its tokens'.
+        """
         self._check_known(model)
+        _, vocab_size = self.limits(model)
+        wrong = None if vocab_size is None else next((token_id for token_id in token_ids if token_id >= vocab_size), None)
+        if wrong is not None:
+            raise InvalidInput(f"tokens: {wrong} is not in the model's vocabulary of {vocab_size}", "tokens")
         return await self._preparer.text_of(model, token_ids)
 
     async def texts_of(self, model: str, token_ids: Sequence[int]) -> list[str]:

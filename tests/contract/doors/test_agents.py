@@ -323,8 +323,12 @@ async def test_an_answer_that_was_begun_is_continued(tmp_path: Path) -> None:
         await client.chat.completions.create(
             model="tiny", messages=messages, reasoning_effort="none", extra_body={"continue_final_message": True, "max_tokens": 3}
         )
-        assert "The capital" in prompt_of(world)
-        assert not prompt_of(world).endswith("<|im_end|>\n")
+        assert prompt_of(world).endswith("</think>\n\nThe capital")  # and no thought that is skipped comes behind it
+        await client.chat.completions.create(
+            model="tiny", messages=messages, extra_body={"continue_final_message": True, "max_tokens": 3, "thinking_budget": 9}
+        )
+        assert prompt_of(world).endswith("<think>\nThe capital")
+        assert world.engine.requests[-1].sampling.rules.thinking.is_open
 
 
 async def test_a_worker_prepares_a_grammar_before_its_engine_sees_the_request_and_may_refuse_it(tmp_path: Path) -> None:

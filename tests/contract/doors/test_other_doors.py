@@ -157,6 +157,10 @@ async def test_tokens_go_there_and_back(tmp_path: Path) -> None:
         assert back["prompt"] == "The choir answers"
         chat = (await http.post("/tokenize", json={"model": "tiny", "messages": agents.QUESTION})).json()
         assert "<|im_start|>" in world.tokenizer.decode(chat["tokens"], skip_special_tokens=False)
+        for tokens in ([10**7], [-1]):
+            wrong = await http.post("/detokenize", json={"model": "tiny", "tokens": tokens})
+            assert wrong.status_code == 400
+            assert wrong.json()["error"]["param"].startswith("tokens")
         wrong = await http.post("/tokenize", json={"model": "tiny"})
         assert wrong.status_code == 400
 

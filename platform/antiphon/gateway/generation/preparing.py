@@ -94,7 +94,8 @@ class Preparer:
     async def _plan(self, dialect: Dialect, options: ChatOptions, ids: Sequence[int], prompt: Prompt) -> AnswerPlan:
         """How the answer is bound; a long schema does not hold up other streams."""
         num_chars = INLINE_CHARS + 1 if is_long(options, _LONG_CHARS) else 0
-        plan = functools.partial(dialect.plan, options, ids, is_chat=isinstance(prompt, ChatPrompt))
+        begun = prompt.messages[-1].content if isinstance(prompt, ChatPrompt) and prompt.continue_final_message else ""
+        plan = functools.partial(dialect.plan, options, ids, is_chat=isinstance(prompt, ChatPrompt), begun=begun)
         found: AnswerPlan = await in_thread(self._executor, num_chars, plan)
         return found
 

@@ -137,14 +137,14 @@ class Dialect:
 
     # ---- answering -------------------------------------------------------------------------------------------------
 
-    def plan(self, options: ChatOptions, prompt_ids: Sequence[int], *, is_chat: bool) -> AnswerPlan:
-        """How the answer to a prompt is bound and read.
+    def plan(self, options: ChatOptions, prompt_ids: Sequence[int], *, is_chat: bool, begun: str = "") -> AnswerPlan:
+        """How the answer to a prompt is bound and read; ``begun`` is an answer's beginning, with which the prompt ends.
 
         Raises:
             InvalidInput: the shape can't be written as a grammar.
         """
         markers = self.thoughts if is_chat else None
-        is_open, is_closed = self._thought_at_end(prompt_ids) if markers is not None else (False, False)
+        is_open, is_closed = self._thought_at_end(prompt_ids, begun.rstrip()) if markers is not None else (False, False)
         extra: tuple[int, ...] = ()
         if markers is not None and options.thinking is False and not is_closed:
             begun = "" if is_open else f"{markers.start}\n"
@@ -182,11 +182,16 @@ class Dialect:
             extra_token_ids=extra,
         )
 
-    def _thought_at_end(self, prompt_ids: Sequence[int]) -> tuple[bool, bool]:
-        """Whether the prompt ends in an open thought, or just after a closed one."""
+    def _thought_at_end(self, prompt_ids: Sequence[int], begun: str) -> tuple[bool, bool]:
+        """Whether the prompt ends in an open thought, or behind one: just after its end, or within an answer that has begun."""
         assert self.thoughts is not None
-        tail = self._model.decode(prompt_ids[-_TAIL_TOKENS:], skip_special_tokens=False).rstrip()
-        return tail.endswith(self.thoughts.start), tail.endswith(self.thoughts.end)
+        start, end = self.thoughts.start, self.thoughts.end
+        tail = self._model.decode(prompt_ids[-_TAIL_TOKENS - len(begun) :], skip_special_tokens=False).rstrip()
+        if not begun:
+            return tail.endswith(start), tail.endswith(end)
+        before = tail.removesuffix(begun).rstrip()
+        is_open = begun.rfind(start) > begun.rfind(end) or (before.endswith(start) and end not in begun)
+        return is_open, not is_open
 
 
 def one_call_each(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
