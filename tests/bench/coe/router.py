@@ -112,7 +112,7 @@ def main() -> None:
         print(json.dumps(line | {"n": len(seconds)}))
     spent = processor_time({name: runs[name][0] for name in ("fast path", "fast path, in numpy")}, prompts[::4])
     for name, times in spent.items():
-        print(json.dumps({"what": f"{name}, processor time", **times, "native": artifact.embedding.reader is not None}))
+        print(json.dumps({"what": f"{name}, processor time", **times, "c_is_built": artifact.embedding.reader is not None}))
     memory = memory_of_a_fresh_process(sys.argv[1])
     print(json.dumps({"what": "memory of a fresh process", **memory}))
     print()
