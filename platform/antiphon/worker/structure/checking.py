@@ -13,6 +13,7 @@ its own, where it holds up its like alone. Must not know: requests.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from antiphon.core.errors import InvalidInput, Overloaded
@@ -208,7 +210,13 @@ class _Forker:
                 return self._process
             await self.close()
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", __name__, stdin=PIPE, stdout=PIPE, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+                sys.executable,
+                "-m",
+                __name__,
+                stdin=PIPE,
+                stdout=PIPE,
+                start_new_session=True,
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
             )
             self._process = process
             assert process.stdout is not None
@@ -258,6 +266,8 @@ def main() -> None:
     if hasattr(os, "SCHED_BATCH"):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # never takes the processor from one that just woke up
     os.nice(_NICE)
+    with contextlib.suppress(OSError):  # where a kernel weighs sessions, not processes, this one's own
+        Path("/proc/self/autogroup").write_text(str(_NICE))
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, STACK_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
