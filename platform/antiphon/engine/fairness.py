@@ -5,17 +5,18 @@
     return    a tenant whose queue was empty starts at the smallest counter that waits, so that idling saves nothing up
 
 These are virtual token counters (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024, algorithm 2, its weights 1
-and 2). Beyond the paper, a tenant with far fewer places in the batch than another takes one of them (``over_share``), since places
-of long answers would else be held for minutes; and the tokens of a step that prompts may have are divided (``PromptShares``), since
-long prompts in chunks would else keep everybody out until they are computed. Requests without a tenant are one tenant's: where
-nobody has a name, this is one queue. Must not know: blocks.
+and 2). Beyond the paper, a tenant with far fewer places in the batch than another takes one of them, since places of long answers
+would else be held for minutes; a light one, that was lately served far less than its share, takes as many as it asks for, since
+that is within its share over a while; and the tokens of a step that prompts may have are divided (``PromptShares``), since long
+prompts in chunks would else keep everybody out until they are computed. Requests without a tenant are one tenant's: where nobody
+has a name, this is one queue. Must not know: blocks.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
 from antiphon.core.request import RequestStatus
@@ -23,6 +24,8 @@ from antiphon.engine.request_state import RequestState
 
 OUTPUT_WEIGHT: Final = 2
 _MAX_IDLE: Final = 4096  # tenants without a request whose counters are remembered
+_LATELY: Final = 65536.0  # tokens served while somebody waited, until one counts half of what it did
+_LIGHT: Final = 0.5  # of an equal share of what was served lately: whoever has less is light
 
 
 class FairQueue:
@@ -32,6 +35,10 @@ class FairQueue:
         self._queues: dict[str, list[RequestState]] = {}  # none is empty
         self._counters: dict[str, float] = {}
         self._last = 0.0  # counter of the tenant that left last
+        self._served = 0.0  # to all tenants
+        self._lately: dict[
+            str, tuple[float, float]
+        ] = {}  # of the counters' tenants: tokens, and ``_served`` when they were counted
         self._size = 0
 
     def __len__(self) -> int:
@@ -60,12 +67,12 @@ class FairQueue:
         """The tenants' first that a batch of ``num_places`` could take now, if only by an exchange of places."""
         if len(running) < num_places:
             return self.heads()
-        return [head for head in self.heads() if over_share(running, head.request.tenant) is not None]
+        return [head for head in self.heads() if self._giver(running, head.request.tenant, ()) is not None]
 
     def exchange(self, running: Sequence[RequestState], kept: Iterable[str]) -> tuple[RequestState, RequestState] | None:
         """Whose turn comes by taking a place, and whose place; None where nobody holds more than its share."""
         for state in self.heads():
-            victim = over_share(running, state.request.tenant, kept)
+            victim = self._giver(running, state.request.tenant, kept)
             if victim is not None:
                 return state, victim
         return None
@@ -73,7 +80,7 @@ class FairQueue:
     def take(self, state: RequestState, num_tokens: int) -> None:
         """It is served now, with so many tokens of its prompt to compute."""
         self.remove(state)
-        self._counters[state.request.tenant] += num_tokens
+        self._count(state.request.tenant, num_tokens)
 
     def remove(self, state: RequestState) -> None:
         """It waits no longer."""
@@ -88,7 +95,7 @@ class FairQueue:
     def sampled(self, tenant: str) -> None:
         """One of its requests got a token."""
         if tenant in self._counters:
-            self._counters[tenant] += OUTPUT_WEIGHT
+            self._count(tenant, OUTPUT_WEIGHT)
 
     def to_give_way(self, tenant: str) -> RequestState | None:
         """Who leaves a full queue for a newcomer of ``tenant``: the last of whoever has most, if that is more than the newcomer's.
@@ -102,6 +109,43 @@ class FairQueue:
             (s for s in reversed(self._queues[longest]) if s.status is RequestStatus.WAITING and s.scheduled_s is None), None
         )
 
+    def _giver(self, running: Sequence[RequestState], tenant: str, kept: Iterable[str]) -> RequestState | None:
+        """Who gives its place in a full batch to a request of ``tenant``; None = nobody.
+
+        The latest of the tenant with most places, where the two differ by at least two, so that the exchange brings them nearer, or
+        where the newcomer's tenant is light. Light tenants give none.
+
+        Args:
+            running: The batch, in order of admission.
+            tenant: Whose request waits.
+            kept: Ids of requests that stay.
+        """
+        places = Counter(state.request.tenant for state in running)
+        tenants = {tenant, *self._queues, *places}
+        heavy = [each for each in places if each != tenant and not self._is_light(each, tenants)]
+        most = max(heavy, key=places.__getitem__, default=None)
+        if most is None or (places[most] < places[tenant] + 2 and not self._is_light(tenant, tenants)):
+            return None
+        stay = set(kept)
+        return next((s for s in reversed(running) if s.request.tenant == most and s.request_id not in stay), None)
+
+    def _is_light(self, tenant: str, tenants: Collection[str]) -> bool:
+        """Whether it was lately served far less than an equal share of what ``tenants`` were."""
+        lately = {each: self._served_lately(each) for each in tenants}
+        return lately[tenant] * len(lately) < _LIGHT * sum(lately.values())
+
+    def _served_lately(self, tenant: str) -> float:
+        num_tokens, at = self._lately.get(tenant, (0.0, 0.0))
+        return float(num_tokens * 0.5 ** ((self._served - at) / _LATELY))
+
+    def _count(self, tenant: str, num_tokens: float) -> None:
+        self._counters[tenant] += num_tokens
+        if not self._queues:  # what nobody waited for was taken from nobody
+            return
+        served = self._served_lately(tenant) + num_tokens
+        self._served += num_tokens
+        self._lately[tenant] = served, self._served
+
     def _turn(self, state: RequestState) -> tuple[float, int, float]:
         return self._counters[state.request.tenant], *_order(state)
 
@@ -110,6 +154,7 @@ class FairQueue:
         if len(self._counters) > _MAX_IDLE + len(self._queues):
             idle = next(each for each in self._counters if each not in self._queues)
             del self._counters[idle]
+            self._lately.pop(idle, None)
 
 
 class PromptShares:
@@ -144,25 +189,6 @@ class PromptShares:
         num_tokens = min(wanted, self._left[state.request.tenant])
         self._left[state.request.tenant] -= num_tokens
         return num_tokens
-
-
-def over_share(running: Sequence[RequestState], tenant: str, kept: Iterable[str] = ()) -> RequestState | None:
-    """Who gives its place in a full batch to a request of ``tenant``: the latest of the tenant with most places, where the two
-    differ by at least two, so that the exchange brings them nearer; None = nobody.
-
-    Args:
-        running: The batch, in order of admission.
-        tenant: Whose request waits.
-        kept: Ids of requests that stay.
-    """
-    places = Counter(state.request.tenant for state in running)
-    if not places:
-        return None
-    most, num_places = places.most_common(1)[0]
-    if num_places < places[tenant] + 2:
-        return None
-    stay = set(kept)
-    return next((s for s in reversed(running) if s.request.tenant == most and s.request_id not in stay), None)
 
 
 def _order(state: RequestState) -> tuple[int, float]:

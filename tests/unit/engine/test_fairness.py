@@ -65,11 +65,11 @@ def request(
     )
 
 
-def simulate(arrivals: Sequence[Arrival], *, named: bool = True) -> dict[str, float]:
+def simulate(arrivals: Sequence[Arrival], *, named: bool = True, num_places: int = 16) -> dict[str, float]:
     """Time to first token by request, seconds. Without names all are one tenant's."""
     clock = FakeClock()
     config = SchedulerConfig(
-        max_num_seqs=16,
+        max_num_seqs=num_places,
         max_num_batched_tokens=256,
         max_queued_requests=64,
         max_model_len=256,
@@ -122,6 +122,18 @@ def test_a_flood_of_ten_times_does_not_make_another_tenant_wait() -> None:
     assert len(alone) == len(beside) == len(calm)  # and nobody of them is refused
     assert p99(in_line) > 5 * p99(alone)  # as it is where there are no tenants
     assert p99(beside) <= 1.2 * p99(alone)
+
+
+def test_a_light_tenant_has_its_bursts_served_at_once_and_a_heavy_one_has_not() -> None:
+    """Four places: more than half of them, while what it asks for over a while stays far below its share."""
+    flood = poisson("flood", 10.0, 60.0, 2)
+    bursts = [Arrival(at_s=10.0 + 15 * n, name=f"calm{n}.{k}", tenant="calm") for n in range(3) for k in range(4)]
+    first = simulate([*bursts, *flood], num_places=4)
+    assert max(first[each.name] for each in bursts) < 0.15  # a few steps; an answer holds its place for 0.8 s
+    steady = [Arrival(at_s=10.0 + 0.25 * n, name=f"greedy{n}", tenant="greedy") for n in range(100)]
+    beside = simulate([*steady, *flood], num_places=4)
+    assert p99([beside[each.name] for each in steady]) > 1.0  # four a second are all that four places give
+    assert len([name for name in beside if name.startswith("flood")]) > 40  # and the others' half is theirs
 
 
 def test_the_least_served_tenant_is_next_and_its_own_order_holds_within() -> None:
