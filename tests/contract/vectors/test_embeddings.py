@@ -77,6 +77,7 @@ async def test_more_inputs_than_the_queue_takes_are_all_answered(tmp_path: Path)
     async with serving(tmp_path, EMBEDDER) as (world, http):
         ids = [[3 + i % 200, 5 + i // 200] for i in range(300)]  # the engine takes 16 at once
         answer = await http.post("/v1/embeddings", json={"model": "tiny", "input": ids})
+        assert answer.status_code == 200, answer.text
         assert [item["embedding"] for item in answer.json()["data"]] == [expected(world, each) for each in ids]
 
 

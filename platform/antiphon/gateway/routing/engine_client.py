@@ -73,11 +73,15 @@ class WorkerConnection:
         Raises:
             Unavailable: it isn't within ``timeout_s`` seconds.
         """
+        # As a task of its own, so that a burst is placed as a whole before its first is counted: what the engine then refuses is tried
+        # again, while what finds queues full is not.
+        opened = asyncio.ensure_future(self._connected.wait())
         try:
-            async with asyncio.timeout(timeout_s):
-                await self._connected.wait()
-        except TimeoutError as error:
-            raise Unavailable(f"no session with {self.worker_id} at {self.address}") from error
+            await asyncio.wait({opened}, timeout=timeout_s)
+        finally:
+            opened.cancel()
+        if not self._connected.is_set():
+            raise Unavailable(f"no session with {self.worker_id} at {self.address}")
         if self._closed is not None:
             raise Unavailable(str(self._closed))  # nothing of the request's has been lost
 
