@@ -56,7 +56,8 @@ def test_tokens_and_logits_equal_transformers(
         halves.logits = lambda x_RD: seen.append(compute(x_RD)) or seen[-1]  # type: ignore[method-assign,func-returns-value]
         answer = cluster.generate(prompt, max_tokens=NUM_TOKENS, num_logprobs=0)
     assert answer == expected
-    torch.testing.assert_close(torch.cat(seen), expected_logits, atol=2e-4, rtol=1e-5)  # of logits around 20, sums in fp32 on both sides
+    # Of logits around 20, with sums in fp32 on both sides.
+    torch.testing.assert_close(torch.cat(seen), expected_logits, atol=2e-4, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -73,8 +73,8 @@ class WorkerConnection:
         Raises:
             Unavailable: it isn't within ``timeout_s`` seconds.
         """
-        # As a task of its own, so that a burst is placed as a whole before its first is counted: what the engine then refuses is tried
-        # again, while what finds queues full is not.
+        # As a task of its own, so that a burst is placed as a whole before its first is counted:
+        # what an engine refuses is tried again, what finds queues full is not.
         opened = asyncio.ensure_future(self._connected.wait())
         try:
             await asyncio.wait({opened}, timeout=timeout_s)
