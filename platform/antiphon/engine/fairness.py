@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Final
 
 from antiphon.core.request import RequestStatus
@@ -67,12 +68,14 @@ class FairQueue:
         """The tenants' first that a batch of ``num_places`` could take now, if only by an exchange of places."""
         if len(running) < num_places:
             return self.heads()
-        return [head for head in self.heads() if self._giver(running, head.request.tenant, ()) is not None]
+        places, light = self._places(running)
+        return [head for head in self.heads() if _giver(running, places, light, head.request.tenant, ()) is not None]
 
     def exchange(self, running: Sequence[RequestState], kept: Iterable[str]) -> tuple[RequestState, RequestState] | None:
         """Whose turn comes by taking a place, and whose place; None where nobody holds more than its share."""
+        places, light = self._places(running)
         for state in self.heads():
-            victim = self._giver(running, state.request.tenant, kept)
+            victim = _giver(running, places, light, state.request.tenant, kept)
             if victim is not None:
                 return state, victim
         return None
@@ -109,30 +112,12 @@ class FairQueue:
             (s for s in reversed(self._queues[longest]) if s.status is RequestStatus.WAITING and s.scheduled_s is None), None
         )
 
-    def _giver(self, running: Sequence[RequestState], tenant: str, kept: Iterable[str]) -> RequestState | None:
-        """Who gives its place in a full batch to a request of ``tenant``; None = nobody.
-
-        The latest of the tenant with most places, where the two differ by at least two, so that the exchange brings them nearer, or
-        where the newcomer's tenant is light. Light tenants give none.
-
-        Args:
-            running: The batch, in order of admission.
-            tenant: Whose request waits.
-            kept: Ids of requests that stay.
-        """
+    def _places(self, running: Sequence[RequestState]) -> tuple[Counter[str], set[str]]:
+        """Places by tenant, and the light tenants, of those who wait or run: who was served far less than an equal share lately."""
         places = Counter(state.request.tenant for state in running)
-        tenants = {tenant, *self._queues, *places}
-        heavy = [each for each in places if each != tenant and not self._is_light(each, tenants)]
-        most = max(heavy, key=places.__getitem__, default=None)
-        if most is None or (places[most] < places[tenant] + 2 and not self._is_light(tenant, tenants)):
-            return None
-        stay = set(kept)
-        return next((s for s in reversed(running) if s.request.tenant == most and s.request_id not in stay), None)
-
-    def _is_light(self, tenant: str, tenants: Collection[str]) -> bool:
-        """Whether it was lately served far less than an equal share of what ``tenants`` were."""
-        lately = {each: self._served_lately(each) for each in tenants}
-        return lately[tenant] * len(lately) < _LIGHT * sum(lately.values())
+        lately = {each: self._served_lately(each) for each in {*self._queues, *places}}
+        least = _LIGHT * sum(lately.values())
+        return places, {each for each, served in lately.items() if served * len(lately) < least}
 
     def _served_lately(self, tenant: str) -> float:
         num_tokens, at = self._lately.get(tenant, (0.0, 0.0))
@@ -189,6 +174,28 @@ class PromptShares:
         num_tokens = min(wanted, self._left[state.request.tenant])
         self._left[state.request.tenant] -= num_tokens
         return num_tokens
+
+
+def _giver(
+    running: Sequence[RequestState], places: Mapping[str, int], light: AbstractSet[str], tenant: str, kept: Iterable[str]
+) -> RequestState | None:
+    """Who gives its place in a full batch to a request of ``tenant``; None = nobody.
+
+    The latest of the tenant with most places, where the two differ by at least two, so that the exchange brings them nearer, or
+    where the newcomer's tenant is light. Light tenants give none.
+
+    Args:
+        running: The batch, in order of admission.
+        places: Of it, by tenant.
+        light: Tenants that were lately served far less than their share.
+        tenant: Whose request waits.
+        kept: Ids of requests that stay.
+    """
+    most = max((each for each in places if each != tenant and each not in light), key=places.__getitem__, default=None)
+    if most is None or (places[most] < places.get(tenant, 0) + 2 and tenant not in light):
+        return None
+    stay = set(kept)
+    return next((s for s in reversed(running) if s.request.tenant == most and s.request_id not in stay), None)
 
 
 def _order(state: RequestState) -> tuple[int, float]:
