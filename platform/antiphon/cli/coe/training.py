@@ -43,7 +43,8 @@ def train(
 ) -> None:
     """Train a router from a score table."""
     from antiphon.coe.judging.model_card import model_card
-    from antiphon.coe.judging.report import judge_table, plots
+    from antiphon.coe.judging.plots import plots
+    from antiphon.coe.judging.report import judge_table
     from antiphon.coe.routing.artifact import write_artifact
     from antiphon.coe.training.data.table import read_table
     from antiphon.coe.training.fit import Recipe
@@ -90,7 +91,9 @@ def evaluate(
 ) -> None:
     """Judge a router: the artifact on rows it has not seen, and its recipe by cross-validation on each table."""
     from antiphon.coe.judging.held_out import judge_artifact, rows_of, unseen_rows
-    from antiphon.coe.judging.report import broken_promises, dataset_rows, judge_table, plots, policy_rows, rows_for_people
+    from antiphon.coe.judging.plots import plots
+    from antiphon.coe.judging.report import broken_promises, judge_table
+    from antiphon.coe.judging.tables import dataset_rows, policy_rows, rows_for_people
     from antiphon.coe.routing.artifact import load_artifact
     from antiphon.coe.training.data.table import drop_duplicates, read_table
     from antiphon.coe.training.fit import Recipe

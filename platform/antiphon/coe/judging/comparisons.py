@@ -24,6 +24,7 @@ from antiphon.coe.routing.assessment import Floats, Ints
 Doubles = npt.NDArray[np.float64]
 
 SIMPLE = "simple"
+ORACLE = "oracle"  # the best expert of each row: what no router knows beforehand
 COMPARISONS = (SIMPLE, "kNN-100", "ridge")
 _NUM_NEIGHBOURS = 100
 _NUM_TOPICS = 100

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from antiphon.coe.judging.comparisons import COMPARISONS, SIMPLE, Rows, expected_scores
+from antiphon.coe.judging.comparisons import COMPARISONS, ORACLE, SIMPLE, Rows, expected_scores
 from antiphon.coe.routing.assessment import Assessment, Ints
 from antiphon.coe.training.data.augment import PERTURBATIONS, perturbed
 from antiphon.coe.training.encoders.sentences import encode_sentences
@@ -63,7 +63,7 @@ class Verdict:
     confidence_B: Doubles
     policies: dict[str, tuple[Doubles, Doubles]]  # policy → score and cost per row
     simple_policies: dict[str, tuple[Doubles, Doubles]]  # policy → the simple router's score under it; utility over its per row
-    comparisons: dict[str, Doubles]  # the simple router, nearest neighbours, ridge, random → score per row
+    comparisons: dict[str, Doubles]  # the simple router, nearest neighbours, ridge, oracle, random → score per row
     advantage_B: Doubles  # expected score of the best expert over the cheapest: what two models are told apart by
     comparison_advantages: dict[str, Doubles]
 
@@ -191,18 +191,30 @@ def by_prompt(prepared: Prepared, recipe: Recipe, say: Say) -> Judged:
     )
 
 
+_MIN_GROUPS = 3  # of which one is left out
+
+
+def left_out_groups(prepared: Prepared) -> tuple[str, npt.NDArray[np.str_]] | None:
+    """What is left out in turn, and each row's: its dataset; its category where there are too few datasets; None when of both."""
+    labels = prepared.labels
+    names = np.array([*labels.categories, "no category"])  # -1 is the last one
+    for kind, group_B in (("dataset", prepared.fast.datasets), ("category", names[labels.category_B])):
+        if len(set(group_B.tolist())) >= _MIN_GROUPS:
+            return kind, group_B
+    return None
+
+
 def by_dataset(prepared: Prepared, recipe: Recipe, say: Say) -> Verdict | None:
-    """Leave one dataset out, for each dataset; None when there are fewer than three."""
-    datasets = prepared.fast.datasets
-    names = sorted(set(datasets.tolist()))
-    if len(names) < 3:
+    """Leave one dataset out, for each dataset, or one category where there are too few datasets; None when there are too few."""
+    groups = left_out_groups(prepared)
+    if groups is None:
         return None
     memos = Memos.empty()
     parts = _Parts.of(prepared)
     plain = _Asked(fast=prepared.fast, slow=prepared.slow)
-    for name in names:
+    for name in sorted(set(groups[1].tolist())):
         say(f"without {name}")
-        seen, judged = np.flatnonzero(datasets != name), np.flatnonzero(datasets == name)
+        seen, judged = np.flatnonzero(groups[1] != name), np.flatnonzero(groups[1] == name)
         router = fit_router(prepared, seen, recipe, memos)
         parts.put(router, _assess(router, plain, judged), seen, judged)
     return parts.verdict()
@@ -224,8 +236,9 @@ class _Parts:
         table = self.prepared.table
         scores_BM, costs_M = table.scores, table.params_b
         general = router.fast.general
-        strong, weak = int(scores_BM[seen].mean(axis=0).argmax()), int(costs_M.argmin())
-        weak = weak if weak != strong else int(scores_BM[seen].mean(axis=0).argmin())
+        # Which of them is the strong one is the table's to say: a fold that says otherwise would turn its rows' order round.
+        strong, weak = int(scores_BM.mean(axis=0).argmax()), int(costs_M.argmin())
+        weak = weak if weak != strong else int(scores_BM.mean(axis=0).argmin())
         served = _serve(router, found, 0, TIE_WEIGHT, costs_M)
         own = np.arange(len(rows))
         self._set("score", rows, scores_BM[rows, served.expert_B])
@@ -251,6 +264,7 @@ class _Parts:
                 self._put_policies(router, found, rows, expected_BM)
             self._set(f"comparison {name}", rows, scores_BM[rows, expected_BM.argmax(axis=1)])
             self._set(f"comparison advantage {name}", rows, expected_BM[:, strong] - expected_BM[:, weak])
+        self._set(f"comparison {ORACLE}", rows, scores_BM[rows].max(axis=1))
         self._set("comparison random", rows, scores_BM[rows].mean(axis=1))
         return served
 

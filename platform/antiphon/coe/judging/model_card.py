@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from antiphon.coe.judging.report import Report, dataset_rows, policy_rows, rows_for_people
+from antiphon.coe.judging.report import Report
+from antiphon.coe.judging.tables import dataset_rows, policy_rows, rows_for_people
 from antiphon.coe.routing.artifact import Artifact
 
 

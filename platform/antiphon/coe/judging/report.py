@@ -1,28 +1,25 @@
-"""What judging found, as one report: JSON, tables and plots for people, and the release gate over it (control speed, offline).
+"""What judging found, as one report, and the release gate over it (control speed, offline).
 
 Must not know: how figures are computed.
 """
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from antiphon.coe.judging import judge
-from antiphon.coe.judging.comparisons import COMPARISONS, SIMPLE
+from antiphon.coe.judging.comparisons import SIMPLE
 from antiphon.coe.judging.judge import Estimate, Judged, Say, TwoModels, Verdict
 from antiphon.coe.training.fit import Recipe
 from antiphon.coe.training.train import Prepared
 from antiphon.core.errors import InvalidInput
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +29,7 @@ class PolicyFigures:
     score: float
     avg_cost: float
     over_single: Estimate
-    over: dict[str, Estimate]  # against each comparison, row by row
+    over: dict[str, Estimate]  # against each comparison and the oracle, row by row
     over_simple_alike: Estimate  # against the simple router under the same policy: the same cost, for the same prompts
     utility_over_simple_alike: Estimate  # the same with the cost deducted on both sides
 
@@ -55,7 +52,9 @@ class Report:
     """Figures of one recipe on one table. Scores are 0..1; every figure is of rows that nothing was fitted on."""
 
     table: dict[str, Any]
-    scores: dict[str, float]  # router, best single, oracle and baselines
+    scores: dict[str, float]  # router, best single, oracle and baselines; five folds
+    left_out_kind: str | None  # what was left out in turn: dataset, or category where there are too few datasets; None = nothing
+    scores_left_out: dict[str, float]  # the same with it left out
     experts: dict[str, tuple[float, float]]  # each expert alone: cost, score
     over_best_single: Estimate
     cost_at_single_quality: float | None  # least average cost whose score is no less than the best single expert's
@@ -63,8 +62,8 @@ class Report:
     cost_unit: str
     curve: tuple[judge.CurvePoint, ...]
     aiq: float
-    left_out: Estimate | None  # against the best single expert, each dataset unseen
-    left_out_by_dataset: dict[str, float]
+    left_out: Estimate | None  # against the best single expert, each dataset (or category) unseen
+    left_out_by_dataset: dict[str, float]  # or by category, as left_out_kind says
     policies: dict[str, PolicyFigures]  # five folds
     policies_left_out: dict[str, PolicyFigures]
     by_dataset: dict[str, DatasetFigures]
@@ -78,6 +77,7 @@ class Report:
     category_accuracy: float
     calibration_error: float
     two_models: dict[str, TwoModels]  # the router and its comparisons; empty unless there are two experts
+    two_models_left_out: dict[str, TwoModels]
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -89,6 +89,7 @@ def judge_table(prepared: Prepared, recipe: Recipe, say: Say) -> tuple[Report, J
     table, costs_M = prepared.table, prepared.table.params_b
     judged = judge.by_prompt(prepared, recipe, say)
     verdict = judged.verdict
+    groups = judge.left_out_groups(prepared)
     left = judge.by_dataset(prepared, recipe, say)
     labelled = judged.true_category_B >= 0
     right = verdict.category_B[labelled] == judged.true_category_B[labelled]
@@ -104,12 +105,9 @@ def judge_table(prepared: Prepared, recipe: Recipe, say: Say) -> tuple[Report, J
             "labels": prepared.labels.how,
             "embedder": prepared.embedder,
         },
-        scores={
-            "router": float(verdict.score_B.mean()),
-            "best single": single,
-            "oracle": float(table.scores.max(axis=1).mean()),
-            **{name: float(values.mean()) for name, values in verdict.comparisons.items()},
-        },
+        scores=_scores(verdict),
+        left_out_kind=None if groups is None else groups[0],
+        scores_left_out={} if left is None else _scores(left),
         experts={
             expert.name: (float(cost), float(score))
             for expert, cost, score in zip(table.experts, costs_M, table.scores.mean(axis=0), strict=True)
@@ -121,7 +119,7 @@ def judge_table(prepared: Prepared, recipe: Recipe, say: Say) -> tuple[Report, J
         curve=judged.curve,
         aiq=judge.aiq([(point.avg_cost, point.score) for point in judged.curve]),
         left_out=None if left is None else judge.estimate(left.score_B - left.single_B, recipe.seed),
-        left_out_by_dataset={} if left is None else _by_dataset(prepared, left),
+        left_out_by_dataset={} if left is None or groups is None else _by_group(groups[1], left),
         policies=_policies(verdict, recipe),
         policies_left_out={} if left is None else _policies(left, recipe),
         by_dataset=_dataset_figures(prepared, verdict, left),
@@ -135,14 +133,19 @@ def judge_table(prepared: Prepared, recipe: Recipe, say: Say) -> tuple[Report, J
         category_accuracy=float(right.mean()),
         calibration_error=judge.calibration_error(verdict.confidence_B[labelled], right),
         two_models=_two_models(prepared, verdict),
+        two_models_left_out={} if left is None else _two_models(prepared, left),
     )
     return report, judged
 
 
-def _by_dataset(prepared: Prepared, left: Verdict) -> dict[str, float]:
-    names = sorted(set(prepared.fast.datasets.tolist()))
-    gain = left.score_B - left.single_B
-    return {name: float(gain[prepared.fast.datasets == name].mean()) for name in names}
+def _scores(verdict: Verdict) -> dict[str, float]:
+    compared = {name: float(values_B.mean()) for name, values_B in verdict.comparisons.items()}
+    return {"router": float(verdict.score_B.mean()), "best single": float(verdict.single_B.mean()), **compared}
+
+
+def _by_group(group_B: npt.NDArray[np.str_], left: Verdict) -> dict[str, float]:
+    gain_B = left.score_B - left.single_B
+    return {name: float(gain_B[group_B == name].mean()) for name in sorted(set(group_B.tolist()))}
 
 
 def _policies(verdict: Verdict, recipe: Recipe) -> dict[str, PolicyFigures]:
@@ -221,171 +224,3 @@ def _figure(report: Mapping[str, Any], path: str) -> float | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise InvalidInput(f"{path!r} of the report is not a number", "gate")
     return value
-
-
-def rows_for_people(report: Report) -> list[tuple[str, str]]:
-    """Name and value of every headline figure."""
-
-    unit = "B" if "parameters" in report.cost_unit else ""
-    at_quality = report.cost_at_single_quality
-    rows = [(f"score, {name}", f"{score:.4f}") for name, score in report.scores.items()]
-    rows += [
-        ("over best single, 5-fold", _points(report.over_best_single)),
-        ("cost at best single's quality", "not reached" if at_quality is None else f"{at_quality:.1f}{unit}"),
-        ("cost of best single", f"{report.single_cost:.1f}{unit}"),
-        ("AIQ", f"{report.aiq:.4f}"),
-    ]
-    if report.left_out is not None and report.gate_rate_left_out is not None:
-        rows.append(("against best single, dataset unseen", _points(report.left_out)))
-        rows.append(("gated, dataset unseen", f"{100 * report.gate_rate_left_out:.1f} %"))
-    rows += [
-        ("gated, 5-fold", f"{100 * report.gate_rate:.1f} %"),
-        ("asked the slow path, 5-fold", f"{100 * report.slow_rate:.1f} %"),
-        ("category accuracy", f"{report.category_accuracy:.4f}"),
-        (f"calibration error, {judge.NUM_BINS} bins", f"{report.calibration_error:.4f}"),
-    ]
-    rows += [(f"same expert: {name}", f"{e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]") for name, e in report.agreement.items()]
-    rows += [
-        (f"APGR, CPT(50 %), CPT(80 %): {name}", f"{two.apgr:.3f}, {two.cpt_50:.3f}, {two.cpt_80:.3f}")
-        for name, two in report.two_models.items()
-    ]
-    rows.append(("expected of its picks, five folds", f"{report.expected:.4f}, scored {report.scores['router']:.4f}"))
-    if report.expected_left_out is not None and report.score_left_out is not None:
-        rows.append(
-            ("expected of its picks, dataset unseen", f"{report.expected_left_out:.4f}, scored {report.score_left_out:.4f}")
-        )
-    return rows
-
-
-Rows = list[tuple[str, ...]]
-
-
-def policy_rows(report: Report) -> Rows:
-    """A head, then a line per policy and way of judging: score, cost, and the differences to what it is compared with.
-
-    Comparisons route without cost but in the last two columns, where the simple router has the same policy.
-    """
-    others = [SIMPLE, *(name for name in report.scores if name in COMPARISONS and name != SIMPLE)]
-    alike = (f"− {SIMPLE}, same policy", "less its cost")
-    rows: Rows = [("policy", "judged by", "score", "cost", "− best single", *(f"− {name}" for name in others), *alike)]
-    for how, policies in (("five folds", report.policies), ("dataset unseen", report.policies_left_out)):
-        for name, found in policies.items():
-            differences = (_points(found.over_single), *(_points(found.over[other]) for other in others))
-            like = (_points(found.over_simple_alike), _points(found.utility_over_simple_alike))
-            rows.append((name, how, f"{found.score:.4f}", f"{found.avg_cost:.1f}", *differences, *like))
-    return rows
-
-
-def dataset_rows(report: Report) -> Rows:
-    """A head, then a line per dataset: router, best single expert and simple router, its prompts known in part and not at all."""
-
-    def shown(value: float | None) -> str:
-        return "–" if value is None else f"{value:.3f}"
-
-    head = ("dataset", "prompts", "router", "single", "simple", "unseen: router", "single", "simple")
-    rows: Rows = [head]
-    for name, found in report.by_dataset.items():
-        known = (found.router, found.single, found.simple)
-        unseen = (found.left_out, found.left_out_single, found.left_out_simple)
-        rows.append((name, str(found.num_rows), *(shown(value) for value in known), *(shown(value) for value in unseen)))
-    return rows
-
-
-def _points(e: Estimate) -> str:
-    return f"{100 * e.mean:+.2f} [{100 * e.low:+.2f}, {100 * e.high:+.2f}]"
-
-
-def plots(report: Report, judged: Judged, categories: Sequence[str]) -> dict[str, bytes]:
-    """PNG files by name: quality against cost, calibration, confusion. Equal figures give equal bytes."""
-
-    def png(figure: Figure) -> bytes:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-        return buffer.getvalue()
-
-    return {
-        "quality-cost.png": png(_quality_cost(report)),
-        "calibration.png": png(_calibration(report, judged)),
-        "confusion.png": png(_confusion(judged, categories)),
-    }
-
-
-def _quality_cost(report: Report) -> Figure:
-    figure = _blank(7.5, 4.8)
-    axes = figure.add_subplot()
-    alone = sorted(report.experts.values())
-    axes.scatter([cost for cost, _ in alone], [score for _, score in alone], color="grey", s=28, label="one expert alone")
-    best = max(report.experts, key=lambda name: report.experts[name][1])
-    axes.annotate(best, report.experts[best], textcoords="offset points", xytext=(-7, -3), ha="right", fontsize=8, color="dimgrey")
-    for name, style in (
-        ("oracle", "solid"),
-        (SIMPLE, "dotted"),
-        ("kNN-100", (0, (1, 3))),
-        ("ridge", "dashdot"),
-        ("random", "dashed"),
-    ):
-        axes.axhline(report.scores[name], color="grey", linewidth=0.9, linestyle=style, label=f"{name} {report.scores[name]:.3f}")
-    points = sorted({(p.avg_cost, p.score) for p in report.curve})
-    axes.plot(
-        [cost for cost, _ in points],
-        [score for _, score in points],
-        marker="o",
-        markersize=4,
-        label=f"router, best {report.scores['router']:.3f}",
-    )
-    axes.set_title("Quality against cost, rows unseen")
-    axes.set_xlabel(f"average cost ({report.cost_unit})")
-    axes.set_ylabel("mean score")
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.25)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    return figure
-
-
-def _calibration(report: Report, judged: Judged) -> Figure:
-    figure = _blank(5.0, 5.4)
-    upper, lower = figure.subplots(2, 1, height_ratios=(4, 1), sharex=True)
-    labelled = judged.true_category_B >= 0
-    confidence = judged.verdict.confidence_B[labelled]
-    right = judged.verdict.category_B[labelled] == judged.true_category_B[labelled]
-    bins = np.minimum((confidence * judge.NUM_BINS).astype(int), judge.NUM_BINS - 1)
-    sizes = np.bincount(bins, minlength=judge.NUM_BINS)
-    filled = np.flatnonzero(sizes)
-    share = np.array([right[bins == b].mean() for b in filled])
-    spread = 1.96 * np.sqrt(np.maximum(share * (1 - share), 0.25 / sizes[filled]) / sizes[filled])
-    upper.plot([0, 1], [0, 1], color="grey", linewidth=0.7)
-    upper.errorbar([confidence[bins == b].mean() for b in filled], share, yerr=spread, marker="o", markersize=4, capsize=2)
-    upper.set_title(f"Calibration of p(category), error {report.calibration_error:.3f}")
-    upper.set_ylabel("share right, rows unseen")
-    upper.grid(alpha=0.25)
-    lower.bar((np.arange(judge.NUM_BINS) + 0.5) / judge.NUM_BINS, sizes, width=0.9 / judge.NUM_BINS, color="grey")
-    lower.set_yscale("log")
-    lower.set_ylabel("prompts")
-    lower.set_xlabel("confidence")
-    return figure
-
-
-def _confusion(judged: Judged, categories: Sequence[str]) -> Figure:
-    figure = _blank(2.6 + 0.6 * len(categories), 2.0 + 0.5 * len(categories))
-    axes = figure.add_subplot()
-    labelled = judged.true_category_B >= 0
-    counts = np.zeros((len(categories), len(categories)))
-    np.add.at(counts, (judged.true_category_B[labelled], judged.verdict.category_B[labelled]), 1)
-    shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
-    axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
-        color = "white" if shares[row, column] > 0.6 else "black"
-        axes.text(column, row, f"{100 * shares[row, column]:.0f}", ha="center", va="center", fontsize=7, color=color)
-    axes.set_title("Per cent of each labelled category, rows unseen")
-    axes.set_xticks(range(len(categories)), categories, rotation=45, ha="right", rotation_mode="anchor")
-    names = [f"{name} ({int(counts[c].sum())})" for c, name in enumerate(categories)]
-    axes.set_yticks(range(len(categories)), names)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("labelled")
-    return figure
-
-
-def _blank(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure  # imported here: only people who look at plots pay for it
-
-    return Figure(figsize=(width, height), layout="constrained")

@@ -1,11 +1,12 @@
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from antiphon.coe.judging.judge import aiq, by_dataset, by_prompt, calibration_error, estimate, two_models
+from antiphon.coe.judging.judge import aiq, by_dataset, by_prompt, calibration_error, estimate, left_out_groups, two_models
 from antiphon.coe.routing.assessment import Assessment
 from antiphon.coe.training.data.augment import PERTURBATIONS, perturbed, training_variants
 from antiphon.coe.training.data.example_table import example_table
@@ -313,3 +314,14 @@ def test_judging_beats_the_best_single_expert_and_the_gate_does_no_harm() -> Non
     left = by_dataset(prepared, recipe, lambda _: None)
     assert left is not None
     assert estimate(left.score_B - left.single_B, 0).mean > 0.0
+
+
+def test_of_a_table_of_one_dataset_categories_are_left_out_in_turn() -> None:
+    table = example_table()
+    alone = replace(table, datasets=("all",) * len(table))
+    prepared = prepare(alone, Options(recipe=Recipe(num_variants=1), embedder="lsa"), lambda _: None)
+    groups = left_out_groups(prepared)
+    assert groups is not None
+    assert (groups[0], set(groups[1].tolist())) == ("category", set(prepared.labels.categories))
+    same = replace(alone, categories=("x",) * len(table))
+    assert left_out_groups(prepare(same, Options(recipe=Recipe(num_variants=1), embedder="lsa"), lambda _: None)) is None

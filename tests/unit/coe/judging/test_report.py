@@ -1,10 +1,15 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from antiphon.coe.judging.comparisons import COMPARISONS
 from antiphon.coe.judging.judge import CurvePoint, Estimate, Judged, Verdict
-from antiphon.coe.judging.report import DatasetFigures, PolicyFigures, Report, dataset_rows, plots, policy_rows, rows_for_people
+from antiphon.coe.judging.plots import plots
+from antiphon.coe.judging.report import DatasetFigures, PolicyFigures, Report
+from antiphon.coe.judging.tables import dataset_rows, policy_rows, rows_for_people
 
+SCORES = {"router": 0.7, "best single": 0.6, "simple": 0.65, "kNN-100": 0.65, "ridge": 0.64, "oracle": 0.8, "random": 0.4}
 NONE = Estimate(mean=0.0, low=0.0, high=0.0)
 
 
@@ -31,7 +36,9 @@ def found() -> tuple[Report, Judged]:
     curve = (CurvePoint(weight=0.0, avg_cost=40.0, score=0.7), CurvePoint(weight=0.1, avg_cost=12.0, score=0.6))
     report = Report(
         table={},
-        scores={"router": 0.7, "best single": 0.6, "oracle": 0.8, "simple": 0.65, "kNN-100": 0.65, "ridge": 0.64, "random": 0.4},
+        scores=SCORES,
+        left_out_kind=None,
+        scores_left_out={},
         experts={"small | odd name": (7.0, 0.5), "large": (70.0, 0.6)},
         over_best_single=NONE,
         cost_at_single_quality=12.0,
@@ -46,7 +53,7 @@ def found() -> tuple[Report, Judged]:
                 score=0.7,
                 avg_cost=40.0,
                 over_single=NONE,
-                over=dict.fromkeys(COMPARISONS, NONE),
+                over=dict.fromkeys((*COMPARISONS, "oracle"), NONE),
                 over_simple_alike=NONE,
                 utility_over_simple_alike=NONE,
             )
@@ -67,6 +74,7 @@ def found() -> tuple[Report, Judged]:
         category_accuracy=0.9,
         calibration_error=0.02,
         two_models={},
+        two_models_left_out={},
     )
     judged = Judged(verdict=verdict, true_category_B=true, curve=curve, agreement={})
     return report, judged
@@ -88,6 +96,14 @@ def test_what_was_not_judged_is_not_shown(found: tuple[Report, Judged]) -> None:
 
 def test_every_policy_has_a_line_with_its_intervals_and_every_dataset_has_one(found: tuple[Report, Judged]) -> None:
     head, *rows = policy_rows(found[0])
-    assert head[4:] == ("− best single", "− simple", "− kNN-100", "− ridge", "− simple, same policy", "less its cost")
-    assert rows == [("quality", "five folds", "0.7000", "40.0", *["+0.00 [+0.00, +0.00]"] * 6)]
+    assert head[4:] == ("− best single", "− simple", "− kNN-100", "− ridge", "− oracle", "− simple, same policy", "less its cost")
+    assert rows[0] == ("quality", "five folds", "0.7000", "40.0", *["+0.00 [+0.00, +0.00]"] * 7)
+    assert [(name, how, score) for name, how, score, *_ in rows[1:]] == [
+        (f"({name})", "five folds", f"{score:.4f}") for name, score in SCORES.items() if name != "router"
+    ]
     assert dataset_rows(found[0])[1] == ("d", "200", "0.700", "0.600", "0.650", "–", "–", "–")
+
+
+def test_what_was_left_out_is_named(found: tuple[Report, Judged]) -> None:
+    report = replace(found[0], left_out_kind="category", policies_left_out=found[0].policies, scores_left_out=SCORES)
+    assert {how for _, how, *_ in policy_rows(report)[1:]} == {"five folds", "category unseen"}
