@@ -11,7 +11,7 @@ import torch
 
 from antiphon.connectors.afd.attention_side import AttentionSide
 from antiphon.connectors.afd.ffn_side import FFNSide
-from antiphon.connectors.headers import Header, Kind
+from antiphon.connectors.headers import Header, Kind, unpack
 from antiphon.core.errors import CorruptMessage, PeerLost
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.transport.base import Hello, LinkLayout
@@ -59,17 +59,19 @@ def ffn_side(link: LoopbackLink) -> FFNSide:
     return side
 
 
-def answer(far: LoopbackLink, change: Callable[[Header], Header] = lambda h: h, num_bytes: int | None = None) -> None:
-    """Take one A2F message and answer it with the rows themselves, after ``change`` of the header."""
+def answer(far: LoopbackLink, change: Callable[[Header], Header] = lambda h: h, num_bytes: int | None = None) -> int:
+    """Take one A2F message and answer it with the rows themselves, after ``change`` of the header; its ubatch."""
     message = far.poll()
     assert message is not None
+    asked = unpack(message.header, far.peer)
     slot = far.acquire()
     assert slot is not None
     size = ROWS * WIDTH * 4
     slot.data[:size].copy_(message.data)
     far.release(message)
-    good = Header(kind=Kind.F2A, epoch=1, step=1, layer=0, dtype=1, rows=ROWS, num_bytes=size)
+    good = asked._replace(kind=Kind.F2A, spare=0)
     far.commit(slot, change(good).pack(), size if num_bytes is None else num_bytes)
+    return asked.ubatch
 
 
 def test_an_ffn_worker_that_never_answers_is_lost_in_time_and_by_name() -> None:
@@ -290,4 +292,25 @@ def test_a_worker_that_comes_back_takes_the_rows_of_its_dead_self() -> None:
     again_near.on_poll = answers
     assert torch.equal(side.receive(0), rows)
     assert torch.equal(side.receive(1), rows)
+    assert side.times.num_resent == 2
+
+
+@pytest.mark.parametrize("num_lost", [1, 2])
+def test_a_loss_that_shows_while_rows_are_sent_sends_the_others_rows_again_too(num_lost: int) -> None:
+    """The worker has the rows of one ubatch and is found dead at the next one's: whoever is next gets both, once."""
+    links = [pair(ffn=WorkerId(f"test/ffn/{n}")) for n in range(num_lost + 1)]
+    side = attention_side(links[0][0], num_ubatches=3)
+    for near, _ in links[1:]:
+        side.add_link(0, near)
+    rows = torch.arange(ROWS * WIDTH, dtype=torch.float32).view(ROWS, WIDTH)
+    for ubatch in (0, 1):
+        side.send(1, 0, ubatch, rows + ubatch)
+    for _, far in links[:-1]:
+        far.close()
+    side.send(1, 0, 2, rows + 2)
+    assert sorted(answer(links[-1][1]) for _ in range(3)) == [0, 1, 2]
+    assert not links[-1][1].pending()
+    for ubatch in range(3):
+        assert torch.equal(side.receive(ubatch), rows + ubatch)
+    assert len(side.losses) == num_lost
     assert side.times.num_resent == 2

@@ -75,7 +75,7 @@ class AttentionSide:
         )
         self._shards = self._links.shards
         self.ahead = Ahead(self._links, answer_timeout_s)
-        self._exchanges = [Exchange(parts=[None] * num_shards) for _ in range(num_ubatches)]
+        self._exchanges = [Exchange(parts=[None] * num_shards, sent_to=[None] * num_shards) for _ in range(num_ubatches)]
         self._dense = _dense_shares(0, num_shards)
         self._waiting = self._links.waiting
 
@@ -155,13 +155,13 @@ class AttentionSide:
         exchange.compute_us = exchange.wait_us = 0
         exchange.waiting_for.clear()
         for index, share in enumerate(shares):
-            exchange.parts[index] = None
+            exchange.parts[index] = exchange.sent_to[index] = None
             if share is not None:
                 exchange.waiting_for.add(index)
         exchange.is_away = True
         for index, share in enumerate(shares):
-            if share is not None:
-                self._post(index, ubatch, exchange, share)
+            if share is not None and exchange.sent_to[index] is None and not self._post(index, ubatch, exchange):
+                self._send_owed(index)
 
     def receive(self, ubatch: int) -> torch.Tensor:
         """The FFN's result for the ubatch's rows, summed over shards, [T, D] in the return format.
@@ -257,7 +257,10 @@ class AttentionSide:
         exchange.give_back()
         return out_TD
 
-    def _post(self, index: int, ubatch: int, exchange: Exchange, share: Share) -> None:
+    def _post(self, index: int, ubatch: int, exchange: Exchange) -> bool:
+        """Send rows to the shard's worker in use; False when it was lost meanwhile. Raises PeerLost: none came back in time."""
+        share = exchange.shares[index]
+        assert share is not None  # it is waited for
         num_rows = share.num_rows
         num_ids = 0 if share.ids_RK is None else share.ids_RK.shape[1]
         num_bytes = self._out.num_bytes(num_rows, num_ids)
@@ -273,27 +276,28 @@ class AttentionSide:
             num_bytes=num_bytes,
             spare=0 if self.experts is None else self.experts.number,
         ).pack()
-        while True:
-            peer = self._links.in_use(index)
-            try:
-                slot = self._slot(index, peer)
-                if slot is None:
-                    continue  # lost while waiting for a slot
-                views = peer.out.of(slot.index, slot.data, num_rows, num_ids)
-                if share.ids_RK is not None and share.weights_RK is not None:
-                    assert views.ids_RK is not None  # made for as many ids
-                    assert views.weights_RK is not None
-                    views.ids_RK.copy_(share.ids_RK)
-                    views.weights_RK.copy_(share.weights_RK)
-                assert exchange.coded is not None  # send() fills it before it posts
-                self._out.write(views, exchange.coded, share.rows_R)
-                self.times.num_rows_sent += num_rows
-                peer.link.commit(slot, header, num_bytes, written(exchange.coded.rows_TD, slot.data))
-                peer.num_owed += 1
-            except (PeerLost, CorruptMessage) as error:
-                self._links.drop(index, peer, error)
-                continue
-            return
+        peer = self._links.in_use(index)
+        try:
+            slot = self._slot(index, peer)
+            if slot is None:
+                return False
+            views = peer.out.of(slot.index, slot.data, num_rows, num_ids)
+            if share.ids_RK is not None and share.weights_RK is not None:
+                assert views.ids_RK is not None  # made for as many ids
+                assert views.weights_RK is not None
+                views.ids_RK.copy_(share.ids_RK)
+                views.weights_RK.copy_(share.weights_RK)
+            assert exchange.coded is not None  # send() fills it before it posts
+            self._out.write(views, exchange.coded, share.rows_R)
+            self.times.num_rows_sent += num_rows
+            peer.link.commit(slot, header, num_bytes, written(exchange.coded.rows_TD, slot.data))
+        except (PeerLost, CorruptMessage) as error:
+            self._links.drop(index, peer, error)
+            return False
+        self.times.num_resent += exchange.sent_to[index] is not None
+        exchange.sent_to[index] = peer
+        peer.num_owed += 1
+        return True
 
     def _slot(self, index: int, peer: Peer) -> Slot | None:
         """A slot to write into, waiting for the peer's answers; None when the peer was lost meanwhile. Raises PeerLost."""
@@ -310,7 +314,7 @@ class AttentionSide:
             if self._links.silent:
                 self._drop_silent()
             if self._shards[index][:1] != [peer]:
-                return None  # lost while draining, and everything in flight is re-sent by then
+                return None  # lost while draining
             if peer.num_owed < len(self._exchanges):
                 slot = peer.link.acquire()
         return slot
@@ -319,7 +323,7 @@ class AttentionSide:
         """Take every answer that has arrived from the shard's worker."""
         peers = self._shards[index]
         if not peers:
-            self._resend(index)
+            self._send_owed(index)
             return
         peer = peers[0]
         try:
@@ -327,7 +331,7 @@ class AttentionSide:
                 self._accept(index, peer, message)
         except (PeerLost, CorruptMessage) as error:
             self._links.drop(index, peer, error)
-            self._resend(index)
+            self._send_owed(index)
 
     def _accept(self, index: int, peer: Peer, message: Message) -> None:
         link = peer.link
@@ -360,7 +364,7 @@ class AttentionSide:
 
     def _drop_silent(self) -> None:
         for index in self._links.drop_silent(self.owing()):
-            self._resend(index)
+            self._send_owed(index)
 
     def _wait(self, exchange: Exchange) -> None:
         if self._links.silent:
@@ -374,7 +378,7 @@ class AttentionSide:
                 if peers:
                     silent = PeerLost(peers[0].link.peer, f"owed an answer for {self._answer_timeout_s:g} s")
                     self._links.drop(index, peers[0], silent)
-                    self._resend(index)
+                    self._send_owed(index)
             return
         peers = self._shards[0]
         if len(self._shards) == 1 and peers:
@@ -385,12 +389,11 @@ class AttentionSide:
                 if peers:
                     self._drain(index)
 
-    def _resend(self, index: int) -> None:
-        for ubatch, exchange in enumerate(self._exchanges):
-            share = exchange.shares[index] if exchange.is_away else None
-            if share is not None and index in exchange.waiting_for:
-                self.times.num_resent += 1
-                self._post(index, ubatch, exchange, share)
+    def _send_owed(self, index: int) -> None:
+        """Send the shard's worker in use all that is waited for from the shard, but what it has been sent."""
+        away, peers = enumerate(self._exchanges), self._shards[index]
+        while not all(self._post(index, ubatch, each) for ubatch, each in away if each.is_unsent(index, peers[:1])):
+            away = enumerate(self._exchanges)  # it was lost too: whoever is in use now gets everything
 
 
 def _dense_shares(num_rows: int, num_shards: int) -> list[Share]:

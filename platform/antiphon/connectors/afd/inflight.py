@@ -51,10 +51,15 @@ class Exchange:
     overdue_s: float = 0.0  # when whoever still owes is taken for lost
     shares: Sequence[Share | None] = ()  # by shard; None: the shard gets no row
     waiting_for: set[int] = field(default_factory=set)  # shard indices whose partial sum is not in
+    sent_to: list[Peer | None]  # by shard; who has the rows
     parts: list[torch.Tensor | None]  # partial sums by shard, views of the messages they came in
     messages: list[tuple[Link, Message]] = field(default_factory=list)  # to be given back
     compute_us: int = 0
     wait_us: int = 0
+
+    def is_unsent(self, index: int, to: Sequence[Peer]) -> bool:
+        """Whether a partial sum is waited for whose rows went to nobody of ``to``."""
+        return self.is_away and index in self.waiting_for and self.sent_to[index] not in to
 
     def give_back(self) -> None:
         """Give the answers' slots back; their parts are no longer valid."""
