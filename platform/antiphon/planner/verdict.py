@@ -52,11 +52,16 @@ class Violation:
     @property
     def text(self) -> str:
         """One sentence."""
+        if math.isinf(self.needed):
+            return self.what
         scale, unit = {"byte": (1e-9, "GB"), "s": (1e3, "ms")}.get(self.unit, (1.0, self.unit))
-        return (
-            f"{self.what}: needs {self.needed * scale:.4g} {unit}, has {self.available * scale:.4g} {unit} "
-            f"(off by {self.by * scale:.4g} {unit})"
-        )
+
+        def shown(value: float) -> str:
+            if unit == "cards":
+                return f"{value:,.0f} card" if value == 1 else f"{value:,.0f} cards"
+            return f"{value * scale:.4g} {unit}"
+
+        return f"{self.what}: needs {shown(self.needed)}, has {shown(self.available)} (off by {shown(self.by)})"
 
 
 def violations(planner: Planner, wiring: Wiring) -> tuple[Violation, ...]:
@@ -246,12 +251,13 @@ def _budget(planner: Planner, wiring: Wiring) -> Violation:
                 unit="s",
                 what="prompts that enter decode steps wait longer than TTFT, or make steps longer than TPOT",
             )
+    would = "would any number of cards that was tried" if math.isinf(needed) else "about this many cards would"
     return Violation(
         constraint=Constraint.BUDGET,
         needed=needed,
         available=planner.demand.max_cards,
         unit="cards",
-        what="no group with its prefill pool keeps the targets within the budget; about this many cards would",
+        what=f"no group with its prefill pool keeps the targets within the budget; {'nor ' if math.isinf(needed) else ''}{would}",
     )
 
 

@@ -149,3 +149,15 @@ def test_a_plan_says_the_traffic_it_is_for(tmp_path):
     assert "context of 2,048 tokens" in shown
     assert "prompts of 2,000 and outputs of 96 tokens" in page.read_text()
     assert "prompts are shorter than this by half" in " ".join(run("deploy", "--help").stdout.replace("│", " ").split())
+
+
+def test_a_plan_says_what_the_model_is_served_in():
+    """Mixtral is published in bf16 and planned in fp8 by default: nobody may have to guess it from the memory."""
+    shown = " ".join(run("deploy", "--model", "mixtral-8x7b", "--gpus", 8, "--kv", "bf16").stdout.split())
+    assert "formats: weights fp8, products with them fp8, attention bf16, KV cache bf16" in shown
+
+
+def test_one_card_is_a_card_and_wirings_without_a_prefill_pool_have_no_ratio():
+    shown = " ".join(run("deploy", "--model", "gpt-oss-20b", "--gpus", 1, "--hardware", "L40S").stdout.split())
+    assert "needs 2 cards, has 1 card (off by 1 card)" in shown
+    assert "prefill : decode cards │ - │" in shown

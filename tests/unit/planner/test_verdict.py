@@ -17,6 +17,7 @@ from antiphon.planner.options import Assumptions, Demand, Planner
 from antiphon.planner.plan import make_plan
 from antiphon.planner.report.tables import option_table, roles_table
 from antiphon.planner.traffic import RequestShape, Traffic
+from antiphon.planner.verdict import Constraint, Violation
 
 CATALOGUE = Catalogue.built_in()
 PARTS = ("colocated", "pd", "afd")  # fewest first
@@ -116,3 +117,10 @@ def test_one_card_without_a_price_and_all_are_compared_by_the_card():
     assert "per card (no price: H100)" in plan.reason
     priced = dataclasses.replace(cards, ffn=dataclasses.replace(cards.ffn, usd_per_hour=2.5))
     assert "per dollar" in make_plan(dataclasses.replace(planner, cards=priced)).reason
+
+
+def test_what_no_number_of_cards_would_keep_is_not_said_to_need_infinitely_many():
+    found = Violation(
+        constraint=Constraint.BUDGET, needed=float("inf"), available=8, unit="cards", what="nothing keeps the targets"
+    )
+    assert found.text == "nothing does"

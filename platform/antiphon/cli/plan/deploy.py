@@ -41,7 +41,7 @@ def deploy(
             value["explanation"] = derivation_json(derive(plan))
         print(json.dumps(value, indent=2))
     else:
-        tell([tables.traffic_line(question.planner.demand.traffic)])
+        tell([tables.traffic_line(question.planner.demand.traffic), tables.formats_line(question.planner.formats)])
         if plan.options:
             show([tables.roles_table(plan), tables.option_table(plan)])
         tell(tables.verdict_lines(plan))

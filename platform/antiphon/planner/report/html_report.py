@@ -18,7 +18,15 @@ from antiphon.planner.options import Option, Planner, Wiring
 from antiphon.planner.pipeline.ubatches import PipelineRun, simulate_layers
 from antiphon.planner.plan import Plan, finite
 from antiphon.planner.report import plots
-from antiphon.planner.report.tables import Table, derivation_lines, option_table, roles_table, simulation_table, traffic_line
+from antiphon.planner.report.tables import (
+    Table,
+    derivation_lines,
+    formats_line,
+    option_table,
+    roles_table,
+    simulation_table,
+    traffic_line,
+)
 from antiphon.planner.simulation.deployment import SimulationResult
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -53,7 +61,7 @@ def report(
     parts = [
         f"<h1>{html.escape(model.title)}: {html.escape(plan.verdict)}</h1>",
         f'<p class="{verdict_class}">{html.escape(plan.reason)}</p>',
-        f"<p>{html.escape(traffic_line(plan.planner.demand.traffic))}</p>",
+        f"<p>{html.escape(traffic_line(plan.planner.demand.traffic))}<br>{html.escape(formats_line(plan.planner.formats))}</p>",
     ]
     if plan.chosen is not None:
         parts += ["<h2>What to run</h2>", _table(roles_table(plan)), "<h2>Options</h2>", _table(option_table(plan))]

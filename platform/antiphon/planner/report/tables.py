@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from antiphon.planner.calibration.fit import Comparison
+from antiphon.planner.cost.formats import Formats
 from antiphon.planner.cost.formula import Derivation
 from antiphon.planner.cost.hardware import Accelerator
 from antiphon.planner.cost.library import Model
@@ -92,6 +93,15 @@ def traffic_line(traffic: Traffic) -> str:
     )
 
 
+def formats_line(formats: Formats) -> str:
+    """What a model is planned to be served in, in a sentence."""
+    local = "" if formats.local_kv == formats.kv else f" ({formats.local_kv} in layers with a window)"
+    return (
+        f"formats: weights {formats.weights}, products with them {formats.compute}, attention {formats.attention}, "
+        f"KV cache {formats.kv}{local}"
+    )
+
+
 def option_table(plan: Plan) -> Table:
     """Every wiring side by side."""
     options = list(plan.options.items())
@@ -144,7 +154,7 @@ def _cell(option: Option, show: str, plan: Plan) -> str:
         "tokens": digits(option.tokens_per_s),
         "per_card": digits(option.tokens_per_s_per_card),
         "usd": "no price" if usd is None else digits(usd),
-        "ratio": f"{option.prefill_decode_ratio:.2f}",
+        "ratio": "-" if option.prefill is None else f"{option.prefill_decode_ratio:.2f}",
         "binding": plan.bindings[option.wiring],
     }
     return cells[show]
