@@ -120,7 +120,5 @@ def test_one_card_without_a_price_and_all_are_compared_by_the_card():
 
 
 def test_what_no_number_of_cards_would_keep_is_not_said_to_need_infinitely_many():
-    found = Violation(
-        constraint=Constraint.BUDGET, needed=float("inf"), available=8, unit="cards", what="nothing keeps the targets"
-    )
+    found = Violation(constraint=Constraint.BUDGET, needed=float("inf"), available=8, unit="cards", what="nothing does")
     assert found.text == "nothing does"
