@@ -17,9 +17,7 @@ from antiphon.models.layers.linear import sums_by_row
 from antiphon.testing import LocalCluster, wiring
 
 EXPERTS, VOCAB = 12, 199
-needs_own_sums = pytest.mark.skipif(
-    not sums_by_row(), reason="the processor has no matrix units, and oneDNN's sums in bf16 depend on the batch"
-)
+needs_own_sums = pytest.mark.skipif(not sums_by_row(), reason="there are no kernels, and others' sums in bf16 depend on the batch")
 Row = tuple[int, float]  # a token and its log probability
 
 ONE_PLACE: dict[str, tuple[str, dict[str, int]]] = {

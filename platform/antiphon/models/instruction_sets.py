@@ -13,7 +13,8 @@ from pathlib import Path
 _V2 = frozenset(("cx16", "popcnt", "sse4_1", "sse4_2", "ssse3"))
 _V3 = _V2 | {"abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}
 _V4 = _V3 | {"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"}
-_TILES = frozenset(("amx_bf16", "amx_int8", "amx_tile", "avx512_bf16", "avx512_vnni", "avx512vbmi"))
+_V4_BF16 = _V4 | {"avx512_bf16", "avx512_vnni", "avx512vbmi"}
+_TILES = frozenset(("amx_bf16", "amx_int8", "amx_tile"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +33,10 @@ _X86 = (  # the newest first
             *("-march=x86-64-v4", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
             *("-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"),
         ),
-        needs=_V4 | _TILES,
+        needs=_V4_BF16 | _TILES,
+    ),
+    InstructionSet(
+        name="x86-64-v4-bf16", flags=("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"), needs=_V4_BF16
     ),
     InstructionSet(name="x86-64-v4", flags=("-march=x86-64-v4",), needs=_V4),
     InstructionSet(name="x86-64-v3", flags=("-march=x86-64-v3",), needs=_V3),

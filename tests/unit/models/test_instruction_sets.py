@@ -20,7 +20,8 @@ SAPPHIRE_RAPIDS = SKYLAKE_SERVER | {"amx_bf16", "amx_int8", "amx_tile", "avx512_
     ("features", "name"),
     [
         (SAPPHIRE_RAPIDS, "x86-64-v4-amx"),
-        (SAPPHIRE_RAPIDS - {"amx_tile"}, "x86-64-v4"),
+        (SAPPHIRE_RAPIDS - {"amx_tile"}, "x86-64-v4-bf16"),
+        (SKYLAKE_SERVER, "x86-64-v4"),
         (HASWELL, "x86-64-v3"),
         (HASWELL - {"fma"}, "x86-64-v2"),
         (frozenset(), None),

@@ -1,12 +1,14 @@
 """Linear layers with weights packed once for the machine that runs them (hot).
 
-Four ways, best first: our own kernels on Intel's matrix units (bfloat16), where a row's result does not depend on the rows beside
-it; oneDNN with its weight reordered at load, worth 1.1-2 x at decode's batch sizes; our own vector kernel where the processor has
-no bfloat16 arithmetic, a row's result again its own; the plain operator.
+Best first: our kernels, on Intel's matrix units (bfloat16), on vector units with the weight in blocks (float32; bfloat16 with
+AVX-512) or as it lies (bfloat16 without); a row's result does not depend on the rows beside it. Where they are missing or don't
+serve the format: oneDNN with its weight reordered at load; the plain operator.
 Legend: T rows, I inputs, O outputs.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -27,16 +29,22 @@ class Linear:
         self.num_bytes = weight_OI.numel() * weight_OI.element_size()
         self._bias = bias_O
         self._tiles: torch.Tensor | None = None
+        self._blocks: torch.Tensor | None = None
         self._packed = False
         self._by_rows = False
-        if has_tiles(weight_OI) and (bias_O is None or bias_O.dtype is torch.bfloat16):
+        ours = bias_O is None or bias_O.dtype is weight_OI.dtype
+        if has_tiles(weight_OI) and ours:
             self._tiles = self._weight = torch.ops.antiphon.pack_weight(weight_OI.contiguous(), False)
+        elif _has_blocks(weight_OI) and ours:
+            self._blocks = self._weight = torch.ops.antiphon.pack_linear(weight_OI.contiguous())
+        elif _has_row_kernel(weight_OI) and ours:
+            self._by_rows = True
+            self._weight = weight_OI.contiguous()
         elif _can_pack(weight_OI):
             self._packed = True
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACK_ROWS)
         else:
-            self._by_rows = _has_row_kernel(weight_OI) and (bias_O is None or bias_O.dtype is torch.bfloat16)
-            self._weight = weight_OI.contiguous() if self._by_rows else weight_OI
+            self._weight = weight_OI
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -54,6 +62,9 @@ class Linear:
         if self._tiles is not None:
             result = torch.ops.antiphon.tile_linear(x_TI.contiguous(), self._tiles, None, self._bias, self.out_features)
             return result
+        if self._blocks is not None:
+            result = torch.ops.antiphon.packed_linear(x_TI.contiguous(), self._blocks, self._bias, self.out_features, False)
+            return result
         if self._packed:
             result = torch.ops.mkldnn._linear_pointwise(x_TI, self._weight, self._bias, "none", [], "")
             return result
@@ -64,6 +75,11 @@ class Linear:
 
     def in_fp32(self, x_TI: torch.Tensor) -> torch.Tensor:
         """fp32 [T, O], newly allocated; not rounded on the way where our kernels compute it."""
+        if self._blocks is not None:
+            sums: torch.Tensor = torch.ops.antiphon.packed_linear(
+                x_TI.contiguous(), self._blocks, self._bias, self.out_features, True
+            )
+            return sums
         if self._by_rows:
             wide: torch.Tensor = torch.ops.antiphon.row_linear(x_TI.contiguous(), self._weight, self._bias, True)
             return wide
@@ -87,25 +103,29 @@ def has_tiles(weight: torch.Tensor) -> bool:
 
 
 def sums_by_row() -> bool:
-    """Whether a bfloat16 row's result, here and in attention, has the same bits whatever rows are computed beside it.
+    """Whether a bfloat16 row's result, here and in attention, has the same bits whatever rows are beside it: with our kernels."""
+    return available()
 
-    So it is with our kernels; oneDNN's, which serve processors that have bfloat16 arithmetic but no matrix units, sum in an order
-    that depends on their number.
-    """
-    return tiles_available() or (available() and not _one_dnn_has(torch.bfloat16))
+
+def _has_blocks(weight: torch.Tensor) -> bool:
+    return _on_cpu(weight) and available() and _packs(weight.dtype)
+
+
+@functools.cache
+def _packs(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float32, torch.bfloat16) and bool(torch.ops.antiphon.packs(dtype is torch.bfloat16))
 
 
 def _has_row_kernel(weight: torch.Tensor) -> bool:
-    return weight.device.type == "cpu" and not is_card(weight.device) and weight.dtype is torch.bfloat16 and available()
+    return _on_cpu(weight) and weight.dtype is torch.bfloat16 and available()
+
+
+def _on_cpu(weight: torch.Tensor) -> bool:
+    return weight.device.type == "cpu" and not is_card(weight.device)
 
 
 def _can_pack(weight: torch.Tensor) -> bool:
-    return (
-        weight.device.type == "cpu"
-        and not is_card(weight.device)
-        and weight.dtype in (torch.float32, torch.bfloat16)
-        and _one_dnn_has(weight.dtype)
-    )
+    return _on_cpu(weight) and weight.dtype in (torch.float32, torch.bfloat16) and _one_dnn_has(weight.dtype)
 
 
 def _one_dnn_has(dtype: torch.dtype) -> bool:

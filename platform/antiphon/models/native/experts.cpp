@@ -1,12 +1,8 @@
 // The experts of one layer (hot): every expert's gate, up, activation and down over the rows that came for it, and each row's
 // weighted sum, in one call. Also the gate that chooses experts from scores.
 //
-// Weights are packed once into blocks that are read as one linear stream, 32 outputs at a time:
-//
-//     [outputs / 32][K / pair][2][16][pair]      pair = 2 for bfloat16 rows (the order of AMX tiles and of dpbf16), 1 for float32
-//
-// where the two halves of a block are 16 gate and the 16 matching up outputs, or 32 down outputs. int8 weights lie in the same
-// order and are widened block by block; their scales (float32, one per output) are applied to the sums.
+// Weights are packed once into blocks (blocks.h); the two halves of one are 16 gate and the 16 matching up outputs, or 32 down outputs.
+// int8 weights lie in the same order and are widened block by block; their scales (float32, one per output) are applied to the sums.
 //
 //     rows ──sorted by expert──► sorted_MD ──gate, up──► act_MW ──down──► sum_TD += weight · result ──► out_TD
 //
@@ -28,51 +24,32 @@
 #include <optional>
 #include <vector>
 
+#include "blocks.h"
 #include "elements.h"
 #include "prefetch.h"
 #include "thread_pool.h"
-
-#if defined(__AVX512F__) || defined(__AVX2__)
-#include <immintrin.h>
-#endif
-#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
-#define ANTIPHON_HALF_LANES 1  // sixteen registers of eight: what is summed at once is chosen to stay in them
-#else
-#define ANTIPHON_HALF_LANES 0
-#endif
-#if defined(__linux__) && defined(__AMX_BF16__) && defined(__x86_64__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#define ANTIPHON_AMX 1
-#else
-#define ANTIPHON_AMX 0
-#endif
 
 namespace {
 
 using antiphon::bf16;
 using antiphon::exp_negative;
+using antiphon::kBlock;
+using antiphon::kLanes;
 using antiphon::load;
+using antiphon::multiply;
+using antiphon::pack_as;
+using antiphon::padded;
 using antiphon::Prefetch;
+using antiphon::Scratch;
 using antiphon::store;
+using antiphon::Sums;
+using antiphon::Tiles;
 using at::Tensor;
 
-constexpr int64_t kLanes = 16;         // outputs of half a block
-constexpr int64_t kBlock = 2 * kLanes;  // outputs of a block; widths are padded to it
 constexpr int64_t kPanelRows = 128;    // rows that go through all blocks together: they stay in L2
-constexpr int64_t kPrefetch = 4;          // blocks that are fetched while as many are computed
+constexpr int64_t kPrefetch = 4;       // blocks that are fetched while as many are computed
 constexpr int64_t kRunsAThread = 2;    // of columns: each thread takes as many as it gets to
 constexpr int64_t kSlackRows = 16;     // tiles may read this many rows behind the last
-
-typedef float Lanes __attribute__((vector_size(64)));
-typedef uint32_t Bits __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-
-inline Lanes load_lanes(const float* from) {
-  Lanes v;
-  std::memcpy(&v, from, sizeof(v));
-  return v;
-}
 
 inline float silu(float x) {
   const float e = exp_negative(-std::fabs(x));
@@ -84,65 +61,6 @@ inline float gelu_tanh(float x) {
   const float e = exp_negative(-2.0f * std::fabs(y));
   const float tanh = std::copysign((1.0f - e) / (1.0f + e), y);
   return 0.5f * x * (1.0f + tanh);
-}
-
-// Memory that only grows and starts at a cache line.
-template <typename T>
-class Scratch {
- public:
-  T* take(int64_t count) {
-    if (count > size_) {
-      const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 4095) / 4096 * 4096;
-      memory_.reset(static_cast<T*>(std::aligned_alloc(4096, bytes)));
-      TORCH_CHECK(memory_ != nullptr, "no memory for ", bytes, " bytes of scratch");
-      std::memset(memory_.get(), 0, bytes);
-      size_ = static_cast<int64_t>(bytes / sizeof(T));
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> memory_;
-  int64_t size_ = 0;
-};
-
-template <typename T>
-constexpr int64_t pair_of = std::is_same_v<T, bf16> ? 2 : 1;
-
-inline int64_t padded(int64_t size) { return (size + kBlock - 1) / kBlock * kBlock; }
-
-// ---- packing ----------------------------------------------------------------------------------------------------------------
-
-// out: one weight in blocks. Row n of half h of block b is first[16 b + n] or second[16 b + n]; where second is not given, halves
-// are the even and odd runs of 16 rows of first. What lies beyond either size is zero.
-template <typename T>
-void pack_as(T* out, const T* first, const T* second, int64_t rows, int64_t cols, int64_t num_blocks, int64_t k, int64_t pair) {
-  antiphon::parallel_for(0, num_blocks, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      T* block = out + b * k * kBlock;
-      std::memset(static_cast<void*>(block), 0, k * kBlock * sizeof(T));
-      for (int64_t half = 0; half < 2; ++half) {
-        for (int64_t lane = 0; lane < kLanes; ++lane) {
-          const T* from = first;
-          int64_t row = b * kBlock + half * kLanes + lane;
-          if (second != nullptr) {
-            from = half == 0 ? first : second;
-            row = b * kLanes + lane;
-          }
-          if (row >= rows) {
-            continue;
-          }
-          from += row * cols;
-          for (int64_t c = 0; c < cols; ++c) {
-            block[((c / pair) * 2 + half) * kLanes * pair + lane * pair + c % pair] = from[c];
-          }
-        }
-      }
-    }
-  });
 }
 
 void pack_experts(const Tensor& out, const Tensor& first, const std::optional<Tensor>& second, int64_t pair) {
@@ -165,253 +83,6 @@ void pack_experts(const Tensor& out, const Tensor& first, const std::optional<Te
       TORCH_CHECK(first.element_size() == 4);
       return run(uint32_t{});
   }
-}
-
-// ---- products ---------------------------------------------------------------------------------------------------------------
-
-// sums_R2L[r][half][lane] of up to 32 rows x_RK (stride in elements) with one block.
-using Sums = float[2 * kLanes][2][kLanes];
-
-#if ANTIPHON_HALF_LANES
-// R rows with V eights of a block's outputs, from the first of them on: R * V sums. Rows are float32 whatever the weights are.
-template <int R, int V>
-void sums_of_eights(const float* x, int64_t stride, const float* block, int64_t k, float* sums) {
-  __m256 acc[R][V];
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) acc[r][v] = _mm256_setzero_ps();
-  }
-  for (int64_t i = 0; i < k; ++i) {
-    __m256 w[V];
-    for (int v = 0; v < V; ++v) w[v] = _mm256_loadu_ps(block + i * kBlock + 8 * v);
-    for (int r = 0; r < R; ++r) {
-      const __m256 a = _mm256_broadcast_ss(x + r * stride + i);
-      for (int v = 0; v < V; ++v) acc[r][v] = _mm256_fmadd_ps(a, w[v], acc[r][v]);
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) _mm256_storeu_ps(sums + r * kBlock + 8 * v, acc[r][v]);
-  }
-}
-
-template <int R, int V>
-void sums_of_eights(const float* x, int64_t stride, const bf16* block, int64_t k, float* sums) {
-  const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-  __m256 acc[R][V];
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) acc[r][v] = _mm256_setzero_ps();
-  }
-  for (int64_t i = 0; i < k; i += 2) {
-    const auto pairs = [&](int v) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + i * kBlock + 16 * v)); };
-    __m256 w[V];
-    for (int v = 0; v < V; ++v) w[v] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs(v), 16));
-    for (int r = 0; r < R; ++r) {
-      const __m256 a = _mm256_broadcast_ss(x + r * stride + i);
-      for (int v = 0; v < V; ++v) acc[r][v] = _mm256_fmadd_ps(a, w[v], acc[r][v]);
-    }
-    for (int v = 0; v < V; ++v) w[v] = _mm256_castsi256_ps(_mm256_and_si256(pairs(v), high));
-    for (int r = 0; r < R; ++r) {
-      const __m256 a = _mm256_broadcast_ss(x + r * stride + i + 1);
-      for (int v = 0; v < V; ++v) acc[r][v] = _mm256_fmadd_ps(a, w[v], acc[r][v]);
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) _mm256_storeu_ps(sums + r * kBlock + 8 * v, acc[r][v]);
-  }
-}
-
-template <int R, typename T>
-void sums_of_rows(const float* x, int64_t stride, const T* block, int64_t k, float (*sums)[2][kLanes]) {
-  constexpr int64_t kHalf = kLanes * pair_of<T>;
-  if constexpr (R <= 2) {
-    sums_of_eights<R, 4>(x, stride, block, k, &sums[0][0][0]);
-  } else {
-    sums_of_eights<R, 2>(x, stride, block, k, &sums[0][0][0]);
-    sums_of_eights<R, 2>(x, stride, block + kHalf, k, &sums[0][1][0]);
-  }
-}
-#else
-template <int R>
-void sums_of_rows(const float* x, int64_t stride, const float* block, int64_t k, float (*sums)[2][kLanes]) {
-  Lanes acc[R][2] = {};
-  for (int64_t i = 0; i < k; ++i) {
-    const Lanes w0 = load_lanes(block + i * kBlock), w1 = load_lanes(block + i * kBlock + kLanes);
-    __builtin_prefetch(block + i * kBlock + 1024);
-    __builtin_prefetch(block + i * kBlock + 1024 + kLanes);
-    for (int r = 0; r < R; ++r) {
-      acc[r][0] += x[r * stride + i] * w0;
-      acc[r][1] += x[r * stride + i] * w1;
-    }
-  }
-  std::memcpy(sums, acc, sizeof(acc));
-}
-
-template <int R>
-void sums_of_rows(const bf16* x, int64_t stride, const bf16* block, int64_t k, float (*sums)[2][kLanes]) {
-#if defined(__AVX512BF16__)
-  __m512 acc[R][2];
-  for (int r = 0; r < R; ++r) {
-    acc[r][0] = acc[r][1] = _mm512_setzero_ps();
-  }
-  for (int64_t i = 0; i < k / 2; ++i) {
-    const bf16* at = block + i * 2 * kBlock;
-    const __m512bh w0 = (__m512bh)_mm512_loadu_si512(at), w1 = (__m512bh)_mm512_loadu_si512(at + kBlock);
-    _mm_prefetch(reinterpret_cast<const char*>(at) + 4096, _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(at) + 4160, _MM_HINT_T0);
-    for (int r = 0; r < R; ++r) {
-      int both;
-      std::memcpy(&both, x + r * stride + 2 * i, sizeof(both));
-      const __m512bh a = (__m512bh)_mm512_set1_epi32(both);
-      acc[r][0] = _mm512_dpbf16_ps(acc[r][0], a, w0);
-      acc[r][1] = _mm512_dpbf16_ps(acc[r][1], a, w1);
-    }
-  }
-  std::memcpy(sums, acc, sizeof(acc));
-#else
-  Lanes acc[R][2] = {};
-  for (int64_t i = 0; i < k / 2; ++i) {
-    Bits both[2];
-    std::memcpy(both, block + i * 2 * kBlock, sizeof(both));
-    for (int half = 0; half < 2; ++half) {
-      const Lanes even = std::bit_cast<Lanes>(both[half] << 16), odd = std::bit_cast<Lanes>(both[half] & 0xffff0000u);
-      for (int r = 0; r < R; ++r) {
-        acc[r][half] += load(x[r * stride + 2 * i]) * even;
-        acc[r][half] += load(x[r * stride + 2 * i + 1]) * odd;
-      }
-    }
-  }
-  std::memcpy(sums, acc, sizeof(acc));
-#endif
-}
-#endif
-
-#if ANTIPHON_AMX
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes_per_row[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// Whether the kernel lets this process use tiles; asked once.
-bool has_tiles() {
-  static const bool granted = [] {
-    constexpr long kRequest = 0x1023, kTileData = 18;
-    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-  }();
-  return granted;
-}
-
-// Tiles 0-3 sums, 4-5 rows, 6-7 weights: all whole, as rows behind the last may be read.
-class Tiles {
- public:
-  explicit Tiles(bool wanted) : on_(wanted && has_tiles()) {
-    if (on_) {
-      TileConfig config;
-      for (int t = 0; t < 8; ++t) {
-        config.bytes_per_row[t] = 64;
-        config.rows[t] = 16;
-      }
-      // Written out: the compiler's own intrinsic claims to read eight of the bytes only.
-      asm volatile("ldtilecfg %0" ::"m"(config));
-    }
-  }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-  ~Tiles() {
-    if (on_) {
-      _tile_release();
-    }
-  }
-  bool on() const { return on_; }
-
- private:
-  bool on_;
-};
-
-template <bool kTwo>
-void sums_by_tiles(const bf16* x, int64_t stride, const bf16* block, int64_t k, float (*sums)[2][kLanes], Prefetch& ahead) {
-  asm volatile("" ::: "memory");  // the intrinsics do not say what they read: what was written before must be in place
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (kTwo) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (int64_t i = 0; i < k; i += 32) {
-    const bf16* at = block + i * kBlock;
-    ahead.fetch(32);
-    _tile_loadd(4, x + i, stride * sizeof(bf16));
-    _tile_loadd(6, at, 128);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, at + kBlock, 128);
-    _tile_dpbf16ps(1, 4, 7);
-    if constexpr (kTwo) {
-      _tile_loadd(5, x + 16 * stride + i, stride * sizeof(bf16));
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  constexpr int64_t kSumsStride = sizeof(float) * kBlock;
-  _tile_stored(0, &sums[0][0][0], kSumsStride);
-  _tile_stored(1, &sums[0][1][0], kSumsStride);
-  if constexpr (kTwo) {
-    _tile_stored(2, &sums[16][0][0], kSumsStride);
-    _tile_stored(3, &sums[16][1][0], kSumsStride);
-  }
-  asm volatile("" ::: "memory");
-}
-#else
-class Tiles {
- public:
-  explicit Tiles(bool) {}
-  bool on() const { return false; }
-};
-#endif
-
-// sums of up to 32 rows with one block.
-template <typename T>
-void multiply(const Tiles& tiles, const T* x, int64_t stride, int64_t rows, const T* block, int64_t k, float (*sums)[2][kLanes],
-              Prefetch& ahead) {
-#if ANTIPHON_AMX
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (tiles.on()) {
-      return rows > 16 ? sums_by_tiles<true>(x, stride, block, k, sums, ahead) : sums_by_tiles<false>(x, stride, block, k, sums, ahead);
-    }
-  }
-#endif
-  (void)tiles;
-  (void)ahead;
-  int64_t r = 0;
-#if ANTIPHON_HALF_LANES
-  const float* wide = nullptr;
-  if constexpr (std::is_same_v<T, float>) {
-    wide = x;
-  } else {
-    static thread_local Scratch<float> memory;
-    float* to = memory.take(rows * k);
-    for (int64_t row = 0; row < rows; ++row) {
-#pragma omp simd
-      for (int64_t i = 0; i < k; ++i) to[row * k + i] = load(x[row * stride + i]);
-    }
-    wide = to;
-    stride = k;
-  }
-  for (; r + 4 <= rows; r += 4) sums_of_rows<4>(wide + r * stride, stride, block, k, sums + r);
-  if (r + 2 <= rows) {
-    sums_of_rows<2>(wide + r * stride, stride, block, k, sums + r);
-    r += 2;
-  }
-  if (r < rows) sums_of_rows<1>(wide + r * stride, stride, block, k, sums + r);
-#else
-  for (; r + 8 <= rows; r += 8) {
-    sums_of_rows<8>(x + r * stride, stride, block, k, sums + r);
-  }
-  for (; r + 4 <= rows; r += 4) {
-    sums_of_rows<4>(x + r * stride, stride, block, k, sums + r);
-  }
-  for (; r < rows; ++r) {
-    sums_of_rows<1>(x + r * stride, stride, block, k, sums + r);
-  }
-#endif
 }
 
 // One block of int8 weights in the format of the rows; exact, as bfloat16 has eight bits of mantissa.

@@ -208,11 +208,32 @@ def test_a_few_rows_times_weights_equal_sums_in_fp64_and_a_row_is_its_own_whatev
             assert torch.equal(torch.ops.antiphon.row_linear(x[row : row + 1], weight, bias, True)[0], wide[row])
 
 
-def test_the_plain_linear_of_a_few_bf16_rows_is_by_rows_where_no_better_kernel_serves() -> None:
-    linear = Linear(torch.randn(24, 40).bfloat16())
-    if linear.tiles is None and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        x = torch.randn(6, 40).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), [(1100, 70), (577, 13), (64, 32), (7, 3)])
+def test_a_weight_in_blocks_gives_sums_in_fp64_and_a_row_is_its_own_whatever_stands_beside_it(
+    dtype: torch.dtype, num_inputs: int, num_outputs: int
+) -> None:
+    """More rows than a panel, widths that are no multiple of anything, and inputs of more than one chain."""
+    torch.manual_seed(4)
+    weight, bias = torch.randn(num_outputs, num_inputs).to(dtype), torch.randn(num_outputs).to(dtype)
+    packed = torch.ops.antiphon.pack_linear(weight)
+    x = torch.randn(140, num_inputs).to(dtype)
+    wide = torch.ops.antiphon.packed_linear(x, packed, bias, num_outputs, True)
+    expected = x.double() @ weight.double().T + bias.double()
+    torch.testing.assert_close(wide.double(), expected, atol=1e-4 if dtype is torch.float32 else 1e-3, rtol=1e-5)
+    assert torch.equal(torch.ops.antiphon.packed_linear(x, packed, bias, num_outputs, False), wide.to(dtype))
+    assert torch.equal(torch.ops.antiphon.packed_linear(x, packed, None, num_outputs, True) + bias.float(), wide)
+    for num_rows in (*range(1, 18), 31, 33, 129):
+        for first in (0, 3):
+            part = torch.ops.antiphon.packed_linear(x[first : first + num_rows], packed, bias, num_outputs, True)
+            assert torch.equal(part, wide[first : first + num_rows])
+
+
+def test_the_plain_linear_is_by_rows() -> None:
+    torch.manual_seed(5)
+    for bias in (None, torch.randn(24).bfloat16()):
+        linear = Linear(torch.randn(24, 40).bfloat16(), bias)
+        x = torch.randn(50, 40).bfloat16()
         assert torch.equal(linear(x)[2:4], linear(x[2:4]))
         assert torch.equal(linear.in_fp32(x).bfloat16(), linear(x))
-    many = torch.randn(40, 40).bfloat16()
-    torch.testing.assert_close(linear(many).float(), linear.in_fp32(many), atol=0.1, rtol=0.02)
+        assert not torch.equal(linear.in_fp32(x), linear(x).float())
