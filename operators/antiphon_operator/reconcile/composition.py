@@ -25,7 +25,7 @@ from antiphon_operator.reconcile.llm.status import Refusal, refused_status
 from antiphon_operator.reconcile.llm.weights import find_weights
 from antiphon_operator.reconcile.tiers import NoTiers, TierSeen, TierSource
 from antiphon_operator.reconcile.writer import NotOurs, Writer
-from antiphon_operator.render.composition import Address, children, composition_service, key_of, router_name
+from antiphon_operator.render.composition import Address, children, composition_service, key_of, lending_problems, router_name
 from antiphon_operator.render.model_pool import Member, pool_problems, pool_scheme
 from antiphon_operator.render.names import DEFAULT_HTTP_PORT, http_service
 from antiphon_operator.render.settings import Settings
@@ -60,6 +60,8 @@ class CompositionReconciler:
             document = CompositionOfExperts.model_validate({k: live[k] for k in ("apiVersion", "kind", "metadata", "spec")})
             references = await self._references(document)
             members = await self._members(document, references)
+            if problems := lending_problems(document, members):
+                raise SpecInvalid(problems)
             for child in children(document, owner_reference(live), _addresses(document, references), self._settings, members):
                 await writer.ensure(child)
             ready_routers = await self._ready_routers(document)

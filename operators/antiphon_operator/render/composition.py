@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 from antiphon.core.document.coe.expert_keys import HOSTS_SUFFIX, REQUIRED_VARIABLE
 from antiphon.core.document.coe.experts import ExpertSpec, SecretKeyRef
 from antiphon.core.document.composition import CompositionOfExperts
+from antiphon.core.document.spec import LLMDeployment
+from antiphon.core.errors import Problem
 from antiphon_operator.render.canonical import Json, fingerprint, to_yaml
 from antiphon_operator.render.model_pool import Member, pool_documents, pool_environment, pool_memory, pool_scheme, pool_volumes
 from antiphon_operator.render.names import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT, HEALTH_PATH, LABEL_COMPOSITION, MANAGER
@@ -78,6 +80,28 @@ def key_variable(index: int) -> str:
 def key_of(expert: ExpertSpec) -> SecretKeyRef | None:
     """The secret with the key to show at an expert's door. Never a deployment's own keys: those may do everything there."""
     return expert.api_key_secret if expert.external is None else expert.external.api_key_secret
+
+
+def lending_problems(document: CompositionOfExperts, members: Sequence[Member]) -> list[Problem]:
+    """Why the router would lend its experts' keys to whoever reaches it; none where its document says that it shall."""
+    router, within = document.spec.router, {member.name for member in members}
+    asks = any(asks_for_keys(member.document) for member in members) if members else router.api_keys_secret is not None
+    if asks or router.lends_expert_keys:
+        return []
+    for index, expert in enumerate(document.spec.experts):
+        if expert.deployment_ref not in within and key_of(expert) is not None:
+            where = "spec.endpoint.apiKeysFile of its members" if members else "spec.router.apiKeysSecret"
+            message = (
+                f"spec.experts[{index}] is asked with a key, and who reaches the router needs none: set {where}, or "
+                "spec.router.lendsExpertKeys where something before the router says who may come in"
+            )
+            return [Problem(path="spec.router.apiKeysSecret", message=message)]
+    return []
+
+
+def asks_for_keys(document: LLMDeployment) -> bool:
+    """Whether a deployment's doors ask for API keys."""
+    return document.spec.endpoint.api_keys_env is not None or document.spec.endpoint.api_keys_file is not None
 
 
 def _hosts_of(expert: ExpertSpec, secret: SecretKeyRef, addresses: Mapping[str, Address]) -> Json:
@@ -161,16 +185,14 @@ def _claim_of(uri: str) -> tuple[str, str]:
 def _pod(document: CompositionOfExperts, addresses: Mapping[str, Address], settings: Settings, members: Sequence[Member]) -> Json:
     environment: list[Json] = [{"name": "HOME", "value": "/tmp"}, *pool_environment(members)]  # noqa: S108 - an emptyDir of the pod's own
     within = {member.name for member in members}
-    is_limited = False
     for index, expert in enumerate(document.spec.experts):
         secret = None if expert.deployment_ref in within else key_of(expert)
         if secret is not None:
             reference = {"secretKeyRef": {"name": secret.name, "key": secret.key}}
             environment.append({"name": key_variable(index), "valueFrom": reference})
             environment.append({"name": key_variable(index) + HOSTS_SUFFIX, **_hosts_of(expert, secret, addresses)})
-            is_limited = True
-    if is_limited:
-        environment.append({"name": REQUIRED_VARIABLE, "value": "required"})
+    # Also of a variable that a document names itself (external.apiKeyEnv): all that this pod has are others'.
+    environment.append({"name": REQUIRED_VARIABLE, "value": "required"})
     accepted = document.spec.router.api_keys_secret
     if accepted is not None:
         reference = {"secretKeyRef": {"name": accepted.name, "key": accepted.key}}

@@ -24,7 +24,7 @@ from antiphon.apps.serve.plan import GATEWAY, ServeSettings
 from antiphon.apps.serve.ray_runtime import keep_serve_on_loopback
 from antiphon.apps.serve.stop_signals import wait_for_stop
 from antiphon.apps.supervision.event_log import EventLog, EventLogEntry, Fact
-from antiphon.coe.serving.doors.expert_key import check_key_host
+from antiphon.coe.serving.doors.expert_key import check_key_host, check_lending
 from antiphon.core.document.coe.experts import ExternalEndpoint
 from antiphon.core.document.serving import EndpointSpec
 from antiphon.core.document.spec import LLMDeployment
@@ -68,6 +68,7 @@ def serving_config(serving: Serving, *, drain_s: float, routing: Routing = "here
     """The gateway's part of documents that are served together.
 
     Raises:
+        InvalidInput: an expert's key may not be sent to its host, or would be lent to all who reach a door without keys.
         Unavailable: an environment variable that should hold API keys is missing or empty.
     """
     endpoint = serving.endpoint
@@ -83,6 +84,7 @@ def serving_config(serving: Serving, *, drain_s: float, routing: Routing = "here
             )
         for index, expert in enumerate(composition.spec.experts):
             _check_key(expert.external, f"{composition.model_name}: spec.experts[{index}].external")
+        check_lending(composition, is_open=not keys and endpoint.api_keys_file is None)
     thresholds = {d.model_name: d.spec.scheduler.remote_prefill_min_tokens for d in serving.deployments}
     return GatewayConfig(
         checks_ahead=True,

@@ -21,7 +21,7 @@ from fastapi.responses import JSONResponse, Response
 
 from antiphon.coe.serving.artifacts import WatchedRoutes
 from antiphon.coe.serving.composition import Composition
-from antiphon.coe.serving.doors.expert_key import check_key_host
+from antiphon.coe.serving.doors.expert_key import check_key_host, check_lending
 from antiphon.coe.serving.doors.grpc import CoeGrpcDoor
 from antiphon.coe.serving.doors.http import CoeDoor
 from antiphon.coe.serving.doors.published import ROUTES
@@ -88,6 +88,8 @@ async def run_coe(config: CoeConfig, stop: asyncio.Event, *, on_bound: Callable[
 async def _run(config: CoeConfig, directory: Directory, stop: asyncio.Event, on_bound: Callable[[BoundPorts], None] | None) -> None:
     for document in config.documents:
         _check(document)
+        if config.http_port is not None:  # its gRPC door decides, and asks no expert
+            check_lending(document, is_open=not config.api_keys and config.api_keys_file is None, endpoints=config.endpoints)
     view = WorkerView(directory, refresh_s=config.refresh_s)
     owner = f"{config.host}:{os.getpid()}"
     compositions = {

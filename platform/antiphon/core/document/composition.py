@@ -51,6 +51,10 @@ class RouterSpec(Model):
         default=None,
         description="Kubernetes: secret with the API keys that the composition's doors accept, separated by commas; None = open.",
     )
+    lends_expert_keys: bool = Field(
+        default=False,
+        description="Whether who needs no key here may use experts with keys that the router holds; False = it does not start so.",
+    )
     record_decisions: int = Field(default=10_000, ge=0, le=10_000_000, description="Decisions kept for Explain, per replica.")
 
 

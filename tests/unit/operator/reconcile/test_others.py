@@ -80,7 +80,8 @@ def cluster() -> Cluster:
     experts.append(
         {"name": "law", "external": {"url": "https://law/v1", "model": "m", "apiKeySecret": {"name": "keys", "key": "law"}}}
     )
-    made.create(COMPOSITION, "team", {"experts": experts, "general": "chat"})
+    router = {"apiKeysSecret": {"name": "door", "key": "keys"}}
+    made.create(COMPOSITION, "team", {"experts": experts, "general": "chat", "router": router})
     return made
 
 
@@ -214,15 +215,51 @@ def test_an_external_experts_key_goes_only_where_its_secret_says(cluster: Cluste
 
 
 def test_a_routers_doors_take_keys_from_a_secret(cluster: Cluster) -> None:
-    live = cluster.get(COMPOSITION, "team")
-    live["spec"]["router"] = {"apiKeysSecret": {"name": "door", "key": "keys"}}
-    cluster.api.update(COMPOSITION, live, manager="kubectl")
     route(cluster)
     document, environment = router(cluster)
     assert document.spec.router.api_keys_secret is None
     (container,) = cluster.get(DEPLOYMENT, "team-router")["spec"]["template"]["spec"]["containers"]
     name = container["args"][container["args"].index("--api-keys-env") + 1]
     assert environment[name] == {"secretKeyRef": {"name": "door", "key": "keys"}}
+
+
+@pytest.mark.parametrize("lent", ["law", "code"])
+def test_a_router_without_keys_does_not_lend_its_experts_keys_to_whoever_reaches_it(cluster: Cluster, lent: str) -> None:
+    live = cluster.get(COMPOSITION, "team")
+    del live["spec"]["router"]
+    if lent == "code":
+        live["spec"]["experts"][1]["apiKeySecret"] = {"name": "router-keys", "key": "code"}
+        del live["spec"]["experts"][3]
+    cluster.api.update(COMPOSITION, live, manager="kubectl")
+    route(cluster)
+    assert cluster.conditions(COMPOSITION, "team")["Accepted"] == ("False", "InvalidSpec")
+    (accepted,) = [c for c in cluster.get(COMPOSITION, "team")["status"]["conditions"] if c["type"] == "Accepted"]
+    assert "spec.router.apiKeysSecret" in accepted["message"]
+    assert cluster.api.get(DEPLOYMENT, "default", "team-router") is None
+    live = cluster.get(COMPOSITION, "team")
+    live["spec"]["router"] = {"lendsExpertKeys": True}  # something before it says who comes in
+    cluster.api.update(COMPOSITION, live, manager="kubectl")
+    route(cluster)
+    assert cluster.conditions(COMPOSITION, "team")["Accepted"][0] == "True"
+    assert cluster.get(DEPLOYMENT, "team-router")
+
+
+def test_a_document_cant_send_the_routers_own_variables_anywhere(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """external.apiKeyEnv names a variable: in a pod all of them are somebody's."""
+    live = cluster.get(COMPOSITION, "team")
+    external = {"url": "https://mine.example/v1", "model": "m", "apiKeyEnv": "ANTIPHON_ROUTER_API_KEYS"}
+    live["spec"]["experts"][3] = {"name": "law", "external": external}
+    cluster.api.update(COMPOSITION, live, manager="kubectl")
+    route(cluster)
+    document, _ = router(cluster)
+    (container,) = cluster.get(DEPLOYMENT, "team-router")["spec"]["template"]["spec"]["containers"]
+    for variable in container["env"]:
+        monkeypatch.setenv(variable["name"], variable.get("value", "a secret"))  # as the kubelet does
+    law = document.spec.expert("law").external
+    assert law is not None
+    assert key_headers(law) == {}
+    with pytest.raises(InvalidInput, match=r"external\.url"):
+        check_key_host(law, "external")
 
 
 def test_a_guarded_deployment_without_a_known_secret_is_an_expert_that_is_not_ready_and_says_what_to_do(cluster: Cluster) -> None:

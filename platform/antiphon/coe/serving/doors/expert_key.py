@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from antiphon.core.document.coe.expert_keys import HOSTS_SUFFIX, REQUIRED_VARIABLE
 from antiphon.core.document.coe.experts import ExternalEndpoint
+from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.core.errors import InvalidInput
 
 _PORTS: Final = {"http": 80, "https": 443}
@@ -37,6 +38,38 @@ def check_key_host(endpoint: ExternalEndpoint, field: str, environment: Mapping[
     """
     if (why := why_not_sent(endpoint, environment)) is not None:
         raise InvalidInput(f"{field}.url: {why}", f"{field}.url")
+
+
+def check_lending(
+    document: CompositionOfExperts,
+    *,
+    is_open: bool,
+    endpoints: Mapping[str, ExternalEndpoint] | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> None:
+    """Refuse a door that asks for no keys and has keys to show at its experts': whoever reaches it would use, and pay with, those.
+
+    Args:
+        document: the composition.
+        is_open: the door asks for no API keys.
+        endpoints: where deploymentRefs are reached elsewhere.
+        environment: has the experts' keys.
+
+    Raises:
+        InvalidInput: so it is, and the document does not say that it shall be.
+    """
+    if not is_open or document.spec.router.lends_expert_keys:
+        return
+    for index, expert in enumerate(document.spec.experts):
+        endpoint = expert.external
+        if expert.deployment_ref is not None:
+            endpoint = (endpoints or {}).get(expert.deployment_ref)
+        if endpoint is not None and key_headers(endpoint, environment):
+            raise InvalidInput(
+                f"{document.model_name}: spec.experts[{index}] is asked with the key in {endpoint.api_key_env}, and who asks here "
+                "needs none: give this door API keys, or say with spec.router.lendsExpertKeys that all who reach it may use it",
+                "spec.router.lendsExpertKeys",
+            )
 
 
 def why_not_sent(endpoint: ExternalEndpoint, environment: Mapping[str, str]) -> str | None:
