@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -49,3 +51,37 @@ async def test_a_slash_at_the_end_changes_nothing(tmp_path: Path) -> None:
         assert listed.json()["object"] == "list"
         body = {"model": "tiny", "prompt": "a", "max_tokens": 1}
         assert (await client.post("/v1/completions/", json=body)).status_code == 200
+
+
+async def test_a_path_with_a_line_end_is_no_path(tmp_path: Path) -> None:
+    async with fake.world(tmp_path) as world, httpx.AsyncClient(base_url=world.url, trust_env=False) as client:
+        for path in (*PATHS, "/v1/models/tiny", "/openapi.json", "/"):
+            refused = await client.get(f"{path}%0A")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (404, "not_found"), path
+        assert (await client.post("/v1/completions%0A", json={"model": "tiny", "prompt": "a"})).status_code == 404
+
+
+async def test_bodies_may_be_compressed(tmp_path: Path) -> None:
+    body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 1}).encode()
+    async with fake.world(tmp_path) as world, httpx.AsyncClient(base_url=world.url, trust_env=False) as client:
+
+        async def post(content: bytes, encoding: str) -> httpx.Response:
+            return await client.post("/v1/completions", content=content, headers={"content-encoding": encoding})
+
+        plain = await post(body, "identity")
+        packed = await post(gzip.compress(body), "gzip")
+        assert packed.status_code == 200
+        assert packed.json()["usage"] == plain.json()["usage"]
+        broken = await post(gzip.compress(body)[:-4], "gzip")
+        assert (broken.status_code, broken.json()["error"]["param"]) == (400, "content-encoding")
+        unknown = await post(body, "br")
+        assert (unknown.status_code, unknown.headers["accept-encoding"]) == (415, "gzip, deflate")
+        assert unknown.json()["error"]["code"] == "unsupported_encoding"
+        bomb = await post(gzip.compress(bytes(200 * 2**20)), "gzip")
+        assert bomb.status_code == 413
+
+
+async def test_a_byte_order_mark_before_the_body_is_skipped(tmp_path: Path) -> None:
+    body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 1}).encode()
+    async with fake.world(tmp_path) as world, httpx.AsyncClient(base_url=world.url, trust_env=False) as client:
+        assert (await client.post("/v1/completions", content=b"\xef\xbb\xbf" + body)).status_code == 200

@@ -113,7 +113,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
         return found
 
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, parse_float=number)
+        value = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_float=number)
     except UnicodeDecodeError as error:
         raise InvalidInput(f"the body is not valid UTF-8: byte {error.start}") from error
     except RecursionError as error:

@@ -1,17 +1,22 @@
-"""HTTP's manners for every route of the door: HEAD, OPTIONS, 405, a slash at the end of a path (request speed).
+"""HTTP's manners for every route of the door: HEAD, OPTIONS, 405, a slash at the end of a path, compressed bodies (request speed).
 
 Must not know: what a route answers.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from fastapi.responses import Response
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from antiphon.gateway.openai.http_io import MethodNotAllowed, error_response
+from antiphon.gateway.http.encodings import TAKEN, EncodingUnknown, decoded
+from antiphon.gateway.openai.http_io import MethodNotAllowed, NotFound, error_response
+
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class Manners:
@@ -34,6 +39,9 @@ class Manners:
             await self._app(scope, receive, send)
             return
         path = str(scope["path"])
+        if _CONTROL.search(path):  # a route's pattern ends with `$`, which a line end passes
+            await self._refuse(NotFound(f"there is no {path!r}"), {})(scope, receive, send)
+            return
         if len(path) > 1 and path.endswith("/"):
             path = path.rstrip("/") or "/"
             scope = {**scope, "path": path, "raw_path": path.encode()}
@@ -45,14 +53,22 @@ class Manners:
         if allowed and method not in allowed:
             named = ", ".join(allowed)
             error = MethodNotAllowed(f"there is no {method} {path}; allowed: {named}")
-            self._refused(error)
-            response = error_response(error)
-            response.headers["allow"] = named
-            await response(scope, receive, send)
+            await self._refuse(error, {"allow": named})(scope, receive, send)
             return
         if method == "HEAD" and allowed:
             scope = {**scope, "method": "GET"}  # the server leaves out the body
+        try:
+            scope, receive = decoded(scope, receive)
+        except EncodingUnknown as unknown:
+            await self._refuse(unknown, {"accept-encoding": TAKEN})(scope, receive, send)
+            return
         await self._app(scope, receive, send)
+
+    def _refuse(self, error: Exception, headers: dict[str, str]) -> Response:
+        self._refused(error)
+        response = error_response(error)
+        response.headers.update(headers)
+        return response
 
     def allowed(self, scope: Scope) -> list[str]:
         """The methods that the path has; empty where there is no such path."""
