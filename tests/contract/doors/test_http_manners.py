@@ -85,3 +85,15 @@ async def test_a_byte_order_mark_before_the_body_is_skipped(tmp_path: Path) -> N
     body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 1}).encode()
     async with fake.world(tmp_path) as world, httpx.AsyncClient(base_url=world.url, trust_env=False) as client:
         assert (await client.post("/v1/completions", content=b"\xef\xbb\xbf" + body)).status_code == 200
+
+
+async def test_refusals_before_a_route_have_the_shape_of_their_door(tmp_path: Path) -> None:
+    async with fake.world(tmp_path) as world, httpx.AsyncClient(base_url=world.url, trust_env=False) as client:
+        nowhere = await client.post("/v1/messages/batches", json={"requests": []})
+        assert (nowhere.status_code, nowhere.json()["type"], nowhere.json()["error"]["type"]) == (404, "error", "not_found_error")
+        method = await client.get("/v1/messages")
+        assert (method.status_code, method.json()["type"]) == (405, "error")
+        assert method.headers["allow"] == "OPTIONS, POST"
+        packed = await client.post("/v1/messages", content=b"{}", headers={"content-encoding": "br"})
+        assert (packed.status_code, packed.json()["type"]) == (415, "error")
+        assert (await client.get("/v1/messagesx")).json()["error"]["code"] == "not_found"

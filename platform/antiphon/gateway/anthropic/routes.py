@@ -5,36 +5,25 @@ Must not know: how requests are answered.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from antiphon.core.request import FinishReason
+from antiphon.gateway.anthropic.errors import anthropic_error
 from antiphon.gateway.anthropic.schema import CountBody, MessagesBody
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.generation.request import ChoiceDelta, Started, Usage
 from antiphon.gateway.http.event_stream import LAST_EVENT_HEADER, EventStream
 from antiphon.gateway.json_text import read_json_text
-from antiphon.gateway.openai.http_io import deadline_of, error_response
+from antiphon.gateway.openai.http_io import deadline_of
 from antiphon.gateway.openai.parsing import parse_tolerant, warning_header
 from antiphon.gateway.openai.serving import answered, parts_of
 from antiphon.gateway.text.blocks import Block, Blocks, Change
 from antiphon.gateway.text.folded import call_id
 
 Json = dict[str, Any]
-
-_KINDS = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
 
 
 def add_message_routes(app: FastAPI, gateway: Gateway) -> None:
@@ -74,16 +63,6 @@ def authorization_of(request: Request) -> str | None:
     """The key, by either header that Anthropic's clients send."""
     key = request.headers.get("x-api-key")
     return request.headers.get("authorization") if key is None else f"Bearer {key}"
-
-
-def anthropic_error(error: Exception) -> Response:
-    """Any error in Anthropic's shape."""
-    response = error_response(error)
-    told = json.loads(bytes(response.body))["error"]
-    kind = _KINDS.get(response.status_code, "api_error" if response.status_code >= 500 else "invalid_request_error")
-    headers = {name: value for name, value in response.headers.items() if name in ("retry-after", "www-authenticate")}
-    body = {"type": "error", "error": {"type": kind, "message": told["message"]}}
-    return JSONResponse(body, status_code=response.status_code, headers=headers)
 
 
 class MessageWriter:

@@ -13,8 +13,9 @@ from fastapi.responses import Response
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from antiphon.gateway.anthropic.errors import error_at
 from antiphon.gateway.http.encodings import TAKEN, EncodingUnknown, decoded
-from antiphon.gateway.openai.http_io import MethodNotAllowed, NotFound, error_response
+from antiphon.gateway.openai.http_io import MethodNotAllowed, NotFound
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -40,7 +41,7 @@ class Manners:
             return
         path = str(scope["path"])
         if _CONTROL.search(path):  # a route's pattern ends with `$`, which a line end passes
-            await self._refuse(NotFound(f"there is no {path!r}"), {})(scope, receive, send)
+            await self._refuse(path, NotFound(f"there is no {path!r}"), {})(scope, receive, send)
             return
         if len(path) > 1 and path.endswith("/"):
             path = path.rstrip("/") or "/"
@@ -53,20 +54,20 @@ class Manners:
         if allowed and method not in allowed:
             named = ", ".join(allowed)
             error = MethodNotAllowed(f"there is no {method} {path}; allowed: {named}")
-            await self._refuse(error, {"allow": named})(scope, receive, send)
+            await self._refuse(path, error, {"allow": named})(scope, receive, send)
             return
         if method == "HEAD" and allowed:
             scope = {**scope, "method": "GET"}  # the server leaves out the body
         try:
             scope, receive = decoded(scope, receive)
         except EncodingUnknown as unknown:
-            await self._refuse(unknown, {"accept-encoding": TAKEN})(scope, receive, send)
+            await self._refuse(path, unknown, {"accept-encoding": TAKEN})(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
-    def _refuse(self, error: Exception, headers: dict[str, str]) -> Response:
+    def _refuse(self, path: str, error: Exception, headers: dict[str, str]) -> Response:
         self._refused(error)
-        response = error_response(error)
+        response = error_at(path, error)
         response.headers.update(headers)
         return response
 

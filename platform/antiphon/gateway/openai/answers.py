@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from antiphon.core.errors import AntiphonError, InternalError, InvalidInput
 from antiphon.core.request import FinishReason
@@ -13,6 +13,8 @@ from antiphon.gateway.text.folded import Folded, call_id
 from antiphon.gateway.text.parts import CallArguments, CallBegin, CallEnd, Part, Text, Thought
 
 Json = dict[str, Any]
+
+_WIDENED: Final = 4  # times as many bytes of a prompt's text may stand for what its tokens say
 
 
 def error_body(error: AntiphonError) -> Json:
@@ -159,7 +161,7 @@ class Answer:
             return {"index": index, "message": message, "logprobs": self._logprobs(choice.logprobs, choice.offsets), **ending}
         prompt = choice.prompt_logprobs if self._echo else ()
         begin = len(self._prompt_text(index))
-        offsets = [*_prompt_offsets(prompt, begin), *(begin + offset for offset in choice.offsets)]
+        offsets = [*_prompt_offsets(prompt, self._prompt_text(index)), *(begin + offset for offset in choice.offsets)]
         logprobs = self._logprobs([*prompt, *choice.logprobs], [min(offset, len(text)) for offset in offsets])
         return {"index": index, "text": text, "logprobs": logprobs, **ending}
 
@@ -195,7 +197,7 @@ class Answer:
                 chunks.append(self._chunk({"text": self._prompt_text(delta.index)}, delta.index, None))
         if delta.prompt_logprobs and self._echo:  # they come once, before the first token
             text = self._prompt_text(delta.index)
-            offsets = _prompt_offsets(delta.prompt_logprobs, len(text))
+            offsets = _prompt_offsets(delta.prompt_logprobs, text)
             chunks.append(self._chunk({"text": text}, delta.index, self._logprobs(delta.prompt_logprobs, offsets)))
         choice = self._choices[delta.index]
         shown: list[Json] = []
@@ -303,11 +305,25 @@ class Answer:
         }
 
 
-def _prompt_offsets(prompt: Sequence[Logprob], end: int) -> list[int]:
-    offsets, at = [], 0
+def _prompt_offsets(prompt: Sequence[Logprob], text: str) -> list[int]:
+    """Where a prompt's tokens stand in its text, in characters; a part of a character stands where the character does.
+
+    Tokens are not slices of the text: characters may be split, a first token may stand for no text, or for a space too many.
+    """
+    raw = text.encode()
+    offsets: list[int] = []
+    at = seen = num_chars = 0  # bytes that tokens have covered; bytes that are counted, and the characters that begin in them
+    unlike = 0  # bytes of tokens since the last one that the text has
     for logprob in prompt:
-        offsets.append(min(at, end))
-        at += len(logprob.chosen.text)
+        token = logprob.chosen.raw
+        found = raw.find(token, at, at + len(token) + _WIDENED * unlike)
+        begin = at if found < 0 else found
+        num_chars += sum(byte & 0xC0 != 0x80 for byte in raw[seen:begin])
+        seen = begin
+        within = begin < len(raw) and raw[begin] & 0xC0 == 0x80
+        offsets.append(num_chars - within)
+        unlike = unlike + len(token) if found < 0 else 0
+        at = begin if found < 0 else begin + len(token)
     return offsets
 
 

@@ -24,6 +24,7 @@ from starlette.types import Receive, Scope, Send
 
 from antiphon import __version__
 from antiphon.core.errors import AntiphonError, InvalidInput
+from antiphon.gateway.anthropic.errors import error_at
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.generation.request import ChoiceDelta, Completed, Event, Started
 from antiphon.gateway.http.event_stream import DONE, LAST_EVENT_HEADER, EventStream, one_line
@@ -50,14 +51,14 @@ def make_app(gateway: Gateway) -> FastAPI:
     app.add_middleware(RequestIds)
 
     async def routing_error(request: Request, error: Exception) -> Response:
-        return refused_with(_routing_error(request, error))
+        return refused_with(request, _routing_error(request, error))
 
     async def any_error(request: Request, error: Exception) -> Response:
-        return refused_with(error)
+        return refused_with(request, error)
 
-    def refused_with(error: Exception) -> Response:
+    def refused_with(request: Request, error: Exception) -> Response:
         gateway.refused(error)
-        return error_response(error)
+        return error_at(request.url.path, error)
 
     app.add_exception_handler(HTTPException, routing_error)
     app.add_exception_handler(Exception, any_error)

@@ -18,7 +18,12 @@ from antiphon.gateway.http.encodings import EncodingUnknown, decoded
 
 BODY = {"prompt": "ab c" * 50_000}
 PLAIN = json.dumps(BODY).encode()
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "x-gzip": gzip.compress, "deflate": zlib.compress, "GZIP": gzip.compress}
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "x-gzip": gzip.compress,
+    "GZIP": gzip.compress,
+    "deflate": zlib.compress,
+}
 
 
 def request(encoding: str, pieces: list[bytes]) -> Request:

@@ -50,7 +50,8 @@ from antiphon.coe.serving.fallback import Fallback, Turn
 from antiphon.core.document.composition import Policy, policy_named, split_model_name
 from antiphon.core.errors import DeadlineExceeded, InvalidInput, Overloaded, Unavailable, UnknownModel
 from antiphon.gateway.access.keys import ApiKeys
-from antiphon.gateway.anthropic.routes import anthropic_error, authorization_of
+from antiphon.gateway.anthropic.errors import anthropic_error
+from antiphon.gateway.anthropic.routes import authorization_of
 from antiphon.gateway.http.bodies import LARGE_BYTES, Bodies
 from antiphon.gateway.http.event_stream import LAST_EVENT_HEADER
 from antiphon.gateway.openai.http_io import deadline_of, error_response
