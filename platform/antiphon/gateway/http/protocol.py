@@ -1,7 +1,8 @@
-"""uvicorn's HTTP protocol with limits: headers in bytes, number and time, bodies in time, connections (request speed).
+"""uvicorn's HTTP protocol with limits: headers in bytes, number and time, bodies and readers in time, connections (request speed).
 
-uvicorn on httptools has none of these: a client may send headers without end, or open connections and stay silent. What is over a
-limit is answered in OpenAI's error shape and closed; who was silent all the time is closed alone. Must not know: any route.
+uvicorn on httptools has none of these: a client may send headers without end, open connections and stay silent, or ask and never
+read. What is over a limit is answered in OpenAI's error shape and closed; who was silent all the time is closed alone; who takes
+nothing of an answer is cut off. Must not know: any route.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ MAX_HEADER_BYTES: Final = 64 * 2**10
 MAX_HEADERS: Final = 256
 HEADER_TIMEOUT_S: Final = 20.0  # from the connection, or a further request's first byte, to the end of its headers
 BODY_TIMEOUT_S: Final = 60.0
+WRITE_TIMEOUT_S: Final = 60.0  # that a client may take nothing of what is there for it
 MAX_CONNECTIONS: Final = 8192
 _FILES_FOR_OTHERS: Final = 96  # descriptors kept for workers, the directory and files
 _LINGER_S: Final = 1.0
@@ -40,6 +42,7 @@ class BoundedProtocol(HttpToolsProtocol):
     # Class attributes, so that a test can tighten them in a class of its own.
     header_timeout_s: float = HEADER_TIMEOUT_S
     body_timeout_s: float = BODY_TIMEOUT_S
+    write_timeout_s: float = WRITE_TIMEOUT_S
     max_connections: int = MAX_CONNECTIONS
     on_refused: Callable[[str], None] = staticmethod(lambda _code: None)  # counts what no route sees, by its code
 
@@ -53,6 +56,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._received_bytes = 0  # since the last part of a request was complete
         self._empty_bytes = 0  # of a body, that came since its last byte: chunks' extensions, trailers
         self._timer: asyncio.TimerHandle | None = None
+        self._reading: asyncio.TimerHandle | None = None  # looks whether the client takes what is written
+        self._is_paused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client connected."""
@@ -65,6 +70,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """It left."""
         self._stop()
+        if self._reading is not None:
+            self._reading.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -143,6 +150,37 @@ class BoundedProtocol(HttpToolsProtocol):
         """What it sent is no HTTP."""
         self.on_refused("bad_request")
         super().send_400_response(msg)
+        self._watch_reading()
+
+    def pause_writing(self) -> None:
+        """The client does not read as fast as we answer."""
+        self._is_paused = True
+        super().pause_writing()
+        self._watch_reading()
+
+    def resume_writing(self) -> None:
+        """It has read on."""
+        self._is_paused = False
+        super().resume_writing()
+
+    def on_response_complete(self) -> None:
+        """An answer is written, if not sent: a connection that is closed stays until its last byte is taken."""
+        super().on_response_complete()
+        self._watch_reading()
+
+    def _watch_reading(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        if left and self._reading is None:
+            self._reading = self.loop.call_later(self.write_timeout_s, self._look_at_reading, left)
+
+    def _look_at_reading(self, before: int) -> None:
+        """Nothing is added where writing is paused or has ended, so that what is no less was not read."""
+        self._reading = None
+        if (self._is_paused or self.transport.is_closing()) and self.transport.get_write_buffer_size() >= before:
+            self.on_refused("client_not_reading")
+            self.transport.abort()
+            return
+        self._watch_reading()
 
     @property
     def _over(self) -> bool:
@@ -198,3 +236,4 @@ class BoundedProtocol(HttpToolsProtocol):
         self._timer = self.loop.call_later(_LINGER_S, self.transport.close)
         if self.transport.can_write_eof():
             self.transport.write_eof()
+        self._watch_reading()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from antiphon.gateway.http import server as http_server
 from antiphon.gateway.http.protocol import MAX_HEADER_BYTES, MAX_HEADERS, BoundedProtocol, max_connections
@@ -18,9 +19,10 @@ class Tight(BoundedProtocol):
     header_timeout_s = 0.3
     body_timeout_s = 0.3
     max_connections = 3
+    write_timeout_s = 0.3
 
 
-async def application(scope: dict[str, Any], receive: Any, send: Any) -> None:
+async def application(scope: Scope, receive: Receive, send: Send) -> None:
     size = 0
     more = True
     while more:
@@ -92,6 +94,79 @@ async def test_each_request_ends_within_its_limits(monkeypatch: pytest.MonkeyPat
 async def test_who_asks_nothing_is_told_nothing_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(monkeypatch) as port:
         assert await said(port, b"") == b""
+
+
+@pytest.mark.parametrize("head", [b"", b"connection: close\r\n"])
+@pytest.mark.parametrize(
+    "num_bytes", [1 << 23, 1 << 16]
+)  # more than is buffered for a client, and little enough to be written at once
+async def test_who_reads_nothing_of_an_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch, head: bytes, num_bytes: int) -> None:
+    """Whether it is still being written, or waits, closed, for a reader."""
+
+    async def answers(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", str(num_bytes).encode())]})
+        for left in range(num_bytes, 0, -(1 << 16)):
+            await send({"type": "http.response.body", "body": bytes(1 << 16), "more_body": left > 1 << 16})
+
+    gone = asyncio.Event()
+    told: list[str] = []
+
+    class Watched(Tight):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            super().connection_made(transport)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            gone.set()
+
+    monkeypatch.setattr(http_server, "_Protocol", Watched)
+    server = HttpServer(answers, host="127.0.0.1", port=0, on_refused=told.append)
+    await server.start()
+    client = socket.socket()
+    try:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", server.port))
+        await asyncio.get_running_loop().sock_sendall(client, b"GET / HTTP/1.1\r\nhost: a\r\n" + head + b"\r\n" + GOOD * (not head))
+        async with asyncio.timeout(30):
+            await gone.wait()
+        assert told == ["client_not_reading"]
+    finally:
+        client.close()
+        await server.close()
+
+
+async def test_who_reads_slowly_gets_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_bytes = 1 << 20
+
+    async def answers(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", str(num_bytes).encode())]})
+        await send({"type": "http.response.body", "body": bytes(num_bytes)})
+
+    class Small(Tight):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            super().connection_made(transport)
+
+    monkeypatch.setattr(http_server, "_Protocol", Small)
+    server = HttpServer(answers, host="127.0.0.1", port=0)
+    await server.start()
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=4096)
+        writer.write(GOOD)
+        await reader.readuntil(b"\r\n\r\n")
+        size, pauses = 0, 0
+        async with asyncio.timeout(60):
+            while chunk := await reader.read(4096):
+                size += len(chunk)
+                if size // (num_bytes // 8) > pauses:  # longer in all than a client may be still
+                    pauses += 1
+                    await asyncio.sleep(Small.write_timeout_s / 4)
+        assert size == num_bytes
+        writer.close()
+    finally:
+        await server.close()
 
 
 async def test_a_kept_connection_is_bounded_for_each_of_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
