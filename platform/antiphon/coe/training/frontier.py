@@ -21,7 +21,9 @@ _WEIGHTS = (
     *(0.18, 0.2, 0.22, 0.24, 0.26, 0.32, 0.4, 0.55, 0.8, 1.5),
 )
 _BALANCED_LOSS = 0.004  # balanced: this much below the best quality
-_ALLOWED_HARM = 0.002  # what a named policy may lose against the general expert on left-out datasets, at 95 %; scores without cost
+_BALANCED_DOUBT = 0.001  # and no more than this against quality, row by row, at 95 %
+# What a named policy may lose on left-out datasets at 95 %: against the general expert or, where quality may lose more, against it.
+_ALLOWED_HARM = 0.002
 _COST_FROM = (0.2, 0.4, 0.6, 0.8)  # shares of known prompts that are too unfamiliar for cost to count
 _NEVER = 2.0  # above any familiarity
 _SURE = 1.96  # standard errors
@@ -37,7 +39,8 @@ class FrontierPoint:
     score: float
     experts: tuple[int, ...]  # the experts that are worth having at this weight
     cost_from: float = 0.0  # familiarity from which cost counts
-    harmless: bool = True  # on left-out datasets no worse than the general expert, within what is allowed
+    harmless: bool = True  # on left-out datasets no worse than the general expert or than quality, within what is allowed
+    lost: float = 0.0  # score against the first point, row by row, that may be lost at 95 %
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,38 +119,46 @@ def frontier(
     row = np.arange(len(scores_BM))
     from_Q = [0.0, *(float(q) for q in np.quantile(found.familiarity_B, _COST_FROM)), _NEVER]
     weighed: list[_Weighed] = []
-    allowed = -_ALLOWED_HARM
+    quality_B: Doubles | None = None  # gains of the first point on foreign rows: no policy has to be better than quality is
+
+    def harmless(one: _Weighed, cost_from: float) -> bool:
+        gain_B = _gains(foreign, gate, one.term, one.open_to(cost_from), cost_from)
+        if _lower_bound(gain_B) >= -_ALLOWED_HARM or quality_B is None:
+            return True
+        # Row by row too: on few rows quality's own bound is low by doubt alone, and would let everything pass.
+        return _lower_bound(gain_B) >= _lower_bound(quality_B) and _lower_bound(gain_B - quality_B) >= -_ALLOWED_HARM
+
     for weight in _WEIGHTS:
         term = weight * costs_M / costs_M.max()
         experts = worthy_experts(found.scores_BM, scores_BM, category_B, term, general, worth_having)
         # Who is expected to be best, where cost does not count, is among those worth having without cost.
         familiar = tuple(sorted({*experts, *(weighed[0].experts if weighed else ())}))
         one = _Weighed(weight=weight, term=term, experts=experts, familiar=familiar)
-        for cost_from in from_Q:
-            low = _least_gain(foreign, gate, term, one.open_to(cost_from), cost_from)
-            if not weighed:
-                allowed = min(allowed, low)  # no policy has to be better than quality is
-            if low >= allowed:
-                one.harmless_from.append(cost_from)
-                break
+        one.harmless_from.extend(next(([start] for start in from_Q if harmless(one, start)), []))
+        if quality_B is None:
+            quality_B = _gains(foreign, gate, term, experts, 0.0)
         weighed.append(one)
     points: list[FrontierPoint] = []
+    best_B = np.zeros(len(scores_BM))
     for i, one in enumerate(weighed):
         least = one.harmless_from[0] if one.harmless_from and i else _NEVER
         greater = {cost_from for other in weighed[i + 1 :] for cost_from in other.harmless_from[:1] if cost_from < _NEVER}
         for cost_from in sorted(cost_from for cost_from in greater if cost_from > least):
-            if _least_gain(foreign, gate, one.term, one.open_to(cost_from), cost_from) >= allowed:
+            if harmless(one, cost_from):
                 one.harmless_from.append(cost_from)
         for cost_from in sorted({0.0, *one.harmless_from}):
             chosen = pick(found, gate, general, one.term, one.open_to(cost_from), cost_from)
+            score_B = scores_BM[row, chosen]
+            best_B = score_B if not points else best_B
             points.append(
                 FrontierPoint(
                     weight=one.weight,
                     avg_cost=float(costs_M[chosen].mean()),
-                    score=float(scores_BM[row, chosen].mean()),
+                    score=float(score_B.mean()),
                     experts=tuple(int(m) for m in np.unique(np.append(chosen, general))),
                     cost_from=cost_from,
                     harmless=cost_from in one.harmless_from,
+                    lost=-_lower_bound(score_B - best_B),
                 )
             )
     return tuple(points)
@@ -167,25 +178,27 @@ class _Weighed:
         return self.experts if cost_from == 0.0 else self.familiar
 
 
-def _least_gain(foreign: Sequence[Foreign], gate: Gate, term: Doubles, experts: Sequence[int], cost_from: float) -> float:
-    """Lower bound of the mean score over the general expert's, on rows of left-out datasets; 0 without any.
-
-    At 95 %; rows count as independent, as they do where routers are judged.
-    """
-    gains = []
+def _gains(foreign: Sequence[Foreign], gate: Gate, term: Doubles, experts: Sequence[int], cost_from: float) -> Doubles:
+    """Each row's score over the general expert's, on rows of left-out datasets; none without any."""
+    gains = [np.zeros(0)]
     for part in foreign:
         chosen = pick(part.found, gate, part.general, term, experts, cost_from)
         gains.append(part.scores_BM[np.arange(len(chosen)), chosen] - part.scores_BM[:, part.general])
-    gain_B = np.concatenate(gains) if gains else np.zeros(0)
+    return np.concatenate(gains)
+
+
+def _lower_bound(gain_B: Doubles) -> float:
+    """Of a mean at 95 %, 0 without any rows; they count as independent, as they do where routers are judged."""
     return float(gain_B.mean() - _SURE * gain_B.std() / np.sqrt(len(gain_B))) if len(gain_B) else 0.0
 
 
 def policies_of(points: Sequence[FrontierPoint], best_single: float) -> dict[str, int]:
     """The point of each policy.
 
-    quality has no cost; balanced is the cheapest that loses no more than its policy allows, nor more for what it saves than cheap
-    does; cheap the cheapest that is as good as the best single expert, or as balanced where that is less: never the dearer of the
-    two, on these rows nor, since in balanced cost weighs no more and for no prompt that it doesn't weigh for in cheap, on others.
+    quality has no cost; balanced is the cheapest that loses no more than its policy allows, beyond doubt, nor more for what it
+    saves than cheap does; cheap the cheapest that is as good as the best single expert, or as balanced where that is less: never
+    the dearer of the two, on these rows nor, since in balanced cost weighs no more and for no prompt that it doesn't weigh for
+    in cheap, on others.
     Only points that do no harm on left-out datasets are looked at.
     """
     least = points[0].score - _BALANCED_LOSS
@@ -196,7 +209,7 @@ def policies_of(points: Sequence[FrontierPoint], best_single: float) -> dict[str
     milder = [0]  # in quality cost weighs for no prompt at all
     for i, point in enumerate(points[1:], 1):
         worth = points[0].score - point.score <= rate * (points[0].avg_cost - point.avg_cost) + _ROUNDING
-        if worth and point.weight <= weight and point.cost_from >= cost_from:
+        if worth and point.lost <= _BALANCED_DOUBT and point.weight <= weight and point.cost_from >= cost_from:
             milder.append(i)
     balanced = milder[cheapest([points[i] for i in milder], least)]
     return {"quality": 0, "balanced": balanced, "cheap": cheap}

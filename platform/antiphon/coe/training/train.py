@@ -31,7 +31,7 @@ from antiphon.coe.training.encoders.sentences import encode_sentences, served_en
 from antiphon.coe.training.encoders.topics import presence
 from antiphon.coe.training.encoders.words import word_counts
 from antiphon.coe.training.fit import Examples, Memo, Path, Recipe, fit_path
-from antiphon.coe.training.frontier import policies_of
+from antiphon.coe.training.frontier import FrontierPoint, policies_of
 from antiphon.coe.training.mapping import Budget, Mapping, solve
 from antiphon.core.errors import CheckpointInvalid, InvalidInput
 
@@ -289,13 +289,18 @@ def _artifact(prepared: Prepared, router: Router, mapping: Mapping, options: Opt
         allowed=allowed,
         costs=tuple(float(cost) for cost in table.params_b),
         policies=router.policies,
-        frontier=tuple(PolicyPoint(**asdict(point)) for point in fast.frontier),
+        frontier=tuple(_stored(point) for point in fast.frontier),
         embedding=replace(prepared.embedding, topics=fast.spaces.topics, words=fast.spaces.words),
         fast=as_stored(ServedPath.of(fast.fitted, fast.mix, fast.gate)),
         slow=None if router.slow is None else as_stored(ServedPath.of(router.slow.fitted, router.slow.mix, router.slow.gate)),
         encoder=prepared.encoder if router.slow is not None else None,
         training=training,
     )
+
+
+def _stored(point: FrontierPoint) -> PolicyPoint:
+    """Without what only training asks for."""
+    return PolicyPoint(**{name: value for name, value in asdict(point).items() if name != "lost"})
 
 
 def prompt_hash(prompt: str) -> str:

@@ -112,9 +112,30 @@ def test_where_cost_harms_foreign_prompts_it_counts_only_for_familiar_ones() -> 
     assert not next(point for point in points if point.weight == cheap.weight and point.cost_from == 0.0).harmless
 
 
+def test_doubt_about_quality_lets_no_harm_of_cheap_pass() -> None:
+    """On few foreign rows quality may have lost points for all that is known: who does lose some is no better for it."""
+
+    def rows(num: int) -> Assessment:
+        return Assessment(
+            categories_BC=np.ones((num, 1), np.float32),
+            scores_BM=np.tile(np.array([0.60, 0.61, 0.59], np.float32), (num, 1)),
+            familiarity_B=np.full(num, 0.8, np.float32),
+        )
+
+    right = np.arange(200) % 2 == 0
+    general, best = right, ~right  # as good on average, on other prompts
+    cheap = right & (np.arange(200) % 25 != 0)  # four points worse, beyond doubt
+    foreign = [Foreign(found=rows(200), scores_BM=np.stack([general, best, cheap], axis=1).astype(np.float64), general=0)]
+    known = np.tile([0.60, 0.61, 0.59], (600, 1))
+    points = frontier(rows(600), known, np.zeros(600, np.int64), np.array([10.0, 10.0, 1.0]), 0, OPEN, 0.0, foreign)
+    saving = [point for point in points if point.avg_cost < 2.0]
+    assert saving
+    assert not any(point.harmless for point in saving)
+
+
 def test_balanced_saves_too_where_cheap_saves_on_familiar_prompts_alone() -> None:
     half = np.arange(1000) % 2
-    lead = np.where(half, 0.15, 0.005)  # of the dear expert; balanced may give up the small one
+    lead = np.where(half, 0.15, 0.002)  # of the dear expert; balanced may give up the small one
     scores = np.stack([np.full(1000, 0.8), 0.8 - lead], axis=1)
     known = Assessment(
         categories_BC=np.ones((1000, 1), np.float32),
@@ -135,7 +156,7 @@ def test_balanced_saves_too_where_cheap_saves_on_familiar_prompts_alone() -> Non
     assert cheap.avg_cost < balanced.avg_cost < quality.avg_cost == 10.0
     assert balanced.cost_from >= cheap.cost_from
     assert balanced.harmless
-    assert balanced.score >= quality.score - 0.004
+    assert balanced.score >= quality.score - 0.001
 
 
 def test_balanced_gives_no_more_for_what_it_saves_than_cheap_does() -> None:
@@ -144,6 +165,25 @@ def test_balanced_gives_no_more_for_what_it_saves_than_cheap_does() -> None:
 
     points = [point(0.0, 50.0, 0.700), point(0.1, 48.0, 0.699), point(0.2, 47.0, 0.697), point(0.3, 30.0, 0.690)]
     assert policies_of(points, best_single=0.6) == {"quality": 0, "balanced": 1, "cheap": 3}
+
+
+def test_balanced_saves_nothing_that_a_few_rows_speak_for() -> None:
+    """A cheap expert that is as good on average but right on other prompts may as well be a point worse: 400 rows can't tell."""
+    source = np.random.default_rng(5)
+
+    def balanced(num: int, lead: float) -> FrontierPoint:
+        scores = np.stack([source.random(num) < 0.5, source.random(num) < 0.5], axis=1).astype(np.float64)
+        scores[:, 1] = scores[:, 0] - lead if lead else np.roll(scores[:, 0], 1)  # without a lead: the same mean
+        known = Assessment(
+            categories_BC=np.ones((num, 1), np.float32),
+            scores_BM=np.tile(np.array([0.5005, 0.5], np.float32), (num, 1)),
+            familiarity_B=np.ones(num, np.float32),
+        )
+        points = frontier(known, scores, np.zeros(num, np.int64), np.array([10.0, 1.0]), 0, OPEN, 0.0)
+        return points[policies_of(points, 0.4)["balanced"]]
+
+    assert balanced(400, 0.0).avg_cost == 10.0
+    assert balanced(400, 0.0005).avg_cost == 1.0  # right on the same prompts: no doubt
 
 
 def _foreign(gain: float, spread: float = 0.0) -> list[Rehearsal]:
