@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from antiphon.core.kv import KVLayout
-from antiphon.models.native.library import tiles_available
+from antiphon.models.native.library import available
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -101,8 +101,11 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros, on large pages where our kernels read them: blocks lie anywhere, and small pages cost a walk each."""
-    if device.type == "cpu" and tiles_available():
+    """Zeros, on large pages where our kernels read them: blocks lie anywhere, and small pages cost a walk each.
+
+    A page takes memory once it is touched: a start does not wait for a cache that is not used yet.
+    """
+    if device.type == "cpu" and available():
         plane: torch.Tensor = torch.ops.antiphon.large_zeros(shape, dtype)
         return plane
     return torch.zeros(shape, dtype=dtype, device=device)

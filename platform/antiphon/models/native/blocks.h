@@ -90,25 +90,30 @@ inline int64_t padded(int64_t size) { return (size + kBlock - 1) / kBlock * kBlo
 // are the even and odd runs of 16 rows of first. What lies beyond either size is zero.
 template <typename T>
 void pack_as(T* out, const T* first, const T* second, int64_t rows, int64_t cols, int64_t num_blocks, int64_t k, int64_t pair) {
+  constexpr int64_t kTogether = 32;  // inputs: what is written of them lies in the nearest cache while all lanes write to it
+  const auto copy = [&](auto fixed_pair, T* block, const T* from, int64_t half, int64_t lane, int64_t begin, int64_t end) {
+    constexpr int64_t kPair = decltype(fixed_pair)::value;
+    int64_t c = begin;
+    for (; c + kPair <= end; c += kPair) {
+      std::memcpy(block + (c / kPair * 2 + half) * kLanes * kPair + lane * kPair, from + c, kPair * sizeof(T));
+    }
+    for (; c < end; ++c) block[(c / kPair * 2 + half) * kLanes * kPair + lane * kPair + c % kPair] = from[c];
+  };
   antiphon::parallel_for(0, num_blocks, 4, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       T* block = out + b * k * kBlock;
-      std::memset(static_cast<void*>(block), 0, k * kBlock * sizeof(T));
-      for (int64_t half = 0; half < 2; ++half) {
-        for (int64_t lane = 0; lane < kLanes; ++lane) {
-          const T* from = first;
-          int64_t row = b * kBlock + half * kLanes + lane;
-          if (second != nullptr) {
-            from = half == 0 ? first : second;
-            row = b * kLanes + lane;
-          }
-          if (row >= rows) {
-            continue;
-          }
-          from += row * cols;
-          for (int64_t c = 0; c < cols; ++c) {
-            block[((c / pair) * 2 + half) * kLanes * pair + lane * pair + c % pair] = from[c];
-          }
+      const int64_t last = second != nullptr ? rows - b * kLanes : rows - b * kBlock;
+      if (cols < k || last < (second != nullptr ? kLanes : kBlock)) {  // the rest is written whole
+        std::memset(static_cast<void*>(block), 0, k * kBlock * sizeof(T));
+      }
+      for (int64_t c = 0; c < cols; c += kTogether) {
+        for (int64_t n = 0; n < kBlock; ++n) {
+          const int64_t half = n / kLanes, lane = n % kLanes, row = second != nullptr ? b * kLanes + lane : b * kBlock + n;
+          if (row >= rows) continue;
+          const T* from = (second != nullptr && half == 1 ? second : first) + row * cols;
+          const int64_t stop = std::min(cols, c + kTogether);
+          pair == 2 ? copy(std::integral_constant<int64_t, 2>{}, block, from, half, lane, c, stop)
+                    : copy(std::integral_constant<int64_t, 1>{}, block, from, half, lane, c, stop);
         }
       }
     }

@@ -11,6 +11,7 @@
 
 #include "elements.h"
 #include "lanes.h"
+#include "large_pages.h"
 #include "thread_pool.h"
 
 #ifdef __AVX2__
@@ -267,6 +268,8 @@ void four_bit_linear(const Tensor& out, const Tensor& x, const Tensor& codes, co
   }
 }
 
+Tensor large_zeros(at::IntArrayRef sizes, at::ScalarType dtype) { return antiphon::LargePages::zeros(sizes, dtype); }
+
 // Reads every byte once, each thread four runs side by side: what the machine's memory gives to a step that reads its weights.
 int64_t read_all(const Tensor& memory) {
   TORCH_CHECK(memory.is_contiguous() && memory.is_cpu());
@@ -401,6 +404,7 @@ TORCH_LIBRARY(antiphon, m) {
   m.def("silu_mul(Tensor gate_up) -> Tensor");
   m.def(
       "four_bit_linear(Tensor(a!) out, Tensor x, Tensor codes, Tensor scales, Tensor? lows, int group, int kind) -> ()");
+  m.def("large_zeros(int[] sizes, ScalarType dtype) -> Tensor", &large_zeros);
   m.def("read_all(Tensor memory) -> int");
   m.def("pin_threads(int[] cores, bool share) -> int", &pin_threads);
 }

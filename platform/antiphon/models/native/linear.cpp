@@ -13,6 +13,7 @@
 #include <optional>
 
 #include "blocks.h"
+#include "large_pages.h"
 
 namespace {
 
@@ -49,7 +50,7 @@ bool packs(bool is_bf16) {
 Tensor pack_linear(const Tensor& weight) {
   TORCH_CHECK(weight.is_contiguous() && weight.dim() == 2 && weight.device().is_cpu());
   const int64_t rows = weight.size(0), cols = weight.size(1), k = padded(cols), num_blocks = padded(rows) / kBlock;
-  const Tensor out = at::empty({num_blocks, k, kBlock}, weight.options());
+  const Tensor out = antiphon::LargePages::zeros({num_blocks, k, kBlock}, weight.scalar_type());
   if (weight.scalar_type() == at::kBFloat16) {
     antiphon::pack_as<uint16_t>(reinterpret_cast<uint16_t*>(data<bf16>(out)), reinterpret_cast<const uint16_t*>(data<bf16>(weight)), nullptr,
                                 rows, cols, num_blocks, k, 2);

@@ -7,6 +7,7 @@
 
 #pragma once
 
+#include "../large_pages.h"
 #include "../prefetch.h"
 #include "../thread_pool.h"
 #include "tiles.h"

@@ -552,8 +552,6 @@ void warm(const Tensor& weight, int64_t first, int64_t bytes) {
   ahead.fetch_all();
 }
 
-Tensor large_zeros(at::IntArrayRef sizes, at::ScalarType dtype) { return LargePages::zeros(sizes, dtype); }
-
 #else
 
 bool ready() { return false; }
@@ -567,7 +565,6 @@ TORCH_LIBRARY_FRAGMENT(antiphon, m) {
 #ifdef ANTIPHON_TILES
   m.def("warm(Tensor weight, int first, int bytes) -> ()");
   m.def("pack_weight(Tensor weight, bool pairs) -> Tensor");
-  m.def("large_zeros(int[] sizes, ScalarType dtype) -> Tensor", &large_zeros);
   m.def("tile_linear(Tensor x, Tensor packed, Tensor? scales, Tensor? bias, int outputs) -> Tensor");
   m.def("tile_logits(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor");
   m.def("tile_best(Tensor x, Tensor packed, Tensor? bias, int outputs) -> (Tensor, Tensor)");
