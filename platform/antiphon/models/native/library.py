@@ -28,7 +28,7 @@ from antiphon.native_build import build, compile_into, find_compiler, library_pa
 
 logger = logging.getLogger(__name__)
 
-_NAMES = ("kernels", "attention", "linear", "experts", "matrix_units/halves", "sampling", "delta")
+_NAMES = ("kernels", "attention", "packed/linear", "packed/experts", "matrix_units/halves", "sampling", "delta")
 _SOURCES = tuple(Path(__file__).parent / f"{name}.cpp" for name in _NAMES)
 _MOST_COMPILERS = 4  # at once: each takes up to a gigabyte
 _IMAGE_TIMEOUT_S = 3600.0  # images for other machines are built under emulation, some thirty times as slow

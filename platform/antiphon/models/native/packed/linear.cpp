@@ -13,7 +13,7 @@
 #include <optional>
 
 #include "blocks.h"
-#include "large_pages.h"
+#include "../large_pages.h"
 
 namespace {
 

@@ -17,9 +17,9 @@
 #include <type_traits>
 #include <utility>
 
-#include "elements.h"
-#include "prefetch.h"
-#include "thread_pool.h"
+#include "../elements.h"
+#include "../prefetch.h"
+#include "../thread_pool.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>

@@ -25,9 +25,9 @@
 #include <vector>
 
 #include "blocks.h"
-#include "elements.h"
-#include "prefetch.h"
-#include "thread_pool.h"
+#include "../elements.h"
+#include "../prefetch.h"
+#include "../thread_pool.h"
 
 namespace {
 
