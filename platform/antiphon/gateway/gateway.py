@@ -189,6 +189,17 @@ class Gateway:
         vocab_sizes = [info.vocab_size for info in infos if info.vocab_size > 0]
         return min(lengths, default=None), min(vocab_sizes, default=None)
 
+    def admit(self, authorization: str | None) -> str:
+        """The tenant of an Authorization header that comes to generate or embed. Called before its body is read.
+
+        Raises:
+            Unauthenticated: its key is none of ours.
+            RateLimited: the key has no request left in this minute.
+        """
+        tenant = self.keys.check(authorization)
+        self.admission.check_early(tenant)
+        return tenant
+
     def refused(self, error: Exception, model: object = None) -> None:
         """Count what a door refused by itself; ``model`` as the client sent it."""
         known = error if isinstance(error, AntiphonError) else InternalError(type(error).__name__)

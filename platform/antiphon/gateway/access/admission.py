@@ -1,5 +1,6 @@
 """Lets requests in within their tenant's limits, and keeps account of what they use (request speed).
 
+    check_early() before a body is read; then
     enter() ─► reserved in the store ─► the answer ─► finish(): settled before the client has its last word, so that its next
        │                                         └──► leave():  settled soon, when it ended some other way
        └─► RateLimited
@@ -14,6 +15,7 @@ import asyncio
 import datetime
 import logging
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
@@ -72,6 +74,7 @@ class Admission:
         limits: Those of a tenant now.
         telemetry: Takes the instruments.
         today: The day of the ledger, UTC.
+        clock: Monotonic seconds.
     """
 
     def __init__(
@@ -80,10 +83,13 @@ class Admission:
         limits: Callable[[str], TenantLimits],
         telemetry: Telemetry,
         today: Callable[[], datetime.date] = lambda: datetime.datetime.now(datetime.UTC).date(),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._budgets = budgets
         self._limits = limits
         self._today = today
+        self._clock = clock
+        self._spent: dict[str, tuple[float, TenantLimits]] = {}  # until when a tenant's minute has no request left; limits then
         self._open: dict[str, set[str]] = {}  # tenant → tickets
         self._unsent: list[tuple[str, str, int]] = []
         self._uses: dict[tuple[str, str], Use] = {}
@@ -92,6 +98,23 @@ class Admission:
         meter = telemetry.meter(__name__)
         self._tokens = meter.create_counter("antiphon.tenant.tokens", description="Tokens by tenant, model and kind.")
         self._refused = meter.create_counter("antiphon.tenant.refused", description="Requests over a tenant's limit.")
+
+    def check_early(self, tenant: str) -> None:
+        """Refuse, before anything is made of its body, what the store would refuse: a tenant without a request left in this minute.
+        Those that stay within their limits do not pay for a flood's parsing and tokenising.
+
+        Raises:
+            RateLimited: so it is; for no longer than the store said.
+        """
+        spent = self._spent.get(tenant)
+        if spent is None:
+            return
+        until_s, limits = spent
+        left_s = until_s - self._clock()
+        if left_s <= 0 or limits != self._limits(tenant):
+            del self._spent[tenant]
+            return
+        raise self._limited(tenant, limits, "requests", left_s)
 
     async def enter(self, tenant: str, num_tokens: int, field: str | None) -> Turn:
         """Let a request of a tenant in that may use so many tokens; ``field`` says so in its body.
@@ -119,15 +142,16 @@ class Admission:
             taking.add_done_callback(lambda done: self._give_back(tenant, ticket, done))
             raise
         if verdict.exceeded is not None:
-            self._refused.add(1, {"tenant": tenant, "limit": verdict.exceeded})
-            most = {
-                "requests": limits.requests_per_min,
-                "tokens": limits.tokens_per_min,
-                "streams": limits.num_streams,
-            }[verdict.exceeded]
-            raise RateLimited(f"the API key's limit of {most} {_WORDS[verdict.exceeded]} is reached", verdict.retry_after_s)
+            if verdict.exceeded == "requests":
+                self._spent[tenant] = self._clock() + verdict.retry_after_s, limits
+            raise self._limited(tenant, limits, verdict.exceeded, verdict.retry_after_s)
         self._open.setdefault(tenant, set()).add(ticket)
         return Turn(self, tenant, ticket)
+
+    def _limited(self, tenant: str, limits: TenantLimits, kind: Kind, retry_after_s: float) -> RateLimited:
+        self._refused.add(1, {"tenant": tenant, "limit": kind})
+        most = {"requests": limits.requests_per_min, "tokens": limits.tokens_per_min, "streams": limits.num_streams}[kind]
+        return RateLimited(f"the API key's limit of {most} {_WORDS[kind]} is reached", retry_after_s)
 
     def count(self, use: Use) -> None:
         """Put into the ledger and the metrics."""

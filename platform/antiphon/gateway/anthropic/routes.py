@@ -33,7 +33,7 @@ def add_message_routes(app: FastAPI, gateway: Gateway) -> None:
     async def messages(request: Request) -> Response:
         raw: Json = {}
         try:
-            tenant = gateway.keys.check(authorization_of(request))
+            tenant = gateway.admit(authorization_of(request))
             raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
             body, ignored = parse_tolerant(MessagesBody, raw, gateway.config.unknown_fields)
             generation = body.request(

@@ -46,7 +46,7 @@ async def _answered(
 ) -> Response:
     given: Json = {}
     try:
-        tenant = gateway.keys.check(request.headers.get("authorization"))
+        tenant = gateway.admit(request.headers.get("authorization"))
         given = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
         body, ignored = parse_tolerant(kind, given, gateway.config.unknown_fields)
         salt = "" if body.model in gateway.config.shared_cache_models else cache_salt(tenant, "")

@@ -55,7 +55,7 @@ class GrpcDoor:
     async def generate(self, request: pb.GenerateRequest, call: CallInfo) -> AsyncGenerator[pb.GenerateResponse, None]:
         """See the proto."""
         try:
-            tenant = self._gateway.keys.check(call.metadata.get("authorization"))
+            tenant = self._gateway.admit(call.metadata.get("authorization"))
             generation = self._gateway.for_tenant(generation_request(request, call), tenant)
         except AntiphonError as error:
             self._gateway.refused(error, request.model)

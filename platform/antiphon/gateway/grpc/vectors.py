@@ -50,7 +50,7 @@ async def score(gateway: Gateway, request: pb.ScoreRequest, call: CallInfo) -> p
 
 
 def _call(gateway: Gateway, request: pb.EmbedRequest | pb.ScoreRequest, call: CallInfo) -> VectorCall:
-    tenant = gateway.keys.check(call.metadata.get("authorization"))
+    tenant = gateway.admit(call.metadata.get("authorization"))
     if not request.model:
         raise InvalidInput("model is missing", "model")
     if request.request_id and not valid_request_id(request.request_id):

@@ -49,7 +49,7 @@ def add_response_routes(app: FastAPI, gateway: Gateway, notes: Notes) -> None:
     async def responses(request: Request) -> Response:
         raw: Json = {}
         try:
-            tenant = gateway.keys.check(request.headers.get("authorization"))
+            tenant = gateway.admit(request.headers.get("authorization"))
             raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
             body, ignored = parse_tolerant(ResponsesBody, raw, gateway.config.unknown_fields)
             before = [] if body.previous_response_id is None else await store.conversation(tenant, body.previous_response_id)

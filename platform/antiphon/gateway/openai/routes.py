@@ -139,7 +139,7 @@ def status_body(status: Status) -> dict[str, Any]:
 async def _complete(gateway: Gateway, request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
     given: dict[str, Any] = {}
     try:
-        tenant = gateway.keys.check(request.headers.get("authorization"))
+        tenant = gateway.admit(request.headers.get("authorization"))
         given = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
         body, ignored = parse_tolerant(kind, given, gateway.config.unknown_fields)
         generation = body.request(

@@ -13,7 +13,7 @@ import pytest
 from antiphon.core.budget import TenantLimits, Use, Verdict, Wish
 from antiphon.core.errors import InvalidInput
 from antiphon.directory.budgets import MemoryBudgets
-from antiphon.gateway.access.admission import Admission
+from antiphon.gateway.access.admission import Admission, RateLimited
 from antiphon.gateway.access.key_lines import key_line, parse_lines
 from antiphon.telemetry import disabled
 
@@ -160,6 +160,50 @@ async def test_a_client_that_leaves_while_the_store_is_asked_leaves_nothing_rese
         assert (await store.take_budget(wish("more", 1, tokens_per_min=100))).exceeded == "tokens"
     finally:
         running.cancel()
+
+
+async def test_a_tenant_without_a_request_left_is_refused_before_its_body_is_looked_at(tmp_path: Path) -> None:
+    """At every door that generates; another tenant's is looked at, and the store is not asked for what it has refused already."""
+    line = key_line("alice", "user", ALICE, limits=TenantLimits(requests_per_min=1))
+    (tmp_path / "keys").write_text(f"{line}\n{key_line('bob', 'user', BOB)}")
+    async with (
+        fake.world(tmp_path, gateway={"api_keys_file": tmp_path / "keys"}, budgets=MemoryBudgets(Clock())) as one,
+        httpx.AsyncClient(base_url=one.url, timeout=20) as http,
+    ):
+
+        async def ask(path: str, content: bytes, key: str = ALICE) -> httpx.Response:
+            headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+            return await http.post(path, content=content, headers=headers)
+
+        good = b'{"model": "tiny", "prompt": "x", "max_tokens": 1}'
+        assert (await ask("/v1/completions", b"no JSON")).status_code == 400  # not counted: nothing was asked for
+        assert [(await ask("/v1/completions", good)).status_code for _ in range(2)] == [200, 429]
+        for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/v1/rerank"):
+            answer = await ask(path, b"no JSON")
+            assert answer.status_code == 429, (path, answer.text)
+            assert 1 <= int(answer.headers["retry-after"]) <= 61
+            assert (await ask(path, b"no JSON", BOB)).status_code == 400
+
+
+async def test_it_is_let_in_again_when_the_store_said_so_or_its_limits_are_others() -> None:
+    clock, limits = Clock(), TenantLimits(requests_per_min=1)
+    admission = Admission(MemoryBudgets(clock), lambda _tenant: limits, disabled(), clock=clock)
+    await admission.enter("a", 1, None)
+    admission.check_early("a")  # nobody has said no yet
+    with pytest.raises(RateLimited) as first:
+        await admission.enter("a", 1, None)
+    clock.now_s += 10
+    with pytest.raises(RateLimited) as later:
+        admission.check_early("a")
+    assert later.value.retry_after_s == first.value.retry_after_s - 10
+    assert str(later.value) == str(first.value)
+    clock.now_s += later.value.retry_after_s
+    admission.check_early("a")
+    await admission.enter("a", 1, None)
+    with pytest.raises(RateLimited):
+        await admission.enter("a", 1, None)
+    limits = TenantLimits(requests_per_min=2)
+    admission.check_early("a")
 
 
 async def test_budgets_hold_to_the_token_over_two_gateways_and_the_ledger_has_all_of_it(tmp_path: Path) -> None:
