@@ -39,7 +39,7 @@ class Linear:
             self._blocks = self._weight = torch.ops.antiphon.pack_linear(weight_OI.contiguous())
         elif _has_row_kernel(weight_OI) and ours:
             self._by_rows = True
-            self._weight = weight_OI.contiguous()
+            self._weight = torch.ops.antiphon.large_zeros(weight_OI.shape, weight_OI.dtype).copy_(weight_OI)
         elif _can_pack(weight_OI):
             self._packed = True
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACK_ROWS)
