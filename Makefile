@@ -70,7 +70,7 @@ types: $(READY)  ## Check types alone.
 	@$(BIN)/mypy
 
 gpu: $(READY)  ## Test and measure on this machine's graphics card: under ten minutes, build/gpu/card.json.
-	@$(BIN)/python -m antiphon.apps.bench.card --out build/gpu
+	@$(BIN)/python -m antiphon.apps.bench.gpu --out build/gpu
 
 bench: $(BUILT)  ## Measure transports, prefill, decode and mixed load.
 	@$(BIN)/antiphon bench transports

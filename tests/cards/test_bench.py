@@ -94,7 +94,7 @@ def test_a_suite_that_fails_is_a_failure() -> None:
 def test_a_machine_without_a_card_is_told_so_in_one_line() -> None:
     if look_for_cards().cards:
         pytest.skip("this machine has a card: make gpu runs")
-    command = [sys.executable, "-m", "antiphon.apps.bench.card"]
+    command = [sys.executable, "-m", "antiphon.apps.bench.gpu"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=dict(os.environ))
     assert done.returncode == 1, done.stderr
     assert len(done.stdout.splitlines()) == 1

@@ -159,8 +159,9 @@ def test_no_two_packages_bring_the_same_file() -> None:
     """Which of the two is there would hang on the order of installing."""
     owners: dict[str, set[str]] = {}
     for distribution in importlib.metadata.distributions():
+        name = distribution.metadata["Name"]  # read from its file each time that it is asked for
         for file in distribution.files or ():
             if file.suffix == ".py" and ".." not in file.parts:
-                owners.setdefault(str(file), set()).add(distribution.metadata["Name"])
+                owners.setdefault(str(file), set()).add(name)
     # Both are namespaces' empty beginnings of one project.
     assert not {file: names for file, names in owners.items() if len(names) > 1 and names != {"opencensus", "opencensus-context"}}

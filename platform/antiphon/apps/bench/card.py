@@ -1,4 +1,4 @@
-"""``make gpu``: what this machine's card does with our kernels and halves, as shares of what it was measured to do (control speed).
+"""What ``make gpu`` measures of a card: our kernels and halves, as shares of what it was seen to do (control speed).
 
     ceilings      copy bandwidth, matrix rate, a launch by Python and by a graph: what everything below is divided by
     suites        the cards' op suite, families and wirings against transformers, losses of workers: our own tests, on the card
@@ -14,15 +14,13 @@ times are the card's own events. Nothing outside the card's memory is changed: n
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +28,6 @@ import torch
 
 from antiphon.apps.bench.card_engine import decoded
 from antiphon.core.ids import FFNShard
-from antiphon.device.device import open_device
-from antiphon.device.driver import look_for_cards
 from antiphon.device.graphs import CudaGraphs, Graphs, TapeGraphs
 from antiphon.device.memory import CardMemory
 from antiphon.models.attention.kv_cache import KVCache
@@ -369,27 +365,3 @@ def run_sections(parts: Sequence[tuple[str, Callable[[], str]]], say: Callable[[
             text = f"FAILED: {failed[name][:300]}"
         say(f"{name}: {text}  [{time.monotonic() - start_s:.0f} s]")
     return failed
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run everything; the exit status. A machine without a card is told so in one line, and nothing is run."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder of card.json")
-    options = parser.parse_args(arguments)
-    cards = look_for_cards()
-    if not cards.cards:
-        print(f"make gpu: {cards.why_none}: nothing was run")  # noqa: T201
-        return 1
-    device = open_device("cuda", 0.9, "make gpu")
-    card = cards.cards[0]
-    bench = Bench(device=device.torch, memory=device.memory)
-    print(f"{card.name}, driver {cards.driver}, torch {torch.__version__}")  # noqa: T201
-    failed = run_sections(sections(bench), print)
-    options.out.mkdir(parents=True, exist_ok=True)
-    told = {"card": asdict(card), "driver": cards.driver, "torch": str(torch.__version__), "found": bench.found, "failed": failed}
-    (options.out / "card.json").write_text(json.dumps(told, indent=1))
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
