@@ -6,6 +6,7 @@ change nothing; tool calls and their results; an assistant's thoughts. Must not 
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -18,6 +19,9 @@ MAX_TOOL_CALLS = 1024
 _SAY_NOTHING = ("refusal", "audio", "function_call", "tool_calls", "annotations", "reasoning_content", "reasoning", "name")
 # Marks beside a part's or message's content that no model sees.
 _MARKS = ("cache_control", "annotations", "id", "index", "status", "citations", "provider_specific_fields", "thinking_blocks")
+
+# Parts of an assistant's content in which it thought: Anthropic's, Mistral's and the Responses' that clients send back in a chat.
+_THOUGHTS = ("thinking", "redacted_thinking", "reasoning")
 
 
 def _without_marks(value: object) -> object:
@@ -53,7 +57,9 @@ class CalledFunction(BaseModel):
 
     @field_validator("arguments", mode="before")
     @classmethod
-    def _null_is_none(cls, value: object) -> object:
+    def _as_text(cls, value: object) -> object:
+        if isinstance(value, dict):  # as templates take them, and some clients keep them
+            return json.dumps(value, ensure_ascii=False)
         return "" if value is None else value
 
 
@@ -87,7 +93,24 @@ def _as_parts(value: object) -> object:
         # Only the first wrong part is described: validation would describe every one before it can be told.
         parts = value if not wrong else value[: wrong[0] + 1]
         return [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
-    return value
+    raise ValueError("expected a text or a list of parts")
+
+
+def _without_thoughts(parts: list[Any]) -> tuple[list[Any], list[str]]:
+    """An assistant's parts, and the thoughts that were among them; one that nobody can read is left out."""
+    said: list[Any] = []
+    thoughts: list[str] = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in _THOUGHTS:
+            said.append(part)
+            continue
+        told: object = next((part[key] for key in ("thinking", "reasoning", "text", "summary") if part.get(key)), [])
+        for inner in told if isinstance(told, list) else [told]:  # Mistral's are lists of texts
+            text = inner.get("text") if isinstance(inner, dict) else inner
+            if isinstance(text, str):
+                thoughts.append(text)
+    return said, thoughts
 
 
 class MessageBody(BaseModel):
@@ -118,6 +141,10 @@ class MessageBody(BaseModel):
         if thought is not None:
             plain.setdefault("reasoning_content", thought)
         refusal = plain.pop("refusal", None)
+        if isinstance(content := plain.get("content"), list) and len(content) <= MAX_PARTS:
+            plain["content"], thoughts = _without_thoughts(content)
+            if thoughts:
+                plain.setdefault("reasoning_content", "\n".join(thoughts))
         if plain.get("content") is None and isinstance(refusal, str):
             plain["content"] = refusal
         if any(name in plain for name in ("tool_calls", "function_call", "reasoning_content")):
