@@ -120,13 +120,15 @@ def frontier(
     from_Q = [0.0, *(float(q) for q in np.quantile(found.familiarity_B, _COST_FROM)), _NEVER]
     weighed: list[_Weighed] = []
     quality_B: Doubles | None = None  # gains of the first point on foreign rows: no policy has to be better than quality is
+    group_B = np.repeat(np.arange(len(foreign)), [len(part.scores_BM) for part in foreign])
 
     def harmless(one: _Weighed, cost_from: float) -> bool:
         gain_B = _gains(foreign, gate, one.term, one.open_to(cost_from), cost_from)
-        if _lower_bound(gain_B) >= -_ALLOWED_HARM or quality_B is None:
+        if _lower_bound(gain_B, group_B) >= -_ALLOWED_HARM or quality_B is None:
             return True
         # Row by row too: on few rows quality's own bound is low by doubt alone, and would let everything pass.
-        return _lower_bound(gain_B) >= _lower_bound(quality_B) and _lower_bound(gain_B - quality_B) >= -_ALLOWED_HARM
+        least = _lower_bound(quality_B, group_B)
+        return _lower_bound(gain_B, group_B) >= least and _lower_bound(gain_B - quality_B, group_B) >= -_ALLOWED_HARM
 
     for weight in _WEIGHTS:
         term = weight * costs_M / costs_M.max()
@@ -187,9 +189,18 @@ def _gains(foreign: Sequence[Foreign], gate: Gate, term: Doubles, experts: Seque
     return np.concatenate(gains)
 
 
-def _lower_bound(gain_B: Doubles) -> float:
-    """Of a mean at 95 %, 0 without any rows; they count as independent, as they do where routers are judged."""
-    return float(gain_B.mean() - _SURE * gain_B.std() / np.sqrt(len(gain_B))) if len(gain_B) else 0.0
+def _lower_bound(gain_B: Doubles, group_B: Ints | None = None) -> float:
+    """Of a mean at 95 %, 0 without any rows; rows count as independent, or as no more so than their groups show them to be.
+
+    Gains differ far more between datasets than within: rows of a few that went well say little of the next one.
+    """
+    if not len(gain_B):
+        return 0.0
+    error = float(gain_B.std() / np.sqrt(len(gain_B)))
+    if group_B is not None and (num := int(group_B.max()) + 1) > 1:
+        rest_G = np.bincount(group_B, gain_B - gain_B.mean())
+        error = max(error, float(np.sqrt((rest_G**2).sum() * num / (num - 1)) / len(gain_B)))
+    return float(gain_B.mean()) - _SURE * error
 
 
 def policies_of(points: Sequence[FrontierPoint], best_single: float) -> dict[str, int]:

@@ -133,6 +133,27 @@ def test_doubt_about_quality_lets_no_harm_of_cheap_pass() -> None:
     assert not any(point.harmless for point in saving)
 
 
+def test_datasets_that_disagree_are_no_proof_that_the_next_one_takes_no_harm() -> None:
+    """Two left-out datasets of three gain from the cheap expert and one loses: by rows surely a gain, by datasets a toss."""
+    strange = Assessment(
+        categories_BC=np.ones((300, 1), np.float32),
+        scores_BM=np.tile(np.array([0.60, 0.59], np.float32), (300, 1)),
+        familiarity_B=np.full(300, 0.8, np.float32),
+    )
+    known = np.tile([0.60, 0.59], (600, 1))
+    twice = replace(
+        strange, **{name: np.repeat(getattr(strange, name), 2, axis=0) for name in ("categories_BC", "scores_BM", "familiarity_B")}
+    )
+
+    def harmless(cheap: tuple[float, ...]) -> bool:
+        foreign = [Foreign(found=strange, scores_BM=np.tile([0.6, score], (300, 1)), general=0) for score in cheap]
+        points = frontier(twice, known, np.zeros(600, np.int64), np.array([10.0, 1.0]), 0, OPEN, 0.0, foreign)
+        return any(point.harmless for point in points if point.avg_cost < 2.0)
+
+    assert harmless((0.7, 0.7, 0.65))
+    assert not harmless((0.9, 0.9, 0.3))
+
+
 def test_balanced_saves_too_where_cheap_saves_on_familiar_prompts_alone() -> None:
     half = np.arange(1000) % 2
     lead = np.where(half, 0.15, 0.002)  # of the dear expert; balanced may give up the small one
