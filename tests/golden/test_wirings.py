@@ -104,11 +104,19 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return path, model
 
 
-@pytest.mark.parametrize("name", WIRINGS)
-def test_greedy_tokens_equal_transformers_in_mixed_batches(tiny: tuple[Path, Any], name: str) -> None:
-    path, model = tiny
+@pytest.fixture(scope="module")
+def mixed(tiny: tuple[Path, Any]) -> list[tuple[list[int], list[int]]]:
+    """Prompts of 1 to 150 tokens, and what transformers goes on with."""
     chance = random.Random(2)
     prompts = [[chance.randrange(SHAPE["vocab_size"]) for _ in range(n)] for n in (1, 2, 17, 64, 150)]
+    return [(prompt, greedy(tiny[1], prompt, 20)) for prompt in prompts]
+
+
+@pytest.mark.parametrize("name", WIRINGS)
+def test_greedy_tokens_equal_transformers_in_mixed_batches(
+    tiny: tuple[Path, Any], mixed: list[tuple[list[int], list[int]]], name: str
+) -> None:
+    path, _ = tiny
     topology, counts = WIRINGS[name]
     spec = wiring(
         path,
@@ -121,11 +129,11 @@ def test_greedy_tokens_equal_transformers_in_mixed_batches(tiny: tuple[Path, Any
     with LocalCluster(spec, path) as cluster:
         ids = [
             cluster.submit(prompt, max_tokens=20, on=i % len(cluster.generating), prefill=0 if "pd" in topology else None)
-            for i, prompt in enumerate(prompts)
+            for i, (prompt, _) in enumerate(mixed)
         ]
         cluster.run()
-        for request_id, prompt in zip(ids, prompts, strict=True):
-            assert cluster.outputs[request_id].token_ids == greedy(model, prompt, 20)
+        for request_id, (_, expected) in zip(ids, mixed, strict=True):
+            assert cluster.outputs[request_id].token_ids == expected
         for part in (*cluster.generating, *cluster.prefilling):
             assert part.engine.scheduler.blocks.num_free_blocks == cluster.facts.num_blocks
         if "pd" in topology:
@@ -149,19 +157,31 @@ def test_logprobs_equal_transformers(tiny: tuple[Path, Any], name: str) -> None:
         assert [token for token, _ in entry.top] == expected[position].topk(3).indices.tolist()
 
 
-@pytest.mark.parametrize("name", WIRINGS)
-def test_a_seed_gives_the_same_tokens_in_any_batch_and_wiring(tiny: tuple[Path, Any], name: str) -> None:
+SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": 1234, "max_tokens": 24}
+
+
+@pytest.fixture(scope="module")
+def sampled_alone(tiny: tuple[Path, Any]) -> tuple[list[int], list[int]]:
+    """A prompt, and the tokens of ``SAMPLED`` by a monolith that serves nobody else."""
     path, _ = tiny
     chance = random.Random(8)
     prompt = [chance.randrange(199) for _ in range(30)]
-    sampled = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": 1234, "max_tokens": 24}
     with LocalCluster(wiring(path, "monolith", cache={"numBlocks": 64}), path) as alone:
-        expected = alone.generate(prompt, **sampled)
+        return prompt, alone.generate(prompt, **SAMPLED)
+
+
+@pytest.mark.parametrize("name", WIRINGS)
+def test_a_seed_gives_the_same_tokens_in_any_batch_and_wiring(
+    tiny: tuple[Path, Any], sampled_alone: tuple[list[int], list[int]], name: str
+) -> None:
+    path, _ = tiny
+    prompt, expected = sampled_alone
+    chance = random.Random(9)
     topology, counts = WIRINGS[name]
     with LocalCluster(wiring(path, topology, cache={"numBlocks": 96}, **counts), path) as cluster:
         for other in range(6):
             cluster.submit([chance.randrange(199) for _ in range(5 + 9 * other)], temperature=1.0, seed=other, max_tokens=30)
-        request_id = cluster.submit(prompt, **sampled)
+        request_id = cluster.submit(prompt, **SAMPLED)
         cluster.run()
         assert cluster.outputs[request_id].token_ids == expected
 
