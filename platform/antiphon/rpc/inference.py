@@ -6,23 +6,32 @@ Must not know: how a request is answered.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, Final, NoReturn, Protocol, TypeVar
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
-from antiphon.core.errors import AntiphonError, InternalError, InvalidInput
+from antiphon.core.errors import AntiphonError, DeadlineExceeded, InternalError, InvalidInput
 from antiphon.rpc.errors import status_of
 from antiphon.rpc.v1 import inference_pb2 as pb
 
 _log = logging.getLogger(__name__)
 _M = TypeVar("_M", bound=Message)
 Announce = Callable[[Mapping[str, str]], Awaitable[None]]
+
+
+WRITE_TIMEOUT_S: Final = 60.0  # that a client may take nothing of what is there for it
+_LAST_WORD_S: Final = 1.0
+
+
+class _NotReadingError(DeadlineExceeded):
+    """Its answer is nobody's: what makes it is let go."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +73,10 @@ class InferenceServicer:
 
     name = "antiphon.rpc.v1.Inference"
 
-    def __init__(self, port: InferencePort) -> None:
+    def __init__(self, port: InferencePort, *, write_timeout_s: float = WRITE_TIMEOUT_S) -> None:
+        """``write_timeout_s``: how long a client may take nothing of what is there for it."""
         self._port = port
+        self._write_timeout_s = write_timeout_s
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register with a server."""
@@ -80,14 +91,25 @@ class InferenceServicer:
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(self.name, handlers),))
 
-    async def _generate(self, raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[pb.GenerateResponse]:
+    async def _generate(self, raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         try:
             request = _parse(pb.GenerateRequest, raw)
             async with aclosing(self._port.generate(request, _call_info(context))) as responses:
                 async for response in responses:
-                    yield response
+                    await self._write(response, context)
+        except _NotReadingError as error:
+            async with asyncio.timeout(_LAST_WORD_S):  # the status waits behind what is not read
+                await _abort(context, error)
         except Exception as error:  # noqa: BLE001 - the door: whatever happens, the caller gets a status and not a traceback
             await _abort(context, error)
+
+    async def _write(self, response: pb.GenerateResponse, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """gRPC takes no more than a window of bytes ahead of its reader."""
+        try:
+            async with asyncio.timeout(self._write_timeout_s):
+                await context.write(response)
+        except TimeoutError as error:
+            raise _NotReadingError(f"the client has read nothing for {self._write_timeout_s:g} s") from error
 
 
 def _unary(kind: type[_M], answer: Callable[[_M, CallInfo], Awaitable[Message]]) -> grpc.RpcMethodHandler[Any, Any]:
