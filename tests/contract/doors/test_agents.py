@@ -190,6 +190,33 @@ async def test_the_grammar_reaches_the_engine_and_parse_gives_a_model(tmp_path: 
             assert "weather" in (world.engine.requests[-1].sampling.rules.grammar or "")
 
 
+async def test_a_named_function_is_called_once(tmp_path: Path) -> None:
+    async with answering(tmp_path, f"</think>{CALL}") as (world, client):
+
+        def grammar() -> str:
+            rules = world.engine.requests[-1].sampling.rules
+            assert rules is not None
+            assert rules.grammar is not None
+            return rules.grammar
+
+        ask = {"model": "tiny", "messages": QUESTION, "tools": [WEATHER]}
+        await client.post("/chat/completions", cast_to=object, body={**ask, "tool_choice": "required"})
+        several = grammar()
+        await client.post(
+            "/chat/completions", cast_to=object, body={**ask, "tool_choice": "required", "parallel_tool_calls": False}
+        )
+        once = grammar()
+        assert several != once
+        named: Any = {"type": "function", "function": {"name": "weather"}}
+        await client.post("/chat/completions", cast_to=object, body={**ask, "tool_choice": named})
+        assert grammar() == once
+        flat: Any = {"type": "function", "name": "weather"}
+        await client.responses.create(
+            model="tiny", input="x", tools=[{"type": "function", **WEATHER["function"]}], tool_choice=flat
+        )
+        assert grammar() == once
+
+
 async def test_thinking_is_switched_bounded_and_hidden(tmp_path: Path) -> None:
     async with answering(tmp_path, f"{THOUGHT}</think>\n\nYes.") as (world, client):
         off = await client.chat.completions.create(model="tiny", messages=QUESTION, reasoning_effort="none")

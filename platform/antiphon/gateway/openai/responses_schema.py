@@ -14,7 +14,7 @@ from antiphon.gateway.generation.sampling_fields import MAX_TOKEN_ID, SamplingFi
 from antiphon.gateway.openai.messages import MessageBody
 from antiphon.gateway.openai.parsing import UnsupportedField, parse
 from antiphon.gateway.openai.schema import MAX_MESSAGES, ReasoningBody
-from antiphon.gateway.openai.tools import MAX_TOOLS, ChoiceBody, ResponseFormat, ToolBody, choice_of, tools_of
+from antiphon.gateway.openai.tools import MAX_TOOLS, ChoiceBody, ResponseFormat, ToolBody, allows_parallel, choice_of, tools_of
 from antiphon.gateway.text.chat_options import ChatOptions
 
 Json = dict[str, Any]
@@ -112,7 +112,7 @@ class ResponsesBody(BaseModel):
                 tools=tools,
                 tool_choice=tool_choice,
                 tool_names=tool_names,
-                parallel_tool_calls=self.parallel_tool_calls is not False,
+                parallel_tool_calls=allows_parallel(self.tool_choice, asked=self.parallel_tool_calls is not False),
                 shape=form,
                 thinking=thinking,
                 effort=None if reasoning.effort == "none" else reasoning.effort,

@@ -36,6 +36,7 @@ from antiphon.gateway.openai.tools import (
     NamedFunction,
     StructureFields,
     ToolBody,
+    allows_parallel,
     choice_of,
     function_choice_of,
     functions_of,
@@ -230,7 +231,9 @@ class ChatBody(_Body):
             tool_choice=tool_choice,
             tool_names=tool_names,
             tool_choice_field="function_call" if self.uses_functions else "tool_choice",
-            parallel_tool_calls=value_or(self.parallel_tool_calls, not self.uses_functions),
+            parallel_tool_calls=allows_parallel(
+                self.tool_choice, asked=value_or(self.parallel_tool_calls, not self.uses_functions)
+            ),
             shape=self.shape(),
             thinking=thinking,
             effort=None if effort == "none" else effort,

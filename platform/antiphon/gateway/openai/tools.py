@@ -95,6 +95,11 @@ class AllowedChoice(_Part):
         return value
 
 
+def allows_parallel(choice: ChoiceBody | None, *, asked: bool) -> bool:
+    """Whether an answer may have several calls: a function that is named is called once, as OpenAI's is."""
+    return asked and not isinstance(choice, NamedChoice)
+
+
 def flat_choice(choice: ChoiceBody | None) -> str | dict[str, Any]:
     """As Responses writes it."""
     match choice:
