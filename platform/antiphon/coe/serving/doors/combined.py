@@ -44,10 +44,11 @@ async def answer_combined(
     assert spec is not None  # experts were found in it
     is_chat = scope["path"] == "/v1/chat/completions"
     started = False
+    fallback = Fallback(composition, question, record)
+    served: Turn | None = None  # who answered: noted below, since a response that is whole ends the work like a client that left
 
     async def work() -> None:
-        nonlocal started
-        fallback = Fallback(composition, question, record)
+        nonlocal started, served
         numbers = itertools.count(1)
 
         async def ask(expert: str) -> Answer[dict[str, Any]]:
@@ -69,6 +70,7 @@ async def answer_combined(
                 await try_(composition, turn, body, attempt, scope, quiet, fallback)
             finally:
                 started = attempt.started
+                served = turn if started and not attempt.failed else None
             if not attempt.started:
                 fallback.failed(turn, attempt.why)
                 raise fallback.nobody()
@@ -78,13 +80,14 @@ async def answer_combined(
             response: Response = JSONResponse(given, headers=headers)
             if body.get("stream"):
                 response = Response(stream_of(given, body, is_chat), headers=headers, media_type="text/event-stream")
-            started = True
+            started, served = True, turn
             await response(scope, receive, send)
-        await fallback.answered(turn)
 
     try:
         async with asyncio.timeout(deadline_s):
             await while_connected(work(), receive)
+        if served is not None:
+            await fallback.answered(served)
     except TimeoutError:
         if started:
             raise  # the connection is broken off: the client has seen a part
