@@ -15,19 +15,21 @@ from collections.abc import Callable
 import torch
 
 from antiphon.apps.process.config import WorkerConfig
-from antiphon.apps.process.pinning import pin_each
+from antiphon.apps.process.pinning import pin_each, unpinned
 from antiphon.core.device import memory_share
 from antiphon.core.errors import Unavailable
 from antiphon.core.ids import Endpoint
 from antiphon.core.worker_info import WorkerInfo
 from antiphon.device.device import Device, open_device
 from antiphon.directory.lease import LeaseKeeper
+from antiphon.models.attention.kv_cache import KVCache
 from antiphon.telemetry import Telemetry, configure_logging, setup
 
 # How long another thread may keep the GIL that the loop wants back, after every operator and every wait. Python's own 5 ms would be
 # a stall of several layers whenever the rpc thread or the lease has something to do.
 SWITCH_INTERVAL_S = 200e-6
 _WATCH_S = 1.0
+_LEAST_PRIORITY = 19
 
 
 def device_of(config: WorkerConfig) -> Device:
@@ -69,6 +71,17 @@ def record_of(config: WorkerConfig, endpoint: Endpoint, *, fingerprint: str, max
         max_num_seqs=config.spec.scheduler.max_num_seqs,
         max_queued_requests=config.spec.scheduler.max_queued_requests,
     )
+
+
+def fill_memory(cache: KVCache, is_unwanted: Callable[[], bool]) -> None:
+    """Take the memory of a cache beside the loop, when nothing else wants the processor."""
+
+    def fill() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
+        cache.populate(is_unwanted)
+
+    with unpinned():
+        threading.Thread(target=fill, name="kv-memory", daemon=True).start()
 
 
 class Watch:

@@ -21,7 +21,7 @@ from antiphon.apps.process.config import WorkerConfig
 from antiphon.apps.process.engine_host import RpcThread
 from antiphon.apps.process.events import EventWriter
 from antiphon.apps.process.expert_host import ExpertHost
-from antiphon.apps.process.lifecycle import SWITCH_INTERVAL_S, Watch, begin, device_of, record_of
+from antiphon.apps.process.lifecycle import SWITCH_INTERVAL_S, Watch, begin, device_of, fill_memory, record_of
 from antiphon.apps.process.load_report import load_reported
 from antiphon.apps.process.peers.keeper import PeerKeeper
 from antiphon.apps.process.pinning import unpinned
@@ -129,6 +129,8 @@ class WorkerProcess:
 
             watch = Watch(config, lease, others=check, stopping=self._stop, stop=self.stop)
             watch.start()
+            if self._role.part is not None:
+                fill_memory(self._role.part.cache, self._stop.is_set)
             self._loop()
             self._ready, self._message = False, "stopped"
         watch.raise_failure()

@@ -5,12 +5,14 @@ Legend: P blocks, S slots per block, T tokens, K KV heads, H head dim. Block and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from antiphon.core.kv import KVLayout
 from antiphon.models.native.library import available
+
+_LARGE_PAGE_BYTES = 2 << 20
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -22,6 +24,7 @@ class KVCache:
 
     def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device, num_state_slots: int = 0) -> None:
         self.layout = layout
+        self._device = device
         self.num_state_slots = num_state_slots
         self.num_blocks = num_blocks
         num_slots = num_blocks * layout.block_size_tokens
@@ -39,6 +42,22 @@ class KVCache:
             else ()
             for layer in range(layout.num_layers)
         ]
+
+    def populate(self, is_unwanted: Callable[[], bool]) -> None:
+        """Take the memory of every block, a large page at a time, so that no request waits for it.
+
+        For a thread beside the one that uses the cache: what lies in it stays. Ends early once ``is_unwanted``, and at once where
+        memory came with the cache.
+        """
+        if not _comes_when_touched(self._device):
+            return
+        for planes in (*self.planes, *self.states):
+            for plane in planes:
+                num_bytes = plane.numel() * plane.element_size()
+                for first in range(0, num_bytes, _LARGE_PAGE_BYTES):
+                    if is_unwanted():
+                        return
+                    torch.ops.antiphon.populate(plane, first, min(_LARGE_PAGE_BYTES, num_bytes - first))
 
     @property
     def blank_state(self) -> int:
@@ -103,9 +122,13 @@ class KVCache:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros, on large pages where our kernels read them: blocks lie anywhere, and small pages cost a walk each.
 
-    A page takes memory once it is touched: a start does not wait for a cache that is not used yet.
+    A page takes memory once it is touched: a start does not wait for all of a cache.
     """
-    if device.type == "cpu" and available():
+    if _comes_when_touched(device):
         plane: torch.Tensor = torch.ops.antiphon.large_zeros(shape, dtype)
         return plane
     return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _comes_when_touched(device: torch.device) -> bool:
+    return device.type == "cpu" and available()

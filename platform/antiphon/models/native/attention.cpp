@@ -69,6 +69,15 @@ void widen(const T* from, int64_t width, float* to, int64_t wide) {
   for (; i < wide; ++i) to[i] = 0.0f;
 }
 
+constexpr int64_t kAhead = 24;  // tokens whose keys are fetched before they are needed: a block's are far from the next one's
+
+// Have a row of a cache fetched.
+template <typename T>
+inline void expect(const T* row, int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < width; i += kLine) __builtin_prefetch(row + i);
+}
+
 // scores[q][k] of Queries queries and four keys; rows of both ``wide`` floats apart.
 template <int Queries>
 [[gnu::always_inline]] inline void four_keys(const float* queries, const float* keys, int64_t wide, float* scores) {
@@ -180,7 +189,11 @@ void attend(const Rows& rows, const Heads& heads, const T* q, int64_t q_stride, 
     const int64_t bottom = heads.window > 0 ? std::min(rows.count, end + heads.window - rows.past - 1) : rows.count;
     for (int64_t c = begin; c < end; c += kRun) {
       const int64_t count = std::min(kRun, end - c), padded = (count + 3) / 4 * 4;
-      for (int64_t i = 0; i < count; ++i) widen(k_cache + rows.slot(c + i) * heads.k_slot, heads.h, run + i * wide_h, wide_h);
+      for (int64_t i = 0; i < count; ++i) {
+        if (c + i + kAhead < last) expect(k_cache + rows.slot(c + i + kAhead) * heads.k_slot, heads.h);
+        expect(v_cache + rows.slot(c + i) * heads.v_slot, heads.v);
+        widen(k_cache + rows.slot(c + i) * heads.k_slot, heads.h, run + i * wide_h, wide_h);
+      }
       std::fill(run + count * wide_h, run + padded * wide_h, 0.0f);
       float* to = scores + c - begin;
       int64_t i = std::max(top, c - rows.past) * groups;

@@ -270,6 +270,16 @@ void four_bit_linear(const Tensor& out, const Tensor& x, const Tensor& codes, co
 
 Tensor large_zeros(at::IntArrayRef sizes, at::ScalarType dtype) { return antiphon::LargePages::zeros(sizes, dtype); }
 
+// Takes the memory of these bytes of a tensor. What lies there stays, so that others may use it meanwhile.
+void populate(const Tensor& memory, int64_t first, int64_t bytes) {
+  TORCH_CHECK(memory.is_cpu() && memory.is_contiguous() && first >= 0 && bytes > 0 && first + bytes <= static_cast<int64_t>(memory.nbytes()));
+#ifdef MADV_POPULATE_WRITE
+  constexpr uintptr_t kSmallPage = 4096;
+  const uintptr_t from = reinterpret_cast<uintptr_t>(memory.const_data_ptr()) + first, begin = from & ~(kSmallPage - 1);
+  madvise(reinterpret_cast<void*>(begin), from + bytes - begin, MADV_POPULATE_WRITE);  // a wish: older kernels do it at the first touch
+#endif
+}
+
 // Reads every byte once, each thread four runs side by side: what the machine's memory gives to a step that reads its weights.
 int64_t read_all(const Tensor& memory) {
   TORCH_CHECK(memory.is_contiguous() && memory.is_cpu());
@@ -405,6 +415,7 @@ TORCH_LIBRARY(antiphon, m) {
   m.def(
       "four_bit_linear(Tensor(a!) out, Tensor x, Tensor codes, Tensor scales, Tensor? lows, int group, int kind) -> ()");
   m.def("large_zeros(int[] sizes, ScalarType dtype) -> Tensor", &large_zeros);
+  m.def("populate(Tensor memory, int first, int bytes) -> ()");
   m.def("read_all(Tensor memory) -> int");
   m.def("pin_threads(int[] cores, bool share) -> int", &pin_threads);
 }
@@ -415,6 +426,7 @@ TORCH_LIBRARY_IMPL(antiphon, CompositeExplicitAutograd, m) {
   m.impl("rope_and_cache", &rope_and_cache);
   m.impl("silu_mul", &silu_mul);
   m.impl("four_bit_linear", &four_bit_linear);
+  m.impl("populate", &populate);
   m.impl("read_all", &read_all);
   m.impl("row_linear", &row_linear);
 }

@@ -85,6 +85,7 @@ class AttentionPart:
     facts: ModelFacts  # with the cache's size as it is
     engine: EngineCore[LaunchedStep]
     worker: AttentionWorker
+    cache: KVCache
     ffn: FFNWorker | None  # the inline half of roles that hold whole layers
     decode_side: DecodeSide | None = None  # of roles that decode, where a pool prefills for them
     prefill_side: PrefillSide | None = None  # of the prefill role
@@ -253,6 +254,7 @@ def build_attention(
             scheduler, worker, outbox, worker.overlap if overlaps and os.environ.get("ANTIPHON_OVERLAP") != "0" else None
         ),
         worker=worker,
+        cache=cache,
         ffn=ffn,
         decode_side=decode_side,
         prefill_side=prefill_side,
