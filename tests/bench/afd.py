@@ -29,7 +29,9 @@ import torch
 from antiphon.apps.process.wiring.build import build_attention, build_ffn
 from antiphon.apps.process.wiring.resolve import resolve_model
 from antiphon.apps.process.wiring.sizes import afd_layout, num_ubatches
+from antiphon.apps.supervision.child_process import RUNTIME_VARIABLES
 from antiphon.core.document.spec import LLMDeploymentSpec
+from antiphon.core.identity import own_identity
 from antiphon.core.ids import Epoch, FFNShard, Role, WorkerId
 from antiphon.core.request import Request, RequestId, RequestOutput, SamplingParams
 from antiphon.testing import wiring
@@ -189,7 +191,7 @@ class Child:
 
     def __init__(self, role: str, options: dict[str, Any], index: int, addresses: list[str], cores: list[int]) -> None:
         arguments = json.dumps({"role": role, "options": options, "index": index, "addresses": addresses, "cores": cores})
-        environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
+        environment = {**os.environ, **RUNTIME_VARIABLES, "OMP_NUM_THREADS": str(len(cores))}
         command = [sys.executable, __file__, "--child", arguments]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
@@ -217,6 +219,7 @@ class Wiring:
     """The processes of one wiring."""
 
     def __init__(self, options: dict[str, Any], cores: list[int]) -> None:
+        own_identity()  # what its processes start with, so that they believe each other
         spec = spec_of(options)
         monolith = len(spec.pools) == 1
         num_ffn = 0 if monolith else spec.pools[1].replicas

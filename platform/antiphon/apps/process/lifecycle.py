@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable
 
@@ -77,7 +78,8 @@ def fill_memory(cache: KVCache, is_unwanted: Callable[[], bool]) -> None:
     """Take the memory of a cache beside the loop, when nothing else wants the processor."""
 
     def fill() -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
+        if sys.platform == "linux":  # a thread has a priority of its own there
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
         cache.populate(is_unwanted)
 
     with unpinned():

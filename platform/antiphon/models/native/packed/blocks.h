@@ -324,6 +324,14 @@ class Tiles {
 };
 #endif
 
+// sums_of_rows of at most ``Most`` rows, together.
+template <int Most, typename X, typename T>
+void sums_of_few(const X* x, int64_t stride, int64_t rows, const T* block, int64_t k, float (*sums)[2][kLanes]) {
+  if constexpr (Most > 0) {
+    rows == Most ? sums_of_rows<Most>(x, stride, block, k, sums) : sums_of_few<Most - 1>(x, stride, rows, block, k, sums);
+  }
+}
+
 constexpr int64_t kFewRows = 12;  // rows that memory is slower than: it is read in whole lines, two rows at a time
 
 // sums of up to 32 rows with ``k`` inputs of one block, without tiles.
@@ -348,26 +356,10 @@ void sums_by_vectors(const T* x, int64_t stride, int64_t rows, const T* block, i
     for (; r + 2 <= rows; r += 2) sums_of_rows<2>(wide + r * stride, stride, block, k, sums + r);
   }
   for (; r + 6 <= rows; r += 6) sums_of_rows<6>(wide + r * stride, stride, block, k, sums + r);
-  switch (rows - r) {
-    case 5: return sums_of_rows<5>(wide + r * stride, stride, block, k, sums + r);
-    case 4: return sums_of_rows<4>(wide + r * stride, stride, block, k, sums + r);
-    case 3: return sums_of_rows<3>(wide + r * stride, stride, block, k, sums + r);
-    case 2: return sums_of_rows<2>(wide + r * stride, stride, block, k, sums + r);
-    case 1: return sums_of_rows<1>(wide + r * stride, stride, block, k, sums + r);
-    default: return;
-  }
+  sums_of_few<5>(wide + r * stride, stride, rows - r, block, k, sums + r);
 #else
   for (; r + 8 <= rows; r += 8) sums_of_rows<8>(x + r * stride, stride, block, k, sums + r);
-  switch (rows - r) {
-    case 7: return sums_of_rows<7>(x + r * stride, stride, block, k, sums + r);
-    case 6: return sums_of_rows<6>(x + r * stride, stride, block, k, sums + r);
-    case 5: return sums_of_rows<5>(x + r * stride, stride, block, k, sums + r);
-    case 4: return sums_of_rows<4>(x + r * stride, stride, block, k, sums + r);
-    case 3: return sums_of_rows<3>(x + r * stride, stride, block, k, sums + r);
-    case 2: return sums_of_rows<2>(x + r * stride, stride, block, k, sums + r);
-    case 1: return sums_of_rows<1>(x + r * stride, stride, block, k, sums + r);
-    default: return;
-  }
+  sums_of_few<7>(x + r * stride, stride, rows - r, block, k, sums + r);
 #endif
 }
 
