@@ -63,7 +63,7 @@ class GenerateOptions(TypedDict, total=False):
     cache_salt: str  # separates prefix caches, e.g. by tenant
     timeout_s: float  # [the client's] for the whole call with its retries
     tools: Sequence[Tool]  # that an answer to messages may call
-    tool_choice: str  # [auto where there are tools] none, auto, required, or the name of the one that must be called
+    tool_choice: str  # [auto where there are tools] none, auto, required, or the name of the one to call once
     parallel_tool_calls: bool  # [True] more than one call in an answer
     json_schema: Mapping[str, Any]  # what the answer must be; at most one of these five
     json_object: bool

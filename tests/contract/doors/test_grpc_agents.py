@@ -82,6 +82,9 @@ async def test_what_is_asked_of_an_answer_reaches_its_engine(tmp_path: Path) -> 
             rules = world.engine.requests[-1].sampling.rules
             assert rules is not None, options
             assert rules.grammar, options
+        assert ")*" not in rules.grammar  # a function that is named is called once
+        await client.generate("tiny", messages=QUESTION, tools=[WEATHER], tool_choice="required")
+        assert ")*" in world.engine.requests[-1].sampling.rules.grammar
         await client.generate("tiny", messages=QUESTION, thinking_budget=7)
         rules = world.engine.requests[-1].sampling.rules
         assert rules is not None

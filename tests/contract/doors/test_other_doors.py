@@ -148,6 +148,35 @@ async def test_a_message_comes_whole_and_streamed_alike(tmp_path: Path) -> None:
             await client.messages.create(**{**asked, "model": "nobody"})
 
 
+async def test_a_message_calls_a_named_tool_once_where_parallel_use_is_disabled(tmp_path: Path) -> None:
+    tools: Any = [{"name": name, "input_schema": {"type": "object"}} for name in ("weather", "now")]
+    async with (
+        agents.answering(tmp_path, f"</think>{agents.CALL}") as (world, _),
+        anthropic.AsyncAnthropic(base_url=world.url, api_key="none", max_retries=0) as client,
+    ):
+        asked: dict[str, Any] = {"model": "tiny", "max_tokens": 500, "messages": agents.QUESTION, "tools": tools}
+
+        async def grammar(choice: Any) -> str:
+            await client.messages.create(**asked, tool_choice=choice)
+            return str(world.engine.requests[-1].sampling.rules.grammar)
+
+        for kind in ({"type": "any"}, {"type": "tool", "name": "weather"}):
+            several = await grammar(kind)
+            once = await grammar({**kind, "disable_parallel_tool_use": True})
+            assert several.replace(")*", "") != several
+            assert ")*" not in once
+            assert ('"now' in once.replace("\\", "")) == (kind["type"] == "any")
+        wrong: list[tuple[dict[str, Any], str]] = [
+            ({"tool_choice": {"type": "tool"}}, "tool_choice"),
+            ({"tool_choice": {"type": "any", "name": "weather"}}, "tool_choice"),
+            ({"tool_choice": {"type": "tool", "name": "other"}}, "tool_choice"),
+            ({"tools": [*tools, tools[0]]}, r"tools\[2\]\.name"),
+        ]
+        for change, field in wrong:
+            with pytest.raises(anthropic.BadRequestError, match=field):
+                await client.messages.create(**{**asked, **change})
+
+
 async def test_tokens_go_there_and_back(tmp_path: Path) -> None:
     async with agents.answering(tmp_path, "x") as (world, _), httpx.AsyncClient(base_url=world.url) as http:
         made = (await http.post("/tokenize", json={"model": "tiny", "prompt": "The choir answers"})).json()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from antiphon.core.errors import InvalidInput
 from antiphon.gateway.generation.request import MAX_STOPS, ChatMessage, ChatPrompt, GenerationRequest
@@ -57,11 +57,17 @@ class ToolBody(_Part):
 
 
 class ToolChoiceBody(_Part):
-    """``tool_choice``."""
+    """``tool_choice``. A tool that it names may be called several times, unless ``disable_parallel_tool_use`` says otherwise."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
+
+    @model_validator(mode="after")
+    def _names_a_tool(self) -> Self:
+        if (self.type == "tool") != (self.name is not None):
+            raise ValueError("a tool must be named" if self.name is None else f"{self.type} names no tool")
+        return self
 
 
 class Thinking(_Part):
@@ -127,7 +133,10 @@ class CountBody(BaseModel):
         )
         choice = self.tool_choice or ToolChoiceBody(type="auto" if tools else "none")
         kinds: dict[str, ToolChoice] = {"auto": "auto", "any": "required", "tool": "required", "none": "none"}
-        name = choice.name if choice.type == "tool" else None
+        for index, tool in enumerate(tools):
+            if any(other.name == tool.name for other in tools[:index]):
+                raise InvalidInput(f"tools[{index}].name: {tool.name} is there already", f"tools[{index}].name")
+        name = choice.name
         if kinds[choice.type] == "required" and not any(name in (None, tool.name) for tool in tools):
             raise InvalidInput("tool_choice: there is no such tool", "tool_choice")
         return ChatOptions(

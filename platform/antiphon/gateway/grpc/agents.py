@@ -20,6 +20,7 @@ from antiphon.gateway.openai.tools import (
     NamedFunction,
     StructuredOutputs,
     ToolBody,
+    allows_parallel,
     choice_of,
     tools_of,
 )
@@ -50,7 +51,9 @@ def options_of(request: pb.GenerateRequest) -> ChatOptions:
         raise InvalidInput(f"at most {MAX_TOOLS} tools", "tools")
     bodies = [_tool(index, tool) for index, tool in enumerate(request.tools)]
     tools = tools_of(bodies)
-    choice, names = choice_of(_choice(request), tools)
+    chosen = _choice(request)
+    choice, names = choice_of(chosen, tools)
+    parallel = request.parallel_tool_calls if request.HasField("parallel_tool_calls") else True
     reasoning = request.reasoning
     if reasoning.effort not in _EFFORTS:
         raise InvalidInput(f"the effort must be one of {', '.join(_EFFORTS[1:])}", "reasoning.effort")
@@ -62,7 +65,7 @@ def options_of(request: pb.GenerateRequest) -> ChatOptions:
         tools=tools,
         tool_choice=choice,
         tool_names=names,
-        parallel_tool_calls=request.parallel_tool_calls if request.HasField("parallel_tool_calls") else True,
+        parallel_tool_calls=allows_parallel(chosen, asked=parallel),
         shape=_shape(request.shape) if request.HasField("shape") else None,
         thinking=reasoning.effort != "none" if thinking is None and reasoning.effort else thinking,
         effort=reasoning.effort or None,
