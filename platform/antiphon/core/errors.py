@@ -5,6 +5,7 @@ AntiphonError                       http  grpc                 retryable
 │   ├── SpecInvalid(problems)       400   INVALID_ARGUMENT     no
 │   ├── ContextLengthExceeded       400   INVALID_ARGUMENT     no
 │   ├── UnknownModel                404   NOT_FOUND            no
+│   ├── AlreadyRated                409   ALREADY_EXISTS       no
 │   └── UnsupportedModel            400   INVALID_ARGUMENT     no
 ├── Unauthenticated                 401   UNAUTHENTICATED      no
 ├── PermissionDenied                403   PERMISSION_DENIED    no
@@ -118,6 +119,14 @@ class UnknownModel(InvalidInput):
     code = "model_not_found"
     http_status = 404
     grpc_status = "NOT_FOUND"
+
+
+class AlreadyRated(InvalidInput):
+    """The decision has feedback with another score, which stands."""
+
+    code = "already_rated"
+    http_status = 409
+    grpc_status = "ALREADY_EXISTS"
 
 
 class UnsupportedModel(InvalidInput):

@@ -110,7 +110,10 @@ async def test_grpc_routes_explains_takes_feedback_and_lists(directory: Path) ->
         router = stubs.RouterStub(channel)
         decision = await router.Route(pb.RouteRequest(model="coe/team", prompt=SUMS), timeout=WAIT_S)
         explained = await router.Explain(pb.ExplainRequest(decision_id=decision.decision_id, policy="cheap"), timeout=WAIT_S)
-        await router.Feedback(pb.FeedbackRequest(decision_id=decision.decision_id, score=0.5), timeout=WAIT_S)
+        for _ in range(2):
+            await router.Feedback(pb.FeedbackRequest(decision_id=decision.decision_id, score=0.9), timeout=WAIT_S)
+        with pytest.raises(grpc.aio.AioRpcError) as rated:
+            await router.Feedback(pb.FeedbackRequest(decision_id=decision.decision_id, score=0.5), timeout=WAIT_S)
         experts = (await router.ListExperts(pb.ListExpertsRequest(), timeout=WAIT_S)).experts
         with pytest.raises(grpc.aio.AioRpcError) as unknown:
             await router.Route(pb.RouteRequest(model="coe/nobody", prompt=SUMS), timeout=WAIT_S)
@@ -122,6 +125,8 @@ async def test_grpc_routes_explains_takes_feedback_and_lists(directory: Path) ->
     assert [expert.name for expert in experts] == ["model-0", "model-1", "model-2"]
     assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
     assert wrong.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert rated.value.code() is grpc.StatusCode.ALREADY_EXISTS
+    assert "has the score 0.9 already" in str(rated.value.details())
 
 
 async def test_a_new_artifact_is_swapped_in_and_a_broken_one_refused_while_the_old_one_serves(

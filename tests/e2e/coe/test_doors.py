@@ -236,12 +236,18 @@ async def test_route_decides_only_and_its_decision_can_be_explained_and_rated(ar
         decision = (await client.post("/v1/route", json={"model": "coe/team", **SUMS})).json()
         explained = (await client.get(f"/v1/decisions/{decision['decision_id']}?policy=cheap")).json()
         rated = await client.post("/v1/feedback", json={"decision_id": decision["decision_id"], "score": 1})
+        again = await client.post("/v1/feedback", json={"decision_id": decision["decision_id"], "score": 1})
+        other = await client.post("/v1/feedback", json={"decision_id": decision["decision_id"], "score": 0.5})
         unknown = await client.get("/v1/decisions/rd-unknown")
         listed = (await client.get("/v1/experts")).json()
     for published, given in ((Decision, decision), (Explained, explained), (ExpertCard, listed["data"][0])):
         published.model_validate(given)
         assert given.keys() <= published.model_fields.keys()
     assert decision["expert"] == "model-1"
+    assert rated.json() == again.json() == {"decision_id": decision["decision_id"], "score": 1.0}
+    assert (rated.status_code, again.status_code, other.status_code) == (200, 200, 409)
+    assert other.json()["error"]["code"] == "already_rated"
+    assert "has the score 1 already" in other.json()["error"]["message"]
     assert experts.asked == []
     assert explained["candidates"] == decision["candidates"]
     assert explained["replay"]["policy"] == "cheap"

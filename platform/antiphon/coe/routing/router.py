@@ -20,21 +20,12 @@ import numpy as np
 
 from antiphon.coe.routing.artifact import Artifact, PolicyPoint
 from antiphon.coe.routing.budget import DocumentBudget, document_budget, price_of
-from antiphon.coe.routing.decision import (
-    EVERYONE_IDLE,
-    Decision,
-    DecisionId,
-    Judgement,
-    PolicyTerms,
-    Question,
-    View,
-    decide,
-)
+from antiphon.coe.routing.decision import EVERYONE_IDLE, Decision, DecisionId, Judgement, PolicyTerms, Question, View, decide
 from antiphon.coe.routing.learning.log import append_feedback, read_feedback
 from antiphon.coe.routing.learning.online import Feedback, OnlineLearner
 from antiphon.core.document.coe.experts import ExpertSpec
 from antiphon.core.document.composition import CompositionSpec, Policy, PolicySpec
-from antiphon.core.errors import InvalidInput
+from antiphon.core.errors import AlreadyRated, InvalidInput
 
 _logger = logging.getLogger(__name__)
 
@@ -148,6 +139,7 @@ def spec_of(artifact: Artifact) -> CompositionSpec:
 
 
 _NAMED_BY = 2000  # characters of a prompt that its decision's id is made from
+_SAME_SCORE = 1e-6  # apart at most: gRPC has scores in 32 bits
 _QUICK_CHARACTERS = 2000  # of a prompt that the fast path judges in well below 0.3 ms
 
 
@@ -276,21 +268,24 @@ class Router:
         return self._learner
 
     def feedback(self, decision_id: DecisionId, score: float, expert: str | None = None) -> None:
-        """Note how good the answer was, 0..1, beside its decision; the first one is learnt from where the document says so.
+        """Note how good the answer was, 0..1, beside its decision, and learn from it where the document says so.
 
-        ``expert`` is who answered; None = who was decided for.
+        ``expert`` is who answered; None = who was decided for. The same score again changes nothing: a client may try again.
 
         Raises:
             InvalidInput: the score is out of range or there is no record of the decision.
+            AlreadyRated: the decision has another score.
         """
         if not 0.0 <= score <= 1.0:
             raise InvalidInput("score must be between 0 and 1", "score")
         record = self.explain(decision_id)
         with self._lock:
-            first = decision_id not in self._feedback
-            self._feedback[decision_id] = score
-            if first:
+            noted = self._feedback.get(decision_id)
+            if noted is None:
+                self._feedback[decision_id] = score
                 self._learn(record, score, record.decision.expert if expert is None else expert)
+        if noted is not None and abs(noted - score) > _SAME_SCORE:
+            raise AlreadyRated(f"decision {decision_id!r} has the score {noted:g} already, and keeps it", "score")
 
     def _learn(self, record: Record, score: float, expert: str) -> None:
         judgement = record.judgement

@@ -21,7 +21,7 @@ from antiphon.coe.routing.router import Record, Router
 from antiphon.coe.serving.wire import decision_of, record_of, request_of
 from antiphon.core.directory import Notes
 from antiphon.core.document.composition import CompositionOfExperts, Policy
-from antiphon.core.errors import AntiphonError, Cancelled, DeadlineExceeded, InternalError, Unavailable, UnknownModel
+from antiphon.core.errors import AlreadyRated, AntiphonError, Cancelled, DeadlineExceeded, InternalError, Unavailable, UnknownModel
 from antiphon.rpc.router.client import RouterCalls
 from antiphon.rpc.v1 import router_pb2 as pb
 
@@ -106,6 +106,8 @@ class RemoteRoutes:
             try:
                 request = pb.FeedbackRequest(decision_id=decision_id, score=score, expert=expert or "")
                 await self._calls[address].feedback(request, _UNARY_TIMEOUT_S)
+            except AlreadyRated:
+                raise
             except (AntiphonError, KeyError):
                 continue
             return

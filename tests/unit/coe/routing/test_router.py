@@ -24,7 +24,7 @@ from antiphon.coe.training.join import join_expert
 from antiphon.coe.training.mapping import Budget
 from antiphon.coe.training.train import Options, train
 from antiphon.core.document.composition import CompositionSpec, LearningSpec, PolicySpec
-from antiphon.core.errors import CheckpointInvalid, InvalidInput, Unavailable
+from antiphon.core.errors import AlreadyRated, CheckpointInvalid, InvalidInput, Unavailable
 
 OPTIONS = Options(recipe=Recipe(num_variants=2), embedder="lsa")
 
@@ -132,11 +132,15 @@ def test_feedback_moves_decisions_only_where_the_document_learns_and_only_by_its
         for _ in range(8):
             record = router.route(asked)
             router.feedback(record.decision_id, 0.0, "model-1")
-            router.feedback(record.decision_id, 1.0, "model-1")
+            router.feedback(record.decision_id, 0.0, "model-1")  # sent again, learnt from once
+            with pytest.raises(AlreadyRated, match="has the score 0 already"):
+                router.feedback(record.decision_id, 1.0, "model-1")
     assert still.route(asked).decision.expert == "model-1"
     moved = learns.route(asked)
     assert moved.decision.expert != "model-1"
     assert learns.replay(moved.decision_id, "quality").expert == moved.decision.expert
+    assert learns.learner is not None
+    assert learns.learner.num_feedbacks == 8
     assert Router(spec, artifact).route(asked).decision.expert == moved.decision.expert
 
 

@@ -65,6 +65,7 @@ class CoeGrpcDoor:
         Raises:
             Unauthenticated: the key is not accepted.
             InvalidInput: there is no such record, or the score is not 0..1.
+            AlreadyRated: the decision has another score.
         """
         self._keys.check(authorization)
         decision_id = DecisionId(request.decision_id)
