@@ -23,7 +23,7 @@ from antiphon.core.request import FinishReason, OutputRules
 from antiphon.gateway.text.answer_grammar import answer_grammar
 from antiphon.gateway.text.chat_options import AnswerShape, ChatOptions
 from antiphon.testing import LocalCluster, wiring
-from antiphon.worker.structure.grammar import why_invalid
+from antiphon.worker.structure.grammar import why_invalid, why_unaffordable
 
 SOURCE = Path(__file__).parents[2] / "golden" / "structure" / "schemas.py"
 PROMPT = "Answer in JSON: "
@@ -69,7 +69,7 @@ def main() -> None:
             for number, schema in enumerate(schemas[start : start + arguments.batch], start):
                 options = ChatOptions(shape=AnswerShape(kind="json_schema", value=schema))
                 grammar, _ = answer_grammar(options, (), None, None, is_open=False, special_tokens={})
-                if grammar is None or why_invalid(grammar) is not None:
+                if grammar is None or (why_invalid(grammar) or why_unaffordable(grammar)) is not None:
                     num_refused += 1
                     continue
                 name = cluster.submit(

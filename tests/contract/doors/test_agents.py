@@ -190,6 +190,21 @@ async def test_the_grammar_reaches_the_engine_and_parse_gives_a_model(tmp_path: 
             assert "weather" in (world.engine.requests[-1].sampling.rules.grammar or "")
 
 
+async def test_a_schema_beside_json_object_is_one(tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"degrees": {"type": "integer"}}}
+    async with answering(tmp_path, '</think>{"degrees": 21}') as (world, client):
+        grammars = []
+        for form in (
+            {"type": "json_object", "schema": schema},
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+            {"type": "json_object"},
+        ):
+            asked = {"model": "tiny", "messages": QUESTION, "response_format": form}
+            await client.post("/chat/completions", cast_to=object, body=asked)
+            grammars.append(world.engine.requests[-1].sampling.rules.grammar)
+        assert grammars[0] == grammars[1] != grammars[2]
+
+
 async def test_a_named_function_is_called_once(tmp_path: Path) -> None:
     async with answering(tmp_path, f"</think>{CALL}") as (world, client):
 

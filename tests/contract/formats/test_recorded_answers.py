@@ -33,6 +33,7 @@ def _beside(name: str, path: Path) -> ModuleType:
 
 
 recorded = _beside("recorded_answers", Path(__file__).with_name("recorded.py"))
+odd = _beside("odd_answers", Path(__file__).with_name("odd.py"))
 fake = _beside("doors_fake_engine", Path(__file__).parents[1] / "doors" / "fake_engine.py")
 
 PARAMETERS: dict[str, Any] = {
@@ -42,7 +43,11 @@ PARAMETERS: dict[str, Any] = {
         "days": {"type": "integer"},
         "where": {"type": "object"},
         "sure": {"type": "boolean"},
+        "code": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "place": {"$ref": "#/$defs/place"},
+        "level": {"enum": ["low", "2", None]},
     },
+    "$defs": {"place": {"type": ["string", "null"]}},
 }
 NAMES = ("weather", "now")
 QUESTION: list[Any] = [{"role": "user", "content": "what is it?"}]
@@ -98,6 +103,25 @@ def test_a_recorded_answer_cut_at_every_byte_and_token_gives_the_same_calls(name
             assert read(name, ["".join(pieces[:cut]), "".join(pieces[cut:])]) == whole, pieces[:cut]
 
 
+@pytest.mark.parametrize(("name", "raw", "text", "calls", "is_whole"), odd.ODD)
+def test_an_odd_answer_means_the_same_at_every_cut(
+    name: str, raw: str, text: str, calls: list[tuple[str, Any]], is_whole: bool, tokenizers: list[Tokenizer]
+) -> None:
+    whole = read(name, [raw])
+    result = Folded()
+    for part in whole:
+        result.add(part)
+    assert result.text == text
+    assert [(c.name, json.loads(c.arguments) if c.is_whole else c.arguments) for c in result.calls] == calls
+    assert all(call.is_whole for call in result.calls) == is_whole
+    for tokenizer in tokenizers:
+        detokenizer = ByteLevelDetokenizer(tokenizer, ())
+        pieces = [*(detokenizer.feed(i) for i in tokenizer.encode(raw).ids), detokenizer.flush()]
+        assert read(name, pieces) == whole
+        for cut in range(1, len(pieces)):
+            assert read(name, ["".join(pieces[:cut]), "".join(pieces[cut:])]) == whole, pieces[:cut]
+
+
 @FORMATS
 async def test_every_door_gives_a_recorded_answer_s_calls_streamed_as_whole(name: str, tmp_path: Path) -> None:
     answer = recorded.RECORDED[name]
@@ -118,7 +142,7 @@ async def test_every_door_gives_a_recorded_answer_s_calls_streamed_as_whole(name
                 pass
             streamed = await stream.get_final_completion()
         for choice in (whole.choices[0], streamed.choices[0]):
-            calls = [(c.function.name, json.loads(c.function.arguments)) for c in choice.message.tool_calls or ()]  # type: ignore[union-attr]
+            calls = [(c.function.name, json.loads(c.function.arguments)) for c in choice.message.tool_calls or ()]
             assert choice.finish_reason == "tool_calls"
             thought = (choice.message.model_extra or {}).get("reasoning_content") or ""
             assert (calls, choice.message.content or "", thought) == expected

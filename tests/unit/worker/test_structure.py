@@ -19,7 +19,7 @@ from antiphon.core.request import OutputRules, SamplingParams, ThinkingRules
 from antiphon.gateway.text.answer_grammar import answer_grammar
 from antiphon.gateway.text.chat_options import AnswerShape, ChatOptions, Tool, ToolCall
 from antiphon.gateway.text.formats.base import CallFormat, ChannelFormat
-from antiphon.gateway.text.formats.registry import CALL_FORMATS, THOUGHT_FORMATS
+from antiphon.gateway.text.formats.registry import CALL_FORMATS, THOUGHT_FORMATS, call_format
 from antiphon.worker.sampler import SamplingState, sample
 from antiphon.worker.structure import checking
 from antiphon.worker.structure.checking import CHECK_TIMEOUT_S, GrammarChecker, TooExpensive
@@ -118,12 +118,26 @@ def test_every_format_s_grammar_takes_what_it_writes_and_nothing_else(form: Call
     thinking = grammar_of(ChatOptions(tools=TOOLS, tool_choice="required"), form, thinks=True, is_open=True)
     assert takes(thinking, f"hm</think>\n\n{both}")
     assert not takes(thinking, both)
-    if form.opening is None:
-        return
     either = grammar_of(ChatOptions(tools=TOOLS, shape=AnswerShape(kind="json_schema", value=SCHEMA)), form)
     assert takes(either, both)
     assert takes(either, '{"city": "x", "days": 1}')
     assert not takes(either, "Hello")
+
+
+def test_a_shape_that_may_look_like_a_call_is_refused_where_calls_have_no_mark() -> None:
+    form = call_format("llama3_json", None)
+    named = {**SCHEMA, "properties": {"name": {"type": "string"}}, "required": []}
+    for schema in (
+        named,
+        {"type": "object"},
+        {**SCHEMA, "additionalProperties": True},
+        {"$ref": "#/$defs/a", "$defs": {"a": SCHEMA}},
+    ):
+        with pytest.raises(InvalidInput) as refused:
+            grammar_of(ChatOptions(tools=TOOLS, shape=AnswerShape(kind="json_schema", value=schema, field="here")), form)
+        assert refused.value.field == "here"
+    for schema in ({"type": "array"}, {"type": "string"}):
+        grammar_of(ChatOptions(tools=TOOLS, shape=AnswerShape(kind="json_schema", value=schema)), form)
 
 
 def test_shapes_take_what_they_say(takes: Callable[[str, str], bool]) -> None:

@@ -150,10 +150,12 @@ class ResponseFormat(_Part):
     @model_validator(mode="before")
     @classmethod
     def _nested(cls, value: object) -> object:
-        """Responses writes a schema's fields flat."""
-        if isinstance(value, dict) and value.get("type") == "json_schema" and "json_schema" not in value and "schema" in value:
-            return {"type": "json_schema", "json_schema": {k: v for k, v in value.items() if k != "type"}}
-        return value
+        """Responses writes a schema's fields flat; other servers take a schema with json_object, too."""
+        if not isinstance(value, dict) or "json_schema" in value or not isinstance(value.get("schema"), dict | bool):
+            return value
+        if value.get("type") not in ("json_schema", "json_object"):
+            return value
+        return {"type": "json_schema", "json_schema": {k: v for k, v in value.items() if k != "type"}}
 
     @model_validator(mode="after")
     def _has_its_schema(self) -> Self:

@@ -78,14 +78,30 @@ def _body(options: ChatOptions, tools: Sequence[Tool], form: CallFormat | None, 
     if options.tool_choice == "required":
         return calls, tools[0].field if len(tools) == 1 else options.tool_choice_field, None
     if shape is not None and options.shape is not None:
-        if form.opening is None:
-            why = "this model's calls begin like any JSON: tools and a shape exclude each other"
+        if form.opening is None and _may_be_call(options.shape):
+            why = (
+                "this model's calls are JSON objects with a name: beside tools, a shape must have properties of which none is name"
+            )
             raise InvalidInput(f"{options.shape.field}: {why}", options.shape.field)
         return f"({calls} | {rules.name(shape)})", options.shape.field, None
     strict = next((tool.field for tool in tools if tool.strict), None)
     if strict is None and parallel:
         return None, "", None
     return _maybe(form, calls, after, rules), "parallel_tool_calls" if strict is None else strict, calls
+
+
+def _may_be_call(shape: AnswerShape) -> bool:
+    """Whether an answer of this shape could be read as a call where calls are objects without a mark before them."""
+    schema = shape.value
+    if shape.kind == "choice":
+        return any(text.lstrip().startswith("{") for text in schema)
+    if shape.kind != "json_schema" or not isinstance(schema, dict):
+        return True
+    if schema.get("type") in ("array", "string", "number", "integer", "boolean", "null"):
+        return False
+    known = schema.get("properties")
+    closed = schema.get("additionalProperties") is False and "patternProperties" not in schema
+    return not (schema.get("type") == "object" and closed and isinstance(known, dict) and "name" not in known)
 
 
 def _in_channels(

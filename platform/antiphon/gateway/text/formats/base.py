@@ -209,17 +209,17 @@ class CallMachine(ABC):
             if (yield from self.next_char()) != wanted:
                 raise Malformed
 
-    def may_follow(self, text: str) -> Steps[None]:
-        """Read ``text`` where it comes next, after white space or none; what is something else is given again."""
+    def may_follow(self, text: str, *, skipping: str = SPACE) -> Steps[bool]:
+        """Read ``text`` where it comes next, after what is skipped or nothing; what is something else is given again."""
         read = ""
         while True:
             char = yield from self.next_char()
             read += char
-            if not text.startswith(read.lstrip(SPACE)):
+            if not text.startswith(read.lstrip(skipping)):
                 self.put_back(read)
-                return
-            if read.lstrip(SPACE) == text:
-                return
+                return False
+            if read.lstrip(skipping) == text:
+                return True
 
     def text(self, text: str) -> None:
         """Text for the reader."""
@@ -234,6 +234,11 @@ class CallMachine(ABC):
         """True between a call's beginning and its end."""
         return self._is_in_call
 
+    @property
+    def is_after_call(self) -> bool:
+        """True where no marker waits for a call."""
+        return self._opened is None
+
     def opened(self, marker: str) -> None:
         """A marker was read; from here on the tape runs."""
         self._opened, self._tape = marker, []
@@ -244,6 +249,10 @@ class CallMachine(ABC):
         self.text(self._opened or "")
         self._opened = None
         self._back.extend(reversed(tape))
+
+    def was_empty(self) -> None:
+        """Calls were announced and closed again without any: the markers say nothing."""
+        self._opened, self._tape = None, None
 
     def begin(self, name: str) -> None:
         """A call begins."""

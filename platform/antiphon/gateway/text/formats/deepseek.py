@@ -71,6 +71,7 @@ class _Machine(JsonCallMachine):
             try:
                 while (yield from self._call()):
                     pass
+                self.was_empty()
             except Malformed:
                 if self.is_in_call:
                     yield from self.until((_ONE_END,), self.arguments)
@@ -84,20 +85,33 @@ class _Machine(JsonCallMachine):
             return False
         name: list[str] = []
         yield from self.until((_SEP,), name.append)
+        called = "".join(name).strip()
         first = yield from self.skip_space()
-        if "".join(name).strip() == "function" and first != "{":
-            name = [first]
-            while (char := (yield from self.next_char())) != "\n":
-                name.append(char)
+        if called == "function" and first not in "{<":
+            self.put_back(first)
+            name = []
+            yield from self.until(("\n",), name.append)
+            called = "".join(name).strip()
             first = yield from self.skip_space()
             if first == "`":
                 self.put_back(first)
                 yield from self.expect(_FENCE.strip())
                 first = yield from self.skip_space()
-        if first != "{":
+        if not called:
             raise Malformed
-        self.begin("".join(name).strip())
-        yield from self.json_value(first, self.arguments)
+        if first == "{":
+            self.begin(called)
+            yield from self.json_value(first, self.arguments)
+        else:
+            said: list[str] = []
+            self.put_back(first)
+            yield from self.until((_ONE_END,), said.append)
+            if "".join(said).strip(SPACE + "`") not in ("", "null"):
+                self.put_back("".join(said) + _ONE_END)
+                raise Malformed
+            self.put_back(_ONE_END)
+            self.begin(called)
+            self.arguments("{}")
         self.end()
         yield from self.until((_ONE_END,), self.drop)
         return True

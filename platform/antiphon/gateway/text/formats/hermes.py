@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from antiphon.gateway.text.chat_options import Tool, ToolCall
-from antiphon.gateway.text.formats.base import CallMachine, Malformed, Rules, Steps, one_or_more
+from antiphon.gateway.text.formats.base import SPACE, CallMachine, Malformed, Rules, Steps, one_or_more
 from antiphon.gateway.text.formats.json_calls import JsonCallMachine, any_of, call_object, written
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
@@ -42,12 +42,23 @@ class _Machine(JsonCallMachine):
         while True:
             self.opened((yield from self.until((_OPEN,), self.text)))
             try:
+                yield from self._calls()
+            except Malformed:
+                if self.is_in_call:
+                    yield from self.broken(_CLOSE)
+                else:
+                    self.not_a_call()
+
+    def _calls(self) -> Steps[None]:
+        """One object; several where a model leaves out the marks between them. A brace too many says nothing."""
+        while True:
+            try:
                 yield from self.json_call()
             except Malformed:
-                if not self.is_in_call:
-                    self.not_a_call()
-                    continue
-                yield from self.until((_CLOSE,), self.arguments)
+                if not self.is_in_call or not self.has_arguments:
+                    raise
                 self.end()
-                continue
-            yield from self.may_follow(_CLOSE)
+            if (yield from self.may_follow(_CLOSE, skipping=SPACE + "}")):
+                return
+            self.opened("")
+            self.put_back((yield from self.skip_space()))

@@ -1,6 +1,7 @@
 """Calls that are JSON objects, read as they come (request speed: once per character).
 
-The name is given out as soon as it is known and the arguments verbatim, in whatever order they are written. Must not know: what
+The name is given out as soon as it is known and the arguments verbatim, in whatever order they are written, but for what JSON's
+texts have no place for: a line end is escaped, and a backslash that escapes nothing is one of the text. Must not know: what
 surrounds the object in any format.
 """
 
@@ -12,12 +13,37 @@ from collections.abc import Callable, Mapping, Sequence
 from antiphon.gateway.json_text import read_json_text
 from antiphon.gateway.text.chat_options import Tool, ToolCall
 from antiphon.gateway.text.formats.base import SPACE, CallMachine, Malformed, Rules, Steps, example_arguments
+from antiphon.gateway.text.parts import Part
 
 _ARGUMENT_KEYS = ("arguments", "parameters")
+_ESCAPES = '"\\/bfnrtu'
 
 
 class JsonCallMachine(CallMachine):
     """Helps machines of formats whose calls are, or hold, JSON."""
+
+    def __init__(self, tools: Sequence[Tool]) -> None:
+        self.has_arguments = False  # the call's arguments are whole
+        super().__init__(tools)
+
+    def begin(self, name: str) -> None:
+        """See ``CallMachine``."""
+        self.has_arguments = False
+        super().begin(name)
+
+    def finish(self, *, truncated: bool) -> list[Part]:
+        """See ``CallMachine``. An answer that ended by itself after a call's arguments has left out but the last brace."""
+        parts = super().finish(truncated=truncated)
+        if self.is_in_call and self.has_arguments and not truncated:
+            self.end()
+            parts += self._take()
+        return parts
+
+    def broken(self, *closing: str) -> Steps[None]:
+        """A call that has begun goes on as no JSON does: all up to what closes it is arguments, unless it has them."""
+        if not self.has_arguments:
+            yield from self.until(closing, self.arguments)
+        self.end()
 
     def accepts(self, name: str) -> bool:
         """Whether an object with this name is a call."""
@@ -37,6 +63,7 @@ class JsonCallMachine(CallMachine):
             if char == ",":
                 continue
             if char != '"':
+                self.put_back(char)
                 raise Malformed
             key = yield from self._string(char)
             if (yield from self.skip_space()) != ":":
@@ -51,9 +78,10 @@ class JsonCallMachine(CallMachine):
                 self.begin(name)
                 if early:
                     self.arguments(early)
+                    self.has_arguments = True
             elif key in _ARGUMENT_KEYS and not has_arguments:
                 has_arguments = True
-                if name is None or first == '"':
+                if name is None or first not in "{[":
                     yield from self.json_value(first, value.append)
                     whole = _unquoted("".join(value))
                     if name is None:
@@ -62,6 +90,7 @@ class JsonCallMachine(CallMachine):
                         self.arguments(whole)
                 else:
                     yield from self.json_value(first, self.arguments)
+                self.has_arguments = name is not None
             else:
                 yield from self.json_value(first, value.append)
         if name is None:
@@ -97,10 +126,18 @@ class JsonCallMachine(CallMachine):
     def _rest_of_string(self, give: Callable[[str], None]) -> Steps[None]:
         while True:
             char = yield from self.next_char()
-            give(char)
             if char == "\\":
-                give((yield from self.next_char()))
-            elif char == '"':
+                escaped = yield from self.next_char()
+                if escaped in _ESCAPES:
+                    give(char + escaped)
+                elif escaped == "'":
+                    give(escaped)
+                else:
+                    give("\\\\")
+                    self.put_back(escaped)
+                continue
+            give(json.dumps(char)[1:-1] if char < " " else char)
+            if char == '"':
                 return
 
     def _string(self, first: str) -> Steps[str]:
@@ -114,8 +151,9 @@ class JsonCallMachine(CallMachine):
 
 def call_object(tool: Tool, rules: Rules, *, key: str = "arguments") -> str:
     """An expression of a call as an object."""
-    before = rules.literal('{"name": ' + json.dumps(tool.name) + ', "' + key + '": ')
-    return f"{before} {rules.json(tool.parameters)} {rules.literal('}')}"
+    before = rules.literal('"name": ' + json.dumps(tool.name) + ', "' + key + '": ')
+    # The brace by itself: an answer's shape may begin with one, too, and a lexeme that has begun is not left for a shorter one.
+    return f"{rules.literal('{')} {before} {rules.json(tool.parameters)} {rules.literal('}')}"
 
 
 def written(call: ToolCall, *, key: str = "arguments") -> str:
@@ -137,10 +175,14 @@ def _text_of(raw: str) -> str | None:
 
 
 def _unquoted(raw: str) -> str:
-    """Arguments that were written as a string of JSON, without the quotes."""
+    """Arguments that were written as a string of JSON, without the quotes; where nothing was written, an empty object."""
+    if raw == "null":
+        return "{}"
     inner = _text_of(raw) if raw.startswith('"') else None
     if inner is None:
         return raw
+    if not inner.strip():
+        return "{}"
     try:
         return inner if isinstance(read_json_text(inner), Mapping) else raw
     except ValueError:

@@ -51,14 +51,13 @@ class _Machine(JsonCallMachine):
             try:
                 yield from self.json_call()
             except Malformed:
-                if self.is_in_call:
-                    yield from self.until((), self.arguments)
-                self.not_a_call()
-                break
+                if not self.is_in_call:
+                    self.not_a_call()
+                    break
+                yield from self.broken()
             char = yield from self.skip_space()
-            if char != ";":
+            if char not in ";,":  # nothing may be between calls, either
                 self.put_back(char)
-                break
         yield from self.until((), self.text)
 
     def _beginning(self) -> Steps[str]:

@@ -64,27 +64,34 @@ class _Machine(JsonCallMachine):
             try:
                 first = yield from self.skip_space()
                 self.put_back(first)
-                yield from self._list() if first == "[" else self._named()
+                if first == "{":
+                    yield from self.json_call()
+                else:
+                    yield from self._list() if first == "[" else self._named()
             except Malformed:
                 if self.is_in_call:
-                    yield from self.until((), self.arguments)
-                self.not_a_call()
+                    yield from self.broken()
+                else:
+                    self.not_a_call()
 
     def _list(self) -> Steps[None]:
         yield from self.expect("[")
         while True:
             char = yield from self.skip_space()
             if char == "]":
+                self.was_empty()
                 return
             if char == ",":
                 continue
             self.put_back(char)
+            if self.is_after_call:
+                self.opened("")
             try:
                 yield from self.json_call()
             except Malformed:
-                if self.is_in_call:
+                if not self.is_in_call:
                     raise
-                return  # what follows the last call is text
+                yield from self.broken()
 
     def _named(self) -> Steps[None]:
         name = ""

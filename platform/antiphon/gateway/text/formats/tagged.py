@@ -6,13 +6,15 @@ A parameter's value is given out whole, as JSON of the type that the tool's sche
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Sequence
 
-from antiphon.gateway.json_text import read_json_text
 from antiphon.gateway.text.chat_options import Tool, ToolCall
 from antiphon.gateway.text.formats.base import CallMachine, Malformed, Rules, Steps, example_arguments, one_or_more
 from antiphon.gateway.text.formats.json_calls import any_of
+from antiphon.gateway.text.formats.values import is_text, json_of, properties_of
+
+_NAME = re.compile(r"[^\s<>{}\"]+")
 
 
 class TaggedFormat:
@@ -26,6 +28,7 @@ class TaggedFormat:
     opening: str | None = ""
     each_opening = ""  # of every call; the same as ``opening`` where nothing is around all calls
     call: tuple[str, str, str] = ("", "", "")
+    ends: tuple[str, ...] = ()  # the marks of a call's end, in their order
     parameter: tuple[str, str, str] = ("", "", "")
     between = "\n"
     around = ("", "")  # all calls together
@@ -103,32 +106,35 @@ class TaggedMachine(CallMachine):
                 self.not_a_call()
 
     def _call(self) -> Steps[None]:
+        """A call's name and parameters. White space between marks, and the last of several closing marks, may be missing."""
         form = self._form
-        after, end, before_key = form.call[1], form.call[2].strip(), form.parameter[0].strip()
+        before_key, after_key = form.parameter[0].strip(), form.parameter[1].split("\n")
+        self.put_back((yield from self.skip_space()))
         name: list[str] = []
-        met = yield from self.until(_stripped(after.strip() or "\n", before_key, end), name.append)
+        met = yield from self.until((form.call[1].strip() or "\n", before_key, *form.ends), name.append)
         tool_name = "".join(name).strip()
-        if not tool_name or "<" in tool_name:
+        if _NAME.fullmatch(tool_name) is None:
             raise Malformed
         self.begin(tool_name)
         num_given = 0
-        while met != end:
-            if met != before_key:
-                met = yield from self.until((before_key, end), self.drop)
-                continue
-            key: list[str] = []
-            yield from self.until((form.parameter[1].strip(),), key.append)
-            value: list[str] = []
-            yield from self.until((form.parameter[2].strip(),), value.append)
-            name_of = "".join(key).strip()
-            text = self._typed(tool_name, name_of, "".join(value))
-            self.arguments(("{" if not num_given else ", ") + json.dumps(name_of, ensure_ascii=False) + ": " + text)
-            num_given += 1
-            met = yield from self.until((before_key, end), self.drop)
+        while met not in form.ends:
+            if met == before_key:
+                key: list[str] = []
+                give = key.append
+                for mark in filter(None, after_key):
+                    yield from self.until((mark,), give)
+                    give = self.drop
+                value: list[str] = []
+                yield from self.until((form.parameter[2].strip(),), value.append)
+                name_of = "".join(key).strip()
+                text = self._typed(tool_name, name_of, "".join(value))
+                self.arguments(("{" if not num_given else ", ") + json.dumps(name_of, ensure_ascii=False) + ": " + text)
+                num_given += 1
+            met = yield from self.until((before_key, *form.ends), self.drop)
         self.arguments("}" if num_given else "{}")
         self.end()
-        if form.around[1]:
-            yield from self.may_follow(form.around[1])
+        for mark in filter(None, (*form.ends[form.ends.index(met) + 1 :], form.around[1])):
+            yield from self.may_follow(mark)
 
     def _read_spelled(self, text: str) -> Steps[None]:
         """``text`` with any white space at its line ends."""
@@ -140,33 +146,10 @@ class TaggedMachine(CallMachine):
         if self._form.trims_lines:
             raw = raw.removeprefix("\n").removesuffix("\n")
         known = self.tools.get(tool)
-        schema = properties_of(known).get(key) if known is not None else None
-        if not is_text(schema):
-            try:
-                return json.dumps(read_json_text(raw), ensure_ascii=False)
-            except ValueError:
-                pass
-        return json.dumps(raw, ensure_ascii=False)
+        return json_of(raw, None, {}) if known is None else json_of(raw, properties_of(known).get(key), known.parameters)
 
     def drop(self, text: str) -> None:
         """What is between parameters says nothing."""
-
-
-def properties_of(tool: Tool) -> Mapping[str, Any]:
-    """A tool's parameters."""
-    found = tool.parameters.get("properties")
-    return found if isinstance(found, dict) else {}
-
-
-def is_text(schema: object) -> bool:
-    """True when a value of ``schema`` can only be text."""
-    return isinstance(schema, dict) and (
-        schema.get("type") == "string" or (bool(schema.get("enum")) and all(isinstance(v, str) for v in schema["enum"]))
-    )
-
-
-def _stripped(*markers: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(markers))
 
 
 class Qwen3CoderFormat(TaggedFormat):
@@ -177,6 +160,7 @@ class Qwen3CoderFormat(TaggedFormat):
     opening: str | None = "<tool_call>"
     each_opening = "<tool_call>"
     call = ("<tool_call>\n<function=", ">\n", "</function>\n</tool_call>")
+    ends = ("</function>", "</tool_call>")
     parameter = ("<parameter=", ">\n", "\n</parameter>\n")
     trims_lines = True
     hint = "<function="
@@ -194,6 +178,7 @@ class GlmFormat(TaggedFormat):
     opening: str | None = "<tool_call>"
     each_opening = "<tool_call>"
     call = ("<tool_call>", "\n", "</tool_call>")
+    ends = ("</tool_call>",)
     parameter = ("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n")
     hint = "<arg_key>"
 
@@ -210,6 +195,7 @@ class Step3Format(TaggedFormat):
     call = (
         '<｜tool_call_begin｜>function<｜tool_sep｜><steptml:invoke name="', '">', "</steptml:invoke><｜tool_call_end｜>"
     )  # fmt: skip
+    ends = ("</steptml:invoke>", "<｜tool_call_end｜>")
     parameter = ('<steptml:parameter name="', '">', "</steptml:parameter>")
     between = ""
     around = ("<｜tool_calls_begin｜>", "<｜tool_calls_end｜>")

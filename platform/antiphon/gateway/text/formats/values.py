@@ -1,0 +1,116 @@
+"""What stands between a parameter's tags, as JSON of a type that the tool's schema allows (request speed; once per parameter).
+
+Text stays text where the schema has no place for what it looks like: a postcode of digits, or a word null for a name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from antiphon.gateway.json_text import MAX_DEPTH, is_deeper
+from antiphon.gateway.text.chat_options import Tool
+
+_WORDS: Mapping[str, Any] = {"True": True, "False": False, "None": None}
+_MAX_REFERENCES = 16
+
+
+def properties_of(tool: Tool) -> Mapping[str, Any]:
+    """A tool's parameters."""
+    found = tool.parameters.get("properties")
+    return found if isinstance(found, dict) else {}
+
+
+def is_text(schema: object) -> bool:
+    """True when a value of ``schema`` can only be text."""
+    return isinstance(schema, dict) and (
+        schema.get("type") == "string" or (bool(schema.get("enum")) and all(isinstance(v, str) for v in schema["enum"]))
+    )
+
+
+def json_of(raw: str, schema: object, root: Mapping[str, Any]) -> str:
+    """JSON of the value that ``raw`` stands for; ``root`` is the schema in which references are looked up."""
+    kinds = _kinds(schema, root)
+    if kinds == {"string"}:
+        return json.dumps(raw, ensure_ascii=False)
+    known = schema.get("enum") if isinstance(schema, dict) else None
+    if isinstance(known, list) and raw in known:
+        return json.dumps(raw, ensure_ascii=False)
+    try:
+        value = _value(raw)
+    except ValueError:
+        return json.dumps(raw, ensure_ascii=False)
+    is_misfit = kinds is not None and "string" in kinds and kinds.isdisjoint(_kinds_of(value))
+    return json.dumps(raw if is_misfit else value, ensure_ascii=False)
+
+
+def _value(raw: str) -> Any:
+    """Raises ValueError: it is neither JSON nor one of Python's words. Line ends may stand in its texts as they are."""
+    text = raw.strip()
+    if text in _WORDS:
+        return _WORDS[text]
+    try:
+        value = json.loads(text, strict=False, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("too deep") from None
+    if is_deeper(value, MAX_DEPTH):
+        raise ValueError("too deep")
+    return value
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _kinds_of(value: object) -> set[str]:
+    match value:
+        case bool():
+            return {"boolean"}
+        case int():
+            return {"integer", "number"}
+        case float():
+            return {"integer", "number"} if value.is_integer() else {"number"}
+        case None:
+            return {"null"}
+        case str():
+            return {"string"}
+        case list():
+            return {"array"}
+        case _:
+            return {"object"}
+
+
+def _kinds(schema: object, root: Mapping[str, Any], num_references: int = 0) -> set[str] | None:
+    """The types that a schema allows; None = it does not say."""
+    if not isinstance(schema, dict) or num_references > _MAX_REFERENCES:
+        return None
+    if "const" in schema:
+        return _kinds_of(schema["const"])
+    if isinstance(schema.get("enum"), list):
+        return {kind for value in schema["enum"] for kind in _kinds_of(value)}
+    named = schema.get("type")
+    if isinstance(named, str):
+        return {named}
+    if isinstance(named, list):
+        return {kind for kind in named if isinstance(kind, str)}
+    if isinstance(schema.get("$ref"), str):
+        return _kinds(_referred(schema["$ref"], root), root, num_references + 1)
+    for word in ("anyOf", "oneOf"):
+        if isinstance(schema.get(word), list):
+            each = [_kinds(one, root, num_references + 1) for one in schema[word]]
+            known = [kinds for kinds in each if kinds is not None]
+            return set().union(*known) if known and len(known) == len(each) else None
+    every = schema.get("allOf")
+    if isinstance(every, list):
+        return next((kinds for one in every if (kinds := _kinds(one, root, num_references + 1)) is not None), None)
+    return None
+
+
+def _referred(reference: str, root: Mapping[str, Any]) -> object:
+    found: object = root
+    if not reference.startswith("#"):
+        return None
+    for name in filter(None, reference[1:].split("/")):
+        found = found.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
+    return found

@@ -1,0 +1,88 @@
+"""Answers that models write when they do not keep to their format, or to nothing at all, and what they mean.
+
+Each is (format, what was written, text, calls, whether all calls are whole). Arguments are JSON where a call is whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Odd = tuple[str, str, str, list[tuple[str, Any]], bool]
+
+OSLO: tuple[str, Any] = ("weather", {"city": "Oslo"})
+NOW: tuple[str, Any] = ("now", {})
+_ALL, _ALL_END, _ONE = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>"
+_ONE_END, _SEP = "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
+
+
+def hermes(body: str) -> str:
+    """A call as Hermes marks it."""
+    return f"<tool_call>\n{body}\n</tool_call>"
+
+
+def coder(body: str, name: str = "weather") -> str:
+    """A call as Qwen3-Coder marks it."""
+    return f"<tool_call>\n<function={name}>\n{body}</function>\n</tool_call>"
+
+
+def parameter(name: str, value: str) -> str:
+    """One of its parameters."""
+    return f"<parameter={name}>\n{value}\n</parameter>\n"
+
+
+ODD: list[Odd] = [
+    # What JSON's texts have no place for is written so that they have.
+    ("hermes", hermes('{"name": "weather", "arguments": {"city": "a\nb\tc"}}'), "", [("weather", {"city": "a\nb\tc"})], True),
+    ("hermes", hermes('{"name": "weather", "arguments": {"city": "it\\\'s \\d"}}'), "", [("weather", {"city": "it's \\d"})], True),
+    ("hermes", hermes('{"name": "weather", "arguments": {"city": "\\ud83c\\udfb5\\\\"}}'), "",
+     [("weather", {"city": "🎵\\"})], True),
+    # No arguments, said in several ways.
+    *(("hermes", hermes('{"name": "now"' + said), "", [NOW], True) for said in ("}", ', "arguments": null}', ', "arguments": ""}')),
+    # Braces too few and too many; marks left out.
+    ("hermes", '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}\n</tool_call> So.', "So.", [OSLO], True),
+    ("hermes", '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}}}\n</tool_call> So.', "So.", [OSLO], True),
+    ("hermes", '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}', "", [OSLO], True),
+    ("hermes", hermes('{"name": "weather", "arguments": {"city": "Oslo"}}\n{"name": "now"}'), "", [OSLO, NOW], True),
+    ("hermes", '<tool_call>{"name": "now"} and so on {', "and so on {", [NOW], True),
+    # Ended inside.
+    ("hermes", '<tool_call>\n{"name": "weather", "arguments": {"ci', "", [("weather", '{"ci')], False),
+    ("hermes", '<tool_call>\n{"na', '<tool_call>\n{"na', [], True),
+    ("hermes", "<tool_call>", "<tool_call>", [], True),
+    # No calls, whatever they look like.
+    ("hermes", hermes("weather"), hermes("weather"), [], True),
+    ("hermes", "text <tool_cal", "text <tool_cal", [], True),
+    ("hermes", hermes('{"name": "weather", "arguments": {"city": "</tool_call><tool_call>"}}'), "",
+     [("weather", {"city": "</tool_call><tool_call>"})], True),
+    # A value's type is the schema's, not what it looks like.
+    ("qwen3_coder", coder(parameter("code", "0123") + parameter("place", "42") + parameter("level", "2")), "",
+     [("weather", {"code": "0123", "place": "42", "level": "2"})], True),
+    ("qwen3_coder", coder(parameter("place", "null") + parameter("level", "low")), "",
+     [("weather", {"place": None, "level": "low"})], True),
+    ("qwen3_coder", coder(parameter("sure", "True") + parameter("where", '{"a": "x\ny"}')), "",
+     [("weather", {"sure": True, "where": {"a": "x\ny"}})], True),
+    ("qwen3_coder", coder(parameter("days", "NaN")), "", [("weather", {"days": "NaN"})], True),
+    ("qwen3_coder", coder(parameter("city", "<tool_call> </function> {")), "",
+     [("weather", {"city": "<tool_call> </function> {"})], True),
+    # White space and closing marks left out.
+    ("qwen3_coder", "<tool_call><function=weather><parameter=city>Oslo</parameter></function></tool_call>So.", "So.", [OSLO], True),
+    ("qwen3_coder", "<tool_call>\n<function=weather>\n<parameter=city>\nOslo\n</parameter>\n</function>\nSo.", "So.", [OSLO], True),
+    ("qwen3_coder", "<tool_call>\n<function=now>\n</tool_call>So.", "So.", [NOW], True),
+    ("qwen3_coder", "<tool_call>\n<function=weather>\n<parameter=city>\nOs", "", [("weather", "")], False),
+    ("glm", "<tool_call>weather<arg_key>city</arg_key><arg_value>Oslo</arg_value></tool_call>", "", [OSLO], True),
+    ("glm", "<tool_call>\nweather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call>So.", "So.", [OSLO], True),
+    ("glm", "<tool_call>now</tool_call>", "", [NOW], True),
+    ("glm", hermes('{"name": "now"}'), hermes('{"name": "now"}'), [], True),
+    # Lists without a call, calls without arguments.
+    ("deepseek_v3", f"{_ALL}{_ALL_END}So.", "So.", [], True),
+    ("deepseek_v3", f"{_ALL}{_ONE}function{_SEP}now\n```json\n\n```{_ONE_END}{_ALL_END}", "", [NOW], True),
+    ("deepseek_v31", f"{_ALL}{_ONE}now{_SEP}{_ONE_END}{_ONE}now{_SEP}null{_ONE_END}{_ALL_END}", "", [NOW, NOW], True),
+    ("deepseek_v31", f"{_ALL}{_ONE}now{_SEP}oh{_ONE_END}{_ALL_END}", f"{_ALL}{_ONE}now{_SEP}oh{_ONE_END}{_ALL_END}", [], True),
+    ("mistral", "[TOOL_CALLS][]So.", "So.", [], True),
+    ("mistral", '[TOOL_CALLS] {"name": "now", "arguments": {}}', "", [NOW], True),
+    ("mistral", '[TOOL_CALLS][{"name": "now", "arguments": {}}, {"name"', '{"name"', [NOW], True),
+    ("mistral", '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Oslo"}]So.', "So.", [OSLO], True),
+    ("llama3_json", '{"name": "weather", "parameters": {"city": "Oslo"}', "", [OSLO], True),
+    *(("llama3_json", f'{{"name": "now", "parameters": null}}{mark}{{"name": "now"}}', "", [NOW, NOW], True)
+      for mark in ("", "\n", ", ", "; ")),
+    ("llama3_json", '{"name": "now", "parameters": {}} {"a": 1}', '{"a": 1}', [NOW], True),
+]  # fmt: skip
