@@ -155,6 +155,25 @@ def test_shapes_take_what_they_say(takes: Callable[[str, str], bool]) -> None:
             assert not takes(grammar, before + wrong), (shape, before)
 
 
+def test_dates_are_in_the_calendar_and_minutes_have_sixty_seconds(takes: Callable[[str, str], bool]) -> None:
+    def text(form: str, value: str, **more: object) -> bool:
+        schema = {"type": "object", "properties": {"format": {"type": "string", "format": form, **more}}, "required": ["format"]}
+        grammar = grammar_of(ChatOptions(shape=AnswerShape(kind="json_schema", value=schema)))
+        return takes(grammar, json.dumps({"format": value}))
+
+    for day in ("2024-02-29", "2000-02-29", "0004-02-29", "2023-02-28", "2023-12-31", "0001-01-01"):
+        assert text("date", day), day
+        assert text("date-time", f"{day}T23:59:59.5+01:00"), day
+    for day in ("2023-02-29", "1900-02-29", "0000-12-31", "0000-02-29", "2023-04-31"):
+        assert not text("date", day), day
+        assert not text("date-time", f"{day}T10:00:00Z"), day
+    assert text("time", "23:59:59Z")
+    assert not text("time", "23:59:60Z")
+    assert text("date", "2024-02-29", pattern="^2")
+    assert not text("date", "1999-01-01", pattern="^2")
+    assert not text("date", "2023-02-29", pattern="^2")
+
+
 def test_what_is_allowed_depends_on_the_output_s_ids_alone(grammars: Grammars, tokenizer: Tokenizer) -> None:
     grammar = f"start: %json {json.dumps(SCHEMA)}"
     ids = tokenizer.encode('{"city": "Paris", "days": 12}').ids
