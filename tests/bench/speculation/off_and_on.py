@@ -1,15 +1,19 @@
 """Speculation off against on, tokens per second while all requests decode: a JSON line per case, and a table.
 
-    python tests/bench/speculation/off_and_on.py [--wiring monolith 1A1F] [--batch 1 8] [--kind edit extract novel] [--rounds 5]
+    python tests/bench/speculation/off_and_on.py [--wiring monolith 1A1F] [--batch 1 8] [--rounds 5]
+        [--kind edit extract quote novel]
         [--drafter ngram | model --draft-model URI | layers --draft-layers N | mtp]
     python tests/bench/speculation/off_and_on.py --cell 1A1F:edit:8 --rounds 9        one case; --list names them all
 
 A deployment of real worker processes that speculates is asked the same prompts in turns with ``speculates`` and without; a quotient
 is of neighbours in time, figures are medians over rounds. The median quotient has an interval that holds it with a confidence of
-95 % or more whatever its distribution is (order statistics; of fewer than 6 rounds the outermost, with less). Cases: code that is
-edited, fields that are extracted from a text that the prompt has, and ``novel``: a temperature at which nothing repeats, so that
-nothing is taken and only the cost shows. Answers that differ are counted: none where a row's sums do not depend on the batch
-(elsewhere near ties of bf16 may fall the other way).
+95 % or more whatever its distribution is (order statistics; of fewer than 6 rounds the outermost, with less). Answers that differ
+are counted: none where a row's sums do not depend on the batch (elsewhere near ties of bf16 may fall the other way). Cases:
+
+    edit      code that is written again with one name changed
+    extract   fields of a text as lines of JSON; the answer is begun: by itself this small model ends its turn at once
+    quote     who said what, in the words of a text
+    novel     a temperature at which nothing repeats: nothing is taken, and only the cost shows
 """
 
 from __future__ import annotations
@@ -40,6 +44,16 @@ _FUNCTIONS = (
 )
 _PEOPLE = ("Ada Lind", "Boris Marsh", "Chen Wu", "Dora Okafor", "Emil Voss", "Fay Tanaka", "Gus Romero", "Hana Kovac")
 _TOWNS = ("Ely", "Bergen", "Porto", "Graz", "Lund", "Nantes", "Siena", "Turku")
+_SAID = (
+    "said that the new quay would cost four million euros and be finished in the spring of next year",
+    "explained that the old piles had to be replaced because worms had eaten them",
+    "asked whether the ferry could go on running during the works",
+    "answered that it could, except for two weeks in October",
+    "wanted to know who would pay for the delay",
+    "thought that the town should, as it had asked for the change",
+    "disagreed and named the contract of last year",
+    "proposed to hear the lawyers first",
+)
 
 
 def _edit(number: int) -> str:
@@ -61,7 +75,16 @@ def _extract(number: int) -> str:
     told = {"order": 1000 + 17 * i, "name": _PEOPLE[i], "town": _TOWNS[i], "lamps": 2 + i, "euros": 40 + 3 * i}
     return (
         f"<|im_start|>user\nOrders:\n{lines}\n\nList every order as a line of JSON with order, name, town, lamps and euros."
-        f"<|im_end|>\n<|im_start|>assistant\n{json.dumps(told)}\n"
+        f'<|im_end|>\n<|im_start|>assistant\n{json.dumps(told)}\n{{"order":'
+    )
+
+
+def _quote(number: int) -> str:
+    said = [f"{name} from {town} {what}." for name, town, what in zip(_PEOPLE, _TOWNS, _SAID, strict=True)]
+    text = " ".join(said[number % len(said) :] + said[: number % len(said)])
+    return (
+        f"<|im_start|>user\nThe board met at nine in the old customs house. {text} The board agreed to meet again on the third of "
+        "May.\n\nWho was present? What did each person say? Answer in the words of the text.<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
@@ -69,7 +92,12 @@ def _novel(number: int) -> str:
     return f"<|im_start|>user\nTell me a story about the number {number}.<|im_end|>\n<|im_start|>assistant\n"
 
 
-KINDS: dict[str, tuple[Callable[[int], str], float]] = {"edit": (_edit, 0.0), "extract": (_extract, 0.0), "novel": (_novel, 2.0)}
+KINDS: dict[str, tuple[Callable[[int], str], float]] = {
+    "edit": (_edit, 0.0),
+    "extract": (_extract, 0.0),
+    "quote": (_quote, 0.0),
+    "novel": (_novel, 2.0),
+}
 
 
 def rate(run: Sequence[Progress]) -> float:

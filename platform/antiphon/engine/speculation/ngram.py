@@ -1,8 +1,9 @@
 """Drafts by looking the last tokens up in the request's own prompt and output (step speed; constant work per token).
 
 What was said is often said again: code that is edited, a text that is quoted, a form that is filled in. The last four tokens, else
-the last two, are looked up where they stood last, and what followed them there is the draft (prompt look-up decoding, as in
-arXiv 2304.04487). A copy that is under way goes on where it is, and the longer it has held the surer it is.
+the last two, else the last one are looked up where they stood last, and what followed them there is the draft (prompt look-up
+decoding, as in arXiv 2304.04487). A copy that is under way goes on where it is, and the longer it has held the surer it is. One
+token is a weak sign, and the first of every copied piece: after the name that a form did not have before, its next label follows.
 
     ... b c d e f g ...   ... x c d e f        proposal: g ...        the copy runs at ``source``
               └─────┘           └─────┘ tail
@@ -18,23 +19,22 @@ from itertools import islice
 from antiphon.core.request import RequestId
 from antiphon.engine.speculation.drafter import DraftAsked, Proposal
 
-LONG, SHORT = 4, 2  # tokens looked up
-_LENGTHS = (SHORT, LONG, 8, 16)  # a match of so many tokens has the confidence of its place here
-_PRIORS = (0.2, 0.5, 0.8, 0.9)
+LONG, SHORT, SINGLE = 4, 2, 1  # tokens looked up
+_LENGTHS = (SINGLE, SHORT, LONG, 8, 16)  # a match of so many tokens has the confidence of its place here
+_PRIORS = (0.2, 0.3, 0.5, 0.8, 0.9)
 _MAX_INDEXED_PER_CALL = 4096  # of a long prompt; the rest follows at the next steps, so that none of them waits
-_MAX_PROMPT_TOKENS = 32768  # the newest so many are looked at: an index takes about 250 bytes a token
+_MAX_PROMPT_TOKENS = 32768  # the newest so many are looked at: an index takes about 350 bytes a token
 
 
 class _Index:
     """Where the runs of one request's tokens stood last."""
 
-    __slots__ = ("copied", "first", "long", "num_indexed", "num_seen", "short", "source")
+    __slots__ = ("copied", "first", "num_indexed", "num_seen", "places", "source")
 
     def __init__(self, num_tokens: int) -> None:
         self.first = max(0, num_tokens - _MAX_PROMPT_TOKENS)
-        self.num_indexed = self.first  # tokens that have been the end of a run in ``long`` and ``short``
-        self.long: dict[tuple[int, ...], int] = {}  # the run -> the place after it
-        self.short: dict[tuple[int, ...], int] = {}
+        self.num_indexed = self.first  # tokens that have been the end of a run in ``places``
+        self.places: dict[int, dict[tuple[int, ...], int]] = {LONG: {}, SHORT: {}, SINGLE: {}}  # size -> run -> the place after it
         self.num_seen = 0  # tokens when last asked
         self.source: int | None = None  # where the copy under way goes on
         self.copied = 0  # tokens for which it has held
@@ -42,7 +42,7 @@ class _Index:
     def extend(self, tokens: Sequence[int], end: int) -> None:
         """Take in the runs that end before ``end``."""
         end = min(end, self.num_indexed + _MAX_INDEXED_PER_CALL)
-        for size, places in ((LONG, self.long), (SHORT, self.short)):
+        for size, places in self.places.items():
             begin = max(self.first, self.num_indexed - size + 1)  # of the first run that ends behind what is indexed
             window = tokens[begin:end]
             runs = zip(*(islice(window, i, None) for i in range(size)), strict=False)
@@ -59,7 +59,7 @@ class _Index:
             if self.copied >= LONG:
                 return
         self.source, self.copied = None, 0
-        for size, places in ((LONG, self.long), (SHORT, self.short)):
+        for size, places in self.places.items():
             found = places.get(tuple(tokens[-size:]))
             if found is not None and found < len(tokens):
                 self.source, self.copied = found, _match(tokens, found, size)

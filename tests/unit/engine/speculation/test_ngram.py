@@ -6,7 +6,7 @@ import random
 
 from antiphon.core.request import RequestId
 from antiphon.engine.speculation.drafter import DraftAsked, Proposal
-from antiphon.engine.speculation.ngram import NgramDrafter
+from antiphon.engine.speculation.ngram import LONG, NgramDrafter
 
 A = RequestId("a")
 
@@ -30,8 +30,21 @@ def test_four_equal_tokens_count_for_more_than_a_newer_two() -> None:
 
 
 def test_new_tokens_get_no_draft() -> None:
-    for tokens in ([], [1], [1, 2], [1, 2, 3, 4, 5], [5, 1, 6, 1, 7, 1]):
+    for tokens in ([], [1], [1, 2], [1, 2, 3, 4, 5], [5, 1, 6, 1, 7, 2]):
         assert drafts(tokens) == ()
+
+
+def test_two_equal_tokens_count_for_more_than_a_newer_one_and_one_is_the_least_sure() -> None:
+    assert drafts([1, 2, 50, 9, 2, 60, 1, 2], 1) == (50,)
+    found = propose(NgramDrafter(), [1, 2, 50, 9, 3, 2], 2)
+    assert found == Proposal(token_ids=(50, 9), confidence=0)
+
+
+def test_a_form_goes_on_after_a_value_that_it_did_not_have_before() -> None:
+    name, mark, town, end = [11, 12, 13], 20, [21, 22, 23], 30
+    tokens = [*name, 101, 102, mark, *town, 103, end, *name, 104, 105]
+    assert drafts(tokens) == ()
+    assert drafts([*tokens, mark], 3) == tuple(town)
 
 
 def test_a_copy_that_reaches_its_end_goes_round() -> None:
@@ -51,7 +64,7 @@ def test_a_copy_goes_on_where_it_is_and_gets_surer() -> None:
         confidences.append(found.confidence)
         tokens.append(token)
     assert confidences == sorted(confidences)
-    assert confidences[0] == 0
+    assert confidences[0] == 1
     assert confidences[-1] == len(drafter.priors) - 1
 
 
@@ -66,8 +79,7 @@ def test_an_index_that_grows_with_the_answer_is_the_one_of_the_whole() -> None:
         whole = NgramDrafter()
         for drafter in (grown, whole):
             propose(drafter, tokens)
-        assert grown._indices[A].long == whole._indices[A].long
-        assert grown._indices[A].short == whole._indices[A].short
+        assert grown._indices[A].places == whole._indices[A].places
 
 
 def test_a_long_prompt_is_taken_in_over_several_steps_and_only_its_newest_part_at_all() -> None:
@@ -76,11 +88,11 @@ def test_a_long_prompt_is_taken_in_over_several_steps_and_only_its_newest_part_a
     sizes = []
     for _ in range(12):
         propose(drafter, tokens)
-        sizes.append(len(drafter._indices[A].long))
+        sizes.append(len(drafter._indices[A].places[LONG]))
     assert sizes[0] < 5000
     assert sizes[-1] == sizes[-2] < 40_000
     tokens += tokens[-200:-190]
-    assert propose(drafter, tokens, 3) == Proposal(token_ids=(99_810, 99_811, 99_812), confidence=2)
+    assert propose(drafter, tokens, 3) == Proposal(token_ids=(99_810, 99_811, 99_812), confidence=3)
 
 
 def test_nothing_is_kept_of_a_request_that_ended() -> None:
