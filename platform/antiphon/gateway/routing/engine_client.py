@@ -34,6 +34,7 @@ _SILENT_S = 1.0  # without a word, while requests are on it, before a worker is 
 _ASK_S = 1.0  # for one answer
 _TRIES = 2  # one may be lost by this process: when it was stopped itself
 _LOOK_EVERY_S = 0.25
+_AT_ONCE = 16  # answers that are handed out before the loop goes round
 
 _Inbox = asyncio.Queue[Answer | AntiphonError]
 
@@ -53,6 +54,7 @@ class WorkerConnection:
         self._connected = asyncio.Event()
         self._inboxes: dict[RequestId, _Inbox] = {}
         self.tenants: Counter[str] = Counter()  # of the requests on it
+        self._tenant_of: dict[RequestId, str] = {}
         self._closed: AntiphonError | None = None
         self.heard_s = clock()
         self._task = asyncio.create_task(self._run(), name=f"engine session {worker_id}")
@@ -99,6 +101,7 @@ class WorkerConnection:
         request_id = request.request_id
         self._inboxes[request_id] = inbox
         self.tenants[request.tenant] += 1
+        self._tenant_of[request_id] = request.tenant
         finished = False
         try:
             session.submit(request, deadline_left_s=deadline_left_s)
@@ -112,7 +115,7 @@ class WorkerConnection:
                     raise answer.error
                 yield answer
         finally:
-            del self._inboxes[request_id]
+            del self._inboxes[request_id], self._tenant_of[request_id]
             self.tenants -= Counter([request.tenant])  # leaves no zeros behind
             if not finished:
                 session.abort(request_id)
@@ -142,8 +145,7 @@ class WorkerConnection:
                     try:
                         async for answers in session.updates():
                             self.heard_s = self._clock()
-                            for answer in answers:
-                                self._deliver(answer)
+                            await self._deliver_all(answers)
                     finally:
                         watch.cancel()
                         await asyncio.gather(watch, return_exceptions=True)
@@ -172,6 +174,16 @@ class WorkerConnection:
             else:
                 await session.close()
                 return
+
+    async def _deliver_all(self, answers: list[Answer]) -> None:
+        """A few at a time, those of tenants with few requests first: a token of theirs is sent while a flood's are still cut up."""
+        if len(answers) > _AT_ONCE and len(self.tenants) > 1:
+            answers.sort(key=lambda answer: self.tenants[self._tenant_of.get(answer.output.request_id, "")])
+        for start in range(0, len(answers), _AT_ONCE):
+            if start:
+                await asyncio.sleep(0)
+            for answer in answers[start : start + _AT_ONCE]:
+                self._deliver(answer)
 
     def _deliver(self, answer: Answer) -> None:
         inbox = self._inboxes.get(answer.output.request_id)

@@ -78,6 +78,11 @@ def encode_abort(request_id: RequestId) -> pb.EngineCommand:
     return pb.EngineCommand(abort=pb.AbortCommand(request_id=request_id))
 
 
+def encode_taken(num_updates: int) -> pb.EngineCommand:
+    """The command that tells how many updates more were taken; 0 at the beginning of a session says that it will."""
+    return pb.EngineCommand(taken=pb.TakenCommand(num_updates=num_updates))
+
+
 def encode_update(outputs: Iterable[RequestOutput]) -> pb.EngineUpdate:
     """What a step added to the requests of one gateway."""
     return pb.EngineUpdate(requests=[_encode_output(output) for output in outputs])

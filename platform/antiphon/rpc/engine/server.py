@@ -3,8 +3,9 @@
     gateway A ══ stream ══╗                     ┌── submit, abort ──► EnginePort (the engine's own thread)
     gateway B ══ stream ══╬══ EngineServicer ◄──┴── deliver(outputs of one step)
 
-Whatever a step made for one gateway leaves in one EngineUpdate; a gateway that reads slowly gets several steps' in one. When a
-stream ends, for whatever reason, all its live requests are aborted.
+Whatever a step made for one gateway leaves in one EngineUpdate; a gateway that reads slowly gets several steps' in one
+(``rpc.engine.flow``), and one that reads nothing for a minute is let go. When a stream ends, for whatever reason, all its live
+requests are aborted.
 
 Must not know: how requests are scheduled or computed.
 """
@@ -15,16 +16,20 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 import grpc.aio
 
-from antiphon.core.errors import AntiphonError, InvalidInput
+from antiphon.core.errors import AntiphonError, DeadlineExceeded, InvalidInput
 from antiphon.core.request import Request, RequestId, RequestOutput
 from antiphon.rpc.engine.codec import decode_submit, encode_refusal, encode_update
+from antiphon.rpc.engine.flow import Window, together
 from antiphon.rpc.errors import status_of
 from antiphon.rpc.v1 import engine_pb2 as pb
 from antiphon.rpc.v1 import engine_pb2_grpc
+
+UNREAD_S: Final = 60.0
+_LAST_WORD_S: Final = 1.0
 
 
 class EnginePort(Protocol):
@@ -45,6 +50,8 @@ class _Session:
     outputs: list[RequestOutput] = field(default_factory=list)  # of steps not yet sent
     refusals: list[pb.EngineUpdate] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    window: Window = field(default_factory=Window)
+    heard_s: float = 0.0  # on the loop's clock: when the gateway last took something, or had nothing to take
     ended: bool = False  # the gateway closed its half
 
 
@@ -60,8 +67,12 @@ class EngineServicer:
         loop: asyncio.AbstractEventLoop,
         clock: Callable[[], float] = time.monotonic,
         prepare: Callable[[Request], None] | None = None,
+        unread_s: float = UNREAD_S,
     ) -> None:
-        """``prepare`` makes a request with rules ready in another thread, before the engine sees it."""
+        """``prepare`` makes a request with rules ready in another thread, before the engine sees it. ``unread_s``: how long a
+        gateway may take nothing of what is there for it.
+        """
+        self._unread_s = unread_s
         self._port = port
         self._prepare = prepare
         self._preparing: set[asyncio.Task[None]] = set()
@@ -103,17 +114,25 @@ class EngineServicer:
         reader = asyncio.create_task(self._read(session, commands))
         try:
             await context.send_initial_metadata(())
-            await self._write(session, context)
+            try:
+                await self._write(session, context)
+            except TimeoutError:
+                self._leave(session)
+                async with asyncio.timeout(_LAST_WORD_S):  # the status waits behind what is not read
+                    await _end(context, DeadlineExceeded(f"nothing of this session's updates was taken for {self._unread_s:g} s"))
             if self._failure is not None:
-                status = status_of(self._failure)
-                await context.abort(status.code, status.message, status.trailing_metadata)
+                await _end(context, self._failure)
             await reader  # raises what ended it
         finally:
             reader.cancel()
-            self._sessions.discard(session)
-            for request_id in session.live:
-                self._owners.pop(request_id, None)
-                self._port.abort(request_id)
+            self._leave(session)
+
+    def _leave(self, session: _Session) -> None:
+        self._sessions.discard(session)
+        for request_id in session.live:
+            self._owners.pop(request_id, None)
+            self._port.abort(request_id)
+        session.live.clear()
 
     async def _read(self, session: _Session, commands: AsyncIterator[pb.EngineCommand]) -> None:
         try:
@@ -123,21 +142,31 @@ class EngineServicer:
                         self._submit(session, command.submit)
                     case "abort":
                         self._abort(session, RequestId(command.abort.request_id))
+                    case "taken":
+                        session.window.taken(command.taken.num_updates)
+                        session.heard_s = self._loop.time()
+                        session.wake.set()
         finally:
             session.ended = True
             session.wake.set()
 
     async def _write(self, session: _Session, context: grpc.aio.ServicerContext[pb.EngineCommand, pb.EngineUpdate]) -> None:
         while not session.ended and self._failure is None:
-            await session.wake.wait()
+            async with asyncio.timeout_at(None if session.window.is_open else session.heard_s + self._unread_s):
+                await session.wake.wait()
             session.wake.clear()
+            if not session.window.is_open:
+                continue
             outputs, session.outputs = session.outputs, []
             refusals, session.refusals = session.refusals, []
             if outputs or refusals:
-                update = encode_update(outputs)
+                update = encode_update(together(outputs))
                 for refusal in refusals:
                     update.MergeFrom(refusal)
-                await context.write(update)
+                session.heard_s = self._loop.time()
+                session.window.wrote(len(update.requests))  # before it is: the gateway may have taken it when this goes on
+                async with asyncio.timeout(self._unread_s):
+                    await context.write(update)
 
     def _submit(self, session: _Session, submit: pb.SubmitCommand) -> None:
         request = decode_submit(submit, now_s=self._clock())
@@ -208,3 +237,9 @@ class EngineServicer:
             if not self._loop.is_closed():
                 raise
             # The loop is gone and every session with it: nobody is left to tell.
+
+
+async def _end(context: grpc.aio.ServicerContext[pb.EngineCommand, pb.EngineUpdate], error: AntiphonError) -> None:
+    """End a session with an error; does not return."""
+    status = status_of(error)
+    await context.abort(status.code, status.message, status.trailing_metadata)

@@ -20,7 +20,8 @@ from antiphon.core.errors import PeerLost, Unavailable
 from antiphon.core.identity import Identity
 from antiphon.core.request import Request, RequestId
 from antiphon.rpc.channels import DEFAULT_LIMITS, ChannelLimits, open_part_channel, wait_until_connected
-from antiphon.rpc.engine.codec import Answer, decode_update, encode_abort, encode_submit
+from antiphon.rpc.engine.codec import Answer, decode_update, encode_abort, encode_submit, encode_taken
+from antiphon.rpc.engine.flow import Taken
 from antiphon.rpc.errors import closed_meanwhile, error_from_call
 from antiphon.rpc.health import answers_on
 from antiphon.rpc.v1 import engine_pb2 as pb
@@ -38,6 +39,7 @@ class EngineSession:
         self._wake = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
         self._closed = False
+        self._taken = Taken()
 
     async def open(self, timeout_s: float) -> None:
         """Connect and wait until the engine has accepted the session.
@@ -58,6 +60,7 @@ class EngineSession:
         if self._call.done():
             raise Unavailable(f"engine at {self._address} refused the session: {await self._call.details()}")
         self._writer = asyncio.create_task(self._write())
+        self._send(encode_taken(0))
 
     def submit(self, request: Request, *, deadline_left_s: float | None) -> None:
         """Queue a submit; it is written in order. A loss shows in ``updates``."""
@@ -87,7 +90,10 @@ class EngineSession:
                 if self._closed:
                     return
                 raise PeerLost(self._address, "the engine ended the session")
-            yield decode_update(update)
+            answers = decode_update(update)
+            if num_updates := self._taken.took(len(answers)):
+                self._send(encode_taken(num_updates))
+            yield answers
 
     async def answers(self, timeout_s: float) -> bool:
         """Whether the worker's rpc server says anything within ``timeout_s`` seconds, also while its engine has nothing to say."""

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61ntiphon/rpc/v1/engine.proto\x12\x0f\x61ntiphon.rpc.v1\"|\n\rEngineCommand\x12\x30\n\x06submit\x18\x01 \x01(\x0b\x32\x1e.antiphon.rpc.v1.SubmitCommandH\x00\x12.\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x1d.antiphon.rpc.v1.AbortCommandH\x00\x42\t\n\x07\x63ommand\"\x99\x02\n\rSubmitCommand\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x18\n\x10output_token_ids\x18\x03 \x03(\r\x12\x31\n\x08sampling\x18\x04 \x01(\x0b\x32\x1f.antiphon.rpc.v1.EngineSampling\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x06 \x01(\x04\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x16\n\x0eprefill_worker\x18\x08 \x01(\t\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12\x12\n\ncache_salt\x18\n \x01(\t\x12\x0e\n\x06tenant\x18\x0b \x01(\t\"\"\n\x0c\x41\x62ortCommand\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xec\x04\n\x0e\x45ngineSampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x02\x12\x42\n\nlogit_bias\x18\t \x03(\x0b\x32..antiphon.rpc.v1.EngineSampling.LogitBiasEntry\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nmin_tokens\x18\x0c \x01(\r\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x19\n\x0cnum_logprobs\x18\x0e \x01(\rH\x00\x88\x01\x01\x12 \n\x13num_prompt_logprobs\x18\x0f \x01(\rH\x01\x88\x01\x01\x12\x0f\n\x07grammar\x18\x10 \x01(\t\x12\x30\n\x08thinking\x18\x11 \x01(\x0b\x32\x1e.antiphon.rpc.v1.ThinkingRules\x12)\n\x07pooling\x18\x12 \x01(\x0b\x32\x18.antiphon.rpc.v1.Pooling\x12\x1b\n\x13without_speculation\x18\x13 \x01(\x08\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0f\n\r_num_logprobsB\x16\n\x14_num_prompt_logprobs\"^\n\x07Pooling\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1d\n\x10num_first_tokens\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x13\n\x11_num_first_tokens\"j\n\rThinkingRules\x12\r\n\x05start\x18\x01 \x01(\t\x12\x0b\n\x03\x65nd\x18\x02 \x01(\t\x12\x15\n\rend_token_ids\x18\x03 \x03(\r\x12\x15\n\rbudget_tokens\x18\x04 \x01(\r\x12\x0f\n\x07is_open\x18\x05 \x01(\x08\"@\n\x0c\x45ngineUpdate\x12\x30\n\x08requests\x18\x01 \x03(\x0b\x32\x1e.antiphon.rpc.v1.RequestUpdate\"\xa2\x04\n\rRequestUpdate\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rnew_token_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.antiphon.rpc.v1.TokenLogprob\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\x12\n\nerror_code\x18\x05 \x01(\t\x12\x15\n\rerror_message\x18\x06 \x01(\t\x12\x15\n\rretry_after_s\x18\x07 \x01(\x01\x12\x1a\n\rstop_token_id\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x19\n\x11num_cached_tokens\x18\t \x01(\r\x12\x19\n\x11num_remote_tokens\x18\n \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x0b \x01(\r\x12,\n\x05times\x18\x0c \x01(\x0b\x32\x1d.antiphon.rpc.v1.RequestTimes\x12K\n\x0fprompt_logprobs\x18\r \x03(\x0b\x32\x32.antiphon.rpc.v1.RequestUpdate.PromptLogprobsEntry\x12\x0e\n\x06vector\x18\x0e \x03(\x02\x1aT\n\x13PromptLogprobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12,\n\x05value\x18\x02 \x01(\x0b\x32\x1d.antiphon.rpc.v1.TokenLogprob:\x02\x38\x01\x42\x10\n\x0e_stop_token_id\"J\n\x0cRequestTimes\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x02 \x01(\x01\x12\x12\n\nfinished_s\x18\x03 \x01(\x01\"l\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x15\n\rtop_token_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x02\x32V\n\x06\x45ngine\x12L\n\x07Session\x12\x1e.antiphon.rpc.v1.EngineCommand\x1a\x1d.antiphon.rpc.v1.EngineUpdate(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61ntiphon/rpc/v1/engine.proto\x12\x0f\x61ntiphon.rpc.v1\"\xac\x01\n\rEngineCommand\x12\x30\n\x06submit\x18\x01 \x01(\x0b\x32\x1e.antiphon.rpc.v1.SubmitCommandH\x00\x12.\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x1d.antiphon.rpc.v1.AbortCommandH\x00\x12.\n\x05taken\x18\x03 \x01(\x0b\x32\x1d.antiphon.rpc.v1.TakenCommandH\x00\x42\t\n\x07\x63ommand\"\x99\x02\n\rSubmitCommand\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x18\n\x10output_token_ids\x18\x03 \x03(\r\x12\x31\n\x08sampling\x18\x04 \x01(\x0b\x32\x1f.antiphon.rpc.v1.EngineSampling\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x06 \x01(\x04\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x16\n\x0eprefill_worker\x18\x08 \x01(\t\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12\x12\n\ncache_salt\x18\n \x01(\t\x12\x0e\n\x06tenant\x18\x0b \x01(\t\"\"\n\x0c\x41\x62ortCommand\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"#\n\x0cTakenCommand\x12\x13\n\x0bnum_updates\x18\x01 \x01(\r\"\xec\x04\n\x0e\x45ngineSampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x02\x12\x42\n\nlogit_bias\x18\t \x03(\x0b\x32..antiphon.rpc.v1.EngineSampling.LogitBiasEntry\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nmin_tokens\x18\x0c \x01(\r\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x19\n\x0cnum_logprobs\x18\x0e \x01(\rH\x00\x88\x01\x01\x12 \n\x13num_prompt_logprobs\x18\x0f \x01(\rH\x01\x88\x01\x01\x12\x0f\n\x07grammar\x18\x10 \x01(\t\x12\x30\n\x08thinking\x18\x11 \x01(\x0b\x32\x1e.antiphon.rpc.v1.ThinkingRules\x12)\n\x07pooling\x18\x12 \x01(\x0b\x32\x18.antiphon.rpc.v1.Pooling\x12\x1b\n\x13without_speculation\x18\x13 \x01(\x08\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0f\n\r_num_logprobsB\x16\n\x14_num_prompt_logprobs\"^\n\x07Pooling\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1d\n\x10num_first_tokens\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x13\n\x11_num_first_tokens\"j\n\rThinkingRules\x12\r\n\x05start\x18\x01 \x01(\t\x12\x0b\n\x03\x65nd\x18\x02 \x01(\t\x12\x15\n\rend_token_ids\x18\x03 \x03(\r\x12\x15\n\rbudget_tokens\x18\x04 \x01(\r\x12\x0f\n\x07is_open\x18\x05 \x01(\x08\"@\n\x0c\x45ngineUpdate\x12\x30\n\x08requests\x18\x01 \x03(\x0b\x32\x1e.antiphon.rpc.v1.RequestUpdate\"\xa2\x04\n\rRequestUpdate\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rnew_token_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.antiphon.rpc.v1.TokenLogprob\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\x12\n\nerror_code\x18\x05 \x01(\t\x12\x15\n\rerror_message\x18\x06 \x01(\t\x12\x15\n\rretry_after_s\x18\x07 \x01(\x01\x12\x1a\n\rstop_token_id\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x19\n\x11num_cached_tokens\x18\t \x01(\r\x12\x19\n\x11num_remote_tokens\x18\n \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x0b \x01(\r\x12,\n\x05times\x18\x0c \x01(\x0b\x32\x1d.antiphon.rpc.v1.RequestTimes\x12K\n\x0fprompt_logprobs\x18\r \x03(\x0b\x32\x32.antiphon.rpc.v1.RequestUpdate.PromptLogprobsEntry\x12\x0e\n\x06vector\x18\x0e \x03(\x02\x1aT\n\x13PromptLogprobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12,\n\x05value\x18\x02 \x01(\x0b\x32\x1d.antiphon.rpc.v1.TokenLogprob:\x02\x38\x01\x42\x10\n\x0e_stop_token_id\"J\n\x0cRequestTimes\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x02 \x01(\x01\x12\x12\n\nfinished_s\x18\x03 \x01(\x01\"l\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x15\n\rtop_token_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x02\x32V\n\x06\x45ngine\x12L\n\x07Session\x12\x1e.antiphon.rpc.v1.EngineCommand\x1a\x1d.antiphon.rpc.v1.EngineUpdate(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,30 +35,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENGINESAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_REQUESTUPDATE_PROMPTLOGPROBSENTRY']._loaded_options = None
   _globals['_REQUESTUPDATE_PROMPTLOGPROBSENTRY']._serialized_options = b'8\001'
-  _globals['_ENGINECOMMAND']._serialized_start=49
-  _globals['_ENGINECOMMAND']._serialized_end=173
-  _globals['_SUBMITCOMMAND']._serialized_start=176
-  _globals['_SUBMITCOMMAND']._serialized_end=457
-  _globals['_ABORTCOMMAND']._serialized_start=459
-  _globals['_ABORTCOMMAND']._serialized_end=493
-  _globals['_ENGINESAMPLING']._serialized_start=496
-  _globals['_ENGINESAMPLING']._serialized_end=1116
-  _globals['_ENGINESAMPLING_LOGITBIASENTRY']._serialized_start=1027
-  _globals['_ENGINESAMPLING_LOGITBIASENTRY']._serialized_end=1075
-  _globals['_POOLING']._serialized_start=1118
-  _globals['_POOLING']._serialized_end=1212
-  _globals['_THINKINGRULES']._serialized_start=1214
-  _globals['_THINKINGRULES']._serialized_end=1320
-  _globals['_ENGINEUPDATE']._serialized_start=1322
-  _globals['_ENGINEUPDATE']._serialized_end=1386
-  _globals['_REQUESTUPDATE']._serialized_start=1389
-  _globals['_REQUESTUPDATE']._serialized_end=1935
-  _globals['_REQUESTUPDATE_PROMPTLOGPROBSENTRY']._serialized_start=1833
-  _globals['_REQUESTUPDATE_PROMPTLOGPROBSENTRY']._serialized_end=1917
-  _globals['_REQUESTTIMES']._serialized_start=1937
-  _globals['_REQUESTTIMES']._serialized_end=2011
-  _globals['_TOKENLOGPROB']._serialized_start=2013
-  _globals['_TOKENLOGPROB']._serialized_end=2121
-  _globals['_ENGINE']._serialized_start=2123
-  _globals['_ENGINE']._serialized_end=2209
+  _globals['_ENGINECOMMAND']._serialized_start=50
+  _globals['_ENGINECOMMAND']._serialized_end=222
+  _globals['_SUBMITCOMMAND']._serialized_start=225
+  _globals['_SUBMITCOMMAND']._serialized_end=506
+  _globals['_ABORTCOMMAND']._serialized_start=508
+  _globals['_ABORTCOMMAND']._serialized_end=542
+  _globals['_TAKENCOMMAND']._serialized_start=544
+  _globals['_TAKENCOMMAND']._serialized_end=579
+  _globals['_ENGINESAMPLING']._serialized_start=582
+  _globals['_ENGINESAMPLING']._serialized_end=1202
+  _globals['_ENGINESAMPLING_LOGITBIASENTRY']._serialized_start=1113
+  _globals['_ENGINESAMPLING_LOGITBIASENTRY']._serialized_end=1161
+  _globals['_POOLING']._serialized_start=1204
+  _globals['_POOLING']._serialized_end=1298
+  _globals['_THINKINGRULES']._serialized_start=1300
+  _globals['_THINKINGRULES']._serialized_end=1406
+  _globals['_ENGINEUPDATE']._serialized_start=1408
+  _globals['_ENGINEUPDATE']._serialized_end=1472
+  _globals['_REQUESTUPDATE']._serialized_start=1475
+  _globals['_REQUESTUPDATE']._serialized_end=2021
+  _globals['_REQUESTUPDATE_PROMPTLOGPROBSENTRY']._serialized_start=1919
+  _globals['_REQUESTUPDATE_PROMPTLOGPROBSENTRY']._serialized_end=2003
+  _globals['_REQUESTTIMES']._serialized_start=2023
+  _globals['_REQUESTTIMES']._serialized_end=2097
+  _globals['_TOKENLOGPROB']._serialized_start=2099
+  _globals['_TOKENLOGPROB']._serialized_end=2207
+  _globals['_ENGINE']._serialized_start=2209
+  _globals['_ENGINE']._serialized_end=2295
 # @@protoc_insertion_point(module_scope)

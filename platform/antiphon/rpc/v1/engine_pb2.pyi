@@ -7,12 +7,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class EngineCommand(_message.Message):
-    __slots__ = ("submit", "abort")
+    __slots__ = ("submit", "abort", "taken")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
     submit: SubmitCommand
     abort: AbortCommand
-    def __init__(self, submit: _Optional[_Union[SubmitCommand, _Mapping]] = ..., abort: _Optional[_Union[AbortCommand, _Mapping]] = ...) -> None: ...
+    taken: TakenCommand
+    def __init__(self, submit: _Optional[_Union[SubmitCommand, _Mapping]] = ..., abort: _Optional[_Union[AbortCommand, _Mapping]] = ..., taken: _Optional[_Union[TakenCommand, _Mapping]] = ...) -> None: ...
 
 class SubmitCommand(_message.Message):
     __slots__ = ("request_id", "prompt_token_ids", "output_token_ids", "sampling", "eos_token_ids", "deadline_ms", "priority", "prefill_worker", "traceparent", "cache_salt", "tenant")
@@ -45,6 +47,12 @@ class AbortCommand(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class TakenCommand(_message.Message):
+    __slots__ = ("num_updates",)
+    NUM_UPDATES_FIELD_NUMBER: _ClassVar[int]
+    num_updates: int
+    def __init__(self, num_updates: _Optional[int] = ...) -> None: ...
 
 class EngineSampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "seed", "stop_token_ids", "min_tokens", "ignore_eos", "num_logprobs", "num_prompt_logprobs", "grammar", "thinking", "pooling", "without_speculation")

@@ -11,10 +11,12 @@ import pytest
 
 from antiphon.core.errors import InternalError, Overloaded, PeerLost, Unavailable
 from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput, SamplingParams
-from antiphon.rpc.engine.codec import Answer
+from antiphon.rpc.channels import open_part_channel
+from antiphon.rpc.engine.codec import Answer, decode_update, encode_submit, encode_taken
 from antiphon.rpc.engine.server import EngineServicer
 from antiphon.rpc.engine.session import EngineSession
 from antiphon.rpc.services import RpcServer
+from antiphon.rpc.v1 import engine_pb2_grpc
 
 
 class RecordingEngine:
@@ -210,3 +212,73 @@ async def test_what_a_slow_gateway_missed_arrives_in_order() -> None:
         while len(seen) < 50:
             seen += [token for answer in await next_update(session) for token in answer.output.new_token_ids]
         assert seen == list(range(50))
+
+
+async def delivered(servicer: EngineServicer, num_steps: int, first: int = 0) -> None:
+    """Steps of one token each, far faster than anybody reads."""
+    for token in range(first, first + num_steps):
+        servicer.deliver([RequestOutput(request_id=RequestId("a"), new_token_ids=(token,))])
+        await asyncio.sleep(0)
+
+
+async def test_an_engine_is_a_few_updates_ahead_of_its_gateway_and_no_more() -> None:
+    async with serving() as (engine, servicer, server), session_to(server) as session:
+        session.submit(request("a"), deadline_left_s=None)
+        await until(lambda: bool(engine.submitted))
+        await delivered(servicer, 200)
+        seen: list[int] = []
+        num_updates = 0
+        while len(seen) < 200:
+            num_updates += 1
+            seen += [token for answer in await next_update(session) for token in answer.output.new_token_ids]
+        assert seen == list(range(200))
+        assert num_updates <= 8  # what was on its way, and all that had gathered meanwhile in one
+
+
+async def test_tokens_go_on_for_as_long_as_a_gateway_takes_them() -> None:
+    async with serving() as (engine, servicer, server), session_to(server) as session:
+        session.submit(request("a"), deadline_left_s=None)
+        await until(lambda: bool(engine.submitted))
+        making = asyncio.create_task(delivered(servicer, 2000))
+        seen: list[int] = []
+        while len(seen) < 2000:
+            seen += [token for answer in await next_update(session) for token in answer.output.new_token_ids]
+        await making
+        assert seen == list(range(2000))
+
+
+async def test_a_gateway_that_does_not_tell_what_it_takes_gets_every_step() -> None:
+    """One of an older version, while a deployment is rolled over."""
+    async with serving() as (engine, servicer, server), open_part_channel(server.address) as channel:
+        call = engine_pb2_grpc.EngineStub(channel).Session()  # type: ignore[no-untyped-call]
+        await call.write(encode_submit(request("a"), deadline_left_s=None))
+        await until(lambda: bool(engine.submitted))
+        seen: list[int] = []
+        for token in range(100):
+            servicer.deliver([RequestOutput(request_id=RequestId("a"), new_token_ids=(token,))])
+            if token % 10 == 9:
+                while len(seen) <= token:
+                    async with asyncio.timeout(5.0):
+                        seen += [t for answer in decode_update(await call.read()) for t in answer.output.new_token_ids]
+        assert seen == list(range(100))
+        call.cancel()
+
+
+@pytest.mark.parametrize("tells", [True, False])
+async def test_a_gateway_that_reads_nothing_is_let_go_and_its_requests_end(tells: bool) -> None:
+    engine = RecordingEngine()
+    servicer = EngineServicer(engine, loop=asyncio.get_running_loop(), unread_s=0.3)
+    async with RpcServer([servicer], host="127.0.0.1") as server, open_part_channel(server.address) as channel:
+        call = engine_pb2_grpc.EngineStub(channel).Session()  # type: ignore[no-untyped-call]
+        if tells:
+            await call.write(encode_taken(0))
+        await call.write(encode_submit(request("a"), deadline_left_s=None))
+        await until(lambda: bool(engine.submitted))
+        await call.done_writing() if tells else None  # half closed, or open: neither reads
+        many = tuple(range(50_000))
+        async with asyncio.timeout(10.0):
+            while not engine.aborted:
+                servicer.deliver([RequestOutput(request_id=RequestId("a"), new_token_ids=many)])
+                await asyncio.sleep(0.01)
+        assert engine.aborted == ["a"]
+        await until(lambda: servicer.num_sessions == 0)
