@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from antiphon.client import CallPiece, Client, FinishReason, GenerateOptions, Message
+from antiphon.client import CallPiece, Client, FinishReason, GenerateOptions, Message, ToolCall
 from antiphon.client.answer import calls_of
 from antiphon.core.errors import InvalidInput, Unavailable
 
@@ -18,6 +18,7 @@ class Piece:
 
     kind: Literal["text", "thought", "call"]
     text: str
+    begins: bool = False  # a call
 
 
 @dataclass(slots=True)
@@ -71,16 +72,28 @@ class Session:
         """Forget the conversation; the system prompt stays."""
         self.history.clear()
 
+    @property
+    def waiting_calls(self) -> tuple[ToolCall, ...]:
+        """Calls of the last answer, whose results come next."""
+        return self.history[-1].tool_calls if self.history else ()
+
     def ask(self, text: str, turn: Turn) -> Generator[Piece, None, None]:
         """The answer as it comes, thoughts and calls apart; ``turn`` is filled meanwhile.
 
         An answer that is left early is cancelled on the server; what came of it stays in the history, as the reader has seen
         it. A question that got nothing is forgotten. Raises the errors of ``core.errors``.
         """
+        return self._go_on([Message(role="user", content=text)], turn)
+
+    def give(self, results: Sequence[str], turn: Turn) -> Generator[Piece, None, None]:
+        """What the model says to its calls' results, in their order. As ``ask``."""
+        calls = zip(self.waiting_calls, results, strict=True)
+        return self._go_on([Message(role="tool", content=text, tool_call_id=call.id) for call, text in calls], turn)
+
+    def _go_on(self, said: list[Message], turn: Turn) -> Generator[Piece, None, None]:
         system = [] if self.system is None else [Message(role="system", content=self.system)]
-        question = Message(role="user", content=text)
         asked_s = self.clock()
-        options: GenerateOptions = {**self.options, "messages": [*system, *self.history, question]}
+        options: GenerateOptions = {**self.options, "messages": [*system, *self.history, *said]}
         try:
             with self.client.stream(self.model, **options) as stream:
                 for chunk in stream:
@@ -100,10 +113,15 @@ class Session:
                         yield Piece("text", chunk.text)
                     for call in chunk.calls:
                         turn.calls.append(call)
-                        yield Piece("call", ")" if call.is_whole else f"{call.name}(" if call.name else call.arguments)
+                        if call.name:
+                            yield Piece("call", f"{call.name}(", begins=True)
+                        if call.arguments:
+                            yield Piece("call", call.arguments)
+                        if call.is_whole:
+                            yield Piece("call", ")")
         finally:
             if turn.text or turn.calls:
-                self.history += [question, Message(role="assistant", content=turn.text, tool_calls=calls_of(turn.calls))]
+                self.history += [*said, Message(role="assistant", content=turn.text, tool_calls=calls_of(turn.calls))]
 
 
 def choose_model(client: Client, wanted: str | None) -> str:

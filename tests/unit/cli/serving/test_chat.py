@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import pty
 import re
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -46,6 +48,9 @@ class Parrot:
                 pb.Part(call_begin=pb.CallBegin(name="weather")),
                 pb.Part(call_arguments=pb.CallArguments(text='{"city": "x"}')),
                 pb.Part(call_end=0),
+                pb.Part(call_begin=pb.CallBegin(index=1, name="now")),
+                pb.Part(call_arguments=pb.CallArguments(index=1, text="{}")),
+                pb.Part(call_end=1),
             ):
                 yield pb.GenerateResponse(delta=pb.Delta(text="<raw>", token_ids=[1], parts=[part], is_read=True))
             question = ""
@@ -108,9 +113,35 @@ def test_thoughts_and_calls_are_shown_apart_and_only_calls_are_kept(server: Serv
         turn = Turn()
         pieces = list(session.ask("think", turn))
     shown = [("thought", "Hm."), ("text", "I look."), ("call", "weather("), ("call", '{"city": "x"}'), ("call", ")")]
+    shown += [("call", "now("), ("call", "{}"), ("call", ")")]
     assert [(piece.kind, piece.text) for piece in pieces] == shown
     assert session.history[-1].content == "I look."
-    assert [(call.name, call.arguments) for call in session.history[-1].tool_calls] == [("weather", '{"city": "x"}')]
+    assert [(call.name, call.arguments) for call in session.history[-1].tool_calls] == [
+        ("weather", '{"city": "x"}'),
+        ("now", "{}"),
+    ]
+
+
+def test_what_calls_gave_is_typed_in_and_goes_back_to_the_model(server: Server, tmp_path: Path) -> None:
+    tools = tmp_path / "tools.json"
+    tools.write_text(json.dumps([{"type": "function", "function": {"name": "weather", "description": "It."}}, {"name": "now"}]))
+    asked = ["-e", server.address, "--tools", str(tools), "--effort", "low"]
+    result = CliRunner().invoke(app, asked, input="think\nrain\nnoon\nbye\n")
+    assert result.stdout == 'I look.\nweather({"city": "x"})\nnow({})\nNOON\nBYE\n'
+    assert result.stderr == "thinking:\nHm.\n"
+    first, second, third = server.parrot.requests
+    assert [(tool.name, tool.description) for tool in first.tools] == [("weather", "It."), ("now", "")]
+    assert first.reasoning.effort == "low"
+    given = second.chat.messages[-2:]
+    assert [(message.role, message.content) for message in given] == [("tool", "rain"), ("tool", "noon")]
+    assert [message.tool_call_id for message in given] == [call.id for call in second.chat.messages[1].tool_calls]
+    assert third.chat.messages[-1].content == "bye"
+    for text in ("{", "7", '["x"]', "[{}]"):
+        tools.write_text(text)
+        result = CliRunner().invoke(app, [*asked, "-p", "hello"])
+        assert result.exit_code != 0
+        assert isinstance(result.exception, InvalidInput)
+        assert "is no list of tools" in str(result.exception)
 
 
 def contents(request: pb.GenerateRequest) -> list[tuple[str, str]]:
@@ -294,3 +325,15 @@ def test_in_a_terminal_control_c_cancels_an_answer_and_control_d_leaves(server: 
     terminal.type("\x04")
     assert terminal.process.wait(20) == 0
     assert contents(server.parrot.requests[-1])[-2:] == [("assistant", "SLOW"), ("user", "still here")]
+
+
+def test_in_a_terminal_thoughts_are_dim_and_each_call_is_a_bold_line(server: Server, terminal: Terminal) -> None:
+    terminal.expect("> ")
+    terminal.type("think\n")
+    terminal.expect(r"\x1b\[2mthinking:\x1b\[0m\r\n\x1b\[2mHm\.\x1b\[0m\r\nI look\.\r\n\x1b\[1mweather\(")
+    terminal.expect(r"\r\n\x1b\[1mnow\(\x1b\[0m")
+    terminal.expect("weather gave> ")
+    terminal.type("rain\n")
+    terminal.expect("now gave> ")
+    terminal.type("noon\n")
+    terminal.expect("NOON")
