@@ -9,8 +9,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
 
 import grpc
 
@@ -19,7 +19,7 @@ from antiphon.core.identity import Identity
 from antiphon.rpc.credentials import HANDSHAKE_OPTIONS, TARGET_OPTIONS, channel_credentials, server_credentials
 
 _SERVICE, _METHOD = "antiphon.transport.RawStream", "Open"
-_MAX_STREAMS = 256  # a thread each, started when needed
+_MAX_STREAMS = 256  # a thread each, for as long as it is open
 _CLOSE_S = 1.0  # how long a close waits for the peer to take what is under way
 _KEEPALIVE = [
     ("grpc.keepalive_time_ms", 2_000),  # a connection that is cut is lost after both
@@ -27,6 +27,8 @@ _KEEPALIVE = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
+P = ParamSpec("P")
+T = TypeVar("T")
 Sink = Callable[[bytes | None], None]  # takes each frame, and None once when the stream has ended; called in a thread
 
 
@@ -134,6 +136,55 @@ def open_stream(target: str, *, max_receive_bytes: int, identity: Identity | Non
     return stream
 
 
+class _Threads(ThreadPoolExecutor):
+    """A thread for each call, which ends with it: a pool's own, once started, stay for as long as the server."""
+
+    def __init__(self, max_workers: int, thread_name_prefix: str) -> None:
+        super().__init__(max_workers, thread_name_prefix)
+        self._name = thread_name_prefix
+        self._room = threading.Semaphore(max_workers)
+        self._running: set[threading.Thread] = set()
+        self._gate = threading.Lock()
+        self._is_shut = False
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Start it. Raises RuntimeError: there is no room for another, or this is shut down."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            future.set_running_or_notify_cancel()
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except BaseException as error:  # noqa: BLE001 - whoever asks the future gets it
+                future.set_exception(error)
+            finally:
+                self._room.release()
+                with self._gate:
+                    self._running.discard(threading.current_thread())
+
+        with self._gate:
+            if self._is_shut or not self._room.acquire(blocking=False):
+                raise RuntimeError("no further call is taken")
+            thread = threading.Thread(target=run, name=self._name, daemon=True)
+            self._running.add(thread)
+            try:
+                thread.start()
+            except RuntimeError:
+                self._running.discard(thread)
+                self._room.release()
+                raise
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no further calls; ``wait`` a moment for those that run."""
+        with self._gate:
+            self._is_shut = True
+            running = tuple(self._running)
+        for thread in running if wait else ():
+            if thread is not threading.current_thread():
+                thread.join(_CLOSE_S)
+
+
 class RawServer:
     """Takes streams on one port, and gives each to ``on_stream`` in a thread of its own.
 
@@ -153,7 +204,7 @@ class RawServer:
         self._lock = threading.Lock()
         self._num_streams = 0
         self._closed = False
-        self._pool = ThreadPoolExecutor(max_workers=_MAX_STREAMS, thread_name_prefix="raw-server")
+        self._pool = _Threads(max_workers=_MAX_STREAMS, thread_name_prefix="raw-server")
         self._server = grpc.server(
             self._pool,
             options=[

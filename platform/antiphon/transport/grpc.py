@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import time
 import warnings
 from collections import deque
@@ -18,7 +19,7 @@ from typing import NoReturn
 
 import torch
 
-from antiphon.core.errors import AntiphonError, CorruptMessage, PeerLost, Unavailable
+from antiphon.core.errors import AntiphonError, CorruptMessage, Overloaded, PeerLost, Unavailable
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.device.ready import THERE, Ready
 from antiphon.rpc.raw_stream import RawServer, RawStream, open_stream
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 _MAX_FRAME_BYTES = 1 << 30  # what a listener takes before it knows the peer's layout
 _EMPTY = torch.empty(0, dtype=torch.uint8)
 _GREETING_S = 5.0  # a peer that connects and says nothing is dropped after this
+_MAX_GREETINGS = 64  # at once, of one listener; further peers are turned away, and come again
 
 with warnings.catch_warnings():
     # torch warns once per process about tensors over read-only bytes; ours are read-only by contract.
@@ -204,7 +206,8 @@ class GrpcTransport(Transport):
         name, port = split_host(host)
         listener = QueuedListener(answer)
         try:
-            server = RawServer(join_host(name, port), functools.partial(_greet, listener), max_receive_bytes=_MAX_FRAME_BYTES)
+            greet = functools.partial(_greet_some, listener, threading.Semaphore(_MAX_GREETINGS))
+            server = RawServer(join_host(name, port), greet, max_receive_bytes=_MAX_FRAME_BYTES)
         except Unavailable:
             listener.close()
             raise
@@ -230,6 +233,20 @@ class GrpcTransport(Transport):
             stream.close()
             raise
         return GrpcLink(stream, hello, theirs)
+
+
+def _greet_some(listener: QueuedListener, room: threading.Semaphore, stream: RawStream) -> None:
+    """So that silent peers do not have all the streams that a server takes."""
+    if not room.acquire(blocking=False):
+        error = Overloaded("too many peers are being greeted", retry_after_s=_GREETING_S)
+        listener.refuse(error)
+        stream.send(encode_refusal(error))
+        stream.end()
+        return
+    try:
+        _greet(listener, stream)
+    finally:
+        room.release()
 
 
 def _greet(listener: QueuedListener, stream: RawStream) -> None:

@@ -14,11 +14,14 @@ import torch
 
 from antiphon.connectors.afd.rows import RowFormat, SlotViews
 from antiphon.connectors.headers import WIRE_DTYPES, Header, Kind, unpack
-from antiphon.core.errors import AntiphonError, CorruptMessage, PeerLost, kept
+from antiphon.core.errors import AntiphonError, CorruptMessage, Overloaded, PeerLost, kept
 from antiphon.core.ids import Epoch
 from antiphon.device.ready import written
 from antiphon.transport.base import Link, Listener, Message
 from antiphon.transport.waiting import WaitSet, any_pending
+
+_MAX_LINKS = 512
+_MAX_OF_ONE = 4  # of one worker
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,7 +94,11 @@ class FFNSide:
         """Everything that has arrived, from all peers; lost and faulty peers are dropped. Never blocks."""
         for listener in self._listeners:
             while listener.pending() and (link := listener.accept()) is not None:
-                self.add_link(link)
+                if self._is_one_too_many(link):
+                    self.refusals.append(kept(Overloaded(f"{link.peer} is not taken: {len(self._links)} links are open")))
+                    link.close()
+                else:
+                    self.add_link(link)
         works: list[FFNWork] = []
         for link in tuple(self._links):
             try:
@@ -104,6 +111,10 @@ class FFNSide:
                 self._drop(link, CorruptMessage(link.peer, f"{type(error).__name__}: {error}"))
                 works = [work for work in works if work.link is not link]
         return works
+
+    def _is_one_too_many(self, link: Link) -> bool:
+        """Each costs memory and a look at every turn; one worker needs one, and for a moment another behind one that was cut."""
+        return len(self._links) >= _MAX_LINKS or sum(each.peer == link.peer for each in self._links) >= _MAX_OF_ONE
 
     def reply(self, work: FFNWork, out_RD: torch.Tensor, *, compute_us: int, wait_us: int, batch_rows: int) -> bool:
         """Send the result of ``work`` and give its rows back; False when the peer is gone (its loss, not ours)."""
