@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -172,6 +173,25 @@ def test_dates_are_in_the_calendar_and_minutes_have_sixty_seconds(takes: Callabl
     assert text("date", "2024-02-29", pattern="^2")
     assert not text("date", "1999-01-01", pattern="^2")
     assert not text("date", "2023-02-29", pattern="^2")
+
+
+def test_a_class_without_the_quote_or_the_backslash_takes_neither_escaped(takes: Callable[[str, str], bool]) -> None:
+    for pattern in (
+        '^[^"]*$',
+        r"^[^\\]*$",
+        r'^[^"\\\n]+$',
+        r'^[^a-z"]{1,9}$',
+        r"^x?[\x00-\x21\x23-\x7f]$",
+        r'^\[?(_|[^"])$',
+        '^[]"]?[^]"]$',
+    ):
+        grammar = grammar_of(ChatOptions(shape=AnswerShape(kind="json_schema", value={"type": "string", "pattern": pattern})))
+        for text in ('"', "\\", "A", "Z?", "x!", '["', "]]", "_", ""):
+            fits = re.search(pattern, text) is not None
+            assert takes(grammar, json.dumps(text)) == fits, (pattern, text)
+    grammar = grammar_of(ChatOptions(shape=AnswerShape(kind="json_schema", value={"type": "string", "pattern": r"^[^a]\S.$"})))
+    assert takes(grammar, json.dumps('"\\"'))
+    assert takes(grammar, json.dumps('\n""'))
 
 
 def test_what_is_allowed_depends_on_the_output_s_ids_alone(grammars: Grammars, tokenizer: Tokenizer) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from antiphon.gateway.json_text import read_json_text
 from antiphon.gateway.text.chat_options import Tool, ToolCall
-from antiphon.gateway.text.formats.dates import with_calendar
+from antiphon.gateway.text.formats.narrowing import narrowed
 from antiphon.gateway.text.parts import CallArguments, CallBegin, CallEnd, Part, Text, Thought
 
 _T = TypeVar("_T")
@@ -60,7 +60,7 @@ class Rules:
 
     def json(self, schema: Mapping[str, Any] | bool) -> str:
         """JSON of a schema. White space between its parts is bounded, so that a model can't go on with it for ever."""
-        plain = {k: v for k, v in with_calendar(schema).items() if k != "x-guidance"} if isinstance(schema, Mapping) else {}
+        plain = {k: v for k, v in narrowed(schema).items() if k != "x-guidance"} if isinstance(schema, Mapping) else {}
         return f"%json {json.dumps({**plain, 'x-guidance': {'whitespace_pattern': _WHITE_SPACE}})}"
 
     def until(self, end: str) -> str:

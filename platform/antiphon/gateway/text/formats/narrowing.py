@@ -1,0 +1,93 @@
+"""A schema whose grammar takes no more than validators do, where llguidance is laxer than they are (request speed; pure).
+
+- A format of dates or times takes the 29th of February in every year, a year 0000 and a 61st second: a pattern stands beside it.
+- A character class without the quote or the backslash, but with control characters, takes both when they are escaped: it loses the
+  control characters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_YEAR = "(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
+_FOURTH = "(?:0[48]|[2468][048]|[13579][26])"
+_LEAP = f"(?:[0-9]{{2}}{_FOURTH}|{_FOURTH}00)"
+_DAYS = "(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))"
+_DATE = f"(?:{_YEAR}-{_DAYS}|{_LEAP}-02-29)"
+_TIME = "[0-9]{2}:[0-9]{2}:[0-5][0-9]"
+_PATTERNS: Mapping[str, str] = {"date": f"^{_DATE}$", "time": f"^{_TIME}", "date-time": f"^{_DATE}[Tt]{_TIME}"}
+
+_CONTROL = r"\x00-\x1f"
+
+# Where a schema holds others: by itself, in a list, by name.
+_ONE = ("additionalProperties", "items", "contains", "not", "if", "then", "else", "propertyNames", "unevaluatedProperties")
+_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
+_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+
+
+def narrowed(schema: Any) -> Any:
+    """The schema; what takes no more than it should stays as it is."""
+    if not isinstance(schema, Mapping):
+        return schema
+    made = dict(schema)
+    for word in _ONE:
+        if isinstance(made.get(word), Mapping):
+            made[word] = narrowed(made[word])
+    for word in _LISTS:
+        if isinstance(made.get(word), list):
+            made[word] = [narrowed(one) for one in made[word]]
+    for word in _NAMED:
+        if isinstance(made.get(word), Mapping):
+            made[word] = {name: narrowed(one) for name, one in made[word].items()}
+    if isinstance(made.get("pattern"), str):
+        made["pattern"] = _without_leaks(made["pattern"])
+    form = made.get("format")
+    pattern = _PATTERNS.get(form) if isinstance(form, str) else None
+    if pattern is not None and "pattern" not in made:
+        made["pattern"] = pattern
+    elif pattern is not None:
+        more = made.get("allOf")
+        made["allOf"] = [*(more if isinstance(more, list) else ()), {"pattern": pattern}]
+    return made
+
+
+def _without_leaks(pattern: str) -> str:
+    """A pattern whose classes do not take what they exclude, escaped."""
+    made, position = "", 0
+    while position < len(pattern):
+        end = _end_of_class(pattern, position) if pattern[position] == "[" else position + (2 if pattern[position] == "\\" else 1)
+        piece = pattern[position:end]
+        if piece[0] == "[" and end > position + 1 and _leaks(piece):
+            piece = f"[{piece}&&[^{_CONTROL}]]"
+        made += piece
+        position = end
+    return made
+
+
+def _end_of_class(pattern: str, start: int) -> int:
+    """Behind the bracket that closes the class at ``start``; behind its own where none does."""
+    depth, position = 0, start
+    while position < len(pattern):
+        match pattern[position]:
+            case "\\":
+                position += 1
+            case "[":
+                depth += 1
+                position += pattern.startswith("^", position + 1)
+                position += pattern.startswith("]", position + 1)
+            case "]":
+                depth -= 1
+                if depth == 0:
+                    return position + 1
+        position += 1
+    return start + 1
+
+
+def _leaks(piece: str) -> bool:
+    try:
+        known = re.compile(piece)
+    except re.error:  # of the engine's own syntax
+        return True
+    return not (known.fullmatch('"') and known.fullmatch("\\")) and any(known.fullmatch(chr(code)) for code in range(32))
