@@ -13,20 +13,20 @@ RUN pip install --no-cache-dir --require-hashes --no-deps -r /src/requirements.l
 # torch for processors only: the default one brings some gigabytes of CUDA libraries along.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --no-cache-dir -c /src/constraints.txt --index-url ${TORCH_INDEX} torch
-COPY pyproject.toml README.md LICENSE /src/
+# For every instruction set, the newest that a machine has is taken when a worker starts; a kernel that does not compile ends the build.
 COPY platform /src/platform
+RUN export PYTHONPATH=/src/platform PYTHONDONTWRITEBYTECODE=1 && python -m antiphon.models.native.library --into /opt/antiphon/kernels \
+    && python -m antiphon.transport.native.build --into /opt/antiphon/kernels \
+    && python -m antiphon.coe.routing.native.build --into /opt/antiphon/kernels
+COPY pyproject.toml README.md LICENSE /src/
 COPY operators /src/operators
 COPY deploy/examples /src/deploy/examples
 RUN pip install --no-cache-dir -c /src/constraints.txt "/src[route,convert,operator]"
-# For every instruction set, the newest that a machine has is taken when a worker starts; a kernel that does not compile ends the build.
-RUN python -m antiphon.models.native.library --into /opt/antiphon/kernels
-RUN python -m antiphon.transport.native.build --into /opt/antiphon/kernels \
-    && python -m antiphon.coe.routing.native.build --into /opt/antiphon/kernels
-# Headers, test programs and Java, which nobody needs who compiles nothing.
-RUN cd /opt/antiphon/lib/python3.11/site-packages && rm -r torch/include torch/test ray/jars \
-    && find torch/bin -type f ! -name torch_shm_manager -delete
-RUN pip uninstall --yes pip && find /opt/antiphon -name tests -type d -path "*/site-packages/*" -prune -exec rm -rf {} + \
-    && find /opt/antiphon -name "__pycache__" -type d -prune -exec rm -rf {} +
+# Nothing that no start needs; then all that the image is for is run once, and what that imported starts from bytecode.
+COPY deploy/images/trim.py deploy/images/check.py /src/
+RUN python /src/trim.py remove /opt/antiphon
+RUN cd /tmp && HOME=/tmp LOGNAME=antiphon ANTIPHON_KERNELS=/opt/antiphon/kernels python /src/check.py \
+    && python /src/trim.py keep /opt/antiphon && rm -rf /tmp/*
 
 FROM ${BASE}
 RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 procps && rm -rf /var/lib/apt/lists/*

@@ -8,6 +8,7 @@ its seconds and the events it caused. The steps build on each other: after a fai
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -43,6 +44,7 @@ QUESTION = {
     "max_tokens": 8,
     "messages": [{"role": "user", "content": "What is the capital of France?"}],
 }
+STREAMED = QUESTION | {"stream": True, "max_tokens": 48, "messages": [{"role": "user", "content": "Tell me about the sea."}]}
 COMPOSITION = {
     "apiVersion": "serving.antiphon.dev/v1alpha1",
     "kind": "CompositionOfExperts",
@@ -53,10 +55,12 @@ COMPOSITION = {
 
 @dataclass(slots=True)
 class Traffic:
-    """Questions asked one after the other while something else happens."""
+    """Streams read one after the other while something else happens."""
 
     answered: int = 0
     failed: list[str] = field(default_factory=list)
+    texts: set[str] = field(default_factory=set)
+    longest_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +69,7 @@ class Cluster:
 
     kubectl: Path
     helm: Path
+    url: str
 
     def run(self, tool: Path, *arguments: str, given: str | None = None) -> str:
         environment = {**os.environ, "KUBECONFIG": str(KUBECONFIG)}
@@ -115,20 +120,34 @@ class Cluster:
         items = self.get("pods", "-l", f"serving.antiphon.dev/deployment={NAME},serving.antiphon.dev/pool={pool}")["items"]
         return [item["metadata"]["name"] for item in items]
 
-    def ask(self, service: str = f"{NAME}-http", model: str = NAME, limit_s: float = 180.0) -> str:
-        """The answer to the question, through the API server: a port-forward would hang on one pod."""
-        path = f"/api/v1/namespaces/default/services/{service}:http/proxy/v1/chat/completions"
-        with self.proxy() as url:
-            request = urllib.request.Request(
-                url + path, data=json.dumps({**QUESTION, "model": model}).encode(), headers={"content-type": "application/json"}
-            )
-            with urllib.request.urlopen(request, timeout=limit_s) as response:
-                return str(json.load(response)["choices"][0]["message"]["content"])
-
     @contextmanager
-    def proxy(self) -> Iterator[str]:
+    def post(self, body: dict[str, Any], service: str, limit_s: float = 180.0) -> Iterator[Any]:
+        """Through the API server: a port-forward would hang on one pod."""
+        path = f"/api/v1/namespaces/default/services/{service}:http/proxy/v1/chat/completions"
+        request = urllib.request.Request(
+            self.url + path, data=json.dumps(body).encode(), headers={"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=limit_s) as response:
+            yield response
+
+    def ask(self, service: str = f"{NAME}-http", model: str = NAME) -> str:
+        with self.post({**QUESTION, "model": model}, service) as response:
+            return str(json.load(response)["choices"][0]["message"]["content"])
+
+    def stream(self) -> str:
+        """The whole text of a stream; ValueError where it ends before its end."""
+        with self.post(STREAMED, f"{NAME}-http") as response:
+            lines = [line.decode().removeprefix("data: ").strip() for line in response if line.startswith(b"data: ")]
+        if lines[-1:] != ["[DONE]"]:
+            raise ValueError(f"the stream ends with {lines[-1:]}")
+        events = [json.loads(line) for line in lines[:-1]]
+        return "".join(c["delta"].get("content") or "" for event in events for c in event["choices"])
+
+    @staticmethod
+    @contextmanager
+    def proxy(kubectl: Path) -> Iterator[str]:
         environment = {**os.environ, "KUBECONFIG": str(KUBECONFIG)}
-        process = subprocess.Popen([str(self.kubectl), "proxy", "--port=0"], stdout=subprocess.PIPE, text=True, env=environment)
+        process = subprocess.Popen([str(kubectl), "proxy", "--port=0"], stdout=subprocess.PIPE, text=True, env=environment)
         try:
             assert process.stdout is not None
             found = re.search(r"127\.0\.0\.1:\d+", process.stdout.readline())
@@ -140,25 +159,30 @@ class Cluster:
 
     @contextmanager
     def traffic(self) -> Iterator[Traffic]:
-        """Ask without a pause for as long as the block takes."""
+        """Two clients read streams without a pause for as long as the block takes."""
         seen, stop = Traffic(), threading.Event()
 
         def loop() -> None:
             while not stop.is_set():
+                started = time.monotonic()
                 try:
-                    self.ask()
+                    seen.texts.add(self.stream())
                     seen.answered += 1
-                except (OSError, AssertionError, ValueError, KeyError) as error:
+                except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
                     seen.failed.append(repr(error))
                     stop.wait(1.0)
+                seen.longest_s = max(seen.longest_s, time.monotonic() - started)
 
-        thread = threading.Thread(target=loop)
-        thread.start()
+        threads = [threading.Thread(target=loop) for _ in range(2)]
+        for thread in threads:
+            thread.start()
         try:
             yield seen
         finally:
             stop.set()
-            thread.join(200)
+            for thread in threads:
+                thread.join(200)
+            print(f"\n{seen.answered} streams whole, {len(seen.failed)} not, longest {seen.longest_s:.0f} s {seen.failed[:3]}")
 
     def events(self, since: set[str]) -> list[str]:
         items = self.get("events")["items"]
@@ -166,8 +190,9 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(kubectl: Path, helm: Path) -> Cluster:
-    return Cluster(kubectl=kubectl, helm=helm)
+def cluster(kubectl: Path, helm: Path) -> Iterator[Cluster]:
+    with Cluster.proxy(kubectl) as url:
+        yield Cluster(kubectl=kubectl, helm=helm, url=url)
 
 
 @pytest.fixture(autouse=True)
@@ -272,6 +297,23 @@ def test_a_killed_head_ends_in_a_deployment_that_serves(cluster: Cluster) -> Non
     (head,) = cluster.pods("headgroup")
     cluster.ctl("delete", "pod", head, "--grace-period=0", "--force")
     cluster.until(lambda: cluster.pods("headgroup") not in ([], [head]) and cluster.current(), "new head")
+    assert "Paris" in cluster.ask()
+
+
+def test_a_drained_node_is_left_and_taken_again(cluster: Cluster) -> None:
+    """Where there is another node the pods move; where there is none they wait, and READY says so."""
+    (victim,) = cluster.pods("attention")
+    node = cluster.get("pod", victim)["spec"]["nodeName"]
+    alone = len(cluster.get("nodes")["items"]) == 1
+    ours = f"--pod-selector=serving.antiphon.dev/deployment={NAME}"
+    try:
+        cluster.ctl("drain", node, ours, "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=240s")
+        assert victim not in cluster.pods("attention")
+        if alone:
+            cluster.until(lambda: cluster.holds("Ready", "False"), "word that nothing serves", 120)
+    finally:
+        cluster.ctl("uncordon", node)
+    cluster.until(cluster.current, "deployment on its node again")
     assert "Paris" in cluster.ask()
 
 

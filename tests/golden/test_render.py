@@ -101,6 +101,17 @@ def test_rays_ports_ask_for_the_token_that_kuberay_makes() -> None:
             assert probe["httpGet"]["path"] in ("/api/local_raylet_healthz", "/ready", "/health")
 
 
+def test_a_start_that_takes_ten_minutes_on_a_busy_node_is_not_killed_and_nothing_is_told_outside() -> None:
+    """On a real node with other work a head needed more than the minute that its liveness allows, and was killed each time."""
+    cluster = rendered(document())["spec"]["rayClusterConfig"]
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        (container,) = group["template"]["spec"]["containers"]
+        probe = container["startupProbe"]
+        assert probe["httpGet"] == container["livenessProbe"]["httpGet"]
+        assert probe["periodSeconds"] * probe["failureThreshold"] >= 600
+        assert {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"} in container["env"]
+
+
 def test_a_pool_of_size_zero_is_taken_by_rays_schema() -> None:
     revision = render_revision(document(), SETTINGS, None)
     config = serve_config(revision.application, {"prefill": 0, "attention": 0, "ffn": 0, "gateway": 1})

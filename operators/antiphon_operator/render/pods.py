@@ -51,8 +51,11 @@ _ENVIRONMENT = {
     # A pod holds one worker and its limit is computed for it. Ray's monitor would count pages of checkpoints that the kernel can
     # take back at any time, and kill the worker at 95 % of the pod.
     "RAY_memory_monitor_refresh_ms": "0",
+    # What is served here is told to nobody.
+    "RAY_USAGE_STATS_ENABLED": "0",
 }
 GRACE_MARGIN_S = 30
+_START_PROBES = 180  # of five seconds each
 
 
 def resource_requirements(resources: Resources) -> Json:
@@ -88,7 +91,7 @@ def worker_template(document: LLMDeployment, pool: PoolSpec, runtime: Runtime, w
         container=_container(
             document, "ray-worker", pool.name, runtime, worker_requirements(document.spec, pool), weights, env=pool.env
         )
-        | {"ports": [_port("metrics", METRICS_PORT)], "readinessProbe": _probe(probe), "livenessProbe": _probe(probe, 12)},
+        | {"ports": [_port("metrics", METRICS_PORT)], "readinessProbe": _probe(probe), **_alive(probe)},
         weights=weights,
         shm_bytes=_shm_bytes(pool.resources.memory),
         node_selector=pool.node_selector,
@@ -116,7 +119,7 @@ def gateway_template(document: LLMDeployment, settings: Settings, runtime: Runti
                 _port("grpc", grpc_port(document)),
             ],
             "readinessProbe": _probe(ready),
-            "livenessProbe": _probe(alive, 12),
+            **_alive(alive),
         },
         weights=weights,
         shm_bytes=_SHM_DEFAULT_BYTES,
@@ -145,7 +148,7 @@ def head_template(document: LLMDeployment, settings: Settings, runtime: Runtime)
             ],
             # KubeRay's own probes of older Rays need wget in the image.
             "readinessProbe": _probe(alive),
-            "livenessProbe": _probe(alive, 12),
+            **_alive(alive),
         },
         weights=None,
         shm_bytes=_SHM_DEFAULT_BYTES,
@@ -295,6 +298,11 @@ def _port(name: str, number: int) -> Json:
 
 def _probe(handler: Json, failures: int = 3) -> Json:
     return handler | {"initialDelaySeconds": 5, "periodSeconds": 5, "timeoutSeconds": 5, "failureThreshold": failures}
+
+
+def _alive(handler: Json) -> Json:
+    """Restarts what hangs, but not what starts slowly: on a busy node Ray's processes took longer than a minute to come up."""
+    return {"livenessProbe": _probe(handler, 12), "startupProbe": _probe(handler, _START_PROBES)}
 
 
 def _shm_bytes(memory: str | None) -> int:

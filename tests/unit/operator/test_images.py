@@ -87,6 +87,14 @@ def test_what_a_router_imports_to_serve_is_in_the_worker_image_which_has_no_trai
     assert done.stdout.strip() == "served", done.stderr
 
 
+def test_a_worker_image_that_does_not_serve_is_not_built() -> None:
+    """What is cut out is cut before the check; only bytecode is touched after it."""
+    text = (IMAGES / "worker.Dockerfile").read_text()
+    remove, check, keep = (text.index(step) for step in ("trim.py remove", "python /src/check.py", "trim.py keep"))
+    assert remove < check < keep
+    assert "rm -r" not in text[check : text.index("\nFROM", check)].replace("rm -rf /tmp/*", "")
+
+
 def pin(directory: Path, answer: str) -> subprocess.CompletedProcess[str]:
     for path in (*DOCKERFILES, IMAGES / "pin-bases.sh"):
         shutil.copy(path, directory)

@@ -106,7 +106,17 @@ def llm_status(
     else:
         conditions.set(Type.SCALING_READY, True, Reason.METRICS_FRESH)
     _available_condition(conditions, document, observed, previous, zero=zero and is_serving)
-    _ready_condition(conditions, document, observed, step, failed=failed, unapplied=unapplied, is_serving=is_serving, zero=zero)
+    _ready_condition(
+        conditions,
+        document,
+        observed,
+        step,
+        failed=failed,
+        unapplied=unapplied,
+        is_serving=is_serving,
+        is_complete=is_complete,
+        zero=zero,
+    )
     _progress_conditions(conditions, document, step, failed=failed, is_complete=is_complete)
     unhealthy = () if service is None else service.unhealthy
     short = [pool for pool in pools if pool.ready < pool.target]
@@ -262,9 +272,10 @@ def _ready_condition(
     failed: str,
     unapplied: tuple[Unapplied, ...],
     is_serving: bool,
+    is_complete: bool,
     zero: bool,
 ) -> None:
-    """Whether what was asked for is applied and serves; never true while it is not applied."""
+    """Whether what was asked for is applied and serves; never true while an older revision still answers in its place."""
     service = observed.service
     if unapplied:
         conditions.set(Type.READY, False, unapplied[0].reason, f"not applied: {_told(unapplied)}")
@@ -273,6 +284,11 @@ def _ready_condition(
         conditions.set(Type.READY, False, Reason.ROLLED_BACK, why)
     elif document.spec.suspend:
         conditions.set(Type.READY, False, Reason.SUSPENDED, "the document asks for it")
+    elif is_serving and step.action is Action.STALL:
+        conditions.set(Type.READY, False, Reason.PROGRESS_DEADLINE_EXCEEDED, step.why)
+    elif is_serving and not (is_complete and step.action in (Action.NOTHING, Action.WAIT)):
+        why = f"revision {step.revision.name} is on its way, requests are answered meanwhile: {step.why}"
+        conditions.set(Type.READY, False, Reason.NEW_REVISION, why)
     elif zero and is_serving:
         conditions.set(Type.READY, True, Reason.SCALED_TO_ZERO, "no worker runs; the next request starts one")
     elif is_serving:

@@ -174,12 +174,19 @@ def test_a_serve_change_keeps_the_cluster(cluster: Cluster) -> None:
     assert cluster.condition("Progressing") == ("False", "Complete")
 
 
-def test_a_cluster_change_surges_and_stays_ready_throughout(cluster: Cluster) -> None:
+def test_a_cluster_change_surges_and_is_available_throughout_but_ready_only_once_it_serves(cluster: Cluster) -> None:
+    """On a real cluster READY stood at True for the minutes in which the old revision still answered."""
     cluster.run()
+    old = cluster.live["status"]["activeCluster"]
     cluster.edit(lambda s: s["pools"][0].update(env={"A": "1"}))
+    reasons = []
     for _ in range(12):
         cluster.run(1)
-        assert cluster.condition("Ready")[0] == "True"
+        assert cluster.condition("Available")[0] == "True"
+        status, reason = cluster.condition("Ready")
+        assert status == str(cluster.live["status"]["activeCluster"] != old), reason
+        reasons.append(reason)
+    assert "NewRevision" in reasons
     assert cluster.condition("Progressing") == ("False", "Complete")
     assert len(cluster.api.list(RAY_CLUSTER, "default").items) == 1
     assert cluster.kuberay.max_gpus_seen == 8
@@ -215,7 +222,8 @@ def test_a_failed_rollout_goes_back_and_never_runs_three_clusters(cluster: Clust
     cluster.edit(lambda s: s.update(kubernetes={"image": "antiphon/worker:broken"}))
     cluster.run(8)
     assert cluster.condition("PoolsReady") == ("False", "CrashLoop")
-    assert cluster.condition("Ready")[0] == "True"
+    assert cluster.condition("Ready") == ("False", "NewRevision")
+    assert cluster.condition("Available")[0] == "True"
     cluster.run(40)
     assert cluster.condition("Progressing") == ("False", "RolledBack")
     assert cluster.live["status"]["revision"] == good
