@@ -23,6 +23,9 @@ from antiphon.rpc.certificates import DoorCertificate
 from antiphon.rpc.channels import DEFAULT_LIMITS, ChannelLimits, server_options
 from antiphon.rpc.credentials import server_credentials
 
+# A client waits for the others by itself; of many more that wait here gRPC drops some without a word.
+_STREAMS_OF_A_CONNECTION = 800
+
 
 class Service(Protocol):
     """Something a server can serve."""
@@ -37,14 +40,25 @@ class Service(Protocol):
         ...
 
 
+async def _refuse_two_keys(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "authorization may be given once")
+
+
+_TWO_KEYS = grpc.unary_unary_rpc_method_handler(_refuse_two_keys)
+
+
 class BadBytes(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
-    """Bytes that are no message are refused as bad input, also by services whose messages grpc parses: it says UNKNOWN."""
+    """Bytes that are no message are refused as bad input, also by services whose messages grpc parses: it says UNKNOWN. So is who
+    brings two keys.
+    """
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
         """A handler that parses by itself."""
         handler = await continuation(handler_call_details)
+        if sum(key == "authorization" for key, _ in handler_call_details.invocation_metadata or ()) > 1:
+            return _TWO_KEYS  # what stands before this door may count another of them than we do
         if handler is None or handler.request_deserializer is None:
             return handler
         parse, call = handler.request_deserializer, handler.unary_unary
@@ -109,6 +123,8 @@ class RpcServer:
         self._public = public
         self._identity = identity
         self._options = server_options(limits, reuse_port=reuse_port)
+        if public:
+            self._options.append(("grpc.max_concurrent_streams", _STREAMS_OF_A_CONNECTION))
         self._max_concurrent_calls = max_concurrent_calls
         # Made when it starts: gRPC's shutdown of a server that never started leaves an event that nobody takes, and whoever ends
         # gRPC's poller later in this process waits for it.

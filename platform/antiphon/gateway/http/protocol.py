@@ -22,6 +22,7 @@ HEADER_TIMEOUT_S: Final = 20.0  # from the connection, or a further request's fi
 BODY_TIMEOUT_S: Final = 60.0
 WRITE_TIMEOUT_S: Final = 60.0  # that a client may take nothing of what is there for it
 MAX_CONNECTIONS: Final = 8192
+_AT_MOST_ONCE: Final = (b"authorization", b"x-api-key", b"last-event-id", b"content-type")
 _FILES_FOR_OTHERS: Final = 96  # descriptors kept for workers, the directory and files
 _LINGER_S: Final = 1.0
 _MAX_DISCARDED_BYTES: Final = 2**20
@@ -128,6 +129,11 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if num_hosts != 1 and (version == "1.1" or num_hosts):
             self._refuse(HTTPStatus.BAD_REQUEST, "expected one Host header", "bad_request")
+            return
+        names = [name for name, _ in self.headers]
+        twice = next((name for name in _AT_MOST_ONCE if names.count(name) > 1), None)
+        if twice is not None:  # what stands before this door may count another of them than we do
+            self._refuse(HTTPStatus.BAD_REQUEST, f"the header {twice.decode()} may be given once", "bad_request")
             return
         self._start(self.body_timeout_s, "the request's body")
         super().on_headers_complete()
