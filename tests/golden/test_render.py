@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from ray.serve.schema import ServeDeploySchema
 
 from antiphon.apps.serve.plan import GATEWAY, plan_serve
+from antiphon.apps.serve_entry import BuildArgs
 from antiphon.core.document.spec import LLMDeployment
 from antiphon_operator.planning.preview import preview_documents
 from antiphon_operator.render import children
@@ -99,6 +100,19 @@ def test_rays_ports_ask_for_the_token_that_kuberay_makes() -> None:
         for probe in (container["readinessProbe"], container["livenessProbe"]):
             # Answered without a token: by Ray's agent (PUBLIC_EXACT_PATHS of http_server_agent.py), or by our own gateway.
             assert probe["httpGet"]["path"] in ("/api/local_raylet_healthz", "/ready", "/health")
+
+
+def test_requests_in_flight_get_the_drain_time_of_the_document_in_every_process() -> None:
+    """It reached Serve and the pods, but not the gateway and the workers, which ended their streams after twenty seconds."""
+    value = document(kubernetes={"drainS": 300})
+    service = rendered(value)
+    (application,) = parse_yaml(service["spec"]["serveConfigV2"])["applications"]
+    assert BuildArgs.model_validate({k: v for k, v in application["args"].items() if k != "document"}).drain_s == 300
+    assert {d["graceful_shutdown_timeout_s"] > 300 for d in application["deployments"]} == {True}
+    cluster = service["spec"]["rayClusterConfig"]
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        longest = max(d["graceful_shutdown_timeout_s"] for d in application["deployments"])
+        assert group["template"]["spec"]["terminationGracePeriodSeconds"] > longest
 
 
 def test_a_start_that_takes_ten_minutes_on_a_busy_node_is_not_killed_and_nothing_is_told_outside() -> None:

@@ -27,6 +27,7 @@ from antiphon_operator.render.settings import Settings, Weights
 # What the operator acts on itself; workers must not restart when it changes.
 OPERATOR_FIELDS = ("slo", "ratios", "gpu_budget", "rollout", "suspend", "kubernetes", "planning")
 POOL_OPERATOR_FIELDS = ("scaling", "tolerations", "node_selector", "replicas", "cores")
+STOP_MARGIN_S = 10.0  # a replica gets this much longer than the requests in it, before Serve kills it
 _ANY_ADDRESS = "0.0.0.0"  # noqa: S104 - pods listen on their own address
 
 
@@ -71,7 +72,7 @@ def application(document: LLMDeployment, settings: Settings, weights: Weights | 
         "name": document.metadata.name,
         "import_path": IMPORT_PATH,
         "route_prefix": None,  # the gateway opens its own ports
-        "args": {"document": worker_document(document, weights)},
+        "args": {"document": worker_document(document, weights), "drain_s": drain_s},
         "deployments": deployments,
     }
 
@@ -80,7 +81,7 @@ def _deployment(name: str, resources: Resources, drain_s: float) -> Json:
     options: Json = {"num_cpus": parse_quantity(resources.cpu), "resources": {pool_resource(name): 1}}
     if resources.gpu and resources.gpu_resource == "nvidia.com/gpu":
         options["num_gpus"] = resources.gpu
-    return {"name": serve_deployment(name), "ray_actor_options": options, "graceful_shutdown_timeout_s": drain_s}
+    return {"name": serve_deployment(name), "ray_actor_options": options, "graceful_shutdown_timeout_s": drain_s + STOP_MARGIN_S}
 
 
 def serve_config(application_: Json, sizes: Mapping[str, int]) -> str:
