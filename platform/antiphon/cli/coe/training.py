@@ -93,7 +93,7 @@ def evaluate(
     from antiphon.coe.judging.held_out import judge_artifact, rows_of, unseen_rows
     from antiphon.coe.judging.plots import plots
     from antiphon.coe.judging.report import broken_promises, judge_table
-    from antiphon.coe.judging.tables import dataset_rows, policy_rows, rows_for_people
+    from antiphon.coe.judging.tables import dataset_rows, policy_tables, rows_for_people
     from antiphon.coe.routing.artifact import load_artifact
     from antiphon.coe.training.data.table import drop_duplicates, read_table
     from antiphon.coe.training.fit import Recipe
@@ -130,7 +130,8 @@ def evaluate(
                     (plot_dir / (name if len(table) == 1 else f"{path.name.split('.')[0]}-{name}")).write_bytes(data)
             if not as_json:
                 print_table("recipe, cross-validated", rows_for_people(report))
-                print_table("policies, differences in points with 95 % intervals", policy_rows(report), head=True)
+                for title, lines in policy_tables(report):
+                    print_table(title, lines, head=True)
                 print_table("datasets", dataset_rows(report), head=True)
         held_out = None if loaded is None else judge_artifact(loaded, rows, policy.policy, recipe.seed, known, at_least)
         if held_out is not None:

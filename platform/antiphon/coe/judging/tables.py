@@ -72,6 +72,35 @@ def policy_rows(report: Report) -> Rows:
     return rows
 
 
+def policy_tables(report: Report) -> list[tuple[str, Rows]]:
+    """The same for a terminal of 80 columns, a title and rows per way of judging: a column per policy, a line per comparison."""
+    ways = (("five folds", report.policies, report.scores), (_unseen(report), report.policies_left_out, report.scores_left_out))
+    tables = []
+    for how, policies, scores in ways:
+        found = list(policies.values())
+        if not found:
+            continue
+        rows: Rows = [
+            (how, *policies),
+            ("score", *(f"{one.score:.4f}" for one in found)),
+            ("cost", *(f"{one.avg_cost:.1f}" for one in found)),
+            (_scored("single", scores["best single"]), *(_points(one.over_single) for one in found)),
+            *(
+                (_scored(name, scores[name]), *(_points(one.over[name]) for one in found))
+                for name in (*COMPARISONS, ORACLE)
+                if name in scores
+            ),
+            ("simple, as dear", *(_points(one.over_simple_alike) for one in found)),
+            ("… cost deducted", *(_points(one.utility_over_simple_alike) for one in found)),
+        ]
+        tables.append((f"policies, {how}: points above each, 95 % intervals", rows))
+    return tables
+
+
+def _scored(name: str, score: float) -> str:
+    return f"{name} {score:.4f}"
+
+
 def _unseen(report: Report) -> str:
     return f"{report.left_out_kind or 'dataset'} unseen"
 

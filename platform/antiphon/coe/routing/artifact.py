@@ -34,8 +34,8 @@ from antiphon.coe.routing.wordpiece import WordPiece
 from antiphon.core.errors import CheckpointInvalid
 
 FORMAT = "antiphon-coe-router"
-FORMAT_VERSION = 5
-READ_VERSIONS = (2, 3, 4, 5)  # 2 has no words, 3 no points that are harmless only for familiar prompts, 4 no caution
+FORMAT_VERSION = 6
+READ_VERSIONS = (2, 3, 4, 5, 6)  # 2 has no words, 3 no points harmless only for familiar prompts, 4 no caution, 5 no plain router
 MANIFEST = "manifest.json"
 _JSON, _ARRAYS, _VOCABULARY, _ENCODER = "router.json", "router.safetensors", "vocab.txt", "encoder.onnx"
 _WORDS = "words.txt"
@@ -114,6 +114,7 @@ def _path_arrays(prefix: str, path: ServedPath) -> dict[str, Array]:
         f"{prefix}.category_of_class": fitted.category_F,
         f"{prefix}.class_scores": fitted.class_scores_FM,
         f"{prefix}.category_scores": fitted.category_scores_CM,
+        f"{prefix}.plain_scores": fitted.plain_scores_FM,
         f"{prefix}.mean": fitted.mean_M,
         f"{prefix}.landmarks": fitted.landmarks_ND.astype(np.float16),
     }
@@ -142,6 +143,7 @@ def _read_path(prefix: str, arrays: Mapping[str, Array], value: Mapping[str, Any
             category_F=arrays[f"{prefix}.category_of_class"],
             class_scores_FM=arrays[f"{prefix}.class_scores"],
             category_scores_CM=arrays[f"{prefix}.category_scores"],
+            plain_scores_FM=arrays.get(f"{prefix}.plain_scores", arrays[f"{prefix}.class_scores"]),  # asked by no format before 6
             mean_M=arrays[f"{prefix}.mean"],
             general=int(value.get("general", arrays[f"{prefix}.mean"].argmax())),  # formats before 5 don't say it
             landmarks_ND=arrays[f"{prefix}.landmarks"].astype(np.float32),
@@ -335,11 +337,12 @@ def _check_shapes(artifact: Artifact, directory: Path) -> None:
         good = (
             fitted.heads_DH.ndim == 2
             and fitted.heads_DH.shape[1] == width == len(fitted.bias_H)
-            and (path.mix.word_share == 0.0 or artifact.embedding.words is not None)
+            and (not path.mix.asks_words or artifact.embedding.words is not None)
             and fitted.category_F.shape == (num_classes,)
             and bool(((fitted.category_F >= 0) & (fitted.category_F < num_categories)).all())
             and fitted.class_scores_FM.shape == (num_classes, num_experts)
             and fitted.category_scores_CM.shape == (num_categories, num_experts)
+            and fitted.plain_scores_FM.shape == (num_classes, num_experts)
             and fitted.mean_M.shape == (num_experts,)
             and fitted.landmarks_ND.shape[1:] == (len(fitted.heads_DH),)
         )

@@ -2,7 +2,7 @@
 
     embedding ─┬► class head ─┬─► p(class) ─┬─► p(category): the sum over its classes
                │              │       ▲     └─► mean scores of classes and categories ─┐
-               ├► word head ──│───────┘ a share                                        │
+               ├► word head ──│───────┘ a share, and by itself: ─► the plain router's pick, which holds against small leads
                └► score heads │────────────────────────────────────────────────────────┴─► expected score per expert
                               └─► energy of the logits ─► familiarity 0..1: how much this looks like what was trained on
 
@@ -26,6 +26,7 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 _MAX_LOGIT = 30.0  # of familiarity, which stays off 0 and 1
+_TIE = np.float32(1e-6)  # of the plain router's scores: experts this near to its best are its pick too
 
 
 def softmax(logits_BC: npt.NDArray[np.floating], temperature: float) -> Floats:
@@ -55,10 +56,14 @@ class Gate:
         result: Floats = (1.0 / (1.0 + np.exp(-logit_B))).astype(np.float32)
         return result
 
+    def strangeness(self, familiarity_B: Floats) -> Floats:
+        """1 at a familiarity of 0, 0 from ``caution_below`` on, for each prompt."""
+        result: Floats = np.maximum(np.float32(0.0), np.float32(1.0) - familiarity_B / np.float32(self.caution_below))
+        return result
+
     def lead(self, familiarity_B: Floats) -> Floats:
         """The expected score by which another expert must be ahead of the general one, for each prompt."""
-        strange_B = np.maximum(np.float32(0.0), np.float32(1.0) - familiarity_B / np.float32(self.caution_below))
-        result: Floats = np.float32(self.caution) * strange_B
+        result: Floats = np.float32(self.caution) * self.strangeness(familiarity_B)
         return result
 
 
@@ -90,6 +95,7 @@ class Fitted:
     category_scores_CM: Floats
     mean_M: Floats  # mean score of each expert
     general: int  # the expert that has the best one, and serves what is not familiar
+    plain_scores_FM: Floats  # as class_scores_FM, drawn to nothing: with the word head, the plain router
     landmarks_ND: Floats  # a fixed sample of training prompts, which stand for requests to come
 
     def raw(self, embedding_BD: Floats) -> Raw:
@@ -108,6 +114,14 @@ class Mix:
     value_share: float  # of the whole: the score heads'
     trust: float  # how much of its distance from the expert's mean counts for a prompt that the gate holds back
     word_share: float = 0.0  # of p(class): the word head's
+    # Expected score by which another expert must be ahead of the plain router's pick (classes by words alone); in full for familiar
+    # prompts, by less for less familiar ones, where the gate's caution takes its place.
+    hold: float = 0.0
+
+    @property
+    def asks_words(self) -> bool:
+        """Whether the word head has a say."""
+        return bool(self.word_share or self.hold)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,12 +141,22 @@ def assess(raw: Raw, fitted: Fitted, mix: Mix, gate: Gate) -> Assessment:
         scores_BM += np.float32(mix.value_share) * raw.value_BM
     categories_BC = class_BF @ members(fitted)
     familiarity_B = gate.familiarity(raw.energy)
+    if mix.hold:
+        plain_BM = plain_scores(raw, fitted)
+        behind_BM = plain_BM < plain_BM.max(axis=1, keepdims=True) - _TIE
+        scores_BM -= (np.float32(mix.hold) * (np.float32(1.0) - gate.strangeness(familiarity_B)))[:, None] * behind_BM
     # Expected scores of what is not familiar are drawn to the experts' means: there, means are what is known.
     trust_B1 = np.where(familiarity_B < np.float32(gate.threshold), np.float32(mix.trust), np.float32(1.0))[:, None]
     scores_BM = fitted.mean_M + trust_B1 * (scores_BM - fitted.mean_M)
     if gate.caution:
         scores_BM -= gate.lead(familiarity_B)[:, None] * others(fitted)
     return Assessment(categories_BC=categories_BC, scores_BM=scores_BM, familiarity_B=familiarity_B)
+
+
+def plain_scores(raw: Raw, fitted: Fitted) -> Floats:
+    """What the plain router expects [B, M]: classes by words alone, times the mean score of each expert in each."""
+    result: Floats = softmax(raw.word_BF, 1.0) @ fitted.plain_scores_FM
+    return result
 
 
 def class_probabilities(raw: Raw, temperature: float, word_share: float) -> Floats:
@@ -173,12 +197,13 @@ class Ready:
     def __init__(self, fitted: Fitted, mix: Mix, gate: Gate, *, native: bool = True) -> None:
         """Fold what no prompt changes: the mix into the tables, both tables into one. ``native`` False asks for numpy."""
         F, end = len(fitted.category_F), len(fitted.category_F) + len(fitted.mean_M)
-        width = fitted.heads_DH.shape[1] if mix.word_share else end
+        width = fitted.heads_DH.shape[1] if mix.asks_words else end
         weights_DH = fitted.heads_DH[:, :width].copy()
         weights_DH[:, F:end] *= np.float32(mix.value_share)
         bias_H = fitted.bias_H[:width].copy()
         bias_H[F:end] *= np.float32(mix.value_share)
         table_FX = np.ascontiguousarray(np.concatenate([mixed_means(fitted, mix), members(fitted)], axis=1))
+        plain_FM = np.ascontiguousarray(fitted.plain_scores_FM if mix.hold else np.zeros((0, 0)), np.float32)
         module = build.load() if native else None
         self._native = None
         if module is not None:
@@ -187,7 +212,10 @@ class Ready:
                 np.ascontiguousarray(bias_H, np.float32),
                 table_FX,
                 np.ascontiguousarray(fitted.mean_M, np.float32),
+                plain_FM,
                 fitted.general,
+                mix.asks_words,
+                mix.hold,
                 mix.word_share,
                 float(np.float32(1.0 / fitted.temperature)),
                 mix.trust,
@@ -202,7 +230,8 @@ class Ready:
         self._table_FX = table_FX
         self._mean_M = fitted.mean_M
         self._num_classes, self._num_experts, self._end = F, len(fitted.mean_M), end
-        self._word_share = mix.word_share
+        self._mix = mix
+        self._plain_FM = plain_FM
         self._cooling = np.float32(1.0 / fitted.temperature)
         self._trust = np.float32(mix.trust)
         self._other_M = others(fitted)
@@ -219,20 +248,25 @@ class Ready:
         energy = math.log(float(np.add.reduce(np.exp(logits_F)))) + float(top)
         logits_F *= self._cooling
         class_F = np.exp(logits_F, out=logits_F)
-        class_F *= np.float32((1.0 - self._word_share) / float(np.add.reduce(class_F)))
-        if self._word_share:
-            word_F = found_H[self._end :]
+        mix = self._mix
+        class_F *= np.float32((1.0 - mix.word_share) / float(np.add.reduce(class_F)))
+        word_F = found_H[self._end :]
+        if mix.asks_words:
             word_F -= word_F[word_F.argmax()]
             np.exp(word_F, out=word_F)
-            word_F *= np.float32(self._word_share / float(np.add.reduce(word_F)))
-            class_F += word_F
+            word_F *= np.float32(1.0 / float(np.add.reduce(word_F)))
+            class_F += np.float32(mix.word_share) * word_F
         mixed_X = class_F @ self._table_FX
         scores_M = mixed_X[: self._num_experts]
         scores_M += found_H[self._num_classes : self._end]
         logit = min(max(self._gate.weight * energy + self._gate.bias, -_MAX_LOGIT), _MAX_LOGIT)
         familiarity = 1.0 / (1.0 + math.exp(-logit))
+        strange = max(0.0, 1.0 - familiarity / self._gate.caution_below)
+        if mix.hold:
+            plain_M = word_F @ self._plain_FM
+            scores_M -= np.float32(mix.hold * (1.0 - strange)) * (plain_M < plain_M.max() - _TIE)
         if familiarity < threshold:
             scores_M = self._mean_M + self._trust * (scores_M - self._mean_M)
-        if self._gate.caution and familiarity < self._gate.caution_below:
-            scores_M -= np.float32(self._gate.caution * (1.0 - familiarity / self._gate.caution_below)) * self._other_M
+        if self._gate.caution and strange:
+            scores_M -= np.float32(self._gate.caution * strange) * self._other_M
         return mixed_X[self._num_experts :].tolist(), scores_M.tolist(), familiarity

@@ -29,6 +29,7 @@ from antiphon.coe.routing.assessment import (
     Raw,
     assess,
     class_probabilities,
+    plain_scores,
     softmax,
 )
 from antiphon.coe.routing.embedding import TokenVectors, WordVectors
@@ -36,7 +37,7 @@ from antiphon.coe.training.data.labels import Labels
 from antiphon.coe.training.encoders.topics import fit_topics, topic_rows
 from antiphon.coe.training.encoders.words import WordCounts, fit_words, word_rows
 from antiphon.coe.training.frontier import Foreign, FrontierPoint, frontier
-from antiphon.coe.training.gating import OPEN, Rehearsal, choose_gate
+from antiphon.coe.training.gating import OPEN, Rehearsal, choose_gate, scale_of
 from antiphon.coe.training.heads import fit_classes, fit_values, landmark_rows, prior_rows, shrunken_means, steadying
 
 Doubles = npt.NDArray[np.float64]
@@ -64,6 +65,7 @@ class Recipe:
     max_left_out: int = 8  # datasets left out in turn to tune the gate, the largest
     worth_having: float = 0.001  # mean score that an expert must bring to the category that would miss it most
     category_share: float = 0.5
+    holds: tuple[float, ...] = (0.0, 0.01, 0.02, 0.04, 0.06)
     value_shares: tuple[float, ...] = (0.0, 0.2, 0.4, 0.7)
     word_shares: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 
@@ -162,14 +164,18 @@ def fit_path(examples: Examples, rows: Ints, costs_M: Doubles, recipe: Recipe, m
     source_B = examples.labels.source_B[seen]
     temperature = _temperature(np.concatenate([part.raw.logits_BF for part in inside]), source_B)
     mix = _best_mix(inside, scores_BM, temperature, _word_share(inside, source_B, temperature, recipe), recipe)
+    scale = scale_of([part.raw.energy for part in inside], [part.raw.energy for part in outside])
+    mix = replace(mix, hold=_hold(inside, outside, temperature, mix, scale, scores_BM, recipe))
     gate = choose_gate(
-        [_rehearsal(part, temperature, mix, scores_BM) for part in inside],
-        [_rehearsal(part, temperature, mix, scores_BM) for part in outside],
+        scale,
+        [_rehearsal(part, temperature, mix, scale, scores_BM) for part in inside],
+        [_rehearsal(part, temperature, mix, scale, scores_BM) for part in outside],
     )
     mix = replace(mix, trust=_trust(outside, temperature, mix, gate, scores_BM))
     found = _joined([_assessed(part, temperature, mix, gate) for part in inside])
     foreign = [_foreign(part, temperature, mix, gate, scores_BM) for part in outside]
-    points = frontier(found, scores_BM[seen], category_B[seen], costs_M, general, gate, recipe.worth_having, foreign)
+    plain_B = _plain_scores(inside, scores_BM)
+    points = frontier(found, scores_BM[seen], category_B[seen], costs_M, general, gate, recipe.worth_having, foreign, plain_B)
     fitted = replace(final.fitted, temperature=temperature)
     return Path(fitted=fitted, spaces=final.spaces, mix=mix, gate=gate, general=general, frontier=points)
 
@@ -212,6 +218,8 @@ def _fit(examples: Examples, rows: Ints, recipe: Recipe, num_variants: int, memo
             category_scores_CM=shrunken_means(
                 category_B, scores_BM[labelled], num_categories, mean_M, prior_rows(category_B, scores_BM[labelled])
             ),
+            # Clusters are classes that nobody gave: a plain router has one class, the whole.
+            plain_scores_FM=shrunken_means(class_B, scores_BM[labelled], num_classes, mean_M, 1e9 * (labels.how == "clusters")),
             mean_M=mean_M.astype(np.float32),
             general=int(mean_M.argmax()),
             landmarks_ND=np.concatenate([plain_BD, word_BD], axis=1)[chosen],
@@ -335,8 +343,34 @@ def _best_mix(inside: Sequence[_Part], scores_BM: Doubles, temperature: float, w
     return best
 
 
-def _rehearsal(part: _Part, temperature: float, mix: Mix, scores_BM: Doubles) -> Rehearsal:
-    expected_BM = _assessed(part, temperature, mix, OPEN).scores_BM
+def _plain_scores(parts: Sequence[_Part], scores_BM: Doubles) -> Doubles:
+    return np.concatenate([scores_BM[part.rows, plain_scores(part.raw, part.fitted).argmax(axis=1)] for part in parts])
+
+
+def _hold(
+    inside: Sequence[_Part], outside: Sequence[_Part], temperature: float, mix: Mix, scale: Gate, scores_BM: Doubles, recipe: Recipe
+) -> float:
+    """The lead over the plain router's pick that makes routing surest to be no worse than it.
+
+    That is, with the highest lower bound of the gain over it on known prompts, and what the lead gains or costs on foreign ones.
+    """
+    plain_B = _plain_scores(inside, scores_BM)
+
+    def routed(parts: Sequence[_Part], hold: float) -> Doubles:
+        held = replace(mix, hold=hold)
+        picks = [_assessed(part, temperature, held, scale).scores_BM.argmax(axis=1) for part in parts]
+        return np.concatenate([np.zeros(0), *(scores_BM[part.rows, pick_B] for part, pick_B in zip(parts, picks, strict=True))])
+
+    def worth(hold: float) -> float:
+        gain_B = routed(inside, hold) - plain_B
+        foreign_B = routed(outside, hold) if outside else np.zeros(1)
+        return float(gain_B.mean() - _BEYOND_DOUBT * gain_B.std() / np.sqrt(len(gain_B)) + foreign_B.mean())
+
+    return max(recipe.holds, key=worth)
+
+
+def _rehearsal(part: _Part, temperature: float, mix: Mix, scale: Gate, scores_BM: Doubles) -> Rehearsal:
+    expected_BM = _assessed(part, temperature, mix, scale).scores_BM
     actual_BM = scores_BM[part.rows]
     row, general = np.arange(len(actual_BM)), part.fitted.general
     return Rehearsal(

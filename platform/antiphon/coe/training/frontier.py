@@ -24,6 +24,7 @@ _BALANCED_LOSS = 0.004  # balanced: this much below the best quality
 _BALANCED_DOUBT = 0.001  # and no more than this against quality, row by row, at 95 %
 # What a named policy may lose on left-out datasets at 95 %: against the general expert or, where quality may lose more, against it.
 _ALLOWED_HARM = 0.002
+_ALLOWED_PLAIN = 0.002  # what cheap may lose to the plain router, row by row, at 95 %
 _COST_FROM = (0.2, 0.4, 0.6, 0.8)  # shares of known prompts that are too unfamiliar for cost to count
 _NEVER = 2.0  # above any familiarity
 _SURE = 1.96  # standard errors
@@ -41,6 +42,7 @@ class FrontierPoint:
     cost_from: float = 0.0  # familiarity from which cost counts
     harmless: bool = True  # on left-out datasets no worse than the general expert or than quality, within what is allowed
     lost: float = 0.0  # score against the first point, row by row, that may be lost at 95 %
+    lost_plain: float = 0.0  # the same against the plain router
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +111,11 @@ def frontier(
     gate: Gate,
     worth_having: float,
     foreign: Sequence[Foreign] = (),
+    plain_B: Doubles | None = None,
 ) -> tuple[FrontierPoint, ...]:
     """Points for each of a fixed row of cost weights; the first one is as good as free of cost.
+
+    ``plain_B`` are the plain router's scores.
 
     Where a weight does harm on left-out datasets, there is a second point at which cost counts only for the more familiar prompts:
     the least familiarity of a few from which it does none. Lesser weights have a point there too where that does no harm: else
@@ -161,6 +166,7 @@ def frontier(
                     cost_from=cost_from,
                     harmless=cost_from in one.harmless_from,
                     lost=-_lower_bound(score_B - best_B),
+                    lost_plain=0.0 if plain_B is None else -_lower_bound(score_B - plain_B),
                 )
             )
     return tuple(points)
@@ -207,13 +213,15 @@ def policies_of(points: Sequence[FrontierPoint], best_single: float) -> dict[str
     """The point of each policy.
 
     quality has no cost; balanced is the cheapest that loses no more than its policy allows, beyond doubt, nor more for what it
-    saves than cheap does; cheap the cheapest that is as good as the best single expert, or as balanced where that is less: never
-    the dearer of the two, on these rows nor, since in balanced cost weighs no more and for no prompt that it doesn't weigh for
-    in cheap, on others.
+    saves than cheap does; cheap the cheapest that is as good as the best single expert, or as balanced where that is less, and
+    that has lost no more to the plain router, beyond doubt, than it may or than quality has: never the dearer of the two, on
+    these rows nor, since in balanced cost weighs no more and for no prompt that it doesn't weigh for in cheap, on others.
     Only points that do no harm on left-out datasets are looked at.
     """
     least = points[0].score - _BALANCED_LOSS
-    cheap = cheapest(points, min(best_single, least))
+    may_lose = max(_ALLOWED_PLAIN, points[0].lost_plain)
+    surely = [i for i, point in enumerate(points) if point.lost_plain <= may_lose]
+    cheap = surely[cheapest([points[i] for i in surely], min(best_single, least))]
     weight, cost_from = points[cheap].weight, points[cheap].cost_from
     saved = points[0].avg_cost - points[cheap].avg_cost
     rate = (points[0].score - points[cheap].score) / saved if saved > 0.0 else 0.0

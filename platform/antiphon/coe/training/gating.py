@@ -43,23 +43,35 @@ class Rehearsal:
     gain_B: Doubles  # in score
 
 
-def choose_gate(inside: Sequence[Rehearsal], outside: Sequence[Rehearsal]) -> Gate:
-    """The gate by prompts of known kinds, ``inside``, and of foreign ones, ``outside``: one rehearsal per dataset left out."""
+def scale_of(inside: Sequence[Floats], outside: Sequence[Floats]) -> Gate:
+    """An open gate with the scale of familiarity, by the signals of known prompts and of foreign ones."""
+    known_B = np.concatenate(inside).astype(np.float64)
+    weight, bias = _scale(known_B, np.concatenate(outside) if outside else None)
+    gate = Gate(weight=weight, bias=bias, threshold=0.0)
+    return replace(gate, caution_below=float(np.median(gate.familiarity(known_B.astype(np.float32)))))
+
+
+def choose_gate(gate: Gate, inside: Sequence[Rehearsal], outside: Sequence[Rehearsal]) -> Gate:
+    """The gate by prompts of known kinds, ``inside``, and of foreign ones, ``outside``: one rehearsal per dataset left out.
+
+    ``gate`` is open and has the scale.
+    """
     known_B = np.concatenate([one.signal_B for one in inside]).astype(np.float64)
-    weight, bias = _scale(known_B, np.concatenate([one.signal_B for one in outside]) if outside else None)
     cut_Q = np.quantile(known_B, _SHARES)
     cut_Q[0] -= _MARGIN * known_B.std()
-    gate = Gate(weight=weight, bias=bias, threshold=0.0)
     threshold_Q = gate.familiarity(cut_Q.astype(np.float32))
     shares = [replace(gate, threshold=float(threshold)) for threshold in threshold_Q]
     gate = shares[_best(shares, _USUAL, inside, outside)]
-    below = float(np.median(gate.familiarity(known_B.astype(np.float32))))
-    cautions = [replace(gate, caution=caution, caution_below=below) for caution in _CAUTIONS]
+    cautions = [replace(gate, caution=caution) for caution in _CAUTIONS]
     return cautions[_best(cautions, _USUAL_CAUTION, inside, outside)]
 
 
 def _best(gates: Sequence[Gate], usual: int, inside: Sequence[Rehearsal], outside: Sequence[Rehearsal]) -> int:
-    """The gate that gains most on known and foreign prompts together, where it beats the usual one beyond doubt; else that one."""
+    """The gate that gains most on known and foreign prompts together, where it beats the usual one beyond doubt; else that one.
+
+    The usual one presumes that routing harms foreign prompts. Where it gains there beyond doubt, under the usual one itself, that
+    is refuted, and the best one is taken as it is.
+    """
     datasets = [one for one in outside if len(one.gain_B)]
     if len(datasets) < 2:
         return usual
@@ -68,6 +80,9 @@ def _best(gates: Sequence[Gate], usual: int, inside: Sequence[Rehearsal], outsid
     better_GQ = gain_GQ - gain_GQ[:, usual : usual + 1]
     error_Q = better_GQ.std(axis=0, ddof=1) / np.sqrt(len(better_GQ))
     better_Q = gain_Q - gain_Q[usual] + better_GQ.mean(axis=0)
+    gain_G = gain_GQ[:, usual]
+    if gain_G.mean() > _BEYOND_DOUBT * gain_G.std(ddof=1) / np.sqrt(len(gain_G)):
+        error_Q = np.zeros_like(error_Q)
     sure_Q = better_Q > _BEYOND_DOUBT * error_Q
     return int(np.where(sure_Q, better_Q, -np.inf).argmax()) if sure_Q.any() else usual
 

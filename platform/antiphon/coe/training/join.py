@@ -140,6 +140,8 @@ def _joined(path: ServedPath, embedding_BD: Floats, score_B: Doubles) -> ServedP
         bias_H=bias_H,
         class_scores_FM=np.concatenate([fitted.class_scores_FM, of_class[:, None]], axis=1),
         category_scores_CM=np.concatenate([fitted.category_scores_CM, of_category[:, None]], axis=1),
+        # What so few probes say of a class alone is no mean: the plain router is told what the others are.
+        plain_scores_FM=np.concatenate([fitted.plain_scores_FM, of_class[:, None]], axis=1),
         mean_M=np.append(fitted.mean_M, np.float32(mean)),
     )
     return ServedPath.of(joined, path.mix, path.gate)

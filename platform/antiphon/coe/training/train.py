@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -300,7 +300,7 @@ def _artifact(prepared: Prepared, router: Router, mapping: Mapping, options: Opt
 
 def _stored(point: FrontierPoint) -> PolicyPoint:
     """Without what only training asks for."""
-    return PolicyPoint(**{name: value for name, value in asdict(point).items() if name != "lost"})
+    return PolicyPoint(**{name: value for name, value in asdict(point).items() if name not in ("lost", "lost_plain")})
 
 
 def prompt_hash(prompt: str) -> str:
@@ -309,7 +309,8 @@ def prompt_hash(prompt: str) -> str:
 
 
 def recipe_of(artifact: Artifact) -> Recipe:
-    """The recipe that an artifact was trained with."""
+    """The recipe that an artifact was trained with, as far as this version has the same choices."""
     raw: dict[str, Any] = artifact.training["recipe"]
-    stored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    known = {one.name for one in fields(Recipe)}
+    stored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known}
     return Recipe(**stored)

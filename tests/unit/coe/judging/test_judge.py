@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antiphon.coe.judging.judge import aiq, by_dataset, by_prompt, calibration_error, estimate, left_out_groups, two_models
-from antiphon.coe.routing.assessment import Assessment
+from antiphon.coe.routing.assessment import Assessment, Gate
 from antiphon.coe.training.data.augment import PERTURBATIONS, perturbed, training_variants
 from antiphon.coe.training.data.example_table import example_table
 from antiphon.coe.training.data.labels import grow, label
 from antiphon.coe.training.fit import Recipe, folds_of
 from antiphon.coe.training.frontier import Foreign, FrontierPoint, frontier, policies_of, worthy_experts
-from antiphon.coe.training.gating import OPEN, Rehearsal, choose_gate
+from antiphon.coe.training.gating import OPEN, Rehearsal, choose_gate, scale_of
 from antiphon.coe.training.heads import fit_classes, fit_values, prior_rows, shrunken_means, steadying
 from antiphon.coe.training.train import Options, prepare
 
@@ -91,6 +91,16 @@ def test_no_frontier_makes_cheap_dearer_than_balanced_or_either_harmful(
     chosen = policies_of(points, best_single)
     assert points[chosen["cheap"]].avg_cost <= points[chosen["balanced"]].avg_cost
     assert all(points[point].harmless for point in chosen.values())
+
+
+def test_cheap_spends_no_more_than_what_quality_is_ahead_of_the_plain_router() -> None:
+    def point(cost: float, score: float, lost_plain: float) -> FrontierPoint:
+        return FrontierPoint(weight=0.0, avg_cost=cost, score=score, experts=(0,), lost=0.01, lost_plain=lost_plain)
+
+    ahead = [point(50.0, 0.700, -0.01), point(40.0, 0.69, 0.001), point(30.0, 0.68, 0.01)]
+    assert policies_of(ahead, best_single=0.6)["cheap"] == 1
+    behind = [point(50.0, 0.700, 0.004), point(40.0, 0.70, 0.0035), point(30.0, 0.68, 0.01)]
+    assert policies_of(behind, best_single=0.6)["cheap"] == 1  # no worse than quality, which is all that can be had
 
 
 def test_where_cost_harms_foreign_prompts_it_counts_only_for_familiar_ones() -> None:
@@ -228,8 +238,13 @@ KNOWN = [
 ]
 
 
+def _gate(foreign: list[Rehearsal]) -> Gate:
+    scale = scale_of([one.signal_B for one in KNOWN], [one.signal_B for one in foreign])
+    return choose_gate(scale, KNOWN, foreign)
+
+
 def _closed(foreign: list[Rehearsal]) -> tuple[float, float]:
-    gate = choose_gate(KNOWN, foreign)
+    gate = _gate(foreign)
     return tuple(
         float((gate.familiarity(np.concatenate([one.signal_B for one in some])) < gate.threshold).mean())
         for some in (KNOWN, foreign)
@@ -254,6 +269,24 @@ def test_one_lucky_dataset_does_not_open_the_gate() -> None:
     assert _closed([*unlucky, lucky])[0] == pytest.approx(0.08, abs=0.01)
 
 
+def test_where_routing_surely_helps_foreign_prompts_no_caution_is_presumed() -> None:
+    """Small leads gain a little beside large ones that gain much: too little to be sure of, were there anything to presume."""
+    source = np.random.default_rng(5)
+
+    def rehearsals(of_large: float) -> list[Rehearsal]:
+        return [
+            Rehearsal(
+                signal_B=source.normal(1.5, 0.5, 300).astype(np.float32),
+                ahead_B=np.tile([0.01, 0.3], 150),
+                gain_B=np.tile([0.03 if group % 2 else -0.01, of_large], 150),
+            )
+            for group in range(8)
+        ]
+
+    assert _gate(rehearsals(0.1)).caution == 0.0
+    assert _gate(rehearsals(0.0)).caution > 0.0
+
+
 def _leads(gain_of_small: float) -> list[Rehearsal]:
     """Foreign prompts of middling familiarity; half of them have an expert that is ahead by little."""
     source = np.random.default_rng(5)
@@ -268,16 +301,16 @@ def _leads(gain_of_small: float) -> list[Rehearsal]:
 
 
 def test_a_small_lead_over_the_general_expert_does_not_count_on_unfamiliar_prompts() -> None:
-    gate = choose_gate(KNOWN, _leads(-0.001))
+    gate = _gate(_leads(-0.001))
     lead = gate.lead(np.array([0.0, gate.caution_below / 2, gate.caution_below, 1.0], np.float32))
     assert lead[0] > lead[1] > 0.0
     assert lead[2] == lead[3] == 0.0
 
 
 def test_caution_grows_where_small_leads_surely_harm_and_goes_where_they_surely_help() -> None:
-    usual = choose_gate(KNOWN, _leads(-0.001)).caution
-    assert choose_gate(KNOWN, _leads(+0.2)).caution == 0.0
-    assert choose_gate(KNOWN, _leads(-0.2)).caution >= usual > 0.0
+    usual = _gate(_leads(-0.001)).caution
+    assert _gate(_leads(+0.2)).caution == 0.0
+    assert _gate(_leads(-0.2)).caution >= usual > 0.0
 
 
 def test_means_of_classes_that_differ_much_are_drawn_little() -> None:

@@ -7,7 +7,7 @@ from antiphon.coe.judging.comparisons import COMPARISONS
 from antiphon.coe.judging.judge import CurvePoint, Estimate, Judged, Verdict
 from antiphon.coe.judging.plots import plots
 from antiphon.coe.judging.report import DatasetFigures, PolicyFigures, Report
-from antiphon.coe.judging.tables import dataset_rows, policy_rows, rows_for_people
+from antiphon.coe.judging.tables import dataset_rows, policy_rows, policy_tables, rows_for_people
 
 SCORES = {"router": 0.7, "best single": 0.6, "simple": 0.65, "kNN-100": 0.65, "ridge": 0.64, "oracle": 0.8, "random": 0.4}
 NONE = Estimate(mean=0.0, low=0.0, high=0.0)
@@ -102,6 +102,18 @@ def test_every_policy_has_a_line_with_its_intervals_and_every_dataset_has_one(fo
         (f"({name})", "five folds", f"{score:.4f}") for name, score in SCORES.items() if name != "router"
     ]
     assert dataset_rows(found[0])[1] == ("d", "200", "0.700", "0.600", "0.650", "–", "–", "–")
+
+
+def test_policies_fit_a_terminal_of_80_columns(found: tuple[Report, Judged]) -> None:
+    wide = Estimate(mean=-0.1368, low=-0.1453, high=-0.1284)
+    policy = replace(found[0].policies["quality"], over_single=wide, over=dict.fromkeys(SCORES, wide))
+    report = replace(found[0], policies=dict.fromkeys(("quality", "balanced", "cheap"), policy), left_out_kind="dataset")
+    [(title, rows)] = policy_tables(report)
+    assert "five folds" in title
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    assert sum(widths) + len(widths) <= 80
+    assert rows[0] == ("five folds", "quality", "balanced", "cheap")
+    assert rows[3] == ("single 0.6000", *["-13.68 [-14.53, -12.84]"] * 3)
 
 
 def test_what_was_left_out_is_named(found: tuple[Report, Judged]) -> None:

@@ -9,14 +9,16 @@
 #include "reader.h"
 
 static const double MAX_LOGIT = 30.0;
+static const float TIE = 1e-6f;  // of the plain router's scores: experts this near to its best are its pick too
 
 typedef struct {
     PyObject_HEAD
-    array weights, bias, table, means;  // [D, H], [H], [F, M + C], [M]
+    array weights, bias, table, means, plain;  // [D, H], [H], [F, M + C], [M], [F, M] or nothing
     Py_ssize_t D, H, F, M, X, general;
+    int words;  // whether there is a word head
     int32_t *from, *to;  // of each row of weights, outside of which it is zero
     float cooling, trust;
-    double word_share, weight, bias_of_gate, caution, caution_below;
+    double hold, word_share, weight, bias_of_gate, caution, caution_below;
 } heads;
 
 // exp(x - the largest x), in place, and its sum.
@@ -50,7 +52,7 @@ static PyObject *heads_assess(heads *self, PyObject *const *args, Py_ssize_t num
     array embedding = {0};
     int taken = take(&embedding, args[0], sizeof(float), self->D, "embedding");
     Py_ssize_t F = self->F, M = self->M;
-    float *found = PyMem_Malloc((size_t)(self->H + self->X) * sizeof(float)), *mixed = found + self->H;
+    float *found = PyMem_Malloc((size_t)(self->H + self->X + M) * sizeof(float)), *mixed = found + self->H;
     if (!found) PyErr_NoMemory();
     else if (!taken) {
         memcpy(found, self->bias.view.buf, self->H * sizeof(float));
@@ -66,10 +68,10 @@ static PyObject *heads_assess(heads *self, PyObject *const *args, Py_ssize_t num
     sum = raised(found, F, self->cooling, top);
     float by = (float)((1.0 - self->word_share) / (double)sum);
     for (Py_ssize_t f = 0; f < F; f++) found[f] *= by;
-    if (self->word_share) {
-        float *word = found + F + M;
-        by = (float)(self->word_share / (double)raised(word, F, 1.0f, largest(word, F)));
-        for (Py_ssize_t f = 0; f < F; f++) found[f] += word[f] * by;
+    float *word = found + F + M;
+    if (self->words) {
+        by = (float)(1.0 / (double)raised(word, F, 1.0f, largest(word, F)));
+        for (Py_ssize_t f = 0; f < F; f++) found[f] += (float)self->word_share * (word[f] *= by);
     }
     memset(mixed, 0, self->X * sizeof(float));
     for (Py_ssize_t f = 0; f < F; f++) add_floats(mixed, (const float *)self->table.view.buf + f * self->X, found[f], self->X);
@@ -77,11 +79,19 @@ static PyObject *heads_assess(heads *self, PyObject *const *args, Py_ssize_t num
     double logit = self->weight * energy + self->bias_of_gate;
     logit = logit > MAX_LOGIT ? MAX_LOGIT : logit < -MAX_LOGIT ? -MAX_LOGIT : logit;
     double familiarity = 1.0 / (1.0 + exp(-logit));
+    double strange = familiarity < self->caution_below ? 1.0 - familiarity / self->caution_below : 0.0;
+    if (self->plain.num) {
+        float *plain = mixed + self->X;
+        memset(plain, 0, M * sizeof(float));
+        for (Py_ssize_t f = 0; f < F; f++) add_floats(plain, (const float *)self->plain.view.buf + f * M, word[f], M);
+        float most = largest(plain, M) - TIE, lead = (float)(self->hold * (1.0 - strange));
+        for (Py_ssize_t m = 0; m < M; m++) mixed[m] -= plain[m] < most ? lead : 0.0f;
+    }
     const float *mean = self->means.view.buf;
     if (familiarity < threshold)
         for (Py_ssize_t m = 0; m < M; m++) mixed[m] = mean[m] + self->trust * (mixed[m] - mean[m]);
-    if (self->caution != 0.0 && familiarity < self->caution_below) {
-        float lead = (float)(self->caution * (1.0 - familiarity / self->caution_below));
+    if (self->caution != 0.0 && strange > 0.0) {
+        float lead = (float)(self->caution * strange);
         for (Py_ssize_t m = 0; m < M; m++) mixed[m] -= m == self->general ? 0.0f : lead;
     }
     PyObject *categories = as_list(mixed + M, self->X - M), *scores = as_list(mixed, M);
@@ -92,22 +102,26 @@ static PyObject *heads_assess(heads *self, PyObject *const *args, Py_ssize_t num
     return NULL;
 }
 
-// Heads(weights, bias, table, means, general, word_share, cooling, trust, weight, bias of the gate, caution, caution_below)
+// Heads(weights, bias, table, means, plain, general, words, hold, word_share, cooling, trust, weight, bias of the gate, caution,
+//       caution_below)
 static int heads_init(heads *self, PyObject *args, PyObject *kwargs) {
-    PyObject *weights, *bias, *table, *means;
+    PyObject *weights, *bias, *table, *means, *plain;
     if (self->from) return PyErr_Format(PyExc_RuntimeError, "already made"), -1;
-    if (!PyArg_ParseTuple(args, "OOOOndffdddd", &weights, &bias, &table, &means, &self->general, &self->word_share, &self->cooling,
-                          &self->trust, &self->weight, &self->bias_of_gate, &self->caution, &self->caution_below))
+    if (!PyArg_ParseTuple(args, "OOOOOnpddffdddd", &weights, &bias, &table, &means, &plain, &self->general, &self->words,
+                          &self->hold, &self->word_share, &self->cooling, &self->trust, &self->weight, &self->bias_of_gate,
+                          &self->caution, &self->caution_below))
         return -1;
     const Py_ssize_t item = sizeof(float);
     if (take(&self->weights, weights, item, -1, "weights") || take(&self->bias, bias, item, -1, "bias") ||
-        take(&self->table, table, item, -1, "table") || take(&self->means, means, item, -1, "means"))
+        take(&self->table, table, item, -1, "table") || take(&self->means, means, item, -1, "means") ||
+        take(&self->plain, plain, item, -1, "plain"))
         return -1;
     self->H = self->bias.num;
     self->M = self->means.num;
-    self->F = self->word_share ? (self->H - self->M) / 2 : self->H - self->M;
-    if (self->F < 1 || self->M < 1 || self->H != self->M + self->F * (self->word_share ? 2 : 1) || self->weights.num % self->H ||
-        self->table.num % self->F || self->table.num / self->F < self->M)
+    self->F = self->words ? (self->H - self->M) / 2 : self->H - self->M;
+    if (self->F < 1 || self->M < 1 || self->H != self->M + self->F * (self->words ? 2 : 1) || self->weights.num % self->H ||
+        self->table.num % self->F || self->table.num / self->F < self->M || (self->word_share && !self->words) ||
+        (self->plain.num && (!self->words || self->plain.num != self->F * self->M)))
         return PyErr_Format(PyExc_ValueError, "heads don't fit each other"), -1;
     self->D = self->weights.num / self->H;
     self->X = self->table.num / self->F;
@@ -126,7 +140,7 @@ static int heads_init(heads *self, PyObject *args, PyObject *kwargs) {
 }
 
 static void heads_dealloc(heads *self) {
-    let_go(&self->weights), let_go(&self->bias), let_go(&self->table), let_go(&self->means);
+    let_go(&self->weights), let_go(&self->bias), let_go(&self->table), let_go(&self->means), let_go(&self->plain);
     PyMem_Free(self->from);
     PyMem_Free(self->to);
     Py_TYPE(self)->tp_free((PyObject *)self);

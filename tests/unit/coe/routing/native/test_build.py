@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from antiphon.coe.routing.assessment import Fitted, Gate, Mix, Ready
+from antiphon.coe.routing.assessment import Fitted, Gate, Mix, Ready, assess
 from antiphon.coe.routing.embedding import NUM_SHAPE, StaticEmbedding, WordVectors, quantised
 from antiphon.coe.routing.native import build
 from antiphon.coe.routing.wordpiece import WordPiece
@@ -83,9 +83,11 @@ def test_parts_may_be_missing_and_one_text_leaves_nothing_for_the_next(topics: b
     assert np.array_equal(embedding.encode(TEXTS[2]), again)
 
 
-def _heads(source: random.Random, *, word_share: float, value_share: float, caution: float) -> tuple[Fitted, Mix, Gate]:
+def _heads(
+    source: random.Random, *, word_share: float, value_share: float, caution: float, hold: float
+) -> tuple[Fitted, Mix, Gate]:
     D, F, M, C = EMBEDDING.num_dimensions, source.randint(1, 9), source.randint(1, 7), source.randint(1, 4)
-    H = F + M + (F if word_share else 0)
+    H = F + M + (F if word_share or hold else 0)
     heads_DH = _source.normal(size=(D, H)).astype(np.float32)
     heads_DH[: D // 2, F + M :] = 0.0
     heads_DH[D // 2 :, : F + M] = 0.0
@@ -96,21 +98,23 @@ def _heads(source: random.Random, *, word_share: float, value_share: float, caut
         category_F=_source.integers(0, C, F),
         class_scores_FM=_source.random((F, M)).astype(np.float32),
         category_scores_CM=_source.random((C, M)).astype(np.float32),
+        plain_scores_FM=_source.random((F, M)).astype(np.float32),
         mean_M=_source.random(M).astype(np.float32),
         general=source.randrange(M),
         landmarks_ND=np.zeros((1, D), np.float32),
     )
-    mix = Mix(category_share=0.4, value_share=value_share, trust=0.3, word_share=word_share)
+    mix = Mix(category_share=0.4, value_share=value_share, trust=0.3, word_share=word_share, hold=hold)
     return fitted, mix, Gate(weight=0.8, bias=-2.0, threshold=0.5, caution=caution, caution_below=0.7)
 
 
 @pytest.mark.parametrize(
-    ("word_share", "value_share", "caution"), [(0.3, 0.2, 0.1), (0.0, 0.7, 0.1), (0.45, 0.0, 0.0), (1.0, 0.4, 0.12)]
+    ("word_share", "value_share", "caution", "hold"),
+    [(0.3, 0.2, 0.1, 0.0), (0.0, 0.7, 0.1, 0.0), (0.45, 0.0, 0.0, 0.3), (1.0, 0.4, 0.12, 0.02), (0.0, 0.0, 0.06, 0.06)],
 )
-def test_heads_say_the_same_of_any_embedding(word_share: float, value_share: float, caution: float) -> None:
+def test_heads_say_the_same_of_any_embedding(word_share: float, value_share: float, caution: float, hold: float) -> None:
     source = random.Random(3)
     for _ in range(8):
-        fitted, mix, gate = _heads(source, word_share=word_share, value_share=value_share, caution=caution)
+        fitted, mix, gate = _heads(source, word_share=word_share, value_share=value_share, caution=caution, hold=hold)
         native, plain = Ready(fitted, mix, gate), Ready(fitted, mix, gate, native=False)
         for text, scale in zip(TEXTS[2:14], np.geomspace(0.1, 40.0, 12).astype(np.float32), strict=True):
             embedding = EMBEDDING.encode(text) * scale
@@ -119,6 +123,8 @@ def test_heads_say_the_same_of_any_embedding(word_share: float, value_share: flo
                 assert np.allclose(found[0], expected[0], rtol=1e-4, atol=1e-5)
                 assert np.allclose(found[1], expected[1], rtol=1e-4, atol=1e-5)
                 assert found[2] == pytest.approx(expected[2], rel=1e-4)
+            served = assess(fitted.raw(embedding[None]), fitted, mix, gate)  # as training computes it
+            assert np.allclose(served.scores_BM[0], native.assess(embedding, gate.threshold)[1], rtol=1e-4, atol=1e-5)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -129,7 +135,7 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises((TypeError, ValueError)):
             reader.encode(*wrong)
     assert np.allclose(EMBEDDING.encode("a the"), PLAIN.encode("a the"), atol=1e-6)
-    fitted, mix, gate = _heads(random.Random(1), word_share=0.3, value_share=0.2, caution=0.1)
+    fitted, mix, gate = _heads(random.Random(1), word_share=0.3, value_share=0.2, caution=0.1, hold=0.02)
     with pytest.raises(ValueError, match="embedding"):
         Ready(fitted, mix, gate).assess(room[:NUM_SHAPE], 0.1)
 
