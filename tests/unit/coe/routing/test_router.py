@@ -222,7 +222,7 @@ def test_an_artifact_from_before_words_is_read_and_decides(artifact: Artifact, t
     older = replace(
         fitted, heads_DH=fitted.heads_DH[:D, :width], bias_H=fitted.bias_H[:width], landmarks_ND=fitted.landmarks_ND[:, :D]
     )
-    path = ServedPath.of(older, replace(mix, word_share=0.0), gate)
+    path = ServedPath.of(older, replace(mix, word_share=0.0, hold=0.0), gate)
     write_artifact(replace(artifact, embedding=before, fast=path), tmp_path / "old", {})
     manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
     assert "words.txt" not in manifest["files"]
