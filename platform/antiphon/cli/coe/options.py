@@ -51,7 +51,7 @@ def print_table(title: str | None, rows: Sequence[tuple[str, ...]], *, head: boo
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, PLAIN_WIDTH)
-    shown = RichTable(title=title, title_justify="left", show_header=head, header_style="bold", box=None)
+    shown = RichTable(title=title, title_justify="left", show_header=head, header_style="bold", box=None, pad_edge=False)
     if head:
         for name in rows[0]:
             shown.add_column(escape(name))

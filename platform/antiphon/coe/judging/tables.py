@@ -81,20 +81,27 @@ def policy_tables(report: Report) -> list[tuple[str, Rows]]:
         if not found:
             continue
         rows: Rows = [
-            (how, *policies),
+            ("", *policies),
             ("score", *(f"{one.score:.4f}" for one in found)),
             ("cost", *(f"{one.avg_cost:.1f}" for one in found)),
-            (_scored("single", scores["best single"]), *(_points(one.over_single) for one in found)),
+            (_scored("single", scores["best single"]), *(_short(one.over_single) for one in found)),
             *(
-                (_scored(name, scores[name]), *(_points(one.over[name]) for one in found))
+                (_scored(name, scores[name]), *(_short(one.over[name]) for one in found))
                 for name in (*COMPARISONS, ORACLE)
                 if name in scores
             ),
-            ("simple, as dear", *(_points(one.over_simple_alike) for one in found)),
-            ("… cost deducted", *(_points(one.utility_over_simple_alike) for one in found)),
+            ("simple alike", *(_short(one.over_simple_alike) for one in found)),
+            ("less its cost", *(_short(one.utility_over_simple_alike) for one in found)),
         ]
         tables.append((f"policies, {how}: points above each, 95 % intervals", rows))
     return tables
+
+
+def _short(e: Estimate) -> str:
+    """At most 20 characters."""
+    places = 2 if max(abs(e.low), abs(e.high)) < 0.09995 else 1
+    mean, low, high = (f"{100 * value:+.{places}f}" for value in (e.mean, e.low, e.high))
+    return f"{mean} [{low}, {high}]"
 
 
 def _scored(name: str, score: float) -> str:
