@@ -1,9 +1,9 @@
 // Paged attention over the rows of one step (hot): decodes, then prompts' chunks, for processors without matrix units.
 //
-// A row's result has one order of sums whatever the rows beside it, and whether it came as a decode or in a chunk: a score is eight
-// lanes over the head's dimensions, then lanes in pairs; the softmax goes over the row's own context, a span after the other (online,
+// A row's result has one order of sums whatever the rows beside it, and whether it came as a decode or in a chunk: a score goes over
+// the head's dimensions from the first to the last; the softmax goes over the row's own context, a span after the other (online,
 // arXiv 1805.02867); values are added in the order of the context. So a token recomputed as part of a prompt gets the bits it had as a decode, however the prompt was cut.
-// Keys and values are widened once for some rows of a chunk and all query heads that share them, a run of the context at a time.
+// Keys are turned, and values widened, once for some rows of a chunk and all query heads that share them, a run of the context at a time.
 // T rows, N query heads, K KV heads, G = N/K, H head dim of queries and keys, V of values, C context, Q = queries of a task.
 
 #include <ATen/core/Tensor.h>
@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include "elements.h"
+#include "keys.h"
 #include "lanes.h"
 #include "thread_pool.h"
 
@@ -27,14 +28,21 @@ using antiphon::data;
 using antiphon::dispatch;
 using antiphon::exp_negative;
 using antiphon::f32x8;
+using antiphon::f32xn;
+using antiphon::kLanes;
 using antiphon::kVector;
 using antiphon::load;
 using antiphon::load8;
+using antiphon::load_lanes;
 using antiphon::multiply_add;
+using antiphon::score_keys;
+using antiphon::spread;
+using antiphon::steps_at;
+using antiphon::steps_of;
 using antiphon::store;
-using antiphon::store8;
+using antiphon::store_lanes;
 using antiphon::total;
-using antiphon::totals;
+using antiphon::turn_keys;
 using at::Tensor;
 
 constexpr int64_t kRun = 32;      // of the context whose keys, or values, are widened at once
@@ -48,7 +56,16 @@ struct Rows {
   const int32_t* blocks;  // its blocks
   int64_t block_size;
 
-  int64_t slot(int64_t c) const { return slots != nullptr ? slots[c] : blocks[c / block_size] * block_size + c % block_size; }
+  // Where each token of the context from ``first`` on lies, those before it left open: no division for each of them.
+  const int64_t* all_slots(int64_t first, int64_t last, std::vector<int64_t>& kept) const {
+    if (slots != nullptr) return slots;
+    kept.resize(last);
+    for (int64_t c = first, block = first / block_size; c < last; ++block) {
+      const int64_t end = std::min(last, (block + 1) * block_size);
+      for (int64_t at = blocks[block] * block_size + c - block * block_size; c < end; ++c, ++at) kept[c] = at;
+    }
+    return kept.data();
+  }
 };
 
 struct Heads {
@@ -56,74 +73,74 @@ struct Heads {
   int64_t k_slot, k_head, v_slot, v_head;  // strides
   int64_t window;
   float scale, cap;
-  int64_t wide_h() const { return (h + kVector - 1) / kVector * kVector; }
-  int64_t wide_v() const { return (v + kVector - 1) / kVector * kVector; }
+  int64_t wide_v() const { return (v + kLanes - 1) / kLanes * kLanes; }
 };
 
 // Rows of ``width`` elements in fp32, each padded with zeros to ``wide``.
 template <typename T>
 void widen(const T* from, int64_t width, float* to, int64_t wide) {
   int64_t i = 0;
-  for (; i + kVector <= width; i += kVector) store8(to + i, load8(from + i));
+  for (; i + kLanes <= width; i += kLanes) store_lanes(to + i, load_lanes(from + i));
   for (; i < width; ++i) to[i] = load(from[i]);
   for (; i < wide; ++i) to[i] = 0.0f;
 }
 
-constexpr int64_t kAhead = 24;  // tokens whose keys are fetched before they are needed: a block's are far from the next one's
+constexpr int64_t kAhead = 32;  // tokens whose keys are fetched before they are needed: a block's are far from the next one's
 
-// Have a row of a cache fetched.
+// Scores of a run's ``count`` keys for ``num`` queries one behind the other, and of some beyond them.
 template <typename T>
-inline void expect(const T* row, int64_t width) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < width; i += kLine) __builtin_prefetch(row + i);
-}
-
-// scores[q][k] of Queries queries and four keys; rows of both ``wide`` floats apart.
-template <int Queries>
-[[gnu::always_inline]] inline void four_keys(const float* queries, const float* keys, int64_t wide, float* scores) {
-  f32x8 acc[Queries][4] = {};
-  for (int64_t i = 0; i < wide; i += kVector) {
-    f32x8 key[4];
-    for (int k = 0; k < 4; ++k) key[k] = load8(keys + k * wide + i);
-    for (int q = 0; q < Queries; ++q) {
-      const f32x8 query = load8(queries + q * wide + i);
-      for (int k = 0; k < 4; ++k) acc[q][k] = multiply_add(query, key[k], acc[q][k]);
-    }
+void score_run(const float* queries, int64_t num, const float* keys, int64_t count, int64_t steps, float scale, float* scores) {
+  for (int64_t k = 0; k < count; k += 2 * kLanes) {
+    const float* query = queries;
+    float* to = scores + k;
+    int64_t left = num;
+    const auto take = [&]<int Queries>(std::integral_constant<int, Queries>) {
+      score_keys<T, kRun, kSpan, Queries>(query, keys + k, steps, scale, to);
+      query += Queries * steps, to += Queries * kSpan, left -= Queries;
+    };
+    while (left >= 6) take(std::integral_constant<int, 6>{});
+    if (left >= 4) take(std::integral_constant<int, 4>{});
+    if (left == 3) take(std::integral_constant<int, 3>{});
+    if (left == 2) take(std::integral_constant<int, 2>{});
+    if (left == 1) take(std::integral_constant<int, 1>{});
   }
-  for (int q = 0; q < Queries; ++q) totals(acc[q], scores + q * kSpan);
 }
 
-template <int Queries>
-void score_run(const float* queries, const float* keys, int64_t num_keys, int64_t wide, float* scores) {
-  for (int64_t k = 0; k < num_keys; k += 4) four_keys<Queries>(queries, keys + k * wide, wide, scores + k);
-}
-
-// result[g][i] += weights[g][c] * values[c][i] over c, for Groups queries and 8 * Lanes dimensions.
-template <int Groups, int Lanes>
-[[gnu::always_inline]] inline void add_lanes(const float* weights, const float* values, int64_t count, int64_t wide, float* results) {
-  f32x8 acc[Groups][Lanes];
+// result[g][i] += weights[g][c] * values(c)[i] over c, for Groups queries and kLanes * Vectors dimensions from ``from`` on.
+template <int Groups, int Vectors, typename Values>
+[[gnu::always_inline]] inline void add_lanes(const float* weights, Values values, int64_t from, int64_t count, int64_t wide, float* results) {
+  f32xn acc[Groups][Vectors];
   for (int g = 0; g < Groups; ++g) {
-    for (int l = 0; l < Lanes; ++l) acc[g][l] = load8(results + g * wide + l * kVector);
+    for (int l = 0; l < Vectors; ++l) acc[g][l] = load_lanes(results + g * wide + from + l * kLanes);
   }
   for (int64_t c = 0; c < count; ++c) {
-    f32x8 value[Lanes];
-    for (int l = 0; l < Lanes; ++l) value[l] = load8(values + c * wide + l * kVector);
+    const auto* at = values(c) + from;
+    f32xn value[Vectors];
+    for (int l = 0; l < Vectors; ++l) value[l] = load_lanes(at + l * kLanes);
     for (int g = 0; g < Groups; ++g) {
-      const f32x8 weight = f32x8{} + weights[g * kSpan + c];
-      for (int l = 0; l < Lanes; ++l) acc[g][l] = multiply_add(weight, value[l], acc[g][l]);
+      const f32xn weight = spread(weights[g * kSpan + c]);
+      for (int l = 0; l < Vectors; ++l) acc[g][l] = multiply_add(weight, value[l], acc[g][l]);
     }
   }
   for (int g = 0; g < Groups; ++g) {
-    for (int l = 0; l < Lanes; ++l) store8(results + g * wide + l * kVector, acc[g][l]);
+    for (int l = 0; l < Vectors; ++l) store_lanes(results + g * wide + from + l * kLanes, acc[g][l]);
   }
 }
 
-template <int Groups>
-void add_values(const float* weights, const float* values, int64_t count, int64_t wide, float* results) {
-  constexpr int kLanes = 8 / Groups;
-  int64_t i = 0;
-  for (; i + kLanes * kVector <= wide; i += kLanes * kVector) add_lanes<Groups, kLanes>(weights, values + i, count, wide, results + i);
-  for (; i < wide; i += kVector) add_lanes<Groups, 1>(weights, values + i, count, wide, results + i);
+// The same for ``num`` queries one behind the other, and all dimensions.
+template <typename Values>
+void add_values(const float* weights, Values values, int64_t num, int64_t count, int64_t wide, float* results) {
+  const auto take = [&]<int Groups>(std::integral_constant<int, Groups>) {
+    constexpr int kVectors = kLanes == 16 ? 4 : Groups == 1 ? 8 : Groups == 2 ? 4 : 2;  // as many sums as registers hold
+    int64_t i = 0;
+    for (; i + kVectors * kLanes <= wide; i += kVectors * kLanes) add_lanes<Groups, kVectors>(weights, values, i, count, wide, results);
+    for (; i < wide; i += kLanes) add_lanes<Groups, 1>(weights, values, i, count, wide, results);
+    weights += Groups * kSpan, results += Groups * wide, num -= Groups;
+  };
+  while (num >= 4) take(std::integral_constant<int, 4>{});
+  if (num == 3) take(std::integral_constant<int, 3>{});
+  if (num == 2) take(std::integral_constant<int, 2>{});
+  if (num == 1) take(std::integral_constant<int, 1>{});
 }
 
 // What a query knows of the softmax over its context so far: the largest score and the sum of exp(score - best).
@@ -156,65 +173,64 @@ void soften(float* s, int64_t count, float cap, Softmax& so_far, float* result, 
   }
   const float factor = exp_negative(so_far.best - best);
   so_far = {best, so_far.sum * factor + sum};
-  for (int64_t i = 0; i < wide; i += kVector) store8(result + i, load8(result + i) * factor);
+  for (int64_t i = 0; i < wide; i += kLanes) store_lanes(result + i, load_lanes(result + i) * factor);
 }
 
 struct Scratch {
   std::vector<float> queries, scores, run, results;
   std::vector<Softmax> softmax;
+  std::vector<int64_t> slots;
 };
 
 // One KV head of some rows. ``q`` and ``out`` are the first row's, of the heads that share it.
 template <typename T>
 void attend(const Rows& rows, const Heads& heads, const T* q, int64_t q_stride, const T* k_cache, const T* v_cache, const float* sinks,
             T* out, int64_t out_stride, Scratch& scratch) {
-  const int64_t groups = heads.groups, queries = rows.count * groups, wide_h = heads.wide_h(), wide_v = heads.wide_v();
+  const int64_t groups = heads.groups, queries = rows.count * groups, steps = steps_of<T>(heads.h), wide_v = heads.wide_v();
   const auto high = [&](int64_t r) { return rows.past + r + 1; };
   const auto low = [&](int64_t r) { return heads.window > 0 ? std::max<int64_t>(0, high(r) - heads.window) : 0; };
-  scratch.queries.resize(queries * wide_h);
+  scratch.queries.resize(queries * steps);
   scratch.scores.resize(queries * kSpan);
-  scratch.run.resize(kRun * std::max(wide_h, wide_v));
+  scratch.run.resize(kRun * std::max(steps, wide_v));
   scratch.results.assign(queries * wide_v, 0.0f);
   scratch.softmax.resize(queries);
   float *query = scratch.queries.data(), *scores = scratch.scores.data(), *run = scratch.run.data(), *results = scratch.results.data();
   for (int64_t i = 0; i < queries; ++i) {
-    widen(q + i / groups * q_stride + i % groups * heads.h, heads.h, query + i * wide_h, wide_h);
-    for (int64_t j = 0; j < heads.h; ++j) query[i * wide_h + j] *= heads.scale;
+    const T* from = q + i / groups * q_stride + i % groups * heads.h;
+    constexpr int64_t kWidth = antiphon::kPairs<T> ? 2 * kLanes : kLanes;
+    for (int64_t d = 0, s = 0; d < heads.h; d += kWidth, s += kLanes) store_lanes(query + i * steps + s, steps_at(from + d, heads.h - d));
     scratch.softmax[i] = sinks == nullptr ? Softmax{-INFINITY, 0.0f} : Softmax{sinks[i % groups], 1.0f};
   }
   const int64_t first = low(0), last = high(rows.count - 1);
+  const int64_t* slots = rows.all_slots(first, last, scratch.slots);
   for (int64_t span = first / kSpan * kSpan; span < last; span += kSpan) {
     const int64_t begin = std::max(span, first), end = std::min(span + kSpan, last);
     const int64_t top = std::max<int64_t>(0, begin - rows.past);  // rows that see some of it
     const int64_t bottom = heads.window > 0 ? std::min(rows.count, end + heads.window - rows.past - 1) : rows.count;
     for (int64_t c = begin; c < end; c += kRun) {
-      const int64_t count = std::min(kRun, end - c), padded = (count + 3) / 4 * 4;
-      for (int64_t i = 0; i < count; ++i) {
-        if (c + i + kAhead < last) expect(k_cache + rows.slot(c + i + kAhead) * heads.k_slot, heads.h);
-        expect(v_cache + rows.slot(c + i) * heads.v_slot, heads.v);
-        widen(k_cache + rows.slot(c + i) * heads.k_slot, heads.h, run + i * wide_h, wide_h);
-      }
-      std::fill(run + count * wide_h, run + padded * wide_h, 0.0f);
-      float* to = scores + c - begin;
-      int64_t i = std::max(top, c - rows.past) * groups;
-      for (; i + 3 <= bottom * groups; i += 3) score_run<3>(query + i * wide_h, run, padded, wide_h, to + i * kSpan);
-      for (; i + 2 <= bottom * groups; i += 2) score_run<2>(query + i * wide_h, run, padded, wide_h, to + i * kSpan);
-      for (; i < bottom * groups; ++i) score_run<1>(query + i * wide_h, run, padded, wide_h, to + i * kSpan);
+      const int64_t count = std::min(kRun, end - c), i = std::max(top, c - rows.past) * groups;
+      const auto fetch = [&](int64_t k, int64_t d) {
+        if (c + k + kAhead < last) __builtin_prefetch(k_cache + slots[c + k + kAhead] * heads.k_slot + d);
+        if (d < heads.v) __builtin_prefetch(v_cache + slots[c + k] * heads.v_slot + d);
+      };
+      turn_keys<T, kRun>(count, heads.h, [&](int64_t k) { return k_cache + slots[c + k] * heads.k_slot; }, fetch, run);
+      score_run<T>(query + i * steps, bottom * groups - i, run, count, steps, heads.scale, scores + c - begin + i * kSpan);
     }
     for (int64_t i = top * groups; i < bottom * groups; ++i) {
       const int64_t r = i / groups, from = std::max(begin, low(r)), seen = std::min(end, high(r)) - from;
       soften(scores + i * kSpan + from - begin, seen, heads.cap, scratch.softmax[i], results + i * wide_v, wide_v);
     }
+    if (rows.count == 1 && heads.v % kLanes == 0) {  // taken once each, straight from where they are
+      const auto value = [&](int64_t i) { return v_cache + slots[begin + i] * heads.v_slot; };
+      add_values(scores, value, groups, end - begin, wide_v, results);
+      continue;
+    }
     for (int64_t c = begin; c < end; c += kRun) {
       const int64_t count = std::min(kRun, end - c);
-      for (int64_t i = 0; i < count; ++i) widen(v_cache + rows.slot(c + i) * heads.v_slot, heads.v, run + i * wide_v, wide_v);
+      for (int64_t i = 0; i < count; ++i) widen(v_cache + slots[c + i] * heads.v_slot, heads.v, run + i * wide_v, wide_v);
       const auto add = [&](int64_t r, int64_t num_rows, int64_t from, int64_t seen) {
-        const float *weights = scores + r * groups * kSpan + from - begin, *values = run + (from - c) * wide_v;
-        float* result = results + r * groups * wide_v;
-        int64_t i = 0;
-        for (; i + 4 <= num_rows * groups; i += 4) add_values<4>(weights + i * kSpan, values, seen, wide_v, result + i * wide_v);
-        for (; i + 2 <= num_rows * groups; i += 2) add_values<2>(weights + i * kSpan, values, seen, wide_v, result + i * wide_v);
-        for (; i < num_rows * groups; ++i) add_values<1>(weights + i * kSpan, values, seen, wide_v, result + i * wide_v);
+        const auto value = [&](int64_t i) { return run + (from - c + i) * wide_v; };
+        add_values(scores + r * groups * kSpan + from - begin, value, num_rows * groups, seen, wide_v, results + r * groups * wide_v);
       };
       for (int64_t r = std::max(top, c - rows.past); r < bottom;) {
         const int64_t from = std::max(c, low(r)), to = std::min(c + count, high(r));
@@ -228,6 +244,7 @@ void attend(const Rows& rows, const Heads& heads, const T* q, int64_t q_stride, 
   for (int64_t i = 0; i < queries; ++i) {
     T* to = out + i / groups * out_stride + i % groups * heads.v;
     const float inverse = 1.0f / scratch.softmax[i].sum;
+#pragma omp simd
     for (int64_t j = 0; j < heads.v; ++j) store(to[j], results[i * wide_v + j] * inverse);
   }
 }
