@@ -40,7 +40,7 @@ from antiphon.models.experts.placement import ExpertPlacement
 from antiphon.models.experts.routing import Router, Routing
 from antiphon.models.experts.shard import DenseFFN, ExpertBank
 from antiphon.models.experts.skipping import ExpertSkipping
-from antiphon.models.layers.functional import Norm, RMSNorm, Rope, read_norm
+from antiphon.models.layers.functional import Norm, RMSNorm, Rope, advance, read_norm
 from antiphon.models.layers.linear import Linear
 from antiphon.models.layers.quantized import Int8Choice
 from antiphon.models.layers.rope_config import RopeConfig
@@ -236,7 +236,7 @@ class AttentionHalves:
         norm = half.norms.get("ffn")
         if isinstance(norm, RMSNorm):
             return norm.after_adding(state.x_TD, attended)
-        state.x_TD.add_(attended)
+        advance(state.x_TD, attended)
         if norm is not None:
             return norm(state.x_TD)
         return state.x_TD if half.shortcut is None else state.x_TD.clone()  # x itself changes while a shortcut's rows are away
@@ -269,7 +269,7 @@ class AttentionHalves:
                 result_TD = result_TD.to(state.x_TD.device)
             if left.routing is not None and left.routing.identity_T is not None:
                 result_TD = result_TD + left.rows_TD * left.routing.identity_T[:, None].to(left.rows_TD.dtype)
-            state.x_TD.add_(result_TD if norm is None else norm(result_TD.to(state.x_TD.dtype)))
+            advance(state.x_TD, result_TD if norm is None else norm(result_TD.to(state.x_TD.dtype)))
 
     def hidden(self, x_RD: torch.Tensor) -> torch.Tensor:
         """The model's last hidden states, [R, D], from rows of the residual stream."""

@@ -16,6 +16,18 @@ from antiphon.models.loading.weights import Weights
 from antiphon.models.native.library import available
 
 
+def advance(x_TD: torch.Tensor, y_TD: torch.Tensor) -> torch.Tensor:
+    """x += y, in place; on a processor without waking torch's threads beside those of the kernels."""
+    if x_TD.device.type == "cpu" and available() and _are_alike(x_TD, y_TD) and x_TD.dtype in (torch.bfloat16, torch.float32):
+        torch.ops.antiphon.add_rows(x_TD, y_TD)
+        return x_TD
+    return x_TD.add_(y_TD)
+
+
+def _are_alike(x_TD: torch.Tensor, y_TD: torch.Tensor) -> bool:
+    return x_TD.dtype == y_TD.dtype and x_TD.shape == y_TD.shape and x_TD.is_contiguous() and y_TD.is_contiguous()
+
+
 class RMSNorm:
     """Root mean square norm (arXiv 1910.07467) over the last dimension; statistics in fp32."""
 
@@ -27,10 +39,14 @@ class RMSNorm:
         self._card = kernels() if is_card(weight_D.device) else None
 
     def after_adding(self, x_TD: torch.Tensor, y_TD: torch.Tensor) -> torch.Tensor:
-        """The norm of x += y, in one kernel on a card."""
-        if self._card is None:
-            return self(x_TD.add_(y_TD))
-        out: torch.Tensor = self._card.add_norm(x_TD, y_TD, self.weight_D, self._eps)
+        """The norm of x += y, in one kernel where there is one."""
+        out: torch.Tensor
+        if self._card is not None:
+            out = self._card.add_norm(x_TD, y_TD, self.weight_D, self._eps)
+        elif self._native and self.weight_D.dtype in (x_TD.dtype, torch.float32) and _are_alike(x_TD, y_TD):
+            out = torch.ops.antiphon.add_rms_norm(x_TD, y_TD, self.weight_D, self._eps, 0.0)
+        else:
+            return self(advance(x_TD, y_TD))
         return out
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

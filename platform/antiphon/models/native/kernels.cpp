@@ -92,6 +92,24 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double shift)
   return out;
 }
 
+template <typename T>
+void add_row(T* row, const T* more, int64_t d) {
+#pragma omp simd
+  for (int64_t i = 0; i < d; ++i) store(row[i], load(row[i]) + load(more[i]));
+}
+
+// x_TD += added_TD, on the threads that the other kernels use: torch's own would wake up for it.
+void add_rows(const Tensor& x, const Tensor& added) {
+  TORCH_CHECK(x.is_contiguous() && added.is_contiguous() && x.sizes() == added.sizes() && x.scalar_type() == added.scalar_type());
+  const int64_t d = x.size(-1), rows = x.numel() / d;
+  dispatch(x, [&](auto tag) {
+    using T = decltype(tag);
+    antiphon::parallel_for(0, rows, 32, [&](int64_t begin, int64_t end) {
+      add_row(data<T>(x) + begin * d, data<T>(added) + begin * d, (end - begin) * d);
+    });
+  });
+}
+
 // x_TD += added_TD, then its norm: the residual stream advances in the same pass.
 Tensor add_rms_norm(const Tensor& x, const Tensor& added, const Tensor& weight, double eps, double shift) {
   TORCH_CHECK(x.is_contiguous() && added.is_contiguous() && x.sizes() == added.sizes() && x.scalar_type() == added.scalar_type());
@@ -103,11 +121,7 @@ Tensor add_rms_norm(const Tensor& x, const Tensor& added, const Tensor& weight, 
     antiphon::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         T* row = data<T>(x) + t * d;
-        const T* more = data<T>(added) + t * d;
-#pragma omp simd
-        for (int64_t i = 0; i < d; ++i) {
-          store(row[i], load(row[i]) + load(more[i]));
-        }
+        add_row(row, data<T>(added) + t * d, d);
         norm_row(row, weight, data<T>(out) + t * d, d, eps, shift);
       }
     });
@@ -407,6 +421,7 @@ Tensor row_linear(const Tensor& x, const Tensor& weight, const std::optional<Ten
 TORCH_LIBRARY(antiphon, m) {
   m.def("row_linear(Tensor x, Tensor weight, Tensor? bias, bool in_fp32) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float shift) -> Tensor");
+  m.def("add_rows(Tensor(a!) x, Tensor added) -> ()");
   m.def("add_rms_norm(Tensor(a!) x, Tensor added, Tensor weight, float eps, float shift) -> Tensor");
   m.def(
       "rope_and_cache(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, Tensor(b!) k_cache, Tensor(c!) v_cache, "
@@ -423,6 +438,7 @@ TORCH_LIBRARY(antiphon, m) {
 TORCH_LIBRARY_IMPL(antiphon, CompositeExplicitAutograd, m) {
   m.impl("rms_norm", &rms_norm);
   m.impl("add_rms_norm", &add_rms_norm);
+  m.impl("add_rows", &add_rows);
   m.impl("rope_and_cache", &rope_and_cache);
   m.impl("silu_mul", &silu_mul);
   m.impl("four_bit_linear", &four_bit_linear);

@@ -45,7 +45,9 @@ def test_adding_and_norming_advances_the_residual_stream(dtype: torch.dtype, tol
     x, more, w = torch.randn(9, 64).to(dtype), torch.randn(9, 64).to(dtype), torch.randn(64).to(dtype)
     expected_x = x + more
     got = torch.ops.antiphon.add_rms_norm(x, more, w, 1e-5, 0.0)
-    torch.testing.assert_close(x, expected_x)
+    assert torch.equal(x, expected_x)
+    torch.ops.antiphon.add_rows(x, more)
+    assert torch.equal(x, expected_x + more)
     expected = F.rms_norm(expected_x.float(), (64,), w.float(), 1e-5).to(dtype)
     torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
 

@@ -1,6 +1,7 @@
 """Attention over a paged cache against torch's, and against reading the cache once, in turns (a bench).
 
-Usage: python tests/bench/attention.py [--dtype bfloat16|float32] [--rounds N]. One thread, processor time: load disturbs little.
+Usage: python tests/bench/kernels/attention.py [--dtype bfloat16|float32] [--rounds N]. One thread, processor time: load
+disturbs little.
 
     chunk    a prompt of so many tokens: torch's scaled_dot_product_attention over keys and values that lie in order already
     decode   64 requests of so many tokens each, in blocks of 16 anywhere: the largest of as many bytes in order, by torch

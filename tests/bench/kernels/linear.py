@@ -1,6 +1,7 @@
 """Our products of rows with a packed weight against oneDNN's with its reordered one, in turns (a bench).
 
-Usage: python tests/bench/linear.py [--dtype bfloat16|float32] [--rounds N]. One thread, processor time: other load disturbs little.
+Usage: python tests/bench/kernels/linear.py [--dtype bfloat16|float32] [--rounds N]. One thread, processor time: other load
+disturbs little.
 Prints, for each shape and number of rows, the median time of both, oneDNN's over ours (above 1: ours is faster) and the lowest and
 highest of that ratio over the rounds.
 """
