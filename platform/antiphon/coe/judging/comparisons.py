@@ -74,7 +74,7 @@ def _neighbours(rows: Rows, seen: Ints, asked: Ints) -> Doubles:
 
 def _ridge(rows: Rows, seen: Ints, asked: Ints) -> Doubles:
     model = Ridge(alpha=10.0).fit(rows.embedding_BD[seen], rows.scores_BM[seen])
-    result: Doubles = model.predict(rows.embedding_BD[asked])
+    result: Doubles = model.predict(rows.embedding_BD[asked]).reshape(len(asked), -1)  # one expert's come without a column
     return result
 
 

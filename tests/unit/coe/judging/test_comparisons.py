@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -39,3 +41,9 @@ def test_the_simple_router_of_one_dataset_is_the_best_single_expert() -> None:
     seen = np.arange(100)
     expected = expected_scores(SIMPLE, one, seen, np.arange(100, 120))
     assert np.allclose(expected, rows.scores_BM[seen].mean(axis=0))
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_a_table_of_one_expert_has_one_column_everywhere(name: str) -> None:
+    rows = replace(_rows(), scores_BM=_rows().scores_BM[:, :1])
+    assert expected_scores(name, rows, np.arange(100), np.arange(100, 120)).shape == (20, 1)
