@@ -18,6 +18,7 @@ A record's proof is made with the deployment's key: whoever else writes to the s
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Mapping
 from typing import Any, TypeVar, cast
@@ -278,12 +279,17 @@ def _milliseconds(seconds: float) -> int:
 
 
 async def _translated(call: Awaitable[T]) -> Any:
+    task = asyncio.current_task()
+    num_cancelled = 0 if task is None else task.cancelling()
     try:
         return cast(Any, await call)
     except (RedisConnectionError, RedisTimeoutError, OSError) as error:
         raise Unavailable(f"the directory's Redis can't be reached: {error}") from error
     except RedisError as error:
         raise _unexpected(error) from error
+    finally:
+        if task is not None and task.cancelling() > num_cancelled:
+            raise asyncio.CancelledError  # Redis' client may have taken it for a timeout of its own
 
 
 def _unexpected(error: RedisError) -> AntiphonError:

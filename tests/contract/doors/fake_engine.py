@@ -18,6 +18,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from antiphon.core.budget import Budgets
+from antiphon.core.directory import Directory
 from antiphon.core.errors import DeadlineExceeded, ErrorInfo, Overloaded
 from antiphon.core.ids import Endpoint, Epoch, Role, WorkerId
 from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput, RequestTimes, TokenLogprob
@@ -207,7 +208,7 @@ class FakeEngine:
 class FakeWorker:
     """An engine behind a real grpc server, registered in a directory."""
 
-    def __init__(self, directory: MemoryDirectory, engine: FakeEngine, info: WorkerInfo) -> None:
+    def __init__(self, directory: Directory, engine: FakeEngine, info: WorkerInfo) -> None:
         self.directory = directory
         self.engine = engine
         self.info = info
@@ -241,7 +242,7 @@ class FakeWorker:
 class World:
     """A directory, workers and a gateway."""
 
-    directory: MemoryDirectory
+    directory: Directory
     checkpoint: Path
     tokenizer: Tokenizer
     allowed: list[int]
@@ -279,7 +280,7 @@ class World:
 
 
 def make_worker(
-    directory: MemoryDirectory,
+    directory: Directory,
     name: str,
     tokenizer: Tokenizer,
     allowed: Sequence[int],
@@ -321,13 +322,17 @@ async def world(
     generation_config: dict[str, object] | None = None,
     chat_template: str = CHAT_TEMPLATE,
     budgets: Budgets | None = None,
+    directory: Directory | None = None,
     **engine_options: object,
 ) -> AsyncIterator[World]:
-    """Everything running on loopback sockets; on the way out it stops and must have stopped cleanly."""
+    """Everything running on loopback sockets; on the way out it stops and must have stopped cleanly.
+
+    ``directory``: one that outlives this gateway or is shared with another; None = its own, in memory.
+    """
     checkpoint = make_checkpoint(tmp_path / "checkpoint", generation_config=generation_config, chat_template=chat_template)
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     allowed = [i for i in range(tokenizer.get_vocab_size()) if not tokenizer.id_to_token(i).startswith("<")]
-    directory = MemoryDirectory()
+    directory = directory or MemoryDirectory()
     stop = asyncio.Event()
     bound: asyncio.Future[BoundPorts] = asyncio.get_running_loop().create_future()
     config = GatewayConfig(
@@ -351,7 +356,9 @@ async def world(
     for name in workers:
         await made.add_worker(name, **engine_options)
     serving = asyncio.create_task(
-        run_gateway(config, directory, stop, on_bound=bound.set_result, telemetry=telemetry or disabled(), budgets=budgets)
+        run_gateway(
+            config, directory, stop, on_bound=bound.set_result, notes=directory, telemetry=telemetry or disabled(), budgets=budgets
+        )
     )
     try:
         await asyncio.wait({serving, bound}, return_when=asyncio.FIRST_COMPLETED, timeout=30)
