@@ -16,8 +16,6 @@ import math
 import os
 import secrets
 import sys
-import threading
-import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -45,9 +43,6 @@ _LEFTOVER_GRACE_S = 1.0  # for processes of a failed start
 _CONTROL_AWAY = "RAY_gcs_rpc_server_reconnect_timeout_s"
 _CONTROL_AWAY_S = 60
 
-_NODE_LOOK_S, _LOOK_AGAIN_S = 20.0, 0.05
-_WANTED_NEXT = "antiphon.apps.serve_entry"
-
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 # Read by Ray when it is imported, and by the processes it starts.
@@ -68,35 +63,6 @@ _ENVIRONMENT = {
 
 _WHEN_JOINED = ("RAY_DISABLE_IMPORT_WARNING", "RAY_DEDUP_LOGS", "RAY_SERVE_LOG_TO_STDERR")
 _TOKEN_FILE = "ray-token"  # noqa: S105 - its name
-
-
-def _look_for_node_often() -> None:
-    """Let Ray see its own node within a twentieth of a second of its registering: a start of Ray looks once a second."""
-    services: Any = importlib.import_module("ray._private.services")  # a module of Ray's own, without types
-    state: Any = importlib.import_module("ray._private.state")
-    look, options_of = services.get_node, services._get_gcs_client_options
-
-    def get_node(gcs_address: str, node_id: str) -> Any:
-        nodes = state.GlobalState()
-        nodes._initialize_global_state(options_of(gcs_address))
-        deadline = time.monotonic() + _NODE_LOOK_S
-        while time.monotonic() < deadline and all(node["NodeID"] != node_id for node in nodes.node_table()):
-            time.sleep(_LOOK_AGAIN_S)
-        return look(gcs_address, node_id)  # which waits on, and says what is wrong
-
-    services.get_node = get_node
-
-
-def _import_beside() -> threading.Thread:
-    """Import what a deployment needs while Ray starts, which mostly waits; whatever goes wrong shows where it is imported again."""
-
-    def run() -> None:
-        with contextlib.suppress(Exception):
-            importlib.import_module(_WANTED_NEXT)
-
-    thread = threading.Thread(target=run, name="imports", daemon=True)
-    thread.start()
-    return thread
 
 
 def keep_serve_on_loopback() -> None:
@@ -203,9 +169,6 @@ class RayRuntime:
         if self._dashboard:  # its processes leave directories where temporary files lie; the run directory goes at the end
             os.environ["TMPDIR"] = str(ray_dir(self._run_dir))
         self._ray = ray
-        with contextlib.suppress(AttributeError):  # another release of Ray: it starts as it does by itself
-            _look_for_node_often()
-        imports = _import_beside()
         others = {process.pid for process in psutil.Process().children()}  # of this run, but none of Ray's
         for attempt in range(_START_ATTEMPTS):
             try:
@@ -234,7 +197,6 @@ class RayRuntime:
                 check_private(self._run_dir)
                 self._look(context, self._keep_token())
                 self._control = ControlWatch.of_child(CONTROL)
-                imports.join()
                 return
 
     def _join(self, address: str) -> None:
