@@ -160,6 +160,8 @@ def test_secrets_are_files_and_the_deployments_key_is_in_every_pod() -> None:
             assert tls["keyFile"].startswith(mounts["secret-0"]["mountPath"] + "/")
         if group.get("groupName") == GATEWAY:
             assert container["readinessProbe"]["httpGet"]["scheme"] == "HTTPS"
+            waits_s = int(container["lifecycle"]["preStop"]["exec"]["command"][-1])  # Services still send to it for a moment
+            assert 0 < waits_s < pod["terminationGracePeriodSeconds"] - value.spec.kubernetes.drain_s
 
 
 @given(st.randoms(use_true_random=False))

@@ -55,6 +55,7 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 GRACE_MARGIN_S = 30
+_UNKNOWN_S = 5  # seconds until a Service's addresses have changed everywhere
 _START_PROBES = 180  # of five seconds each
 
 
@@ -120,6 +121,8 @@ def gateway_template(document: LLMDeployment, settings: Settings, runtime: Runti
             ],
             "readinessProbe": _probe(ready),
             **_alive(alive),
+            # Requests that come until every node knows that it is going are still taken; within the grace period's margin.
+            "lifecycle": {"preStop": {"exec": {"command": ["sleep", str(_UNKNOWN_S)]}}},
         },
         weights=weights,
         shm_bytes=_SHM_DEFAULT_BYTES,
