@@ -68,6 +68,15 @@ def test_without_a_replica_a_stopped_ffn_worker_is_told_of_and_costs_no_stream_a
             os.kill(pid, signal.SIGCONT)
         reader.join(60)
         assert text == whole
+    await_ready(target)
+
+
+def await_ready(target: Target) -> None:
+    """Wait until requests are taken again."""
+    end = time.monotonic() + 30.0
+    while httpx.get(f"{target.http}/ready", timeout=10, trust_env=False).status_code != 200:
+        assert time.monotonic() < end, "it did not come back"
+        time.sleep(0.1)
 
 
 def test_a_request_to_a_stopped_attention_worker_waits_no_longer_than_its_deadline(target: Target) -> None:
@@ -82,8 +91,5 @@ def test_a_request_to_a_stopped_attention_worker_waits_no_longer_than_its_deadli
     finally:
         os.kill(pid, signal.SIGCONT)
 
-    end = time.monotonic() + 30.0
-    while httpx.get(f"{target.http}/ready", timeout=10, trust_env=False).status_code != 200:
-        assert time.monotonic() < end, "it did not come back"
-        time.sleep(0.1)
+    await_ready(target)
     assert target.ask() == target.expected
