@@ -341,7 +341,9 @@ def test_a_worker_stopped_under_load_holds_no_stream_up_and_comes_back_with_no_w
     assert asyncio.run(disturbed(system, list(undisturbed), lambda: None)) == list(undisturbed.values())
 
     def back() -> None:
-        seen = {worker["worker_id"]: worker for worker in system.workers()}[f"tiny/{pool}/{index}"]
+        listed = {worker["worker_id"]: worker for worker in system.workers()}
+        assert f"tiny/{pool}/{index}" in listed  # its lease ran out while it was stopped
+        seen = listed[f"tiny/{pool}/{index}"]
         assert seen["ready"], seen
         assert seen["pid"] == pid
         assert seen.get("connected") is not False
