@@ -208,7 +208,7 @@ def test_headers_without_end_over_grpc_are_not_kept(target: Target) -> None:
     host, _, port = target.grpc.partition(":")
     block = b"".join(frame(9, 0, 1, literal(b"x-a", b"b" * 120) * 100) for _ in range(8))
     resident = []
-    for _ in range(3):
+    for _ in range(6):
         with socket.create_connection((host, int(port)), 20.0) as sock:
             sock.settimeout(10.0)
             try:
@@ -218,7 +218,7 @@ def test_headers_without_end_over_grpc_are_not_kept(target: Target) -> None:
             except OSError:
                 pass  # it was cut off
             resident.append(psutil.Process().memory_info().rss)
-    assert resident[-1] - resident[0] < 64 * MiB  # of 128 that came meanwhile
+    assert resident[-1] - resident[2] < 64 * MiB  # of 192 that came meanwhile; what the first ones made it take is used again
     with dialled(target.grpc) as channel:
         call = channel.unary_stream(GENERATE)
         with pytest.raises(grpc.RpcError) as refused:
