@@ -10,11 +10,10 @@ Prints the median time of both, torch's over ours (above 1: ours is faster), and
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from turns import in_turns
 
 from antiphon.models.native.library import available
 
@@ -22,14 +21,6 @@ BLOCK, BATCH = 16, 64
 HEADS = ((9, 3, 64), (32, 8, 128))  # of queries, of keys and values, dimensions
 CHUNKS, CONTEXTS = (256, 1024), (192, 1024)
 ROUND_S = 0.05
-
-
-def seconds_of(call: Callable[[], torch.Tensor], times: int) -> float:
-    """Processor seconds of one call, the mean of ``times``."""
-    start_s = time.thread_time()
-    for _ in range(times):
-        call()
-    return (time.thread_time() - start_s) / times
 
 
 def chunk(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, length: int) -> tuple[Callable[[], torch.Tensor], ...]:
@@ -74,17 +65,8 @@ def main() -> None:
         for heads, kv_heads, dim in HEADS:
             for length in lengths:
                 theirs, ours = make(getattr(torch, arguments.dtype), heads, kv_heads, dim, length)
-                theirs()
-                times = max(2, int(ROUND_S / max(1e-6, seconds_of(ours, 2))))
-                pairs = [(seconds_of(theirs, times), seconds_of(ours, times)) for _ in range(arguments.rounds)]
-                ratios = [their / our for their, our in pairs]
-                medians = [statistics.median(column) * 1e6 for column in zip(*pairs, strict=True)]
-                shape, spread = f"{heads}/{kv_heads} x {dim}", f"[{min(ratios):.2f}, {max(ratios):.2f}]"
-                print(
-                    f"{make.__name__:7} {shape:>11} {length:>7} {medians[0]:>11.0f} {medians[1]:>11.0f}   "
-                    f"{statistics.median(ratios):.2f} {spread}",
-                    flush=True,
-                )
+                compared = in_turns(theirs, ours, rounds=arguments.rounds, round_s=ROUND_S)
+                print(f"{make.__name__:7} {f'{heads}/{kv_heads} x {dim}':>11} {length:>7} {compared}", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,9 @@ highest of that ratio over the rounds.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
+from turns import in_turns
 
 from antiphon.models.native.library import available
 
@@ -19,14 +17,6 @@ SHAPES = ((960, 576), (3072, 576), (576, 1536), (49152, 576), (6144, 2048), (204
 ROWS = (1, 2, 4, 8, 32, 128, 512)
 MOST_PRODUCTS = 5e9  # a larger one teaches nothing new
 ROUND_S = 0.02
-
-
-def seconds_of(call: Callable[[], torch.Tensor], times: int) -> float:
-    """Processor seconds of one call, the mean of ``times``."""
-    start_s = time.thread_time()
-    for _ in range(times):
-        call()
-    return (time.thread_time() - start_s) / times
 
 
 def main() -> None:
@@ -56,16 +46,8 @@ def main() -> None:
                 result: torch.Tensor = torch.ops.antiphon.packed_linear(x, weight, None, outputs, False)
                 return result
 
-            theirs()
-            times = max(2, int(ROUND_S / max(1e-6, seconds_of(ours, 2))))
-            pairs = [(seconds_of(theirs, times), seconds_of(ours, times)) for _ in range(arguments.rounds)]
-            ratios = [their / our for their, our in pairs]
-            medians = [statistics.median(column) * 1e6 for column in zip(*pairs, strict=True)]
-            shape, spread = f"{num_outputs} x {num_inputs}", f"[{min(ratios):.2f}, {max(ratios):.2f}]"
-            print(
-                f"{shape:>19}  {num_rows:>5} {medians[0]:>11.0f} {medians[1]:>11.0f}   {statistics.median(ratios):.2f} {spread}",
-                flush=True,
-            )
+            compared = in_turns(theirs, ours, rounds=arguments.rounds, round_s=ROUND_S)
+            print(f"{f'{num_outputs} x {num_inputs}':>19}  {num_rows:>5} {compared}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -381,3 +381,25 @@ async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+def said(blocks: Iterable[str]) -> str:
+    """The text of a stream's events, in any door's shape: how it is cut is left out."""
+    text = ""
+    for block in blocks:
+        data = block.rpartition("data: ")[2]
+        body = {} if data == "[DONE]" else json.loads(data)
+        for choice in body.get("choices", ()):
+            text += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+        match body.get("type"), body.get("delta"):
+            case "response.output_text.delta", str(delta):
+                text += delta
+            case "content_block_delta", dict(delta):
+                text += delta.get("text", "")
+    return text
+
+
+def kind(block: str) -> str:
+    """What an event is, without its id and what its cut decides."""
+    rest = block.partition("\n")[2] if block.startswith("id: ") else block
+    return rest.partition("\n")[0] if rest.startswith("event: ") else rest.partition('"created"')[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
-import json
 import os
 import re
 import signal
@@ -69,6 +68,10 @@ class Sent:
         return found
 
 
+def text_of(events: Sequence[Sent]) -> str:
+    return str(fake.said(event.rest for event in events))
+
+
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[fake.World]:
     async with fake.world(tmp_path, gateway={"api_keys": frozenset({"alice", "bob"})}) as made:
@@ -98,31 +101,10 @@ async def test_a_stream_goes_on_behind_any_of_its_events(http: httpx.AsyncClient
         assert rest.status_code == 200
         assert rest.headers["content-type"].startswith("text/event-stream")
         sent = Sent.all_of(rest.text)  # cut otherwise, where the gateway was behind its engine the first time
-        assert said(events[: position + 1]) + said(sent) == said(events)
+        assert text_of(events[: position + 1]) + text_of(sent) == text_of(events)
         assert [int(event.id.partition(".")[0]) for event in sent] == list(range(position + 2, position + 2 + len(sent)))
         assert bool(sent) == (position + 1 < len(events))
-        assert not sent or kind(sent[-1]) == kind(events[-1])
-
-
-def said(events: Sequence[Sent]) -> str:
-    """The text of a stream's events, in any door's shape."""
-    text = ""
-    for event in events:
-        data = event.rest.rpartition("data: ")[2]
-        body = {} if data == "[DONE]" else json.loads(data)
-        for choice in body.get("choices", ()):
-            text += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
-        match body.get("type"), body.get("delta"):
-            case "response.output_text.delta", str(delta):
-                text += delta
-            case "content_block_delta", dict(delta):
-                text += delta.get("text", "")
-    return text
-
-
-def kind(event: Sent) -> str:
-    """What an event is, without what its cut decides."""
-    return event.rest.partition("\n")[0] if event.rest.startswith("event: ") else event.rest.partition('"created"')[0]
+        assert not sent or fake.kind(sent[-1].rest) == fake.kind(events[-1].rest)
 
 
 async def test_nobody_else_goes_on_with_a_stream(world: fake.World, http: httpx.AsyncClient) -> None:

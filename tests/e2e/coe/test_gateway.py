@@ -11,7 +11,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -384,32 +384,12 @@ async def test_http_streams_go_on_with_the_same_expert_when_their_gateway_is_kil
             assert answer.status_code == 200, answer.text
             assert (answer.headers["x-antiphon-expert"], answer.headers["x-antiphon-reason"]) == (experts[path], "resumed")
             later, again = answer.text.split("\n\n")[:-1], whole.text.split("\n\n")[:-1]
-            assert said(blocks[1:]) + said(later) == said(again)  # which may be cut otherwise: events hold what there was to send
-            assert kind(later[-1]) == kind(again[-1])
+            assert fake.said(blocks[1:]) + fake.said(later) == fake.said(
+                again
+            )  # which may be cut otherwise: events hold what there was to send
+            assert fake.kind(later[-1]) == fake.kind(again[-1])
             assert (await rest(-1, **{"x-request-id": "another"})).status_code == 400
         assert experts == {path: "model-1" if SUMS in json.dumps(body) else "model-0" for path, body in asked.items()}
-
-
-def said(blocks: Sequence[str]) -> str:
-    """The text of a stream's events, in any door's shape."""
-    text = ""
-    for block in blocks:
-        data = block.rpartition("data: ")[2]
-        body = {} if data == "[DONE]" else json.loads(data)
-        for choice in body.get("choices", ()):
-            text += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
-        match body.get("type"), body.get("delta"):
-            case "response.output_text.delta", str(delta):
-                text += delta
-            case "content_block_delta", dict(delta):
-                text += delta.get("text", "")
-    return text
-
-
-def kind(block: str) -> str:
-    """What an event is, without its id and what its cut decides."""
-    rest = block.partition("\n")[2]
-    return rest.partition("\n")[0] if rest.startswith("event: ") else rest.partition('"created"')[0]
 
 
 async def test_a_stream_of_another_servers_expert_is_not_begun_anew_for_one_who_asks_for_its_rest(

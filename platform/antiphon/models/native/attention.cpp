@@ -2,8 +2,9 @@
 //
 // A row's result has one order of sums whatever the rows beside it, and whether it came as a decode or in a chunk: a score goes over
 // the head's dimensions from the first to the last; the softmax goes over the row's own context, a span after the other (online,
-// arXiv 1805.02867); values are added in the order of the context. So a token recomputed as part of a prompt gets the bits it had as a decode, however the prompt was cut.
-// Keys are turned, and values widened, once for some rows of a chunk and all query heads that share them, a run of the context at a time.
+// arXiv 1805.02867); values are added in the order of the context. So a token recomputed as part of a prompt gets the bits it had as
+// a decode, however the prompt was cut. Keys are turned, and values widened, once for some rows of a chunk and all query heads that
+// share them, a run of the context at a time; a decode takes values from where they are.
 // T rows, N query heads, K KV heads, G = N/K, H head dim of queries and keys, V of values, C context, Q = queries of a task.
 
 #include <ATen/core/Tensor.h>
@@ -36,6 +37,7 @@ using antiphon::load8;
 using antiphon::load_lanes;
 using antiphon::multiply_add;
 using antiphon::score_keys;
+using antiphon::Scratch;
 using antiphon::spread;
 using antiphon::steps_at;
 using antiphon::steps_of;
@@ -176,8 +178,8 @@ void soften(float* s, int64_t count, float cap, Softmax& so_far, float* result, 
   for (int64_t i = 0; i < wide; i += kLanes) store_lanes(result + i, load_lanes(result + i) * factor);
 }
 
-struct Scratch {
-  std::vector<float> queries, scores, run, results;
+struct Buffers {
+  Scratch queries, scores, run, results;
   std::vector<Softmax> softmax;
   std::vector<int64_t> slots;
 };
@@ -185,16 +187,14 @@ struct Scratch {
 // One KV head of some rows. ``q`` and ``out`` are the first row's, of the heads that share it.
 template <typename T>
 void attend(const Rows& rows, const Heads& heads, const T* q, int64_t q_stride, const T* k_cache, const T* v_cache, const float* sinks,
-            T* out, int64_t out_stride, Scratch& scratch) {
+            T* out, int64_t out_stride, Buffers& scratch) {
   const int64_t groups = heads.groups, queries = rows.count * groups, steps = steps_of<T>(heads.h), wide_v = heads.wide_v();
   const auto high = [&](int64_t r) { return rows.past + r + 1; };
   const auto low = [&](int64_t r) { return heads.window > 0 ? std::max<int64_t>(0, high(r) - heads.window) : 0; };
-  scratch.queries.resize(queries * steps);
-  scratch.scores.resize(queries * kSpan);
-  scratch.run.resize(kRun * std::max(steps, wide_v));
-  scratch.results.assign(queries * wide_v, 0.0f);
   scratch.softmax.resize(queries);
-  float *query = scratch.queries.data(), *scores = scratch.scores.data(), *run = scratch.run.data(), *results = scratch.results.data();
+  float *query = scratch.queries.get<float>(queries * steps), *scores = scratch.scores.get<float>(queries * kSpan);
+  float *run = scratch.run.get<float>(kRun * std::max(steps, wide_v)), *results = scratch.results.get<float>(queries * wide_v);
+  std::fill(results, results + queries * wide_v, 0.0f);
   for (int64_t i = 0; i < queries; ++i) {
     const T* from = q + i / groups * q_stride + i % groups * heads.h;
     constexpr int64_t kWidth = antiphon::kPairs<T> ? 2 * kLanes : kLanes;
@@ -287,7 +287,7 @@ Tensor paged_attention(const Tensor& rows, const Tensor& k_cache, const Tensor& 
   dispatch(rows, [&](auto tag) {
     using T = decltype(tag);
     const auto work = [&](int64_t begin, int64_t end) {
-      thread_local Scratch scratch;
+      thread_local Buffers scratch;
       for (int64_t task = begin; task < end; ++task) {
         const Rows& each = tasks[task / kv_heads];
         const int64_t k = task % kv_heads, first = k * heads.groups;

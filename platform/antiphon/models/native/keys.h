@@ -81,18 +81,19 @@ inline int64_t steps_of(int64_t width) {
 template <typename T>
 inline f32xn steps_at(const T* at, int64_t left) {
   constexpr int64_t kWidth = kPairs<T> ? 2 * kLanes : kLanes;
+  const auto whole = [](const T* from) {
+    if constexpr (kPairs<T>) {
+      f32xn v;
+      std::memcpy(&v, from, sizeof v);
+      return v;
+    } else {
+      return load_lanes(from);
+    }
+  };
+  if (left >= kWidth) return whole(at);
   T padded[kWidth] = {};
-  if (left < kWidth) {
-    std::memcpy(padded, at, std::max<int64_t>(0, left) * sizeof(T));
-    at = padded;
-  }
-  if constexpr (kPairs<T>) {
-    f32xn v;
-    std::memcpy(&v, at, sizeof v);
-    return v;
-  } else {
-    return load_lanes(at);
-  }
+  std::memcpy(padded, at, std::max<int64_t>(0, left) * sizeof(T));
+  return whole(padded);
 }
 
 // Rows [a.., b..] exchange blocks of ``Step`` lanes; after all powers of two the matrix is turned.

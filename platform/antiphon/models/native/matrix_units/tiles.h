@@ -91,25 +91,4 @@ inline __m512 silu(__m512 x) {
 
 inline bits16* data16(const Tensor& t) { return static_cast<bits16*>(const_cast<void*>(t.const_data_ptr())); }
 
-// Scratch of one thread, grown when a larger shape comes for the first time.
-class Scratch {
- public:
-  ~Scratch() { std::free(memory_); }
-  template <typename T>
-  T* get(size_t count) {
-    const size_t bytes = (count * sizeof(T) + 4095) & ~size_t{4095};
-    if (bytes > size_) {
-      std::free(memory_);
-      memory_ = std::aligned_alloc(4096, bytes);
-      if (memory_ == nullptr) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    return static_cast<T*>(memory_);
-  }
-
- private:
-  void* memory_ = nullptr;
-  size_t size_ = 0;
-};
-
 }  // namespace antiphon

@@ -11,9 +11,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <type_traits>
 #include <utility>
 
@@ -57,29 +55,6 @@ inline Lanes load_lanes(const float* from) {
 }
 
 inline void store_lanes(float* to, Lanes v) { std::memcpy(to, &v, sizeof(v)); }
-
-// Memory that only grows and starts at a cache line.
-template <typename T>
-class Scratch {
- public:
-  T* take(int64_t count) {
-    if (count > size_) {
-      const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 4095) / 4096 * 4096;
-      memory_.reset(static_cast<T*>(std::aligned_alloc(4096, bytes)));
-      TORCH_CHECK(memory_ != nullptr, "no memory for ", bytes, " bytes of scratch");
-      std::memset(memory_.get(), 0, bytes);
-      size_ = static_cast<int64_t>(bytes / sizeof(T));
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> memory_;
-  int64_t size_ = 0;
-};
 
 template <typename T>
 constexpr int64_t pair_of = std::is_same_v<T, bf16> ? 2 : 1;
@@ -343,8 +318,8 @@ void sums_by_vectors(const T* x, int64_t stride, int64_t rows, const T* block, i
   if constexpr (std::is_same_v<T, float>) {
     wide = x;
   } else {
-    static thread_local Scratch<float> memory;
-    float* to = memory.take(rows * k);
+    static thread_local Scratch memory;
+    float* to = memory.get<float>(rows * k);
     for (int64_t row = 0; row < rows; ++row) {
 #pragma omp simd
       for (int64_t i = 0; i < k; ++i) to[row * k + i] = load(x[row * stride + i]);

@@ -138,11 +138,11 @@ class Layer {
       : rows_(rows), row_stride_(row_stride), num_rows_(num_rows), d_(hidden), dp_(padded(hidden)), out_(out), out_stride_(out_stride) {}
 
   void run(const std::vector<Expert>& experts, const Pair* pairs, int64_t num_pairs, int64_t widest, Activation activation) {
-    static thread_local Scratch<T> sorted_memory, act_memory;
-    static thread_local Scratch<float> sum_memory;
-    sorted_ = sorted_memory.take((num_pairs + kSlackRows) * dp_);
-    act_ = act_memory.take((num_pairs + kSlackRows) * widest);
-    sum_ = sum_memory.take(num_rows_ * dp_);
+    static thread_local Scratch sorted_memory, act_memory;
+    static thread_local Scratch sum_memory;
+    sorted_ = sorted_memory.get<T>((num_pairs + kSlackRows) * dp_);
+    act_ = act_memory.get<T>((num_pairs + kSlackRows) * widest);
+    sum_ = sum_memory.get<float>(num_rows_ * dp_);
     act_stride_ = widest;
     for (int64_t m = 0; m < num_pairs; ++m) {
       T* to = sorted_ + m * dp_;
@@ -194,9 +194,9 @@ class Layer {
       scales = nullptr;
       return expert.at<T>(share.weight) + block * count;
     }
-    static thread_local Scratch<T> memory;
+    static thread_local Scratch memory;
     scales = expert.at<float>(share.scale) + block * kBlock;
-    return widen(expert.at<int8_t>(share.weight) + block * count, count, memory.take(count), ahead);
+    return widen(expert.at<int8_t>(share.weight) + block * count, count, memory.get<T>(count), ahead);
   }
 
   // done(block, first row, rows, sums) for every block of the share and up to 32 rows of x at a time.
@@ -487,9 +487,9 @@ int64_t route(const Tensor& ids, const Tensor& weights, const Tensor& rows, cons
   const float* packed = weight.const_data_ptr<float>();
   std::atomic<int64_t> num_bad{0};
   antiphon::parallel_for(0, num_rows, 16, [&](int64_t begin, int64_t end) {
-    static thread_local Scratch<float> memory;
+    static thread_local Scratch memory;
     constexpr int64_t kRows = 8;
-    float* x = memory.take(kRows * dp + kRows * outputs + 2 * outputs);
+    float* x = memory.get<float>(kRows * dp + kRows * outputs + 2 * outputs);
     float *logits = x + kRows * dp, *ranks = logits + kRows * outputs, *groups = ranks + outputs;
     alignas(64) Sums sums;
     const Tiles none(false);

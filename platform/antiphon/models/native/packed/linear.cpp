@@ -77,8 +77,8 @@ template <typename T, typename To>
 void run(const T* x, int64_t rows, int64_t inputs, const T* packed, const T* bias, int64_t outputs, To* out) {
   const int64_t k = padded(inputs), num_blocks = padded(outputs) / kBlock;
   if (k != inputs) {  // blocks are as deep as their padding, and so must rows be
-    static thread_local Scratch<T> memory;
-    T* to = memory.take(rows * k);
+    static thread_local Scratch memory;
+    T* to = memory.get<T>(rows * k);
     for (int64_t t = 0; t < rows; ++t) {
       std::memcpy(static_cast<void*>(to + t * k), x + t * inputs, inputs * sizeof(T));
       std::memset(static_cast<void*>(to + t * k + inputs), 0, (k - inputs) * sizeof(T));
