@@ -137,11 +137,13 @@ async def test_a_stop_token_of_the_clients_is_named_and_gives_no_text(
 async def test_a_client_resumes_with_what_it_has(world: fake.World, stub: inference_pb2_grpc.InferenceStub) -> None:
     for num_seen in range(20):
         whole = [event.delta for event in await events(stub, request()) if event.HasField("delta")]
+        num_seen = min(num_seen, len(whole) - 1)  # who has the end of an answer has nothing to go on with
         seen, missing = whole[:num_seen], whole[num_seen:]
         resume = pb.Resume(index=0, token_ids=[token for delta in seen for token in delta.token_ids])
         rest = [event.delta for event in await events(stub, request(resume=[resume])) if event.HasField("delta")]
-        assert [delta.text for delta in rest] == [delta.text for delta in missing]
-        assert [list(delta.token_ids) for delta in rest] == [list(delta.token_ids) for delta in missing]
+        # Cut otherwise, it may be: an event holds what there was to send.
+        assert "".join(delta.text for delta in rest) == "".join(delta.text for delta in missing)
+        assert [token for delta in rest for token in delta.token_ids] == [token for delta in missing for token in delta.token_ids]
 
 
 async def test_resuming_without_the_seed_is_refused(stub: inference_pb2_grpc.InferenceStub) -> None:

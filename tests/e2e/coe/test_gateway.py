@@ -361,7 +361,7 @@ async def test_http_streams_go_on_with_the_same_expert_when_their_gateway_is_kil
                         seen[path] += piece
 
         async def all_froze() -> bool:
-            return all(text.count("\n\n") > 4 for text in seen.values())
+            return all(text.count("\n\n") > 2 for text in seen.values())
 
         reading = [asyncio.create_task(read(path)) for path in asked]
         await eventually(all_froze)
@@ -384,9 +384,7 @@ async def test_http_streams_go_on_with_the_same_expert_when_their_gateway_is_kil
             assert answer.status_code == 200, answer.text
             assert (answer.headers["x-antiphon-expert"], answer.headers["x-antiphon-reason"]) == (experts[path], "resumed")
             later, again = answer.text.split("\n\n")[:-1], whole.text.split("\n\n")[:-1]
-            assert fake.said(blocks[1:]) + fake.said(later) == fake.said(
-                again
-            )  # which may be cut otherwise: events hold what there was to send
+            assert fake.said([*blocks[1:], *later]) == fake.said(again)  # cut otherwise, it may be
             assert fake.kind(later[-1]) == fake.kind(again[-1])
             assert (await rest(-1, **{"x-request-id": "another"})).status_code == 400
         assert experts == {path: "model-1" if SUMS in json.dumps(body) else "model-0" for path, body in asked.items()}
