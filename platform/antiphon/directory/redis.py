@@ -13,7 +13,8 @@
 
 The braces hold ``directory``, or ``directory/<namespace>``: two namespaces may share a Redis, and nothing in it. They keep all keys
 in one slot of a Redis Cluster. Time is Redis' own, so clocks of hosts do not matter.
-A record's proof is made with the deployment's key: whoever else writes to the same Redis adds no worker to it.
+A record's proof is made with the deployment's key: whoever else writes to the same Redis adds no worker to it, and supersedes none.
+What is there and can't be right (another type, no number, no end) counts as not there: what was written once must not last.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from antiphon.core.directory import (
+    MAX_EPOCH,
     MAX_EPOCH_STEP,
+    MAX_LEASE_S,
     MAX_NOTE_BYTES,
     MAX_NOTES,
     MAX_TOPIC_BYTES,
@@ -37,25 +40,55 @@ from antiphon.core.directory import (
     check_lease,
     check_names,
 )
-from antiphon.core.errors import AntiphonError, InternalError, InvalidInput, Unavailable
+from antiphon.core.errors import AntiphonError, InvalidInput, Unavailable
 from antiphon.core.identity import Identity, own_identity
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.core.worker_info import WorkerInfo
 from antiphon.directory.redis_budgets import RedisBudgets
 
-# KEYS worker, epoch, workers of the deployment, deployments; ARGV info, lease_ms, epoch, worker id, deployment, epoch step, proof
-_REGISTER = """
-local known = math.max(tonumber(redis.call('GET', KEYS[2]) or 0), tonumber(redis.call('TIME')[1]))
-if tonumber(ARGV[3]) > known + tonumber(ARGV[6]) then return redis.error_reply('EPOCH out of range') end
-local held = redis.call('HGET', KEYS[1], 'epoch')
-if held and tonumber(held) > tonumber(ARGV[3]) then return 0 end
+# Shared beginning. Leaves: whole(text), the number or nil; clear(key, type), a key of another type is none; epoch_at(key), or nil.
+_KNOWN = f"""
+local function whole(text)
+  local number = tonumber(text or '')
+  if number and number >= 0 and number <= {MAX_EPOCH} then return number end
+end
+local function clear(key, kind)
+  local found = redis.call('TYPE', key).ok
+  if found ~= kind and found ~= 'none' then redis.call('DEL', key) end
+end
+local function epoch_at(key)
+  clear(key, 'string')
+  return whole(redis.call('GET', key))
+end
+"""
+
+# KEYS worker, epoch, workers of the deployment, deployments; ARGV info, lease_ms, epoch, worker id, deployment, epoch step, proof.
+# Answers nothing; where the record that is there has a higher epoch, its info and proof.
+_REGISTER = (
+    _KNOWN
+    + """
+local given, highest = tonumber(ARGV[3]), epoch_at(KEYS[2])
+local known = math.max(highest or 0, tonumber(redis.call('TIME')[1]))
+if given > known + tonumber(ARGV[6]) then return redis.error_reply('EPOCH out of range') end
+clear(KEYS[1], 'hash')
+local held = redis.call('HMGET', KEYS[1], 'epoch', 'info', 'proof')
+local other = tonumber(held[1] or '')
+if other and other > given then return {held[2] or '', held[3] or ''} end
 redis.call('HSET', KEYS[1], 'info', ARGV[1], 'epoch', ARGV[3], 'lease_ms', ARGV[2], 'proof', ARGV[7])
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
-local highest = redis.call('GET', KEYS[2])
-if not highest or tonumber(highest) < tonumber(ARGV[3]) then redis.call('SET', KEYS[2], ARGV[3]) end
+if not highest or highest < given then redis.call('SET', KEYS[2], ARGV[3]) end
+clear(KEYS[3], 'set')
+clear(KEYS[4], 'set')
 redis.call('SADD', KEYS[3], ARGV[4])
 redis.call('SADD', KEYS[4], ARGV[5])
-return 1
+return {}
+"""
+)
+
+# KEYS worker; ARGV info, proof: a record that nobody of ours wrote, unless it is another one by now.
+_DROP = """
+local held = redis.call('HMGET', KEYS[1], 'info', 'proof')
+if (held[1] or '') == ARGV[1] and (held[2] or '') == ARGV[2] then redis.call('DEL', KEYS[1]) end
 """
 
 # KEYS worker; ARGV epoch. The set of ids is pruned when listed.
@@ -64,25 +97,32 @@ if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 0 end
 return redis.call('DEL', KEYS[1])
 """
 
-# KEYS deployments; ARGV prefix, deployment or nothing. Answers info, lease_ms, remaining_ms, proof for each worker.
-_WORKERS = """
+# KEYS deployments; ARGV prefix, deployment or nothing. Answers id, info, lease_ms, remaining_ms, proof for each worker.
+_WORKERS = (
+    _KNOWN
+    + """
+clear(KEYS[1], 'set')
 local names = ARGV[2] and {ARGV[2]} or redis.call('SMEMBERS', KEYS[1])
 local found = {}
 for _, name in ipairs(names) do
   local ids = ARGV[1] .. 'workers:' .. name
+  clear(ids, 'set')
   for _, id in ipairs(redis.call('SMEMBERS', ids)) do
     local key = ARGV[1] .. 'worker:' .. id
+    clear(key, 'hash')
     local record = redis.call('HMGET', key, 'info', 'lease_ms', 'proof')
-    if record[1] then
-      found[#found + 1] = {record[1], tonumber(record[2]), redis.call('PTTL', key), record[3] or ''}
-    else
+    local left = redis.call('PTTL', key)
+    if not record[1] then
       redis.call('SREM', ids, id)
+    elseif whole(record[2]) and left >= 0 then
+      found[#found + 1] = {id, record[1], whole(record[2]), left, record[3] or ''}
     end
   end
   if redis.call('SCARD', ids) == 0 then redis.call('SREM', KEYS[1], name) end
 end
 return found
 """
+)
 
 # KEYS the owner's; ARGV prefix of the pool's index keys, owner, lease_ms, preferred or nothing
 _CLAIM = """
@@ -144,14 +184,17 @@ return found
 """
 
 # KEYS epoch; ARGV after, epoch step. An unknown worker starts at Redis' time in seconds: a store that was emptied must not go back.
-_EPOCH = """
+_EPOCH = (
+    _KNOWN
+    + """
 local now = tonumber(redis.call('TIME')[1])
-local epoch = tonumber(redis.call('GET', KEYS[1]) or now)
+local epoch = epoch_at(KEYS[1]) or now
 if tonumber(ARGV[1]) > math.max(epoch, now) + tonumber(ARGV[2]) then return redis.error_reply('EPOCH out of range') end
 epoch = math.max(epoch, tonumber(ARGV[1])) + 1
 redis.call('SET', KEYS[1], string.format('%.0f', epoch))
 return epoch
 """
+)
 
 T = TypeVar("T")
 
@@ -173,6 +216,7 @@ class RedisDirectory:
             raise InvalidInput(f"not a Redis URL: {error}", "directory.redisUrl") from error
         self.budgets = RedisBudgets(self._redis, self._prefix, _translated)
         self._register = self._redis.register_script(_REGISTER)
+        self._drop = self._redis.register_script(_DROP)
         self._remove = self._redis.register_script(_REMOVE)
         self._workers = self._redis.register_script(_WORKERS)
         self._claim = self._redis.register_script(_CLAIM)
@@ -200,7 +244,13 @@ class RedisDirectory:
         ]
         args: list[str | int] = [info.to_json(), _milliseconds(lease_s), info.epoch, info.worker_id, info.deployment]
         args += [MAX_EPOCH_STEP, self._identity.prove("record", info.to_json().encode()).hex()]
-        return bool(await _translated(self._register(keys=keys, args=args)))
+        while held := await _translated(self._register(keys=keys, args=args)):
+            text, proof = held
+            if self._supersedes(text, proof, info.epoch):
+                return False
+            logger.warning("a record of %s that no part of this deployment wrote is removed", info.worker_id)
+            await _translated(self._drop(keys=keys[:1], args=held))
+        return True
 
     async def remove(self, worker_id: WorkerId, epoch: Epoch) -> bool:
         """See ``Directory``."""
@@ -211,14 +261,16 @@ class RedisDirectory:
         args = [self._prefix] if deployment is None else [self._prefix, deployment]
         rows = await _translated(self._workers(keys=[f"{self._prefix}deployments"], args=args))
         records = []
-        for text, lease, left, proof in rows:
-            if self._identity.given and not self._identity.is_proof(_unhex(proof), "record", text):
+        for worker_id, text, lease, left, proof in rows:
+            if not self._is_ours(text, proof) or not left <= lease <= MAX_LEASE_S * 1000:
                 continue  # of another deployment that shares this Redis, or of nobody's
             try:
                 info = WorkerInfo.from_json(text)
             except InvalidInput as error:  # whoever wrote it: it must not hide the others
                 logger.warning("a record is left out: %s", error)
                 continue
+            if info.worker_id.encode() != worker_id:
+                continue  # somebody copied it
             records.append(WorkerRecord(info=info, age_s=max(0.0, (lease - left) / 1000), lease_s=lease / 1000))
         return tuple(sorted(records, key=lambda record: record.info.worker_id))
 
@@ -255,16 +307,27 @@ class RedisDirectory:
     async def note(self, topic: str, key: str) -> str | None:
         """See ``Notes``."""
         text = await _translated(self._redis.get(f"{self._prefix}note:{topic}:{key}"))
-        return None if text is None else text.decode()
+        return None if text is None else _text(text)
 
     async def notes(self, topic: str) -> Mapping[str, str]:
         """See ``Notes``."""
         rows = await _translated(self._notes(keys=[f"{self._prefix}notes:{topic}"], args=[f"{self._prefix}note:{topic}:"]))
-        return {key.decode(): text.decode() for key, text in sorted(rows)}
+        found = ((_text(key), _text(text)) for key, text in sorted(rows))
+        return {key: text for key, text in found if key is not None and text is not None}
 
     async def close(self) -> None:
         """See ``Directory``."""
         await self._redis.aclose()
+
+    def _is_ours(self, text: bytes, proof: bytes) -> bool:
+        return not self._identity.given or self._identity.is_proof(_unhex(proof), "record", text)
+
+    def _supersedes(self, text: bytes, proof: bytes, epoch: Epoch) -> bool:
+        """Whether a part of this deployment wrote this record, of a higher epoch."""
+        try:
+            return self._is_ours(text, proof) and WorkerInfo.from_json(text).epoch > epoch
+        except InvalidInput:
+            return False
 
 
 def _unhex(text: bytes) -> bytes:
@@ -272,6 +335,13 @@ def _unhex(text: bytes) -> bytes:
         return bytes.fromhex(text.decode())
     except ValueError:
         return b""
+
+
+def _text(raw: bytes) -> str | None:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return None  # nobody of ours wrote it
 
 
 def _milliseconds(seconds: float) -> int:
@@ -296,6 +366,5 @@ def _unexpected(error: RedisError) -> AntiphonError:
     text = str(error)
     if text.startswith("EPOCH"):
         return InvalidInput(f"the directory's Redis: {text}", "epoch")
-    if text.startswith(("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "BUSY")):
-        return Unavailable(f"the directory's Redis can't serve now: {text}")
-    return InternalError(f"the directory's Redis refused a command: {text}")
+    # Memory or a disk that is full, a user's rights that changed, a replica that was promoted: each may end, and no worker with it.
+    return Unavailable(f"the directory's Redis can't serve now: {text}")

@@ -35,6 +35,8 @@ _FIELDS: Final = ("num_requests", "num_prompt_tokens", "num_cached_tokens", "num
 
 # Shared beginning. KEYS the account. Leaves: now (s), now_ms, window (list of second, kind, count), reserved, open.
 _TIDY = f"""
+local found = redis.call('TYPE', KEYS[1]).ok
+if found ~= 'hash' and found ~= 'none' then redis.call('DEL', KEYS[1]) end
 local time = redis.call('TIME')
 local now = tonumber(time[1])
 local now_ms = now * 1000 + math.floor(tonumber(time[2]) / 1000)
@@ -48,8 +50,10 @@ for i = 1, #all, 2 do
   local kind, name = string.sub(all[i], 1, 1), string.sub(all[i], 3)
   if kind == 'o' then
     local held, till = string.match(all[i + 1], '^(%d+):(%d+)$')
-    held, till = tonumber(held), tonumber(till)
-    if till <= now_ms then
+    held, till = tonumber(held or ''), tonumber(till or '')
+    if not till then
+      redis.call('HDEL', KEYS[1], all[i]) -- nobody of ours wrote it
+    elseif till <= now_ms then
       redis.call('HDEL', KEYS[1], all[i])
       local second = math.floor(till / 1000)
       if second >= now - {WINDOW_S} then redis.call('HINCRBY', KEYS[1], 't:' .. second, held) end
@@ -57,7 +61,7 @@ for i = 1, #all, 2 do
     else
       open, reserved = open + 1, reserved + held
     end
-  elseif tonumber(name) < now - {WINDOW_S} then
+  elseif not tonumber(name) or not string.match(all[i + 1], '^%d+$') or tonumber(name) < now - {WINDOW_S} then
     redis.call('HDEL', KEYS[1], all[i])
   else
     count(kind, tonumber(name), tonumber(all[i + 1]))
@@ -182,8 +186,11 @@ class RedisBudgets:
         """See ``Budgets``."""
         rows: dict[tuple[str, str], dict[str, int]] = {}
         for key, value in (await self._translated(self._redis.hgetall(f"{self._prefix}use:{day}"))).items():
-            tenant, model, name = json.loads(key)
-            rows.setdefault((tenant, model), dict.fromkeys(_FIELDS, 0))[name] = int(value)
+            try:
+                tenant, model, name = json.loads(key)
+                rows.setdefault((str(tenant), str(model)), dict.fromkeys(_FIELDS, 0))[_FIELDS[_FIELDS.index(name)]] = int(value)
+            except (ValueError, TypeError):
+                continue  # nobody of ours wrote it
         return tuple(Use(tenant=tenant, model=model, **counts) for (tenant, model), counts in sorted(rows.items()))
 
     def _account(self, tenant: str) -> str:
