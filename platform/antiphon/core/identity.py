@@ -124,8 +124,8 @@ class _KeyFile:
             return None
         self._looked_s = now_s
         stamp = _stamp(self.path)
-        if stamp == self._stamp:
-            return None
+        if stamp == self._stamp or (stamp is not None and 0 <= time.time() - stamp[0] / 1e9 < LOOK_S / 2):
+            return None  # the same, or written a moment ago and perhaps half of it: half a key is another one
         self._stamp = stamp
         try:
             return Identity.parse(_read_file(self.path))

@@ -138,10 +138,11 @@ def sweep_run_dirs(base: Path | None = None) -> list[Path]:
     removed = []
     for path in base.glob(f"{_PREFIX}-*-*"):
         owner = re.fullmatch(rf"{_PREFIX}-(\d+)-\w+", path.name)
-        if owner is None or psutil.pid_exists(int(owner[1])) or not path.is_dir():
+        if owner is None or psutil.pid_exists(int(owner[1])):
             continue
         with contextlib.suppress(OSError):
-            if path.stat().st_uid == os.getuid():
+            found = path.lstat()  # where everybody may write, a link of that name is a stranger's, and never ours to follow
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
                 remove_tree(path)
                 removed.append(path)
     return removed

@@ -1,7 +1,8 @@
 """A key file that may change while it is used: looked at again when its time stamp has (request speed).
 
 A mounted Secret changes by a link's target, an editor's file by its inode: both are seen. What can't be read or parsed leaves the
-keys as they were, and is logged once. Must not know: who asks.
+keys as they were, and is logged once. What was written a moment ago may be half of what will stand there, and a line's first half
+may be a line without its limits: it is left for the next look. Must not know: who asks.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from antiphon.gateway.access.key_lines import KeyLine, limits_of, parse_lines
 _log = logging.getLogger(__name__)
 
 LOOK_S: Final = 1.0  # between two looks; a look is one stat
+_SETTLED_S: Final = 0.5  # since it was written, until it is whole
 _MAX_BYTES: Final = 4 * 2**20
 
 _Seen = tuple[int, int, int]
@@ -33,15 +35,22 @@ class KeyFile:
         path: The file.
         field: Of the document, for what is said about it.
         clock: Monotonic seconds.
+        wall: Seconds since 1970, as of time stamps of files.
 
     Raises:
         Unavailable: it can't be read, or a line of it is wrong.
     """
 
     def __init__(
-        self, path: Path, *, field: str = "spec.endpoint.apiKeysFile", clock: Callable[[], float] = time.monotonic
+        self,
+        path: Path,
+        *,
+        field: str = "spec.endpoint.apiKeysFile",
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self._path = path
+        self._wall = wall
         self._clock = clock
         self._looked_s = clock()
         self._seen: _Seen | None = None
@@ -74,7 +83,7 @@ class KeyFile:
                 _log.warning("the API keys stay as they are: %s: %s", self._path, error.strerror)
             self._seen = None
             return
-        if seen == self._seen:
+        if seen == self._seen or 0 <= self._wall() - seen[0] / 1e9 < _SETTLED_S:
             return
         self._seen = seen
         try:

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from antiphon.apps.serve import host
 from antiphon.apps.serve.host import OrphanReaper, check_private, make_run_dir, open_private, ray_dir, remove_tree, sweep_run_dirs
 from antiphon.apps.serve.stop_signals import StopRequested, StopSignals
 from antiphon.apps.supervision.quiet_streams import QuietStreams
@@ -71,15 +72,22 @@ def test_files_are_never_written_through_a_link_that_somebody_left(tmp_path: Pat
     assert (tmp_path / "attention-0.json").stat().st_mode & 0o077 == 0
 
 
-def test_only_directories_of_processes_that_are_gone_are_swept(tmp_path: Path) -> None:
+def test_only_directories_of_processes_that_are_gone_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host.time, "sleep", lambda _: pytest.fail("it waits for something that never goes"))
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         gone.wait()
     mine, dead, other = (tmp_path / f"antiphon-{n}" for n in (f"{os.getpid()}-ab", f"{gone.pid}-cd", "prefill-ef"))
     for path in (mine, dead, other):
         path.mkdir()
+    (kept := tmp_path / "kept").mkdir()
+    links = [tmp_path / f"antiphon-{gone.pid}-x{n}" for n in range(50)]
+    for link in links:
+        link.symlink_to(kept)  # a stranger's: not followed, and not waited for
     assert sweep_run_dirs(tmp_path) == [dead]
     assert mine.exists()
     assert other.exists()
+    assert kept.exists()
+    assert all(link.is_symlink() for link in links)
 
 
 @LINUX

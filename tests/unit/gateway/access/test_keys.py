@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from antiphon.cli.keys import app
+from antiphon.core.budget import TenantLimits
 from antiphon.core.errors import InvalidInput, PermissionDenied, Unauthenticated, Unavailable
 from antiphon.core.identity import Identity
 from antiphon.gateway.access.key_file import KeyFile
@@ -107,7 +109,7 @@ def test_a_file_that_changes_changes_the_keys_and_one_that_breaks_does_not(
     second.write_text(str(key_line("a", "user", BOB)))
     mounted = tmp_path / "keys"
     mounted.symlink_to(first)  # as the kubelet has it
-    keys = ApiKeys(file=KeyFile(mounted, clock=clock))
+    keys = ApiKeys(file=KeyFile(mounted, clock=clock, wall=lambda: time.time() + 10))
     assert keys.check(bearer(ALICE)) == "a"
 
     swapped = tmp_path / "new"
@@ -130,6 +132,30 @@ def test_a_file_that_changes_changes_the_keys_and_one_that_breaks_does_not(
     second.write_text(str(key_line("a", "user", ALICE)))
     clock.now_s += 1
     assert keys.check(bearer(ALICE)) == "a"
+
+
+def test_a_file_that_is_being_written_gives_nobody_more_or_less_until_it_is_whole(tmp_path: Path) -> None:
+    """Every first half of it: of a line with limits and an end a shorter one is left, and of the file one without the last keys."""
+    clock, wall = Clock(), Clock()
+    path = tmp_path / "keys"
+    limits = TenantLimits(requests_per_min=60, tokens_per_min=100_000, num_streams=4)
+    lines = [str(key_line("b", "user", BOB)), str(key_line("a", "user", ALICE, "2020-01-31", limits))]
+    path.write_text(whole := "\n".join(lines))
+    file = KeyFile(path, clock=clock, wall=wall)
+    keys = ApiKeys(file=file)
+    for end in range(0, len(whole), 7):
+        path.write_text(whole[:end])
+        wall.now_s = path.stat().st_mtime + 0.2
+        clock.now_s += 1
+        assert keys.check(bearer(BOB)) == "b"
+        assert keys.limits("a") == limits
+        with pytest.raises(Unauthenticated, match="expired"):
+            keys.check(bearer(ALICE))
+    path.write_text(lines[0])
+    wall.now_s = path.stat().st_mtime + 0.6
+    clock.now_s += 1
+    with pytest.raises(Unauthenticated, match="not valid"):
+        keys.check(bearer(ALICE))
 
 
 def test_a_file_that_is_none_is_refused_at_the_start(tmp_path: Path) -> None:
