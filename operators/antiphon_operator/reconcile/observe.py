@@ -24,6 +24,7 @@ from antiphon_operator.render.names import (
 _GOOD_DEPLOYMENT = ("HEALTHY", "UPSCALING", "DOWNSCALING")
 _BAD_APPLICATION = ("DEPLOY_FAILED", "UNHEALTHY")
 _BAD_DEPLOYMENT = ("UNHEALTHY", "DEPLOY_FAILED")
+_SAID = 400  # characters of what Serve says: a condition's message holds 1000, and several may fail
 _CRASHES = ("CrashLoopBackOff", "ImagePullBackOff", "ErrImagePull", "CreateContainerConfigError", "InvalidImageName")
 
 
@@ -35,6 +36,7 @@ class RayServiceView:
     cluster_revision: str
     suspend: bool
     suspended: bool
+    suspend_ignored: bool  # KubeRay has read it and has not begun, as one that does not know it
     current: bool  # its status speaks of its present spec
     ready: bool  # KubeRay's own word: at least one endpoint
     upgrading: bool
@@ -42,6 +44,7 @@ class RayServiceView:
     pending: str
     sizes: Mapping[str, int]  # asked of Serve
     running: bool  # all applications and deployments are well
+    resizing: bool  # all deployments are well, and applications are at most on their way to another size
     unhealthy: tuple[str, ...]  # what is not, for people
     problem: str  # a validation failure that KubeRay does not retry
 
@@ -100,20 +103,24 @@ def view_service(value: Object) -> RayServiceView:
     annotations = value["metadata"].get("annotations", {})
     conditions = {c["type"]: c for c in status.get("conditions", ())}
     active, pending = status.get("activeServiceStatus", {}), status.get("pendingServiceStatus", {})
-    unhealthy, running = _applications(active.get("applicationStatuses", {}))
+    unhealthy, running, resizing = _applications(active.get("applicationStatuses", {}))
     ready = conditions.get("Ready", {})
+    current = status.get("observedGeneration") == value["metadata"]["generation"]
+    begun = _true(conditions.get("Suspending")) or _true(conditions.get("Suspended"))
     return RayServiceView(
         revision=annotations.get(ANNOTATION_REVISION, ""),
         cluster_revision=annotations.get(ANNOTATION_CLUSTER_REVISION, ""),
         suspend=bool(spec.get("suspend", False)),
         suspended=_true(conditions.get("Suspended")),
-        current=status.get("observedGeneration") == value["metadata"]["generation"],
+        suspend_ignored=bool(spec.get("suspend", False)) and current and not begun,
+        current=current,
         ready=_true(ready),
         upgrading=_true(conditions.get("UpgradeInProgress")),
         active=active.get("rayClusterName", ""),
         pending=pending.get("rayClusterName", ""),
         sizes=asked_sizes(spec.get("serveConfigV2", "")),
         running=running,
+        resizing=resizing,
         unhealthy=unhealthy,
         problem=ready.get("message", "") if ready.get("reason") == "ValidationFailed" else "",
     )
@@ -123,18 +130,30 @@ def _true(condition: Mapping[str, Any] | None) -> bool:
     return condition is not None and condition.get("status") == "True"
 
 
-def _applications(applications: Mapping[str, Any]) -> tuple[tuple[str, ...], bool]:
+def _applications(applications: Mapping[str, Any]) -> tuple[tuple[str, ...], bool, bool]:
+    """What is not well, for people; whether all runs; whether all serves, though Serve may be at work on another size of it."""
     unhealthy: list[str] = []
-    running = bool(applications)
+    running = serves = bool(applications)
     for name, application in sorted(applications.items()):
         running = running and application.get("status") == "RUNNING"
+        serves = serves and application.get("status") in ("RUNNING", "DEPLOYING")
         if application.get("status") in _BAD_APPLICATION:
-            unhealthy.append(f"application {name} is {application['status']}: {application.get('message', '')}")
-        for deployment, state in sorted(application.get("serveDeploymentStatuses", {}).items()):
-            running = running and state.get("status") in _GOOD_DEPLOYMENT
+            unhealthy.append(f"application {name} is {application['status']}{_said(application)}")
+        deployments = application.get("serveDeploymentStatuses", {})
+        serves = serves and bool(deployments)
+        for deployment, state in sorted(deployments.items()):
+            serves = serves and state.get("status") in _GOOD_DEPLOYMENT
             if state.get("status") in _BAD_DEPLOYMENT:
-                unhealthy.append(f"deployment {deployment} is {state['status']}: {state.get('message', '')}")
-    return tuple(unhealthy), running
+                unhealthy.append(f"deployment {deployment} is {state['status']}{_said(state)}")
+    return tuple(unhealthy), running and serves, serves
+
+
+def _said(state: Mapping[str, Any]) -> str:
+    """Serve's message in one line, the cause first: it puts a whole traceback there, whose last line tells what went wrong."""
+    lines = [line.strip() for line in str(state.get("message") or "").splitlines() if line.strip()]
+    if len(lines) > 1 and lines[-1] not in lines[0]:
+        return f": {lines[-1][:_SAID]} ({lines[0].removesuffix('Error:').strip()[:_SAID]})"
+    return f": {lines[0][:_SAID]}" if lines else ""
 
 
 def asked_sizes(config: str) -> dict[str, int]:

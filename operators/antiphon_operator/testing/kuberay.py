@@ -35,6 +35,8 @@ class KubeRay:
     broken_images: set[str] = field(default_factory=set)  # pods of these never start
     unhealthy: dict[str, str] = field(default_factory=dict)  # deployment -> Serve's status for it
     application_status: str | None = None  # says this for every application
+    knows_suspend: bool = True  # 1.6 with the definitions of 1.7 reads past it, and writes no such condition
+    messages: dict[str, str] = field(default_factory=dict)  # deployment -> what Serve says of it
     asleep: bool = False  # does nothing, as when its operator is down
     max_gpus_seen: int = 0
     max_clusters_seen: int = 0
@@ -71,7 +73,7 @@ class KubeRay:
             return
         if FINALIZER not in service["metadata"].get("finalizers", ()):
             service = self._put(service, finalizers=[FINALIZER])
-        if service["spec"].get("suspend"):
+        if service["spec"].get("suspend") and self.knows_suspend:
             self._suspend(service, status, clusters)
             return
         active = status.get("activeServiceStatus", {}).get("rayClusterName", "")
@@ -92,7 +94,7 @@ class KubeRay:
             d["name"].removeprefix("pool-"): d.get("num_replicas", 0) for a in config["applications"] for d in a["deployments"]
         }
         healthy = self._run_cluster(clusters[home], sizes)
-        applications = self._applications(config, healthy=healthy)
+        applications = self._applications(config, healthy=healthy, served=home == active)
         if healthy and pending and all(a["status"] == "RUNNING" for a in applications.values()):
             active, pending = pending, ""
         upgrading = bool(pending) and bool(active)
@@ -220,17 +222,23 @@ class KubeRay:
     def _pod_status(self, pod: Object, status: Object) -> None:
         self.api.update(POD, {**pod, "status": status}, manager="kubelet", subresource="status")
 
-    def _applications(self, config: Object, *, healthy: bool) -> Object:
+    def _applications(self, config: Object, *, healthy: bool, served: bool) -> Object:
+        """As Serve tells it; a deployment that ``served`` and gets another size is UPSCALING, its application DEPLOYING."""
+        moving = "UPSCALING" if served else "UPDATING"
         out: Object = {}
         for application in config["applications"]:
             deployments = {
-                d["name"]: {"status": self.unhealthy.get(d["name"], "HEALTHY" if healthy else "UPDATING")}
+                d["name"]: {
+                    "status": self.unhealthy.get(d["name"], "HEALTHY" if healthy else moving),
+                    "message": self.messages.get(d["name"], ""),
+                }
                 for d in application["deployments"]
             }
-            bad = any(name in self.unhealthy for name in deployments)
+            bad = [name for name in deployments if name in self.unhealthy]
             status = "UNHEALTHY" if bad else "RUNNING" if healthy else "DEPLOYING"
             status = self.application_status or status
-            out[application["name"]] = {"status": status, "serveDeploymentStatuses": deployments}
+            message = f"The deployments {bad} are UNHEALTHY." if bad else ""
+            out[application["name"]] = {"status": status, "message": message, "serveDeploymentStatuses": deployments}
         return out
 
     def _write(self, service: Object, before: Object, *, active: Object, pending: Object, conditions: Mapping[str, Any]) -> None:

@@ -46,7 +46,7 @@ from antiphon_operator.reconcile.llm.status import (
     refused_status,
     waiting_status,
 )
-from antiphon_operator.reconcile.llm.weights import Found, find_weights
+from antiphon_operator.reconcile.llm.weights import Found, find_weights, model_of_refused
 from antiphon_operator.reconcile.observe import Observed, view_cluster, view_pods, view_service
 from antiphon_operator.reconcile.writer import NotOurs, Writer
 from antiphon_operator.render import children as render
@@ -139,10 +139,11 @@ class LLMReconciler:
             weights = await self._weights(document)
             return await self._act(writer, world, weights)
         except Refused as refused:
-            status, conditions = refused_status(live, refused.refusal, now_s=writer.now_s)
+            refusal = refused.refusal
         except NotOurs as error:
             refusal = Refusal(reason=Reason.NAME_CONFLICT, message=str(error))
-            status, conditions = refused_status(live, refusal, now_s=writer.now_s)
+        model = model_of_refused(live, (await self._kube.list(MODEL_ARTIFACT, namespace)).items)
+        status, conditions = refused_status(live, refusal, model, now_s=writer.now_s)
         await _tell(writer, live, conditions)
         await writer.status(live, status)
         return REST_S / 10

@@ -22,6 +22,10 @@ from antiphon_operator.reconcile.writer import Unapplied
 from antiphon_operator.render.canonical import fingerprint
 from antiphon_operator.render.names import GATEWAY, grpc_port, grpc_service, http_port, http_scheme, http_service
 
+_SUSPEND_IGNORED = (
+    "KubeRay has read spec.suspend of the RayService and does not act on it, the pods run on: its operator is older than its "
+    "CustomResourceDefinitions; upgrade it to 1.7 or newer"
+)
 _ROLE_SHORT = {"attention": "attn"}
 
 
@@ -47,7 +51,7 @@ def serving(document: LLMDeployment, plan: PoolsPlan, observed: Observed) -> boo
     service = observed.service
     if service is None or service.suspend or not service.active:
         return False
-    applications_well = service.running or (service.upgrading and not service.unhealthy)
+    applications_well = service.running or service.resizing or (service.upgrading and not service.unhealthy)
     return service.ready and applications_well and enough_pods(document, plan, observed, service.active)
 
 
@@ -66,6 +70,16 @@ def complete(document: LLMDeployment, plan: PoolsPlan, observed: Observed) -> bo
     active = next((c for c in observed.clusters if c.name == service.active), None)
     same = active is not None and active.cluster_revision == service.cluster_revision
     return same and service.current and service.running and not service.upgrading and not service.pending
+
+
+def resizing(document: LLMDeployment, plan: PoolsPlan, observed: Observed, last_good: str) -> bool:
+    """True while the revision that was complete before serves on, and nothing but its sizes changes: that is no new revision."""
+    service = observed.service
+    if service is None or not last_good or service.revision != last_good or not serving(document, plan, observed):
+        return False
+    active = next((c for c in observed.clusters if c.name == service.active), None)
+    same = active is not None and active.cluster_revision == service.cluster_revision
+    return same and not service.upgrading and not service.pending
 
 
 def llm_status(
@@ -94,6 +108,7 @@ def llm_status(
     cluster = active or ("" if service is None else service.pending)
     pools = pool_statuses(document, plan, observed, cluster)
     is_serving, is_complete = serving(document, plan, observed), complete(document, plan, observed)
+    is_resizing = not is_complete and step.revision.name == last_good and resizing(document, plan, observed, last_good)
     zero = all(pool.target == 0 for pool in pools)
     _pools_condition(conditions, plan, observed, pools_ready=all(p.ready >= p.target for p in pools))
     gateways = observed.ready(GATEWAY, active)
@@ -107,17 +122,14 @@ def llm_status(
         conditions.set(Type.SCALING_READY, True, Reason.METRICS_FRESH)
     _available_condition(conditions, document, observed, previous, zero=zero and is_serving)
     _ready_condition(
-        conditions,
-        document,
-        observed,
-        step,
-        failed=failed,
-        unapplied=unapplied,
-        is_serving=is_serving,
-        is_complete=is_complete,
-        zero=zero,
-    )
-    _progress_conditions(conditions, document, step, failed=failed, is_complete=is_complete)
+        conditions, document, observed, step, failed=failed, unapplied=unapplied,
+        is_serving=is_serving, is_complete=is_complete, is_resizing=is_resizing, zero=zero,
+    )  # fmt: skip
+    _progress_conditions(conditions, document, step, failed=failed, is_complete=is_complete, is_resizing=is_resizing)
+    if service is not None and service.suspend_ignored:
+        conditions.set(Type.PROGRESSING, False, Reason.UNSUPPORTED_KUBERAY, _SUSPEND_IGNORED)
+        conditions.set(Type.RECONCILING, False, Reason.UNSUPPORTED_KUBERAY)
+        conditions.set(Type.STALLED, True, Reason.UNSUPPORTED_KUBERAY, _SUSPEND_IGNORED)
     unhealthy = () if service is None else service.unhealthy
     short = [pool for pool in pools if pool.ready < pool.target]
     if unapplied:
@@ -150,12 +162,16 @@ def llm_status(
     return status, conditions
 
 
-def refused_status(live: Object, refusal: Refusal, *, now_s: float) -> tuple[Mapping[str, Any], ConditionSet]:
-    """The previous status with the refusal in it; what runs is left alone and its figures stand."""
+def refused_status(
+    live: Object, refusal: Refusal, model: ModelState | None = None, *, now_s: float
+) -> tuple[Mapping[str, Any], ConditionSet]:
+    """The previous status with the refusal in it; what runs is left alone and its figures stand. Weights come all the same."""
     previous: Mapping[str, Any] = live.get("status", {})
     generation = live["metadata"]["generation"]
     conditions = ConditionSet(previous.get("conditions", ()), generation=generation, now_s=now_s)
     conditions.set(Type.ACCEPTED, False, refusal.reason, refusal.message)
+    if model is not None:
+        conditions.set(Type.MODEL_READY, model.ready, model.reason, model.message)
     kept_on = f"; revision {previous['revision']} is left as it is" if previous.get("activeCluster") else ""
     conditions.set(Type.READY, False, refusal.reason, f"{refusal.message}{kept_on}")
     conditions.set(Type.STALLED, True, refusal.reason, refusal.message)
@@ -195,8 +211,9 @@ def _serve_revision(observed: Observed, plan: PoolsPlan) -> str:
 
 
 def _pools_condition(conditions: ConditionSet, plan: PoolsPlan, observed: Observed, *, pools_ready: bool) -> None:
-    crashed = next((pod for pod in observed.pods if pod.crash), None)
-    waiting = next((pod for pod in observed.pods if pod.unschedulable), None)
+    staying = [pod for pod in observed.pods if not pod.terminating and not leaving(observed, pod.cluster)]
+    crashed = next((pod for pod in staying if pod.crash), None)
+    waiting = next((pod for pod in staying if pod.unschedulable), None)
     unhealthy = () if observed.service is None else observed.service.unhealthy
     if crashed is not None:
         conditions.set(Type.POOLS_READY, False, Reason.CRASH_LOOP, f"{crashed.name}: {crashed.crash}")
@@ -211,6 +228,12 @@ def _pools_condition(conditions: ConditionSet, plan: PoolsPlan, observed: Observ
         conditions.set(Type.POOLS_READY, True, Reason.ALL_READY)
     else:
         conditions.set(Type.POOLS_READY, False, Reason.PODS_PENDING, "workers are starting")
+
+
+def leaving(observed: Observed, cluster: str) -> bool:
+    """Whether ``cluster`` was replaced and goes: how its pods end is no trouble of the deployment's."""
+    seen = observed.service
+    return seen is not None and bool(seen.active) and cluster not in (seen.active, seen.pending)
 
 
 def _workers_lost(previous: Mapping[str, Any], pools: tuple[PoolStatus, ...]) -> bool:
@@ -252,7 +275,7 @@ def _available_condition(
         for c in previous.get("conditions", ())
     )
     sleepers = {pool.name for pool in document.spec.pools if pool.floor == 0}
-    hopeless = _in_trouble(conditions) or any(pod.unschedulable for pod in observed.pods)
+    hopeless = _in_trouble(conditions) or any(pod.unschedulable for pod in observed.pods if not leaving(observed, pod.cluster))
     if not active:
         conditions.set(Type.AVAILABLE, False, Reason.INITIALIZING, "no cluster serves yet")
     elif short and slept and sleepers.issuperset(short) and not hopeless:
@@ -273,6 +296,7 @@ def _ready_condition(
     unapplied: tuple[Unapplied, ...],
     is_serving: bool,
     is_complete: bool,
+    is_resizing: bool,
     zero: bool,
 ) -> None:
     """Whether what was asked for is applied and serves; never true while an older revision still answers in its place."""
@@ -282,17 +306,19 @@ def _ready_condition(
     elif failed and step.action is not Action.STALL and step.revision.name != failed and not document.spec.suspend:
         why = f"revision {failed} made no progress and was given up; revision {step.revision.name} is kept"
         conditions.set(Type.READY, False, Reason.ROLLED_BACK, why)
+    elif service is not None and service.suspend_ignored:
+        conditions.set(Type.READY, False, Reason.UNSUPPORTED_KUBERAY, _SUSPEND_IGNORED)
     elif document.spec.suspend:
         conditions.set(Type.READY, False, Reason.SUSPENDED, "the document asks for it")
     elif is_serving and step.action is Action.STALL:
         conditions.set(Type.READY, False, Reason.PROGRESS_DEADLINE_EXCEEDED, step.why)
-    elif is_serving and not (is_complete and step.action in (Action.NOTHING, Action.WAIT)):
+    elif is_serving and not ((is_complete or is_resizing) and step.action in (Action.NOTHING, Action.WAIT)):
         why = f"revision {step.revision.name} is on its way, requests are answered meanwhile: {step.why}"
         conditions.set(Type.READY, False, Reason.NEW_REVISION, why)
     elif zero and is_serving:
         conditions.set(Type.READY, True, Reason.SCALED_TO_ZERO, "no worker runs; the next request starts one")
     elif is_serving:
-        conditions.set(Type.READY, True, Reason.READY)
+        conditions.set(Type.READY, True, Reason.READY, "a pool is on its way to another size" if is_resizing else "")
     elif service is not None and service.unhealthy:
         conditions.set(Type.READY, False, Reason.DEPLOYMENT_UNHEALTHY, "; ".join(service.unhealthy))
     else:
@@ -300,7 +326,10 @@ def _ready_condition(
         conditions.set(Type.READY, False, Reason.INITIALIZING, problem or step.why)
 
 
-def _progress_conditions(conditions: ConditionSet, document: LLMDeployment, step: Step, *, failed: str, is_complete: bool) -> None:
+def _progress_conditions(
+    conditions: ConditionSet, document: LLMDeployment, step: Step, *, failed: str, is_complete: bool, is_resizing: bool
+) -> None:
+    on_its_way = Reason.PODS_PENDING if is_resizing and step.action is Action.WAIT else Reason.NEW_REVISION
     rolled_back = bool(failed) and step.action is not Action.STALL and step.revision.name != failed
     if step.action is Action.STALL:
         conditions.set(Type.PROGRESSING, False, Reason.PROGRESS_DEADLINE_EXCEEDED, step.why)
@@ -310,14 +339,13 @@ def _progress_conditions(conditions: ConditionSet, document: LLMDeployment, step
     elif document.spec.suspend and step.action is Action.NOTHING:
         conditions.set(Type.PROGRESSING, False, Reason.SUSPENDED, step.why)
     else:
-        conditions.set(Type.PROGRESSING, True, Reason.NEW_REVISION, f"{step.action.value}: {step.why}")
+        conditions.set(Type.PROGRESSING, True, on_its_way, f"{step.action.value}: {step.why}")
     busy = conditions.holds(Type.PROGRESSING)
     conditions.set(Type.ROLLBACK_IN_PROGRESS, rolled_back and busy, Reason.PROGRESS_DEADLINE_EXCEEDED if failed else Reason.HEALTHY)
-    conditions.set(Type.RECONCILING, busy, Reason.NEW_REVISION if busy else Reason.COMPLETE)
+    conditions.set(Type.RECONCILING, busy, on_its_way if busy else Reason.COMPLETE)
     stalled = step.action is Action.STALL
-    conditions.set(
-        Type.STALLED, stalled, Reason.PROGRESS_DEADLINE_EXCEEDED if stalled else Reason.HEALTHY, step.why if stalled else ""
-    )
+    why = (Reason.PROGRESS_DEADLINE_EXCEEDED, step.why) if stalled else (Reason.HEALTHY, "")
+    conditions.set(Type.STALLED, stalled, *why)
 
 
 def _stages(

@@ -60,6 +60,16 @@ def find_weights(document: LLMDeployment, artifacts: Iterable[Object]) -> Found:
     return Found(weights=None, model=direct)
 
 
+def model_of_refused(live: Object, artifacts: Iterable[Object]) -> ModelState | None:
+    """Where the weights stand that ``live`` names, though nothing is done for it; None when no artifact speaks of them."""
+    model = live["spec"].get("model", {})
+    for artifact in artifacts:
+        same = (artifact["spec"]["uri"], artifact["spec"].get("revision")) == (model.get("uri"), model.get("revision"))
+        if same and "deletionTimestamp" not in artifact["metadata"]:
+            return _of_artifact(artifact).model
+    return None
+
+
 def _of_artifact(artifact: Object) -> Found:
     status, name = artifact.get("status", {}), name_of(artifact)
     weights = place_of(artifact)

@@ -254,6 +254,78 @@ def test_ready_with_an_unhealthy_deployment_is_not_ready(cluster: Cluster) -> No
     assert cluster.condition("Ready") == ("False", "DeploymentUnhealthy")
 
 
+def test_why_serve_calls_a_deployment_unhealthy_is_in_the_message_without_its_traceback(cluster: Cluster) -> None:
+    cluster.run()
+    frames = "".join(f'  File "/opt/antiphon/lib/module_{i}.py", line {i}, in call\n    return self.next()\n' for i in range(40))
+    said = "The deployment failed to start 3 times in a row. This may be due to a problem with its constructor. Error:\n"
+    cluster.kuberay.unhealthy["pool-ffn"] = "UNHEALTHY"
+    cluster.kuberay.messages["pool-ffn"] = (
+        f"{said}Traceback (most recent call last):\n{frames}OSError: weights.safetensors is cut\n"
+    )
+    cluster.run(3)
+    for type_ in ("Ready", "PoolsReady"):
+        message = cluster.message(type_)
+        assert "OSError: weights.safetensors is cut" in message
+        assert "failed to start 3 times" in message
+        assert "\n" not in message
+        assert "Error:)" not in message
+
+
+def test_a_scale_is_no_new_revision_and_ready_stays_true() -> None:
+    cluster = Cluster()
+    cluster.create(external())
+    cluster.run()
+    scale(cluster, 4)
+    seen = set()
+    for _ in range(12):
+        cluster.run(1)
+        seen.add((cluster.condition("Ready"), cluster.live["status"]["summary"]))
+        assert cluster.condition("Progressing")[1] != "NewRevision"
+    assert {ready for ready, _ in seen} == {("True", "Ready")}
+    assert {summary for _, summary in seen} >= {"attn 2/4, ffn 2/2", "attn 4/4, ffn 2/2"}, "it was seen on its way"
+
+
+def test_a_kuberay_that_reads_past_suspend_is_told() -> None:
+    cluster = Cluster()
+    cluster.create(spec())
+    cluster.run()
+    cluster.kuberay.knows_suspend = False
+    cluster.edit(lambda s: s.update(suspend=True))
+    cluster.run()
+    for type_, status in (("Ready", "False"), ("Progressing", "False"), ("Stalled", "True")):
+        assert cluster.condition(type_) == (status, "UnsupportedKubeRay")
+    assert "spec.suspend" in cluster.message("Ready")
+    assert cluster.condition("Available") == ("False", "Initializing") or cluster.api.list(POD, "default").items
+    cluster.kuberay.knows_suspend = True
+    cluster.run()
+    assert cluster.condition("Ready") == ("False", "Suspended")
+    assert cluster.condition("Stalled") == ("False", "Healthy")
+
+
+def test_how_the_pods_of_a_replaced_cluster_end_is_no_crash_loop(cluster: Cluster) -> None:
+    cluster.run()
+    old = {pod["metadata"]["name"] for pod in cluster.api.list(POD, "default").items}
+    cluster.edit(lambda s: s.update(kubernetes={"image": "antiphon/worker:next"}))
+    told = set()
+    ended = 0
+    for _ in range(25):
+        cluster.run(1)
+        left = [pod for pod in cluster.api.list(POD, "default").items if pod["metadata"]["name"] in old]
+        service = cluster.ray_service["status"]
+        if left and "rayClusterName" not in service["pendingServiceStatus"]:
+            active = service["activeServiceStatus"].get("rayClusterName")
+            for pod in (p for p in left if p["metadata"]["labels"]["ray.io/cluster"] != active):
+                state = {"terminated": {"reason": "Error", "exitCode": 1}}
+                status = {"phase": "Failed", "containerStatuses": [{"name": "ray-worker", "ready": False, "state": state}]}
+                cluster.api.update(POD, {**pod, "status": status}, manager="kubelet", subresource="status")
+                ended += 1
+            cluster.reconcile()
+        told.add(cluster.condition("PoolsReady")[1])
+    assert ended, "pods of the old cluster were seen ending"
+    assert "CrashLoop" not in told
+    assert cluster.condition("Ready") == ("True", "Ready")
+
+
 def test_an_unknown_status_is_progress(cluster: Cluster) -> None:
     cluster.kuberay.application_status = "REBALANCING"
     cluster.run(8)
@@ -693,6 +765,20 @@ def test_an_artifact_that_is_loading_is_waited_for(cluster: Cluster) -> None:
     cluster.run()
     assert cluster.condition("Ready") == ("True", "Ready")
     assert "/models/smol/artifacts/smol" in cluster.ray_service["spec"]["serveConfigV2"]
+
+
+def test_model_ready_follows_the_artifact_while_the_document_is_refused(cluster: Cluster) -> None:
+    artifact = {"metadata": {"name": "smol", "namespace": "default"}, "spec": {"uri": "/models/smol"}}
+    made = cluster.api.create(MODEL_ARTIFACT, artifact)
+    cluster.run(2)
+    cluster.edit(lambda s: s.update(kubernetes={"rayVersion": "1.0.0"}))
+    cluster.run(2)
+    assert cluster.condition("Ready") == ("False", "UnsupportedRayVersion")
+    assert cluster.condition("ModelReady") == ("False", "Downloading")
+    cluster.api.update(MODEL_ARTIFACT, {**made, "status": {"phase": "Cached"}}, manager="x", subresource="status")
+    cluster.run(2)
+    assert cluster.condition("Ready") == ("False", "UnsupportedRayVersion")
+    assert cluster.condition("ModelReady") == ("True", "Cached")
 
 
 @pytest.mark.parametrize("error", [Conflict("busy"), Throttled("slow", 3.0), ServerFault("oops")], ids=lambda e: type(e).__name__)
