@@ -137,13 +137,14 @@ def _serve(router: Router, found: _Assessed, point: int, weight: float, costs_M:
     """Route rows just as the service does."""
     term = weight * costs_M / costs_M.max()
     experts, cost_from = router.fast.frontier[point].experts, router.fast.frontier[point].cost_from
-    expert_B = pick(found.fast, router.fast.gate, router.fast.general, term, experts, cost_from)
+    leads = router.fast.frontier[point].leads
+    expert_B = pick(found.fast, router.fast.gate, router.fast.general, term, experts, cost_from, leads)
     gated_B = found.fast.familiarity_B < np.float32(router.fast.gate.threshold)
     slow_B = np.zeros(len(gated_B), bool)
     categories_BC, scores_BM = found.fast.categories_BC, found.fast.scores_BM
     if router.slow is not None and found.slow is not None:
         slow_B = gated_B
-        again_B = pick(found.slow, router.slow.gate, router.fast.general, term, experts, cost_from)
+        again_B = pick(found.slow, router.slow.gate, router.fast.general, term, experts, cost_from, leads)
         expert_B = np.where(slow_B, again_B, expert_B)
         gated_B = slow_B & (found.slow.familiarity_B < np.float32(router.slow.gate.threshold))
         categories_BC = np.where(slow_B[:, None], found.slow.categories_BC, categories_BC)
@@ -324,8 +325,9 @@ def _changed(prepared: Prepared, prompts: list[str]) -> _Asked:
 
 
 def _nearest(path: Path, weight: float) -> int:
-    """The point of the nearest weight at which cost always counts."""
-    plain = [i for i, point in enumerate(path.frontier) if point.cost_from == 0.0]
+    """The point of the nearest weight at which cost always counts, and leads only where it doesn't."""
+    leads = 1.0 if weight == 0.0 else 0.0
+    plain = [i for i, point in enumerate(path.frontier) if point.cost_from == 0.0 and point.leads == leads]
     return min(plain, key=lambda i: abs(path.frontier[i].weight - weight))
 
 

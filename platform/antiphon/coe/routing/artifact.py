@@ -34,8 +34,9 @@ from antiphon.coe.routing.wordpiece import WordPiece
 from antiphon.core.errors import CheckpointInvalid
 
 FORMAT = "antiphon-coe-router"
-FORMAT_VERSION = 6
-READ_VERSIONS = (2, 3, 4, 5, 6)  # 2 has no words, 3 no points harmless only for familiar prompts, 4 no caution, 5 no plain router
+FORMAT_VERSION = 7
+# 2 has no words, 3 no points harmless only for familiar prompts, 4 no caution, 5 no plain router, 6 words of a window and no leads.
+READ_VERSIONS = (2, 3, 4, 5, 6, 7)
 MANIFEST = "manifest.json"
 _JSON, _ARRAYS, _VOCABULARY, _ENCODER = "router.json", "router.safetensors", "vocab.txt", "encoder.onnx"
 _WORDS = "words.txt"
@@ -62,6 +63,7 @@ class PolicyPoint:
     score: float
     experts: tuple[int, ...]  # the experts worth having at this weight
     cost_from: float = 0.0  # familiarity from which cost counts
+    leads: float = 1.0  # share that counts of the lead that is asked of experts
     harmless: bool = True  # on datasets that were left out no worse than the general expert, within what is allowed
 
 
@@ -148,7 +150,7 @@ def _read_path(prefix: str, arrays: Mapping[str, Array], value: Mapping[str, Any
             general=int(value.get("general", arrays[f"{prefix}.mean"].argmax())),  # formats before 5 don't say it
             landmarks_ND=arrays[f"{prefix}.landmarks"].astype(np.float32),
         ),
-        mix=Mix(**value["mix"]),
+        mix=Mix(**{"strange_hold": 0.5 * value["mix"].get("hold", 0.0), **value["mix"]}),  # before format 7, by less the stranger
         gate=Gate(**value["gate"]),
     )
 
@@ -159,6 +161,11 @@ def _vectors(prefix: str, vectors: TokenVectors) -> dict[str, Array]:
 
 def _read_vectors(prefix: str, arrays: Mapping[str, Array]) -> TokenVectors:
     return TokenVectors(table_VD=arrays[f"{prefix}.table"], scale_V=arrays[f"{prefix}.scale"])
+
+
+def _read_embedding(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Formats before 7 have words of the window alone."""
+    return {"whole_words": False, **value, "known_frames": frozenset(value.get("known_frames", ()))}
 
 
 def _read_words(directory: Path, arrays: Mapping[str, Array]) -> WordVectors | None:
@@ -231,6 +238,8 @@ def _router_json(artifact: Artifact) -> bytes:
             "num_head_chars": artifact.embedding.num_head_chars,
             "num_tail_chars": artifact.embedding.num_tail_chars,
             "max_tokens": artifact.embedding.max_tokens,
+            "whole_words": artifact.embedding.whole_words,
+            "known_frames": sorted(artifact.embedding.known_frames),
         },
         "fast": _path_json(artifact.fast),
         "slow": None if artifact.slow is None else _path_json(artifact.slow),
@@ -280,7 +289,7 @@ def load_artifact(directory: Path, *, slow_path: bool = True, digest: str | None
                 near=_read_vectors("embedding", arrays),
                 topics=_read_vectors("topics", arrays) if "topics.table" in arrays else None,
                 words=_read_words(directory, arrays),
-                **value["embedding"],
+                **_read_embedding(value["embedding"]),
             ),
             fast=_read_path("fast", arrays, value["fast"]),
             slow=None if encoder is None else _read_path("slow", arrays, value["slow"]),

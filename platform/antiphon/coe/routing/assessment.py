@@ -2,7 +2,7 @@
 
     embedding ─┬► class head ─┬─► p(class) ─┬─► p(category): the sum over its classes
                │              │       ▲     └─► mean scores of classes and categories ─┐
-               ├► word head ──│───────┘ a share, and by itself: ─► the plain router's pick, which holds against small leads
+               ├► word head ──│───────┘ a share, and by itself: ─► the plain router's pick ─► the lead asked of others
                └► score heads │────────────────────────────────────────────────────────┴─► expected score per expert
                               └─► energy of the logits ─► familiarity 0..1: how much this looks like what was trained on
 
@@ -114,14 +114,20 @@ class Mix:
     value_share: float  # of the whole: the score heads'
     trust: float  # how much of its distance from the expert's mean counts for a prompt that the gate holds back
     word_share: float = 0.0  # of p(class): the word head's
-    # Expected score by which another expert must be ahead of the plain router's pick (classes by words alone); in full for familiar
-    # prompts, by less for less familiar ones, where the gate's caution takes its place.
+    # Expected score by which another expert must be ahead of the plain router's pick (classes by words alone): for familiar
+    # prompts, and for those that are strange at all. 1 is out of reach.
     hold: float = 0.0
+    strange_hold: float = 0.0
+
+    @property
+    def holds(self) -> bool:
+        """Whether the plain router has a say."""
+        return bool(self.hold or self.strange_hold)
 
     @property
     def asks_words(self) -> bool:
         """Whether the word head has a say."""
-        return bool(self.word_share or self.hold)
+        return bool(self.word_share or self.holds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,8 +135,14 @@ class Assessment:
     """What a path says about prompts."""
 
     categories_BC: Floats  # calibrated p(category)
-    scores_BM: Floats  # expected score per expert; of all but the general one less the lead that is asked of them
+    scores_BM: Floats  # expected score per expert
+    leads_BM: Floats  # by how much each expert must be ahead of those of whom less is asked
     familiarity_B: Floats
+
+    def net(self, leads: float = 1.0) -> Floats:
+        """What experts are compared by: expected scores less this share of the leads."""
+        result: Floats = self.scores_BM - np.float32(leads) * self.leads_BM
+        return result
 
 
 def assess(raw: Raw, fitted: Fitted, mix: Mix, gate: Gate) -> Assessment:
@@ -141,16 +153,25 @@ def assess(raw: Raw, fitted: Fitted, mix: Mix, gate: Gate) -> Assessment:
         scores_BM += np.float32(mix.value_share) * raw.value_BM
     categories_BC = class_BF @ members(fitted)
     familiarity_B = gate.familiarity(raw.energy)
-    if mix.hold:
-        plain_BM = plain_scores(raw, fitted)
-        behind_BM = plain_BM < plain_BM.max(axis=1, keepdims=True) - _TIE
-        scores_BM -= (np.float32(mix.hold) * (np.float32(1.0) - gate.strangeness(familiarity_B)))[:, None] * behind_BM
+    leads_BM = np.zeros_like(scores_BM)
+    if mix.holds:
+        strange_B = gate.strangeness(familiarity_B)
+        leads_BM += np.where(strange_B > 0.0, np.float32(mix.strange_hold), np.float32(mix.hold))[:, None] * behind_plain(
+            raw, fitted
+        )
     # Expected scores of what is not familiar are drawn to the experts' means: there, means are what is known.
     trust_B1 = np.where(familiarity_B < np.float32(gate.threshold), np.float32(mix.trust), np.float32(1.0))[:, None]
     scores_BM = fitted.mean_M + trust_B1 * (scores_BM - fitted.mean_M)
     if gate.caution:
-        scores_BM -= gate.lead(familiarity_B)[:, None] * others(fitted)
-    return Assessment(categories_BC=categories_BC, scores_BM=scores_BM, familiarity_B=familiarity_B)
+        leads_BM += gate.lead(familiarity_B)[:, None] * others(fitted)
+    return Assessment(categories_BC=categories_BC, scores_BM=scores_BM, leads_BM=leads_BM, familiarity_B=familiarity_B)
+
+
+def behind_plain(raw: Raw, fitted: Fitted) -> npt.NDArray[np.bool_]:
+    """Whether an expert is behind the plain router's pick, by the plain router's own scores [B, M]."""
+    plain_BM = plain_scores(raw, fitted)
+    result: npt.NDArray[np.bool_] = plain_BM < plain_BM.max(axis=1, keepdims=True) - _TIE
+    return result
 
 
 def plain_scores(raw: Raw, fitted: Fitted) -> Floats:
@@ -203,7 +224,7 @@ class Ready:
         bias_H = fitted.bias_H[:width].copy()
         bias_H[F:end] *= np.float32(mix.value_share)
         table_FX = np.ascontiguousarray(np.concatenate([mixed_means(fitted, mix), members(fitted)], axis=1))
-        plain_FM = np.ascontiguousarray(fitted.plain_scores_FM if mix.hold else np.zeros((0, 0)), np.float32)
+        plain_FM = np.ascontiguousarray(fitted.plain_scores_FM if mix.holds else np.zeros((0, 0)), np.float32)
         module = build.load() if native else None
         self._native = None
         if module is not None:
@@ -216,6 +237,7 @@ class Ready:
                 fitted.general,
                 mix.asks_words,
                 mix.hold,
+                mix.strange_hold,
                 mix.word_share,
                 float(np.float32(1.0 / fitted.temperature)),
                 mix.trust,
@@ -237,10 +259,10 @@ class Ready:
         self._other_M = others(fitted)
         self._gate = gate
 
-    def assess(self, embedding_D: Floats, threshold: float) -> tuple[list[float], list[float], float]:
-        """p(category), expected scores and familiarity of one prompt; below ``threshold`` scores are drawn to the means."""
+    def assess(self, embedding_D: Floats, threshold: float) -> tuple[list[float], list[float], list[float], float]:
+        """p(category), expected scores, leads and familiarity of one prompt; below ``threshold`` scores are drawn to the means."""
         if self._native is not None:
-            return cast("tuple[list[float], list[float], float]", self._native.assess(embedding_D, threshold))
+            return cast("tuple[list[float], list[float], list[float], float]", self._native.assess(embedding_D, threshold))
         found_H = self._weights_HD @ embedding_D
         found_H += self._bias_H
         logits_F = found_H[: self._num_classes]
@@ -262,11 +284,12 @@ class Ready:
         logit = min(max(self._gate.weight * energy + self._gate.bias, -_MAX_LOGIT), _MAX_LOGIT)
         familiarity = 1.0 / (1.0 + math.exp(-logit))
         strange = max(0.0, 1.0 - familiarity / self._gate.caution_below)
-        if mix.hold:
+        leads_M = np.zeros_like(scores_M)
+        if mix.holds:
             plain_M = word_F @ self._plain_FM
-            scores_M -= np.float32(mix.hold * (1.0 - strange)) * (plain_M < plain_M.max() - _TIE)
+            leads_M += np.float32(mix.strange_hold if strange else mix.hold) * (plain_M < plain_M.max() - _TIE)
         if familiarity < threshold:
             scores_M = self._mean_M + self._trust * (scores_M - self._mean_M)
         if self._gate.caution and strange:
-            scores_M -= np.float32(self._gate.caution * strange) * self._other_M
-        return mixed_X[self._num_experts :].tolist(), scores_M.tolist(), familiarity
+            leads_M += np.float32(self._gate.caution * strange) * self._other_M
+        return mixed_X[self._num_experts :].tolist(), scores_M.tolist(), leads_M.tolist(), familiarity

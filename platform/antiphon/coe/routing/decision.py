@@ -85,6 +85,7 @@ class View:
 
 
 _UNREPORTED = ExpertState()
+_JUST = 1e-5  # of a score: more than ties are broken by
 EVERYONE_IDLE = View(experts={})
 
 
@@ -100,6 +101,7 @@ class Judgement:
     probabilities: Mapping[str, float]
     scores: Mapping[str, float]  # expected score per expert, before cost
     learnt: Mapping[str, float] = field(default_factory=dict)  # of these, what feedback has added
+    leads: Mapping[str, float] = field(default_factory=dict)  # score by which an expert must be ahead of who is asked for less
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,10 +112,11 @@ class PolicyTerms:
     experts: frozenset[str]
     cost_from: float = 0.0  # familiarity from which cost counts; what is less familiar goes to who is expected to be best
     tie_cost: Mapping[str, float] = field(default_factory=dict)  # what costs below: no more than parts equals
+    leads: float = 1.0  # share that counts of the leads that the judgement asks for
 
 
 class Candidate(NamedTuple):
-    """One expert in a decision. ``total`` = score − cost − wait; None where a block keeps it out.
+    """One expert in a decision. ``total`` = score − cost − wait − lead; None where a block keeps it out.
 
     A named tuple, because every decision makes one per expert: a frozen dataclass takes twice as long.
     """
@@ -124,6 +127,7 @@ class Candidate(NamedTuple):
     wait: float
     total: float | None
     block: Block | None = None
+    lead: float = 0.0  # by which it must be ahead of experts that less is asked of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +215,7 @@ def _candidates(
     scores: Mapping[str, float] = {} if judgement is None else judgement.scores
     familiar = judgement is None or judgement.familiarity >= terms.cost_from
     costs, states, wait_weight = terms.cost if familiar else terms.tie_cost, view.experts, spec.policy.wait_weight
+    leads = {} if judgement is None or not terms.leads else _leads(judgement, terms, costs)
     for expert in spec.experts:
         name = expert.name
         state = states.get(name, _UNREPORTED)
@@ -220,8 +225,24 @@ def _candidates(
         wait = 0.0
         if state is not _UNREPORTED:
             wait = wait_weight * (state.expected_wait_s + (0.0 if state.resident else state.load_s))
-        found.append(Candidate(name, score, cost, wait, score - cost - wait if block is None else None, block))
+        lead = leads.get(name, 0.0)
+        found.append(Candidate(name, score, cost, wait, score - cost - wait - lead if block is None else None, block, lead))
     return tuple(found)
+
+
+def _leads(judgement: Judgement, terms: PolicyTerms, costs: Mapping[str, float]) -> Mapping[str, float]:
+    """What is asked of each expert, no more than sets it just behind the best one.
+
+    A lead is to outweigh what the artifact expects, whatever that is, and nothing else: who waits long, is not there or has had
+    worse feedback than others makes way for the next.
+    """
+    if not any(judgement.leads.values()):
+        return {}
+    known, learnt, share = terms.experts, judgement.learnt, terms.leads
+    after = {name: score - learnt.get(name, 0.0) - costs.get(name, 0.0) for name, score in judgement.scores.items()}
+    asked = {name: share * judgement.leads.get(name, 0.0) for name in after}
+    best = max((after[name] - asked[name] for name in after if name in known), default=0.0)
+    return {name: min(lead, max(0.0, after[name] - best + _JUST)) for name, lead in asked.items()}
 
 
 def _chosen(

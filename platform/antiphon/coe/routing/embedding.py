@@ -6,8 +6,10 @@ first, so the time is bounded for any input. Must not know: categories, experts.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,9 @@ _GROUP_IDS = tuple(bytes((i,)) for i in range(1, len(_GROUPS) + 1))
 _GROUP_OF = bytes(next((i for i, group in enumerate(_GROUPS, 1) if chr(code) in group), 0) for code in range(256))
 NUM_SHAPE = len(_GROUPS) + 2
 _UNKNOWN = -1  # the place of a word that has no vector
+# As the plain router reads a text: words of two letters, figures or underscores and more, of all of it that a prompt has by far.
+_WORD = re.compile(r"\w\w+")
+_HEAD_CHARS, _TAIL_CHARS = 12_288, 4_096
 _SHAPE_SCALE = np.float32(0.35)  # keeps the shape's spread near that of one direction of the token vectors
 
 
@@ -46,9 +51,9 @@ def shape_of(text: str) -> list[float]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenVectors:
-    """One vector per token of the vocabulary: int8 with one scale per token."""
+    """One vector per token of the vocabulary: int8, words' int16, with one scale per token."""
 
-    table_VD: npt.NDArray[np.int8]
+    table_VD: npt.NDArray[np.int8] | npt.NDArray[np.int16]
     scale_V: Floats
 
     def direction(self, id_U: Ints, into_D: Floats, weight_U: Floats | None = None) -> None:
@@ -56,7 +61,7 @@ class TokenVectors:
         scale_U = self.scale_V.take(id_U)
         if weight_U is not None:
             scale_U *= weight_U
-        # One product of scales and int8 rows: the weighted sum without a scaled fp32 copy of the rows.
+        # One product of scales and rows of integers: the weighted sum without a scaled fp32 copy of the rows.
         # ``take`` gathers rows in half the time of an index.
         summed_D: Floats = scale_U @ self.table_VD.take(id_U, axis=0).astype(np.float32)
         norm = math.sqrt(float(summed_D @ summed_D))
@@ -103,6 +108,9 @@ class StaticEmbedding:
     near: the normalised sum of its tokens' vectors. topics: the same of the distinct tokens' vectors in a space that was made
     from the training prompts alone: words that stand together there. words: the same of whole words and their counts. Topics and
     words have no numbers before training.
+
+    Near, shape and topics see a window of the text without its framing. Words are those of all of it, framing and all, where that
+    is how training prompts stood; else what stands around them, and was not learnt from, comes off.
     """
 
     tokens: WordPiece
@@ -112,6 +120,8 @@ class StaticEmbedding:
     num_head_chars: int = 1024
     num_tail_chars: int = 256
     max_tokens: int = 320
+    whole_words: bool = True  # False: words are those of the window, as artifacts before format 7 learnt them
+    known_frames: frozenset[str] = frozenset()  # ``frame_of`` what stands around several of the training prompts
     native: bool = True  # in C where it is built; to the rounding of sums both are the same
 
     def __getstate__(self) -> dict[str, Any]:
@@ -128,9 +138,9 @@ class StaticEmbedding:
         return module.Reader(
             self.tokens.vocabulary,
             () if words is None else words.words,
-            _pair(self.near),
-            None if topics is None else _pair(topics),
-            None if words is None else _pair(words.vectors),
+            _pair(self.near, np.int8),
+            None if topics is None else _pair(topics, np.int8),
+            None if words is None else _pair(words.vectors, np.int16),
             self.tokens.unk_id,
             self.max_tokens,
             _GROUP_OF,
@@ -157,25 +167,48 @@ class StaticEmbedding:
         return self.tokens.encode(self._seen(text), self.max_tokens)
 
     def words_of(self, text: str) -> list[str]:
-        """Words of what is seen of ``text``, each as often as it stands there."""
-        return self.tokens.words(self._seen(text))
+        """Words of ``text``, each as often as it stands there."""
+        core = without_framing(text)
+        return self._words(self._whole(text, core)) if self.whole_words else self.tokens.words(self._window(core))
+
+    def words_learnt(self, text: str) -> list[str]:
+        """Words of a training prompt: of all of it, as whoever learns from the table reads it."""
+        return self._words(window(text, _HEAD_CHARS, _TAIL_CHARS))
 
     def _seen(self, text: str) -> str:
-        return window(without_framing(text), self.num_head_chars, self.num_tail_chars)
+        return self._window(without_framing(text))
+
+    def _window(self, core: str) -> str:
+        return window(core, self.num_head_chars, self.num_tail_chars)
+
+    def _whole(self, text: str, core: str) -> str:
+        """What words are looked for in: the text, or its core where what stands around it is not known."""
+        known = len(core) == len(text) or frame_of(text, core) in self.known_frames
+        return window(text if known else core, _HEAD_CHARS, _TAIL_CHARS)
+
+    @staticmethod
+    def _words(whole: str) -> list[str]:
+        return _WORD.findall(whole.lower())
 
     def encode(self, text: str) -> Floats:
         """Embedding of the window of ``text`` without its framing; each part of vectors has length 1, or 0 without tokens."""
-        seen = self._seen(text)
+        core = without_framing(text)
+        seen = self._window(core)
+        whole = "" if self.words is None or not self.whole_words else self._whole(text, core)
         embedding = np.zeros(self.num_dimensions, np.float32)
-        if self.reader is not None:
-            self.reader.encode(seen, None if seen.isascii() else self.tokens.words(seen), embedding)
-        else:
-            self._encode(seen, embedding)
+        if self.reader is None:
+            self._encode(seen, whole, embedding)
+            return embedding
+        pieces = None if seen.isascii() else self.tokens.words(seen)
+        words = None if whole.isascii() else self._words(whole)
+        if self.words is not None and not self.whole_words:
+            words = self.tokens.words(seen)
+        self.reader.encode(seen, pieces, whole, words, embedding)
         return embedding
 
-    def _encode(self, seen: str, embedding: Floats) -> None:
-        words = self.tokens.words(seen)
-        ids = self.tokens.encode_words(words, self.max_tokens)
+    def _encode(self, seen: str, whole: str, embedding: Floats) -> None:
+        pieces = self.tokens.words(seen)
+        ids = self.tokens.encode_words(pieces, self.max_tokens)
         D = self.num_near
         embedding[D : D + NUM_SHAPE] = shape_of(seen)
         embedding[D : D + NUM_SHAPE] *= _SHAPE_SCALE
@@ -188,7 +221,7 @@ class StaticEmbedding:
                 self.topics.direction(id_U, embedding[begin:end])
                 begin = end
             if self.words is not None:
-                self.words.direction(words, embedding[begin:])
+                self.words.direction(self._words(whole) if self.whole_words else pieces, embedding[begin:])
 
     def encode_all(self, texts: Sequence[str]) -> Floats:
         """Embeddings [len(texts), num_dimensions]; row by row the same arithmetic as ``encode``."""
@@ -198,12 +231,19 @@ class StaticEmbedding:
         return rows
 
 
-def _pair(vectors: TokenVectors) -> tuple[npt.NDArray[np.int8], Floats]:
-    return np.ascontiguousarray(vectors.table_VD, np.int8), np.ascontiguousarray(vectors.scale_V, np.float32)
+def frame_of(text: str, core: str) -> str:
+    """What stands around ``core`` in ``text``, as a short hash: it may have been somebody's words."""
+    begin = max(0, text.find(core))
+    around = f"{text[:begin].strip()}\0{text[begin + len(core) :].strip()}"
+    return hashlib.sha256(around.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
-def quantised(table_VD: npt.NDArray[np.floating]) -> TokenVectors:
-    """A table of token vectors [V, D] in int8."""
+def _pair(vectors: TokenVectors, kind: type[np.signedinteger[Any]]) -> tuple[npt.NDArray[Any], Floats]:
+    return np.ascontiguousarray(vectors.table_VD, kind), np.ascontiguousarray(vectors.scale_V, np.float32)
+
+
+def quantised(table_VD: npt.NDArray[np.floating], kind: Any = np.int8) -> TokenVectors:
+    """A table of token vectors [V, D] in int8, or int16 where less rounding is asked for."""
     largest = np.abs(table_VD).max(axis=1)
-    scale = np.where(largest > 0, largest / 127.0, 1.0)
-    return TokenVectors(table_VD=np.rint(table_VD / scale[:, None]).astype(np.int8), scale_V=scale.astype(np.float32))
+    scale = np.where(largest > 0, largest / np.iinfo(kind).max, 1.0)
+    return TokenVectors(table_VD=np.rint(table_VD / scale[:, None]).astype(kind), scale_V=scale.astype(np.float32))

@@ -32,6 +32,7 @@ def record_json(record: Record) -> dict[str, Any]:
                 "score": round(c.score, 6),
                 "cost": round(c.cost, 6),
                 "wait": round(c.wait, 6),
+                "lead": round(c.lead, 6),
                 "total": None if c.total is None else round(c.total, 6),
                 "blocked_by": None if c.block is None else c.block.value,
             }

@@ -50,12 +50,12 @@ def judge(artifact: Artifact, prompt: str, *, strictness: float, slow_path: bool
     embedding = artifact.embedding.encode(prompt)
     path, slow = artifact.fast, False
     threshold = path.gate.threshold * strictness
-    probabilities, scores, familiarity = path.quick.assess(embedding, threshold)
+    probabilities, scores, leads, familiarity = path.quick.assess(embedding, threshold)
     if slow_path and artifact.slow is not None and artifact.encoder is not None and familiarity < threshold:
         sentence = artifact.encoder.encode(prompt)
         path, slow = artifact.slow, True
         threshold = path.gate.threshold * strictness
-        probabilities, scores, familiarity = path.quick.assess(np.concatenate([sentence, embedding]), threshold)
+        probabilities, scores, leads, familiarity = path.quick.assess(np.concatenate([sentence, embedding]), threshold)
     confidence = max(probabilities)
     return Judgement(
         category=artifact.categories[probabilities.index(confidence)],
@@ -65,6 +65,7 @@ def judge(artifact: Artifact, prompt: str, *, strictness: float, slow_path: bool
         slow=slow,
         probabilities=dict(zip(artifact.categories, probabilities, strict=True)),
         scores=dict(zip(artifact.expert_names, scores, strict=True)),
+        leads=dict(zip(artifact.expert_names, leads, strict=True)),
     )
 
 
@@ -88,7 +89,9 @@ def policy_terms(
     prices = {expert.name: price_of(expert) for expert in spec.experts}
     dearest = max(prices.values()) or 1.0
     if policy == "budget" and budget.price_weight is not None:
-        return PolicyTerms(cost={name: budget.price_weight * price / dearest for name, price in prices.items()}, experts=resident)
+        return PolicyTerms(
+            cost={name: budget.price_weight * price / dearest for name, price in prices.items()}, experts=resident, leads=0.0
+        )
     point = _point(artifact, spec, policy) if at_least is None else _cheapest(artifact, at_least)
     known = dict(zip(artifact.expert_names, artifact.costs, strict=True))
     costs = {e.name: e.active_params_b if e.active_params_b is not None else known.get(e.name, 1.0) for e in spec.experts}
@@ -101,6 +104,7 @@ def policy_terms(
         cost={name: point.weight * share for name, share in shares.items()},
         experts=frozenset(worth & resident) or resident,
         cost_from=point.cost_from,
+        leads=point.leads,
         tie_cost={name: tie_weight * share for name, share in shares.items()},
     )
 

@@ -69,6 +69,7 @@ def message_of(record: Record, decision: Decision | None = None) -> pb.RouteDeci
                 score=c.score,
                 cost=c.cost,
                 wait=c.wait,
+                lead=c.lead,
                 total=c.total,
                 blocked_by="" if c.block is None else c.block.value,
             )
@@ -105,6 +106,7 @@ def decision_of(message: pb.RouteDecision) -> Decision:
                 wait=c.wait,
                 total=c.total if c.HasField("total") else None,
                 block=Block(c.blocked_by) if c.blocked_by else None,
+                lead=c.lead,
             )
             for c in message.candidates
         ),

@@ -28,6 +28,7 @@ from antiphon.coe.routing.assessment import (
     Mix,
     Raw,
     assess,
+    behind_plain,
     class_probabilities,
     plain_scores,
     softmax,
@@ -37,7 +38,7 @@ from antiphon.coe.training.data.labels import Labels
 from antiphon.coe.training.encoders.topics import fit_topics, topic_rows
 from antiphon.coe.training.encoders.words import WordCounts, fit_words, word_rows
 from antiphon.coe.training.frontier import Foreign, FrontierPoint, frontier
-from antiphon.coe.training.gating import OPEN, Rehearsal, choose_gate, scale_of
+from antiphon.coe.training.gating import OPEN, Rehearsal, choose_departure, rehearsed, scale_of
 from antiphon.coe.training.heads import fit_classes, fit_values, landmark_rows, prior_rows, shrunken_means, steadying
 
 Doubles = npt.NDArray[np.float64]
@@ -58,14 +59,13 @@ class Recipe:
     value_penalty: float = 30.0  # of the score heads
     steadiness: float = 5.0  # how much dearer weights are in directions in which rewording moves prompts
     max_iterations: int = 60
-    max_word_iterations: int = 200
+    max_word_iterations: int = 300
     num_landmarks: int = 1024
     num_near: int = 128  # numbers of the fast path's embedding that neighbours are measured in; they come in order of spread
     num_inner_folds: int = 3
     max_left_out: int = 8  # datasets left out in turn to tune the gate, the largest
     worth_having: float = 0.001  # mean score that an expert must bring to the category that would miss it most
     category_share: float = 0.5
-    holds: tuple[float, ...] = (0.0, 0.01, 0.02, 0.04, 0.06)
     value_shares: tuple[float, ...] = (0.0, 0.2, 0.4, 0.7)
     word_shares: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 
@@ -165,12 +165,12 @@ def fit_path(examples: Examples, rows: Ints, costs_M: Doubles, recipe: Recipe, m
     temperature = _temperature(np.concatenate([part.raw.logits_BF for part in inside]), source_B)
     mix = _best_mix(inside, scores_BM, temperature, _word_share(inside, source_B, temperature, recipe), recipe)
     scale = scale_of([part.raw.energy for part in inside], [part.raw.energy for part in outside])
-    mix = replace(mix, hold=_hold(inside, outside, temperature, mix, scale, scores_BM, recipe))
-    gate = choose_gate(
+    departure = choose_departure(
         scale,
         [_rehearsal(part, temperature, mix, scale, scores_BM) for part in inside],
         [_rehearsal(part, temperature, mix, scale, scores_BM) for part in outside],
     )
+    gate, mix = departure.gate, replace(mix, hold=departure.hold, strange_hold=departure.strange_hold)
     mix = replace(mix, trust=_trust(outside, temperature, mix, gate, scores_BM))
     found = _joined([_assessed(part, temperature, mix, gate) for part in inside])
     foreign = [_foreign(part, temperature, mix, gate, scores_BM) for part in outside]
@@ -188,7 +188,7 @@ def _fit(examples: Examples, rows: Ints, recipe: Recipe, num_variants: int, memo
     labelled = rows[labels.category_B[rows] >= 0]
     num_variants = min(num_variants, examples.variants_BVD.shape[1])
     topics = fit_topics(examples.present_BW[rows], examples.token_weight_W, recipe.num_topics, recipe.seed)
-    words = fit_words(examples.counts, rows, recipe.num_word_directions, recipe.seed)
+    words, word_RD = fit_words(examples.counts, rows, recipe.num_word_directions, recipe.seed)
     plain_BD = examples.plain_features(labelled, topics)
     variants_BVD = examples.variant_features(labelled, num_variants, topics)
     D = plain_BD.shape[1]
@@ -202,7 +202,7 @@ def _fit(examples: Examples, rows: Ints, recipe: Recipe, num_variants: int, memo
     classes = fit_classes(together, repeated_B, num_classes, inverse_penalty, recipe.max_iterations)
     values = fit_values(together, np.tile(scores_BM[labelled], (num_variants + 1, 1)), recipe.value_penalty * (num_variants + 1))
     # Words as they stand, without variants: what rewording leaves alone is the other head's to know.
-    word_BD = word_rows(examples.counts, labelled, words)
+    word_BD = word_RD[labels.category_B[rows] >= 0]
     by_word = fit_classes(word_BD, class_B, num_classes, recipe.inverse_penalty, recipe.max_word_iterations)
     mean_M = scores_BM[rows].mean(axis=0)
     chosen = landmark_rows(np.arange(len(labelled)), class_B, recipe.num_landmarks, recipe.seed)
@@ -222,7 +222,7 @@ def _fit(examples: Examples, rows: Ints, recipe: Recipe, num_variants: int, memo
             plain_scores_FM=shrunken_means(class_B, scores_BM[labelled], num_classes, mean_M, 1e9 * (labels.how == "clusters")),
             mean_M=mean_M.astype(np.float32),
             general=int(mean_M.argmax()),
-            landmarks_ND=np.concatenate([plain_BD, word_BD], axis=1)[chosen],
+            landmarks_ND=np.concatenate([plain_BD, word_BD], axis=1)[chosen].astype(np.float32),
         ),
         spaces=Spaces(topics=topics, words=words),
     )
@@ -291,6 +291,7 @@ def _joined(found: Sequence[Assessment]) -> Assessment:
     return Assessment(
         categories_BC=np.concatenate([one.categories_BC for one in found]),
         scores_BM=np.concatenate([one.scores_BM for one in found]),
+        leads_BM=np.concatenate([one.leads_BM for one in found]),
         familiarity_B=np.concatenate([one.familiarity_B for one in found]),
     )
 
@@ -347,36 +348,15 @@ def _plain_scores(parts: Sequence[_Part], scores_BM: Doubles) -> Doubles:
     return np.concatenate([scores_BM[part.rows, plain_scores(part.raw, part.fitted).argmax(axis=1)] for part in parts])
 
 
-def _hold(
-    inside: Sequence[_Part], outside: Sequence[_Part], temperature: float, mix: Mix, scale: Gate, scores_BM: Doubles, recipe: Recipe
-) -> float:
-    """The lead over the plain router's pick that makes routing surest to be no worse than it.
-
-    That is, with the highest lower bound of the gain over it on known prompts, and what the lead gains or costs on foreign ones.
-    """
-    plain_B = _plain_scores(inside, scores_BM)
-
-    def routed(parts: Sequence[_Part], hold: float) -> Doubles:
-        held = replace(mix, hold=hold)
-        picks = [_assessed(part, temperature, held, scale).scores_BM.argmax(axis=1) for part in parts]
-        return np.concatenate([np.zeros(0), *(scores_BM[part.rows, pick_B] for part, pick_B in zip(parts, picks, strict=True))])
-
-    def worth(hold: float) -> float:
-        gain_B = routed(inside, hold) - plain_B
-        foreign_B = routed(outside, hold) if outside else np.zeros(1)
-        return float(gain_B.mean() - _BEYOND_DOUBT * gain_B.std() / np.sqrt(len(gain_B)) + foreign_B.mean())
-
-    return max(recipe.holds, key=worth)
-
-
 def _rehearsal(part: _Part, temperature: float, mix: Mix, scale: Gate, scores_BM: Doubles) -> Rehearsal:
-    expected_BM = _assessed(part, temperature, mix, scale).scores_BM
-    actual_BM = scores_BM[part.rows]
-    row, general = np.arange(len(actual_BM)), part.fitted.general
-    return Rehearsal(
-        signal_B=part.raw.energy,
-        ahead_B=(expected_BM.max(axis=1) - expected_BM[:, general]).astype(np.float64),
-        gain_B=actual_BM[row, expected_BM.argmax(axis=1)] - actual_BM[:, general],
+    plain_BM, actual_BM = plain_scores(part.raw, part.fitted), scores_BM[part.rows]
+    return rehearsed(
+        _assessed(part, temperature, mix, scale).scores_BM,
+        behind_plain(part.raw, part.fitted),
+        part.fitted.general,
+        actual_BM,
+        actual_BM[np.arange(len(actual_BM)), plain_BM.argmax(axis=1)],
+        part.raw.energy,
     )
 
 

@@ -5,6 +5,7 @@ Must not know: embeddings, gates' making.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -24,7 +25,7 @@ _BALANCED_LOSS = 0.004  # balanced: this much below the best quality
 _BALANCED_DOUBT = 0.001  # and no more than this against quality, row by row, at 95 %
 # What a named policy may lose on left-out datasets at 95 %: against the general expert or, where quality may lose more, against it.
 _ALLOWED_HARM = 0.002
-_ALLOWED_PLAIN = 0.002  # what cheap may lose to the plain router, row by row, at 95 %
+_ALLOWED_PLAIN = 0.001  # what cheap may lose to the plain router, row by row, at 95 %
 _COST_FROM = (0.2, 0.4, 0.6, 0.8)  # shares of known prompts that are too unfamiliar for cost to count
 _NEVER = 2.0  # above any familiarity
 _SURE = 1.96  # standard errors
@@ -40,6 +41,7 @@ class FrontierPoint:
     score: float
     experts: tuple[int, ...]  # the experts that are worth having at this weight
     cost_from: float = 0.0  # familiarity from which cost counts
+    leads: float = 1.0  # share that counts of the leads that are asked of experts
     harmless: bool = True  # on left-out datasets no worse than the general expert or than quality, within what is allowed
     lost: float = 0.0  # score against the first point, row by row, that may be lost at 95 %
     lost_plain: float = 0.0  # the same against the plain router
@@ -54,7 +56,15 @@ class Foreign:
     general: int
 
 
-def pick(found: Assessment, gate: Gate, general: int, cost_term_M: Doubles, experts: Sequence[int], cost_from: float = 0.0) -> Ints:
+def pick(
+    found: Assessment,
+    gate: Gate,
+    general: int,
+    cost_term_M: Doubles,
+    experts: Sequence[int],
+    cost_from: float = 0.0,
+    leads: float = 1.0,
+) -> Ints:
     """The expert of each prompt: the best of ``experts`` after cost, or the general one where the gate closes.
 
     Cost counts from familiarity ``cost_from`` on; below, all but ties (``TIE_WEIGHT``) go to who is expected to be best.
@@ -62,7 +72,7 @@ def pick(found: Assessment, gate: Gate, general: int, cost_term_M: Doubles, expe
     allowed = np.array(sorted(experts), np.int64)
     counts_B1 = (found.familiarity_B >= np.float32(cost_from))[:, None]
     tie_M = np.minimum(cost_term_M, TIE_WEIGHT * cost_term_M / max(float(cost_term_M.max()), TIE_WEIGHT))
-    chosen = allowed[(found.scores_BM - np.where(counts_B1, cost_term_M, tie_M))[:, allowed].argmax(axis=1)]
+    chosen = allowed[(found.net(leads) - np.where(counts_B1, cost_term_M, tie_M))[:, allowed].argmax(axis=1)]
     result: Ints = np.where(found.familiarity_B < np.float32(gate.threshold), general, chosen)
     return result
 
@@ -119,7 +129,8 @@ def frontier(
 
     Where a weight does harm on left-out datasets, there is a second point at which cost counts only for the more familiar prompts:
     the least familiarity of a few from which it does none. Lesser weights have a point there too where that does no harm: else
-    nothing would be milder than it and still save.
+    nothing would be milder than it and still save. All of these are there once more without the leads that are asked of experts:
+    a lead out of reach leaves cost nothing to choose from.
     """
     row = np.arange(len(scores_BM))
     from_Q = [0.0, *(float(q) for q in np.quantile(found.familiarity_B, _COST_FROM)), _NEVER]
@@ -128,33 +139,39 @@ def frontier(
     group_B = np.repeat(np.arange(len(foreign)), [len(part.scores_BM) for part in foreign])
 
     def harmless(one: _Weighed, cost_from: float) -> bool:
-        gain_B = _gains(foreign, gate, one.term, one.open_to(cost_from), cost_from)
+        gain_B = _gains(foreign, gate, one, cost_from)
         if _lower_bound(gain_B, group_B) >= -_ALLOWED_HARM or quality_B is None:
             return True
         # Row by row too: on few rows quality's own bound is low by doubt alone, and would let everything pass.
         least = _lower_bound(quality_B, group_B)
         return _lower_bound(gain_B, group_B) >= least and _lower_bound(gain_B - quality_B, group_B) >= -_ALLOWED_HARM
 
-    for weight in _WEIGHTS:
+    for leads, weight in itertools.product((1.0, 0.0), _WEIGHTS):
         term = weight * costs_M / costs_M.max()
-        experts = worthy_experts(found.scores_BM, scores_BM, category_B, term, general, worth_having)
+        experts = worthy_experts(found.net(leads), scores_BM, category_B, term, general, worth_having)
         # Who is expected to be best, where cost does not count, is among those worth having without cost.
         familiar = tuple(sorted({*experts, *(weighed[0].experts if weighed else ())}))
-        one = _Weighed(weight=weight, term=term, experts=experts, familiar=familiar)
+        one = _Weighed(weight=weight, leads=leads, term=term, experts=experts, familiar=familiar)
         one.harmless_from.extend(next(([start] for start in from_Q if harmless(one, start)), []))
         if quality_B is None:
-            quality_B = _gains(foreign, gate, term, experts, 0.0)
+            quality_B = _gains(foreign, gate, one, 0.0)
         weighed.append(one)
     points: list[FrontierPoint] = []
     best_B = np.zeros(len(scores_BM))
     for i, one in enumerate(weighed):
         least = one.harmless_from[0] if one.harmless_from and i else _NEVER
-        greater = {cost_from for other in weighed[i + 1 :] for cost_from in other.harmless_from[:1] if cost_from < _NEVER}
+        greater = {
+            cost_from
+            for other in weighed[i + 1 :]
+            if other.leads == one.leads
+            for cost_from in other.harmless_from[:1]
+            if cost_from < _NEVER
+        }
         for cost_from in sorted(cost_from for cost_from in greater if cost_from > least):
             if harmless(one, cost_from):
                 one.harmless_from.append(cost_from)
         for cost_from in sorted({0.0, *one.harmless_from}):
-            chosen = pick(found, gate, general, one.term, one.open_to(cost_from), cost_from)
+            chosen = pick(found, gate, general, one.term, one.open_to(cost_from), cost_from, one.leads)
             score_B = scores_BM[row, chosen]
             best_B = score_B if not points else best_B
             points.append(
@@ -164,6 +181,7 @@ def frontier(
                     score=float(score_B.mean()),
                     experts=tuple(int(m) for m in np.unique(np.append(chosen, general))),
                     cost_from=cost_from,
+                    leads=one.leads,
                     harmless=cost_from in one.harmless_from,
                     lost=-_lower_bound(score_B - best_B),
                     lost_plain=0.0 if plain_B is None else -_lower_bound(score_B - plain_B),
@@ -177,6 +195,7 @@ class _Weighed:
     """A weight of cost, the experts worth having under it, and familiarities from which it does no harm, the least first."""
 
     weight: float
+    leads: float
     term: Doubles
     experts: tuple[int, ...]
     familiar: tuple[int, ...]  # open where cost counts for some prompts only
@@ -186,11 +205,11 @@ class _Weighed:
         return self.experts if cost_from == 0.0 else self.familiar
 
 
-def _gains(foreign: Sequence[Foreign], gate: Gate, term: Doubles, experts: Sequence[int], cost_from: float) -> Doubles:
+def _gains(foreign: Sequence[Foreign], gate: Gate, one: _Weighed, cost_from: float) -> Doubles:
     """Each row's score over the general expert's, on rows of left-out datasets; none without any."""
     gains = [np.zeros(0)]
     for part in foreign:
-        chosen = pick(part.found, gate, part.general, term, experts, cost_from)
+        chosen = pick(part.found, gate, part.general, one.term, one.open_to(cost_from), cost_from, one.leads)
         gains.append(part.scores_BM[np.arange(len(chosen)), chosen] - part.scores_BM[:, part.general])
     return np.concatenate(gains)
 
@@ -228,7 +247,8 @@ def policies_of(points: Sequence[FrontierPoint], best_single: float) -> dict[str
     milder = [0]  # in quality cost weighs for no prompt at all
     for i, point in enumerate(points[1:], 1):
         worth = points[0].score - point.score <= rate * (points[0].avg_cost - point.avg_cost) + _ROUNDING
-        if worth and point.lost <= _BALANCED_DOUBT and point.weight <= weight and point.cost_from >= cost_from:
+        alike = point.leads == points[cheap].leads or point.leads == 1.0
+        if worth and alike and point.lost <= _BALANCED_DOUBT and point.weight <= weight and point.cost_from >= cost_from:
             milder.append(i)
     balanced = milder[cheapest([points[i] for i in milder], least)]
     return {"quality": 0, "balanced": balanced, "cheap": cheap}

@@ -1,12 +1,14 @@
-"""Chooses below which familiarity the general expert serves, and how cautious routing is above it (control speed, offline).
+"""Chooses when the router departs from the plain router's pick, and when from the general expert (control speed, offline).
 
-A gate that closes on prompts of known kinds loses what routing gains there; one that stays open on foreign prompts loses what
-routing harms there. Both are measured on models that had not seen the prompts: those of inner folds, and those that had one
-more dataset left out. Must not know: embeddings.
+On prompts of known kinds the plain router is hard to beat, on foreign ones the general expert often is: leads over either that
+are nothing but noise cost more than they bring. So a departure has to be proven, on models that had not seen the prompts: those of
+inner folds stand for known kinds, those that had one more dataset left out for foreign ones. A gain is counted by half, since it is
+the best of several that were looked at, and less twice its standard error. Must not know: embeddings.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,86 +16,174 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.linear_model import LogisticRegression
 
-from antiphon.coe.routing.assessment import Floats, Gate
+from antiphon.coe.routing.assessment import Floats, Gate, Ints
 
 Doubles = npt.NDArray[np.float64]
 
 OPEN = Gate(weight=1.0, bias=0.0, threshold=0.0)
-# Shares of prompts of known kinds that the gate may close on; what is closed there is the price of closing on foreign ones.
-_SHARES = (0.0, 0.04, 0.08, 0.12, 0.16, 0.24)
-# With a share of none, the gate still closes this many standard deviations below the least familiar prompt: what is like nothing
-# that was learnt from is not known, however well routing went.
+NEVER = 1.0  # a lead that nothing reaches: scores are 0..1
+# Expected scores by which another expert must be ahead of the plain router's pick, on familiar prompts and on strange ones.
+_HOLDS = (0.0, 0.02, 0.04, 0.08, NEVER)
+_STRANGE_HOLDS = (0.0, 0.02, 0.05, NEVER)
+# The same of the general expert, on the strangest; less than is presumed only where routing helps foreign prompts beyond doubt.
+_PRESUMED = 0.06
+_CAUTIONS = (0.0, 0.03, 0.06, 0.12, 0.3, NEVER)
+_BELOW = (0.75, 0.5, 0.25, 0.1)  # shares of known prompts that are strange at all
+# Shares of prompts of known kinds that the gate may close on. With a share of none, it still closes this many standard deviations
+# below the least familiar prompt: what is like nothing that was learnt from is not known, however well routing went.
+_SHARES = (0.0, 0.01, 0.02, 0.04, 0.08, 0.12)
 _MARGIN = 0.5
-_USUAL = 2  # the share that is taken unless another is better beyond doubt
-# Expected scores by which another expert must be ahead of the general one at a familiarity of 0; nothing is asked from the median
-# of known prompts on. A lead of this size is what class means of some hundred prompts differ by when nothing is behind it.
-_CAUTIONS = (0.0, 0.06, 0.12)
-_USUAL_CAUTION = 1
-# Standard errors, over datasets left out. Gains differ far more between datasets than within: a best share that is taken for
-# granted is the best for the datasets at hand, and a bad one for the next.
-_BEYOND_DOUBT = 2.0
+_COUNTED = 0.5  # share of a gain that is counted
+_SURE = 1.96  # standard errors
+_MAY_LOSE = 0.0018  # what known prompts may lose to the plain router, at 95 %, so that foreign ones are safe
+# How much more a loss to the general expert counts there: who knows nothing of a kind of prompt would ask it.
+_TO_GENERAL = 2.0
+_BY_GAIN = 0.1  # how much a mean gain weighs beside what datasets lose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsal:
-    """Prompts that a model had not seen: the gate's signal, and how far its pick is ahead of the general expert."""
+    """Prompts of a dataset or fold as a model saw them that had not learnt from them.
 
-    signal_B: Floats
-    ahead_B: Doubles  # in expected score
-    gain_B: Doubles  # in score
+    Groups of experts, by row: the plain router's pick and general, the pick, general, neither.
+    """
+
+    signal_B: Floats  # the gate's
+    expected_4B: Doubles  # of the best expert of each group; far below any where it is empty
+    score_4B: Doubles  # what that expert scored
+    plain_B: Doubles  # what the plain router's pick scored
+    general_B: Doubles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Departure:
+    """The gate, and the leads over the plain router's pick."""
+
+    gate: Gate
+    hold: float
+    strange_hold: float
+
+
+def rehearsed(
+    expected_BM: Floats, behind_BM: npt.NDArray[np.bool_], general: int, scores_BM: Doubles, plain_B: Doubles, signal_B: Floats
+) -> Rehearsal:
+    """A rehearsal of expected scores without leads, and of what all experts and the plain router's pick scored."""
+    row, is_general_M = np.arange(len(expected_BM)), np.arange(expected_BM.shape[1]) == general
+    best, scored = [], []
+    for behind, is_general in ((False, True), (False, False), (True, True), (True, False)):
+        inside_BM = (behind_BM == behind) & (is_general_M == is_general)
+        group_BM = np.where(inside_BM, expected_BM, -10.0)
+        first_B = group_BM.argmax(axis=1)
+        best.append(group_BM[row, first_B].astype(np.float64))
+        scored.append(scores_BM[row, first_B])
+    return Rehearsal(
+        signal_B=signal_B,
+        expected_4B=np.stack(best),
+        score_4B=np.stack(scored),
+        plain_B=plain_B,
+        general_B=scores_BM[:, general],
+    )
 
 
 def scale_of(inside: Sequence[Floats], outside: Sequence[Floats]) -> Gate:
     """An open gate with the scale of familiarity, by the signals of known prompts and of foreign ones."""
     known_B = np.concatenate(inside).astype(np.float64)
     weight, bias = _scale(known_B, np.concatenate(outside) if outside else None)
-    gate = Gate(weight=weight, bias=bias, threshold=0.0)
-    return replace(gate, caution_below=float(np.median(gate.familiarity(known_B.astype(np.float32)))))
+    return Gate(weight=weight, bias=bias, threshold=0.0)
 
 
-def choose_gate(gate: Gate, inside: Sequence[Rehearsal], outside: Sequence[Rehearsal]) -> Gate:
-    """The gate by prompts of known kinds, ``inside``, and of foreign ones, ``outside``: one rehearsal per dataset left out.
+def choose_departure(scale: Gate, inside: Sequence[Rehearsal], outside: Sequence[Rehearsal]) -> Departure:
+    """When to depart, by prompts of known kinds, ``inside``, and of foreign ones, ``outside``: one rehearsal per dataset left out.
 
-    ``gate`` is open and has the scale.
+    First the lead on familiar prompts: the one whose gain over the plain router is proven and greatest, else none is in reach.
+    Then, among what loses known prompts no more than it may, what loses left-out datasets least, to the plain router and to the
+    general expert. ``scale`` is open and has the scale of familiarity.
     """
-    known_B = np.concatenate([one.signal_B for one in inside]).astype(np.float64)
+    outside = [one for one in outside if len(one.plain_B)]
+    known, foreign = _joined(inside), _joined(outside)
+    known_B = known.signal_B.astype(np.float64)
     cut_Q = np.quantile(known_B, _SHARES)
     cut_Q[0] -= _MARGIN * known_B.std()
-    threshold_Q = gate.familiarity(cut_Q.astype(np.float32))
-    shares = [replace(gate, threshold=float(threshold)) for threshold in threshold_Q]
-    gate = shares[_best(shares, _USUAL, inside, outside)]
-    cautions = [replace(gate, caution=caution) for caution in _CAUTIONS]
-    return cautions[_best(cautions, _USUAL_CAUTION, inside, outside)]
+    shares = [float(share) for share in scale.familiarity(cut_Q.astype(np.float32))]
+    below = [max(float(b), 1e-6) for b in np.quantile(scale.familiarity(known.signal_B), _BELOW)]
+    cautions = [caution for caution in _CAUTIONS if caution >= _PRESUMED or _helps(scale, outside)]
+    gates = [
+        replace(scale, threshold=threshold, caution=caution, caution_below=limit)
+        for limit, threshold, caution in itertools.product(below, shares, cautions)
+    ]
+    hold, best = NEVER, 0.0
+    for one in _HOLDS[:-1]:
+        held = Departure(gate=replace(scale, caution_below=below[0]), hold=one, strange_hold=one)
+        mean, error = _mean(_gain(known, held).over_plain_B)
+        if _COUNTED * mean >= _SURE * error and mean > best:
+            hold, best = one, mean
+    departures = [Departure(gate=gate, hold=hold, strange_hold=strange) for strange in (hold, *_STRANGE_HOLDS) for gate in gates]
+    place_B = np.repeat(np.arange(len(outside)), [len(one.plain_B) for one in outside])
+    return max(departures, key=lambda one: _worth(one, known, foreign, place_B))
 
 
-def _best(gates: Sequence[Gate], usual: int, inside: Sequence[Rehearsal], outside: Sequence[Rehearsal]) -> int:
-    """The gate that gains most on known and foreign prompts together, where it beats the usual one beyond doubt; else that one.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Gain:
+    """What a departure gains, row by row, over the plain router and over the general expert."""
 
-    The usual one presumes that routing harms foreign prompts. Where it gains there beyond doubt, under the usual one itself, that
-    is refuted, and the best one is taken as it is.
+    over_plain_B: Doubles
+    over_general_B: Doubles
+
+
+def _helps(scale: Gate, outside: Sequence[Rehearsal]) -> bool:
+    """Whether routing without caution gains over the general expert beyond doubt, by datasets, held to the plain router or not."""
+    if len(outside) < 2:
+        return False
+    for hold in (0.0, NEVER):
+        free = Departure(gate=scale, hold=hold, strange_hold=hold)
+        gain_G = np.array([_gain(one, free).over_general_B.mean() for one in outside])
+        if gain_G.mean() > _SURE * gain_G.std(ddof=1) / np.sqrt(len(gain_G)):
+            return True
+    return False
+
+
+def _worth(one: Departure, known: Rehearsal, foreign: Rehearsal, place_B: Ints) -> float:
+    """What foreign prompts lose by dataset, negative, and a little of what all gain; far less where known ones lose too much.
+
+    To the plain router in some datasets, to the general expert in others: who of the two will be the better one in the next is not
+    known, so what is lost to either counts.
     """
-    datasets = [one for one in outside if len(one.gain_B)]
-    if len(datasets) < 2:
-        return usual
-    gain_Q = np.array([_gain(inside, gate) for gate in gates])
-    gain_GQ = np.array([[_gain([one], gate) for gate in gates] for one in datasets])
-    better_GQ = gain_GQ - gain_GQ[:, usual : usual + 1]
-    error_Q = better_GQ.std(axis=0, ddof=1) / np.sqrt(len(better_GQ))
-    better_Q = gain_Q - gain_Q[usual] + better_GQ.mean(axis=0)
-    gain_G = gain_GQ[:, usual]
-    if gain_G.mean() > _BEYOND_DOUBT * gain_G.std(ddof=1) / np.sqrt(len(gain_G)):
-        error_Q = np.zeros_like(error_Q)
-    sure_Q = better_Q > _BEYOND_DOUBT * error_Q
-    return int(np.where(sure_Q, better_Q, -np.inf).argmax()) if sure_Q.any() else usual
+    here = _gain(known, one).over_plain_B
+    mean, error = _mean(here)
+    worth = 1000.0 * min(0.0, mean - _SURE * error + _MAY_LOSE) + _BY_GAIN * mean
+    if len(foreign.plain_B):
+        there = _gain(foreign, one)
+        size_G = np.maximum(1, np.bincount(place_B))
+        for weight, gain_B in ((1.0, there.over_plain_B), (_TO_GENERAL, there.over_general_B)):
+            gain_G = np.bincount(place_B, gain_B) / size_G
+            worth += weight * float(np.minimum(0.0, gain_G).mean()) + _BY_GAIN / 2 * float(gain_G.mean())
+    return worth
 
 
-def _gain(rehearsals: Sequence[Rehearsal], gate: Gate) -> float:
-    gains = []
-    for one in rehearsals:
-        familiarity_B = gate.familiarity(one.signal_B)
-        open_B = (familiarity_B >= np.float32(gate.threshold)) & (one.ahead_B >= gate.lead(familiarity_B))
-        gains.append(np.where(open_B, one.gain_B, 0.0))
-    return float(np.concatenate(gains).mean())
+def _gain(rehearsal: Rehearsal, one: Departure) -> _Gain:
+    familiarity_B = one.gate.familiarity(rehearsal.signal_B)
+    strange_B = one.gate.strangeness(familiarity_B).astype(np.float64)
+    hold_B = np.where(strange_B > 0.0, one.strange_hold, one.hold)
+    caution_B = one.gate.caution * strange_B
+    both, pick, general, neither = rehearsal.expected_4B
+    chosen_B = np.stack([both, pick - caution_B, general - hold_B, neither - hold_B - caution_B]).argmax(axis=0)
+    score_B = rehearsal.score_4B[chosen_B, np.arange(len(chosen_B))]
+    score_B = np.where(familiarity_B < np.float32(one.gate.threshold), rehearsal.general_B, score_B)
+    return _Gain(over_plain_B=score_B - rehearsal.plain_B, over_general_B=score_B - rehearsal.general_B)
+
+
+def _mean(gain_B: Doubles) -> tuple[float, float]:
+    return float(gain_B.mean()), float(gain_B.std() / np.sqrt(len(gain_B)))
+
+
+def _joined(rehearsals: Sequence[Rehearsal]) -> Rehearsal:
+    return Rehearsal(
+        signal_B=np.concatenate([np.zeros(0, np.float32), *(one.signal_B for one in rehearsals)]),
+        expected_4B=np.concatenate([np.zeros((4, 0)), *(one.expected_4B for one in rehearsals)], axis=1),
+        score_4B=np.concatenate([np.zeros((4, 0)), *(one.score_4B for one in rehearsals)], axis=1),
+        plain_B=np.concatenate([np.zeros(0), *(one.plain_B for one in rehearsals)]),
+        general_B=np.concatenate([np.zeros(0), *(one.general_B for one in rehearsals)]),
+    )
 
 
 def _scale(known_B: Doubles, foreign_B: Floats | None) -> tuple[float, float]:

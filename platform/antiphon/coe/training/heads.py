@@ -47,7 +47,9 @@ def steadying(embedding_BD: Floats, variants_BVD: Floats, steadiness: float) -> 
     return result
 
 
-def fit_classes(embedding_BD: Floats, label_B: Ints, num_classes: int, inverse_penalty: float, max_iterations: int) -> Head:
+def fit_classes(
+    embedding_BD: Floats | Doubles, label_B: Ints, num_classes: int, inverse_penalty: float, max_iterations: int
+) -> Head:
     """Logistic regression over the classes that ``label_B`` has; the others get a probability of about zero."""
     present = np.unique(label_B)
     weights = np.zeros((embedding_BD.shape[1], num_classes), np.float32)

@@ -96,9 +96,10 @@ def _rehearsed(path: ServedPath, embedding_BD: Floats, score_B: Doubles) -> tupl
     for f in range(_NUM_FOLDS):
         out = fold == f
         trial = _joined(path, embedding_BD[~out], score_B[~out])
-        expected_BM = assess(trial.fitted.raw(embedding_BD[out]), trial.fitted, trial.mix, trial.gate).scores_BM
-        others_B = expected_BM[:, :-1].max(axis=1)
-        asked_B[out] = expected_BM[:, -1] > others_B
+        found = assess(trial.fitted.raw(embedding_BD[out]), trial.fitted, trial.mix, trial.gate)
+        net_BM = found.net()
+        others_B = np.take_along_axis(found.scores_BM, net_BM[:, :-1].argmax(axis=1)[:, None], axis=1)[:, 0]
+        asked_B[out] = net_BM[:, -1] > net_BM[:, :-1].max(axis=1)
         gain_B[out] = asked_B[out] * (score_B[out] - others_B)
     return gain_B, asked_B
 

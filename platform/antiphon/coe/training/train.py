@@ -29,7 +29,7 @@ from antiphon.coe.training.data.table import Duplicates, ScoreTable, drop_duplic
 from antiphon.coe.training.encoders import static
 from antiphon.coe.training.encoders.sentences import encode_sentences, served_encoder
 from antiphon.coe.training.encoders.topics import presence
-from antiphon.coe.training.encoders.words import word_counts
+from antiphon.coe.training.encoders.words import known_frames, word_counts
 from antiphon.coe.training.fit import Examples, Memo, Path, Recipe, fit_path
 from antiphon.coe.training.frontier import FrontierPoint, policies_of
 from antiphon.coe.training.mapping import Budget, Mapping, solve
@@ -97,6 +97,7 @@ def prepare(table: ScoreTable, options: Options, say: Say) -> Prepared:
             encoder = _slow_encoder(*published, say) if options.slow_path else None
         else:
             embedding, embedder = static.from_prompts(table.prompts, recipe.seed), "lsa"
+        embedding = replace(embedding, known_frames=known_frames(table.prompts))
         say(f"embedding {len(table)} prompts and {recipe.num_variants} variants of each")
         variants = _variants(table, recipe)
         plain_BD = embedding.encode_all(table.prompts)

@@ -85,20 +85,22 @@ class RouteDecision(_message.Message):
     def __init__(self, decision_id: _Optional[str] = ..., expert: _Optional[str] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., policy: _Optional[str] = ..., runner_up: _Optional[str] = ..., alternatives: _Optional[_Iterable[str]] = ..., category: _Optional[str] = ..., confidence: _Optional[float] = ..., familiarity: _Optional[float] = ..., slow_path: _Optional[bool] = ..., artifact: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[RouteCandidate, _Mapping]]] = ..., view_version: _Optional[int] = ..., probabilities: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class RouteCandidate(_message.Message):
-    __slots__ = ("expert", "score", "cost", "wait", "total", "blocked_by")
+    __slots__ = ("expert", "score", "cost", "wait", "total", "blocked_by", "lead")
     EXPERT_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     COST_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
     TOTAL_FIELD_NUMBER: _ClassVar[int]
     BLOCKED_BY_FIELD_NUMBER: _ClassVar[int]
+    LEAD_FIELD_NUMBER: _ClassVar[int]
     expert: str
     score: float
     cost: float
     wait: float
     total: float
     blocked_by: str
-    def __init__(self, expert: _Optional[str] = ..., score: _Optional[float] = ..., cost: _Optional[float] = ..., wait: _Optional[float] = ..., total: _Optional[float] = ..., blocked_by: _Optional[str] = ...) -> None: ...
+    lead: float
+    def __init__(self, expert: _Optional[str] = ..., score: _Optional[float] = ..., cost: _Optional[float] = ..., wait: _Optional[float] = ..., total: _Optional[float] = ..., blocked_by: _Optional[str] = ..., lead: _Optional[float] = ...) -> None: ...
 
 class ExplainRequest(_message.Message):
     __slots__ = ("decision_id", "policy")

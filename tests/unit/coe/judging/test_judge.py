@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antiphon.coe.judging.judge import aiq, by_dataset, by_prompt, calibration_error, estimate, left_out_groups, two_models
-from antiphon.coe.routing.assessment import Assessment, Gate
+from antiphon.coe.routing.assessment import Assessment
 from antiphon.coe.training.data.augment import PERTURBATIONS, perturbed, training_variants
 from antiphon.coe.training.data.example_table import example_table
 from antiphon.coe.training.data.labels import grow, label
 from antiphon.coe.training.fit import Recipe, folds_of
 from antiphon.coe.training.frontier import Foreign, FrontierPoint, frontier, policies_of, worthy_experts
-from antiphon.coe.training.gating import OPEN, Rehearsal, choose_gate, scale_of
+from antiphon.coe.training.gating import OPEN
 from antiphon.coe.training.heads import fit_classes, fit_values, prior_rows, shrunken_means, steadying
 from antiphon.coe.training.train import Options, prepare
 
@@ -108,6 +108,7 @@ def test_where_cost_harms_foreign_prompts_it_counts_only_for_familiar_ones() -> 
         found = Assessment(
             categories_BC=np.ones((500, 1), np.float32),
             scores_BM=np.tile(np.array([0.8, 0.79], np.float32), (500, 1)),
+            leads_BM=np.zeros((500, 2), np.float32),
             familiarity_B=np.full(500, familiarity, np.float32) + np.linspace(0, 0.05, 500, dtype=np.float32),
         )
         return found, np.tile([0.8, cheap_score], (500, 1))
@@ -129,6 +130,7 @@ def test_doubt_about_quality_lets_no_harm_of_cheap_pass() -> None:
         return Assessment(
             categories_BC=np.ones((num, 1), np.float32),
             scores_BM=np.tile(np.array([0.60, 0.61, 0.59], np.float32), (num, 1)),
+            leads_BM=np.zeros((num, 3), np.float32),
             familiarity_B=np.full(num, 0.8, np.float32),
         )
 
@@ -148,11 +150,16 @@ def test_datasets_that_disagree_are_no_proof_that_the_next_one_takes_no_harm() -
     strange = Assessment(
         categories_BC=np.ones((300, 1), np.float32),
         scores_BM=np.tile(np.array([0.60, 0.59], np.float32), (300, 1)),
+        leads_BM=np.zeros((300, 2), np.float32),
         familiarity_B=np.full(300, 0.8, np.float32),
     )
     known = np.tile([0.60, 0.59], (600, 1))
     twice = replace(
-        strange, **{name: np.repeat(getattr(strange, name), 2, axis=0) for name in ("categories_BC", "scores_BM", "familiarity_B")}
+        strange,
+        **{
+            name: np.repeat(getattr(strange, name), 2, axis=0)
+            for name in ("categories_BC", "scores_BM", "leads_BM", "familiarity_B")
+        },
     )
 
     def harmless(cheap: tuple[float, ...]) -> bool:
@@ -171,13 +178,14 @@ def test_balanced_saves_too_where_cheap_saves_on_familiar_prompts_alone() -> Non
     known = Assessment(
         categories_BC=np.ones((1000, 1), np.float32),
         scores_BM=scores.astype(np.float32),
+        leads_BM=np.zeros(scores.shape, np.float32),
         familiarity_B=np.linspace(0.3, 0.95, 1000, dtype=np.float32),
     )
     strange = Assessment(
         categories_BC=np.ones((500, 1), np.float32),
-        scores_BM=np.tile(
-            np.array([0.8, 0.65], np.float32), (500, 1)
-        ),  # harmed by a weight that gives up the large lead, by no lesser one
+        # Harmed by a weight that gives up the large lead, by no lesser one.
+        scores_BM=np.tile(np.array([0.8, 0.65], np.float32), (500, 1)),
+        leads_BM=np.zeros((500, 2), np.float32),
         familiarity_B=np.full(500, 0.5, np.float32),
     )
     foreign = [Foreign(found=strange, scores_BM=np.tile([0.8, 0.1], (500, 1)), general=0)]
@@ -208,6 +216,7 @@ def test_balanced_saves_nothing_that_a_few_rows_speak_for() -> None:
         known = Assessment(
             categories_BC=np.ones((num, 1), np.float32),
             scores_BM=np.tile(np.array([0.5005, 0.5], np.float32), (num, 1)),
+            leads_BM=np.zeros((num, 2), np.float32),
             familiarity_B=np.ones(num, np.float32),
         )
         points = frontier(known, scores, np.zeros(num, np.int64), np.array([10.0, 1.0]), 0, OPEN, 0.0)
@@ -215,102 +224,6 @@ def test_balanced_saves_nothing_that_a_few_rows_speak_for() -> None:
 
     assert balanced(400, 0.0).avg_cost == 10.0
     assert balanced(400, 0.0005).avg_cost == 1.0  # right on the same prompts: no doubt
-
-
-def _foreign(gain: float, spread: float = 0.0) -> list[Rehearsal]:
-    source = np.random.default_rng(3)
-    return [
-        Rehearsal(
-            signal_B=source.normal(0.0, 1.0, 300).astype(np.float32),
-            ahead_B=np.ones(300),
-            gain_B=np.full(300, gain + spread * (-1) ** group),
-        )
-        for group in range(8)
-    ]
-
-
-KNOWN = [
-    Rehearsal(
-        signal_B=np.random.default_rng(2).normal(3.0, 1.0, 3000).astype(np.float32),
-        ahead_B=np.ones(3000),
-        gain_B=np.full(3000, 0.04),
-    )
-]
-
-
-def _gate(foreign: list[Rehearsal]) -> Gate:
-    scale = scale_of([one.signal_B for one in KNOWN], [one.signal_B for one in foreign])
-    return choose_gate(scale, KNOWN, foreign)
-
-
-def _closed(foreign: list[Rehearsal]) -> tuple[float, float]:
-    gate = _gate(foreign)
-    return tuple(
-        float((gate.familiarity(np.concatenate([one.signal_B for one in some])) < gate.threshold).mean())
-        for some in (KNOWN, foreign)
-    )  # type: ignore[return-value]
-
-
-def test_the_gate_closes_on_foreign_prompts_and_on_few_known_ones() -> None:
-    known, foreign = _closed(_foreign(-0.02, spread=0.05))
-    assert known == pytest.approx(0.08, abs=0.01)
-    assert foreign > 0.8
-
-
-def test_the_gate_closes_further_where_routing_surely_harms_and_opens_where_it_surely_helps() -> None:
-    usual = _closed(_foreign(-0.02, spread=0.05))
-    assert _closed(_foreign(-0.3))[1] > usual[1]
-    assert _closed(_foreign(+0.1))[0] == 0.0
-
-
-def test_one_lucky_dataset_does_not_open_the_gate() -> None:
-    unlucky = _foreign(-0.02, spread=0.05)[:7]
-    lucky = Rehearsal(signal_B=unlucky[0].signal_B, ahead_B=np.ones(300), gain_B=np.full(300, 0.5))
-    assert _closed([*unlucky, lucky])[0] == pytest.approx(0.08, abs=0.01)
-
-
-def test_where_routing_surely_helps_foreign_prompts_no_caution_is_presumed() -> None:
-    """Small leads gain a little beside large ones that gain much: too little to be sure of, were there anything to presume."""
-    source = np.random.default_rng(5)
-
-    def rehearsals(of_large: float) -> list[Rehearsal]:
-        return [
-            Rehearsal(
-                signal_B=source.normal(1.5, 0.5, 300).astype(np.float32),
-                ahead_B=np.tile([0.01, 0.3], 150),
-                gain_B=np.tile([0.03 if group % 2 else -0.01, of_large], 150),
-            )
-            for group in range(8)
-        ]
-
-    assert _gate(rehearsals(0.1)).caution == 0.0
-    assert _gate(rehearsals(0.0)).caution > 0.0
-
-
-def _leads(gain_of_small: float) -> list[Rehearsal]:
-    """Foreign prompts of middling familiarity; half of them have an expert that is ahead by little."""
-    source = np.random.default_rng(5)
-    return [
-        Rehearsal(
-            signal_B=source.normal(1.5, 0.5, 300).astype(np.float32),
-            ahead_B=np.tile([0.01, 0.3], 150),
-            gain_B=np.tile([gain_of_small, 0.1], 150),
-        )
-        for _ in range(8)
-    ]
-
-
-def test_a_small_lead_over_the_general_expert_does_not_count_on_unfamiliar_prompts() -> None:
-    gate = _gate(_leads(-0.001))
-    lead = gate.lead(np.array([0.0, gate.caution_below / 2, gate.caution_below, 1.0], np.float32))
-    assert lead[0] > lead[1] > 0.0
-    assert lead[2] == lead[3] == 0.0
-
-
-def test_caution_grows_where_small_leads_surely_harm_and_goes_where_they_surely_help() -> None:
-    usual = _gate(_leads(-0.001)).caution
-    assert _gate(_leads(+0.2)).caution == 0.0
-    assert _gate(_leads(-0.2)).caution >= usual > 0.0
 
 
 def test_means_of_classes_that_differ_much_are_drawn_little() -> None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -143,3 +144,13 @@ def test_alternatives_are_fallbacks_then_runner_up_then_general() -> None:
 def test_without_a_judgement_the_general_expert_serves() -> None:
     decision = decide(Question(prompt="p"), None, _spec(), TERMS, EVERYONE_IDLE)
     assert (decision.expert, decision.reason) == ("big", Reason.NO_ROUTER)
+
+
+def test_a_lead_out_of_reach_outweighs_what_is_expected_and_no_wait_nor_worse_feedback() -> None:
+    held = replace(_judgement(), leads={"coder": 1.0, "tiny": 1.0})
+    assert _decide(judgement=held).expert == "big"
+    waiting = View(experts={"big": ExpertState(expected_wait_s=60.0)})
+    assert _decide(judgement=held, view=waiting, policy={"name": "quality", "waitWeight": 0.01}).expert == "coder"
+    assert _decide(judgement=held, sticky="coder", stickiness={"enabled": True, "margin": 0.01}).expert == "coder"
+    disliked = replace(held, scores={**held.scores, "big": 0.5}, learnt={"big": -0.1})
+    assert _decide(judgement=disliked).expert == "coder"

@@ -222,7 +222,7 @@ def test_an_artifact_from_before_words_is_read_and_decides(artifact: Artifact, t
     older = replace(
         fitted, heads_DH=fitted.heads_DH[:D, :width], bias_H=fitted.bias_H[:width], landmarks_ND=fitted.landmarks_ND[:, :D]
     )
-    path = ServedPath.of(older, replace(mix, word_share=0.0, hold=0.0), gate)
+    path = ServedPath.of(older, replace(mix, word_share=0.0, hold=0.0, strange_hold=0.0), gate)
     write_artifact(replace(artifact, embedding=before, fast=path), tmp_path / "old", {})
     manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
     assert "words.txt" not in manifest["files"]
@@ -287,7 +287,8 @@ def test_one_prompt_at_a_time_is_assessed_as_many_are(artifact: Artifact) -> Non
     prompts = [*example_table(seed=4).prompts[:60], "", "qwerty zxcvb", "\U0001f600"]
     many = assess(path.fitted.raw(artifact.embedding.encode_all(prompts)), path.fitted, path.mix, path.gate)
     for i, prompt in enumerate(prompts):
-        probabilities, scores, familiarity = path.quick.assess(artifact.embedding.encode(prompt), path.gate.threshold)
+        probabilities, scores, leads, familiarity = path.quick.assess(artifact.embedding.encode(prompt), path.gate.threshold)
+        assert leads == pytest.approx(many.leads_BM[i].tolist(), abs=1e-4)
         assert probabilities == pytest.approx(many.categories_BC[i].tolist(), abs=1e-4)
         assert scores == pytest.approx(many.scores_BM[i].tolist(), abs=1e-4)
         assert familiarity == pytest.approx(float(many.familiarity_B[i]), abs=1e-4)

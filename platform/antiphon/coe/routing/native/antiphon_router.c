@@ -18,7 +18,7 @@ typedef struct {
     int words;  // whether there is a word head
     int32_t *from, *to;  // of each row of weights, outside of which it is zero
     float cooling, trust;
-    double hold, word_share, weight, bias_of_gate, caution, caution_below;
+    double hold, strange_hold, word_share, weight, bias_of_gate, caution, caution_below;
 } heads;
 
 // exp(x - the largest x), in place, and its sum.
@@ -44,7 +44,7 @@ static PyObject *as_list(const float *x, Py_ssize_t num) {
     return list;
 }
 
-// assess(embedding, threshold) -> (p(category), expected scores, familiarity)
+// assess(embedding, threshold) -> (p(category), expected scores, leads, familiarity)
 static PyObject *heads_assess(heads *self, PyObject *const *args, Py_ssize_t num_args) {
     if (num_args != 2) return PyErr_Format(PyExc_TypeError, "assess(embedding, threshold)");
     double threshold = PyFloat_AsDouble(args[1]);
@@ -52,7 +52,7 @@ static PyObject *heads_assess(heads *self, PyObject *const *args, Py_ssize_t num
     array embedding = {0};
     int taken = take(&embedding, args[0], sizeof(float), self->D, "embedding");
     Py_ssize_t F = self->F, M = self->M;
-    float *found = PyMem_Malloc((size_t)(self->H + self->X + M) * sizeof(float)), *mixed = found + self->H;
+    float *found = PyMem_Malloc((size_t)(self->H + self->X + 2 * M) * sizeof(float)), *mixed = found + self->H;
     if (!found) PyErr_NoMemory();
     else if (!taken) {
         memcpy(found, self->bias.view.buf, self->H * sizeof(float));
@@ -80,35 +80,37 @@ static PyObject *heads_assess(heads *self, PyObject *const *args, Py_ssize_t num
     logit = logit > MAX_LOGIT ? MAX_LOGIT : logit < -MAX_LOGIT ? -MAX_LOGIT : logit;
     double familiarity = 1.0 / (1.0 + exp(-logit));
     double strange = familiarity < self->caution_below ? 1.0 - familiarity / self->caution_below : 0.0;
+    float *plain = mixed + self->X, *leads = plain + M;
+    memset(leads, 0, M * sizeof(float));
     if (self->plain.num) {
-        float *plain = mixed + self->X;
         memset(plain, 0, M * sizeof(float));
         for (Py_ssize_t f = 0; f < F; f++) add_floats(plain, (const float *)self->plain.view.buf + f * M, word[f], M);
-        float most = largest(plain, M) - TIE, lead = (float)(self->hold * (1.0 - strange));
-        for (Py_ssize_t m = 0; m < M; m++) mixed[m] -= plain[m] < most ? lead : 0.0f;
+        float most = largest(plain, M) - TIE, lead = (float)(strange > 0.0 ? self->strange_hold : self->hold);
+        for (Py_ssize_t m = 0; m < M; m++) leads[m] = plain[m] < most ? lead : 0.0f;
     }
     const float *mean = self->means.view.buf;
     if (familiarity < threshold)
         for (Py_ssize_t m = 0; m < M; m++) mixed[m] = mean[m] + self->trust * (mixed[m] - mean[m]);
     if (self->caution != 0.0 && strange > 0.0) {
         float lead = (float)(self->caution * strange);
-        for (Py_ssize_t m = 0; m < M; m++) mixed[m] -= m == self->general ? 0.0f : lead;
+        for (Py_ssize_t m = 0; m < M; m++) leads[m] += m == self->general ? 0.0f : lead;
     }
-    PyObject *categories = as_list(mixed + M, self->X - M), *scores = as_list(mixed, M);
+    PyObject *categories = as_list(mixed + M, self->X - M), *scores = as_list(mixed, M), *asked = as_list(leads, M);
     PyMem_Free(found);
-    if (categories && scores) return Py_BuildValue("(NNd)", categories, scores, familiarity);
+    if (categories && scores && asked) return Py_BuildValue("(NNNd)", categories, scores, asked, familiarity);
     Py_XDECREF(categories);
     Py_XDECREF(scores);
+    Py_XDECREF(asked);
     return NULL;
 }
 
-// Heads(weights, bias, table, means, plain, general, words, hold, word_share, cooling, trust, weight, bias of the gate, caution,
-//       caution_below)
+// Heads(weights, bias, table, means, plain, general, words, hold, strange_hold, word_share, cooling, trust, weight, bias of the gate,
+//       caution, caution_below)
 static int heads_init(heads *self, PyObject *args, PyObject *kwargs) {
     PyObject *weights, *bias, *table, *means, *plain;
     if (self->from) return PyErr_Format(PyExc_RuntimeError, "already made"), -1;
-    if (!PyArg_ParseTuple(args, "OOOOOnpddffdddd", &weights, &bias, &table, &means, &plain, &self->general, &self->words,
-                          &self->hold, &self->word_share, &self->cooling, &self->trust, &self->weight, &self->bias_of_gate,
+    if (!PyArg_ParseTuple(args, "OOOOOnpdddffdddd", &weights, &bias, &table, &means, &plain, &self->general, &self->words,
+                          &self->hold, &self->strange_hold, &self->word_share, &self->cooling, &self->trust, &self->weight, &self->bias_of_gate,
                           &self->caution, &self->caution_below))
         return -1;
     const Py_ssize_t item = sizeof(float);

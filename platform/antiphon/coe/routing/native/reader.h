@@ -31,8 +31,12 @@ static void let_go(array *held) {
     if (held->view.obj) PyBuffer_Release(&held->view);
 }
 
-// into += by * row, for rows of signed bytes and of floats.
+// into += by * row, for rows of signed bytes, of shorts and of floats.
 static void add_bytes(float *restrict into, const int8_t *restrict row, float by, Py_ssize_t num) {
+    for (Py_ssize_t i = 0; i < num; i++) into[i] += by * (float)row[i];
+}
+
+static void add_shorts(float *restrict into, const int16_t *restrict row, float by, Py_ssize_t num) {
     for (Py_ssize_t i = 0; i < num; i++) into[i] += by * (float)row[i];
 }
 
@@ -45,6 +49,7 @@ static void add_floats(float *restrict into, const float *restrict row, float by
 typedef struct {
     array table, scale;
     Py_ssize_t width;
+    int wide;  // whether its numbers are shorts, not bytes
 } vectors;
 
 typedef struct {
@@ -103,11 +108,16 @@ static void see_token(reader *self, reading *seen, int32_t id) {
     for (Py_ssize_t at = 0; at < self->near.width; at += LINE_BYTES) __builtin_prefetch(row + at);
 }
 
-// Count a word and its tokens: the longest that begin it, one after the other; the unknown token where one is missing.
-static void see_word(reader *self, reading *seen, const char *text, size_t num_bytes, Py_ssize_t num_chars) {
+// Count a word.
+static void see_word(reader *self, reading *seen, const char *text, size_t num_bytes) {
     entry *whole = find(self, hash_of(BEGIN, text, num_bytes), "", 0, text, num_bytes);
     if (whole->num_bytes && whole->word >= 0 && !self->count[self->num_tokens + whole->word]++)
         seen->words[seen->num_words++] = whole->word;
+}
+
+// Count the tokens of a piece: the longest that begin it, one after the other; the unknown token where one is missing.
+static void see_piece(reader *self, reading *seen, const char *text, size_t num_bytes, Py_ssize_t num_chars) {
+    entry *whole = find(self, hash_of(BEGIN, text, num_bytes), "", 0, text, num_bytes);
     if (seen->num_ids >= self->max_tokens) return;
     if (num_chars > MAX_WORD_CHARS) return see_token(self, seen, self->unknown);
     if (whole->num_bytes && whole->token >= 0) return see_token(self, seen, whole->token);
@@ -132,7 +142,7 @@ static void see_word(reader *self, reading *seen, const char *text, size_t num_b
     for (Py_ssize_t i = 0; i < num_pieces; i++) see_token(self, seen, pieces[i]);
 }
 
-// Words of ASCII, in lower case: runs of letters and figures, and every mark by itself. Spaces are those of Python's \s.
+// Pieces of ASCII, in lower case: runs of letters and figures, and every mark by itself. Spaces are those of Python's \s.
 static void see_ascii(reader *self, reading *seen, const char *text, Py_ssize_t num_chars, char *lowered) {
     Py_ssize_t begin = 0;
     for (Py_ssize_t i = 0; i <= num_chars; i++) {
@@ -140,8 +150,21 @@ static void see_ascii(reader *self, reading *seen, const char *text, Py_ssize_t 
         if (c >= 'A' && c <= 'Z') c += 'a' - 'A';
         if (i < num_chars) lowered[i] = c;
         if ((c >= 'a' && c <= 'z') || (c >= '0' && c <= '9')) continue;
-        if (i > begin) see_word(self, seen, lowered + begin, i - begin, i - begin);
-        if (c != ' ' && !(c >= 9 && c <= 13) && !(c >= 28 && c <= 31)) see_word(self, seen, lowered + i, 1, 1);
+        if (i > begin) see_piece(self, seen, lowered + begin, i - begin, i - begin);
+        if (c != ' ' && !(c >= 9 && c <= 13) && !(c >= 28 && c <= 31)) see_piece(self, seen, lowered + i, 1, 1);
+        begin = i + 1;
+    }
+}
+
+// Words of ASCII, in lower case: runs of two or more letters, figures and underscores.
+static void see_ascii_words(reader *self, reading *seen, const char *text, Py_ssize_t num_chars, char *lowered) {
+    Py_ssize_t begin = 0;
+    for (Py_ssize_t i = 0; i <= num_chars; i++) {
+        char c = i < num_chars ? text[i] : ' ';
+        if (c >= 'A' && c <= 'Z') c += 'a' - 'A';
+        if (i < num_chars) lowered[i] = c;
+        if ((c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '_') continue;
+        if (i > begin + 1) see_word(self, seen, lowered + begin, i - begin);
         begin = i + 1;
     }
 }
@@ -172,7 +195,9 @@ static void direction(const vectors *from, const int32_t *ids, Py_ssize_t num, c
         float by = scale[ids[i]];
         if (how == BY_COUNT) by *= (float)count[ids[i]];
         if (how == BY_LOGARITHM && count[ids[i]] > 1) by *= logf((float)count[ids[i]]) + 1.0f;
-        add_bytes(into, (const int8_t *)from->table.view.buf + ids[i] * from->width, by, from->width);
+        const char *row = (const char *)from->table.view.buf + ids[i] * from->width * (from->wide ? 2 : 1);
+        if (from->wide) add_shorts(into, (const int16_t *)row, by, from->width);
+        else add_bytes(into, (const int8_t *)row, by, from->width);
     }
     double squares = 0.0;
     for (Py_ssize_t i = 0; i < from->width; i++) squares += (double)into[i] * into[i];
@@ -180,30 +205,52 @@ static void direction(const vectors *from, const int32_t *ids, Py_ssize_t num, c
     for (Py_ssize_t i = 0; i < from->width; i++) into[i] *= by;
 }
 
-// encode(text, words, into): the embedding of a text into floats; its words are looked for where None is given and it is ASCII.
+// A text and where it is not ASCII its pieces or words, which C does not look for.
+typedef struct {
+    PyObject *text, *list;  // list NULL = to be looked for
+    Py_ssize_t num;         // of the list, or of characters
+} spoken;
+
+static int hear(spoken *into, PyObject *text, PyObject *list, const char *what) {
+    int given = list != Py_None;
+    if (!PyUnicode_Check(text) || (given ? !PyList_Check(list) : !PyUnicode_IS_ASCII(text)))
+        return PyErr_Format(PyExc_TypeError, "%s must be a list where the text is not ASCII", what), -1;
+    *into = (spoken){text, given ? list : NULL, given ? PyList_GET_SIZE(list) : PyUnicode_GET_LENGTH(text)};
+    return 0;
+}
+
+static void see_listed(reader *self, reading *seen, PyObject *list, int as_words) {
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list) && !PyErr_Occurred(); i++) {
+        PyObject *item = PyList_GET_ITEM(list, i);
+        Py_ssize_t num_bytes;
+        const char *bytes = PyUnicode_Check(item) ? PyUnicode_AsUTF8AndSize(item, &num_bytes) : NULL;
+        if (!bytes && !PyErr_Occurred()) PyErr_Format(PyExc_TypeError, "a word is no text");
+        if (!bytes || !num_bytes) continue;
+        if (as_words) see_word(self, seen, bytes, num_bytes);
+        else see_piece(self, seen, bytes, num_bytes, PyUnicode_GET_LENGTH(item));
+    }
+}
+
+// encode(text, pieces, whole, words, into): the embedding into floats, of a text's tokens and of the words of the whole that it is of.
+// Pieces and words are looked for where None is given and the text is ASCII.
 static PyObject *reader_encode(reader *self, PyObject *const *args, Py_ssize_t num_args) {
-    if (num_args != 3 || !PyUnicode_Check(args[0])) return PyErr_Format(PyExc_TypeError, "encode(text, words, into)");
-    int given = args[1] != Py_None;
-    if (given ? !PyList_Check(args[1]) : !PyUnicode_IS_ASCII(args[0]))
-        return PyErr_Format(PyExc_TypeError, "words must be a list where the text is not ASCII");
-    Py_ssize_t num_chars = PyUnicode_GET_LENGTH(args[0]), most_words = given ? PyList_GET_SIZE(args[1]) : num_chars;
+    if (num_args != 5) return PyErr_Format(PyExc_TypeError, "encode(text, pieces, whole, words, into)");
+    spoken text, whole_text;
+    if (hear(&text, args[0], args[1], "pieces") || hear(&whole_text, args[2], args[3], "words")) return NULL;
+    Py_ssize_t most_chars = text.num > whole_text.num ? text.num : whole_text.num;
     Py_buffer into;
-    if (PyObject_GetBuffer(args[2], &into, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS)) return NULL;
-    reading seen = {.words = PyMem_Malloc(((size_t)most_words + 1) * sizeof(int32_t) + (size_t)num_chars)};
+    if (PyObject_GetBuffer(args[4], &into, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS)) return NULL;
+    reading seen = {.words = PyMem_Malloc(((size_t)whole_text.num + 1) * sizeof(int32_t) + (size_t)most_chars)};
     int whole = into.len == (Py_ssize_t)sizeof(float) * (self->near.width + NUM_SHAPE + self->topics.width + self->words.width);
     if (!seen.words) PyErr_NoMemory();
     else if (!whole) PyErr_Format(PyExc_ValueError, "into has %zd bytes", into.len);
-    else if (given) {
-        for (Py_ssize_t i = 0; i < most_words && !PyErr_Occurred(); i++) {
-            PyObject *word = PyList_GET_ITEM(args[1], i);
-            Py_ssize_t num_bytes;
-            const char *bytes = PyUnicode_Check(word) ? PyUnicode_AsUTF8AndSize(word, &num_bytes) : NULL;
-            if (bytes && num_bytes) see_word(self, &seen, bytes, num_bytes, PyUnicode_GET_LENGTH(word));
-            else if (!bytes && !PyErr_Occurred()) PyErr_Format(PyExc_TypeError, "a word is no text");
-        }
-    } else {
-        char *lowered = (char *)(seen.words + most_words + 1);
-        see_ascii(self, &seen, (const char *)PyUnicode_1BYTE_DATA(args[0]), num_chars, lowered);
+    else {
+        char *lowered = (char *)(seen.words + whole_text.num + 1);
+        if (text.list) see_listed(self, &seen, text.list, 0);
+        else see_ascii(self, &seen, (const char *)PyUnicode_1BYTE_DATA(text.text), text.num, lowered);
+        if (!self->words.width) whole_text.num = 0;
+        else if (whole_text.list) see_listed(self, &seen, whole_text.list, 1);
+        else see_ascii_words(self, &seen, (const char *)PyUnicode_1BYTE_DATA(whole_text.text), whole_text.num, lowered);
     }
     if (!PyErr_Occurred()) {
         float *at = into.buf;
@@ -252,16 +299,19 @@ static int num_bytes_of(PyObject *keys, size_t *total) {
     return 0;
 }
 
-static int take_vectors(vectors *into, PyObject *pair, Py_ssize_t num, const char *what) {
+static int take_vectors(vectors *into, PyObject *pair, Py_ssize_t num, int wide, const char *what) {
     PyObject *table, *scale;
     if (pair == Py_None) return 0;
     if (!PyArg_ParseTuple(pair, "OO", &table, &scale)) return -1;
-    if (take(&into->scale, scale, sizeof(float), num, what) || take(&into->table, table, 1, -1, what)) return -1;
+    if (take(&into->scale, scale, sizeof(float), num, what)) return -1;
+    into->wide = wide;
+    if (take(&into->table, table, wide ? 2 : 1, -1, what)) return -1;
     into->width = num ? into->table.num / num : 0;
     return into->width * num == into->table.num ? 0 : (PyErr_Format(PyExc_ValueError, "%s: rows of unequal length", what), -1);
 }
 
-// Reader(tokens, words, near, topics, words' vectors, unknown, max_tokens, group_of, shape_scale): vectors as (int8 table, scales).
+// Reader(tokens, words, near, topics, words' vectors, unknown, max_tokens, group_of, shape_scale): vectors as (table, scales), the
+// words' of int16, the others of int8.
 static int reader_init(reader *self, PyObject *args, PyObject *kwargs) {
     PyObject *tokens, *words, *near, *topics, *by_word;
     Py_buffer groups;
@@ -289,9 +339,9 @@ static int reader_init(reader *self, PyObject *args, PyObject *kwargs) {
     self->ids = PyMem_Malloc(((size_t)self->max_tokens + 1) * sizeof(int32_t));
     if (!self->slots || !self->keys || !self->count || !self->ids) return PyErr_NoMemory(), -1;
     if (near == Py_None) return PyErr_Format(PyExc_ValueError, "near is needed"), -1;
-    if (take_vectors(&self->near, near, self->num_tokens, "near")) return -1;
-    if (take_vectors(&self->topics, topics, self->num_tokens, "topics")) return -1;
-    if (take_vectors(&self->words, by_word, self->num_words, "words")) return -1;
+    if (take_vectors(&self->near, near, self->num_tokens, 0, "near")) return -1;
+    if (take_vectors(&self->topics, topics, self->num_tokens, 0, "topics")) return -1;
+    if (take_vectors(&self->words, by_word, self->num_words, 1, "words")) return -1;
     return learn(self, tokens, 1) || learn(self, words, 0) ? -1 : 0;
 }
 

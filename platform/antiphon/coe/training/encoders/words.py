@@ -1,26 +1,32 @@
 """Word vectors: whole words by how often they stand in the training prompts (control speed, offline).
 
 TF-IDF with a logarithmic count and a truncated SVD, on the rows that a model is fitted on and no others. The plainest text
-classifier there is, and a hard one to beat: as a second opinion it knows what subword tokens and presence leave out. Must not
-know: labels, scores.
+classifier there is, and a hard one to beat: as a second opinion it knows what subword tokens and presence leave out. The
+arithmetic is that of scikit-learn's TfidfVectorizer and TruncatedSVD, to the order of words and in double precision: the plain
+router picks between near-ties by the last directions, and a router that holds to its picks must pick the same. Must not know:
+labels, scores.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from scipy.sparse import csr_matrix
 from sklearn.preprocessing import normalize
 from sklearn.utils.extmath import randomized_svd
 
 from antiphon.coe.routing.assessment import Floats, Ints
-from antiphon.coe.routing.embedding import StaticEmbedding, WordVectors, quantised
+from antiphon.coe.routing.embedding import StaticEmbedding, WordVectors, frame_of, quantised
+from antiphon.coe.routing.framing.core import without_framing
 
-_MIN_CHARS = 2  # of a word: single letters and marks say little
-_MAX_WORDS = 20_000
+Doubles = npt.NDArray[np.float64]
+
+_MAX_WORDS = 50_000
+_MIN_FRAMED = 3  # prompts with the same words around them: a frame of the table's own
 _MANY_TEXTS = 200  # from here on a word of one text alone is left out
 _NUM_PASSES = 5  # of the randomised decomposition
 
@@ -34,24 +40,30 @@ class WordCounts:
 
     def of(self, embedding: StaticEmbedding, texts: Sequence[str]) -> WordCounts:
         """The same words in other texts."""
-        return _counted({word: place for place, word in enumerate(self.words)}, embedding, texts)
+        return _counted({word: place for place, word in enumerate(self.words)}, embedding.words_of, texts)
 
 
 def word_counts(embedding: StaticEmbedding, texts: Sequence[str]) -> WordCounts:
-    """Words of the windows of ``texts``, the ones of most texts first, at most 20,000."""
+    """Words of ``texts`` to learn from, in order of letters; the 50,000 of most texts."""
     in_texts: Counter[str] = Counter()
     for text in texts:
-        in_texts.update({word for word in embedding.words_of(text) if len(word) >= _MIN_CHARS})
+        in_texts.update(set(embedding.words_learnt(text)))
     frequent = sorted(in_texts.items(), key=lambda item: (-item[1], item[0]))[:_MAX_WORDS]
-    return _counted({word: place for place, (word, _) in enumerate(frequent)}, embedding, texts)
+    return _counted({word: place for place, word in enumerate(sorted(word for word, _ in frequent))}, embedding.words_learnt, texts)
 
 
-def _counted(index: dict[str, int], embedding: StaticEmbedding, texts: Sequence[str]) -> WordCounts:
+def known_frames(texts: Sequence[str]) -> frozenset[str]:
+    """What stands around several of the texts: a template of theirs, not somebody's manners."""
+    framed = Counter(frame_of(text, core) for text in texts if len(core := without_framing(text)) < len(text))
+    return frozenset(frame for frame, num in framed.items() if num >= _MIN_FRAMED)
+
+
+def _counted(index: dict[str, int], words_of: Callable[[str], list[str]], texts: Sequence[str]) -> WordCounts:
     columns: list[int] = []
     counts: list[int] = []
     starts = [0]
     for text in texts:
-        found = Counter(index[word] for word in embedding.words_of(text) if word in index)
+        found = Counter(index[word] for word in words_of(text) if word in index)
         columns += found.keys()
         counts += found.values()
         starts.append(len(columns))
@@ -60,20 +72,22 @@ def _counted(index: dict[str, int], embedding: StaticEmbedding, texts: Sequence[
     return WordCounts(words=tuple(index), count_BU=count_BU)
 
 
-def fit_words(known: WordCounts, rows: Ints, num_directions: int, seed: int) -> WordVectors:
-    """Vectors of the words of these rows."""
+def fit_words(known: WordCounts, rows: Ints, num_directions: int, seed: int) -> tuple[WordVectors, Doubles]:
+    """Vectors of the words of these rows, and what they make of the rows themselves before they are rounded."""
     count_RU = known.count_BU[rows]
     num_words = len(known.words)
     num_texts_U = np.bincount(count_RU.indices, minlength=num_words)
     used: Ints = np.flatnonzero(num_texts_U >= (2 if len(rows) > _MANY_TEXTS else 1))
-    table_UD = np.zeros((len(used), num_directions), np.float32)
+    table_UD = np.zeros((len(used), num_directions))
+    logarithmic = _logarithmic(count_RU[:, used])
     num = min(num_directions, len(rows) - 1, len(used) - 1)
     if num >= 1:
-        rarity_U = (np.log((1.0 + len(rows)) / (1.0 + num_texts_U[used])) + 1.0).astype(np.float32)
-        weighted = _logarithmic(count_RU[:, used]).multiply(rarity_U).tocsr()
+        rarity_U = np.log((1.0 + len(rows)) / (1.0 + num_texts_U[used])) + 1.0
+        weighted = logarithmic.multiply(rarity_U).tocsr()
         _, _, directions_DU = randomized_svd(normalize(weighted), num, n_iter=_NUM_PASSES, random_state=seed)
         table_UD[:, :num] = directions_DU.T * rarity_U[:, None]
-    return WordVectors(words=tuple(known.words[u] for u in used), vectors=quantised(table_UD))
+    vectors = WordVectors(words=tuple(known.words[u] for u in used), vectors=quantised(table_UD, np.int16))
+    return vectors, normalize(logarithmic @ table_UD)
 
 
 def word_rows(known: WordCounts, rows: Ints, words: WordVectors) -> Floats:
@@ -87,6 +101,6 @@ def word_rows(known: WordCounts, rows: Ints, words: WordVectors) -> Floats:
 
 def _logarithmic(count_BU: csr_matrix) -> csr_matrix:
     """One plus the logarithm of every count that is not zero."""
-    result = count_BU.copy()
+    result = count_BU.astype(np.float64)
     result.data = 1.0 + np.log(result.data)
     return result

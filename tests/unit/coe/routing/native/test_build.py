@@ -24,7 +24,7 @@ VOCABULARY = (
     *PIECES,
     *("##" + piece for piece in PIECES),
 )
-WORDS = ("the", "river", "12", "café", "где", "中", "x" * 101, "a", "the")
+WORDS = ("the", "river", "12", "café", "где", "中", "x" * 101, "a", "the", "ed_12", "中中", "sing")
 TEXTS = (
     *(
         "",
@@ -53,7 +53,7 @@ def _embedding(*, topics: bool = True, words: bool = True) -> StaticEmbedding:
         tokens=WordPiece(VOCABULARY),
         near=quantised(_source.normal(size=(len(VOCABULARY), 33))),
         topics=quantised(_source.normal(size=(len(VOCABULARY), 16))) if topics else None,
-        words=WordVectors(words=WORDS, vectors=quantised(_source.normal(size=(len(WORDS), 9)))) if words else None,
+        words=WordVectors(words=WORDS, vectors=quantised(_source.normal(size=(len(WORDS), 9)), np.int16)) if words else None,
     )
 
 
@@ -72,6 +72,12 @@ def test_odd_and_long_texts_have_the_same_embedding(text: str) -> None:
 )
 def test_any_text_has_the_same_embedding(text: str) -> None:
     assert np.allclose(EMBEDDING.encode(text), PLAIN.encode(text), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: repr(text[:12]))
+def test_artifacts_of_older_formats_are_read_with_the_words_of_the_window(text: str) -> None:
+    older = replace(EMBEDDING, whole_words=False)
+    assert np.allclose(older.encode(text), replace(older, native=False).encode(text), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("topics", "words"), [(False, False), (True, False), (False, True)])
@@ -103,7 +109,7 @@ def _heads(
         general=source.randrange(M),
         landmarks_ND=np.zeros((1, D), np.float32),
     )
-    mix = Mix(category_share=0.4, value_share=value_share, trust=0.3, word_share=word_share, hold=hold)
+    mix = Mix(category_share=0.4, value_share=value_share, trust=0.3, word_share=word_share, hold=hold, strange_hold=2 * hold)
     return fitted, mix, Gate(weight=0.8, bias=-2.0, threshold=0.5, caution=caution, caution_below=0.7)
 
 
@@ -122,16 +128,28 @@ def test_heads_say_the_same_of_any_embedding(word_share: float, value_share: flo
                 found, expected = native.assess(embedding, threshold), plain.assess(embedding, threshold)
                 assert np.allclose(found[0], expected[0], rtol=1e-4, atol=1e-5)
                 assert np.allclose(found[1], expected[1], rtol=1e-4, atol=1e-5)
-                assert found[2] == pytest.approx(expected[2], rel=1e-4)
+                assert np.allclose(found[2], expected[2], rtol=1e-4, atol=1e-5)
+                assert found[3] == pytest.approx(expected[3], rel=1e-4)
             served = assess(fitted.raw(embedding[None]), fitted, mix, gate)  # as training computes it
-            assert np.allclose(served.scores_BM[0], native.assess(embedding, gate.threshold)[1], rtol=1e-4, atol=1e-5)
+            _, scores, leads, _ = native.assess(embedding, gate.threshold)
+            assert np.allclose(served.scores_BM[0], scores, rtol=1e-4, atol=1e-5)
+            assert np.allclose(served.leads_BM[0], leads, rtol=1e-4, atol=1e-5)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     reader = EMBEDDING.reader
     assert reader is not None
     room = np.zeros(EMBEDDING.num_dimensions, np.float32)
-    for wrong in ((b"a", None, room), ("é", None, room), ("a", ["a", 3], room), ("a", None, room[:-1]), ("a", ["\ud800"], room)):
+    good = ("a", None, "a", None)
+    for wrong in (
+        (b"a", None, "a", None, room),
+        ("é", None, "a", None, room),
+        ("a", None, "é", None, room),
+        ("a", ["a", 3], "a", None, room),
+        ("a", None, "a", ["a", 3], room),
+        (*good, room[:-1]),
+        ("a", ["\ud800"], "a", None, room),
+    ):
         with pytest.raises((TypeError, ValueError)):
             reader.encode(*wrong)
     assert np.allclose(EMBEDDING.encode("a the"), PLAIN.encode("a the"), atol=1e-6)
