@@ -127,6 +127,10 @@ class ConditionSet:
         """Why, of what was recorded; empty when nothing was."""
         return self._conditions[type_].reason if type_ in self._conditions else ""
 
+    def message(self, type_: Type) -> str:
+        """What was said with it; empty when nothing was recorded."""
+        return self._conditions[type_].message if type_ in self._conditions else ""
+
     @property
     def values(self) -> tuple[Condition, ...]:
         """All of them, in a fixed order."""

@@ -252,6 +252,10 @@ def _in_trouble(conditions: ConditionSet) -> bool:
     return conditions.reason(Type.POOLS_READY) in (Reason.CRASH_LOOP, Reason.INSUFFICIENT_CAPACITY, Reason.DEPLOYMENT_UNHEALTHY)
 
 
+def _trouble(conditions: ConditionSet) -> str:
+    return f"; {conditions.message(Type.POOLS_READY)}" if _in_trouble(conditions) else ""
+
+
 def _told(unapplied: tuple[Unapplied, ...]) -> str:
     return "; ".join(item.message for item in unapplied)
 
@@ -314,7 +318,7 @@ def _ready_condition(
         conditions.set(Type.READY, False, Reason.PROGRESS_DEADLINE_EXCEEDED, step.why)
     elif is_serving and not ((is_complete or is_resizing) and step.action in (Action.NOTHING, Action.WAIT)):
         why = f"revision {step.revision.name} is on its way, requests are answered meanwhile: {step.why}"
-        conditions.set(Type.READY, False, Reason.NEW_REVISION, why)
+        conditions.set(Type.READY, False, Reason.NEW_REVISION, why + _trouble(conditions))
     elif zero and is_serving:
         conditions.set(Type.READY, True, Reason.SCALED_TO_ZERO, "no worker runs; the next request starts one")
     elif is_serving:
@@ -323,7 +327,7 @@ def _ready_condition(
         conditions.set(Type.READY, False, Reason.DEPLOYMENT_UNHEALTHY, "; ".join(service.unhealthy))
     else:
         problem = service.problem if service is not None else ""
-        conditions.set(Type.READY, False, Reason.INITIALIZING, problem or step.why)
+        conditions.set(Type.READY, False, Reason.INITIALIZING, problem or step.why + _trouble(conditions))
 
 
 def _progress_conditions(

@@ -326,6 +326,15 @@ def test_how_the_pods_of_a_replaced_cluster_end_is_no_crash_loop(cluster: Cluste
     assert cluster.condition("Ready") == ("True", "Ready")
 
 
+def test_what_holds_a_new_revision_back_is_in_readys_message_the_one_that_kubectl_shows(cluster: Cluster) -> None:
+    cluster.run()
+    cluster.kuberay.broken_images.add("antiphon/worker:broken")
+    cluster.edit(lambda s: s.update(kubernetes={"image": "antiphon/worker:broken"}))
+    cluster.run(6)
+    assert cluster.condition("Ready") == ("False", "NewRevision")
+    assert "CrashLoopBackOff" in cluster.message("Ready")
+
+
 def test_an_unknown_status_is_progress(cluster: Cluster) -> None:
     cluster.kuberay.application_status = "REBALANCING"
     cluster.run(8)
