@@ -384,19 +384,21 @@ async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
 
 
 def said(blocks: Iterable[str]) -> str:
-    """The text of a stream's events, in any door's shape: how it is cut is left out."""
+    """The text of a stream's events, in any door's shape, one choice behind the other: how it is cut is left out."""
     text = ""
+    by_choice: dict[int, str] = {}
     for block in blocks:
         data = block.rpartition("data: ")[2]
         body = {} if data == "[DONE]" else json.loads(data)
         for choice in body.get("choices", ()):
-            text += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+            more = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+            by_choice[choice["index"]] = by_choice.get(choice["index"], "") + more
         match body.get("type"), body.get("delta"):
             case "response.output_text.delta", str(delta):
                 text += delta
             case "content_block_delta", dict(delta):
                 text += delta.get("text", "")
-    return text
+    return text + "".join(more for _, more in sorted(by_choice.items()))
 
 
 def kind(block: str) -> str:

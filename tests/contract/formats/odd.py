@@ -30,6 +30,7 @@ def parameter(name: str, value: str) -> str:
     return f"<parameter={name}>\n{value}\n</parameter>\n"
 
 
+_NOW = hermes('{"name": "now"}')
 ODD: list[Odd] = [
     # What JSON's texts have no place for is written so that they have.
     ("hermes", hermes('{"name": "weather", "arguments": {"city": "a\nb\tc"}}'), "", [("weather", {"city": "a\nb\tc"})], True),
@@ -44,6 +45,11 @@ ODD: list[Odd] = [
     ("hermes", '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}', "", [OSLO], True),
     ("hermes", hermes('{"name": "weather", "arguments": {"city": "Oslo"}}\n{"name": "now"}'), "", [OSLO, NOW], True),
     ("hermes", '<tool_call>{"name": "now"} and so on {', "and so on {", [NOW], True),
+    # Text around calls: what stood between stays, once; a line's end where nothing stood.
+    ("hermes", f"I look.\n\n{_NOW}\nDone.", "I look.\n\nDone.", [NOW], True),
+    ("hermes", f"I look.{_NOW} Done.", "I look. Done.", [NOW], True),
+    ("hermes", f"I look.{_NOW}Done.", "I look.\nDone.", [NOW], True),
+    ("hermes", f"I look.\n{_NOW}\n\n{_NOW}Done. Yes.", "I look.\nDone. Yes.", [NOW, NOW], True),
     # Ended inside.
     ("hermes", '<tool_call>\n{"name": "weather", "arguments": {"ci', "", [("weather", '{"ci')], False),
     ("hermes", '<tool_call>\n{"na', '<tool_call>\n{"na', [], True),

@@ -106,7 +106,7 @@ async def test_a_stream_goes_on_behind_any_of_its_events(http: httpx.AsyncClient
         assert rest.status_code == 200
         assert rest.headers["content-type"].startswith("text/event-stream")
         sent = Sent.all_of(rest.text)  # cut otherwise, where the gateway was behind its engine the first time
-        assert text_of(events[: position + 1]) + text_of(sent) == text_of(events)
+        assert text_of([*events[: position + 1], *sent]) == text_of(events)
         assert [int(event.id.partition(".")[0]) for event in sent] == list(range(position + 2, position + 2 + len(sent)))
         assert bool(sent) == (position + 1 < len(events))
         assert not sent or fake.kind(sent[-1].rest) == fake.kind(events[-1].rest)

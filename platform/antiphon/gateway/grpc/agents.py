@@ -107,7 +107,7 @@ def _part(part: Part) -> pb.Part:
         case Thought():
             return pb.Part(thought=part.text)
         case Text():
-            return pb.Part(text=part.text)
+            return pb.Part(text=part.gap + part.text)
         case CallBegin():
             return pb.Part(call_begin=pb.CallBegin(index=part.index, name=part.name))
         case CallArguments():

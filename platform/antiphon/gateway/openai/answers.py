@@ -223,7 +223,7 @@ class Answer:
     def _part_deltas(self, part: Part, index: int) -> list[Json]:
         match part:
             case Text():
-                return [{"delta": {"content": part.text}}]
+                return [{"delta": {"content": part.gap + part.text}}]
             case Thought():
                 thought = {"reasoning_content": part.text, "reasoning": part.text}
                 return [{"delta": thought}] if self._with_thoughts else []

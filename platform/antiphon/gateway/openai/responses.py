@@ -255,7 +255,7 @@ class ResponseWriter:
             "max_output_tokens": asked.max_output_tokens,
             "model": self._started.model,
             "output": [self._item(block) for block in self._blocks.all],
-            "parallel_tool_calls": asked.parallel_tool_calls is not False,
+            "parallel_tool_calls": asked.is_parallel,
             "previous_response_id": asked.previous_response_id,
             "reasoning": {"effort": None if asked.reasoning is None else asked.reasoning.effort, "summary": None},
             "store": asked.store is not False,
@@ -277,13 +277,13 @@ class ResponseWriter:
 
     def message(self) -> MessageBody:
         """The answer as a message of the conversation."""
-        text = "".join(block.text for block in self._blocks.all if block.kind == "text")
+        text, thought = ("\n".join(block.text for block in self._blocks.all if block.kind == kind) for kind in ("text", "thought"))
         calls = [
             {"id": self._call_id(block), "type": "function", "function": {"name": block.name, "arguments": block.text}}
             for block in self._blocks.all
             if block.kind == "call" and block.is_whole
         ]
-        return parse(MessageBody, {"role": "assistant", "content": text, "tool_calls": calls})
+        return parse(MessageBody, {"role": "assistant", "content": text, "tool_calls": calls, "reasoning_content": thought})
 
     def _call_id(self, block: Block) -> str:
         assert self._started is not None, "start() comes first"

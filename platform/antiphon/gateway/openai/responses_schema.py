@@ -64,6 +64,11 @@ class ResponsesBody(BaseModel):
     prompt_cache_retention: str | None = None
     max_tool_calls: int | None = None
 
+    @property
+    def is_parallel(self) -> bool:
+        """Whether the answer may have several calls."""
+        return allows_parallel(self.tool_choice, asked=self.parallel_tool_calls is not False)
+
     def messages(self) -> list[MessageBody]:
         """What ``input`` adds to the conversation.
 
@@ -112,7 +117,7 @@ class ResponsesBody(BaseModel):
                 tools=tools,
                 tool_choice=tool_choice,
                 tool_names=tool_names,
-                parallel_tool_calls=allows_parallel(self.tool_choice, asked=self.parallel_tool_calls is not False),
+                parallel_tool_calls=self.is_parallel,
                 shape=form,
                 thinking=thinking,
                 effort=None if reasoning.effort == "none" else reasoning.effort,
@@ -138,34 +143,37 @@ def _parts(item: Json, name: str, index: int) -> list[Any]:
 
 
 def _items(items: Sequence[Json]) -> list[tuple[int, Json]]:
-    """Items as a chat's messages, each with its place; neighbouring calls are one message of the assistant."""
+    """Items as a chat's messages, each with its place; neighbouring calls are one message of the assistant.
+
+    A thought belongs to what the assistant says or calls next; where that is not said, it is a message of its own.
+    """
     found: list[tuple[int, Json]] = []
-    thought = ""
+    thoughts: list[str] = []
     for index, item in enumerate(items):
         match item.get("type", "message"):
             case "message":
-                message = {"role": item.get("role"), "content": item.get("content")}
-                if message["role"] == "assistant" and thought:
-                    message["reasoning_content"], thought = thought, ""
-                found.append((index, message))
+                said = {"role": item.get("role"), "content": item.get("content")}
             case "reasoning":
                 parts = [part for name in ("summary", "content") for part in _parts(item, name, index)]
-                thought = "\n".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
+                thoughts += [str(part["text"]) for part in parts if isinstance(part, dict) and part.get("text")]
+                continue
             case "function_call":
                 called = {"name": item.get("name"), "arguments": item.get("arguments") or ""}
                 call = {"id": item.get("call_id") or "", "type": "function", "function": called}
                 last = found[-1][1] if found else {}
-                if last.get("role") == "assistant":
+                if last.get("role") == "assistant" and not thoughts:
                     last.setdefault("tool_calls", []).append(call)
                     continue
-                message = {"role": "assistant", "content": None, "tool_calls": [call]}
-                if thought:
-                    message["reasoning_content"], thought = thought, ""
-                found.append((index, message))
+                said = {"role": "assistant", "content": None, "tool_calls": [call]}
             case "function_call_output":
-                content = item.get("output")
-                found.append((index, {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}))
+                said = {"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")}
             case other:
                 field = f"input[{index}].type"
                 raise UnsupportedField(f"{field}: items of type {str(other)[:64]!r} are not supported", field)
+        if thoughts and said["role"] == "assistant":
+            said["reasoning_content"] = "\n".join(thoughts)
+        elif thoughts:
+            found.append((index, {"role": "assistant", "content": None, "reasoning_content": "\n".join(thoughts)}))
+        thoughts = []
+        found.append((index, said))
     return found

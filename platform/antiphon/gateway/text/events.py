@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from antiphon.gateway.text.formats.base import CallMachine, ThoughtMarkers
 from antiphon.gateway.text.parts import CallArguments, CallBegin, CallEnd, Part, Text, Thought
+
+_APART: Final = "\n"  # where nothing stood around the calls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,20 +123,30 @@ class _Edges:
         self._held = ""
         self._has_calls = False
         self._has_text = False
+        self._has_said = False  # before the calls, too
+        self._gap = ""  # the first white space around them
 
     def take(self, text: str, parts: list[Part], kind: type[Text] | type[Thought]) -> None:
         text = self._held + text
         self._held = ""
         if not self._has_text and (self.after_thought or self._has_calls):
-            text = text.lstrip()
+            bare = text.lstrip()
+            if not bare:
+                self._held = text  # it may go on
+                return
+            self._gap = self._gap or text[: len(text) - len(bare)]
+            text = bare
         body = text.rstrip()
         self._held = text[len(body) :]
-        if body:
-            self._has_text = True
-            parts.append(kind(text=body))
+        if not body:
+            return
+        is_apart = kind is Text and self._has_said and not self._has_text
+        parts.append(Text(text=body, gap=self._gap or _APART) if is_apart else kind(text=body))
+        self._has_text = self._has_said = True
 
     def drop(self) -> None:
-        """A call begins: what is held says nothing."""
+        """A call begins: what is held says nothing, but where more text comes."""
+        self._gap = self._held if self._has_text else self._gap or self._held
         self._held, self._has_text, self._has_calls = "", False, True
 
     def flush(self, parts: list[Part]) -> None:
@@ -149,7 +162,7 @@ def merged(parts: Sequence[Part]) -> tuple[Part, ...]:
     for part in parts:
         last = result[-1] if result else None
         if isinstance(part, Text) and isinstance(last, Text):
-            result[-1] = Text(text=last.text + part.text)
+            result[-1] = Text(text=last.text + part.gap + part.text, gap=last.gap)
         elif isinstance(part, Thought) and isinstance(last, Thought):
             result[-1] = Thought(text=last.text + part.text)
         elif isinstance(part, CallArguments) and isinstance(last, CallArguments) and part.index == last.index:

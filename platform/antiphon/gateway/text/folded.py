@@ -35,7 +35,7 @@ class Folded:
             case Thought():
                 self.thought += part.text
             case Text():
-                self.text += part.text
+                self.text += part.gap + part.text
             case CallBegin():
                 self.calls.append(FoldedCall(name=part.name))
             case CallArguments():

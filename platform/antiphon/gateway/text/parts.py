@@ -14,9 +14,12 @@ class Thought:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """Text for the reader."""
+    """Text for the reader. ``gap``: white space that parts it from the answer's text before the calls between them, where both are
+    shown as one.
+    """
 
     text: str
+    gap: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
