@@ -31,6 +31,8 @@ def test_a_canary_sings_in_no_log_and_no_process_list(target: Target, caplog: py
                 {CANARY: 1},
                 {"model": "nobody"},
                 {"user": CANARY},
+                {"model": CANARY},
+                {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": CANARY}}}},
             )
         ]
         statuses.append(client.post(url, content=f'{{"prompt": "{CANARY}').status_code)

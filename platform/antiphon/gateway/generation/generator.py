@@ -190,7 +190,9 @@ class Generator:
         self._metrics.request_failed(self._known(request.model), error.code)
         span.failed(error)
         level = logging.ERROR if isinstance(error, InternalError) else logging.INFO
-        _log.log(level, "request failed: %s", error, extra={"request_id": request.request_id, "code": error.code})
+        # What a client is told of its own mistake quotes it: that is for the client alone.
+        said: object = f"{error.code} {getattr(error, 'field', None) or ''}".strip() if error.http_status < 500 else error
+        _log.log(level, "request failed: %s", said, extra={"request_id": request.request_id, "code": error.code})
 
     def refused(self, model: str, error: AntiphonError) -> None:
         """A door refused a request before it came here."""
