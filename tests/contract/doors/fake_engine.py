@@ -192,10 +192,15 @@ class FakeEngine:
         if sampling.num_logprobs is not None:
             top = tuple((self.allowed[(token + i) % len(self.allowed)], -1.0 - i) for i in range(sampling.num_logprobs))
             logprobs = (TokenLogprob(token_id=token, logprob=-0.5, rank=0, top=top),)
+        of_prompt: dict[int, TokenLogprob] = {}
+        if sampling.num_prompt_logprobs is not None and running.num_new == 1:  # all before the first token, as engines give them
+            told = enumerate(request.prompt_token_ids)
+            of_prompt = {at: TokenLogprob(token_id=each, logprob=-0.5, rank=0, top=()) for at, each in told if at}
         return RequestOutput(
             request_id=request.request_id,
             new_token_ids=(token,),
             logprobs=logprobs,
+            prompt_logprobs=of_prompt,
             finish_reason=finish,
             stop_token_id=stop_token,
             num_cached_tokens=3,
