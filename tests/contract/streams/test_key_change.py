@@ -143,16 +143,16 @@ def test_a_key_file_that_is_damaged_changes_nothing(key_file: Path, caplog: pyte
 def test_a_key_file_that_is_being_written_is_taken_once_it_is_whole(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of a key is another key, which nobody has."""
     before, whole = own_identity(), f"{new_key()}\n{new_key()}"
-    now_s = identities.time.time()
+    now_s = key_file.stat().st_mtime
     monkeypatch.setattr(identities, "LOOK_S", 1.0)
     for number, end in enumerate((32, 50, 64, 100, len(whole))):
         key_file.write_text(whole[:end])
         os.utime(key_file, (now_s, now_s + 0.3 * number))  # its writer is slow
-        monkeypatch.setattr(identities.time, "time", lambda at=now_s + 0.3 * number + 0.1: at)
-        monkeypatch.setattr(identities.time, "monotonic", lambda at=now_s + 1e6 + 2.0 * number: at)
+        monkeypatch.setattr("antiphon.core.identity.time.time", lambda at=now_s + 0.3 * number + 0.1: at)
+        monkeypatch.setattr("antiphon.core.identity.time.monotonic", lambda at=now_s + 1e6 + 2.0 * number: at)
         assert own_identity() is before
-    monkeypatch.setattr(identities.time, "time", lambda: now_s + 10)
-    monkeypatch.setattr(identities.time, "monotonic", lambda: now_s + 1e6 + 100)
+    monkeypatch.setattr("antiphon.core.identity.time.time", lambda: now_s + 10)
+    monkeypatch.setattr("antiphon.core.identity.time.monotonic", lambda: now_s + 1e6 + 100)
     assert own_identity().keys == Identity.parse(whole).keys
 
 

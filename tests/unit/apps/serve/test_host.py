@@ -12,7 +12,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from antiphon.apps.serve import host
 from antiphon.apps.serve.host import OrphanReaper, check_private, make_run_dir, open_private, ray_dir, remove_tree, sweep_run_dirs
 from antiphon.apps.serve.stop_signals import StopRequested, StopSignals
 from antiphon.apps.supervision.quiet_streams import QuietStreams
@@ -73,7 +72,7 @@ def test_files_are_never_written_through_a_link_that_somebody_left(tmp_path: Pat
 
 
 def test_only_directories_of_processes_that_are_gone_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host.time, "sleep", lambda _: pytest.fail("it waits for something that never goes"))
+    monkeypatch.setattr("antiphon.apps.serve.host.time.sleep", lambda _: pytest.fail("it waits for something that never goes"))
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         gone.wait()
     mine, dead, other = (tmp_path / f"antiphon-{n}" for n in (f"{os.getpid()}-ab", f"{gone.pid}-cd", "prefill-ef"))
