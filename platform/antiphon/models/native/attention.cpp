@@ -3,7 +3,7 @@
 // A row's result has one order of sums whatever the rows beside it, and whether it came as a decode or in a chunk: a score goes over
 // the head's dimensions from the first to the last; the softmax goes over the row's own context, a span after the other (online,
 // arXiv 1805.02867); values are added in the order of the context. So a token recomputed as part of a prompt gets the bits it had as
-// a decode, however the prompt was cut. Keys are turned, and values widened, once for some rows of a chunk and all query heads that
+// a decode, however the prompt was cut. Keys are turned, and values paired, once for some rows of a chunk and all query heads that
 // share them, a run of the context at a time; a decode takes values from where they are.
 // T rows, N query heads, K KV heads, G = N/K, H head dim of queries and keys, V of values, C context, Q = queries of a task.
 
@@ -11,8 +11,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "context.h"
 #include "elements.h"
-#include "keys.h"
 #include "lanes.h"
 #include "thread_pool.h"
 
@@ -28,14 +28,13 @@ using antiphon::bf16;
 using antiphon::data;
 using antiphon::dispatch;
 using antiphon::exp_negative;
-using antiphon::f32x8;
 using antiphon::f32xn;
 using antiphon::kLanes;
-using antiphon::kVector;
+using antiphon::kTokens;
+using antiphon::larger;
+using antiphon::largest;
 using antiphon::load;
-using antiphon::load8;
 using antiphon::load_lanes;
-using antiphon::multiply_add;
 using antiphon::score_keys;
 using antiphon::Scratch;
 using antiphon::spread;
@@ -43,12 +42,13 @@ using antiphon::steps_at;
 using antiphon::steps_of;
 using antiphon::store;
 using antiphon::store_lanes;
-using antiphon::total;
+using antiphon::store_weights;
 using antiphon::turn_keys;
+using antiphon::values_at;
 using at::Tensor;
 
-constexpr int64_t kRun = 32;      // of the context whose keys, or values, are widened at once
-constexpr int64_t kSpan = 512;    // of the context, from a multiple of itself, whose scores are held at once: they fit the second cache
+constexpr int64_t kRun = 32;      // of the context whose keys are turned, or values paired, at once
+constexpr int64_t kSpan = 128;    // of the context, from a multiple of itself, whose scores are held at once: they fit the first cache
 constexpr int64_t kQueries = 48;  // of a chunk that share them, about
 
 // Rows [row, row + count) of the step, which follow each other in a request; the first sees [.., past] of the context.
@@ -57,6 +57,11 @@ struct Rows {
   const int64_t* slots;   // of the context, or
   const int32_t* blocks;  // its blocks
   int64_t block_size;
+
+  // Whether a decode that sees [.., its_past] of these blocks is the next row of the same request, and taken with at most ``most`` others.
+  bool goes_on(int64_t its_past, const int32_t* its_blocks, int64_t most) const {
+    return count < most && its_past == past + count && std::equal(blocks, blocks + (its_past - 1) / block_size + 1, its_blocks);
+  }
 
   // Where each token of the context from ``first`` on lies, those before it left open: no division for each of them.
   const int64_t* all_slots(int64_t first, int64_t last, std::vector<int64_t>& kept) const {
@@ -78,16 +83,15 @@ struct Heads {
   int64_t wide_v() const { return (v + kLanes - 1) / kLanes * kLanes; }
 };
 
-// Rows of ``width`` elements in fp32, each padded with zeros to ``wide``.
-template <typename T>
-void widen(const T* from, int64_t width, float* to, int64_t wide) {
-  int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) store_lanes(to + i, load_lanes(from + i));
-  for (; i < width; ++i) to[i] = load(from[i]);
-  for (; i < wide; ++i) to[i] = 0.0f;
-}
-
 constexpr int64_t kAhead = 32;  // tokens whose keys are fetched before they are needed: a block's are far from the next one's
+
+constexpr int64_t kFetched = 131072;  // elements of a context whose heads are fetched together: they stay in the second cache
+
+// Piece ``d`` of a token's keys or values, for so many heads from this one on.
+template <typename T>
+void fetch_row(const T* row, int64_t d, int64_t head, int64_t num) {
+  for (int64_t n = 0; n < num; ++n) __builtin_prefetch(row + n * head + d);
+}
 
 // Scores of a run's ``count`` keys for ``num`` queries one behind the other, and of some beyond them.
 template <typename T>
@@ -108,67 +112,34 @@ void score_run(const float* queries, int64_t num, const float* keys, int64_t cou
   }
 }
 
-// result[g][i] += weights[g][c] * values(c)[i] over c, for Groups queries and kLanes * Vectors dimensions from ``from`` on.
-template <int Groups, int Vectors, typename Values>
-[[gnu::always_inline]] inline void add_lanes(const float* weights, Values values, int64_t from, int64_t count, int64_t wide, float* results) {
-  f32xn acc[Groups][Vectors];
-  for (int g = 0; g < Groups; ++g) {
-    for (int l = 0; l < Vectors; ++l) acc[g][l] = load_lanes(results + g * wide + from + l * kLanes);
-  }
-  for (int64_t c = 0; c < count; ++c) {
-    const auto* at = values(c) + from;
-    f32xn value[Vectors];
-    for (int l = 0; l < Vectors; ++l) value[l] = load_lanes(at + l * kLanes);
-    for (int g = 0; g < Groups; ++g) {
-      const f32xn weight = spread(weights[g * kSpan + c]);
-      for (int l = 0; l < Vectors; ++l) acc[g][l] = multiply_add(weight, value[l], acc[g][l]);
-    }
-  }
-  for (int g = 0; g < Groups; ++g) {
-    for (int l = 0; l < Vectors; ++l) store_lanes(results + g * wide + from + l * kLanes, acc[g][l]);
-  }
-}
-
-// The same for ``num`` queries one behind the other, and all dimensions.
-template <typename Values>
-void add_values(const float* weights, Values values, int64_t num, int64_t count, int64_t wide, float* results) {
-  const auto take = [&]<int Groups>(std::integral_constant<int, Groups>) {
-    constexpr int kVectors = kLanes == 16 ? 4 : Groups == 1 ? 8 : Groups == 2 ? 4 : 2;  // as many sums as registers hold
-    int64_t i = 0;
-    for (; i + kVectors * kLanes <= wide; i += kVectors * kLanes) add_lanes<Groups, kVectors>(weights, values, i, count, wide, results);
-    for (; i < wide; i += kLanes) add_lanes<Groups, 1>(weights, values, i, count, wide, results);
-    weights += Groups * kSpan, results += Groups * wide, num -= Groups;
-  };
-  while (num >= 4) take(std::integral_constant<int, 4>{});
-  if (num == 3) take(std::integral_constant<int, 3>{});
-  if (num == 2) take(std::integral_constant<int, 2>{});
-  if (num == 1) take(std::integral_constant<int, 1>{});
-}
-
 // What a query knows of the softmax over its context so far: the largest score and the sum of exp(score - best).
 struct Softmax {
   float best, sum;
 };
 
-// Scores of a row's part of a span become weights against the best so far; its result so far is brought to the same.
-void soften(float* s, int64_t count, float cap, Softmax& so_far, float* result, int64_t wide) {
+// Scores of a span's tokens from ``begin`` to ``end``, of which the row sees [low, high), become weights against the best so far, in steps
+// of T; its result so far is brought to the same. ``begin`` and ``end`` are borders of runs.
+template <typename T>
+void soften(float* s, int64_t begin, int64_t low, int64_t high, int64_t end, float cap, Softmax& so_far, float* result, int64_t wide) {
   if (cap > 0.0f) {
 #pragma omp simd
-    for (int64_t c = 0; c < count; ++c) {
+    for (int64_t c = low; c < high; ++c) {
       const float x = s[c] / cap, e = exp_negative(-2.0f * std::fabs(x));
       s[c] = std::copysign(cap * ((1.0f - e) / (1.0f + e)), x);
     }
   }
-  float best = so_far.best;
-#pragma omp simd reduction(max : best)
-  for (int64_t c = 0; c < count; ++c) best = s[c] > best ? s[c] : best;
-#pragma omp simd
-  for (int64_t c = 0; c < count; ++c) s[c] = exp_negative(s[c] - best);
-  f32x8 lanes = {};
-  int64_t c = 0;
-  for (; c + kVector <= count; c += kVector) lanes += load8(s + c);
-  float sum = total(lanes);
-  for (; c < count; ++c) sum += s[c];
+  std::fill(s + begin, s + low, -INFINITY);
+  std::fill(s + high, s + end, -INFINITY);
+  f32xn most = spread(so_far.best);
+  for (int64_t c = begin; c < end; c += kLanes) most = larger(load_lanes(s + c), most);
+  const float best = largest(most);
+  f32xn sums[2] = {};
+  for (int64_t c = begin; c < end; c += 2 * kLanes) {
+    const f32xn first = exp_negative(load_lanes(s + c) - best), second = exp_negative(load_lanes(s + c + kLanes) - best);
+    sums[0] += first, sums[1] += second;
+    store_weights<T>(first, second, s + c / kTokens<T>);
+  }
+  const float sum = antiphon::total_lanes(sums[0] + sums[1]);
   if (so_far.sum == 0.0f) {
     so_far = {best, sum};
     return;
@@ -179,21 +150,23 @@ void soften(float* s, int64_t count, float cap, Softmax& so_far, float* result, 
 }
 
 struct Buffers {
-  Scratch queries, scores, run, results;
+  Scratch queries, scores, run, results, zeros;
   std::vector<Softmax> softmax;
   std::vector<int64_t> slots;
 };
 
-// One KV head of some rows. ``q`` and ``out`` are the first row's, of the heads that share it.
+// One KV head of some rows. ``q`` and ``out`` are the first row's, of the heads that share it. Memory of ``ahead`` heads is fetched, this one's
+// and those of the next.
 template <typename T>
 void attend(const Rows& rows, const Heads& heads, const T* q, int64_t q_stride, const T* k_cache, const T* v_cache, const float* sinks,
-            T* out, int64_t out_stride, Buffers& scratch) {
+            T* out, int64_t out_stride, int64_t ahead, Buffers& scratch) {
   const int64_t groups = heads.groups, queries = rows.count * groups, steps = steps_of<T>(heads.h), wide_v = heads.wide_v();
   const auto high = [&](int64_t r) { return rows.past + r + 1; };
   const auto low = [&](int64_t r) { return heads.window > 0 ? std::max<int64_t>(0, high(r) - heads.window) : 0; };
   scratch.softmax.resize(queries);
   float *query = scratch.queries.get<float>(queries * steps), *scores = scratch.scores.get<float>(queries * kSpan);
   float *run = scratch.run.get<float>(kRun * std::max(steps, wide_v)), *results = scratch.results.get<float>(queries * wide_v);
+  const T* zeros = scratch.zeros.get<T>(std::max(heads.h, heads.v));
   std::fill(results, results + queries * wide_v, 0.0f);
   for (int64_t i = 0; i < queries; ++i) {
     const T* from = q + i / groups * q_stride + i % groups * heads.h;
@@ -204,40 +177,40 @@ void attend(const Rows& rows, const Heads& heads, const T* q, int64_t q_stride, 
   const int64_t first = low(0), last = high(rows.count - 1);
   const int64_t* slots = rows.all_slots(first, last, scratch.slots);
   for (int64_t span = first / kSpan * kSpan; span < last; span += kSpan) {
-    const int64_t begin = std::max(span, first), end = std::min(span + kSpan, last);
-    const int64_t top = std::max<int64_t>(0, begin - rows.past);  // rows that see some of it
+    const int64_t begin = std::max(span, first / kRun * kRun), end = std::min(span + kSpan, (last + kRun - 1) / kRun * kRun);
+    const int64_t top = std::max<int64_t>(0, span - rows.past);  // rows that see some of it
     const int64_t bottom = heads.window > 0 ? std::min(rows.count, end + heads.window - rows.past - 1) : rows.count;
+    const auto all_rows = [&](const T* cache, int64_t stride, int64_t run, const T** each) {
+      for (int64_t c = run; c < run + kRun; ++c) *each++ = c < first || c >= last ? zeros : cache + slots[c] * stride;
+    };
+    const T* tokens[kRun];
+    const auto top_of = [&](int64_t run) { return std::max(top, run - rows.past) * groups; };  // the first query that sees some of a run
     for (int64_t c = begin; c < end; c += kRun) {
-      const int64_t count = std::min(kRun, end - c), i = std::max(top, c - rows.past) * groups;
       const auto fetch = [&](int64_t k, int64_t d) {
-        if (c + k + kAhead < last) __builtin_prefetch(k_cache + slots[c + k + kAhead] * heads.k_slot + d);
-        if (d < heads.v) __builtin_prefetch(v_cache + slots[c + k] * heads.v_slot + d);
+        if (c + k + kAhead < last) fetch_row(k_cache + slots[c + k + kAhead] * heads.k_slot, d, heads.k_head, ahead);
+        if (c + k < last && d < heads.v) fetch_row(v_cache + slots[c + k] * heads.v_slot, d, heads.v_head, ahead);
       };
-      turn_keys<T, kRun>(count, heads.h, [&](int64_t k) { return k_cache + slots[c + k] * heads.k_slot; }, fetch, run);
-      score_run<T>(query + i * steps, bottom * groups - i, run, count, steps, heads.scale, scores + c - begin + i * kSpan);
+      all_rows(k_cache, heads.k_slot, c, tokens);
+      turn_keys<T, kRun>(tokens, kRun, heads.h, fetch, run);
+      const int64_t i = top_of(c);
+      score_run<T>(query + i * steps, bottom * groups - i, run, kRun, steps, heads.scale, scores + c - span + i * kSpan);
     }
     for (int64_t i = top * groups; i < bottom * groups; ++i) {
-      const int64_t r = i / groups, from = std::max(begin, low(r)), seen = std::min(end, high(r)) - from;
-      soften(scores + i * kSpan + from - begin, seen, heads.cap, scratch.softmax[i], results + i * wide_v, wide_v);
-    }
-    if (rows.count == 1 && heads.v % kLanes == 0) {  // taken once each, straight from where they are
-      const auto value = [&](int64_t i) { return v_cache + slots[begin + i] * heads.v_slot; };
-      add_values(scores, value, groups, end - begin, wide_v, results);
-      continue;
+      const int64_t r = i / groups;
+      soften<T>(scores + i * kSpan, begin - span, std::max(span, low(r)) - span, std::min(end, high(r)) - span, end - span, heads.cap,
+                scratch.softmax[i], results + i * wide_v, wide_v);
     }
     for (int64_t c = begin; c < end; c += kRun) {
-      const int64_t count = std::min(kRun, end - c);
-      for (int64_t i = 0; i < count; ++i) widen(v_cache + slots[c + i] * heads.v_slot, heads.v, run + i * wide_v, wide_v);
-      const auto add = [&](int64_t r, int64_t num_rows, int64_t from, int64_t seen) {
-        const auto value = [&](int64_t i) { return run + (from - c + i) * wide_v; };
-        add_values(scores + r * groups * kSpan + from - begin, value, num_rows * groups, seen, wide_v, results + r * groups * wide_v);
-      };
-      for (int64_t r = std::max(top, c - rows.past); r < bottom;) {
-        const int64_t from = std::max(c, low(r)), to = std::min(c + count, high(r));
-        int64_t next = r + 1;  // rows that see the same of the run are taken together
-        while (next < bottom && std::max(c, low(next)) == from && std::min(c + count, high(next)) == to) ++next;
-        if (to > from) add(r, next - r, from, to - from);
-        r = next;
+      all_rows(v_cache, heads.v_slot, c, tokens);
+      const int64_t i = top_of(c), num = bottom * groups - i, each = kRun / kTokens<T>;
+      const float* weights = scores + (c - span) / kTokens<T> + i * kSpan;
+      if (num <= antiphon::kMostQueries && heads.v % kLanes == 0) {  // taken once, straight from where they are
+        const auto lanes = [&](int64_t s, int64_t d) { return values_at(tokens[kTokens<T> * s] + d, tokens[kTokens<T> * (s + 1) - 1] + d); };
+        antiphon::add_values<T, kSpan>(weights, lanes, num, each, wide_v, results + i * wide_v);
+      } else {
+        antiphon::pair_values<T, kRun>(tokens, heads.v, wide_v, run);
+        const auto lanes = [&](int64_t s, int64_t d) { return load_lanes(run + s * wide_v + d); };
+        antiphon::add_values<T, kSpan>(weights, lanes, num, each, wide_v, results + i * wide_v);
       }
     }
   }
@@ -267,15 +240,21 @@ Tensor paged_attention(const Tensor& rows, const Tensor& k_cache, const Tensor& 
   TORCH_CHECK(chunk_slots.size() == chunk_rows.size());
   TORCH_CHECK(!sinks.has_value() || (sinks->is_contiguous() && sinks->scalar_type() == at::kFloat && sinks->numel() == num_heads));
   std::vector<Rows> tasks;
+  const int64_t most = std::max<int64_t>(1, kQueries / heads.groups);
   for (int64_t b = 0; b < decodes; ++b) {
     const int32_t* table = blocks->const_data_ptr<int32_t>() + b * blocks->size(1);
-    tasks.push_back({b, 1, lens->const_data_ptr<int64_t>()[b] - 1, nullptr, table, block_size});
+    const int64_t past = lens->const_data_ptr<int64_t>()[b] - 1;
+    if (!tasks.empty() && tasks.back().goes_on(past, table, most)) {
+      ++tasks.back().count;  // a draft of the row before
+      tasks.back().blocks = table;
+    } else {
+      tasks.push_back({b, 1, past, nullptr, table, block_size});
+    }
   }
   int64_t row = decodes;
   for (size_t i = 0; i < chunk_slots.size(); ++i) {
     const int64_t context = chunk_slots[i].numel(), past = context - chunk_rows[i];
     TORCH_CHECK(chunk_slots[i].is_contiguous() && past >= 0);
-    const int64_t most = std::max<int64_t>(1, kQueries / heads.groups);
     for (int64_t r = 0; r < chunk_rows[i]; r += most) {
       tasks.push_back({row + r, std::min(most, chunk_rows[i] - r), past + r, chunk_slots[i].const_data_ptr<int64_t>(), nullptr, 1});
     }
@@ -291,9 +270,12 @@ Tensor paged_attention(const Tensor& rows, const Tensor& k_cache, const Tensor& 
       for (int64_t task = begin; task < end; ++task) {
         const Rows& each = tasks[task / kv_heads];
         const int64_t k = task % kv_heads, first = k * heads.groups;
+        // Whoever takes a row's heads one after the other has the memory of all fetched with the first's: it lies side by side.
+        const bool is_first = task == begin || k == 0, fits = (each.past + each.count) * kv_heads * (heads.h + heads.v) <= kFetched;
+        const int64_t ahead = !fits ? 1 : is_first ? std::min(kv_heads - k, end - task) : 0;
         attend(each, heads, data<T>(rows) + each.row * rows.stride(0) + first * heads.h, rows.stride(0), data<T>(k_cache) + k * heads.k_head,
                data<T>(v_cache) + k * heads.v_head, sink == nullptr ? nullptr : sink + first,
-               data<T>(out) + each.row * out.size(1) + first * heads.v, out.size(1), scratch);
+               data<T>(out) + each.row * out.size(1) + first * heads.v, out.size(1), ahead, scratch);
       }
     };
     antiphon::parallel_for(0, static_cast<int64_t>(tasks.size()) * kv_heads, 1, work, chunk_rows.empty() ? 1 : 8);

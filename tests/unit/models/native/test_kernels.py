@@ -159,7 +159,8 @@ def test_a_prompt_s_rows_have_one_result_however_it_is_cut(
         assert torch.equal(parts, whole)
     lens = torch.arange(past + 1, num_context + 1)
     tables = slots.to(torch.int32).expand(num_rows, -1).contiguous()
-    assert torch.equal(attention(rows, {}, tables, lens), whole)
+    assert torch.equal(attention(rows, {}, tables, lens), whole)  # rows of one request behind each other are taken together,
+    assert torch.equal(attention(rows.flip(0), {}, tables, lens.flip(0)).flip(0), whole)  # and these alone
     mixed = attention(rows, {num_context: num_rows - 2}, tables[:2], lens[:2])
     assert torch.equal(mixed, whole)
 
