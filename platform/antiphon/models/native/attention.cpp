@@ -180,8 +180,8 @@ void attend(const Rows& rows, const Heads& heads, const T* q, int64_t q_stride, 
     const int64_t begin = std::max(span, first / kRun * kRun), end = std::min(span + kSpan, (last + kRun - 1) / kRun * kRun);
     const int64_t top = std::max<int64_t>(0, span - rows.past);  // rows that see some of it
     const int64_t bottom = heads.window > 0 ? std::min(rows.count, end + heads.window - rows.past - 1) : rows.count;
-    const auto all_rows = [&](const T* cache, int64_t stride, int64_t run, const T** each) {
-      for (int64_t c = run; c < run + kRun; ++c) *each++ = c < first || c >= last ? zeros : cache + slots[c] * stride;
+    const auto all_rows = [&](const T* cache, int64_t stride, int64_t run, int64_t from, int64_t to, const T** each) {
+      for (int64_t c = run; c < run + kRun; ++c) *each++ = c < from || c >= to ? zeros : cache + slots[c] * stride;
     };
     const T* tokens[kRun];
     const auto top_of = [&](int64_t run) { return std::max(top, run - rows.past) * groups; };  // the first query that sees some of a run
@@ -190,7 +190,7 @@ void attend(const Rows& rows, const Heads& heads, const T* q, int64_t q_stride, 
         if (c + k + kAhead < last) fetch_row(k_cache + slots[c + k + kAhead] * heads.k_slot, d, heads.k_head, ahead);
         if (c + k < last && d < heads.v) fetch_row(v_cache + slots[c + k] * heads.v_slot, d, heads.v_head, ahead);
       };
-      all_rows(k_cache, heads.k_slot, c, tokens);
+      all_rows(k_cache, heads.k_slot, c, first, last, tokens);
       turn_keys<T, kRun>(tokens, kRun, heads.h, fetch, run);
       const int64_t i = top_of(c);
       score_run<T>(query + i * steps, bottom * groups - i, run, kRun, steps, heads.scale, scores + c - span + i * kSpan);
@@ -201,16 +201,24 @@ void attend(const Rows& rows, const Heads& heads, const T* q, int64_t q_stride, 
                 scratch.softmax[i], results + i * wide_v, wide_v);
     }
     for (int64_t c = begin; c < end; c += kRun) {
-      all_rows(v_cache, heads.v_slot, c, tokens);
-      const int64_t i = top_of(c), num = bottom * groups - i, each = kRun / kTokens<T>;
-      const float* weights = scores + (c - span) / kTokens<T> + i * kSpan;
-      if (num <= antiphon::kMostQueries && heads.v % kLanes == 0) {  // taken once, straight from where they are
-        const auto lanes = [&](int64_t s, int64_t d) { return values_at(tokens[kTokens<T> * s] + d, tokens[kTokens<T> * (s + 1) - 1] + d); };
-        antiphon::add_values<T, kSpan>(weights, lanes, num, each, wide_v, results + i * wide_v);
-      } else {
-        antiphon::pair_values<T, kRun>(tokens, heads.v, wide_v, run);
-        const auto lanes = [&](int64_t s, int64_t d) { return load_lanes(run + s * wide_v + d); };
-        antiphon::add_values<T, kSpan>(weights, lanes, num, each, wide_v, results + i * wide_v);
+      const auto add = [&](int64_t r, int64_t num_rows, int64_t from, int64_t to) {  // of the run, what lies in [from, to) of the context
+        all_rows(v_cache, heads.v_slot, c, from, to, tokens);
+        const int64_t i = r * groups, num = num_rows * groups, each = kRun / kTokens<T>;
+        const float* weights = scores + (c - span) / kTokens<T> + i * kSpan;
+        if (num <= antiphon::kMostQueries && heads.v % kLanes == 0) {  // taken once, straight from where they are
+          const auto lanes = [&](int64_t s, int64_t d) { return values_at(tokens[kTokens<T> * s] + d, tokens[kTokens<T> * (s + 1) - 1] + d); };
+          antiphon::add_values<T, kSpan>(weights, lanes, num, each, wide_v, results + i * wide_v);
+        } else {
+          antiphon::pair_values<T, kRun>(tokens, heads.v, wide_v, run);
+          const auto lanes = [&](int64_t s, int64_t d) { return load_lanes(run + s * wide_v + d); };
+          antiphon::add_values<T, kSpan>(weights, lanes, num, each, wide_v, results + i * wide_v);
+        }
+      };
+      const int64_t r = top_of(c) / groups;
+      if (c >= low(bottom - 1) && std::min(c + kRun, last) <= high(r)) {
+        add(r, bottom - r, first, last);
+      } else {  // a row keeps clear of what it doesn't see, which may be no number: a draft's, say
+        for (int64_t row = r; row < bottom; ++row) add(row, 1, std::max(first, low(row)), high(row));
       }
     }
   }

@@ -80,8 +80,9 @@ inline f32xn nearest(f32xn v) {
 // exp_negative (elements.h) of all lanes.
 inline f32xn exp_negative(f32xn x) {
   using ints = int32_t __attribute__((vector_size(4 * kLanes)));
-  const f32xn least = f32xn{} - 87.0f, n = nearest(larger(x, least) * 1.44269504088896341f);
-  const f32xn r = (larger(x, least) - n * 0.693359375f) + n * 2.12194440e-4f;
+  const f32xn least = f32xn{} - 87.0f, bounded = x < least ? least : x;  // what is no number stays so
+  const f32xn n = nearest(bounded * 1.44269504088896341f);
+  const f32xn r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
   f32xn p = f32xn{} + 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;

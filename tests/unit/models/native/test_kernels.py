@@ -161,6 +161,12 @@ def test_a_prompt_s_rows_have_one_result_however_it_is_cut(
     tables = slots.to(torch.int32).expand(num_rows, -1).contiguous()
     assert torch.equal(attention(rows, {}, tables, lens), whole)  # rows of one request behind each other are taken together,
     assert torch.equal(attention(rows.flip(0), {}, tables, lens.flip(0)).flip(0), whole)  # and these alone
+    for cache in (k_cache, v_cache):  # a row that is no number, a draft's, say, stays so alone
+        cache[slots[-1]], kept = torch.nan, cache[slots[-1]].clone()
+        for broken in (attention(rows, {num_context: num_rows}), attention(rows, {}, tables, lens)):
+            assert torch.equal(broken[:-1], whole[:-1])
+            assert broken[-1].isnan().any()
+        cache[slots[-1]] = kept
     mixed = attention(rows, {num_context: num_rows - 2}, tables[:2], lens[:2])
     assert torch.equal(mixed, whole)
 
