@@ -190,7 +190,7 @@ class Gateway:
         return min(lengths, default=None), min(vocab_sizes, default=None)
 
     def admit(self, authorization: str | None) -> str:
-        """The tenant of an Authorization header that comes to generate or embed. Called before its body is read.
+        """The tenant of an Authorization header that comes to use a model or its tokenizer. Called before its body is read.
 
         Raises:
             Unauthenticated: its key is none of ours.

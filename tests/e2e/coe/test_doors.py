@@ -22,11 +22,15 @@ from antiphon.coe.serving.expert_health import ExpertHealth
 from antiphon.coe.training.data.example_table import example_table
 from antiphon.coe.training.fit import Recipe
 from antiphon.coe.training.train import Options, train
+from antiphon.core.budget import TenantLimits
 from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.core.ids import Endpoint, Epoch, Role, WorkerId
 from antiphon.core.worker_info import WorkerInfo
+from antiphon.directory.budgets import MemoryBudgets
 from antiphon.directory.memory import MemoryDirectory
+from antiphon.gateway.access.admission import Admission
 from antiphon.gateway.access.keys import ApiKeys
+from antiphon.telemetry import disabled
 
 SUMS = {"messages": [{"role": "user", "content": "add the numbers 31 and 12 (case 1-7)"}]}  # model-1 is good at these
 
@@ -95,6 +99,7 @@ async def door(
     external_model: str = "their-model",
     keys: tuple[str, ...] = (),
     call_tools: bool = False,
+    admission: Admission | None = None,
     **spec: Any,
 ) -> AsyncIterator[tuple[httpx.AsyncClient, dict[str, WorkerInfo]]]:
     listed: list[dict[str, Any]] = [{"name": f"model-{i}", "deploymentRef": f"d{i}", "tools": call_tools} for i in range(3)]
@@ -120,7 +125,7 @@ async def door(
         clock=time.monotonic,
     )
     composition = Composition(document, LocalRoutes(Router(document.spec, artifact)), health, notes)
-    coe = CoeDoor(experts.app, {"team": composition}, keys=ApiKeys(keys), max_request_bytes=100_000)
+    coe = CoeDoor(experts.app, {"team": composition}, keys=ApiKeys(keys), max_request_bytes=100_000, limits=admission)
     try:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(coe), base_url="http://door") as client:
             yield client, workers
@@ -141,6 +146,15 @@ async def test_the_chosen_expert_answers_and_the_headers_say_who_and_why(artifac
     assert answer.headers["x-antiphon-category"] == "sums"
     assert answer.headers["x-antiphon-reason"] == "score"
     assert float(answer.headers["x-antiphon-confidence"]) > 0.5
+
+
+async def test_a_decision_is_one_of_its_tenants_requests(artifact: Artifact) -> None:
+    admission = Admission(MemoryBudgets(), lambda _tenant: TenantLimits(requests_per_min=2, num_streams=1), disabled())
+    async with door(artifact, Experts(), admission=admission) as (client, _):
+        body = {"model": "coe/team", **SUMS}
+        answers = [await client.post("/v1/route", json=body) for _ in range(3)]
+        assert [answer.status_code for answer in answers] == [200, 200, 429]
+        assert (await _ask(client)).status_code == 429
 
 
 async def test_streams_pass_through(artifact: Artifact) -> None:

@@ -72,6 +72,7 @@ class GatewayCompositions:
             max_request_bytes=gateway.config.max_request_bytes,
             bodies=gateway.bodies,
             refused=gateway.refused,
+            limits=gateway.admission,
         )
         return RequestIds(Manners(self._door, ROUTES, gateway.refused))
 

@@ -16,7 +16,8 @@ import datetime
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Final
 
@@ -147,6 +148,19 @@ class Admission:
             raise self._limited(tenant, limits, verdict.exceeded, verdict.retry_after_s)
         self._open.setdefault(tenant, set()).add(ticket)
         return Turn(self, tenant, ticket)
+
+    @asynccontextmanager
+    async def unasked(self, tenant: str) -> AsyncIterator[None]:
+        """A request that no model answers (tokenizing, counting, a router's word): one of its tenant's a minute and at once, and no
+        tokens. Raises as ``enter``.
+        """
+        turn = await self.enter(tenant, 0, None)
+        nothing = Use(tenant=tenant, model="", num_requests=0, num_prompt_tokens=0, num_cached_tokens=0, num_output_tokens=0)
+        try:
+            yield
+            await turn.finish(nothing)
+        finally:
+            turn.leave(nothing)
 
     def _limited(self, tenant: str, limits: TenantLimits, kind: Kind, retry_after_s: float) -> RateLimited:
         self._refused.add(1, {"tenant": tenant, "limit": kind})

@@ -49,10 +49,11 @@ def add_message_routes(app: FastAPI, gateway: Gateway) -> None:
     async def count_tokens(request: Request) -> Response:
         raw: Json = {}
         try:
-            gateway.keys.check(authorization_of(request))
+            tenant = gateway.admit(authorization_of(request))
             raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
             body, ignored = parse_tolerant(CountBody, raw, gateway.config.unknown_fields)
-            ids = await gateway.prompt_ids(body.model, body.prompt(), body.options())
+            async with gateway.admission.unasked(tenant):
+                ids = await gateway.prompt_ids(body.model, body.prompt(), body.options())
         except Exception as error:  # noqa: BLE001 - the door, as above
             gateway.refused(error, raw.get("model"))
             return anthropic_error(error)

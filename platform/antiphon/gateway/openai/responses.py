@@ -76,12 +76,13 @@ def add_response_routes(app: FastAPI, gateway: Gateway, notes: Notes) -> None:
     async def input_tokens(request: Request) -> Response:
         raw: Json = {}
         try:
-            tenant = gateway.keys.check(request.headers.get("authorization"))
+            tenant = gateway.admit(request.headers.get("authorization"))
             raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
             body, ignored = parse_tolerant(ResponsesBody, raw, gateway.config.unknown_fields)
-            before = [] if body.previous_response_id is None else await store.conversation(tenant, body.previous_response_id)
-            asked = body.request([*before, *body.messages()], request_id="", deadline_s=None, traceparent=None)
-            ids = await gateway.prompt_ids(asked.model, asked.prompts[0], asked.options)
+            async with gateway.admission.unasked(tenant):
+                before = [] if body.previous_response_id is None else await store.conversation(tenant, body.previous_response_id)
+                asked = body.request([*before, *body.messages()], request_id="", deadline_s=None, traceparent=None)
+                ids = await gateway.prompt_ids(asked.model, asked.prompts[0], asked.options)
         except Exception as error:  # noqa: BLE001 - the door, as above
             gateway.refused(error, raw.get("model"))
             return error_response(error)

@@ -52,13 +52,18 @@ def add_text_routes(app: FastAPI, gateway: Gateway) -> None:
     async def tokenize(request: Request) -> Response:
         raw: dict[str, Any] = {}
         try:
-            gateway.keys.check(request.headers.get("authorization"))
+            tenant = gateway.admit(request.headers.get("authorization"))
             raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
             body, ignored = parse_tolerant(TokenizeBody, raw, gateway.config.unknown_fields)
-            ids = await _ids(gateway, body)
-            answer: dict[str, Any] = {"count": len(ids), "max_model_len": gateway.max_model_len(body.model), "tokens": list(ids)}
-            if body.return_token_strs:
-                answer["token_strs"] = await gateway.texts_of(body.model, ids)
+            async with gateway.admission.unasked(tenant):
+                ids = await _ids(gateway, body)
+                answer: dict[str, Any] = {
+                    "count": len(ids),
+                    "max_model_len": gateway.max_model_len(body.model),
+                    "tokens": list(ids),
+                }
+                if body.return_token_strs:
+                    answer["token_strs"] = await gateway.texts_of(body.model, ids)
         except Exception as error:  # noqa: BLE001 - the door: whatever happens, the client gets OpenAI's error shape
             gateway.refused(error, raw.get("model"))
             return error_response(error)
@@ -68,10 +73,11 @@ def add_text_routes(app: FastAPI, gateway: Gateway) -> None:
     async def detokenize(request: Request) -> Response:
         raw: dict[str, Any] = {}
         try:
-            gateway.keys.check(request.headers.get("authorization"))
+            tenant = gateway.admit(request.headers.get("authorization"))
             raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
             body, ignored = parse_tolerant(DetokenizeBody, raw, gateway.config.unknown_fields)
-            text = await gateway.text_of(body.model, body.tokens)
+            async with gateway.admission.unasked(tenant):
+                text = await gateway.text_of(body.model, body.tokens)
         except Exception as error:  # noqa: BLE001 - the door, as above
             gateway.refused(error, raw.get("model"))
             return error_response(error)

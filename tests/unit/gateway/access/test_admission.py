@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -24,6 +25,12 @@ fake = sys.modules.setdefault(_spec.name, importlib.util.module_from_spec(_spec)
 if not hasattr(fake, "world"):
     _spec.loader.exec_module(fake)
 
+TEXT_PATHS: dict[str, dict[str, Any]] = {
+    "/tokenize": {"prompt": "x"},
+    "/detokenize": {"tokens": [5]},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "x"}]},
+    "/v1/responses/input_tokens": {"input": "x"},
+}
 ALICE, BOB, OPS = "alices-key-of-random-text", "bobs-key-of-random-text", "ops-key-of-random-text"
 
 
@@ -163,7 +170,7 @@ async def test_a_client_that_leaves_while_the_store_is_asked_leaves_nothing_rese
 
 
 async def test_a_tenant_without_a_request_left_is_refused_before_its_body_is_looked_at(tmp_path: Path) -> None:
-    """At every door that generates; another tenant's is looked at, and the store is not asked for what it has refused already."""
+    """At every door that generates or counts tokens; the store is not asked for what it has refused already."""
     line = key_line("alice", "user", ALICE, limits=TenantLimits(requests_per_min=1))
     (tmp_path / "keys").write_text(f"{line}\n{key_line('bob', 'user', BOB)}")
     async with (
@@ -178,11 +185,35 @@ async def test_a_tenant_without_a_request_left_is_refused_before_its_body_is_loo
         good = b'{"model": "tiny", "prompt": "x", "max_tokens": 1}'
         assert (await ask("/v1/completions", b"no JSON")).status_code == 400  # not counted: nothing was asked for
         assert [(await ask("/v1/completions", good)).status_code for _ in range(2)] == [200, 429]
-        for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/v1/rerank"):
+        for path in (
+            *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/v1/rerank"),
+            *TEXT_PATHS,
+        ):
             answer = await ask(path, b"no JSON")
             assert answer.status_code == 429, (path, answer.text)
             assert 1 <= int(answer.headers["retry-after"]) <= 61
             assert (await ask(path, b"no JSON", BOB)).status_code == 400
+
+
+@pytest.mark.parametrize("path", list(TEXT_PATHS))
+async def test_what_a_tokenizer_is_asked_counts_among_a_keys_requests(tmp_path: Path, path: str) -> None:
+    line = key_line("alice", "user", ALICE, limits=TenantLimits(requests_per_min=3, num_streams=1))
+    (tmp_path / "keys").write_text(f"{line}\n{key_line('bob', 'user', BOB)}\n{key_line('ops', 'admin', OPS)}")
+    body = {"model": "tiny", **TEXT_PATHS[path]}
+    options = {"api_keys_file": tmp_path / "keys"}
+    async with (
+        fake.world(tmp_path, gateway=options, budgets=MemoryBudgets(Clock())) as one,
+        httpx.AsyncClient(base_url=one.url, timeout=20) as http,
+    ):
+
+        async def ask(key: str = ALICE) -> httpx.Response:
+            return await http.post(path, json=body, headers={"authorization": f"Bearer {key}"})
+
+        assert [(await ask()).status_code for _ in range(4)] == [200, 200, 200, 429]  # its one place at once is free after each
+        assert "requests a minute" in (await ask()).text
+        assert {(await ask(BOB)).status_code for _ in range(4)} == {200}
+        usage = (await http.get("/usage", headers={"authorization": f"Bearer {OPS}"})).json()["data"]
+        assert not usage  # no model was asked
 
 
 async def test_it_is_let_in_again_when_the_store_said_so_or_its_limits_are_others() -> None:
@@ -219,9 +250,9 @@ async def test_budgets_hold_to_the_token_over_two_gateways_and_the_ledger_has_al
     options = {"api_keys_file": tmp_path / "keys"}
     (tmp_path / "1").mkdir()
     (tmp_path / "2").mkdir()
-    async with (
-        fake.world(tmp_path / "1", gateway=options, budgets=budgets) as one,
-        fake.world(tmp_path / "2", gateway=options, budgets=budgets) as two,
+    async with (  # each with room for all that the budget lets in: what an engine refuses is no matter of budgets
+        fake.world(tmp_path / "1", gateway=options, budgets=budgets, max_queued=limit) as one,
+        fake.world(tmp_path / "2", gateway=options, budgets=budgets, max_queued=limit) as two,
         httpx.AsyncClient(timeout=20) as http,
     ):
 

@@ -16,6 +16,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import httpx
@@ -49,6 +50,7 @@ from antiphon.coe.serving.doors.question import question_of
 from antiphon.coe.serving.fallback import Fallback, Turn
 from antiphon.core.document.composition import Policy, policy_named, split_model_name
 from antiphon.core.errors import DeadlineExceeded, InvalidInput, Overloaded, Unavailable, UnknownModel
+from antiphon.gateway.access.admission import Admission
 from antiphon.gateway.access.keys import ApiKeys
 from antiphon.gateway.anthropic.errors import anthropic_error
 from antiphon.gateway.anthropic.routes import authorization_of
@@ -72,6 +74,7 @@ class CoeDoor:
         max_request_bytes: of a body.
         bodies: what bodies may cost together, with those of the door behind; None = a measure of this door's own.
         refused: counts what this door refuses by itself; the second is the model as the client sent it.
+        limits: what tenants may ask, of the door behind; None = as much as they like.
     """
 
     def __init__(
@@ -83,7 +86,9 @@ class CoeDoor:
         max_request_bytes: int,
         bodies: Bodies | None = None,
         refused: Callable[[Exception, object], None] = lambda _error, _model: None,
+        limits: Admission | None = None,
     ) -> None:
+        self._limits = limits
         self._refused = refused
         self._bodies = Bodies() if bodies is None else bodies
         self._inner = inner
@@ -140,6 +145,8 @@ class CoeDoor:
         request = Request(scope, receive)
         try:
             tenant = self._keys.check(authorization_of(request))  # before a byte of the body is read
+            if self._limits is not None:
+                self._limits.check_early(tenant)
             raw, body = await self._read(request)
         except Exception as error:  # noqa: BLE001 - the door, as above
             await self._error(scope, error)(scope, receive, send)
@@ -325,8 +332,8 @@ class CoeDoor:
         composition, policy = self._composition(*named)
         tenant = self._keys.check(request.headers.get("authorization"))
         question = question_of(body, dict(request.headers), composition.document.spec, policy, tenant=tenant)
-        record = await composition.route(question)
-        return record_json(record)
+        async with nullcontext() if self._limits is None else self._limits.unasked(tenant):
+            return record_json(await composition.route(question))
 
     async def _experts(self, request: Request) -> dict[str, Any]:
         found = []
