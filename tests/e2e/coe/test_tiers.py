@@ -1,5 +1,9 @@
 """Three experts with room for two behind one name: real processes, asked over HTTP."""
 
+import contextlib
+import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -7,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from tokenizers import Tokenizer
 
@@ -150,6 +155,32 @@ def test_load_times_of_every_stage_are_in_the_metrics(world: World) -> None:
 
 def _lines(world: World, name: str) -> str:
     return "\n".join(line for line in world.http.get("/metrics").text.splitlines() if line.startswith(name))
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="who holds a directory is looked up in /proc")
+def test_a_process_that_was_killed_leaves_none_of_its_copies_behind(world: World) -> None:
+    """They often lie in memory, and are as large as models are."""
+
+    def held() -> dict[Path, int]:
+        """Directories of copies that a process of this test has, by its id."""
+        found = {}
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(OSError):
+                for fd in Path(f"/proc/{process.pid}/fd").iterdir():
+                    with contextlib.suppress(OSError):
+                        if Path(path := os.readlink(fd)).name.startswith("antiphon-host-tier-"):
+                            found[Path(path)] = process.pid
+        return found
+
+    ((path, pid),) = held().items()
+    assert path.is_dir()
+    os.kill(pid, signal.SIGKILL)
+    _eventually(lambda: bool(held()) and pid not in held().values())
+    assert not path.exists()
+    _eventually(lambda: len(world.away()) == 1)
+    for expert in NAMES:
+        world.ask(expert)
 
 
 def test_experts_that_are_more_than_one_monolith_or_larger_than_the_pool_are_refused(tmp_path: Path) -> None:

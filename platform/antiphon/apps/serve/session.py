@@ -40,6 +40,7 @@ from antiphon.apps.serve.stop_signals import StopSignals
 from antiphon.apps.supervision.event_log import EventLog, EventLogEntry
 from antiphon.apps.supervision.log_mirror import LogMirror
 from antiphon.apps.supervision.quiet_streams import QuietStreams
+from antiphon.apps.tiers.scratch import sweep_scratch
 from antiphon.core.directory import WorkerRecord
 from antiphon.core.errors import Unavailable
 from antiphon.device.driver import look_for_cards
@@ -88,6 +89,7 @@ class ServeSession:
         self._deployment: RayDeployment | DirectDeployment | None = None
         adopt_orphans()
         sweep_run_dirs()
+        sweep_scratch()
         self.num_workers = serving.num_workers
         self.run_dir = make_run_dir()
         self.streams = QuietStreams(self.run_dir / "host.log")

@@ -16,7 +16,6 @@ import os
 import shutil
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,6 +33,7 @@ from antiphon.apps.serve.plan import revision_of
 from antiphon.apps.tiers.expert_servicer import ExpertServicer
 from antiphon.apps.tiers.model_pool import ModelPool
 from antiphon.apps.tiers.plan import TierMember, TierPool
+from antiphon.apps.tiers.scratch import SHARED_MEMORY, Scratch, sweep_scratch
 from antiphon.coe.serving.expert_health import Report, experts_topic
 from antiphon.coe.tiers.policy import TierExpert, TierLimits
 from antiphon.coe.tiers.pool import TieredPool
@@ -73,11 +73,12 @@ class TierProcess:
         self._stopped = asyncio.Event()
         self._stop_asked = False
         torch.set_num_threads(config.threads)
-        self._scratch = tempfile.TemporaryDirectory(prefix="antiphon-tiers-", dir=_host_directory(tier_pool))
+        sweep_scratch()  # first: one that was killed holds the memory that this one needs
+        self._scratch = Scratch(_host_directory(tier_pool))
         self._model_pool = ModelPool(
             {member.expert: member.document.spec for member in tier_pool.members},
             {member.expert: Path(member.checkpoint) for member in tier_pool.members},
-            Path(self._scratch.name),
+            self._scratch.path,
             begin=lambda: pin(config.cores),
         )
         self._doors = {member.expert: self._door(member) for member in tier_pool.members}
@@ -118,7 +119,7 @@ class TierProcess:
     def close(self) -> None:
         """Give everything back; idempotent."""
         self._model_pool.close()
-        self._scratch.cleanup()
+        self._scratch.close()
 
     async def serve(self, expert: str, asks: Sequence[Request], timeout_s: float) -> Sequence[None]:
         """See ``coe.tiers.pool.ExpertServer``: answers leave through the expert's door as they are made."""
@@ -306,8 +307,8 @@ def _expert(member: TierMember) -> TierExpert:
     )
 
 
-def _host_directory(tier_pool: TierPool) -> str | None:
+def _host_directory(tier_pool: TierPool) -> Path | None:
     """A memory file system with room for the copies and one more, or None: a temporary directory, through the page cache."""
-    memory = Path("/dev/shm")  # noqa: S108 - the directory made in it is private
     needed = tier_pool.tiers.host_memory_bytes + max(_expert(member).host_bytes for member in tier_pool.members)
-    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > needed else None
+    has_room = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > needed
+    return SHARED_MEMORY if has_room else None
