@@ -11,7 +11,9 @@ import httpx
 import psutil
 import pytest
 
+from antiphon.apps.process.config import LogSettings
 from antiphon.apps.serve.local import DirectDeployment
+from antiphon.apps.serve.plan import ServeSettings
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.identity import Identity, new_key
 from antiphon.core.ids import Role
@@ -53,7 +55,8 @@ class Target:
         )
         self.run_dir = base / "run"
         self.stranger = Identity.parse(new_key())
-        self.deployment = DirectDeployment(document, checkpoint=str(checkpoint), run_dir=base / "run")
+        settings = ServeSettings(log=LogSettings(level="DEBUG"))  # whatever is logged, nothing of what users say is
+        self.deployment = DirectDeployment(document, checkpoint=str(checkpoint), run_dir=base / "run", settings=settings)
         self.deployment.start()
         deadline = time.monotonic() + START_S
         while not self.deployment.poll():
