@@ -211,3 +211,107 @@ async def test_an_event_is_one_line_wherever_unicode_ends_lines(tmp_path: Path) 
             assert len(events) > 1
             assert all(line.startswith(("data: ", "event: ", "id: ")) for line in answer.text.splitlines() if line), path
             assert all(mark in json.dumps(events, ensure_ascii=False) for mark in "\u2028\u2029\x85"), path
+
+
+async def test_a_tool_that_failed_is_told_to_the_model(tmp_path: Path) -> None:
+    async with (
+        agents.answering(tmp_path, "</think>Oh.") as (world, _),
+        anthropic.AsyncAnthropic(base_url=world.url, api_key="none", max_retries=0) as client,
+    ):
+        for content, shown in (("no such city", "Error: no such city"), ([], "Error<|im_end|>")):
+            failed = {"type": "tool_result", "tool_use_id": "t1", "content": content, "is_error": True}
+            used: Any = {"type": "tool_use", "id": "t1", "name": "weather", "input": {}}
+            history: Any = [*agents.QUESTION, {"role": "assistant", "content": [used]}, {"role": "user", "content": [failed]}]
+            await client.messages.create(model="tiny", max_tokens=20, messages=history)
+            assert f"tool\n{shown}" in agents.prompt_of(world)
+
+
+async def test_a_conversation_that_is_too_long_loses_its_first_turns_where_that_is_asked_for(tmp_path: Path) -> None:
+    async with agents.answering(tmp_path, "</think>Yes.") as (world, client):
+        turns: Any = []
+        for number in range(40):
+            turns += [{"role": "user", "content": f"{number}: {'la ' * 150}"}, {"role": "assistant", "content": f"answer {number}"}]
+        asked: Any = {"model": "tiny", "instructions": "Be brief.", "input": [*turns, {"role": "user", "content": "and now?"}]}
+        with pytest.raises(openai.BadRequestError) as refused:
+            await client.responses.create(**asked, max_output_tokens=500)
+        assert refused.value.code == "context_length_exceeded"
+        kept = await client.responses.create(**asked, max_output_tokens=500, truncation="auto")
+        assert kept.truncation == "auto"
+        prompt = agents.prompt_of(world)
+        assert "Be brief." in prompt
+        assert "and now?" in prompt
+        assert "answer 39" in prompt
+        assert "\n0: la" not in prompt
+        length = len(world.engine.requests[-1].prompt_token_ids)
+        assert length + 500 <= 4096 < length + 500 + 400, "as many turns as fit"
+        counted = await client.responses.input_tokens.count(**asked, truncation="auto")
+        assert 4096 - 500 - 400 < counted.input_tokens < 4096
+        goes_on = await client.responses.create(
+            model="tiny", previous_response_id=kept.id, input="x", truncation="auto", max_output_tokens=90
+        )
+        assert goes_on.status == "completed"
+        items = [item async for item in client.responses.input_items.list(kept.id, limit=100)]
+        assert len(items) == 81, "what was said is kept whole"
+        with pytest.raises(openai.BadRequestError):
+            await client.responses.create(model="tiny", input="la " * 5000, truncation="auto")
+
+
+async def test_a_response_that_was_cut_says_in_which_item(tmp_path: Path) -> None:
+    async with agents.answering(tmp_path, "Hm.</think>A long answer that goes on.") as (_, client):
+        cut: Any = await client.responses.create(model="tiny", input="x", max_output_tokens=20)
+        assert cut.status == "incomplete"
+        assert [item.status for item in cut.output] == ["completed", "incomplete"]
+        whole: Any = await client.responses.create(model="tiny", input="x")
+        assert [item.status for item in whole.output] == ["completed", "completed"]
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        ("/v1/responses", "conversation", "conv_1"),
+        ("/v1/responses", "prompt", {"id": "p"}),
+        ("/v1/messages", "mcp_servers", [{"type": "url", "url": "https://x.org", "name": "x"}]),
+        ("/v1/messages", "container", "c"),
+        ("/v1/chat/completions", "regex", "a+"),
+        ("/v1/chat/completions", "bad_words", ["x"]),
+        ("/v1/chat/completions", "documents", [{"text": "x"}]),
+        ("/v1/chat/completions", "structured_outputs", {"structural_tag": "{}"}),
+        ("/v1/chat/completions", "structured_outputs", {"regex": "a+", "whitespace_pattern": " ?"}),
+        ("/v1/chat/completions", "structured_outputs", {"json": {}, "whitespace_pattern": "x*"}),
+        ("/v1/completions", "use_beam_search", True),
+        ("/tokenize", "add_special_tokens", True),
+    ],
+)
+async def test_a_field_that_would_change_the_answer_is_not_left_out_in_silence(
+    tmp_path: Path, path: str, field: str, value: Any
+) -> None:
+    said: dict[str, Any] = {"model": "tiny", "max_tokens": 8}
+    if path == "/v1/responses":
+        said = {"model": "tiny", "input": "x"}
+    elif path == "/v1/completions":
+        said["prompt"] = "x"
+    else:
+        said["messages"] = agents.QUESTION
+    if path == "/tokenize":
+        del said["max_tokens"]
+    async with agents.answering(tmp_path, "</think>Yes.") as (world, _), httpx.AsyncClient(base_url=world.url) as http:
+        assert (await http.post(path, json=said)).status_code == 200
+        refused = await http.post(path, json={**said, field: value})
+        assert refused.status_code == 400, refused.text
+        assert field in refused.json()["error"]["message"]
+
+
+async def test_a_chat_has_the_tokens_that_its_answer_begins_after(tmp_path: Path) -> None:
+    begun = [*agents.QUESTION, {"role": "assistant", "content": "It is a"}]
+    async with agents.answering(tmp_path, " song.") as (world, _), httpx.AsyncClient(base_url=world.url) as http:
+        for chat in (
+            {"messages": agents.QUESTION},
+            {"messages": agents.QUESTION, "chat_template_kwargs": {"enable_thinking": False}},
+            {"messages": begun, "continue_final_message": True},
+            {"messages": begun, "add_generation_prompt": False},
+        ):
+            await http.post("/v1/chat/completions", json={"model": "tiny", "max_tokens": 2, **chat})
+            made = (await http.post("/tokenize", json={"model": "tiny", **chat})).json()
+            assert made["tokens"] == list(world.engine.requests[-1].prompt_token_ids), chat
+        wrong = await http.post("/tokenize", json={"model": "tiny", "prompt": "x", "continue_final_message": True})
+        assert wrong.json()["error"]["param"] == "continue_final_message"

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from antiphon.core.errors import InvalidInput
 from antiphon.gateway.generation.request import MAX_STOPS, ChatMessage, ChatPrompt, GenerationRequest
 from antiphon.gateway.generation.sampling_fields import MAX_TOKEN_ID, SamplingFields, Stop
+from antiphon.gateway.openai.parsing import refuse_unsupported
 from antiphon.gateway.openai.schema import MAX_MESSAGES
 from antiphon.gateway.openai.tools import MAX_TOOLS
 from antiphon.gateway.text.chat_options import AnswerShape, ChatOptions, Tool, ToolCall, ToolChoice
@@ -36,6 +37,7 @@ class Block(_Part):
     input: dict[str, Any] = Field(default_factory=dict)
     tool_use_id: str = ""
     content: Annotated[list[Block], BeforeValidator(_as_blocks)] = Field(default_factory=list)
+    is_error: bool | None = None
     thinking: str = ""
 
 
@@ -54,6 +56,16 @@ class ToolBody(_Part):
     input_schema: dict[str, Any]
     type: Literal["custom"] | None = None
     strict: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _runs_at_the_client(cls, value: object) -> object:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if kind not in (None, "custom"):
+            raise ValueError(
+                f"tools of type {str(kind)[:64]!r} are not supported: there are those that the client runs, with a schema"
+            )
+        return value
 
 
 class ToolChoiceBody(_Part):
@@ -105,6 +117,11 @@ class CountBody(BaseModel):
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # output_config.format by its older name
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, value: object) -> object:
+        return refuse_unsupported(value, {"mcp_servers": ([],), "container": ()})
+
     def prompt(self) -> ChatPrompt:
         """The chat; a last message of the assistant is the beginning of the answer."""
         messages: list[ChatMessage] = []
@@ -149,6 +166,7 @@ class CountBody(BaseModel):
             thinking=None if self.thinking is None or self.thinking.type == "adaptive" else self.thinking.type == "enabled",
             thinking_budget=None if self.thinking is None else self.thinking.budget_tokens,
             thinking_field="thinking",
+            effort_field="thinking",
         )
 
     def _shape(self) -> AnswerShape | None:
@@ -193,7 +211,7 @@ class MessagesBody(CountBody):
 def _messages_of(message: Message) -> list[ChatMessage]:
     """A message's results of tools first, as messages of their own, then what it says and calls."""
     results = [
-        ChatMessage(role="tool", content="\n".join(part.text for part in block.content), tool_call_id=block.tool_use_id)
+        ChatMessage(role="tool", content=_result(block), tool_call_id=block.tool_use_id)
         for block in message.content
         if block.type == "tool_result"
     ]
@@ -207,3 +225,11 @@ def _messages_of(message: Message) -> list[ChatMessage]:
     if results and not text and not calls:
         return results
     return [*results, ChatMessage(role=message.role, content=text, tool_calls=calls, reasoning=thought or None)]
+
+
+def _result(block: Block) -> str:
+    """What a tool gave; no chat template has a place for a failure, so it is said."""
+    text = "\n".join(part.text for part in block.content)
+    if not block.is_error:
+        return text
+    return f"Error: {text}" if text else "Error"

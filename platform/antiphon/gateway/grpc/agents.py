@@ -71,6 +71,7 @@ def options_of(request: pb.GenerateRequest) -> ChatOptions:
         effort=reasoning.effort or None,
         thinking_budget=budget,
         thinking_field="reasoning.budget_tokens",
+        effort_field="reasoning.enabled" if thinking is not None else "reasoning.effort",
     )
 
 

@@ -88,32 +88,32 @@ class Answer:
 
     Args:
         chat: chat.completion shapes, otherwise text_completion.
-        with_logprobs: whether the client asked for log-probabilities.
+        num_logprobs: so many of the most probable beside each token's; None = no log-probabilities.
         include_usage: whether a stream ends with the usage.
         echo: begin each text with its prompt (completions).
         n: choices per prompt.
         with_thoughts: show what the model thought.
         with_functions: whether a call is shown by its older name, ``function_call``.
-        with_prompt_logprobs: whether the client asked for the prompt's by themselves (vLLM's prompt_logprobs).
+        num_prompt_logprobs: the same of the prompt's tokens by themselves (vLLM's prompt_logprobs).
     """
 
     def __init__(
         self,
         *,
         chat: bool,
-        with_logprobs: bool,
+        num_logprobs: int | None,
         include_usage: bool = False,
         echo: bool = False,
         n: int = 1,
         with_thoughts: bool = True,
         with_functions: bool = False,
-        with_prompt_logprobs: bool = False,
+        num_prompt_logprobs: int | None = None,
     ) -> None:
         self._with_thoughts = with_thoughts
         self._with_functions = with_functions
-        self._with_prompt_logprobs = with_prompt_logprobs
+        self._num_prompt_logprobs = num_prompt_logprobs
         self._chat = chat
-        self._with_logprobs = with_logprobs
+        self._num_logprobs = num_logprobs
         self._include_usage = include_usage
         self._echo = echo
         self._n = n
@@ -153,13 +153,13 @@ class Answer:
         folded = choice.folded
         reason = self._finish(choice.finish_reason, folded, choice.stop_reason)
         ending: Json = {"finish_reason": reason, "stop_reason": choice.stop_reason}
-        if self._with_prompt_logprobs:
-            ending["prompt_logprobs"] = [_by_token_id(p) for p in choice.prompt_logprobs]
+        if self._num_prompt_logprobs is not None:
+            ending["prompt_logprobs"] = [_by_token_id(p, self._num_prompt_logprobs) for p in choice.prompt_logprobs]
         text = self._prompt_text(index) + "".join(choice.text)
         if self._chat:
             message = self._message(index, folded)
             return {"index": index, "message": message, "logprobs": self._logprobs(choice.logprobs, choice.offsets), **ending}
-        prompt = choice.prompt_logprobs if self._echo else ()
+        prompt = choice.prompt_logprobs if self._echo and self._num_logprobs is not None else ()
         begin = len(self._prompt_text(index))
         offsets = [*_prompt_offsets(prompt, self._prompt_text(index)), *(begin + offset for offset in choice.offsets)]
         logprobs = self._logprobs([*prompt, *choice.logprobs], [min(offset, len(text)) for offset in offsets])
@@ -193,7 +193,7 @@ class Answer:
             self._choices[delta.index] = _Choice()
             if self._chat:
                 chunks.append(self._chunk({"delta": {"role": "assistant", "content": "", "refusal": None}}, delta.index, None))
-            elif self._echo and not self._with_logprobs:
+            elif self._echo and self._num_logprobs is None:
                 chunks.append(self._chunk({"text": self._prompt_text(delta.index)}, delta.index, None))
         if delta.prompt_logprobs and self._echo:  # they come once, before the first token
             text = self._prompt_text(delta.index)
@@ -289,7 +289,8 @@ class Answer:
         return self._started.prompt_texts[index // self._n]
 
     def _logprobs(self, logprobs: Sequence[Logprob], offsets: Sequence[int]) -> Json | None:
-        if not self._with_logprobs:
+        num = self._num_logprobs
+        if num is None:
             return None
         if self._chat:
             return {"content": [_chat_logprob(logprob) for logprob in logprobs], "refusal": None}
@@ -298,7 +299,7 @@ class Answer:
             "token_logprobs": [None if logprob.is_first else logprob.chosen.logprob for logprob in logprobs],
             # The sampled token is always among them, as OpenAI promises: up to one more than was asked for.
             "top_logprobs": [
-                None if logprob.is_first else {_token_name(p): p.logprob for p in (*logprob.top, logprob.chosen)}
+                None if logprob.is_first else {_token_name(p): p.logprob for p in (*logprob.top[:num], logprob.chosen)}
                 for logprob in logprobs
             ],
             "text_offset": list(offsets),
@@ -334,11 +335,11 @@ def _parts(delta: ChoiceDelta) -> Sequence[Part]:
     return (Text(text=delta.text),) if delta.text else ()
 
 
-def _by_token_id(logprob: Logprob) -> Json | None:
-    """As vLLM writes the prompt's: by token id, the chosen one among the most probable."""
+def _by_token_id(logprob: Logprob, num: int) -> Json | None:
+    """As vLLM writes the prompt's: by token id, the chosen one among the ``num`` most probable."""
     if logprob.is_first:
         return None
-    ranked = [(p, rank + 1) for rank, p in enumerate(logprob.top)]
+    ranked = [(p, rank + 1) for rank, p in enumerate(logprob.top[:num])]
     if all(p.token_id != logprob.chosen.token_id for p, _ in ranked):
         ranked.append((logprob.chosen, logprob.rank + 1))
     return {str(p.token_id): {"logprob": p.logprob, "rank": rank, "decoded_token": p.text} for p, rank in ranked}

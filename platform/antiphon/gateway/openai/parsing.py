@@ -6,6 +6,7 @@ A field that nobody knows is refused, or dropped and named to the client, as the
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -89,6 +90,21 @@ def _thinned(value: object) -> object:
     if isinstance(value, list):
         return [_thinned(item) for item in value[:_MAX_THIN]]
     return value
+
+
+def refuse_unsupported(value: object, unsupported: Mapping[str, tuple[object, ...]], prefix: str = "") -> object:
+    """A body without the fields of ``unsupported``: field → values that change nothing, besides null.
+
+    Raises:
+        UnsupportedField: one has another value.
+    """
+    if not isinstance(value, dict):
+        return value
+    for name, harmless in unsupported.items():
+        given = value.get(name)
+        if given is not None and not any(type(given) is type(item) and given == item for item in harmless):
+            raise UnsupportedField(f"{prefix}{name} is not supported", f"{prefix}{name}")
+    return {name: given for name, given in value.items() if name not in unsupported}
 
 
 def warning_header(ignored: tuple[str, ...]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from antiphon.core.directory import Notes
-from antiphon.core.errors import AntiphonError, InvalidInput
+from antiphon.core.errors import AntiphonError, ContextLengthExceeded, InvalidInput
 from antiphon.core.request import FinishReason
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.generation.request import ChoiceDelta, Started, Usage
@@ -55,7 +55,7 @@ def add_response_routes(app: FastAPI, gateway: Gateway, notes: Notes) -> None:
             before = [] if body.previous_response_id is None else await store.conversation(tenant, body.previous_response_id)
             said = body.messages()
             generation = body.request(
-                [*before, *said],
+                await _fitting(gateway, body, [*before, *said]),
                 request_id=request.state.request_id,
                 deadline_s=deadline_of(request),
                 traceparent=request.headers.get("traceparent"),
@@ -81,8 +81,7 @@ def add_response_routes(app: FastAPI, gateway: Gateway, notes: Notes) -> None:
             body, ignored = parse_tolerant(ResponsesBody, raw, gateway.config.unknown_fields)
             async with gateway.admission.unasked(tenant):
                 before = [] if body.previous_response_id is None else await store.conversation(tenant, body.previous_response_id)
-                asked = body.request([*before, *body.messages()], request_id="", deadline_s=None, traceparent=None)
-                ids = await gateway.prompt_ids(asked.model, asked.prompts[0], asked.options)
+                ids = await _prompt_ids(gateway, body, await _fitting(gateway, body, [*before, *body.messages()]))
         except Exception as error:  # noqa: BLE001 - the door, as above
             gateway.refused(error, raw.get("model"))
             return error_response(error)
@@ -115,6 +114,40 @@ def add_response_routes(app: FastAPI, gateway: Gateway, notes: Notes) -> None:
         except Exception as error:  # noqa: BLE001 - the door, as above
             gateway.refused(error)
             return error_response(error)
+
+
+async def _fitting(gateway: Gateway, body: ResponsesBody, messages: Sequence[MessageBody]) -> Sequence[MessageBody]:
+    """The conversation; with ``truncation: auto`` as many of its last turns as the model's context takes, beside its instructions.
+
+    Where not even the last turn fits, that one: the request is then refused like any other.
+    """
+    limit = gateway.max_model_len(body.model)
+    if body.truncation != "auto" or limit is None:
+        return messages
+    turns = [0, *(index for index, message in enumerate(messages) if index and message.role == "user")]
+
+    def since(turn: int) -> list[MessageBody]:
+        kept = [message for message in messages[: turns[turn]] if message.role in ("system", "developer")]
+        return [*kept, *messages[turns[turn] :]]
+
+    async def fits(turn: int) -> bool:
+        try:
+            return len(await _prompt_ids(gateway, body, since(turn))) + (body.max_output_tokens or 1) <= limit
+        except ContextLengthExceeded:
+            return False
+
+    low, high = 0, len(turns) - 1
+    if await fits(0):
+        return messages
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if await fits(middle) else (middle + 1, high)
+    return since(low)
+
+
+async def _prompt_ids(gateway: Gateway, body: ResponsesBody, messages: Sequence[MessageBody]) -> tuple[int, ...]:
+    asked = body.request(messages, request_id="", deadline_s=None, traceparent=None)
+    return await gateway.prompt_ids(asked.model, asked.prompts[0], asked.options)
 
 
 class ResponseStore:
@@ -225,7 +258,7 @@ class ResponseWriter:
         """See ``Writer``."""
         changes = [change for part in parts_of(delta) for change in self._blocks.take(part)]
         if delta.finish_reason is not None:
-            changes += self._blocks.close()
+            changes += self._blocks.close(cut=delta.finish_reason is FinishReason.LENGTH)
             self._status = "incomplete" if delta.finish_reason is FinishReason.LENGTH else "completed"
         return self._numbered([event for change in changes for event in self._events(change)])
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from antiphon.core.errors import InvalidInput
 from antiphon.core.request import MAX_LOGPROBS
 from antiphon.gateway.generation.request import ChatMessage, ChatPrompt, GenerationRequest
 from antiphon.gateway.generation.sampling_fields import MAX_TOKEN_ID, SamplingFields
 from antiphon.gateway.openai.messages import MessageBody
-from antiphon.gateway.openai.parsing import UnsupportedField, parse
+from antiphon.gateway.openai.parsing import UnsupportedField, parse, refuse_unsupported
 from antiphon.gateway.openai.schema import MAX_MESSAGES, ReasoningBody
 from antiphon.gateway.openai.tools import MAX_TOOLS, ChoiceBody, ResponseFormat, ToolBody, allows_parallel, choice_of, tools_of
 from antiphon.gateway.text.chat_options import ChatOptions
@@ -63,6 +63,11 @@ class ResponsesBody(BaseModel):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     max_tool_calls: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, value: object) -> object:
+        return refuse_unsupported(value, {"conversation": (), "prompt": (), "moderation": ()})
 
     @property
     def is_parallel(self) -> bool:
@@ -123,6 +128,7 @@ class ResponsesBody(BaseModel):
                 effort=None if reasoning.effort == "none" else reasoning.effort,
                 thinking_budget=reasoning.max_tokens,
                 thinking_field="reasoning.max_tokens",
+                effort_field="reasoning.enabled" if reasoning.effort is None else "reasoning.effort",
             ),
         )
 

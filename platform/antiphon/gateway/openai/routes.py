@@ -155,13 +155,13 @@ async def _complete(gateway: Gateway, request: Request, kind: type[ChatBody] | t
     include_usage = bool(body.stream_options is not None and body.stream_options.include_usage)
     answer = Answer(
         chat=isinstance(body, ChatBody),
-        with_logprobs=generation.sampling.num_logprobs is not None,
+        num_logprobs=generation.sampling.num_logprobs,
         include_usage=include_usage,
         echo=isinstance(body, CompletionBody) and bool(body.echo),
         n=generation.n,
         with_thoughts=not isinstance(body, ChatBody) or body.shows_thoughts,
         with_functions=isinstance(body, ChatBody) and body.uses_functions,
-        with_prompt_logprobs=body.prompt_logprobs is not None,
+        num_prompt_logprobs=body.prompt_logprobs,
     )
     headers = warning_header(ignored)
     produce = _stream if generation.stream else _whole

@@ -10,6 +10,7 @@ Must not know: HTTP, tokenizers or workers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
@@ -28,7 +29,7 @@ from antiphon.gateway.generation.request import (
 )
 from antiphon.gateway.generation.sampling_fields import MAX_TOKEN_ID, SamplingFields, Stop, value_or
 from antiphon.gateway.openai.messages import MessageBody
-from antiphon.gateway.openai.parsing import UnsupportedField
+from antiphon.gateway.openai.parsing import UnsupportedField, refuse_unsupported
 from antiphon.gateway.openai.tools import (
     MAX_TOOLS,
     ChoiceBody,
@@ -92,6 +93,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = None  # padding against traffic analysis; not applied
 
 
+TemplateVariables = Annotated[dict[Annotated[str, Field(max_length=64)], str | int | float | bool | None], Field(max_length=32)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
@@ -108,10 +110,26 @@ class ReasoningBody(BaseModel):
     generate_summary: str | None = None
 
 
+# What other servers take that would change the answer, and the values that change nothing.
+_BIND_ANSWERS: Mapping[str, tuple[object, ...]] = {
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "ebnf": (),
+    "grammar": (),
+    "json_schema": (),
+    "length_penalty": (1, 1.0),
+    "logits_processors": ([],),
+    "regex": (),
+    "structural_tag": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
+
+
 class _Body(SamplingFields, StructureFields):
     """What both endpoints share."""
 
-    unsupported: ClassVar[dict[str, tuple[object, ...]]] = {}  # field → values that change nothing, besides null
+    unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = _BIND_ANSWERS
 
     model: str = Field(min_length=1, max_length=512)
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
@@ -135,13 +153,7 @@ class _Body(SamplingFields, StructureFields):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, value: object) -> object:
-        if not isinstance(value, dict):
-            return value
-        for name, harmless in cls.unsupported.items():
-            given = value.get(name)
-            if given is not None and not any(type(given) is type(item) and given == item for item in harmless):
-                raise UnsupportedField(f"{name} is not supported", name)
-        return {name: given for name, given in value.items() if name not in cls.unsupported}
+        return refuse_unsupported(value, cls.unsupported)
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> Self:
@@ -155,7 +167,11 @@ class _Body(SamplingFields, StructureFields):
 class ChatBody(_Body):
     """POST /v1/chat/completions."""
 
-    unsupported: ClassVar[dict[str, tuple[object, ...]]] = {
+    unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        **_BIND_ANSWERS,
+        "best_of": (1,),
+        "chat_template": (),
+        "documents": ([],),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
@@ -181,9 +197,7 @@ class ChatBody(_Body):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     add_generation_prompt: bool | None = None
-    chat_template_kwargs: dict[Annotated[str, Field(max_length=64)], str | int | float | bool | None] | None = Field(
-        default=None, max_length=32
-    )
+    chat_template_kwargs: TemplateVariables | None = None
 
     def request(self, *, request_id: str, deadline_s: float | None, traceparent: str | None) -> GenerationRequest:
         """The value. Raises InvalidInput where fields contradict each other."""
@@ -194,7 +208,7 @@ class ChatBody(_Body):
         prompt = ChatPrompt(
             messages=tuple(message.message() for message in self.messages),
             add_generation_prompt=value_or(self.add_generation_prompt, not self.continue_final_message),
-            continue_final_message=self._continues(),
+            continue_final_message=continues(self.messages, self.continue_final_message, self.add_generation_prompt),
             variables=value_or(self.chat_template_kwargs, {}),
         )
         return _request(
@@ -239,7 +253,15 @@ class ChatBody(_Body):
             effort=None if effort == "none" else effort,
             thinking_budget=self.thinking_budget if own else reasoning.max_tokens,
             thinking_field="thinking_budget" if own else "reasoning.max_tokens",
+            effort_field=self._thinking_asked_by(),
         )
+
+    def _thinking_asked_by(self) -> str:
+        if self.enable_thinking is not None:
+            return "enable_thinking"
+        if self.reasoning_effort is not None or self.reasoning is None:
+            return "reasoning_effort"
+        return "reasoning.effort" if self.reasoning.enabled is None else "reasoning.enabled"
 
     @property
     def uses_functions(self) -> bool:
@@ -259,14 +281,16 @@ class ChatBody(_Body):
         """Whether the answer shows what the model thought."""
         return self.include_reasoning is not False and not (self.reasoning is not None and self.reasoning.exclude)
 
-    def _continues(self) -> bool:
-        if not self.continue_final_message:
-            return False
-        if self.add_generation_prompt:
-            raise InvalidInput("continue_final_message and add_generation_prompt exclude each other", "continue_final_message")
-        if self.messages[-1].role != "assistant":
-            raise InvalidInput("continue_final_message needs a last message of the assistant", "continue_final_message")
-        return True
+
+def continues(messages: Sequence[MessageBody], asked: bool | None, add_generation_prompt: bool | None) -> bool:
+    """Whether a chat's last message is the beginning of the answer. Raises InvalidInput where that can't be."""
+    if not asked:
+        return False
+    if add_generation_prompt:
+        raise InvalidInput("continue_final_message and add_generation_prompt exclude each other", "continue_final_message")
+    if messages[-1].role != "assistant":
+        raise InvalidInput("continue_final_message needs a last message of the assistant", "continue_final_message")
+    return True
 
 
 class CompletionBody(_Body):
@@ -300,12 +324,17 @@ class CompletionBody(_Body):
             sampling=self.sampling(
                 max_tokens=max_tokens,
                 num_logprobs=self.logprobs,
-                num_prompt_logprobs=self.logprobs if self.echo else self.prompt_logprobs,
+                num_prompt_logprobs=self._num_prompt_logprobs(),
             ),
             deadline_s=deadline_s,
             traceparent=traceparent,
             options=ChatOptions(shape=self.shape()),
         )
+
+    def _num_prompt_logprobs(self) -> int | None:
+        """The most that is shown of any token of the prompt: in the echo, or by itself."""
+        shown = [each for each in (self.logprobs if self.echo else None, self.prompt_logprobs) if each is not None]
+        return max(shown, default=None)
 
     def _prompts(self) -> tuple[Prompt, ...]:
         if isinstance(self.prompt, str):

@@ -15,11 +15,12 @@ from antiphon.gateway.generation.sampling_fields import MAX_TOKEN_ID
 from antiphon.gateway.openai.http_io import error_response
 from antiphon.gateway.openai.messages import MessageBody
 from antiphon.gateway.openai.parsing import parse_tolerant, warning_header
-from antiphon.gateway.openai.schema import MAX_MESSAGES
+from antiphon.gateway.openai.schema import MAX_MESSAGES, TemplateVariables, continues
 from antiphon.gateway.openai.tools import MAX_TOOLS, ToolBody, tools_of
 from antiphon.gateway.text.chat_options import ChatOptions
 
 MAX_TOKENS = 262_144
+_CHAT_ONLY = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 
 
 class TokenizeBody(BaseModel):
@@ -32,8 +33,31 @@ class TokenizeBody(BaseModel):
     messages: list[MessageBody] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
     tools: list[ToolBody] | None = Field(default=None, max_length=MAX_TOOLS)
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
+
+    def check(self) -> None:
+        """Raises InvalidInput where fields contradict each other."""
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidInput("one of prompt and messages is needed", "prompt")
+        for name in _CHAT_ONLY if self.messages is None else ():
+            if getattr(self, name) is not None:
+                raise InvalidInput(f"{name}: it is for messages, not for a prompt", name)
+        if self.messages is not None and self.add_special_tokens:
+            raise InvalidInput("add_special_tokens: a chat's are those of the model's chat template", "add_special_tokens")
+
+    def chat(self) -> ChatPrompt:
+        """The chat. Raises InvalidInput where fields contradict each other."""
+        messages = self.messages or []
+        begun = continues(messages, self.continue_final_message, self.add_generation_prompt)
+        return ChatPrompt(
+            messages=tuple(message.message() for message in messages),
+            add_generation_prompt=not begun if self.add_generation_prompt is None else self.add_generation_prompt,
+            continue_final_message=begun,
+            variables=self.chat_template_kwargs or {},
+        )
 
 
 class DetokenizeBody(BaseModel):
@@ -85,13 +109,8 @@ def add_text_routes(app: FastAPI, gateway: Gateway) -> None:
 
 
 async def _ids(gateway: Gateway, body: TokenizeBody) -> tuple[int, ...]:
-    if (body.prompt is None) == (body.messages is None):
-        raise InvalidInput("one of prompt and messages is needed", "prompt")
+    body.check()
     if body.prompt is not None:
         return await gateway.text_ids(body.model, body.prompt, add_special_tokens=body.add_special_tokens is not False)
     tools = tools_of(body.tools or [])
-    prompt = ChatPrompt(
-        messages=tuple(message.message() for message in body.messages or ()),
-        add_generation_prompt=body.add_generation_prompt is not False,
-    )
-    return await gateway.prompt_ids(body.model, prompt, ChatOptions(tools=tools, tool_choice="auto" if tools else "none"))
+    return await gateway.prompt_ids(body.model, body.chat(), ChatOptions(tools=tools, tool_choice="auto" if tools else "none"))

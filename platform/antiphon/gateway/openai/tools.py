@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from antiphon.core.errors import InvalidInput
 from antiphon.gateway.json_text import read_json_text
+from antiphon.gateway.openai.parsing import refuse_unsupported
 from antiphon.gateway.text.chat_options import AnswerShape, Tool, ToolChoice
 
 MAX_TOOLS = 256
 MAX_CHOICE_TEXTS = 4096
+_WHITE_SPACE = re.compile(r"(?:\\[stnr]|[ \t\n\r\[\]?*+()|]|\{\d{1,3}(?:,\d{0,3})?\}){0,64}")
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
@@ -199,14 +202,32 @@ class StructuredOutputs(_Part):
     choice: Choices | None = None
     grammar: Pattern | None = None
     json_object: bool | None = None
-    # How vLLM's own back ends write JSON; ours has one way.
-    disable_fallback: bool | None = None
     disable_any_whitespace: bool | None = None
     disable_additional_properties: bool | None = None
     whitespace_pattern: str | None = None
+    disable_fallback: bool | None = None  # to another engine; there is one
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, value: object) -> object:
+        return refuse_unsupported(value, {"structural_tag": ()}, "structured_outputs.")
 
     def shapes(self, field: str) -> list[AnswerShape]:
-        """Those that are given."""
+        """Those that are given.
+
+        Raises:
+            InvalidInput: what is said of JSON's white space is none, or there is no JSON.
+        """
+        found = self._shapes(field)
+        of_json = ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
+        given = [name for name in of_json if getattr(self, name)]
+        if given and any(not shape.kind.startswith("json") for shape in found):
+            raise InvalidInput(f"{field}.{given[0]}: it is for JSON", f"{field}.{given[0]}")
+        space = "" if self.disable_any_whitespace else white_space(self.whitespace_pattern, f"{field}.whitespace_pattern")
+        closed = bool(self.disable_additional_properties)
+        return [replace(shape, white_space=space, closes_objects=closed) for shape in found]
+
+    def _shapes(self, field: str) -> list[AnswerShape]:
         return [
             *([] if self.json_ is None else [AnswerShape(kind="json_schema", value=self.json_, field=f"{field}.json")]),
             *([] if self.regex is None else [AnswerShape(kind="regex", value=self.regex, field=f"{field}.regex")]),
@@ -214,6 +235,15 @@ class StructuredOutputs(_Part):
             *([] if self.grammar is None else [AnswerShape(kind="grammar", value=self.grammar, field=f"{field}.grammar")]),
             *([AnswerShape(kind="json_object", field=f"{field}.json_object")] if self.json_object else []),
         ]
+
+
+def white_space(pattern: str | None, field: str) -> str | None:
+    """A pattern of white space as the engine of grammars reads it. Raises InvalidInput: it is of more than white space."""
+    if pattern is None:
+        return None
+    if _WHITE_SPACE.fullmatch(pattern) is None:
+        raise InvalidInput(f"{field}: only white space may stand between JSON's parts", field)
+    return pattern.replace("\\s", "[ \\t\\n\\r]")
 
 
 class StructureFields(BaseModel):
@@ -255,7 +285,12 @@ class StructureFields(BaseModel):
         shapes = [shape for shape in found if shape is not None]
         if len(shapes) > 1:
             raise InvalidInput(f"{shapes[1].field}: the answer has one shape already, by {shapes[0].field}", shapes[1].field)
-        return shapes[0] if shapes else None
+        if self.guided_whitespace_pattern is None:
+            return shapes[0] if shapes else None
+        space = white_space(self.guided_whitespace_pattern, "guided_whitespace_pattern")
+        if not shapes or not shapes[0].kind.startswith("json"):
+            raise InvalidInput("guided_whitespace_pattern: it is for JSON", "guided_whitespace_pattern")
+        return replace(shapes[0], white_space=space)
 
 
 def tools_of(bodies: Sequence[ToolBody]) -> tuple[Tool, ...]:

@@ -19,6 +19,7 @@ from antiphon.core.errors import InvalidInput
 from antiphon.gateway.json_text import is_deeper
 from antiphon.gateway.text.chat_options import AnswerShape, ChatOptions, Tool
 from antiphon.gateway.text.formats.base import CallFormat, ChannelFormat, Rules, ThoughtMarkers
+from antiphon.gateway.text.schemas.narrowing import closed
 from antiphon.worker.structure.checking import BOUND
 
 MAX_SCHEMA_CHARS = 262_144
@@ -143,10 +144,10 @@ def _thinking(thoughts: ThoughtMarkers, rules: Rules, *, is_open: bool) -> str:
 def _shape(shape: AnswerShape, rules: Rules) -> str:
     match shape.kind:
         case "json_object":
-            return rules.json({"type": "object"})
+            return rules.json({"type": "object"}, white_space=shape.white_space)
         case "json_schema":
             _check(shape.value, shape.field)
-            return rules.json(shape.value)
+            return rules.json(closed(shape.value) if shape.closes_objects else shape.value, white_space=shape.white_space)
         case "regex":
             pattern = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", str(shape.value)).replace("\n", "\\n")
             return rules.name(f"/{pattern}/")

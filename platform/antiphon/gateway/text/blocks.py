@@ -57,12 +57,12 @@ class Blocks:
                     self._open.is_whole = True
                 return self.close()
 
-    def close(self) -> list[Change]:
-        """No more of the open block comes."""
+    def close(self, *, cut: bool = False) -> list[Change]:
+        """No more of the open block comes; ``cut``: because the answer was cut in it."""
         block, self._open = self._open, None
         if block is None:
             return []
-        block.is_whole = block.is_whole or block.kind != "call"
+        block.is_whole = block.is_whole or (block.kind != "call" and not cut)
         return [Change(what="close", block=block)]
 
     @property

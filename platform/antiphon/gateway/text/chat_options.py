@@ -44,6 +44,8 @@ class AnswerShape:
     kind: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
     value: Any = None
     field: str = "response_format"
+    white_space: str | None = None  # a pattern of what stands between JSON's parts; None = a little
+    closes_objects: bool = False  # those of a schema have no properties but the named ones, unless it says more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +60,8 @@ class ChatOptions:
     thinking: bool | None = None  # None = as the template does by itself
     effort: str | None = None
     thinking_budget: int | None = None  # tokens of thought; None = no bound
-    thinking_field: str = "thinking_budget"
+    thinking_field: str = "thinking_budget"  # where the bound was asked for
+    effort_field: str = "reasoning_effort"  # where thinking was
     tool_choice_field: str = "tool_choice"
 
     @property

@@ -95,7 +95,7 @@ class Dialect:
             if options.thinking_budget is not None:
                 raise NotForThisModel(f"{options.thinking_field}: this model does not think", options.thinking_field)
             if options.thinking:
-                raise NotForThisModel("reasoning_effort: this model does not think", "reasoning_effort")
+                raise NotForThisModel(f"{options.effort_field}: this model does not think", options.effort_field)
 
     def variables(self, options: ChatOptions, given: Mapping[str, Any]) -> dict[str, Any]:
         """The chat template's variables."""

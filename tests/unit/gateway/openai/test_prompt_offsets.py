@@ -28,10 +28,10 @@ def offsets_of(text: str, tokens: list[bytes]) -> list[int]:
     logprobs = tuple(Logprob(chosen=p, rank=0, top=(), is_first=i == 0) for i, p in enumerate(chosen))
     delta = ChoiceDelta(index=0, text="", prompt_logprobs=logprobs)
     started = Started(request_id="r", model="m", seed=1, num_prompt_tokens=len(tokens), created=0, prompt_texts=(text,))
-    streaming = Answer(chat=False, n=1, echo=True, with_logprobs=True)
+    streaming = Answer(chat=False, n=1, echo=True, num_logprobs=1)
     streaming.start(started)
     streamed = [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in streaming.chunks(delta)]
-    whole = Answer(chat=False, n=1, echo=True, with_logprobs=True)
+    whole = Answer(chat=False, n=1, echo=True, num_logprobs=1)
     whole.start(started)
     whole.add(delta)
     found = whole.body(USAGE)["choices"][0]["logprobs"]["text_offset"]

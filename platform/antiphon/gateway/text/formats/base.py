@@ -15,8 +15,9 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from antiphon.gateway.json_text import read_json_text
 from antiphon.gateway.text.chat_options import Tool, ToolCall
-from antiphon.gateway.text.formats.narrowing import narrowed
 from antiphon.gateway.text.parts import CallArguments, CallBegin, CallEnd, Part, Text, Thought
+from antiphon.gateway.text.schemas.narrowing import narrowed
+from antiphon.gateway.text.schemas.refs import BOOLEANS
 
 _T = TypeVar("_T")
 Steps = Generator[None, str, _T]
@@ -58,10 +59,21 @@ class Rules:
         self.lines.append(f"{name}{attributes}: {expression}")
         return name
 
-    def json(self, schema: Mapping[str, Any] | bool) -> str:
-        """JSON of a schema. White space between its parts is bounded, so that a model can't go on with it for ever."""
-        plain = {k: v for k, v in narrowed(schema).items() if k != "x-guidance"} if isinstance(schema, Mapping) else {}
-        return f"%json {json.dumps({**plain, 'x-guidance': {'whitespace_pattern': _WHITE_SPACE}})}"
+    def arguments(self, tool: Tool) -> str:
+        """JSON of a tool's arguments: of all that its schema says where it is strict, else of what the engine knows of it."""
+        return self.json(tool.parameters, is_strict=tool.strict)
+
+    def json(self, schema: Mapping[str, Any] | bool, *, is_strict: bool = True, white_space: str | None = None) -> str:
+        """JSON of a schema.
+
+        White space between its parts is bounded, so that a model can't go on with it for ever; ``white_space``: a pattern of it.
+        What is not ``is_strict`` is held to the words of its schema that the engine has.
+        """
+        known = narrowed(schema, is_strict=is_strict)
+        known = known if isinstance(known, Mapping) else BOOLEANS[bool(known)]
+        plain = {key: value for key, value in known.items() if key != "x-guidance"}
+        guidance = {"whitespace_pattern": _WHITE_SPACE if white_space is None else white_space}
+        return f"%json {json.dumps({**plain, 'x-guidance': guidance})}"
 
     def until(self, end: str) -> str:
         """Any text up to and with ``end``, an ordinary text."""

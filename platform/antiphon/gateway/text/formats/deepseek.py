@@ -36,7 +36,7 @@ class DeepSeekV31Format:
 
     def grammar(self, tools: Sequence[Tool], rules: Rules, *, parallel: bool) -> str:
         """See ``CallFormat``."""
-        each = [f"{rules.literal(self.before(t.name))} {rules.json(t.parameters)} {rules.literal(self.after)}" for t in tools]
+        each = [f"{rules.literal(self.before(t.name))} {rules.arguments(t)} {rules.literal(self.after)}" for t in tools]
         calls = one_or_more(rules.name(any_of(each)), rules.literal(self.between), parallel=parallel)
         return f"{calls} {rules.literal(_ALL_END)}"
 

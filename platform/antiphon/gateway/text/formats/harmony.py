@@ -62,7 +62,7 @@ class HarmonyFormat:
     def grammar(self, tools: Sequence[Tool], rules: Rules, *, parallel: bool) -> str:
         """See ``CallFormat``. There is one call at most: the answer ends after it."""
         before = f"{_CHANNEL}commentary to={_PREFIX}%s {_CONSTRAIN}json{_MESSAGE}"
-        each = [f"{rules.literal(before % tool.name)} {rules.json(tool.parameters)}" for tool in tools]
+        each = [f"{rules.literal(before % tool.name)} {rules.arguments(tool)}" for tool in tools]
         return f"{self._begun(rules)} {rules.name(any_of(each))}"
 
     def final(self, expression: str, rules: Rules) -> str:

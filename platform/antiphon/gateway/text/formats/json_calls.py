@@ -153,7 +153,7 @@ def call_object(tool: Tool, rules: Rules, *, key: str = "arguments") -> str:
     """An expression of a call as an object."""
     before = rules.literal('"name": ' + json.dumps(tool.name) + ', "' + key + '": ')
     # The brace by itself: an answer's shape may begin with one, too, and a lexeme that has begun is not left for a shorter one.
-    return f"{rules.literal('{')} {before} {rules.json(tool.parameters)} {rules.literal('}')}"
+    return f"{rules.literal('{')} {before} {rules.arguments(tool)} {rules.literal('}')}"
 
 
 def written(call: ToolCall, *, key: str = "arguments") -> str:

@@ -53,7 +53,7 @@ class MistralArgsFormat(MistralFormat):
 
     def grammar(self, tools: Sequence[Tool], rules: Rules, *, parallel: bool) -> str:
         """See ``CallFormat``."""
-        each = [f"{rules.literal(tool.name + _ARGS)} {rules.json(tool.parameters)}" for tool in tools]
+        each = [f"{rules.literal(tool.name + _ARGS)} {rules.arguments(tool)}" for tool in tools]
         return one_or_more(rules.name(any_of(each)), rules.literal(_OPEN), parallel=parallel)
 
 

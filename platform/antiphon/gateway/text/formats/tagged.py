@@ -80,7 +80,7 @@ class TaggedFormat:
             return rules.until(end)
         defs = {k: v for k, v in tool.parameters.items() if k in ("$defs", "definitions")}
         whole = {**schema, **defs} if isinstance(schema, dict) else True
-        return f"{rules.json(whole)} {rules.literal(end)}"
+        return f"{rules.json(whole, is_strict=tool.strict)} {rules.literal(end)}"
 
 
 class TaggedMachine(CallMachine):

@@ -1,0 +1,1 @@
+"""JSON schemas as the engine of grammars takes them (request speed)."""
