@@ -20,7 +20,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,6 +73,11 @@ class Identity:
     def prove(self, purpose: str, *parts: bytes, key: int = 0) -> bytes:
         """A proof over ``parts`` that only who has the key can make."""
         return hmac.digest(self.derive(purpose, key), _framed(parts), "sha256")
+
+    def prover(self, purpose: str, *parts: bytes, num_bytes: int) -> Callable[[bytes], bytes]:
+        """``prove`` over ``parts`` and one more of ``num_bytes``, for who has many of those to prove."""
+        secret, before = self.derive(purpose), _framed((*parts, bytes(num_bytes)))[:-num_bytes]
+        return lambda last: hmac.digest(secret, before + last, "sha256")
 
     def is_proof(self, proof: bytes, purpose: str, *parts: bytes) -> bool:
         """Whether ``proof`` was made over ``parts`` with one of the keys; takes as long whether it was or not."""

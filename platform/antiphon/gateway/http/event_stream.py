@@ -46,9 +46,9 @@ class CannotResume(InvalidInput):
     grpc_status = "ABORTED"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Place:
-    """Where a client stands in a stream, with what the rest of it depends on."""
+    """Where a client stands in a stream, with what the rest of it depends on; a stream moves its own with each event."""
 
     num_events: int = 0  # that it has
     num_tokens: int = 0  # whose events it has all
@@ -84,6 +84,7 @@ class EventStream:
     def __init__(self, generation: GenerationRequest, last_event_id: str | None, *, identity: Identity | None = None) -> None:
         self._identity = own_identity() if identity is None else identity
         self._bound_to = (generation.tenant, generation.request_id, generation.model)
+        self._prove = self._identity.prover(_PURPOSE, *(each.encode() for each in self._bound_to), num_bytes=_PLACE.size)
         self._has_ids = generation.n * len(generation.prompts) == 1
         self._target = Place()
         self._at = Place()
@@ -142,20 +143,21 @@ class EventStream:
         """
         num_new = len(event.token_ids) if isinstance(event, ChoiceDelta) else 0
         if isinstance(event, Started):
-            self._at = replace(self._at, seed=event.seed, created=event.created)
+            self._at.seed, self._at.created = event.seed, event.created
         framed = []
+        at = self._at
         for position, each in enumerate(made):
-            before = self._at
-            self._at = replace(
-                before, num_events=before.num_events + 1, num_next_tokens=num_new, num_next_events=before.num_next_events + 1
-            )
+            before = replace(at) if self.is_replay else at
+            at.num_events += 1
+            at.num_next_events += 1
+            at.num_next_tokens = num_new
             if position + 1 == len(made):
                 self._add(event)
             if self.is_replay:
                 if self._has(before, num_new):
                     continue
                 self.is_replay = False
-                self._at = replace(self._at, num_events=self._target.num_events + 1)  # cut otherwise, they may be more or less
+                at.num_events = self._target.num_events + 1  # cut otherwise, they may be more or less
             framed.append(self._framed(each, named=named))
         if not made:
             self._add(event)
@@ -164,13 +166,10 @@ class EventStream:
     def _add(self, event: Event) -> None:
         """All of an event's tokens' events are made."""
         if isinstance(event, ChoiceDelta) and event.token_ids:
-            self._at = replace(
-                self._at,
-                num_tokens=self._at.num_tokens + len(event.token_ids),
-                token_sum=_sum(event.token_ids, self._at.token_sum),
-                num_next_tokens=0,
-                num_next_events=0,
-            )
+            at = self._at
+            at.num_tokens += len(event.token_ids)
+            at.token_sum = _sum(event.token_ids, at.token_sum)
+            at.num_next_tokens = at.num_next_events = 0
 
     def _has(self, before: Place, num_new: int) -> bool:
         """Whether the client has the event after ``before``."""
@@ -192,7 +191,7 @@ class EventStream:
         packed = _PLACE.pack(
             at.num_events, at.num_tokens, at.num_next_tokens, at.num_next_events, at.seed % 2**64, at.created, at.token_sum
         )
-        mac = _mac(self._identity, self._bound_to, packed, 0)
+        mac = self._prove(packed)[:_MAC_BYTES]
         return f"{at.num_events}.{base64.urlsafe_b64encode(packed[4:] + mac).decode().rstrip('=')}"
 
     def _read(self, generation: GenerationRequest, text: str) -> Place:
