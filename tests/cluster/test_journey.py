@@ -26,6 +26,7 @@ from typing import Any
 import pytest
 
 KUBECONFIG = os.environ.get("ANTIPHON_TEST_KUBECONFIG")
+S3 = os.environ.get("ANTIPHON_TEST_S3")
 pytestmark = [
     pytest.mark.skipif(KUBECONFIG is None, reason="ANTIPHON_TEST_KUBECONFIG names no throw-away cluster"),
     pytest.mark.cluster,
@@ -142,6 +143,13 @@ class Cluster:
             raise ValueError(f"the stream ends with {lines[-1:]}")
         events = [json.loads(line) for line in lines[:-1]]
         return "".join(c["delta"].get("content") or "" for event in events for c in event["choices"])
+
+    def running(self) -> list[str]:
+        """The revisions that the gateway and the workers it knows say they run."""
+        path = f"/api/v1/namespaces/default/services/{NAME}-http:http/proxy/ready"
+        with urllib.request.urlopen(self.url + path, timeout=60) as response:
+            told = json.load(response)
+        return [told["revision"], *(revision for counts in told["revisions"].values() for revision in counts)]
 
     @staticmethod
     @contextmanager
@@ -264,6 +272,19 @@ def test_a_revision_replaces_the_other(cluster: Cluster, strategy: str) -> None:
     assert "Paris" in cluster.ask()
 
 
+def test_a_change_in_place_is_ready_only_once_every_part_runs_it(cluster: Cluster) -> None:
+    """KubeRay's first status of a new generation still speaks of what ran before."""
+    before = set(cluster.running())
+    pods = {pool: cluster.pods(pool) for pool in ROLES}
+    cluster.patch(scheduler={"maxNumSeqs": 24})
+    cluster.until(cluster.current, "change in place")
+    after = set(cluster.running())
+    assert len(after) == 1, f"READY while parts run {after}"
+    assert not after & before, f"READY while {before} still runs"
+    assert {pool: cluster.pods(pool) for pool in ROLES} == pods, "no pod is replaced"
+    assert "Paris" in cluster.ask()
+
+
 def test_a_bad_revision_is_given_up(cluster: Cluster) -> None:
     good = cluster.get("llmdeployment", NAME)["status"]["revision"]
     cluster.patch(rollout={"strategy": "Surge", "progressDeadlineS": 90}, kubernetes={"image": "antiphon/none:0"})
@@ -273,6 +294,8 @@ def test_a_bad_revision_is_given_up(cluster: Cluster) -> None:
     assert "Paris" in cluster.ask()
     cluster.patch(rollout={"progressDeadlineS": 1800}, kubernetes={"image": None})
     cluster.until(cluster.current, "good document again")
+    cluster.until(lambda: len(cluster.get("rayclusters")["items"]) == 1, "end of the other cluster", 180)
+    assert "Paris" in cluster.ask()
 
 
 @pytest.mark.parametrize("pool", ROLES)
@@ -331,6 +354,25 @@ def test_a_composition_routes_to_it(cluster: Cluster) -> None:
     cluster.ctl("apply", "-f", "-", given=json.dumps(COMPOSITION))
     cluster.until(lambda: cluster.conditions("coe", "team").get("Ready", {}).get("status") == "True", "ready composition")
     assert "Paris" in cluster.ask("team-coe", "coe/team")
+
+
+@pytest.mark.skipif(S3 is None, reason="ANTIPHON_TEST_S3 names no store that pods of the cluster reach, with the bucket models")
+def test_weights_come_from_an_s3_store(cluster: Cluster) -> None:
+    storage = {"size": "2Gi", "accessMode": "ReadWriteOnce"}
+    secret: dict[str, Any] = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "store"}}
+    secret["stringData"] = {"AWS_ACCESS_KEY_ID": "journey", "AWS_SECRET_ACCESS_KEY": "journey-secret"}
+    artifact: dict[str, Any] = {
+        "apiVersion": "serving.antiphon.dev/v1alpha1",
+        "kind": "ModelArtifact",
+        "metadata": {"name": "stored"},
+    }
+    artifact["spec"] = {"uri": "s3://models/smollm2", "endpointUrl": S3, "credentialsSecret": "store", "storage": storage}
+    for value in (secret, artifact):
+        cluster.ctl("apply", "-f", "-", given=json.dumps(value))
+    cluster.until(lambda: cluster.get("modelartifact", "stored").get("status", {}).get("phase") == "Cached", "weights")
+    status = cluster.get("modelartifact", "stored")["status"]
+    assert status["digest"] == cluster.get("modelartifact", NAME)["status"]["digest"], "the same files"
+    cluster.ctl("delete", "modelartifact", "stored", "--timeout=60s")
 
 
 def test_deleting_leaves_nothing_even_when_we_are_gone(cluster: Cluster) -> None:

@@ -56,6 +56,7 @@ class RolloutStatus(Model):
     started_at: Timestamp = Field(description="When it began.", max_length=32)
     last_progress_at: Timestamp = Field(description="When anything last moved forward.", max_length=32)
     marker: str = Field(default="", description="Fingerprint of what was seen at the last progress.", max_length=64)
+    proven: bool = Field(default=False, description="All parts were seen to run the revision.")
 
 
 class LLMDeploymentStatus(Model):

@@ -29,6 +29,7 @@ from antiphon_operator.kube.resources import COMPOSITION, LLM_DEPLOYMENT, MODEL_
 from antiphon_operator.kube.rest import RestKube, load_config
 from antiphon_operator.reconcile.artifact import ArtifactReconciler
 from antiphon_operator.reconcile.composition import CompositionReconciler
+from antiphon_operator.reconcile.gateways import AskedGateways
 from antiphon_operator.reconcile.llm.reconciler import LLMReconciler
 from antiphon_operator.reconcile.scrape import ScrapedMetrics
 from antiphon_operator.reconcile.tiers import ScrapedTiers
@@ -69,14 +70,16 @@ async def run(options: Options) -> None:
         HealthServer(metrics, host=options.host, port=options.port, ready=lambda: True),
         ScrapedMetrics(clock=time.time) as measured,
         ScrapedTiers() as tiers,
+        AskedGateways() as gateways,
     ):
 
         async def look(door: Kube, namespace: str, name: str) -> float | None:
-            return await LLMReconciler(door, options.settings, clock=time.time, metrics=measured).reconcile(namespace, name)
+            reconciler = LLMReconciler(door, options.settings, clock=time.time, metrics=measured, gateways=gateways)
+            return await reconciler.reconcile(namespace, name)
 
         reconcilers = {
             LLM_DEPLOYMENT.kind: LLMReconciler(
-                kube, options.settings, clock=time.time, metrics=measured, on_stage=metrics.stage
+                kube, options.settings, clock=time.time, metrics=measured, gateways=gateways, on_stage=metrics.stage
             ).reconcile,
             COMPOSITION.kind: CompositionReconciler(kube, options.settings, clock=time.time, tiers=tiers).reconcile,
             MODEL_ARTIFACT.kind: ArtifactReconciler(kube, options.settings, clock=time.time).reconcile,

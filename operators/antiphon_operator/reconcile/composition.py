@@ -64,12 +64,12 @@ class CompositionReconciler:
                 raise SpecInvalid(problems)
             for child in children(document, owner_reference(live), _addresses(document, references), self._settings, members):
                 await writer.ensure(child)
-            ready_routers = await self._ready_routers(document)
+            routers = await self._routers(document)
             pool: ModelPoolSeen | None = None
             if members:
-                seen = await self._tiers.read(f"{_door_of(live, members)}/metrics") if ready_routers else {}
-                pool = ModelPoolSeen(members=frozenset(m.name for m in members), ready=ready_routers > 0, tiers=seen)
-            status, conditions = _status(live, document, references, ready_routers, writer, _door_of(live, members), pool)
+                seen = await self._tiers.read(f"{_door_of(live, members)}/metrics") if routers.ready else {}
+                pool = ModelPoolSeen(members=frozenset(m.name for m in members), ready=routers.ready > 0, tiers=seen)
+            status, conditions = _status(live, document, references, routers, writer, _door_of(live, members), pool)
             value: Mapping[str, Any] = status.model_dump(mode="json", by_alias=True, exclude_none=True)
             settled = conditions.holds(Type.READY) and conditions.holds(Type.EXPERTS_READY)
             at_rest = settled and not conditions.holds(Type.DEGRADED)
@@ -117,9 +117,30 @@ class CompositionReconciler:
             raise SpecInvalid(problems)
         return tuple(members)
 
-    async def _ready_routers(self, document: CompositionOfExperts) -> int:
-        router = await self._kube.get(DEPLOYMENT, document.metadata.namespace, router_name(document.metadata.name))
-        return int((router or {}).get("status", {}).get("readyReplicas", 0))
+    async def _routers(self, document: CompositionOfExperts) -> RoutersSeen:
+        return view_routers(await self._kube.get(DEPLOYMENT, document.metadata.namespace, router_name(document.metadata.name)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutersSeen:
+    """The router's pods."""
+
+    ready: int
+    behind: str  # why not all of those that run are of the present document, for people; "" = they are
+
+
+def view_routers(live: Object | None) -> RoutersSeen:
+    """Read the router's Deployment as ``kubectl rollout status`` does: its status may speak of what was asked for before."""
+    if live is None:
+        return RoutersSeen(ready=0, behind="")
+    status = live.get("status", {})
+    behind, replicas = "", int(status.get("replicas", 0))
+    old = replicas - int(status.get("updatedReplicas", 0))
+    if status.get("observedGeneration", live["metadata"]["generation"]) < live["metadata"]["generation"]:
+        behind = "the change of the router's Deployment has not been acted on yet"
+    elif old > 0:
+        behind = f"{old} of {replicas} router pods still run the former document"
+    return RoutersSeen(ready=int(status.get("readyReplicas", 0)), behind=behind)
 
 
 def _addresses(document: CompositionOfExperts, references: Mapping[str, Object | None]) -> dict[str, Address]:
@@ -190,7 +211,7 @@ def _status(
     live: Object,
     document: CompositionOfExperts,
     references: Mapping[str, Object | None],
-    ready_routers: int,
+    routers: RoutersSeen,
     writer: Writer,
     door: str,
     pool: ModelPoolSeen | None,
@@ -226,12 +247,14 @@ def _status(
     first = first and starting.issuperset(expert.name for expert in experts if not expert.ready)
     unavailable = Reason.INITIALIZING if first else Reason.EXPERT_UNAVAILABLE
     conditions.set(Type.EXPERTS_READY, all_ready, Reason.ALL_EXPERTS_READY if all_ready else unavailable, down)
-    router = Reason.READY if ready_routers else Reason.INITIALIZING
-    conditions.set(Type.ROUTER_READY, ready_routers > 0, router, f"{ready_routers} of {document.spec.router.replicas}")
+    router = Reason.READY if routers.ready else Reason.INITIALIZING
+    conditions.set(Type.ROUTER_READY, routers.ready > 0, router, f"{routers.ready} of {document.spec.router.replicas}")
     if num_ready == 0:
         conditions.set(Type.READY, False, Reason.INITIALIZING if first else Reason.NO_EXPERT_READY, down)
-    elif not ready_routers:
+    elif not routers.ready:
         conditions.set(Type.READY, False, Reason.INITIALIZING, "no router is ready")
+    elif routers.behind:
+        conditions.set(Type.READY, False, Reason.NEW_REVISION, f"{routers.behind}; requests are answered meanwhile")
     else:
         conditions.set(Type.READY, True, Reason.READY)
     if writer.unapplied:

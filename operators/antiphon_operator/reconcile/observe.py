@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from antiphon.core.document.part import REVISION_ANNOTATION
 from antiphon_operator.kube.base import Object
 from antiphon_operator.render.canonical import parse_yaml
 from antiphon_operator.render.names import (
@@ -43,6 +44,7 @@ class RayServiceView:
     active: str
     pending: str
     sizes: Mapping[str, int]  # asked of Serve
+    told_revision: str  # what parts that run its configuration call that; "" = they don't say
     running: bool  # all applications and deployments are well
     resizing: bool  # all deployments are well, and applications are at most on their way to another size
     unhealthy: tuple[str, ...]  # what is not, for people
@@ -63,6 +65,7 @@ class PodView:
     gpus: int
     unschedulable: str = ""
     crash: str = ""
+    address: str = ""
     ended: bool = False  # phase Failed: it holds nothing any more, and another one must come
 
 
@@ -83,6 +86,7 @@ class Observed:
     service: RayServiceView | None
     clusters: tuple[ClusterView, ...] = ()
     pods: tuple[PodView, ...] = field(default=())
+    unproven: str = ""  # what keeps the applied revision from being proven to run in all parts; "" = nothing does
 
     def ready(self, pool: str, cluster: str) -> int:
         """Ready pods of ``pool`` in ``cluster``."""
@@ -106,6 +110,7 @@ def view_service(value: Object) -> RayServiceView:
     unhealthy, running, resizing = _applications(active.get("applicationStatuses", {}))
     ready = conditions.get("Ready", {})
     current = status.get("observedGeneration") == value["metadata"]["generation"]
+    config = _applications_in(spec.get("serveConfigV2", ""))
     begun = _true(conditions.get("Suspending")) or _true(conditions.get("Suspended"))
     return RayServiceView(
         revision=annotations.get(ANNOTATION_REVISION, ""),
@@ -118,7 +123,8 @@ def view_service(value: Object) -> RayServiceView:
         upgrading=_true(conditions.get("UpgradeInProgress")),
         active=active.get("rayClusterName", ""),
         pending=pending.get("rayClusterName", ""),
-        sizes=asked_sizes(spec.get("serveConfigV2", "")),
+        sizes=_sizes(config),
+        told_revision=_told_revision(config),
         running=running,
         resizing=resizing,
         unhealthy=unhealthy,
@@ -158,11 +164,30 @@ def _said(state: Mapping[str, Any]) -> str:
 
 def asked_sizes(config: str) -> dict[str, int]:
     """Workers per pool and gateway in a serveConfigV2; empty when it is none of ours."""
+    return _sizes(_applications_in(config))
+
+
+def _applications_in(config: str) -> list[Any]:
     try:
-        applications = (parse_yaml(config) or {}).get("applications", ())
+        return list((parse_yaml(config) or {}).get("applications", ()))
+    except (yaml.YAMLError, AttributeError, TypeError):
+        return []
+
+
+def _sizes(applications: list[Any]) -> dict[str, int]:
+    try:
         return {group_of(d["name"]): int(d.get("num_replicas", 0)) for a in applications for d in a.get("deployments", ())}
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return {}
+
+
+def _told_revision(applications: list[Any]) -> str:
+    """The revision that the document of our application has its parts tell; "" when it names none, or there is none of ours."""
+    try:
+        (application,) = applications
+        return str(application["args"]["document"]["metadata"]["annotations"][REVISION_ANNOTATION])
+    except (KeyError, TypeError, ValueError):
+        return ""
 
 
 def view_cluster(value: Object) -> ClusterView:
@@ -203,6 +228,7 @@ def _pod(value: Object, gpu_resources: frozenset[str]) -> PodView:
         gpus=0 if ended else sum(_gpus(c, gpu_resources) for c in spec.get("containers", ())),
         unschedulable=scheduled.get("message", "") if scheduled.get("reason") == "Unschedulable" else "",
         crash=crash or (f"{status.get('reason', 'Failed')}: {status.get('message', 'the pod has ended')}" if ended else ""),
+        address=str(status.get("podIP", "")),
         ended=ended,
     )
 

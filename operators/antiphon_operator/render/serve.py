@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from antiphon.core.document.part import REVISION_ANNOTATION
 from antiphon.core.document.pools import PoolSpec, Resources, parse_quantity
 from antiphon.core.document.spec import LLMDeployment
 from antiphon_operator.render.canonical import Json, fingerprint, to_yaml
@@ -68,11 +69,14 @@ def application(document: LLMDeployment, settings: Settings, weights: Weights | 
     drain_s = document.spec.kubernetes.drain_s
     deployments = [_deployment(pool.name, pool.resources, drain_s) for pool in document.spec.pools]
     deployments.append(_deployment(GATEWAY, Resources(cpu=settings.gateway_cpu, memory=settings.gateway_memory), drain_s))
+    value = worker_document(document, weights)
+    # Every part tells it on: whether a change in place has reached them all is known by nothing else.
+    value["metadata"]["annotations"] = {REVISION_ANNOTATION: fingerprint([value, drain_s])}
     return {
         "name": document.metadata.name,
         "import_path": IMPORT_PATH,
         "route_prefix": None,  # the gateway opens its own ports
-        "args": {"document": worker_document(document, weights), "drain_s": drain_s},
+        "args": {"document": value, "drain_s": drain_s},
         "deployments": deployments,
     }
 

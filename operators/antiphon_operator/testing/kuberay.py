@@ -5,7 +5,9 @@
 Before all else it adds its finalizer as the real one does: by a PUT of the whole object, in which its Go types write their zero
 values into every worker group, whose list it owns from then on as an Update manager. It takes the finalizer off, once the clusters
 are gone, by another such PUT.
-While a new cluster comes in the active one's applications read empty, as KubeRay's do. Must not know: the operator.
+While a new cluster comes in the active one's applications read empty, as KubeRay's do. It reads Serve's status before it hands a
+new configuration to Serve, so that the first status of a new generation still speaks of what ran before; a part takes the new one
+with each tick after that, the gateways first. They tell which revision they run, see ``ask``. Must not know: the operator.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from antiphon.core.document.part import REVISION_ANNOTATION
 from antiphon_operator.kube.base import Object, owner_reference
 from antiphon_operator.kube.resources import POD, RAY_CLUSTER, RAY_SERVICE
+from antiphon_operator.reconcile.gateways import GatewayWord
 from antiphon_operator.render.canonical import fingerprint, parse_yaml
+from antiphon_operator.render.names import GATEWAY, group_of
 from antiphon_operator.testing.json_values import copied
 from antiphon_operator.testing.memory_api import MemoryApi
 
@@ -37,10 +42,33 @@ class KubeRay:
     application_status: str | None = None  # says this for every application
     knows_suspend: bool = True  # 1.6 with the definitions of 1.7 reads past it, and writes no such condition
     messages: dict[str, str] = field(default_factory=dict)  # deployment -> what Serve says of it
+    silent: bool = False  # gateways can't be reached from the operator
     asleep: bool = False  # does nothing, as when its operator is down
     max_gpus_seen: int = 0
     max_clusters_seen: int = 0
     _serial: int = 0
+    _given: dict[str, str] = field(default_factory=dict)  # cluster -> the configuration that Serve has
+    _parts: dict[str, dict[str, str]] = field(default_factory=dict)  # cluster -> pool or gateway -> the revision it runs
+
+    async def ask(self, urls: Mapping[str, str]) -> Mapping[str, GatewayWord]:
+        """What the gateways of these pods say, see ``GatewaySource``."""
+        pods = {pod["metadata"]["name"]: pod for pod in self.api.list(POD, None).items}
+        return {name: self._word(pods, pods[name]) for name in urls if name in pods and not self.silent}
+
+    def _word(self, pods: Mapping[str, Object], gateway: Object) -> GatewayWord:
+        cluster = gateway["metadata"]["labels"]["ray.io/cluster"]
+        parts = self._parts.get(cluster, {})
+        ready = [
+            pod["metadata"]["labels"]["ray.io/group"]
+            for pod in pods.values()
+            if pod["metadata"]["labels"].get("ray.io/cluster") == cluster and _is_ready(pod)
+        ]
+        pools = {pool: {revision: ready.count(pool)} for pool, revision in parts.items() if pool != GATEWAY and pool in ready}
+        return GatewayWord(revision=parts.get(GATEWAY, ""), revisions=pools)
+
+    def running(self, cluster: str) -> Mapping[str, str]:
+        """The revision that each pool, and the gateway, of a cluster runs."""
+        return dict(self._parts.get(cluster, {}))
 
     def tick(self) -> None:
         """Move everything one stage on."""
@@ -89,12 +117,22 @@ class KubeRay:
             if name not in (active, pending):
                 self._delete_cluster(namespace, name)
         home = pending or active
-        config = parse_yaml(service["spec"]["serveConfigV2"])
+        text = service["spec"]["serveConfigV2"]
+        handed_over = self._given.get(home, text) != text
+        self._given[home] = text
+        config = parse_yaml(text)
         sizes = {
             d["name"].removeprefix("pool-"): d.get("num_replicas", 0) for a in config["applications"] for d in a["deployments"]
         }
-        healthy = self._run_cluster(clusters[home], sizes)
-        applications = self._applications(config, healthy=healthy, served=home == active)
+        started = self._run_cluster(clusters[home], sizes)
+        updated = not handed_over and self._update(home, config)
+        healthy = started and updated
+        applications = self._applications(config, healthy=healthy, moving="UPSCALING" if home == active and updated else "UPDATING")
+        if handed_over:  # what was read before
+            applications = status.get("activeServiceStatus" if home == active else "pendingServiceStatus", {}).get(
+                "applicationStatuses", {}
+            )
+            healthy = False
         if healthy and pending and all(a["status"] == "RUNNING" for a in applications.values()):
             active, pending = pending, ""
         upgrading = bool(pending) and bool(active)
@@ -123,6 +161,17 @@ class KubeRay:
             group.setdefault("scaleStrategy", {})
             group.setdefault("priority", 0)
         return self.api.update(RAY_SERVICE, value, manager=UPDATE_MANAGER)
+
+    def _update(self, cluster: str, config: Object) -> bool:
+        """Bring the next part to the revision of ``config``; True when all of them run it. A new cluster starts with it."""
+        (application,) = config["applications"]
+        revision = application["args"]["document"]["metadata"].get("annotations", {}).get(REVISION_ANNOTATION, "")
+        names = [group_of(deployment["name"]) for deployment in application["deployments"]]
+        parts = self._parts.setdefault(cluster, dict.fromkeys(names, revision))
+        old = sorted((name for name in names if parts.get(name) != revision), key=lambda name: name != GATEWAY)
+        for name in old[:1]:
+            parts[name] = revision
+        return len(old) <= 1
 
     @staticmethod
     def _may_replace(service: Object) -> bool:
@@ -216,15 +265,14 @@ class KubeRay:
             self._pod_status(pod, {"phase": "Running", "conditions": [scheduled], "containerStatuses": running})
             return False
         ready = [scheduled, {"type": "Ready", "status": "True"}]
-        self._pod_status(pod, {"phase": "Running", "conditions": ready, "containerStatuses": running})
+        self._pod_status(pod, {"phase": "Running", "conditions": ready, "containerStatuses": running, "podIP": "10.0.0.1"})
         return True
 
     def _pod_status(self, pod: Object, status: Object) -> None:
         self.api.update(POD, {**pod, "status": status}, manager="kubelet", subresource="status")
 
-    def _applications(self, config: Object, *, healthy: bool, served: bool) -> Object:
-        """As Serve tells it; a deployment that ``served`` and gets another size is UPSCALING, its application DEPLOYING."""
-        moving = "UPSCALING" if served else "UPDATING"
+    def _applications(self, config: Object, *, healthy: bool, moving: str) -> Object:
+        """As Serve tells it; a deployment that serves and gets another size is UPSCALING, its application DEPLOYING."""
         out: Object = {}
         for application in config["applications"]:
             deployments = {
@@ -269,6 +317,10 @@ def _stored_hash(cluster: Object) -> str:
 
 def _scheduled(pod: Object) -> bool:
     return any(c["type"] == "PodScheduled" and c["status"] == "True" for c in pod.get("status", {}).get("conditions", ()))
+
+
+def _is_ready(pod: Object) -> bool:
+    return any(c["type"] == "Ready" and c["status"] == "True" for c in pod.get("status", {}).get("conditions", ()))
 
 
 def _gpus(pod: Object) -> int:

@@ -54,7 +54,10 @@ class WorkerLoad:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerInfo:
-    """One registered worker. ``revision`` and ``fingerprint`` must be equal for peers to pair."""
+    """One registered worker. ``revision`` and ``fingerprint`` must be equal for peers to pair.
+
+    ``document_revision`` is what whoever deployed its document calls that; it keeps nobody from pairing.
+    """
 
     worker_id: WorkerId
     deployment: str
@@ -77,6 +80,7 @@ class WorkerInfo:
     max_num_seqs: int = 0
     max_queued_requests: int = 0
     num_experts: int = 0  # routed, of a sparse layer; 0 = the model has none
+    document_revision: str = ""  # "" = nobody said
     load: WorkerLoad = field(default_factory=WorkerLoad)
 
     def to_json(self) -> str:

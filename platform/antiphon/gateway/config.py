@@ -47,6 +47,7 @@ class GatewayConfig:
     drain_timeout_s: float = 30.0  # at the stop, how long open streams may go on
     compositions: tuple[CompositionOfExperts, ...] = ()
     deployment_models: Mapping[str, str] = field(default_factory=dict)  # deploymentRef → name of a model served here
+    document_revision: str = ""  # of the one document that is served here, see WorkerInfo; "" = nobody said
     endpoints: Mapping[str, ExternalEndpoint] = field(default_factory=dict)  # deploymentRef → where it is reached elsewhere
     routing: Literal["here", "replicas"] = "here"  # who decides: this process, or the router replicas of the directory
 

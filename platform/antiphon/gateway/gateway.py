@@ -34,7 +34,7 @@ from antiphon.gateway.metrics.throughput import tell
 from antiphon.gateway.routing.engine_client import EngineClient
 from antiphon.gateway.routing.placement import Placement
 from antiphon.gateway.routing.waking import Waking
-from antiphon.gateway.status import Status, pools_of, workers_of
+from antiphon.gateway.status import Status, pools_of, revisions_of, workers_of
 from antiphon.gateway.text.chat_options import ChatOptions
 from antiphon.gateway.text.dialect import Dialect, TextFormats
 from antiphon.gateway.text.templates.template_process import TemplateProcess
@@ -287,6 +287,10 @@ class Gateway:
         if not any(self.is_ready(model) for model in self.models):
             return "no model has a ready worker"
         return None
+
+    def revisions(self) -> dict[str, dict[str, int]]:
+        """See ``revisions_of``: of the workers that this gateway's requests may reach."""
+        return revisions_of([info for info in self.view.workers if info.model in self.models])
 
     def status(self, deployment: str = "") -> Status:
         """What this gateway sees, of one deployment or of all ("")."""

@@ -70,6 +70,16 @@ def pools_of(infos: Sequence[WorkerInfo]) -> tuple[PoolStatus, ...]:
     return tuple(pools)
 
 
+def revisions_of(infos: Sequence[WorkerInfo]) -> dict[str, dict[str, int]]:
+    """How many workers of each pool take work, by the revision of the document that they run."""
+    pools: dict[str, dict[str, int]] = {}
+    for info in infos:
+        if info.ready and not info.draining:
+            counts = pools.setdefault(info.pool, {})
+            counts[info.document_revision] = counts.get(info.document_revision, 0) + 1
+    return pools
+
+
 def workers_of(
     records: Sequence[WorkerRecord],
     *,

@@ -12,8 +12,11 @@ import pytest
 
 from antiphon.core.directory import WorkerRecord
 from antiphon.core.errors import CheckpointInvalid, Unavailable
+from antiphon.core.ids import Endpoint, Epoch, Role, WorkerId
+from antiphon.core.worker_info import WorkerInfo
 from antiphon.gateway.app import run_gateway
 from antiphon.gateway.config import BoundPorts, GatewayConfig
+from antiphon.gateway.status import revisions_of
 from antiphon.telemetry import disabled
 
 
@@ -60,6 +63,31 @@ async def test_it_starts_while_the_directory_is_out_of_reach_and_says_so() -> No
                 await asyncio.sleep(0.01)
     stop.set()
     await asyncio.wait_for(serving, 20)
+
+
+async def test_a_gateway_that_was_given_a_revision_tells_it_and_its_workers_also_while_it_is_not_ready() -> None:
+    source, stop, bound = NoWorkers(), asyncio.Event(), asyncio.get_running_loop().create_future()
+    revised = config(document_revision="abc")
+    serving = asyncio.create_task(run_gateway(revised, source, stop, on_bound=bound.set_result, telemetry=disabled()))
+    ports: BoundPorts = await asyncio.wait_for(bound, 20)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ports.http_port}") as http:
+        answer = await http.get("/ready")
+        assert answer.status_code == 503
+        assert (answer.json()["revision"], answer.json()["revisions"]) == ("abc", {})
+    stop.set()
+    await asyncio.wait_for(serving, 20)
+
+
+def test_workers_that_take_work_are_counted_by_pool_and_revision() -> None:
+    def info(pool: str, revision: str, **state: bool) -> WorkerInfo:
+        return WorkerInfo(
+            worker_id=WorkerId(f"d/{pool}/0"), deployment="d", pool=pool, role=Role.FFN, model="m", revision="r", fingerprint="f",
+            epoch=Epoch(1), endpoint=Endpoint(rpc="h:1", data=""), pid=1, host="h", document_revision=revision,
+            **{"ready": True, **state},
+        )  # fmt: skip
+
+    workers = [info("a", "new"), info("a", "new"), info("a", "old"), info("b", "old", draining=True), info("b", "new", ready=False)]
+    assert revisions_of(workers) == {"a": {"new": 2, "old": 1}}
 
 
 @pytest.mark.parametrize("door", ["http_port", "grpc_port"])

@@ -33,16 +33,18 @@ from antiphon_operator.log_fields import note, note_object
 from antiphon_operator.planning.autoscaler import Metrics
 from antiphon_operator.planning.memory import memory_problems
 from antiphon_operator.planning.rollout import Action, Step, World, next_step
+from antiphon_operator.reconcile.gateways import GatewaySource
 from antiphon_operator.reconcile.llm.accept import Refused, accept
 from antiphon_operator.reconcile.llm.children import apply_children, tell_children
 from antiphon_operator.reconcile.llm.gateway_api import GatewayObjects, apply_gateway_objects
 from antiphon_operator.reconcile.llm.pools import PoolsPlan, plan_pools
+from antiphon_operator.reconcile.llm.proof import with_proof
 from antiphon_operator.reconcile.llm.rollout import plan_rollout, rollout_status
+from antiphon_operator.reconcile.llm.stages import passed_stages
 from antiphon_operator.reconcile.llm.status import (
     ModelState,
     Refusal,
     llm_status,
-    passed_stages,
     refused_status,
     waiting_status,
 )
@@ -109,6 +111,7 @@ class LLMReconciler:
         *,
         clock: Callable[[], float],
         metrics: MetricsSource | None = None,
+        gateways: GatewaySource | None = None,
         busy_s: float = BUSY_S,
         on_stage: Callable[[str, float], None] | None = None,
     ) -> None:
@@ -118,6 +121,7 @@ class LLMReconciler:
         self._busy_s = busy_s
         self._on_stage = on_stage  # told once of each stage of a start, with the seconds it took
         self._metrics = metrics if metrics is not None else NoMetrics()
+        self._gateways = gateways  # None = KubeRay's word is taken for what runs
 
     async def reconcile(self, namespace: str, name: str) -> float | None:
         """Take one step for the deployment.
@@ -133,6 +137,7 @@ class LLMReconciler:
             return None  # what it owns goes with it
         note_object(live)
         writer = Writer(kube=self._kube, owner_uid=live["metadata"]["uid"], now_s=self._clock())
+        document: LLMDeployment | None = None
         try:
             document = accept(live, self._settings.runtime)
             world = await self._read(live, document)
@@ -143,7 +148,7 @@ class LLMReconciler:
         except NotOurs as error:
             refusal = Refusal(reason=Reason.NAME_CONFLICT, message=str(error))
         model = model_of_refused(live, (await self._kube.list(MODEL_ARTIFACT, namespace)).items)
-        status, conditions = refused_status(live, refusal, model, now_s=writer.now_s)
+        status, conditions = refused_status(live, refusal, model, document=document, now_s=writer.now_s)
         await _tell(writer, live, conditions)
         await writer.status(live, status)
         return REST_S / 10
@@ -201,6 +206,8 @@ class LLMReconciler:
         home = _home_cluster(observed)
         plan = plan_pools(document, world.pools, observed, metrics, cluster=home, now_s=writer.now_s)
         previous: Mapping[str, Any] = world.live.get("status", {})
+        if self._gateways is not None:
+            observed = await with_proof(self._gateways, document, plan, observed, previous, writer.now_s)
         planned = plan_rollout(document, observed, world.revisions, plan, revision, previous, writer.now_s)
         step = next_step(planned)
         if step.action not in (Action.NOTHING, Action.WAIT):
@@ -220,7 +227,7 @@ class LLMReconciler:
             await self._kube.delete(RAY_CLUSTER, document.metadata.namespace, planned.stale_pending)
         await self._raise_bounds(writer, world)
         await self._prune(world, keep={revision.name, step.revision.name, failed, previous.get("lastGoodRevision", "")})
-        rollout = rollout_status(previous, observed, step, writer.now_s)
+        rollout = rollout_status(previous, observed, step, writer.now_s, is_complete=planned.ready)
         await tell_children(writer, document, world.pools, plan, observed, home)
         status, conditions = llm_status(
             world.live, document, plan, observed, step, found.model,
@@ -241,7 +248,7 @@ class LLMReconciler:
         return METRICS_S if _measures(document) else REST_S
 
     async def _wait_for_model(self, writer: Writer, world: _World, model: ModelState) -> float:
-        status, conditions = waiting_status(world.live, model, now_s=writer.now_s)
+        status, conditions = waiting_status(world.live, world.document, model, now_s=writer.now_s)
         await _tell(writer, world.live, conditions)
         await writer.status(world.live, status)
         return self._busy_s

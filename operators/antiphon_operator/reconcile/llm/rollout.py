@@ -15,6 +15,7 @@ from antiphon_operator.api.status import RolloutStatus
 from antiphon_operator.kube.base import Object
 from antiphon_operator.planning.rollout import Action, RevisionRef, Step, World, target_of
 from antiphon_operator.reconcile.llm.pools import PoolsPlan
+from antiphon_operator.reconcile.llm.proof import stays_proven
 from antiphon_operator.reconcile.llm.status import complete, progress_marker
 from antiphon_operator.reconcile.observe import Observed
 from antiphon_operator.render.revision import Revision, from_object
@@ -78,7 +79,9 @@ def _deadline_passed(previous: Mapping[str, Any], observed: Observed, deadline_s
     return since is not None and now_s - since >= deadline_s
 
 
-def rollout_status(previous: Mapping[str, Any], observed: Observed, step: Step, now_s: float) -> RolloutStatus:
+def rollout_status(
+    previous: Mapping[str, Any], observed: Observed, step: Step, now_s: float, *, is_complete: bool
+) -> RolloutStatus:
     """Where the rollout stands after ``step``; progress is any change of what is seen."""
     now, marker = timestamp(now_s), progress_marker(observed)
     before = previous.get("rollout") or {}
@@ -93,4 +96,5 @@ def rollout_status(previous: Mapping[str, Any], observed: Observed, step: Step, 
         started_at=before["startedAt"] if same else now,
         last_progress_at=before["lastProgressAt"] if same and (at_rest or not moved) else now,
         marker=marker if not (same and at_rest) else before.get("marker", marker),
+        proven=observed.service is not None and stays_proven(before, step, observed.service.revision, is_complete=is_complete),
     )

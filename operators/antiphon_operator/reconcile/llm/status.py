@@ -6,17 +6,18 @@ comes in, the old one's applications may read empty; that is no outage. Must not
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from antiphon.core.document.spec import LLMDeployment
-from antiphon_operator.api.conditions import ConditionSet, Reason, Type, seconds, timestamp
-from antiphon_operator.api.status import LLMDeploymentStatus, PoolStatus, RolloutStatus, StageTimes
+from antiphon_operator.api.conditions import ConditionSet, Reason, Type
+from antiphon_operator.api.status import LLMDeploymentStatus, PoolStatus, RolloutStatus
 from antiphon_operator.kube.base import Object
 from antiphon_operator.planning.rollout import Action, Step
 from antiphon_operator.reconcile.llm.gateway_api import GatewayObjects
 from antiphon_operator.reconcile.llm.pools import PoolsPlan, pool_statuses
+from antiphon_operator.reconcile.llm.stages import stages
 from antiphon_operator.reconcile.observe import Observed
 from antiphon_operator.reconcile.writer import Unapplied
 from antiphon_operator.render.canonical import fingerprint
@@ -63,13 +64,14 @@ def enough_pods(document: LLMDeployment, plan: PoolsPlan, observed: Observed, cl
 
 
 def complete(document: LLMDeployment, plan: PoolsPlan, observed: Observed) -> bool:
-    """True when the applied revision is what serves."""
+    """True when the applied revision is what serves, in all parts."""
     service = observed.service
     if service is None or not serving(document, plan, observed):
         return False
     active = next((c for c in observed.clusters if c.name == service.active), None)
     same = active is not None and active.cluster_revision == service.cluster_revision
-    return same and service.current and service.running and not service.upgrading and not service.pending
+    stands = service.current and service.running and not service.upgrading and not service.pending
+    return same and stands and not observed.unproven
 
 
 def resizing(document: LLMDeployment, plan: PoolsPlan, observed: Observed, last_good: str) -> bool:
@@ -79,7 +81,7 @@ def resizing(document: LLMDeployment, plan: PoolsPlan, observed: Observed, last_
         return False
     active = next((c for c in observed.clusters if c.name == service.active), None)
     same = active is not None and active.cluster_revision == service.cluster_revision
-    return same and not service.upgrading and not service.pending
+    return same and not service.upgrading and not service.pending and not observed.unproven
 
 
 def llm_status(
@@ -139,22 +141,19 @@ def llm_status(
         conditions.set(Type.DEGRADED, True, Reason.DEPLOYMENT_UNHEALTHY, "; ".join(unhealthy) or missing)
     else:
         conditions.set(Type.DEGRADED, False, Reason.HEALTHY)
-    namespace, name = live["metadata"].get("namespace", "default"), document.metadata.name
     status = LLMDeploymentStatus(
         observed_generation=generation,
         conditions=conditions.values,
         pools=pools,
         summary=", ".join(f"{_ROLE_SHORT.get(p.name, p.name)} {p.ready}/{p.target}" for p in pools),
-        model=document.model_name,
-        url=f"{http_scheme(document)}://{http_service(name)}.{namespace}.svc:{http_port(document)}/v1",
-        grpc_url=f"{grpc_service(name)}.{namespace}.svc:{grpc_port(document)}",
+        **_known(live, document),
         revision="" if service is None else service.revision,
         cluster_revision="" if service is None else service.cluster_revision,
         serve_revision=fingerprint(sorted(plan.asked.items())) if service is None else _serve_revision(observed, plan),
         last_good_revision=service.revision if is_complete and service is not None else last_good,
         failed_revision=failed,
         rollout=rollout,
-        stages=_stages(previous, observed, rollout, cluster, is_complete=is_complete, now_s=now_s),
+        stages=stages(previous, observed, rollout, cluster, is_complete=is_complete, now_s=now_s),
         active_cluster=active,
         route=reached.route,
         inference_pool=reached.pool,
@@ -162,10 +161,28 @@ def llm_status(
     return status, conditions
 
 
+def _known(live: Object, document: LLMDeployment) -> dict[str, str]:
+    """What the document alone says of the status: who is asked, and where."""
+    namespace, name = live["metadata"].get("namespace", "default"), document.metadata.name
+    return {
+        "model": document.model_name,
+        "url": f"{http_scheme(document)}://{http_service(name)}.{namespace}.svc:{http_port(document)}/v1",
+        "grpcUrl": f"{grpc_service(name)}.{namespace}.svc:{grpc_port(document)}",
+    }
+
+
 def refused_status(
-    live: Object, refusal: Refusal, model: ModelState | None = None, *, now_s: float
+    live: Object,
+    refusal: Refusal,
+    model: ModelState | None = None,
+    *,
+    document: LLMDeployment | None = None,
+    now_s: float,
 ) -> tuple[Mapping[str, Any], ConditionSet]:
-    """The previous status with the refusal in it; what runs is left alone and its figures stand. Weights come all the same."""
+    """The previous status with the refusal in it; what runs is left alone and its figures stand. Weights come all the same.
+
+    ``document``: the one that is refused, as far as it could be read.
+    """
     previous: Mapping[str, Any] = live.get("status", {})
     generation = live["metadata"]["generation"]
     conditions = ConditionSet(previous.get("conditions", ()), generation=generation, now_s=now_s)
@@ -178,11 +195,14 @@ def refused_status(
     kept = {c["type"]: c for c in previous.get("conditions", ())}
     fresh = {c.type: c.model_dump(mode="json", by_alias=True) for c in conditions.values}
     merged = kept | fresh
-    status = {**previous, "observedGeneration": generation, "conditions": [merged[t] for t in sorted(merged)]}
+    known = {} if document is None or previous.get("activeCluster") else _known(live, document)
+    status = {**previous, **known, "observedGeneration": generation, "conditions": [merged[t] for t in sorted(merged)]}
     return status, conditions
 
 
-def waiting_status(live: Object, model: ModelState, *, now_s: float) -> tuple[Mapping[str, Any], ConditionSet]:
+def waiting_status(
+    live: Object, document: LLMDeployment, model: ModelState, *, now_s: float
+) -> tuple[Mapping[str, Any], ConditionSet]:
     """The status while the weights are not there and nothing has been started yet."""
     previous: Mapping[str, Any] = live.get("status", {})
     generation = live["metadata"]["generation"]
@@ -194,14 +214,16 @@ def waiting_status(live: Object, model: ModelState, *, now_s: float) -> tuple[Ma
     conditions.set(Type.RECONCILING, not failed, model.reason, model.message)
     conditions.set(Type.STALLED, failed, model.reason if failed else Reason.HEALTHY)
     values = [c.model_dump(mode="json", by_alias=True) for c in conditions.values]
-    return {**previous, "observedGeneration": generation, "conditions": values}, conditions
+    return {**previous, **_known(live, document), "observedGeneration": generation, "conditions": values}, conditions
 
 
 def progress_marker(observed: Observed) -> str:
     """Changes whenever anything moves forward or back."""
     service = observed.service
     pods = sorted((p.name, p.scheduled, p.started, p.ready) for p in observed.pods)
-    seen = None if service is None else [service.revision, service.active, service.pending, service.running, service.suspended]
+    seen = None
+    if service is not None:
+        seen = [service.revision, service.current, service.active, service.pending, service.running, service.suspended]
     return fingerprint([seen, [c.name for c in observed.clusters], pods], 16)
 
 
@@ -317,7 +339,8 @@ def _ready_condition(
     elif is_serving and step.action is Action.STALL:
         conditions.set(Type.READY, False, Reason.PROGRESS_DEADLINE_EXCEEDED, step.why)
     elif is_serving and not ((is_complete or is_resizing) and step.action in (Action.NOTHING, Action.WAIT)):
-        why = f"revision {step.revision.name} is on its way, requests are answered meanwhile: {step.why}"
+        awaited = (step.action is Action.WAIT and observed.unproven) or step.why
+        why = f"revision {step.revision.name} is on its way, requests are answered meanwhile: {awaited}"
         conditions.set(Type.READY, False, Reason.NEW_REVISION, why + _trouble(conditions))
     elif zero and is_serving:
         conditions.set(Type.READY, True, Reason.SCALED_TO_ZERO, "no worker runs; the next request starts one")
@@ -350,49 +373,3 @@ def _progress_conditions(
     stalled = step.action is Action.STALL
     why = (Reason.PROGRESS_DEADLINE_EXCEEDED, step.why) if stalled else (Reason.HEALTHY, "")
     conditions.set(Type.STALLED, stalled, *why)
-
-
-def _stages(
-    previous: Mapping[str, Any],
-    observed: Observed,
-    rollout: RolloutStatus | None,
-    cluster: str,
-    *,
-    is_complete: bool,
-    now_s: float,
-) -> StageTimes:
-    """The first time each stage was seen for the revision being brought in; a new rollout starts over."""
-    started = None if rollout is None else rollout.started_at
-    before = previous.get("stages", {})
-    if before.get("started") != started:
-        before = {}
-    service = observed.service
-    newest = cluster if service is None or not service.pending else service.pending
-    pods = [pod for pod in observed.pods if pod.cluster == newest]
-    seen = {
-        "scheduled": bool(pods) and all(pod.scheduled for pod in pods),
-        "imagePulled": bool(pods) and all(pod.started for pod in pods),
-        "weightsReady": service is not None and service.running and service.active == newest,
-        "engineReady": is_complete,
-    }
-    times = {stage: before.get(stage) or (timestamp(now_s) if now else None) for stage, now in seen.items()}
-    return StageTimes(
-        started=started,
-        scheduled=times["scheduled"],
-        image_pulled=times["imagePulled"],
-        weights_ready=times["weightsReady"],
-        engine_ready=times["engineReady"],
-    )
-
-
-def passed_stages(before: Mapping[str, Any], now: StageTimes | None) -> Iterator[tuple[str, float]]:
-    """Stages that ``now`` has and ``before`` had not, each with its seconds since the revision was applied."""
-    started = None if now is None else seconds(now.started)
-    if now is None or started is None:
-        return
-    known = before if before.get("started") == now.started else {}
-    for stage, value in now.model_dump(mode="json", by_alias=True, exclude_none=True).items():
-        if stage != "started" and stage not in known:
-            at = seconds(value)
-            if at is not None:
-                yield stage, max(0.0, at - started)

@@ -57,6 +57,7 @@ class WorkerConfig:
     drain_s: float = 5.0  # after SIGTERM: time for requests in flight, then exit
     log: LogSettings = field(default_factory=LogSettings)
     tier_pool: TierPool | None = None  # the experts that this process serves together; None = its own model alone
+    document_revision: str = ""  # see WorkerInfo
 
     @property
     def worker_id(self) -> WorkerId:

@@ -71,6 +71,7 @@ def record_of(config: WorkerConfig, endpoint: Endpoint, *, fingerprint: str, max
         vocab_size=vocab_size,
         max_num_seqs=config.spec.scheduler.max_num_seqs,
         max_queued_requests=config.spec.scheduler.max_queued_requests,
+        document_revision=config.document_revision,
     )
 
 

@@ -117,6 +117,7 @@ def serving_config(serving: Serving, *, drain_s: float, routing: Routing = "here
         drain_timeout_s=drain_s,
         compositions=serving.compositions,
         deployment_models=serving.models,
+        document_revision=serving.deployments[0].metadata.revision if len(serving.deployments) == 1 else "",
         routing=routing,
     )
 

@@ -175,6 +175,7 @@ class PoolTemplate:
             drain_s=self.drain_s,
             log=self.log,
             tier_pool=self.tier_pool,
+            document_revision=self.document.metadata.revision,
         )
 
 

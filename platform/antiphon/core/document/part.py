@@ -12,6 +12,9 @@ from typing import Annotated, Final
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 from pydantic.alias_generators import to_camel
 
+# Who deploys a document names its revision by this annotation; the parts of the deployment tell it on.
+REVISION_ANNOTATION: Final = "serving.antiphon.dev/document-revision"
+
 MAX_NAME_LENGTH = 40  # a RayService of the same name with its suffix must stay within 47 characters
 
 _DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
@@ -106,6 +109,11 @@ class Metadata(BaseModel):
     namespace: str | None = Field(default=None, description="Namespace; None = the current one.", min_length=1, max_length=63)
     labels: dict[str, LabelValue] = Field(default_factory=dict, description="Labels.")
     annotations: dict[str, str] = Field(default_factory=dict, description="Annotations.")
+
+    @property
+    def revision(self) -> str:
+        """What whoever deployed this document calls its revision; "" = nobody said."""
+        return self.annotations.get(REVISION_ANNOTATION, "")
 
     @field_validator("name")
     @classmethod

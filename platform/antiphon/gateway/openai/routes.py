@@ -92,6 +92,8 @@ def make_app(gateway: Gateway) -> FastAPI:
     async def ready() -> Response:
         why = gateway.why_not_ready()
         body = {"status": "ready" if why is None else why, "ready_workers": gateway.num_ready_workers}
+        if gateway.config.document_revision:
+            body |= {"revision": gateway.config.document_revision, "revisions": gateway.revisions()}
         return JSONResponse(body, status_code=200 if why is None else 503)
 
     @app.get("/metrics")

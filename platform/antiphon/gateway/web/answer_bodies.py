@@ -341,10 +341,15 @@ class Alive(BaseModel):
 
 
 class Readiness(BaseModel):
-    """Whether this gateway should get traffic, or why not."""
+    """Whether this gateway should get traffic, or why not; where a revision was named, which one runs here.
+
+    ``revisions`` counts the workers that take work, by pool and by the revision that they run.
+    """
 
     status: str
     ready_workers: int
+    revision: str | None = None
+    revisions: dict[str, dict[str, int]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

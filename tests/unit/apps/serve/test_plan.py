@@ -1,10 +1,13 @@
 """What a document becomes on Ray Serve, and what its workers are told."""
 
+import dataclasses
+
 import pytest
 
 from antiphon.apps.process.config import CONFIG_VARIABLE, LogSettings, WorkerConfig
 from antiphon.apps.process.wiring.sizes import num_ubatches
 from antiphon.apps.serve.plan import PoolPlan, PoolTemplate, ServeSettings, cores_of, plan_serve, revision_of
+from antiphon.core.document.part import REVISION_ANNOTATION
 from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import Epoch, FFNShard, Role
@@ -51,6 +54,15 @@ def test_each_pool_becomes_a_deployment_pinned_by_its_resource() -> None:
     assert plan.resources == {"pool-attention": 2.0, "pool-ffn": 6.0}
     assert plan.num_workers == 8
     assert plan.num_cpus == pytest.approx(2 * 0.5 + 6 * 2 + 0.1)
+
+
+def test_a_worker_tells_the_revision_that_its_document_was_given_and_pairs_by_its_own() -> None:
+    plain = document()
+    named = plain.model_copy(update={"metadata": plain.metadata.model_copy(update={"annotations": {REVISION_ANNOTATION: "abc"}})})
+    before, after = (dataclasses.replace(template(), document=d).worker(0, Epoch(1)) for d in (plain, named))
+    assert (before.document_revision, after.document_revision) == ("", "abc")
+    assert before.revision == after.revision, "peers of both pair: a change in place cuts nobody off"
+    assert WorkerConfig.from_json(after.to_json()).document_revision == "abc"
 
 
 def test_memory_and_accelerators_are_asked_for_on_clusters_only() -> None:

@@ -61,7 +61,7 @@ class Cluster:
         self.kuberay = KubeRay(api=self.api)
 
     def reconcile(self) -> float | None:
-        reconciler = LLMReconciler(MemoryKube(self.api), self.settings, clock=lambda: self.now_s)
+        reconciler = LLMReconciler(MemoryKube(self.api), self.settings, clock=lambda: self.now_s, gateways=self.kuberay)
         return asyncio.run(reconciler.reconcile("default", "demo"))
 
     def create(self, spec: dict[str, Any]) -> None:
@@ -640,6 +640,7 @@ def test_a_pool_with_too_little_memory_is_refused_with_the_figures_and_nothing_s
     cluster.create(made)
     cluster.run(3)
     assert cluster.condition("Accepted") == ("False", "InsufficientMemory")
+    assert cluster.live["status"]["model"] == "smol", "the columns of kubectl get are known all the same"
     told = cluster.message("Accepted")
     assert told.startswith("spec.pools[0].resources.memory: 1Gi")
     assert "KV cache 1.00 + runtime" in told
@@ -774,6 +775,15 @@ def test_an_artifact_that_is_loading_is_waited_for(cluster: Cluster) -> None:
     cluster.run()
     assert cluster.condition("Ready") == ("True", "Ready")
     assert "/models/smol/artifacts/smol" in cluster.ray_service["spec"]["serveConfigV2"]
+
+
+def test_model_and_url_are_told_while_the_weights_are_still_coming(cluster: Cluster) -> None:
+    """Both columns of ``kubectl get`` stood empty for the minutes of a download."""
+    cluster.api.create(MODEL_ARTIFACT, {"metadata": {"name": "smol", "namespace": "default"}, "spec": {"uri": "/models/smol"}})
+    cluster.reconcile()
+    status = cluster.live["status"]
+    assert cluster.condition("ModelReady") == ("False", "Downloading")
+    assert (status["model"], status["url"]) == ("smol", "http://demo-http.default.svc:8000/v1")
 
 
 def test_model_ready_follows_the_artifact_while_the_document_is_refused(cluster: Cluster) -> None:

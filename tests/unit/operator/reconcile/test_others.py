@@ -115,6 +115,32 @@ def test_a_composition_is_ready_with_its_experts_and_router(cluster: Cluster) ->
     assert not [call for call in cluster.api.calls if call.writes]
 
 
+def test_a_changed_composition_is_ready_only_once_every_router_pod_runs_the_new_document(cluster: Cluster) -> None:
+    """READY stood at True while the old pods answered: a Deployment's status speaks of its former spec at first."""
+    route(cluster)
+    generation = cluster.get(DEPLOYMENT, "team-router")["metadata"]["generation"]
+    at_rest = {"observedGeneration": generation, "replicas": 1, "updatedReplicas": 1, "readyReplicas": 1}
+    cluster.set_status(DEPLOYMENT, "team-router", at_rest)
+    route(cluster)
+    assert cluster.conditions(COMPOSITION, "team")["Ready"] == ("True", "Ready")
+    live = cluster.get(COMPOSITION, "team")
+    live["spec"]["experts"].pop()
+    cluster.api.update(COMPOSITION, live, manager="kubectl")
+    route(cluster)
+    assert cluster.conditions(COMPOSITION, "team")["Ready"] == ("False", "NewRevision")
+    after = cluster.get(DEPLOYMENT, "team-router")["metadata"]["generation"]
+    assert after > generation
+    coming = {"observedGeneration": after, "replicas": 2, "updatedReplicas": 1, "readyReplicas": 1}
+    cluster.set_status(DEPLOYMENT, "team-router", coming)
+    route(cluster)
+    ready = next(c for c in cluster.get(COMPOSITION, "team")["status"]["conditions"] if c["type"] == "Ready")
+    assert (ready["status"], ready["reason"]) == ("False", "NewRevision")
+    assert ready["message"] == "1 of 2 router pods still run the former document; requests are answered meanwhile"
+    cluster.set_status(DEPLOYMENT, "team-router", at_rest | {"observedGeneration": after})
+    route(cluster)
+    assert cluster.conditions(COMPOSITION, "team")["Ready"] == ("True", "Ready")
+
+
 def test_tiers_without_a_suspended_deployment_are_said_to_have_no_effect(cluster: Cluster) -> None:
     cluster.create(
         COMPOSITION,
