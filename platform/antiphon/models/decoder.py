@@ -283,7 +283,7 @@ class AttentionHalves:
 
     def greedy(self, x_RD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The most likely token of each row, int64 [R], and its logit, fp32 [R], which is no number where the row is none."""
-        if self._lm_head.tiles is None or self.config.logit_softcap is not None:  # a cap can round two logits to one
+        if self.config.logit_softcap is not None:  # a cap can round two logits to one
             values_R, ids_R = self.logits(x_RD).max(dim=-1)
             return ids_R, values_R
         return self._lm_head.best(self._final_norm(x_RD))

@@ -279,7 +279,7 @@ def add_prediction_tensors(path: Path) -> None:
 
 
 def watch_logits(cluster: LocalCluster) -> list[torch.Tensor]:
-    """What generating workers compute from now on, batch by batch."""
+    """What generating workers compute from now on, batch by batch, for requests that ask for logprobs."""
     seen: list[torch.Tensor] = []
     for part in cluster.generating:
         compute = part.worker.halves.logits
@@ -333,7 +333,13 @@ def test_tokens_and_logits_equal_transformers(tiny: tuple[Path, Any], name: str)
     with LocalCluster(spec, path) as cluster:
         seen = watch_logits(cluster)
         ids = [
-            cluster.submit(prompt, max_tokens=NUM_TOKENS, on=i % len(cluster.generating), prefill=0 if "pd" in topology else None)
+            cluster.submit(
+                prompt,
+                max_tokens=NUM_TOKENS,
+                num_logprobs=0,
+                on=i % len(cluster.generating),
+                prefill=0 if "pd" in topology else None,
+            )
             for i, prompt in enumerate(prompts)
         ]
         cluster.run()
@@ -373,9 +379,9 @@ def test_nothing_that_happens_to_requests_changes_a_token(tiny: tuple[Path, Any]
     )
     with LocalCluster(spec, path) as cluster:
         seen = watch_logits(cluster)
-        first = [cluster.submit(stem, max_tokens=NUM_TOKENS, on=on, prefill=0) for on in (0, 1)]
+        first = [cluster.submit(stem, max_tokens=NUM_TOKENS, num_logprobs=0, on=on, prefill=0) for on in (0, 1)]
         cluster.run()  # from now on workers hold the stem
-        ids = [cluster.submit(p, max_tokens=NUM_TOKENS, on=i % 2, prefill=0) for i, p in enumerate(prompts[1:])]
+        ids = [cluster.submit(p, max_tokens=NUM_TOKENS, num_logprobs=0, on=i % 2, prefill=0) for i, p in enumerate(prompts[1:])]
         for _ in range(9):
             cluster.step()
         die_with_rows_taken(cluster.ffns[0])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from antiphon.connectors.afd.rows import RowFormat, SlotViews
+from antiphon.connectors.afd.rows import RowFormat, SlotViews, copy_rows
 from antiphon.connectors.headers import WIRE_DTYPES, Header, Kind, unpack
 from antiphon.core.errors import AntiphonError, CorruptMessage, Overloaded, PeerLost, kept
 from antiphon.core.ids import Epoch
@@ -141,7 +141,7 @@ class FFNSide:
             slot = work.link.acquire()
             if slot is None:
                 raise PeerLost(work.link.peer, "left no slot free for its own answer")
-            self._views[work.link][1].of(slot.index, slot.data, num_rows).rows_RD.copy_(out_RD, non_blocking=True)
+            copy_rows(out_RD, self._views[work.link][1].of(slot.index, slot.data, num_rows).rows_RD)
             work.link.release(work.message)
             work.link.commit(slot, header, num_bytes, written(out_RD, slot.data))
         except PeerLost as error:

@@ -117,9 +117,28 @@ class SlotViews:
         return found
 
 
+# From so many elements on, PyTorch shares a copy out over threads of its own, which then stand in the way of the kernels' helpers.
+_SHARED_OUT = 32768
+
+
+def copy_rows(source_RD: torch.Tensor, target_RD: torch.Tensor) -> None:
+    """``source_RD`` into ``target_RD``, as large; from or to a card, who commits waits for it: device.ready."""
+    if source_RD.numel() >= _SHARED_OUT and source_RD.is_cpu and target_RD.is_cpu and _are_words(source_RD, target_RD):
+        source_RD, target_RD = source_RD.view(torch.int64), target_RD.view(torch.int64)
+    target_RD.copy_(source_RD, non_blocking=True)
+
+
+def _are_words(source_RD: torch.Tensor, target_RD: torch.Tensor) -> bool:
+    """Whether both are the same eight bytes at a time."""
+    each = 8 // source_RD.dtype.itemsize
+    same = source_RD.dtype is target_RD.dtype and source_RD.is_contiguous() and target_RD.is_contiguous()
+    places = (source_RD.storage_offset(), target_RD.storage_offset(), source_RD.shape[-1])
+    return same and all(int(place) % each == 0 for place in places)
+
+
 def _pick(source: torch.Tensor, rows_R: torch.Tensor | None, target: torch.Tensor) -> None:
     if rows_R is None:
-        target.copy_(source, non_blocking=True)  # who commits waits for it: device.ready
+        copy_rows(source, target)
     elif source.device == target.device:
         torch.index_select(source, 0, rows_R.to(source.device), out=target)
     else:  # from a card into host memory

@@ -90,6 +90,9 @@ class Linear:
 
     def best(self, x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The lowest index of each row's largest result, int64 [T], and that result, fp32 [T]; NaN is larger than any number."""
+        if self._blocks is not None:
+            indices, values = torch.ops.antiphon.packed_best(x_TI.contiguous(), self._blocks, self._bias, self.out_features)
+            return indices, values
         if self._tiles is None:
             values, indices = self.in_fp32(x_TI).max(dim=-1)
             return indices, values

@@ -63,6 +63,8 @@ struct Rows {
     return count < most && its_past == past + count && std::equal(blocks, blocks + (its_past - 1) / block_size + 1, its_blocks);
   }
 
+  int64_t slot(int64_t c) const { return slots != nullptr ? slots[c] : blocks[c / block_size] * block_size + c % block_size; }
+
   // Where each token of the context from ``first`` on lies, those before it left open: no division for each of them.
   const int64_t* all_slots(int64_t first, int64_t last, std::vector<int64_t>& kept) const {
     if (slots != nullptr) return slots;
@@ -83,15 +85,60 @@ struct Heads {
   int64_t wide_v() const { return (v + kLanes - 1) / kLanes * kLanes; }
 };
 
-constexpr int64_t kAhead = 32;  // tokens whose keys are fetched before they are needed: a block's are far from the next one's
-
-constexpr int64_t kFetched = 131072;  // elements of a context whose heads are fetched together: they stay in the second cache
-
-// Piece ``d`` of a token's keys or values, for so many heads from this one on.
+// What a thread's tasks read of a cache, fetched into its second cache some lines ahead of them, a line at a time while it computes: a
+// burst, or the first cache's few misses at once, would leave the memory idle most of the time.
 template <typename T>
-void fetch_row(const T* row, int64_t d, int64_t head, int64_t num) {
-  for (int64_t n = 0; n < num; ++n) __builtin_prefetch(row + n * head + d);
-}
+class Feed {
+ public:
+  Feed(const T* cache, int64_t stride) : cache_(cache), stride_(stride) {}
+
+  // Rows that are taken after those added before, and the elements of a token from ``offset`` on that they read.
+  void add(const Rows& rows, int64_t first, int64_t last, int64_t offset, int64_t width) {
+    const bool whole = rows.slots == nullptr && width == stride_;
+    for (int64_t c = first; c < last;) {
+      const int64_t end = whole ? std::min(last, (c / rows.block_size + 1) * rows.block_size) : c + 1;
+      const char* at = reinterpret_cast<const char*>(cache_ + rows.slot(c) * stride_ + offset);
+      const int64_t lines = ((end - c) * (whole ? stride_ : width) * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine;
+      pieces_.push_back({at, lines});
+      added_ += lines;
+      c = end;
+    }
+  }
+
+  // So many lines were added up to the task that is computed now: those soon after them may be fetched beside it.
+  void begin(int64_t lines) {
+    const bool is_first = limit_ == 0;
+    limit_ = std::min(lines + kAhead, added_);
+    for (int64_t i = 0; is_first && i < kAhead; ++i) one();
+  }
+  int64_t added() const { return added_; }
+
+  [[gnu::always_inline]] void one() {
+    if (fetched_ == limit_) return;
+    if (line_ == num_lines_) advance();
+    __builtin_prefetch(at_ + line_++ * kLine, 0, 2);
+    ++fetched_;
+  }
+
+ private:
+  static constexpr int64_t kLine = 64, kAhead = 320;
+  struct Piece {
+    const char* at;
+    int64_t lines;
+  };
+
+  void advance() {
+    at_ = pieces_[next_].at, num_lines_ = pieces_[next_].lines, line_ = 0;
+    if (++next_ == pieces_.size()) pieces_.clear(), next_ = 0;
+  }
+
+  const T* cache_;
+  int64_t stride_;
+  std::vector<Piece> pieces_;
+  size_t next_ = 0;
+  const char* at_ = nullptr;
+  int64_t line_ = 0, num_lines_ = 0, added_ = 0, fetched_ = 0, limit_ = 0;
+};
 
 // Scores of a run's ``count`` keys for ``num`` queries one behind the other, and of some beyond them.
 template <typename T>
@@ -155,26 +202,47 @@ struct Buffers {
   std::vector<int64_t> slots;
 };
 
-// One KV head of some rows. ``q`` and ``out`` are the first row's, of the heads that share it. Memory of ``ahead`` heads is fetched, this one's
-// and those of the next.
+// Some rows and ``num`` of the KV heads from ``head`` on.
+struct Task {
+  Rows rows;
+  int64_t head, num;
+};
+
 template <typename T>
-void attend(const Rows& rows, const Heads& heads, const T* q, int64_t q_stride, const T* k_cache, const T* v_cache, const float* sinks,
-            T* out, int64_t out_stride, int64_t ahead, Buffers& scratch) {
+struct Step {
+  const Heads& heads;
+  const T *q, *k_cache, *v_cache;
+  const float* sinks;
+  T* out;
+  int64_t q_stride, out_stride;
+};
+
+// What of the context the first row sees on, and where the last row's ends.
+inline int64_t first_seen(const Rows& rows, int64_t window) { return window > 0 ? std::max<int64_t>(0, rows.past + 1 - window) : 0; }
+inline int64_t end_seen(const Rows& rows) { return rows.past + rows.count; }
+
+template <typename T>
+void attend(const Task& task, const Step<T>& all, Feed<T>& keys_ahead, Feed<T>& values_ahead, Buffers& scratch) {
+  const Rows& rows = task.rows;
+  const Heads& heads = all.heads;
   const int64_t groups = heads.groups, queries = rows.count * groups, steps = steps_of<T>(heads.h), wide_v = heads.wide_v();
   const auto high = [&](int64_t r) { return rows.past + r + 1; };
   const auto low = [&](int64_t r) { return heads.window > 0 ? std::max<int64_t>(0, high(r) - heads.window) : 0; };
-  scratch.softmax.resize(queries);
-  float *query = scratch.queries.get<float>(queries * steps), *scores = scratch.scores.get<float>(queries * kSpan);
-  float *run = scratch.run.get<float>(kRun * std::max(steps, wide_v)), *results = scratch.results.get<float>(queries * wide_v);
+  const int64_t every = task.num * queries;  // the queries of one head behind those of another, ``groups`` of a row together
+  scratch.softmax.resize(every);
+  float *query = scratch.queries.get<float>(every * steps), *scores = scratch.scores.get<float>(every * kSpan);
+  float *run = scratch.run.get<float>(kRun * std::max(steps, wide_v)), *results = scratch.results.get<float>(every * wide_v);
   const T* zeros = scratch.zeros.get<T>(std::max(heads.h, heads.v));
-  std::fill(results, results + queries * wide_v, 0.0f);
-  for (int64_t i = 0; i < queries; ++i) {
-    const T* from = q + i / groups * q_stride + i % groups * heads.h;
+  std::fill(results, results + every * wide_v, 0.0f);
+  const auto row_of = [&](int64_t i) { return rows.row + i % queries / groups; };
+  const auto head_of = [&](int64_t i) { return (task.head + i / queries) * groups + i % groups; };
+  for (int64_t i = 0; i < every; ++i) {
+    const T* from = all.q + row_of(i) * all.q_stride + head_of(i) * heads.h;
     constexpr int64_t kWidth = antiphon::kPairs<T> ? 2 * kLanes : kLanes;
     for (int64_t d = 0, s = 0; d < heads.h; d += kWidth, s += kLanes) store_lanes(query + i * steps + s, steps_at(from + d, heads.h - d));
-    scratch.softmax[i] = sinks == nullptr ? Softmax{-INFINITY, 0.0f} : Softmax{sinks[i % groups], 1.0f};
+    scratch.softmax[i] = all.sinks == nullptr ? Softmax{-INFINITY, 0.0f} : Softmax{all.sinks[head_of(i)], 1.0f};
   }
-  const int64_t first = low(0), last = high(rows.count - 1);
+  const int64_t first = first_seen(rows, heads.window), last = end_seen(rows);
   const int64_t* slots = rows.all_slots(first, last, scratch.slots);
   for (int64_t span = first / kSpan * kSpan; span < last; span += kSpan) {
     const int64_t begin = std::max(span, first / kRun * kRun), end = std::min(span + kSpan, (last + kRun - 1) / kRun * kRun);
@@ -186,47 +254,76 @@ void attend(const Rows& rows, const Heads& heads, const T* q, int64_t q_stride, 
     const T* tokens[kRun];
     const auto top_of = [&](int64_t run) { return std::max(top, run - rows.past) * groups; };  // the first query that sees some of a run
     for (int64_t c = begin; c < end; c += kRun) {
-      const auto fetch = [&](int64_t k, int64_t d) {
-        if (c + k + kAhead < last) fetch_row(k_cache + slots[c + k + kAhead] * heads.k_slot, d, heads.k_head, ahead);
-        if (c + k < last && d < heads.v) fetch_row(v_cache + slots[c + k] * heads.v_slot, d, heads.v_head, ahead);
-      };
-      all_rows(k_cache, heads.k_slot, c, first, last, tokens);
-      turn_keys<T, kRun>(tokens, kRun, heads.h, fetch, run);
-      const int64_t i = top_of(c);
-      score_run<T>(query + i * steps, bottom * groups - i, run, kRun, steps, heads.scale, scores + c - span + i * kSpan);
+      for (int64_t n = 0; n < task.num; ++n) {
+        all_rows(all.k_cache + (task.head + n) * heads.k_head, heads.k_slot, c, first, last, tokens);
+        turn_keys<T, kRun>(tokens, kRun, heads.h, [&] { keys_ahead.one(); }, run);
+        const int64_t i = n * queries + top_of(c);
+        score_run<T>(query + i * steps, bottom * groups - top_of(c), run, kRun, steps, heads.scale, scores + c - span + i * kSpan);
+      }
     }
-    for (int64_t i = top * groups; i < bottom * groups; ++i) {
-      const int64_t r = i / groups;
-      soften<T>(scores + i * kSpan, begin - span, std::max(span, low(r)) - span, std::min(end, high(r)) - span, end - span, heads.cap,
-                scratch.softmax[i], results + i * wide_v, wide_v);
+    for (int64_t n = 0; n < task.num; ++n) {
+      for (int64_t i = n * queries + top * groups; i < n * queries + bottom * groups; ++i) {
+        const int64_t r = i % queries / groups;
+        soften<T>(scores + i * kSpan, begin - span, std::max(span, low(r)) - span, std::min(end, high(r)) - span, end - span, heads.cap,
+                  scratch.softmax[i], results + i * wide_v, wide_v);
+      }
     }
     for (int64_t c = begin; c < end; c += kRun) {
-      const auto add = [&](int64_t r, int64_t num_rows, int64_t from, int64_t to) {  // of the run, what lies in [from, to) of the context
-        all_rows(v_cache, heads.v_slot, c, from, to, tokens);
-        const int64_t i = r * groups, num = num_rows * groups, each = kRun / kTokens<T>;
-        const float* weights = scores + (c - span) / kTokens<T> + i * kSpan;
-        if (num <= antiphon::kMostQueries && heads.v % kLanes == 0) {  // taken once, straight from where they are
-          const auto lanes = [&](int64_t s, int64_t d) { return values_at(tokens[kTokens<T> * s] + d, tokens[kTokens<T> * (s + 1) - 1] + d); };
-          antiphon::add_values<T, kSpan>(weights, lanes, num, each, wide_v, results + i * wide_v);
-        } else {
-          antiphon::pair_values<T, kRun>(tokens, heads.v, wide_v, run);
-          const auto lanes = [&](int64_t s, int64_t d) { return load_lanes(run + s * wide_v + d); };
-          antiphon::add_values<T, kSpan>(weights, lanes, num, each, wide_v, results + i * wide_v);
+      for (int64_t n = 0; n < task.num; ++n) {
+        const auto add = [&](int64_t r, int64_t num_rows, int64_t from, int64_t to) {  // of the run, what lies in [from, to) of the context
+          all_rows(all.v_cache + (task.head + n) * heads.v_head, heads.v_slot, c, from, to, tokens);
+          const int64_t i = n * queries + r * groups, num = num_rows * groups, each = kRun / kTokens<T>;
+          const float* weights = scores + (c - span) / kTokens<T> + i * kSpan;
+          if (num <= antiphon::kMostQueries && heads.v % kLanes == 0) {  // taken once, straight from where they are
+            const auto lanes = [&](int64_t s, int64_t d) {
+              values_ahead.one();
+              return values_at(tokens[kTokens<T> * s] + d, tokens[kTokens<T> * (s + 1) - 1] + d);
+            };
+            antiphon::add_values<T, kSpan>(weights, lanes, num, each, wide_v, results + i * wide_v);
+          } else {
+            antiphon::pair_values<T, kRun>(tokens, heads.v, wide_v, [&] { values_ahead.one(); }, run);
+            const auto lanes = [&](int64_t s, int64_t d) { return load_lanes(run + s * wide_v + d); };
+            antiphon::add_values<T, kSpan>(weights, lanes, num, each, wide_v, results + i * wide_v);
+          }
+        };
+        const int64_t r = top_of(c) / groups;
+        if (c >= low(bottom - 1) && std::min(c + kRun, last) <= high(r)) {
+          add(r, bottom - r, first, last);
+        } else {  // a row keeps clear of what it doesn't see, which may be no number: a draft's, say
+          for (int64_t row = r; row < bottom; ++row) add(row, 1, std::max(first, low(row)), high(row));
         }
-      };
-      const int64_t r = top_of(c) / groups;
-      if (c >= low(bottom - 1) && std::min(c + kRun, last) <= high(r)) {
-        add(r, bottom - r, first, last);
-      } else {  // a row keeps clear of what it doesn't see, which may be no number: a draft's, say
-        for (int64_t row = r; row < bottom; ++row) add(row, 1, std::max(first, low(row)), high(row));
       }
     }
   }
-  for (int64_t i = 0; i < queries; ++i) {
-    T* to = out + i / groups * out_stride + i % groups * heads.v;
+  for (int64_t i = 0; i < every; ++i) {
+    T* to = all.out + row_of(i) * all.out_stride + head_of(i) * heads.v;
     const float inverse = 1.0f / scratch.softmax[i].sum;
 #pragma omp simd
     for (int64_t j = 0; j < heads.v; ++j) store(to[j], results[i * wide_v + j] * inverse);
+  }
+}
+
+// The tasks [begin, end) one after the other. What a decode reads is fetched while the one before computes; a chunk's rows read much the
+// same, and compute more with it.
+template <typename T>
+void attend_all(const std::vector<Task>& tasks, int64_t begin, int64_t end, const Step<T>& all) {
+  thread_local Buffers scratch;
+  const Heads& heads = all.heads;
+  Feed<T> keys_ahead(all.k_cache, heads.k_slot), values_ahead(all.v_cache, heads.v_slot);
+  const auto expect = [&](int64_t task) {
+    if (task == end || tasks[task].rows.slots != nullptr) return;
+    const Task& each = tasks[task];
+    const int64_t first = first_seen(each.rows, heads.window), last = end_seen(each.rows);
+    keys_ahead.add(each.rows, first, last, each.head * heads.k_head, each.num * heads.k_head);
+    values_ahead.add(each.rows, first, last, each.head * heads.v_head, each.num * heads.v_head);
+  };
+  expect(begin);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t keys = keys_ahead.added(), values = values_ahead.added();
+    expect(task + 1);
+    keys_ahead.begin(keys);
+    values_ahead.begin(values);
+    attend(tasks[task], all, keys_ahead, values_ahead, scratch);
   }
 }
 
@@ -247,46 +344,42 @@ Tensor paged_attention(const Tensor& rows, const Tensor& k_cache, const Tensor& 
   TORCH_CHECK(decodes == 0 || (blocks.has_value() && blocks->is_contiguous() && blocks->size(0) == decodes && lens->is_contiguous()));
   TORCH_CHECK(chunk_slots.size() == chunk_rows.size());
   TORCH_CHECK(!sinks.has_value() || (sinks->is_contiguous() && sinks->scalar_type() == at::kFloat && sinks->numel() == num_heads));
-  std::vector<Rows> tasks;
+  std::vector<Rows> some;
   const int64_t most = std::max<int64_t>(1, kQueries / heads.groups);
   for (int64_t b = 0; b < decodes; ++b) {
     const int32_t* table = blocks->const_data_ptr<int32_t>() + b * blocks->size(1);
     const int64_t past = lens->const_data_ptr<int64_t>()[b] - 1;
-    if (!tasks.empty() && tasks.back().goes_on(past, table, most)) {
-      ++tasks.back().count;  // a draft of the row before
-      tasks.back().blocks = table;
+    if (!some.empty() && some.back().goes_on(past, table, most)) {
+      ++some.back().count;  // a draft of the row before
+      some.back().blocks = table;
     } else {
-      tasks.push_back({b, 1, past, nullptr, table, block_size});
+      some.push_back({b, 1, past, nullptr, table, block_size});
     }
   }
+  // A row's heads lie side by side, and are taken together where there is work enough for all.
+  const int64_t together = static_cast<int64_t>(some.size()) >= 2 * at::get_num_threads() ? kv_heads : 1;
   int64_t row = decodes;
+  std::vector<Task> tasks;
+  const auto take = [&](const Rows& rows, int64_t num) {
+    for (int64_t head = 0; head < kv_heads; head += num) tasks.push_back({rows, head, num});
+  };
+  for (const Rows& each : some) take(each, together);
   for (size_t i = 0; i < chunk_slots.size(); ++i) {
     const int64_t context = chunk_slots[i].numel(), past = context - chunk_rows[i];
     TORCH_CHECK(chunk_slots[i].is_contiguous() && past >= 0);
     for (int64_t r = 0; r < chunk_rows[i]; r += most) {
-      tasks.push_back({row + r, std::min(most, chunk_rows[i] - r), past + r, chunk_slots[i].const_data_ptr<int64_t>(), nullptr, 1});
+      take({row + r, std::min(most, chunk_rows[i] - r), past + r, chunk_slots[i].const_data_ptr<int64_t>(), nullptr, 1}, 1);
     }
     row += chunk_rows[i];
   }
   TORCH_CHECK(row == num_rows, "the decodes and chunks have other rows than the step");
   const Tensor out = at::empty({num_rows, num_heads * heads.v}, rows.options());
-  const float* sink = sinks.has_value() ? sinks->const_data_ptr<float>() : nullptr;
   dispatch(rows, [&](auto tag) {
     using T = decltype(tag);
-    const auto work = [&](int64_t begin, int64_t end) {
-      thread_local Buffers scratch;
-      for (int64_t task = begin; task < end; ++task) {
-        const Rows& each = tasks[task / kv_heads];
-        const int64_t k = task % kv_heads, first = k * heads.groups;
-        // Whoever takes a row's heads one after the other has the memory of all fetched with the first's: it lies side by side.
-        const bool is_first = task == begin || k == 0, fits = (each.past + each.count) * kv_heads * (heads.h + heads.v) <= kFetched;
-        const int64_t ahead = !fits ? 1 : is_first ? std::min(kv_heads - k, end - task) : 0;
-        attend(each, heads, data<T>(rows) + each.row * rows.stride(0) + first * heads.h, rows.stride(0), data<T>(k_cache) + k * heads.k_head,
-               data<T>(v_cache) + k * heads.v_head, sink == nullptr ? nullptr : sink + first,
-               data<T>(out) + each.row * out.size(1) + first * heads.v, out.size(1), ahead, scratch);
-      }
-    };
-    antiphon::parallel_for(0, static_cast<int64_t>(tasks.size()) * kv_heads, 1, work, chunk_rows.empty() ? 1 : 8);
+    const float* sink = sinks.has_value() ? sinks->const_data_ptr<float>() : nullptr;
+    const Step<T> all{heads, data<T>(rows), data<T>(k_cache), data<T>(v_cache), sink, data<T>(out), rows.stride(0), out.size(1)};
+    const auto work = [&](int64_t begin, int64_t end) { attend_all(tasks, begin, end, all); };
+    antiphon::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, work, chunk_rows.empty() ? 1 : 8);
   });
   return out;
 }

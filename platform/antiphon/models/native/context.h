@@ -199,8 +199,7 @@ inline void turn(f32xn* rows) {
 inline void turn_rows(f32xn* rows) { turn<1>(rows); }
 #endif
 
-// Rows of keys as [steps, Run] for the first ``count`` and some beyond them; ``fetch(i, d)`` has what else will be needed fetched, piece by
-// piece between the turns: memory takes so many requests at once and no more.
+// Rows of keys as [steps, Run] for the first ``count`` and some beyond them; ``fetch()`` is called once for each piece of a row.
 template <typename T, int64_t Run, typename Fetch>
 void turn_keys(const T* const* keys, int64_t count, int64_t width, Fetch fetch, float* to) {
   constexpr int64_t kWidth = kPairs<T> ? 2 * kLanes : kLanes;
@@ -209,7 +208,7 @@ void turn_keys(const T* const* keys, int64_t count, int64_t width, Fetch fetch, 
       f32xn rows[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
         rows[i] = steps_at(keys[k + i] + d, width - d);
-        fetch(k + i, d);
+        fetch();
       }
       turn_rows(rows);
       for (int64_t i = 0; i < kLanes; ++i) store_lanes(to + (s + i) * Run + k, rows[i]);
@@ -253,12 +252,15 @@ inline f32xn values_at(const T* first, const T* second) {
 }
 
 // Rows of values as steps of ``wide`` dimensions, zeros beside ``width``.
-template <typename T, int64_t Run>
-void pair_values(const T* const* rows, int64_t width, int64_t wide, float* to) {
+template <typename T, int64_t Run, typename Fetch>
+void pair_values(const T* const* rows, int64_t width, int64_t wide, Fetch fetch, float* to) {
   for (int64_t i = 0; i < Run; i += kTokens<T>, to += wide) {
     const T *first = rows[i], *second = rows[i + kTokens<T> - 1];
     int64_t d = 0;
-    for (; d + kLanes <= width; d += kLanes) store_lanes(to + d, values_at(first + d, second + d));
+    for (; d + kLanes <= width; d += kLanes) {
+      store_lanes(to + d, values_at(first + d, second + d));
+      fetch();
+    }
     if (d == wide) continue;
     T ends[2][kLanes] = {};
     std::memcpy(ends[0], first + d, (width - d) * sizeof(T));

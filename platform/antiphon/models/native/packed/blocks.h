@@ -105,6 +105,15 @@ template <int Count, typename Each>
   (std::make_index_sequence<Count>{});
 }
 
+// What vector units have fetched while they multiply rows with a block: more of it, where it comes from memory, and so many lines of what is
+// ahead every kSteps.
+struct Beside {
+  static constexpr int64_t kSteps = 32;
+  Prefetch& ahead;
+  int64_t lines = 0;
+  bool is_cold = true;
+};
+
 #if ANTIPHON_HALF_LANES
 // R rows with V eights of a block's outputs, from the first of them on: R * V sums. Rows are float32 whatever the weights are.
 template <int R, int V>
@@ -144,7 +153,7 @@ void sums_of_eights(const float* x, int64_t stride, const bf16* block, int64_t k
 }
 
 template <int R, typename T>
-void sums_of_rows(const float* x, int64_t stride, const T* block, int64_t k, float (*sums)[2][kLanes]) {
+void sums_of_rows(const float* x, int64_t stride, const T* block, int64_t k, float (*sums)[2][kLanes], const Beside&) {
   constexpr int64_t kHalf = kLanes * pair_of<T>;
   if constexpr (R <= 2) {
     sums_of_eights<R, 4>(x, stride, block, k, &sums[0][0][0]);
@@ -155,7 +164,7 @@ void sums_of_rows(const float* x, int64_t stride, const T* block, int64_t k, flo
 }
 #else
 template <int R>
-void sums_of_rows(const float* x, int64_t stride, const float* block, int64_t k, float (*sums)[2][kLanes]) {
+void sums_of_rows(const float* x, int64_t stride, const float* block, int64_t k, float (*sums)[2][kLanes], const Beside&) {
   Lanes acc[R][2] = {};
   for (int64_t i = 0; i < k; ++i) {
     const Lanes w0 = load_lanes(block + i * kBlock), w1 = load_lanes(block + i * kBlock + kLanes);
@@ -174,28 +183,42 @@ void sums_of_rows(const float* x, int64_t stride, const float* block, int64_t k,
 }
 
 template <int R>
-void sums_of_rows(const bf16* x, int64_t stride, const bf16* block, int64_t k, float (*sums)[2][kLanes]) {
+void sums_of_rows(const bf16* x, int64_t stride, const bf16* block, int64_t k, float (*sums)[2][kLanes], const Beside& beside) {
 #if defined(__AVX512BF16__)
   __m512 acc[R][2];
   for_each<R>([&](auto r) { acc[r][0] = acc[r][1] = _mm512_setzero_ps(); });
-  for (int64_t i = 0; i < k / 2; ++i) {
-    const bf16* at = block + i * 2 * kBlock;
-    const __m512bh w0 = (__m512bh)_mm512_loadu_si512(at), w1 = (__m512bh)_mm512_loadu_si512(at + kBlock);
-    _mm_prefetch(reinterpret_cast<const char*>(at) + 4096, _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(at) + 4160, _MM_HINT_T0);
-    for_each<R>([&](auto r) {
-      int both;
-      std::memcpy(&both, x + r * stride + 2 * i, sizeof(both));
-      const __m512bh a = (__m512bh)_mm512_set1_epi32(both);
-      acc[r][0] = _mm512_dpbf16_ps(acc[r][0], a, w0);
-      acc[r][1] = _mm512_dpbf16_ps(acc[r][1], a, w1);
-    });
+  const auto take = [&](int64_t from, int64_t to, auto is_cold) __attribute__((always_inline)) {
+    for (int64_t i = from; i < to; ++i) {
+      const bf16* at = block + i * 2 * kBlock;
+      const __m512bh w0 = (__m512bh)_mm512_loadu_si512(at), w1 = (__m512bh)_mm512_loadu_si512(at + kBlock);
+      if constexpr (is_cold) {
+        _mm_prefetch(reinterpret_cast<const char*>(at) + 4096, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(at) + 4160, _MM_HINT_T0);
+      }
+      for_each<R>([&](auto r) {
+        int both;
+        std::memcpy(&both, x + r * stride + 2 * i, sizeof(both));
+        const __m512bh a = (__m512bh)_mm512_set1_epi32(both);
+        acc[r][0] = _mm512_dpbf16_ps(acc[r][0], a, w0);
+        acc[r][1] = _mm512_dpbf16_ps(acc[r][1], a, w1);
+      });
+    }
+  };
+  if (beside.lines == 0) {
+    take(0, k / 2, std::true_type{});
+  } else {
+    for (int64_t i = 0; i < k / 2; i += Beside::kSteps) {
+      const int64_t to = std::min(i + Beside::kSteps, k / 2);
+      beside.is_cold ? take(i, to, std::true_type{}) : take(i, to, std::false_type{});
+      beside.ahead.fetch(beside.lines);
+    }
   }
   for_each<R>([&](auto r) {
     _mm512_storeu_ps(sums[r][0], acc[r][0]);
     _mm512_storeu_ps(sums[r][1], acc[r][1]);
   });
 #else
+  (void)beside;
   Lanes acc[R][2] = {};
   for (int64_t i = 0; i < k / 2; ++i) {
     Bits both[2];
@@ -301,17 +324,19 @@ class Tiles {
 
 // sums_of_rows of at most ``Most`` rows, together.
 template <int Most, typename X, typename T>
-void sums_of_few(const X* x, int64_t stride, int64_t rows, const T* block, int64_t k, float (*sums)[2][kLanes]) {
+void sums_of_few(const X* x, int64_t stride, int64_t rows, const T* block, int64_t k, float (*sums)[2][kLanes], const Beside& beside) {
   if constexpr (Most > 0) {
-    rows == Most ? sums_of_rows<Most>(x, stride, block, k, sums) : sums_of_few<Most - 1>(x, stride, rows, block, k, sums);
+    rows == Most ? sums_of_rows<Most>(x, stride, block, k, sums, beside)
+                 : sums_of_few<Most - 1>(x, stride, rows, block, k, sums, beside);
   }
 }
 
-constexpr int64_t kFewRows = 12;  // rows that memory is slower than: it is read in whole lines, two rows at a time
+constexpr int64_t kRowsAtOnce = 8;  // as many as multiply fastest, where registers are 32
+constexpr int64_t kFewRows = 12;    // rows that memory is slower than: it is read in whole lines, two rows at a time
 
 // sums of up to 32 rows with ``k`` inputs of one block, without tiles.
 template <typename T>
-void sums_by_vectors(const T* x, int64_t stride, int64_t rows, const T* block, int64_t k, float (*sums)[2][kLanes]) {
+void sums_by_vectors(const T* x, int64_t stride, int64_t rows, const T* block, int64_t k, float (*sums)[2][kLanes], const Beside& beside) {
   int64_t r = 0;
 #if ANTIPHON_HALF_LANES
   const float* wide = nullptr;
@@ -328,33 +353,33 @@ void sums_by_vectors(const T* x, int64_t stride, int64_t rows, const T* block, i
     stride = k;
   }
   if (rows <= kFewRows) {
-    for (; r + 2 <= rows; r += 2) sums_of_rows<2>(wide + r * stride, stride, block, k, sums + r);
+    for (; r + 2 <= rows; r += 2) sums_of_rows<2>(wide + r * stride, stride, block, k, sums + r, beside);
   }
-  for (; r + 6 <= rows; r += 6) sums_of_rows<6>(wide + r * stride, stride, block, k, sums + r);
-  sums_of_few<5>(wide + r * stride, stride, rows - r, block, k, sums + r);
+  for (; r + 6 <= rows; r += 6) sums_of_rows<6>(wide + r * stride, stride, block, k, sums + r, beside);
+  sums_of_few<5>(wide + r * stride, stride, rows - r, block, k, sums + r, beside);
 #else
-  for (; r + 8 <= rows; r += 8) sums_of_rows<8>(x + r * stride, stride, block, k, sums + r);
-  sums_of_few<7>(x + r * stride, stride, rows - r, block, k, sums + r);
+  for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce) sums_of_rows<kRowsAtOnce>(x + r * stride, stride, block, k, sums + r, beside);
+  sums_of_few<kRowsAtOnce - 1>(x + r * stride, stride, rows - r, block, k, sums + r, beside);
 #endif
 }
 
 // sums of up to 32 rows with one block.
 template <typename T>
 void multiply(const Tiles& tiles, const T* x, int64_t stride, int64_t rows, const T* block, int64_t k, float (*sums)[2][kLanes],
-              Prefetch& ahead) {
+              const Beside& beside) {
 #if ANTIPHON_AMX
   if constexpr (std::is_same_v<T, bf16>) {
     if (tiles.on()) {
-      return rows > 16 ? sums_by_tiles<true>(x, stride, block, k, sums, ahead) : sums_by_tiles<false>(x, stride, block, k, sums, ahead);
+      return rows > 16 ? sums_by_tiles<true>(x, stride, block, k, sums, beside.ahead)
+                       : sums_by_tiles<false>(x, stride, block, k, sums, beside.ahead);
     }
   }
 #endif
   (void)tiles;
-  (void)ahead;
-  sums_by_vectors(x, stride, rows, block, std::min(k, kChain<T>), sums);
+  sums_by_vectors(x, stride, rows, block, std::min(k, kChain<T>), sums, beside);
   for (int64_t from = kChain<T>; from < k; from += kChain<T>) {
     alignas(64) Sums more;
-    sums_by_vectors(x + from, stride, rows, block + from * kBlock, std::min(kChain<T>, k - from), more);
+    sums_by_vectors(x + from, stride, rows, block + from * kBlock, std::min(kChain<T>, k - from), more, beside);
     float *to = &sums[0][0][0], *each = &more[0][0][0];
 #pragma omp simd
     for (int64_t i = 0; i < rows * kBlock; ++i) to[i] += each[i];

@@ -226,7 +226,7 @@ class Layer {
           const T* block = block_of(expert, share, b, scales, ahead);
           for (int64_t r = panel; r < last; r += kBlock) {
             const int64_t count = std::min(kBlock, last - r);
-            multiply(tiles, x + (expert.first + r) * stride, stride, count, block, k, sums, ahead);
+            multiply(tiles, x + (expert.first + r) * stride, stride, count, block, k, sums, {ahead});
             if (scales != nullptr) {
               for (int64_t i = 0; i < count; ++i) {
 #pragma omp simd
@@ -510,7 +510,7 @@ int64_t route(const Tensor& ids, const Tensor& weights, const Tensor& rows, cons
         std::memset(row + d, 0, (dp - d) * sizeof(float));
       }
       for (int64_t b = 0; b < num_blocks; ++b) {
-        multiply(none, x, dp, count, packed + b * dp * kBlock, dp, sums, nothing);
+        multiply(none, x, dp, count, packed + b * dp * kBlock, dp, sums, {nothing});
         for (int64_t r = 0; r < count; ++r) {
           std::memcpy(logits + r * outputs + b * kBlock, sums[r], kBlock * sizeof(float));
         }

@@ -8,18 +8,27 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
 #include <optional>
+#include <tuple>
 
 #include "blocks.h"
 #include "../large_pages.h"
 
 namespace {
 
+using antiphon::Beside;
 using antiphon::bf16;
+using antiphon::Bits;
 using antiphon::data;
 using antiphon::kBlock;
+using antiphon::kFewRows;
+using antiphon::kLanes;
+using antiphon::Lanes;
+using antiphon::kRowsAtOnce;
 using antiphon::load;
 using antiphon::multiply;
 using antiphon::padded;
@@ -31,6 +40,8 @@ using antiphon::Tiles;
 using at::Tensor;
 
 constexpr int64_t kPanelRows = 128;  // rows that go through a thread's blocks together: they stay in its L2
+constexpr int64_t kMostInputs = 1024;  // of blocks that are fetched whole while the one before is multiplied
+constexpr int64_t kLinesAStep = 2;   // that a step of a pass takes of a block
 constexpr int64_t kRunsAThread = 2;  // of blocks: each thread takes as many as it gets to
 
 // Whether the vector units of this build serve weights of this format better than others do.
@@ -73,45 +84,116 @@ void finish(const float* sums, const From* bias, int64_t count, To* to) {
   }
 }
 
-template <typename T, typename To>
-void run(const T* x, int64_t rows, int64_t inputs, const T* packed, const T* bias, int64_t outputs, To* out) {
-  const int64_t k = padded(inputs), num_blocks = padded(outputs) / kBlock;
-  if (k != inputs) {  // blocks are as deep as their padding, and so must rows be
-    static thread_local Scratch memory;
-    T* to = memory.get<T>(rows * k);
-    for (int64_t t = 0; t < rows; ++t) {
-      std::memcpy(static_cast<void*>(to + t * k), x + t * inputs, inputs * sizeof(T));
-      std::memset(static_cast<void*>(to + t * k + inputs), 0, (k - inputs) * sizeof(T));
-    }
-    x = to;
+// Rows as deep as blocks, which are padded: these, or a copy with zeros behind.
+template <typename T>
+const T* as_deep(const T* x, int64_t rows, int64_t inputs, int64_t k) {
+  if (k == inputs) return x;
+  static thread_local Scratch memory;
+  T* to = memory.get<T>(rows * k);
+  for (int64_t t = 0; t < rows; ++t) {
+    std::memcpy(static_cast<void*>(to + t * k), x + t * inputs, inputs * sizeof(T));
+    std::memset(static_cast<void*>(to + t * k + inputs), 0, (k - inputs) * sizeof(T));
   }
-  antiphon::parallel_for(0, num_blocks, 1, [&](int64_t begin, int64_t end) {
-    alignas(64) Sums sums;
-    const Tiles none(false);
-    Prefetch nothing;
-    for (int64_t panel = 0; panel < rows; panel += kPanelRows) {
-      const int64_t last = std::min(panel + kPanelRows, rows);
-      for (int64_t b = begin; b < end; ++b) {
-        const T* block = packed + b * k * kBlock;
-        const int64_t first = b * kBlock, width = std::min(kBlock, outputs - first);
-        for (int64_t r = panel; r < last; r += kBlock) {
-          const int64_t count = std::min(kBlock, last - r);
-          multiply(none, x + r * k, k, count, block, k, sums, nothing);
-          for (int64_t i = 0; i < count; ++i) {
-            finish(&sums[i][0][0], bias == nullptr ? nullptr : bias + first, width, out + (r + i) * outputs + first);
-          }
-        }
+  return to;
+}
+
+// take(row, block, sums) for every row and every block of [begin, end), a block's rows one after the other.
+template <typename T, typename Take>
+void multiply_blocks(const T* x, int64_t rows, int64_t k, const T* packed, int64_t begin, int64_t end, const Take& take) {
+  alignas(64) Sums sums;
+  const Tiles none(false);
+  Prefetch ahead;
+  for (int64_t panel = 0; panel < rows; panel += kPanelRows) {
+    const int64_t last = std::min(panel + kPanelRows, rows), passes = (last - panel + kRowsAtOnce - 1) / kRowsAtOnce;
+    for (int64_t b = begin; b < end; ++b) {
+      const T* block = packed + b * k * kBlock;
+      // The first panel's rows take turns with a block in the nearest caches, while the next one comes from memory.
+      const bool expects = panel == 0 && last - panel > kFewRows && k <= kMostInputs;
+      if (expects) ahead.start(reinterpret_cast<const char*>(block + k * kBlock), b + 1 < end ? k * kBlock * sizeof(T) : 0);
+      const Beside beside{ahead, expects ? (kLinesAStep * Beside::kSteps + passes - 1) / passes : 0, !expects || b == begin};
+      for (int64_t r = panel; r < last; r += kBlock) {
+        const int64_t count = std::min(kBlock, last - r);
+        multiply(none, x + r * k, k, count, block, k, sums, beside);
+        for (int64_t i = 0; i < count; ++i) take(r + i, b, &sums[i][0][0]);
       }
     }
+  }
+}
+
+template <typename T, typename To>
+void run(const T* x, int64_t rows, int64_t inputs, const T* packed, const T* bias, int64_t outputs, To* out) {
+  const int64_t k = padded(inputs);
+  x = as_deep(x, rows, inputs, k);
+  antiphon::parallel_for(0, padded(outputs) / kBlock, 1, [&](int64_t begin, int64_t end) {
+    multiply_blocks(x, rows, k, packed, begin, end, [&](int64_t row, int64_t block, const float* sums) {
+      const int64_t first = block * kBlock;
+      finish(sums, bias == nullptr ? nullptr : bias + first, std::min(kBlock, outputs - first), out + row * outputs + first);
+    });
   }, kRunsAThread);
+}
+
+// The largest result of a row in each lane, and its output; what is no number is larger than any.
+struct Best {
+  Lanes value[2];
+  Bits output[2];
+
+  void see(const float* sums, int64_t first) {
+    constexpr Bits kMine = Bits{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int64_t half = 0; half < 2; ++half) {
+      const Lanes each = antiphon::load_lanes(sums + half * kLanes);
+      const auto larger = each > value[half] || each != each;
+      value[half] = larger ? each : value[half];
+      output[half] = larger ? kMine + static_cast<uint32_t>(first + half * kLanes) : output[half];
+    }
+  }
+
+  void tell(float& most, int64_t& where) const {
+    for (int64_t half = 0; half < 2; ++half) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const float each = value[half][lane];
+        const int64_t its = output[half][lane];
+        if (each > most || (each != each && most == most) || (each == most && its < where)) most = each, where = its;
+      }
+    }
+  }
+};
+
+template <typename T>
+void run_best(const T* x, int64_t rows, int64_t inputs, const T* packed, const T* bias, int64_t outputs, float* values, int64_t* indices) {
+  const int64_t k = padded(inputs);
+  x = as_deep(x, rows, inputs, k);
+  std::fill(values, values + rows, -INFINITY);
+  std::fill(indices, indices + rows, int64_t{0});
+  std::mutex telling;
+  antiphon::parallel_for(0, padded(outputs) / kBlock, 1, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch memory;
+    Best* best = memory.get<Best>(rows);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t half = 0; half < 2; ++half) best[row].value[half] = Lanes{} - INFINITY, best[row].output[half] = Bits{};
+    }
+    multiply_blocks(x, rows, k, packed, begin, end, [&](int64_t row, int64_t block, const float* sums) {
+      const int64_t first = block * kBlock, width = std::min(kBlock, outputs - first);
+      if (bias == nullptr && width == kBlock) return best[row].see(sums, first);
+      alignas(64) float all[kBlock];
+      std::fill(all + width, all + kBlock, -INFINITY);
+      finish(sums, bias == nullptr ? nullptr : bias + first, width, all);
+      best[row].see(all, first);
+    });
+    const std::lock_guard alone(telling);
+    for (int64_t row = 0; row < rows; ++row) best[row].tell(values[row], indices[row]);
+  }, kRunsAThread);
+}
+
+void check(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t outputs) {
+  TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && packed.is_contiguous() && x.scalar_type() == packed.scalar_type());
+  TORCH_CHECK(packed.size(0) == padded(outputs) / kBlock && packed.size(1) == padded(x.size(1)) && packed.size(2) == kBlock);
+  TORCH_CHECK(!bias.has_value() || (bias->is_contiguous() && bias->numel() == outputs && bias->scalar_type() == x.scalar_type()));
 }
 
 // x_TI @ weight_OI^T + bias_O of a packed weight, in its format, or in fp32 where no rounding is wanted.
 Tensor packed_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t outputs, bool in_fp32) {
   const int64_t rows = x.size(0), inputs = x.size(1);
-  TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && packed.is_contiguous() && x.scalar_type() == packed.scalar_type());
-  TORCH_CHECK(packed.size(0) == padded(outputs) / kBlock && packed.size(1) == padded(inputs) && packed.size(2) == kBlock);
-  TORCH_CHECK(!bias.has_value() || (bias->is_contiguous() && bias->numel() == outputs && bias->scalar_type() == x.scalar_type()));
+  check(x, packed, bias, outputs);
   const Tensor out = at::empty({rows, outputs}, in_fp32 ? x.options().dtype(at::kFloat) : x.options());
   antiphon::dispatch(x, [&](auto tag) {
     using T = decltype(tag);
@@ -125,15 +207,29 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, const std::optional<
   return out;
 }
 
+// The lowest index of each row's largest result, int64 [T], and that result in fp32 [T]; what is no number is larger than any.
+std::tuple<Tensor, Tensor> packed_best(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t outputs) {
+  check(x, packed, bias, outputs);
+  const Tensor indices = at::empty({x.size(0)}, x.options().dtype(at::kLong)), values = at::empty({x.size(0)}, x.options().dtype(at::kFloat));
+  antiphon::dispatch(x, [&](auto tag) {
+    using T = decltype(tag);
+    run_best(data<T>(x), x.size(0), x.size(1), data<T>(packed), bias.has_value() ? data<T>(*bias) : nullptr, outputs, data<float>(values),
+             indices.mutable_data_ptr<int64_t>());
+  });
+  return {indices, values};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(antiphon, m) {
   m.def("packs(bool is_bf16) -> bool", &packs);
   m.def("pack_linear(Tensor weight) -> Tensor");
   m.def("packed_linear(Tensor x, Tensor packed, Tensor? bias, int outputs, bool in_fp32) -> Tensor");
+  m.def("packed_best(Tensor x, Tensor packed, Tensor? bias, int outputs) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(antiphon, CompositeExplicitAutograd, m) {
   m.impl("pack_linear", &pack_linear);
   m.impl("packed_linear", &packed_linear);
+  m.impl("packed_best", &packed_best);
 }
