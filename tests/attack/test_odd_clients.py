@@ -120,6 +120,10 @@ def test_two_keys_in_one_request_are_never_more_than_the_lesser(keyed: tuple[Bou
             body = json.dumps(BODY).encode()
             got = said(port, request(b"POST /v1/completions HTTP/1.1", *headers, b"content-type: application/json", body=body))
             assert got.split(b" ")[1] in (b"400", b"401"), (first, second, got[:200])
+        for path in (b"/v1/completions", b"/v1/messages", b"/status"):  # routes that differ in which of the two headers counts
+            both = (key(first), b"X-Api-Key: " + second.encode(), b"content-type: application/json")
+            got = said(port, request(b"POST " + path + b" HTTP/1.1", *both, body=json.dumps(BODY).encode()))
+            assert got.split(b" ")[1] == b"400", (path, first, second, got[:200])
     for scheme in (b"Bearer  ", b"bearer\t", b"Bearer Bearer ", b"Basic ", b"Token "):
         got = said(port, request(b"GET /status HTTP/1.1", b"authorization: " + scheme + ADMIN.encode() + b","))
         assert got.split(b" ")[1] == b"401", got[:200]

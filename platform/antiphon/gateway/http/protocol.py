@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -135,6 +135,9 @@ class BoundedProtocol(HttpToolsProtocol):
         if twice is not None:  # what stands before this door may count another of them than we do
             self._refuse(HTTPStatus.BAD_REQUEST, f"the header {twice.decode()} may be given once", "bad_request")
             return
+        if _has_two_keys(self.headers):
+            self._refuse(HTTPStatus.BAD_REQUEST, "x-api-key and authorization hold two keys: send one", "bad_request")
+            return
         self._start(self.body_timeout_s, "the request's body")
         super().on_headers_complete()
 
@@ -243,3 +246,10 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._watch_reading()
+
+
+def _has_two_keys(headers: Sequence[tuple[bytes, bytes]]) -> bool:
+    """Whether the two headers that may hold a key hold different ones: routes differ in which of them counts."""
+    found = {name: value for name, value in headers if name in (b"x-api-key", b"authorization")}
+    scheme, _, key = found.get(b"authorization", b"").partition(b" ")
+    return b"x-api-key" in found and scheme.lower() == b"bearer" and key.strip() != found[b"x-api-key"].strip()
