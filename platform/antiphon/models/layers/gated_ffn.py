@@ -11,7 +11,7 @@ import torch
 
 from antiphon.models.config import Activation
 from antiphon.models.layers.functional import gated
-from antiphon.models.layers.linear import has_tiles
+from antiphon.models.layers.linear import Linear, has_tiles
 from antiphon.models.layers.quantized import AnyLinear, Part, TileInt8, join_linear
 
 
@@ -55,6 +55,8 @@ class GatedFFN:
     def __call__(self, rows_TD: torch.Tensor) -> torch.Tensor:
         """[T, D], newly allocated."""
         if not self._has_tiles:
+            if self._activation == "silu" and self._limit is None and isinstance(self._gate_up, Linear):
+                return self._down(self._gate_up.silu_gated(rows_TD))
             return self._down(gated(self._gate_up(rows_TD), self._activation, self._limit))
         out: torch.Tensor = torch.ops.antiphon.gated_half(rows_TD.contiguous(), *self._parts, self._width)
         return out

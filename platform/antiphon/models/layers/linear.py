@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from antiphon.device.device import is_card
+from antiphon.models.layers.functional import gated
 from antiphon.models.native.library import available, tiles_available
 
 # The row count that oneDNN packs for: decode batches. Other counts run on the same packed weight.
 PACK_ROWS = 32
+
+_BLOCK = 32  # outputs of a block: kBlock in native/packed/blocks.h
 
 
 class Linear:
@@ -72,6 +75,15 @@ class Linear:
             result = torch.ops.antiphon.row_linear(x_TI.contiguous(), self._weight, self._bias, False)
             return result
         return F.linear(x_TI, self._weight, self._bias)
+
+    def silu_gated(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """silu(first half) * second half of the results, [T, O / 2], newly allocated."""
+        out: torch.Tensor
+        if self._blocks is not None and self.out_features % (2 * _BLOCK) == 0:
+            out = torch.ops.antiphon.packed_gated(x_TI.contiguous(), self._blocks, self._bias, self.out_features)
+        else:
+            out = gated(self(x_TI), "silu")
+        return out
 
     def in_fp32(self, x_TI: torch.Tensor) -> torch.Tensor:
         """fp32 [T, O], newly allocated; not rounded on the way where our kernels compute it."""

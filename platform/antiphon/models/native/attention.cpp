@@ -45,11 +45,12 @@ using antiphon::store_lanes;
 using antiphon::store_weights;
 using antiphon::turn_keys;
 using antiphon::values_at;
+using antiphon::weights_against;
 using at::Tensor;
 
 constexpr int64_t kRun = 32;      // of the context whose keys are turned, or values paired, at once
 constexpr int64_t kSpan = 128;    // of the context, from a multiple of itself, whose scores are held at once: they fit the first cache
-constexpr int64_t kQueries = 48;  // of a chunk that share them, about
+constexpr int64_t kQueries = 72;  // of a chunk that share them, about
 
 // Rows [row, row + count) of the step, which follow each other in a request; the first sees [.., past] of the context.
 struct Rows {
@@ -182,7 +183,7 @@ void soften(float* s, int64_t begin, int64_t low, int64_t high, int64_t end, flo
   const float best = largest(most);
   f32xn sums[2] = {};
   for (int64_t c = begin; c < end; c += 2 * kLanes) {
-    const f32xn first = exp_negative(load_lanes(s + c) - best), second = exp_negative(load_lanes(s + c + kLanes) - best);
+    const f32xn first = weights_against<T>(load_lanes(s + c), best), second = weights_against<T>(load_lanes(s + c + kLanes), best);
     sums[0] += first, sums[1] += second;
     store_weights<T>(first, second, s + c / kTokens<T>);
   }

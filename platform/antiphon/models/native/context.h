@@ -103,6 +103,25 @@ template <typename T>
 constexpr bool kPairs = false;
 #endif
 
+// exp(scores - best), at most 1. Weights that are rounded to bf16 take 2^x with a relative error below 3e-6; what is no number stays so.
+template <typename T>
+inline f32xn weights_against(f32xn scores, float best) {
+#ifdef __AVX512BF16__
+  if constexpr (kPairs<T>) {
+    const __m512 exact = std::bit_cast<__m512>((scores - best) * 1.44269504088896341f);
+    const __m512 x = _mm512_max_ps(_mm512_set1_ps(-200.0f), exact);  // of two that can't be compared, the second
+    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_set1_ps(9.570101285e-3f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.591786249e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402474486e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931218145e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.999992614e-1f));
+    return std::bit_cast<f32xn>(_mm512_scalef_ps(p, n));
+  }
+#endif
+  return exp_negative(scores - best);
+}
+
 template <typename T>
 inline f32xn step(f32xn query, f32xn key, f32xn sum) {
 #ifdef __AVX512BF16__

@@ -24,6 +24,7 @@ using antiphon::Beside;
 using antiphon::bf16;
 using antiphon::Bits;
 using antiphon::data;
+using antiphon::exp_negative;
 using antiphon::kBlock;
 using antiphon::kFewRows;
 using antiphon::kLanes;
@@ -97,19 +98,20 @@ const T* as_deep(const T* x, int64_t rows, int64_t inputs, int64_t k) {
   return to;
 }
 
-// take(row, block, sums) for every row and every block of [begin, end), a block's rows one after the other.
-template <typename T, typename Take>
-void multiply_blocks(const T* x, int64_t rows, int64_t k, const T* packed, int64_t begin, int64_t end, const Take& take) {
+// take(row, block, sums) for every row and every block of [begin, end), which lie where ``at(block)`` says, a panel of rows after the other
+// and in it a block's rows.
+template <typename T, typename At, typename Take>
+void multiply_blocks(const T* x, int64_t rows, int64_t k, int64_t begin, int64_t end, const At& at, const Take& take) {
   alignas(64) Sums sums;
   const Tiles none(false);
   Prefetch ahead;
   for (int64_t panel = 0; panel < rows; panel += kPanelRows) {
     const int64_t last = std::min(panel + kPanelRows, rows), passes = (last - panel + kRowsAtOnce - 1) / kRowsAtOnce;
     for (int64_t b = begin; b < end; ++b) {
-      const T* block = packed + b * k * kBlock;
+      const T* block = at(b);
       // The first panel's rows take turns with a block in the nearest caches, while the next one comes from memory.
       const bool expects = panel == 0 && last - panel > kFewRows && k <= kMostInputs;
-      if (expects) ahead.start(reinterpret_cast<const char*>(block + k * kBlock), b + 1 < end ? k * kBlock * sizeof(T) : 0);
+      if (expects) ahead.start(reinterpret_cast<const char*>(at(std::min(b + 1, end - 1))), b + 1 < end ? k * kBlock * sizeof(T) : 0);
       const Beside beside{ahead, expects ? (kLinesAStep * Beside::kSteps + passes - 1) / passes : 0, !expects || b == begin};
       for (int64_t r = panel; r < last; r += kBlock) {
         const int64_t count = std::min(kBlock, last - r);
@@ -120,14 +122,42 @@ void multiply_blocks(const T* x, int64_t rows, int64_t k, const T* packed, int64
   }
 }
 
+template <typename T>
+auto in_order(const T* packed, int64_t k) {
+  return [=](int64_t block) { return packed + block * k * kBlock; };
+}
+
 template <typename T, typename To>
 void run(const T* x, int64_t rows, int64_t inputs, const T* packed, const T* bias, int64_t outputs, To* out) {
   const int64_t k = padded(inputs);
   x = as_deep(x, rows, inputs, k);
   antiphon::parallel_for(0, padded(outputs) / kBlock, 1, [&](int64_t begin, int64_t end) {
-    multiply_blocks(x, rows, k, packed, begin, end, [&](int64_t row, int64_t block, const float* sums) {
+    multiply_blocks(x, rows, k, begin, end, in_order(packed, k), [&](int64_t row, int64_t block, const float* sums) {
       const int64_t first = block * kBlock;
       finish(sums, bias == nullptr ? nullptr : bias + first, std::min(kBlock, outputs - first), out + row * outputs + first);
+    });
+  }, kRunsAThread);
+}
+
+// silu(gate) * up where the blocks of both, rounded as results are, come one after the other.
+template <typename T>
+void run_gated(const T* x, int64_t rows, int64_t inputs, const T* packed, const T* bias, int64_t width, T* out) {
+  const int64_t k = padded(inputs), half = width / kBlock;
+  x = as_deep(x, rows, inputs, k);
+  antiphon::parallel_for(0, half, 1, [&](int64_t begin, int64_t end) {
+    alignas(64) T gates[kPanelRows][kBlock], ups[kBlock];
+    const auto at = [&](int64_t i) { return packed + (i / 2 + i % 2 * half) * k * kBlock; };
+    multiply_blocks(x, rows, k, 2 * begin, 2 * end, at, [&](int64_t row, int64_t i, const float* sums) {
+      T* gate = gates[row % kPanelRows];
+      const int64_t first = i / 2 * kBlock;
+      finish(sums, bias == nullptr ? nullptr : bias + first + i % 2 * width, kBlock, i % 2 == 0 ? gate : ups);
+      if (i % 2 == 0) return;
+      T* to = out + row * width + first;
+#pragma omp simd
+      for (int64_t n = 0; n < kBlock; ++n) {
+        const float g = load(gate[n]), e = exp_negative(-std::fabs(g));
+        store(to[n], g * ((g >= 0.0f ? 1.0f : e) / (1.0f + e)) * load(ups[n]));
+      }
     });
   }, kRunsAThread);
 }
@@ -171,7 +201,7 @@ void run_best(const T* x, int64_t rows, int64_t inputs, const T* packed, const T
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t half = 0; half < 2; ++half) best[row].value[half] = Lanes{} - INFINITY, best[row].output[half] = Bits{};
     }
-    multiply_blocks(x, rows, k, packed, begin, end, [&](int64_t row, int64_t block, const float* sums) {
+    multiply_blocks(x, rows, k, begin, end, in_order(packed, k), [&](int64_t row, int64_t block, const float* sums) {
       const int64_t first = block * kBlock, width = std::min(kBlock, outputs - first);
       if (bias == nullptr && width == kBlock) return best[row].see(sums, first);
       alignas(64) float all[kBlock];
@@ -207,6 +237,18 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, const std::optional<
   return out;
 }
 
+// silu(gate) * up, [T, O / 2], of the results of packed_linear, whose first half is the gate; O / 2 is a multiple of a block's outputs.
+Tensor packed_gated(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t outputs) {
+  check(x, packed, bias, outputs);
+  TORCH_CHECK(outputs % (2 * kBlock) == 0, "packed_gated takes whole blocks of gate and up");
+  const Tensor out = at::empty({x.size(0), outputs / 2}, x.options());
+  antiphon::dispatch(x, [&](auto tag) {
+    using T = decltype(tag);
+    run_gated(data<T>(x), x.size(0), x.size(1), data<T>(packed), bias.has_value() ? data<T>(*bias) : nullptr, outputs / 2, data<T>(out));
+  });
+  return out;
+}
+
 // The lowest index of each row's largest result, int64 [T], and that result in fp32 [T]; what is no number is larger than any.
 std::tuple<Tensor, Tensor> packed_best(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t outputs) {
   check(x, packed, bias, outputs);
@@ -225,11 +267,13 @@ TORCH_LIBRARY_FRAGMENT(antiphon, m) {
   m.def("packs(bool is_bf16) -> bool", &packs);
   m.def("pack_linear(Tensor weight) -> Tensor");
   m.def("packed_linear(Tensor x, Tensor packed, Tensor? bias, int outputs, bool in_fp32) -> Tensor");
+  m.def("packed_gated(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor");
   m.def("packed_best(Tensor x, Tensor packed, Tensor? bias, int outputs) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(antiphon, CompositeExplicitAutograd, m) {
   m.impl("pack_linear", &pack_linear);
   m.impl("packed_linear", &packed_linear);
+  m.impl("packed_gated", &packed_gated);
   m.impl("packed_best", &packed_best);
 }
