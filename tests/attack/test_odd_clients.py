@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import socket
@@ -17,6 +18,8 @@ import grpc
 import httpx
 import psutil
 import pytest
+from google.protobuf.descriptor_pool import DescriptorPool
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from antiphon.apps.serve.deployment_set import Serving
 from antiphon.apps.serve.gateway_app import GatewayThread, serving_config
@@ -276,6 +279,53 @@ def test_two_thousand_streams_of_one_connection_are_answered_or_refused(target: 
             outcomes[code] = outcomes.get(code, 0) + 1
     assert set(outcomes) <= {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE}, outcomes
     assert outcomes.get(grpc.StatusCode.OK, 0) > 0, outcomes
+
+
+ADMINS_METHODS = {"Inference/GetStatus", "Experts/GetExpertLoad", "Experts/Rebalance", "Experts/Place"}
+KEYLESS = ("grpc.health.", "grpc.reflection.")  # whether it is up, and what it speaks
+
+
+def methods_of(address: str) -> list[str]:
+    """Every method that a gRPC door says it has, but those that anybody may call."""
+    found = []
+    with dialled(address) as channel:
+        base = ProtoReflectionDescriptorDatabase(channel)
+        pool = DescriptorPool(base)
+        for service in base.get_services():
+            if not service.startswith(KEYLESS):
+                found += [f"{service}/{method.name}" for method in pool.FindServiceByName(service).methods]
+    return found
+
+
+def test_no_method_does_more_for_a_key_than_its_scope_allows(keyed: tuple[BoundPorts, Path]) -> None:
+    """Whatever the door says it has: what is added without a key's check is found, too."""
+    code, address = grpc.StatusCode, f"127.0.0.1:{keyed[0].grpc_port}"
+    nobodys: list[Any] = [[], [("authorization", "Bearer wrong")], [("authorization", f"Bearer {OLD}")], [("x-api-key", ADMIN)]]
+    nobodys += [
+        [("authorization-bin", f"Bearer {ADMIN}".encode())],
+        [("authorization", ADMIN)],
+        [("authorization", f"Basic {ADMIN}")],
+    ]
+    methods = methods_of(address)
+    names = {method.removeprefix("antiphon.rpc.v1.") for method in methods}
+    assert names >= ADMINS_METHODS | {"Inference/Generate", "Inference/ListModels", "Inference/Embed", "Inference/Score"}
+    with dialled(address) as channel:
+
+        def ended(method: str, metadata: Any) -> Any:
+            call = channel.unary_stream(f"/{method}")(b"", metadata=metadata, timeout=20.0)
+            with contextlib.suppress(grpc.RpcError):  # its code says it
+                list(call)
+            return call.code()
+
+        for method in methods:
+            for metadata in nobodys:
+                assert ended(method, metadata) is code.UNAUTHENTICATED, (method, metadata)
+            is_admins = method.removeprefix("antiphon.rpc.v1.") in ADMINS_METHODS
+            got = ended(method, [("authorization", f"Bearer {USER}")])
+            assert (got is code.PERMISSION_DENIED) == is_admins, (method, got)
+            assert got is not code.UNAUTHENTICATED, method
+            got = ended(method, [("authorization", f"Bearer {ADMIN}")])
+            assert got not in (code.UNAUTHENTICATED, code.PERMISSION_DENIED), method
 
 
 def test_two_keys_of_one_call_are_refused(keyed: tuple[BoundPorts, Path]) -> None:

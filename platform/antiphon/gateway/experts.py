@@ -122,7 +122,8 @@ class GatewayExperts:
 
     async def place(self, step: PlaceStep, metadata: Mapping[str, str]) -> bool:
         """See ``ExpertsPort``."""
-        del step, metadata
+        del step
+        self._keys.check(metadata.get("authorization"), admin=True)
         raise InvalidInput("placements are brought in by workers; ask a gateway to rebalance")
 
     # ---- inside ------------------------------------------------------------------------------------------------
