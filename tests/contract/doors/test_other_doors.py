@@ -315,3 +315,24 @@ async def test_a_chat_has_the_tokens_that_its_answer_begins_after(tmp_path: Path
             assert made["tokens"] == list(world.engine.requests[-1].prompt_token_ids), chat
         wrong = await http.post("/tokenize", json={"model": "tiny", "prompt": "x", "continue_final_message": True})
         assert wrong.json()["error"]["param"] == "continue_final_message"
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ('{"city": "\\ud83c!"}', {"city": "\ufffd!"}),
+        ('{"city": 1e999}', {"_raw": '{"city": 1e999}'}),
+        ('{"city": NaN, "sure": True}', {"city": None, "sure": True}),
+    ],
+)
+async def test_arguments_that_json_has_no_place_for_are_shown(tmp_path: Path, written: str, shown: Any) -> None:
+    call = f'</think><tool_call>\n{{"name": "weather", "arguments": {written}}}\n</tool_call>'
+    tool: Any = {"name": "weather", "input_schema": agents.WEATHER["function"]["parameters"]}
+    async with (
+        agents.answering(tmp_path, call) as (world, client),
+        anthropic.AsyncAnthropic(base_url=world.url, api_key="none", max_retries=0) as messages,
+    ):
+        said: Any = await messages.messages.create(model="tiny", max_tokens=300, messages=agents.QUESTION, tools=[tool])
+        assert said.content[0].input == shown
+        whole = await client.chat.completions.create(model="tiny", messages=agents.QUESTION, tools=[agents.WEATHER])
+        assert whole.choices[0].finish_reason == "tool_calls"

@@ -27,6 +27,7 @@ if not hasattr(fake, "world"):
 
 EMBEDDER = {"architectures": ["Qwen3Model"], "hidden_size": 4, "matryoshka_dimensions": [2, 4]}
 RANKER = {"architectures": ["Qwen3ForSequenceClassification"], "hidden_size": 4, "num_labels": 1}
+JUDGE = {"architectures": ["BertForSequenceClassification"], "hidden_size": 4, "num_labels": 1}  # trained for pairs, told nothing
 
 
 @asynccontextmanager
@@ -124,6 +125,7 @@ TABLE: dict[str, tuple[dict[str, Any], str, dict[str, Any], str]] = {
     "embeddings of a generator": ({}, "/v1/embeddings", {"input": "x"}, "model"),
     "a ranking of a generator": ({}, "/v1/rerank", {"query": "x", "documents": ["y"]}, "model"),
     "an instruction for an embedder": (EMBEDDER, "/v1/score", {"text_1": "x", "text_2": "y", "instruction": "z"}, "instruction"),
+    "an instruction for a judge": (JUDGE, "/v1/rerank", {"query": "x", "documents": ["y"], "instruction": "z"}, "instruction"),
     "nothing": (EMBEDDER, "/v1/embeddings", {"input": []}, "input"),
     "an empty text": (EMBEDDER, "/v1/embeddings", {"input": ["x", ""]}, "input[1]"),
     "a text too long": (EMBEDDER, "/v1/embeddings", {"input": ["x", "y " * 600]}, "input[1]"),
@@ -140,7 +142,7 @@ TABLE: dict[str, tuple[dict[str, Any], str, dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", [EMBEDDER, RANKER, {}], ids=["embedder", "ranker", "generator"])
+@pytest.mark.parametrize("kind", [EMBEDDER, RANKER, JUDGE, {}], ids=["embedder", "ranker", "judge", "generator"])
 async def test_what_a_model_can_t_do_is_refused_by_the_field(tmp_path: Path, kind: dict[str, Any]) -> None:
     async with serving(tmp_path, kind) as (world, http):
         for name, (config, path, body, field) in TABLE.items():
@@ -151,7 +153,9 @@ async def test_what_a_model_can_t_do_is_refused_by_the_field(tmp_path: Path, kin
         assert (await http.post("/v1/embeddings", json={"model": "other", "input": "x"})).status_code == 404
         assert not world.engine.requests
         cards = (await http.get("/v1/models")).json()["data"]
-        assert [card["task"] for card in cards] == ["embed" if kind is EMBEDDER else "rerank" if kind is RANKER else "generate"]
+        assert [card["task"] for card in cards] == [
+            "embed" if kind is EMBEDDER else "rerank" if kind in (RANKER, JUDGE) else "generate"
+        ]
 
 
 async def test_a_lost_worker_costs_a_vector_nothing(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Must not know: how requests are answered.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -154,9 +155,14 @@ class MessageWriter:
 
 
 def _object(text: str) -> Json:
-    """Arguments as an object; what is none is shown under a name of its own."""
+    """Arguments as an object; what is none, or what JSON has no place for, is shown under a name of its own."""
     try:
         value = read_json_text(text)
+        made = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except ValueError:
         return {"_raw": text}
-    return value if isinstance(value, dict) else {"_raw": text}
+    if not isinstance(value, dict):
+        return {"_raw": text}
+    # Halves of characters by themselves have no bytes.
+    whole: Json = json.loads(made.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    return whole

@@ -124,6 +124,8 @@ class VectorMaker:
         if facts.task == "embed":
             return await self._cosines(request)
         reader = self._pairs[call.model]
+        if request.instruction is not None and not reader.asks:
+            raise InvalidInput("this model judges by what it was trained for, and takes no instruction", "instruction")
         longest, _ = self._limits(call.model)
         cut = _cut_of(call, longest)
 

@@ -8,6 +8,7 @@ surrounds the object in any format.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from antiphon.gateway.json_text import read_json_text
@@ -17,6 +18,10 @@ from antiphon.gateway.text.parts import Part
 
 _ARGUMENT_KEYS = ("arguments", "parameters")
 _ESCAPES = '"\\/bfnrtu'
+# Python's words, and numbers that JSON has not.
+_HALVES = re.compile("[\ud800-\udfff]")  # of characters, by themselves: no answer can hold them
+_BEGIN_WORDS, _MAX_WORD = "TFNI-", 16
+_WORDS = {"True": "true", "False": "false", "None": "null", "NaN": "null", "Infinity": "null", "-Infinity": "null"}
 
 
 class JsonCallMachine(CallMachine):
@@ -115,6 +120,9 @@ class JsonCallMachine(CallMachine):
         depth = 1
         while depth:
             char = yield from self.next_char()
+            if char in _BEGIN_WORDS:
+                yield from self._word(char, give)
+                continue
             give(char)
             if char == '"':
                 yield from self._rest_of_string(give)
@@ -122,6 +130,19 @@ class JsonCallMachine(CallMachine):
                 depth += 1
             elif char in "}]":
                 depth -= 1
+
+    def _word(self, first: str, give: Callable[[str], None]) -> Steps[None]:
+        """A word outside of texts, as JSON writes it. What an answer ends in is given as far as it came."""
+        word = first
+        try:
+            while (char := (yield from self.next_char())).isalpha():
+                word += char
+                if len(word) > _MAX_WORD:
+                    break
+            else:
+                self.put_back(char)
+        finally:
+            give(_WORDS.get(word, word))
 
     def _rest_of_string(self, give: Callable[[str], None]) -> Steps[None]:
         while True:
@@ -171,7 +192,7 @@ def _text_of(raw: str) -> str | None:
         value = read_json_text(raw)
     except ValueError:
         return None
-    return value if isinstance(value, str) else None
+    return value if isinstance(value, str) and not _HALVES.search(value) else None
 
 
 def _unquoted(raw: str) -> str:

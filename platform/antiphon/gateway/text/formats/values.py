@@ -5,7 +5,10 @@ Text stays text where the schema has no place for what it looks like: a postcode
 
 from __future__ import annotations
 
+import ast
 import json
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +17,8 @@ from antiphon.gateway.text.chat_options import Tool
 
 _WORDS: Mapping[str, Any] = {"True": True, "False": False, "None": None}
 _MAX_REFERENCES = 16
+_MAX_PYTHON_CHARS = 16_384
+_HALVES = re.compile("[\\ud800-\\udfff]")  # of characters, by themselves: no answer can hold them but escaped
 
 
 def properties_of(tool: Tool) -> Mapping[str, Any]:
@@ -40,9 +45,10 @@ def json_of(raw: str, schema: object, root: Mapping[str, Any]) -> str:
     try:
         value = _value(raw)
     except ValueError:
-        return json.dumps(raw, ensure_ascii=False)
+        value = raw if kinds is None or not kinds <= {"object", "array"} else _python_value(raw)
     is_misfit = kinds is not None and "string" in kinds and kinds.isdisjoint(_kinds_of(value))
-    return json.dumps(raw if is_misfit else value, ensure_ascii=False)
+    made = json.dumps(raw if is_misfit else value, ensure_ascii=False)
+    return made if _HALVES.search(made) is None else json.dumps(value)
 
 
 def _value(raw: str) -> Any:
@@ -51,12 +57,29 @@ def _value(raw: str) -> Any:
     if text in _WORDS:
         return _WORDS[text]
     try:
-        value = json.loads(text, strict=False, parse_constant=_no_number)
+        value = json.loads(text, strict=False, parse_constant=_no_number, parse_float=_finite)
     except RecursionError:
         raise ValueError("too deep") from None
     if is_deeper(value, MAX_DEPTH):
         raise ValueError("too deep")
     return value
+
+
+def _python_value(raw: str) -> Any:
+    """The value of a list or dict as Python writes it, where JSON was asked for; else the text itself."""
+    try:
+        if len(raw) > _MAX_PYTHON_CHARS:
+            return raw
+        value = ast.literal_eval(raw.strip())
+        json.dumps(value, allow_nan=False)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return raw
+    return value if isinstance(value, list | dict) and not is_deeper(value, MAX_DEPTH) else raw
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    return value if math.isfinite(value) else _no_number(number)
 
 
 def _no_number(word: str) -> Any:
