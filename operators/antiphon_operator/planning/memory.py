@@ -103,7 +103,7 @@ def _states(spec: LLMDeploymentSpec, sizes: WeightSizes, memory_bytes: int) -> i
 
 
 def memory_problems(spec: LLMDeploymentSpec, sizes: WeightSizes) -> Iterator[str]:
-    """A cache without room for its states, and pools whose ``resources.memory`` is less than a worker needs; with the figures."""
+    """What has too little memory, with the figures: a cache for its states or tokens, pools for what a worker needs."""
     room = spec.cache.host_memory_bytes
     states = _states(spec, sizes, room)
     on_host = spec.cache.memory or any(pool.role in _KV_ROLES and pool.worker_device == "cpu" for pool in spec.pools)
@@ -113,6 +113,15 @@ def memory_problems(spec: LLMDeploymentSpec, sizes: WeightSizes) -> Iterator[str
             f"of {spec.scheduler.max_num_seqs} sequences and of snapshots, which take {states / _GIB:.2f} GiB "
             f"({sizes.state_bytes:,} bytes each); raise it, or lower spec.scheduler.maxNumSeqs"
         )
+    elif spec.cache.num_blocks is None and on_host and spec.model.dtype == "auto" and sizes.kv_bytes_per_token:
+        block = spec.cache.block_size_tokens
+        least = max(block, spec.model.max_model_len or 0)
+        if room - states < least * sizes.kv_bytes_per_token:
+            asked = "one block" if least == block else "spec.model.maxModelLen"
+            yield (
+                f"spec.cache.memory: {spec.cache.memory or DEFAULT_CACHE_MEMORY} is too little for the {least} tokens of {asked}, "
+                f"which take {least * sizes.kv_bytes_per_token:,} bytes; raise it"
+            )
     for i, pool in enumerate(spec.pools):
         if pool.resources.memory is None:
             continue

@@ -194,6 +194,33 @@ def test_states_count_as_many_slots_as_a_worker_makes(section: dict[str, Any]) -
     assert needed <= counted < needed + layout.block_bytes
 
 
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"cache": {"memory": "1Ki"}}, "the 16 tokens of one block"),
+        ({"cache": {"memory": "64Mi"}, "model": {"uri": "/m", "maxModelLen": 8192}}, "the 8192 tokens of spec.model.maxModelLen"),
+    ],
+)
+def test_a_cache_that_holds_too_few_tokens_is_refused_before_a_worker_starts(section: dict[str, Any], told: str) -> None:
+    (problem,) = memory_problems(spec(**section), SMOLLM2)
+    assert problem.startswith(f"spec.cache.memory: {section['cache']['memory']} is too little")
+    assert told in problem
+    assert list(memory_problems(spec(cache={"memory": "64Mi"}), SMOLLM2)) == [], "contexts are cut to what it holds"
+
+
+def test_a_worker_whose_cache_holds_no_block_says_so_and_takes_no_requests_of_no_tokens() -> None:
+    layout = kv_layout(describe(LLAMA), torch.bfloat16, 16)
+    with pytest.raises(InvalidInput, match="hold no block of 16 tokens"):
+        cache_room(spec(), layout, 4096, 1024)
+    assert cache_room(spec(), layout, 4096, layout.block_bytes).num_blocks == 1
+
+
 def test_a_cache_without_room_for_its_states_is_refused_before_a_worker_starts() -> None:
     layout = kv_layout(describe(HYBRIDS["Qwen3-Next"]), torch.bfloat16, 16)
     sizes = WeightSizes(kv_bytes_per_token=layout.token_bytes, state_bytes=layout.state_bytes)

@@ -24,13 +24,17 @@ def cache_room(spec: LLMDeploymentSpec, layout: KVLayout, max_model_len: int, me
     """What the document's cache section comes to for a model of this layout, with ``memory_bytes`` where it gives no ``numBlocks``.
 
     Raises:
-        InvalidInput: states of as many sequences as may run leave no memory for blocks.
+        InvalidInput: the memory holds no block, or states of as many sequences as may run leave none for blocks.
     """
     if not layout.has_state:
-        return CacheRoom(
-            num_blocks=memory_bytes // layout.block_bytes if spec.cache.num_blocks is None else spec.cache.num_blocks,
-            num_state_slots=None,
-        )
+        num_blocks = memory_bytes // layout.block_bytes if spec.cache.num_blocks is None else spec.cache.num_blocks
+        if num_blocks < 1:
+            raise InvalidInput(
+                f"{memory_bytes:,} bytes hold no block of {spec.cache.block_size_tokens} tokens, which takes "
+                f"{layout.block_bytes:,}: more memory",
+                "spec.cache.memory",
+            )
+        return CacheRoom(num_blocks=num_blocks, num_state_slots=None)
     if spec.cache.num_blocks is not None:
         memory_bytes = spec.cache.num_blocks * layout.block_bytes
     num_slots = num_state_slots(
