@@ -104,9 +104,11 @@ MAX_NOTE_BYTES = 1 << 18
 MAX_WORKERS = 8192  # live records, and ids whose epochs are remembered times eight
 MAX_POOLS = 4096
 MAX_INDICES = 8192  # of one pool
+MAX_CLAIMS = 1 << 16  # of all pools
 MAX_TOPICS = 1024
 MAX_NOTES = 1 << 16  # of one topic; the oldest go
 MAX_TOPIC_BYTES = 1 << 26  # of one topic's notes; the oldest go
+MAX_NOTES_BYTES = 1 << 29  # of all notes that a process keeps in its memory; the oldest of the largest topic go
 # Epochs are seconds of the clock or count from one. One call moves an id by so many at most, so that no call can use up its epochs.
 MAX_EPOCH_STEP = 1_000_000
 MAX_EPOCH = 1 << 52  # the stores' numbers are doubles in part

@@ -17,6 +17,8 @@ from antiphon.core.errors import InvalidInput, Unavailable
 
 _MAX_TENANTS: Final = 16_384
 _MAX_ROWS: Final = 65_536  # of one day
+_MAX_LEDGER: Final = 1 << 20  # rows of all days
+_MAX_OPEN: Final = 1 << 19  # reservations of all tenants
 _MAX_BATCHES: Final = 4096
 _MAX_SUM: Final = 2**63 - 1  # as in Redis; more fits no message
 
@@ -48,6 +50,7 @@ class MemoryBudgets:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._accounts: dict[str, _Account] = {}
+        self._takes_left = _MAX_OPEN  # at least, until they are counted again
         self._days: dict[str, dict[tuple[str, str], Use]] = {}
         self._batches: OrderedDict[str, None] = OrderedDict()
 
@@ -64,6 +67,11 @@ class MemoryBudgets:
             verdict = judge(wish, window, len(account.open), sum(tokens for tokens, _ in account.open.values()), now_s)
             if verdict.exceeded is not None:
                 return verdict
+            if not self._takes_left:
+                self._takes_left = max(0, _MAX_OPEN - sum(len(each.open) for each in self._accounts.values()))
+            if not self._takes_left:
+                raise Unavailable(f"the directory is full: {_MAX_OPEN} requests have reservations")
+            self._takes_left -= 1
             account.add(now_s, requests=1)
         account.open[wish.ticket] = (wish.num_tokens, now_s + wish.lease_s)
         return Verdict()
@@ -101,9 +109,10 @@ class MemoryBudgets:
             check_names(tenant=use.tenant, model=use.model)
         if batch in self._batches:
             return
-        rows = self._days.setdefault(day, {})
+        rows = self._days.get(day, {})
         if len(rows) + len({(use.tenant, use.model) for use in uses} - rows.keys()) > _MAX_ROWS:  # all of the batch, or nothing
             raise Unavailable(f"the ledger of {day} is full")
+        self._days[day] = rows
         for use in uses:
             key = (use.tenant, use.model)
             before = rows.get(key)
@@ -113,6 +122,8 @@ class MemoryBudgets:
             self._batches.popitem(last=False)
         for old in sorted(self._days)[:-KEPT_DAYS]:
             del self._days[old]
+        while len(self._days) > 1 and sum(map(len, self._days.values())) > _MAX_LEDGER:
+            del self._days[min(self._days)]
 
     async def used(self, day: str) -> tuple[Use, ...]:
         """See ``Budgets``."""

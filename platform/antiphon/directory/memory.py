@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from antiphon.core.directory import (
+    MAX_CLAIMS,
     MAX_INDICES,
     MAX_NOTE_BYTES,
     MAX_NOTES,
+    MAX_NOTES_BYTES,
     MAX_POOLS,
     MAX_TOPIC_BYTES,
     MAX_TOPICS,
@@ -51,13 +53,17 @@ class _Claim:
 
 @dataclass(slots=True)
 class _Note:
-    text: str
+    encoded: bytes  # a str takes up to four times as much as its UTF-8
     until_s: float
+
+    @property
+    def text(self) -> str:
+        return self.encoded.decode("utf-8", "surrogatepass")
 
     @property
     def num_bytes(self) -> int:
         """About what it takes."""
-        return len(self.text)
+        return len(self.encoded)
 
 
 class MemoryDirectory:
@@ -138,6 +144,8 @@ class MemoryDirectory:
             self._check_settled()
         index = next((index for index, claim in claims.items() if claim.owner == owner), preferred)
         if index is None or (index in claims and claims[index].owner != owner):
+            if sum(map(len, self._claims.values())) >= MAX_CLAIMS:
+                raise Unavailable(f"the directory is full: {MAX_CLAIMS} indices are claimed")
             if len(claims) >= MAX_INDICES:
                 raise Unavailable(f"all {MAX_INDICES} indices of {deployment}/{pool} are claimed")
             index = next(index for index in range(len(claims) + 1) if index not in claims)
@@ -162,8 +170,9 @@ class MemoryDirectory:
         """See ``Notes``."""
         check_lease(lease_s)
         check_names(topic=topic, key=key)
-        if len(text) > MAX_NOTE_BYTES:
-            raise InvalidInput(f"a note of {len(text)} characters, at most {MAX_NOTE_BYTES} are kept", "text")
+        encoded = text.encode("utf-8", "surrogatepass")
+        if len(encoded) > MAX_NOTE_BYTES:
+            raise InvalidInput(f"a note of {len(encoded)} bytes, at most {MAX_NOTE_BYTES} are kept", "text")
         if topic not in self._notes and len(self._notes) >= MAX_TOPICS:
             for each in tuple(self._notes):
                 self._sweep_notes(each)
@@ -171,11 +180,14 @@ class MemoryDirectory:
                 raise Unavailable(f"the directory is full: {MAX_TOPICS} topics have notes")
         notes = self._notes.setdefault(topic, {})
         self._drop_note(topic, key)
-        num_bytes = self._note_bytes.get(topic, 0) + len(text)
+        num_bytes = self._note_bytes.get(topic, 0) + len(encoded)
         while notes and (len(notes) >= MAX_NOTES or num_bytes > MAX_TOPIC_BYTES):
             num_bytes -= self._drop_note(topic, next(iter(notes)))
-        notes[key] = _Note(text=text, until_s=self._clock() + lease_s)
+        notes[key] = _Note(encoded=encoded, until_s=self._clock() + lease_s)
         self._note_bytes[topic] = num_bytes
+        while sum(self._note_bytes.values()) > MAX_NOTES_BYTES:
+            largest = max(self._note_bytes, key=self._note_bytes.__getitem__)
+            self._drop_note(largest, next(iter(self._notes[largest])))
         if len(notes) > self._num_notes_kept:  # swept each time their number has doubled: O(1) per note
             self._sweep_notes(topic)
             self._num_notes_kept = max(_NOTES_SWEPT_AT, 2 * max((len(held) for held in self._notes.values()), default=0))
