@@ -55,9 +55,15 @@ inline f32xn multiply_add(f32xn a, f32xn b, f32xn c) {
 inline f32xn larger(f32xn a, f32xn b) { return a > b ? a : b; }
 
 inline float largest(f32xn v) {
-  float most = v[0];
-  for (int l = 1; l < kLanes; ++l) most = v[l] > most ? v[l] : most;
-  return most;
+  f32x8 parts[kLanes / kVector];
+  std::memcpy(parts, &v, sizeof parts);
+  f32x8 most = parts[0];
+  if constexpr (kLanes > kVector) most = parts[1] > most ? parts[1] : most;
+  f32x8 other = __builtin_shufflevector(most, most, 4, 5, 6, 7, 0, 1, 2, 3);
+  most = other > most ? other : most;
+  other = __builtin_shufflevector(most, most, 2, 3, 0, 1, 6, 7, 4, 5);
+  most = other > most ? other : most;
+  return most[1] > most[0] ? most[1] : most[0];
 }
 
 inline float total_lanes(f32xn v) {

@@ -221,16 +221,17 @@ class ThreadPool {
 #endif
 };
 
-// work(begin, end) over runs of [begin, end), so many a thread, none shorter than ``grain`` but the last. More than one serve long work:
-// a helper that comes late or is called away then leaves less undone.
+// work(begin, end) over runs of [begin, end), so many a thread, none shorter than ``grain``, and none longer than another by more than one.
+// More than one a thread serve long work: a helper that comes late or is called away then leaves less undone.
 template <typename Work>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Work& work, int64_t runs_a_thread = 1) {
   const int64_t count = end - begin;
   if (count <= 0) return;
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), std::max<int64_t>(1, count / std::max<int64_t>(1, grain)));
-  const int64_t runs = threads == 1 ? 1 : threads * runs_a_thread, run = std::max(grain, (count + runs - 1) / runs);
-  ThreadPool::here().run((count + run - 1) / run, threads, [&](int64_t part) {
-    work(begin + part * run, std::min(end, begin + (part + 1) * run));
+  const int64_t most = std::max<int64_t>(1, count / std::max<int64_t>(1, grain)), threads = std::min<int64_t>(at::get_num_threads(), most);
+  const int64_t runs = threads == 1 ? 1 : std::min(threads * runs_a_thread, most), run = count / runs, longer = count % runs;
+  ThreadPool::here().run(runs, threads, [&](int64_t part) {
+    const int64_t from = begin + part * run + std::min(part, longer);
+    work(from, from + run + (part < longer ? 1 : 0));
   });
 }
 
