@@ -188,7 +188,7 @@ def read_text(text: str, source: str) -> Serving:
 
 
 def with_door(serving: Serving, host: str | None, api_key: str | None) -> Serving:
-    """The same on another address, or with a key."""
+    """The same on another address, or with a key: ``api_key``, or those of the variable where the document names no keys."""
     changed: dict[str, str] = {}
     if host is not None:
         changed["host"] = host
@@ -196,6 +196,8 @@ def with_door(serving: Serving, host: str | None, api_key: str | None) -> Servin
         variable = serving.endpoint.api_keys_env or API_KEYS_ENV
         os.environ[variable] = api_key
         changed["api_keys_env"] = variable
+    elif os.environ.get(API_KEYS_ENV) and serving.endpoint.api_keys_env is None and serving.endpoint.api_keys_file is None:
+        changed["api_keys_env"] = API_KEYS_ENV  # whoever sets it means its keys to be asked for, by any document
     return replace(serving, endpoint=serving.endpoint.model_copy(update=changed)) if changed else serving
 
 
