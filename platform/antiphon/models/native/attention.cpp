@@ -95,13 +95,12 @@ class Feed {
 
   // Rows that are taken after those added before, and the elements of a token from ``offset`` on that they read.
   void add(const Rows& rows, int64_t first, int64_t last, int64_t offset, int64_t width) {
-    const bool whole = rows.slots == nullptr && width == stride_;
+    const int64_t bytes = sizeof(T), together = width == stride_ ? rows.block_size : 1;  // tokens whose elements lie side by side
     for (int64_t c = first; c < last;) {
-      const int64_t end = whole ? std::min(last, (c / rows.block_size + 1) * rows.block_size) : c + 1;
+      const int64_t end = std::min(last, (c / rows.block_size + 1) * rows.block_size), num = std::min(end - c, together);
       const char* at = reinterpret_cast<const char*>(cache_ + rows.slot(c) * stride_ + offset);
-      const int64_t lines = ((end - c) * (whole ? stride_ : width) * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine;
-      pieces_.push_back({at, lines});
-      added_ += lines;
+      pieces_.push_back({at, (num * width * bytes + kLine - 1) / kLine, num * stride_ * bytes, (end - c) / num});
+      added_ += pieces_.back().lines * pieces_.back().count;
       c = end;
     }
   }
@@ -116,20 +115,25 @@ class Feed {
 
   [[gnu::always_inline]] void one() {
     if (fetched_ == limit_) return;
-    if (line_ == num_lines_) advance();
-    __builtin_prefetch(at_ + line_++ * kLine, 0, 2);
+    if (line_ == now_.lines) advance();
+    __builtin_prefetch(now_.at + line_++ * kLine, 0, 2);
     ++fetched_;
   }
 
  private:
   static constexpr int64_t kLine = 64, kAhead = 320;
-  struct Piece {
+  struct Piece {  // of a block: ``count`` times as many lines, each ``step`` bytes behind the one before
     const char* at;
-    int64_t lines;
+    int64_t lines, step, count;
   };
 
   void advance() {
-    at_ = pieces_[next_].at, num_lines_ = pieces_[next_].lines, line_ = 0;
+    line_ = 0;
+    if (--now_.count > 0) {
+      now_.at += now_.step;
+      return;
+    }
+    now_ = pieces_[next_];
     if (++next_ == pieces_.size()) pieces_.clear(), next_ = 0;
   }
 
@@ -137,8 +141,8 @@ class Feed {
   int64_t stride_;
   std::vector<Piece> pieces_;
   size_t next_ = 0;
-  const char* at_ = nullptr;
-  int64_t line_ = 0, num_lines_ = 0, added_ = 0, fetched_ = 0, limit_ = 0;
+  Piece now_{};
+  int64_t line_ = 0, added_ = 0, fetched_ = 0, limit_ = 0;
 };
 
 // Scores of a run's ``count`` keys for ``num`` queries one behind the other, and of some beyond them.
