@@ -17,6 +17,7 @@ import pytest
 
 from antiphon.core.budget import WINDOW_S, TenantLimits, Wish
 from antiphon.core.errors import Unavailable
+from antiphon.core.identity import own_identity
 from antiphon.directory.memory import MemoryDirectory, open_directory
 from antiphon.gateway.access.key_lines import key_line
 from antiphon.rpc.directory.service import DirectoryServer
@@ -115,6 +116,74 @@ async def test_two_gateways_over_one_store_let_a_tenant_take_its_limit_to_the_to
         if time.monotonic() - began_s < WINDOW_S:  # else the machine took more than the minute that the limit is for
             assert used <= LIMIT
             assert (over, whole) == (False, True)
+
+
+GATEWAY = """
+import asyncio, sys
+from antiphon.core.budget import TenantLimits, Use
+from antiphon.directory.memory import open_directory
+from antiphon.gateway.access import admission
+from antiphon.telemetry import disabled
+
+admission.LEASE_S, admission.RENEW_S = 6.0, 1.0
+
+async def main(address, used, *held):
+    limits = TenantLimits(tokens_per_min=1000, num_streams=4)
+    one = admission.Admission(open_directory(address).budgets, lambda _tenant: limits, disabled())
+    turns = [await one.enter("alice", int(num_tokens), None) for num_tokens in (used, *held)]
+    use = Use(tenant="alice", model="m", num_requests=1, num_prompt_tokens=int(used), num_cached_tokens=0, num_output_tokens=0)
+    await turns[0].finish(use)
+    print("has them", flush=True)
+    await one.run()
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+async def test_a_gateway_that_is_killed_gives_its_places_back_and_its_tokens_are_charged_whole(store: str) -> None:
+    """So that another never lets in more than the limit, whatever the dead one's requests had used."""
+    own_identity()  # named in the environment that both inherit
+    began_s, client, limits = time.monotonic(), open_directory(store), TenantLimits(tokens_per_min=1000, num_streams=4)
+    gateways = []
+    for tokens in (("30", "100", "100"), ("0", "50")):
+        command = [sys.executable, "-c", GATEWAY, store, *tokens]
+        gateways.append(await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE))
+    dying = gateways[0]
+
+    async def fit(*wishes: int) -> int:
+        """How many requests of so many tokens are let in at once; all are given back."""
+        taken: list[str] = []
+        for num_tokens in wishes:
+            wish = Wish(tenant="alice", ticket=f"{time.monotonic()}", num_tokens=num_tokens, limits=limits, lease_s=30.0)
+            if (await client.budgets.take_budget(wish)).exceeded is None:
+                taken.append(wish.ticket)
+        for ticket in taken:
+            await client.budgets.settle_budget("alice", ticket, 0)
+        return len(taken)
+
+    async def left() -> tuple[int, bool, bool]:
+        """Places, and whether what is left of the tokens fits, and one more."""
+        return await fit(0, 0, 0, 0), bool(await fit(720)), bool(await fit(721))
+
+    try:
+        for gateway in gateways:
+            assert gateway.stdout is not None
+            assert await gateway.stdout.readline() == b"has them\n"
+        assert await left() == (1, True, False)
+        dying.kill()
+        await dying.wait()
+        async with asyncio.timeout(60):
+            while (now := await left())[0] < 3 and time.monotonic() - began_s < WINDOW_S:
+                assert now[1:] == (True, False)
+                await asyncio.sleep(0.1)
+        if time.monotonic() - began_s < WINDOW_S:  # else the machine took more than the minute that the limit is for
+            assert await left() == (3, True, False)
+    finally:
+        for gateway in gateways:
+            with contextlib.suppress(ProcessLookupError):
+                gateway.kill()
+            await gateway.wait()
+        await client.close()
 
 
 async def test_a_tenant_with_limits_is_refused_while_their_store_is_away(tmp_path: Path) -> None:
