@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -100,7 +101,8 @@ class Target:
         assert len(self.directory.workers()) == len(self.workers), "a stranger is registered"
         started = time.monotonic()
         assert self.ask() == self.expected
-        assert time.monotonic() - started < 10.0, "an honest user had to wait"
+        busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # others of the machine make everybody wait
+        assert time.monotonic() - started < 10.0 * busy, "an honest user had to wait"
         assert httpx.get(f"{self.http}/status", timeout=10, trust_env=False).status_code == 200
 
     def close(self) -> None:
