@@ -27,16 +27,17 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from antiphon.coe.routing.assessment import Fitted, Gate, Mix, Ready
+from antiphon.coe.routing.assessment import Fitted, Gate, Likeness, Mix, Ready
 from antiphon.coe.routing.embedding import StaticEmbedding, TokenVectors, WordVectors
 from antiphon.coe.routing.encoder import SentenceEncoder
 from antiphon.coe.routing.wordpiece import WordPiece
 from antiphon.core.errors import CheckpointInvalid
 
 FORMAT = "antiphon-coe-router"
-FORMAT_VERSION = 7
-# 2 has no words, 3 no points harmless only for familiar prompts, 4 no caution, 5 no plain router, 6 words of a window and no leads.
-READ_VERSIONS = (2, 3, 4, 5, 6, 7)
+FORMAT_VERSION = 8
+# 2 has no words, 3 no points harmless only for familiar prompts, 4 no caution, 5 no plain router, 6 words of a window and no leads,
+# 7 no likeness.
+READ_VERSIONS = (2, 3, 4, 5, 6, 7, 8)
 MANIFEST = "manifest.json"
 _JSON, _ARRAYS, _VOCABULARY, _ENCODER = "router.json", "router.safetensors", "vocab.txt", "encoder.onnx"
 _WORDS = "words.txt"
@@ -119,6 +120,8 @@ def _path_arrays(prefix: str, path: ServedPath) -> dict[str, Array]:
         f"{prefix}.plain_scores": fitted.plain_scores_FM,
         f"{prefix}.mean": fitted.mean_M,
         f"{prefix}.landmarks": fitted.landmarks_ND.astype(np.float16),
+        f"{prefix}.centres": fitted.likeness.centres_FK,
+        f"{prefix}.centre_bias": fitted.likeness.bias_F,
     }
 
 
@@ -149,10 +152,17 @@ def _read_path(prefix: str, arrays: Mapping[str, Array], value: Mapping[str, Any
             mean_M=arrays[f"{prefix}.mean"],
             general=int(value.get("general", arrays[f"{prefix}.mean"].argmax())),  # formats before 5 don't say it
             landmarks_ND=arrays[f"{prefix}.landmarks"].astype(np.float32),
+            likeness=_read_likeness(prefix, arrays),
         ),
         mix=Mix(**{"strange_hold": 0.5 * value["mix"].get("hold", 0.0), **value["mix"]}),  # before format 7, by less the stranger
         gate=Gate(**value["gate"]),
     )
+
+
+def _read_likeness(prefix: str, arrays: Mapping[str, Array]) -> Likeness:
+    if f"{prefix}.centres" not in arrays:  # before format 8
+        return Likeness.none(len(arrays[f"{prefix}.category_of_class"]))
+    return Likeness(centres_FK=arrays[f"{prefix}.centres"], bias_F=arrays[f"{prefix}.centre_bias"])
 
 
 def _vectors(prefix: str, vectors: TokenVectors) -> dict[str, Array]:
@@ -342,7 +352,7 @@ def _check_shapes(artifact: Artifact, directory: Path) -> None:
         if path is None:
             continue
         fitted, num_classes = path.fitted, len(artifact.classes)
-        width = num_classes + num_experts + (num_classes if artifact.embedding.words is not None else 0)
+        width = num_classes + num_experts + (num_classes if artifact.embedding.words is not None else 0) + fitted.num_directions
         good = (
             fitted.heads_DH.ndim == 2
             and fitted.heads_DH.shape[1] == width == len(fitted.bias_H)
@@ -353,6 +363,7 @@ def _check_shapes(artifact: Artifact, directory: Path) -> None:
             and fitted.category_scores_CM.shape == (num_categories, num_experts)
             and fitted.plain_scores_FM.shape == (num_classes, num_experts)
             and fitted.mean_M.shape == (num_experts,)
+            and fitted.likeness.centres_FK.shape[:1] == fitted.likeness.bias_F.shape == (num_classes,)
             and fitted.landmarks_ND.shape[1:] == (len(fitted.heads_DH),)
         )
         if not good:

@@ -3,11 +3,13 @@
     embedding ─┬► class head ─┬─► p(class) ─┬─► p(category): the sum over its classes
                │              │       ▲     └─► mean scores of classes and categories ─┐
                ├► word head ──│───────┘ a share, and by itself: ─► the plain router's pick ─► the lead asked of others
-               └► score heads │────────────────────────────────────────────────────────┴─► expected score per expert
-                              └─► energy of the logits ─► familiarity 0..1: how much this looks like what was trained on
+               ├► score heads │────────────────────────────────────────────────────────┴─► expected score per expert
+               └► likeness ─► how much nearer to the centres of classes than to the middle of all ─► familiarity 0..1
 
-A class is a category within a dataset. Energy is the logarithm of the sum of the logits' exponentials: low where no class speaks
-up (Liu et al. 2020, arXiv 2010.03759). Shape letters: B prompts, D embedding, C categories, F classes, N landmarks, M experts.
+A class is a category within a dataset. Likeness is a few directions in which classes differ (Fisher's discriminants): the logarithm
+of how likely a prompt is as one of the classes, over how likely it is as any text (relative Mahalanobis distance, Ren et al. 2021,
+arXiv 2106.09022). Artifacts before format 8 have none and go by the energy of the class head's logits (Liu et al. 2020, arXiv
+2010.03759). Shape letters: B prompts, D embedding, C categories, F classes, K directions, N landmarks, M experts.
 Training and routing share this code, so what is judged is what is served. Must not know: files, policies, clocks.
 """
 
@@ -38,7 +40,7 @@ def softmax(logits_BC: npt.NDArray[np.floating], temperature: float) -> Floats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
-    """Familiarity as a logistic function of the energy; below ``threshold`` a prompt goes to the general expert.
+    """Familiarity as a logistic function of the signal; below ``threshold`` a prompt goes to the general expert.
 
     Above it, the less familiar a prompt is, the further ahead of the general expert another must be expected: by ``caution`` at a
     familiarity of 0, by nothing from ``caution_below`` on. Small leads on unfamiliar prompts are noise.
@@ -50,9 +52,9 @@ class Gate:
     caution: float = 0.0  # expected score
     caution_below: float = 1.0  # familiarity; above 0
 
-    def familiarity(self, energy_B: Floats) -> Floats:
+    def familiarity(self, signal_B: Floats) -> Floats:
         """0..1 for each prompt."""
-        logit_B = np.clip(self.weight * energy_B.astype(np.float64) + self.bias, -_MAX_LOGIT, _MAX_LOGIT)
+        logit_B = np.clip(self.weight * signal_B.astype(np.float64) + self.bias, -_MAX_LOGIT, _MAX_LOGIT)
         result: Floats = (1.0 / (1.0 + np.exp(-logit_B))).astype(np.float32)
         return result
 
@@ -74,20 +76,42 @@ class Raw:
     logits_BF: Floats
     value_BM: Floats  # expected scores by the score heads
     word_BF: Floats  # logits of classes by the words alone; no columns without a word head
+    signal_B: Floats  # the gate's
 
-    @property
-    def energy(self) -> Floats:
-        """The gate's signal."""
-        top_B1 = np.maximum.reduce(self.logits_BF, axis=1, keepdims=True)
-        result: Floats = np.log(np.add.reduce(np.exp(self.logits_BF - top_B1), axis=1)) + top_B1[:, 0]
-        return result
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Likeness:
+    """Classes in the directions in which they differ; the directions are columns of the heads."""
+
+    centres_FK: Floats
+    bias_F: Floats  # of classes, what their centres are worth
+
+    @classmethod
+    def none(cls, num_classes: int) -> Likeness:
+        """No directions: the signal is the energy of the class head's logits."""
+        return cls(centres_FK=np.zeros((num_classes, 0), np.float32), bias_F=np.zeros(num_classes, np.float32))
+
+    def signal(self, along_BK: Floats, logits_BF: Floats) -> Floats:
+        """The gate's signal of prompts, where ``along_BK`` is what the directions say: log p(as one of the classes) / p(as any)."""
+        if not self.centres_FK.shape[1]:
+            return _energy(logits_BF)
+        nearest: Floats = _energy(along_BK @ self.centres_FK.T + self.bias_F)
+        nearest -= np.float32(0.5) * np.add.reduce(along_BK * along_BK, axis=1)
+        return nearest
+
+
+def _energy(logits_BF: Floats) -> Floats:
+    top_B1 = np.maximum.reduce(logits_BF, axis=1, keepdims=True)
+    result: Floats = np.log(np.add.reduce(np.exp(logits_BF - top_B1), axis=1)) + top_B1[:, 0]
+    return result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fitted:
     """Heads and mean scores fitted on one set of prompts."""
 
-    heads_DH: Floats  # H = F + M or F + M + F: logits of classes, scores of experts, logits of classes by words
+    # H = F + M + K or F + M + K + F: logits of classes, scores of experts, likeness, logits of classes by words
+    heads_DH: Floats
     bias_H: Floats
     temperature: float  # of the classes' logits
     category_F: Ints  # the category of each class
@@ -97,13 +121,25 @@ class Fitted:
     general: int  # the expert that has the best one, and serves what is not familiar
     plain_scores_FM: Floats  # as class_scores_FM, drawn to nothing: with the word head, the plain router
     landmarks_ND: Floats  # a fixed sample of training prompts, which stand for requests to come
+    likeness: Likeness
 
     def raw(self, embedding_BD: Floats) -> Raw:
         """Everything that costs time, once."""
         found_BH: Floats = embedding_BD @ self.heads_DH
         found_BH += self.bias_H
         F, end = len(self.category_F), len(self.category_F) + len(self.mean_M)
-        return Raw(logits_BF=found_BH[:, :F], value_BM=found_BH[:, F:end], word_BF=found_BH[:, end:])
+        word = end + self.num_directions
+        return Raw(
+            logits_BF=found_BH[:, :F],
+            value_BM=found_BH[:, F:end],
+            word_BF=found_BH[:, word:],
+            signal_B=self.likeness.signal(found_BH[:, end:word], found_BH[:, :F]),
+        )
+
+    @property
+    def num_directions(self) -> int:
+        """K."""
+        return self.likeness.centres_FK.shape[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +188,7 @@ def assess(raw: Raw, fitted: Fitted, mix: Mix, gate: Gate) -> Assessment:
     if mix.value_share:
         scores_BM += np.float32(mix.value_share) * raw.value_BM
     categories_BC = class_BF @ members(fitted)
-    familiarity_B = gate.familiarity(raw.energy)
+    familiarity_B = gate.familiarity(raw.signal_B)
     leads_BM = np.zeros_like(scores_BM)
     if mix.holds:
         strange_B = gate.strangeness(familiarity_B)
@@ -218,7 +254,8 @@ class Ready:
     def __init__(self, fitted: Fitted, mix: Mix, gate: Gate, *, native: bool = True) -> None:
         """Fold what no prompt changes: the mix into the tables, both tables into one. ``native`` False asks for numpy."""
         F, end = len(fitted.category_F), len(fitted.category_F) + len(fitted.mean_M)
-        width = fitted.heads_DH.shape[1] if mix.asks_words else end
+        word = end + fitted.num_directions
+        width = fitted.heads_DH.shape[1] if mix.asks_words else word
         weights_DH = fitted.heads_DH[:, :width].copy()
         weights_DH[:, F:end] *= np.float32(mix.value_share)
         bias_H = fitted.bias_H[:width].copy()
@@ -234,6 +271,8 @@ class Ready:
                 table_FX,
                 np.ascontiguousarray(fitted.mean_M, np.float32),
                 plain_FM,
+                np.ascontiguousarray(fitted.likeness.centres_FK, np.float32),
+                np.ascontiguousarray(fitted.likeness.bias_F, np.float32),
                 fitted.general,
                 mix.asks_words,
                 mix.hold,
@@ -252,6 +291,8 @@ class Ready:
         self._table_FX = table_FX
         self._mean_M = fitted.mean_M
         self._num_classes, self._num_experts, self._end = F, len(fitted.mean_M), end
+        self._word = word
+        self._likeness = fitted.likeness
         self._mix = mix
         self._plain_FM = plain_FM
         self._cooling = np.float32(1.0 / fitted.temperature)
@@ -266,13 +307,13 @@ class Ready:
         found_H = self._weights_HD @ embedding_D
         found_H += self._bias_H
         logits_F = found_H[: self._num_classes]
-        logits_F -= (top := logits_F[logits_F.argmax()])
-        energy = math.log(float(np.add.reduce(np.exp(logits_F)))) + float(top)
+        signal = float(self._likeness.signal(found_H[None, self._end : self._word], logits_F[None])[0])
+        logits_F -= logits_F[logits_F.argmax()]
         logits_F *= self._cooling
         class_F = np.exp(logits_F, out=logits_F)
         mix = self._mix
         class_F *= np.float32((1.0 - mix.word_share) / float(np.add.reduce(class_F)))
-        word_F = found_H[self._end :]
+        word_F = found_H[self._word :]
         if mix.asks_words:
             word_F -= word_F[word_F.argmax()]
             np.exp(word_F, out=word_F)
@@ -281,7 +322,7 @@ class Ready:
         mixed_X = class_F @ self._table_FX
         scores_M = mixed_X[: self._num_experts]
         scores_M += found_H[self._num_classes : self._end]
-        logit = min(max(self._gate.weight * energy + self._gate.bias, -_MAX_LOGIT), _MAX_LOGIT)
+        logit = min(max(self._gate.weight * signal + self._gate.bias, -_MAX_LOGIT), _MAX_LOGIT)
         familiarity = 1.0 / (1.0 + math.exp(-logit))
         strange = max(0.0, 1.0 - familiarity / self._gate.caution_below)
         leads_M = np.zeros_like(scores_M)

@@ -9,8 +9,9 @@ number or raises for what a client sent. Must not know: HTTP, gRPC, where the vi
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple, NewType
 
 from antiphon.core.document.coe.experts import ExpertSpec
@@ -164,7 +165,7 @@ def decide(
     policy = question.policy if question.policy is not None else spec.policy.name
     candidates = _candidates(question, spec, judgement, terms, view)
     blocks = {candidate.expert: candidate.block for candidate in candidates}
-    able = [name for name, block in blocks.items() if block is None]
+    able = {name: None for name, block in blocks.items() if block is None}  # in order, and quick to be asked
     if question.expert is not None and (question.expert not in blocks or blocks[question.expert] is Block.NOT_ALLOWED):
         # A hidden expert looks like one that does not exist.
         raise InvalidInput(f"there is no expert {question.expert!r} here", "expert")
@@ -190,7 +191,7 @@ def decide(
 def _block(expert: ExpertSpec, question: Question, state: ExpertState) -> Block | None:
     if question.allowed is not None and expert.name not in question.allowed:
         return Block.NOT_ALLOWED
-    if expert.context_tokens is not None and question.context_tokens > expert.context_tokens:
+    if question.context_tokens and expert.context_tokens is not None and question.context_tokens > expert.context_tokens:
         return Block.CONTEXT
     if question.modalities != expert.modalities and not set(question.modalities) <= set(expert.modalities):
         return Block.MODALITY
@@ -216,16 +217,17 @@ def _candidates(
     familiar = judgement is None or judgement.familiarity >= terms.cost_from
     costs, states, wait_weight = terms.cost if familiar else terms.tie_cost, view.experts, spec.policy.wait_weight
     leads = {} if judgement is None or not terms.leads else _leads(judgement, terms, costs)
+    score_of, cost_of, lead_of, state_of = scores.get, costs.get, leads.get, states.get
     for expert in spec.experts:
         name = expert.name
-        state = states.get(name, _UNREPORTED)
+        state = state_of(name, _UNREPORTED)
         block = _block(expert, question, state)
-        score = scores.get(name, 0.0)
-        cost = costs.get(name, 0.0)
+        score = score_of(name, 0.0)
+        cost = cost_of(name, 0.0)
         wait = 0.0
         if state is not _UNREPORTED:
             wait = wait_weight * (state.expected_wait_s + (0.0 if state.resident else state.load_s))
-        lead = leads.get(name, 0.0)
+        lead = lead_of(name, 0.0)
         found.append(Candidate(name, score, cost, wait, score - cost - wait - lead if block is None else None, block, lead))
     return tuple(found)
 
@@ -238,11 +240,18 @@ def _leads(judgement: Judgement, terms: PolicyTerms, costs: Mapping[str, float])
     """
     if not any(judgement.leads.values()):
         return {}
-    known, learnt, share = terms.experts, judgement.learnt, terms.leads
-    after = {name: score - learnt.get(name, 0.0) - costs.get(name, 0.0) for name, score in judgement.scores.items()}
-    asked = {name: share * judgement.leads.get(name, 0.0) for name in after}
-    best = max((after[name] - asked[name] for name in after if name in known), default=0.0)
-    return {name: min(lead, max(0.0, after[name] - best + _JUST)) for name, lead in asked.items()}
+    known, learnt, share, cost_of, lead_of = terms.experts, judgement.learnt, terms.leads, costs.get, judgement.leads.get
+    after = {name: score - cost_of(name, 0.0) for name, score in judgement.scores.items()}
+    for name, shift in learnt.items():
+        if name in after:
+            after[name] -= shift
+    best = max([after[name] - share * lead_of(name, 0.0) for name in known if name in after], default=0.0)
+    leads = {}
+    for name, total in after.items():
+        lead, behind = share * lead_of(name, 0.0), total - best + _JUST
+        if lead > 0.0 and behind > 0.0:
+            leads[name] = lead if lead < behind else behind
+    return leads
 
 
 def _chosen(
@@ -253,7 +262,7 @@ def _chosen(
     candidates: Sequence[Candidate],
     blocks: Mapping[str, Block | None],
     sticky_expert: str | None,
-    able: Sequence[str],
+    able: Collection[str],
     view: View,
 ) -> tuple[str, Reason, str]:
     """The expert, the reason and its sentence."""
@@ -265,7 +274,7 @@ def _chosen(
         if _matches(rule.when, question) and blocks[rule.expert] is None:
             return rule.expert, Reason.RULE, f"rule {rule.name}"
     if len(able) == 1:
-        return able[0], Reason.ONLY_CHOICE, "no other expert can serve this request"
+        return next(iter(able)), Reason.ONLY_CHOICE, "no other expert can serve this request"
     if judgement is None:
         if blocks[spec.general] is None:
             return spec.general, Reason.NO_ROUTER, "without a judgement of the prompt the general expert serves"
@@ -288,6 +297,9 @@ def _chosen(
     return best.expert, Reason.SCORE, f"best for {judgement.category} after cost and wait"
 
 
+_TOTAL = attrgetter("total")  # of candidates that have one
+
+
 def _total(candidate: Candidate) -> float:
     assert candidate.total is not None  # callers keep blocked candidates out
     return candidate.total
@@ -297,7 +309,7 @@ def _best(candidates: Sequence[Candidate], terms: PolicyTerms) -> Candidate:
     """The highest total among the policy's experts, or among all when none of them can serve; the earlier on a tie."""
     open_ones = [c for c in candidates if c.total is not None]
     preferred = [c for c in open_ones if c.expert in terms.experts] or open_ones
-    return max(preferred, key=_total)
+    return max(preferred, key=_TOTAL)
 
 
 def _instead(
@@ -305,18 +317,18 @@ def _instead(
     blocks: Mapping[str, Block | None],
     spec: CompositionSpec,
     candidates: Sequence[Candidate],
-    able: Sequence[str],
+    able: Collection[str],
 ) -> tuple[str, Reason, str]:
     block = blocks[wanted]
     why = "unavailable" if block is None else block.value
     return _order(wanted, candidates, spec, able)[0], Reason.FALLBACK, f"{wanted} can't serve this request ({why})"
 
 
-def _order(chosen: str, candidates: Sequence[Candidate], spec: CompositionSpec, able: Sequence[str]) -> tuple[str, ...]:
+def _order(chosen: str, candidates: Sequence[Candidate], spec: CompositionSpec, able: Collection[str]) -> tuple[str, ...]:
     """Experts to try after ``chosen``: the document's fallbacks, then the runner-up, then the general expert, then the rest."""
-    by_total = sorted((c for c in candidates if c.total is not None), key=_total, reverse=True)
-    runner_up = [c.expert for c in by_total if c.expert != chosen][:1]
-    wanted = [*spec.fallbacks, *runner_up, spec.general, *(c.expert for c in by_total)]
+    by_total = [c.expert for c in sorted([c for c in candidates if c.total is not None], key=_TOTAL, reverse=True)]
+    runner_up = [name for name in by_total[:2] if name != chosen][:1]
+    wanted = [*spec.fallbacks, *runner_up, spec.general, *by_total]
     return tuple(dict.fromkeys(name for name in wanted if name in able and name != chosen))
 
 

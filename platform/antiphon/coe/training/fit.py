@@ -39,7 +39,7 @@ from antiphon.coe.training.encoders.topics import fit_topics, topic_rows
 from antiphon.coe.training.encoders.words import WordCounts, fit_words, word_rows
 from antiphon.coe.training.frontier import Foreign, FrontierPoint, frontier
 from antiphon.coe.training.gating import OPEN, Rehearsal, choose_departure, rehearsed, scale_of
-from antiphon.coe.training.heads import fit_classes, fit_values, landmark_rows, prior_rows, shrunken_means, steadying
+from antiphon.coe.training.heads import fit_classes, fit_likeness, fit_values, landmark_rows, prior_rows, shrunken_means, steadying
 
 Doubles = npt.NDArray[np.float64]
 
@@ -66,7 +66,7 @@ class Recipe:
     max_left_out: int = 8  # datasets left out in turn to tune the gate, the largest
     worth_having: float = 0.001  # mean score that an expert must bring to the category that would miss it most
     category_share: float = 0.5
-    value_shares: tuple[float, ...] = (0.0, 0.2, 0.4, 0.7)
+    value_shares: tuple[float, ...] = (0.0, 0.2, 0.4, 0.7, 1.0)
     word_shares: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 
 
@@ -164,7 +164,7 @@ def fit_path(examples: Examples, rows: Ints, costs_M: Doubles, recipe: Recipe, m
     source_B = examples.labels.source_B[seen]
     temperature = _temperature(np.concatenate([part.raw.logits_BF for part in inside]), source_B)
     mix = _best_mix(inside, scores_BM, temperature, _word_share(inside, source_B, temperature, recipe), recipe)
-    scale = scale_of([part.raw.energy for part in inside], [part.raw.energy for part in outside])
+    scale = scale_of([part.raw.signal_B for part in inside], [part.raw.signal_B for part in outside])
     departure = choose_departure(
         scale,
         [_rehearsal(part, temperature, mix, scale, scores_BM) for part in inside],
@@ -200,16 +200,26 @@ def _fit(examples: Examples, rows: Ints, recipe: Recipe, num_variants: int, memo
     # Prompt and variants count as one: else weights, and with them energies, would grow with the number of variants.
     inverse_penalty = recipe.inverse_penalty / (num_variants + 1)
     classes = fit_classes(together, repeated_B, num_classes, inverse_penalty, recipe.max_iterations)
-    values = fit_values(together, np.tile(scores_BM[labelled], (num_variants + 1, 1)), recipe.value_penalty * (num_variants + 1))
-    # Words as they stand, without variants: what rewording leaves alone is the other head's to know.
+    # Words as they stand, without variants: what rewording leaves alone is the class head's to know.
     word_BD = word_RD[labels.category_B[rows] >= 0]
+    # Scores of single prompts are mostly noise: what steadies classes takes more from these heads than they can spare.
+    values = fit_values(np.concatenate([plain_BD, word_BD], axis=1), scores_BM[labelled], recipe.value_penalty)
     by_word = fit_classes(word_BD, class_B, num_classes, recipe.inverse_penalty, recipe.max_word_iterations)
+    directions, likeness = fit_likeness(plain_BD, variants_BVD, class_B, num_classes)
     mean_M = scores_BM[rows].mean(axis=0)
     chosen = landmark_rows(np.arange(len(labelled)), class_B, recipe.num_landmarks, recipe.seed)
     result = Model(
         fitted=Fitted(
-            heads_DH=_stacked(steady_DD @ np.concatenate([classes.weights_DC, values.weights_DC], axis=1), by_word.weights_DC),
-            bias_H=np.concatenate([classes.bias_C, values.bias_C, by_word.bias_C]),
+            heads_DH=np.concatenate(
+                [
+                    _above(steady_DD @ classes.weights_DC, word_BD.shape[1]),
+                    values.weights_DC,
+                    _above(directions.weights_DC, word_BD.shape[1]),
+                    _below(by_word.weights_DC, D),
+                ],
+                axis=1,
+            ),
+            bias_H=np.concatenate([classes.bias_C, values.bias_C, directions.bias_C, by_word.bias_C]),
             temperature=1.0,
             category_F=_categories_of(labels),
             class_scores_FM=shrunken_means(
@@ -223,6 +233,7 @@ def _fit(examples: Examples, rows: Ints, recipe: Recipe, num_variants: int, memo
             mean_M=mean_M.astype(np.float32),
             general=int(mean_M.argmax()),
             landmarks_ND=np.concatenate([plain_BD, word_BD], axis=1)[chosen].astype(np.float32),
+            likeness=likeness,
         ),
         spaces=Spaces(topics=topics, words=words),
     )
@@ -230,12 +241,14 @@ def _fit(examples: Examples, rows: Ints, recipe: Recipe, num_variants: int, memo
     return result
 
 
-def _stacked(upper: Floats, lower: Floats) -> Floats:
-    """Heads of the first numbers of an embedding and heads of its last ones, side by side, zero elsewhere."""
-    result = np.zeros((len(upper) + len(lower), upper.shape[1] + lower.shape[1]), np.float32)
-    result[: len(upper), : upper.shape[1]] = upper
-    result[len(upper) :, upper.shape[1] :] = lower
-    return result
+def _above(heads_DC: Floats, num_more: int) -> Floats:
+    """Heads that ask nothing of the last numbers of an embedding."""
+    return np.pad(heads_DC, ((0, num_more), (0, 0)))
+
+
+def _below(heads_DC: Floats, num_more: int) -> Floats:
+    """Heads that ask nothing of the first ones."""
+    return np.pad(heads_DC, ((num_more, 0), (0, 0)))
 
 
 def _categories_of(labels: Labels) -> Ints:
@@ -356,7 +369,7 @@ def _rehearsal(part: _Part, temperature: float, mix: Mix, scale: Gate, scores_BM
         part.fitted.general,
         actual_BM,
         actual_BM[np.arange(len(actual_BM)), plain_BM.argmax(axis=1)],
-        part.raw.energy,
+        part.raw.signal_B,
     )
 
 
@@ -370,7 +383,7 @@ def _trust(outside: Sequence[_Part], temperature: float, mix: Mix, gate: Gate, s
     explained, spread = 0.0, 0.0
     for part in outside:
         found = _assessed(part, temperature, mix, OPEN)
-        closed = gate.familiarity(part.raw.energy) < np.float32(gate.threshold)
+        closed = gate.familiarity(part.raw.signal_B) < np.float32(gate.threshold)
         expected_BM = (found.scores_BM - part.fitted.mean_M)[closed]
         explained += float((expected_BM * (scores_BM[part.rows][closed] - part.fitted.mean_M)).sum())
         spread += float((expected_BM**2).sum())

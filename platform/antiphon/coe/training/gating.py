@@ -24,20 +24,19 @@ OPEN = Gate(weight=1.0, bias=0.0, threshold=0.0)
 NEVER = 1.0  # a lead that nothing reaches: scores are 0..1
 # Expected scores by which another expert must be ahead of the plain router's pick, on familiar prompts and on strange ones.
 _HOLDS = (0.0, 0.02, 0.04, 0.08, NEVER)
-_STRANGE_HOLDS = (0.0, 0.02, 0.05, NEVER)
-# The same of the general expert, on the strangest; less than is presumed only where routing helps foreign prompts beyond doubt.
-_PRESUMED = 0.06
-_CAUTIONS = (0.0, 0.03, 0.06, 0.12, 0.3, NEVER)
-_BELOW = (0.75, 0.5, 0.25, 0.1)  # shares of known prompts that are strange at all
-# Shares of prompts of known kinds that the gate may close on. With a share of none, it still closes this many standard deviations
-# below the least familiar prompt: what is like nothing that was learnt from is not known, however well routing went.
-_SHARES = (0.0, 0.01, 0.02, 0.04, 0.08, 0.12)
-_MARGIN = 0.5
+_STRANGE_HOLDS = (0.0, 0.02, 0.05)
+# The same of the general expert, on the strangest. Few choices: the best of many is the luckiest.
+_CAUTIONS = (0.0, 0.06, 0.12, 0.3)
+_BELOW = (0.5, 0.25, 0.12, 0.04)  # shares of known prompts that are strange at all
+# Shares of prompts of known kinds that the gate may close on. The least is not none: what is like nothing that was learnt from is
+# not known, and the least familiar of all known prompts may be like nothing either.
+_SHARES = (0.005, 0.02, 0.08)
 _COUNTED = 0.5  # share of a gain that is counted
 _SURE = 1.96  # standard errors
 _MAY_LOSE = 0.0018  # what known prompts may lose to the plain router, at 95 %, so that foreign ones are safe
 # How much more a loss to the general expert counts there: who knows nothing of a kind of prompt would ask it.
-_TO_GENERAL = 2.0
+_TO_GENERAL = 4.0
+_LIKELY = 1.64  # standard errors, by datasets, from which routing is taken to help foreign prompts: 95 %, one-sided
 _BY_GAIN = 0.1  # how much a mean gain weighs beside what datasets lose
 
 
@@ -96,20 +95,19 @@ def choose_departure(scale: Gate, inside: Sequence[Rehearsal], outside: Sequence
     """When to depart, by prompts of known kinds, ``inside``, and of foreign ones, ``outside``: one rehearsal per dataset left out.
 
     First the lead on familiar prompts: the one whose gain over the plain router is proven and greatest, else none is in reach.
-    Then, among what loses known prompts no more than it may, what loses left-out datasets least, to the plain router and to the
-    general expert. ``scale`` is open and has the scale of familiarity.
+    Where that also helps left-out datasets, foreign prompts are routed as known ones are, and the gate closes on what is stranger
+    than almost all of them. Else, among what loses known prompts no more than it may, what loses left-out datasets least, to the
+    plain router and to the general expert. ``scale`` is open and has the scale of familiarity.
     """
     outside = [one for one in outside if len(one.plain_B)]
     known, foreign = _joined(inside), _joined(outside)
     known_B = known.signal_B.astype(np.float64)
-    cut_Q = np.quantile(known_B, _SHARES)
-    cut_Q[0] -= _MARGIN * known_B.std()
-    shares = [float(share) for share in scale.familiarity(cut_Q.astype(np.float32))]
+    thresholds = [float(least) for least in scale.familiarity(np.quantile(known_B, _SHARES).astype(np.float32))]
     below = [max(float(b), 1e-6) for b in np.quantile(scale.familiarity(known.signal_B), _BELOW)]
-    cautions = [caution for caution in _CAUTIONS if caution >= _PRESUMED or _helps(scale, outside)]
+    cautions = [caution for caution in _CAUTIONS if outside or caution]  # what nothing is known of is not trusted
     gates = [
         replace(scale, threshold=threshold, caution=caution, caution_below=limit)
-        for limit, threshold, caution in itertools.product(below, shares, cautions)
+        for limit, threshold, caution in itertools.product(below, thresholds, cautions)
     ]
     hold, best = NEVER, 0.0
     for one in _HOLDS[:-1]:
@@ -117,6 +115,12 @@ def choose_departure(scale: Gate, inside: Sequence[Rehearsal], outside: Sequence
         mean, error = _mean(_gain(known, held).over_plain_B)
         if _COUNTED * mean >= _SURE * error and mean > best:
             hold, best = one, mean
+    if outside:
+        least = min(float(np.quantile(signal_B, _SHARES[0])) for signal_B in (known_B, foreign.signal_B))
+        open_gate = replace(scale, threshold=float(scale.familiarity(np.array([least], np.float32))[0]))
+        alike = Departure(gate=open_gate, hold=hold, strange_hold=hold)
+        if _helps(alike, outside):
+            return alike
     departures = [Departure(gate=gate, hold=hold, strange_hold=strange) for strange in (hold, *_STRANGE_HOLDS) for gate in gates]
     place_B = np.repeat(np.arange(len(outside)), [len(one.plain_B) for one in outside])
     return max(departures, key=lambda one: _worth(one, known, foreign, place_B))
@@ -130,16 +134,10 @@ class _Gain:
     over_general_B: Doubles
 
 
-def _helps(scale: Gate, outside: Sequence[Rehearsal]) -> bool:
-    """Whether routing without caution gains over the general expert beyond doubt, by datasets, held to the plain router or not."""
-    if len(outside) < 2:
-        return False
-    for hold in (0.0, NEVER):
-        free = Departure(gate=scale, hold=hold, strange_hold=hold)
-        gain_G = np.array([_gain(one, free).over_general_B.mean() for one in outside])
-        if gain_G.mean() > _SURE * gain_G.std(ddof=1) / np.sqrt(len(gain_G)):
-            return True
-    return False
+def _helps(departure: Departure, outside: Sequence[Rehearsal]) -> bool:
+    """Whether it gains over the general expert on left-out datasets; these differ far more than their rows do."""
+    gain_G = np.array([_gain(one, departure).over_general_B.mean() for one in outside])
+    return len(gain_G) > 1 and float(gain_G.mean()) > _LIKELY * float(gain_G.std(ddof=1)) / np.sqrt(len(gain_G))
 
 
 def _worth(one: Departure, known: Rehearsal, foreign: Rehearsal, place_B: Ints) -> float:

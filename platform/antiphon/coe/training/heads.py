@@ -1,4 +1,4 @@
-"""Fits what a path is made of: class head, score heads, mean scores, landmarks (control speed, offline).
+"""Fits what a path is made of: class head, score heads, likeness, mean scores, landmarks (control speed, offline).
 
 Must not know: folds, gates, policies.
 """
@@ -12,12 +12,16 @@ import numpy.typing as npt
 from scipy.linalg import solve
 from sklearn.linear_model import LogisticRegression
 
-from antiphon.coe.routing.assessment import Floats, Ints
+from antiphon.coe.routing.assessment import Floats, Ints, Likeness
 
 Doubles = npt.NDArray[np.float64]
 
 _ABSENT = -30.0  # bias of a class that the rows don't have
 _MAX_PRIOR_ROWS = 1000.0
+_ABSENT_CENTRE = -1e6  # bias of a centre that no row has
+_SHRINKAGE = 1.0  # of the spread within classes: mean variances that are added to every direction
+_MAX_DIRECTIONS = 48
+_FLAT = 1e-6  # of the spread between classes in the direction where it is the greatest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +80,45 @@ def fit_values(embedding_BD: Floats, scores_BM: Doubles, penalty: float) -> Head
     moment_DM = embedding_BD.T.astype(np.float64) @ scores_BM - len(embedding_BD) * np.outer(mean_D, mean_M)
     weights_DM = solve(gram_DD + penalty * np.eye(len(gram_DD)), moment_DM, assume_a="pos")
     return Head(weights_DC=weights_DM.astype(np.float32), bias_C=(mean_M - mean_D @ weights_DM).astype(np.float32))
+
+
+def fit_likeness(embedding_BD: Floats, variants_BVD: Floats, label_B: Ints, num_classes: int) -> tuple[Head, Likeness]:
+    """Directions in which classes differ, and the classes' centres there: Fisher's discriminants, spread within classes shared.
+
+    log p(x as one of the classes) - log p(x as any), both normal, of the same spread but for that between classes. It changes along
+    the discriminants alone: with ``u`` what they say of x, scaled by what they hold of the whole, it is
+    ``log sum_c exp(u·centre_c + bias_c) - |u|²/2`` and a constant. Prompts and their variants count half each.
+    """
+    D = embedding_BD.shape[1]
+    present, place_B = np.unique(label_B, return_inverse=True)
+    if len(present) < 2:
+        return Head(weights_DC=np.zeros((D, 0), np.float32), bias_C=np.zeros(0, np.float32)), Likeness.none(num_classes)
+    share_C = np.bincount(place_B) / len(place_B)
+    middle_BD = embedding_BD.astype(np.float64)
+    if variants_BVD.size:
+        middle_BD = (middle_BD + variants_BVD.mean(axis=1, dtype=np.float64)) / 2
+    means_CD = np.stack([middle_BD[place_B == c].mean(axis=0) for c in range(len(present))])
+    mean_D = share_C @ means_CD
+    rest_BD = (embedding_BD - means_CD[place_B]).astype(np.float32)
+    within_DD = (rest_BD.T @ rest_BD).astype(np.float64) / len(rest_BD)
+    if variants_BVD.size:
+        rest_BD = (variants_BVD - means_CD[place_B][:, None]).astype(np.float32).reshape(-1, D)
+        within_DD = (within_DD + (rest_BD.T @ rest_BD).astype(np.float64) / len(rest_BD)) / 2
+    within_DD += max(_SHRINKAGE * float(np.trace(within_DD)) / D, 1e-9) * np.eye(D)
+    values, axes = np.linalg.eigh(within_DD)
+    whitening_DD = axes / np.sqrt(values)
+    apart_CD = (means_CD - mean_D) @ whitening_DD
+    _, spread_K, turned_KD = np.linalg.svd(np.sqrt(share_C)[:, None] * apart_CD, full_matrices=False)
+    between_K = spread_K**2
+    kept = np.flatnonzero(between_K > _FLAT * max(float(between_K[0]), 1e-12))[: min(_MAX_DIRECTIONS, len(present) - 1)]
+    turned_DK, between_K = turned_KD[kept].T, between_K[kept]
+    scale_K = np.sqrt(between_K / (1.0 + between_K))
+    weights_DK = whitening_DD @ turned_DK * scale_K
+    centre_CK = apart_CD @ turned_DK
+    centres_FK, bias_F = np.zeros((num_classes, len(kept)), np.float32), np.full(num_classes, _ABSENT_CENTRE, np.float32)
+    centres_FK[present], bias_F[present] = centre_CK / scale_K, -0.5 * (centre_CK**2).sum(axis=1)
+    directions = Head(weights_DC=weights_DK.astype(np.float32), bias_C=(-mean_D @ weights_DK).astype(np.float32))
+    return directions, Likeness(centres_FK=centres_FK, bias_F=bias_F)
 
 
 def prior_rows(label_B: Ints, scores_BM: Doubles) -> float:

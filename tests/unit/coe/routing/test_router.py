@@ -13,7 +13,7 @@ from antiphon.coe.judging.held_out import judge_artifact
 from antiphon.coe.judging.model_card import model_card
 from antiphon.coe.judging.report import broken_promises
 from antiphon.coe.routing.artifact import Artifact, ServedPath, load_artifact, write_artifact
-from antiphon.coe.routing.assessment import assess
+from antiphon.coe.routing.assessment import Likeness, assess
 from antiphon.coe.routing.decision import ExpertState, Question, Reason, View
 from antiphon.coe.routing.record_json import record_json
 from antiphon.coe.routing.router import Router, policy_terms, spec_of
@@ -220,7 +220,11 @@ def test_an_artifact_from_before_words_is_read_and_decides(artifact: Artifact, t
     width, before = len(fitted.category_F) + len(fitted.mean_M), replace(artifact.embedding, words=None)
     D = before.num_dimensions
     older = replace(
-        fitted, heads_DH=fitted.heads_DH[:D, :width], bias_H=fitted.bias_H[:width], landmarks_ND=fitted.landmarks_ND[:, :D]
+        fitted,
+        heads_DH=fitted.heads_DH[:D, :width],
+        bias_H=fitted.bias_H[:width],
+        landmarks_ND=fitted.landmarks_ND[:, :D],
+        likeness=Likeness.none(len(fitted.category_F)),
     )
     path = ServedPath.of(older, replace(mix, word_share=0.0, hold=0.0, strange_hold=0.0), gate)
     write_artifact(replace(artifact, embedding=before, fast=path), tmp_path / "old", {})

@@ -55,7 +55,7 @@ def test_foreign_prompts_go_to_the_plain_routers_pick_where_that_gains() -> None
     known = [_rehearsal(4.0, plain=0.6, general=0.5, other=0.5, lead=0.0, seed=1)]
     foreign = [_rehearsal(2.5, plain=0.6, general=0.5, other=0.4, lead=0.04, seed=2 + i) for i in range(4)]
     found = _chosen(known, foreign)
-    assert max(_to_general(found, one) for one in foreign) < 0.1
+    assert max(_to_general(found, one) for one in foreign) < 0.2
     assert found.strange_hold >= 0.05
 
 

@@ -14,7 +14,8 @@ static const float TIE = 1e-6f;  // of the plain router's scores: experts this n
 typedef struct {
     PyObject_HEAD
     array weights, bias, table, means, plain;  // [D, H], [H], [F, M + C], [M], [F, M] or nothing
-    Py_ssize_t D, H, F, M, X, general;
+    array centres, centre_bias;                // [F, K], [F]
+    Py_ssize_t D, H, F, K, M, X, general;
     int words;  // whether there is a word head
     int32_t *from, *to;  // of each row of weights, outside of which it is zero
     float cooling, trust;
@@ -44,6 +45,24 @@ static PyObject *as_list(const float *x, Py_ssize_t num) {
     return list;
 }
 
+// The gate's signal of what the heads found: log p(as one of the classes) / p(as any), or the energy without any directions.
+static double heads_signal(const heads *self, const float *found, float *scratch_F) {
+    const float *along = found + self->F + self->M, *centre = self->centres.view.buf, *logits = found;
+    float square = 0.0f;
+    if (self->K) {
+        for (Py_ssize_t k = 0; k < self->K; k++) square += along[k] * along[k];
+        for (Py_ssize_t f = 0; f < self->F; f++, centre += self->K) {
+            float dot = 0.0f;
+            for (Py_ssize_t k = 0; k < self->K; k++) dot += along[k] * centre[k];
+            scratch_F[f] = dot + ((const float *)self->centre_bias.view.buf)[f];
+        }
+        logits = scratch_F;
+    }
+    float top = largest(logits, self->F), sum = 0.0f;
+    for (Py_ssize_t f = 0; f < self->F; f++) sum += expf(logits[f] - top);
+    return log((double)sum) + (double)top - 0.5 * (double)square;
+}
+
 // assess(embedding, threshold) -> (p(category), expected scores, leads, familiarity)
 static PyObject *heads_assess(heads *self, PyObject *const *args, Py_ssize_t num_args) {
     if (num_args != 2) return PyErr_Format(PyExc_TypeError, "assess(embedding, threshold)");
@@ -52,7 +71,7 @@ static PyObject *heads_assess(heads *self, PyObject *const *args, Py_ssize_t num
     array embedding = {0};
     int taken = take(&embedding, args[0], sizeof(float), self->D, "embedding");
     Py_ssize_t F = self->F, M = self->M;
-    float *found = PyMem_Malloc((size_t)(self->H + self->X + 2 * M) * sizeof(float)), *mixed = found + self->H;
+    float *found = PyMem_Malloc((size_t)(self->H + self->X + 2 * M + F) * sizeof(float)), *mixed = found + self->H;
     if (!found) PyErr_NoMemory();
     else if (!taken) {
         memcpy(found, self->bias.view.buf, self->H * sizeof(float));
@@ -62,13 +81,11 @@ static PyObject *heads_assess(heads *self, PyObject *const *args, Py_ssize_t num
     }
     let_go(&embedding);
     if (taken || !found) return PyMem_Free(found), NULL;
-    float top = largest(found, F), sum = 0.0f;
-    for (Py_ssize_t f = 0; f < F; f++) sum += expf(found[f] - top);
-    double energy = log((double)sum) + (double)top;
-    sum = raised(found, F, self->cooling, top);
+    double signal = heads_signal(self, found, mixed + self->X + 2 * M);
+    float sum = raised(found, F, self->cooling, largest(found, F));
     float by = (float)((1.0 - self->word_share) / (double)sum);
     for (Py_ssize_t f = 0; f < F; f++) found[f] *= by;
-    float *word = found + F + M;
+    float *word = found + F + M + self->K;
     if (self->words) {
         by = (float)(1.0 / (double)raised(word, F, 1.0f, largest(word, F)));
         for (Py_ssize_t f = 0; f < F; f++) found[f] += (float)self->word_share * (word[f] *= by);
@@ -76,7 +93,7 @@ static PyObject *heads_assess(heads *self, PyObject *const *args, Py_ssize_t num
     memset(mixed, 0, self->X * sizeof(float));
     for (Py_ssize_t f = 0; f < F; f++) add_floats(mixed, (const float *)self->table.view.buf + f * self->X, found[f], self->X);
     for (Py_ssize_t m = 0; m < M; m++) mixed[m] += found[F + m];
-    double logit = self->weight * energy + self->bias_of_gate;
+    double logit = self->weight * signal + self->bias_of_gate;
     logit = logit > MAX_LOGIT ? MAX_LOGIT : logit < -MAX_LOGIT ? -MAX_LOGIT : logit;
     double familiarity = 1.0 / (1.0 + exp(-logit));
     double strange = familiarity < self->caution_below ? 1.0 - familiarity / self->caution_below : 0.0;
@@ -104,24 +121,27 @@ static PyObject *heads_assess(heads *self, PyObject *const *args, Py_ssize_t num
     return NULL;
 }
 
-// Heads(weights, bias, table, means, plain, general, words, hold, strange_hold, word_share, cooling, trust, weight, bias of the gate,
+// Heads(weights, bias, table, means, plain, centres, centre_bias, general, words, hold, strange_hold, word_share, cooling, trust, weight, bias of the gate,
 //       caution, caution_below)
 static int heads_init(heads *self, PyObject *args, PyObject *kwargs) {
-    PyObject *weights, *bias, *table, *means, *plain;
+    PyObject *weights, *bias, *table, *means, *plain, *centres, *centre_bias;
     if (self->from) return PyErr_Format(PyExc_RuntimeError, "already made"), -1;
-    if (!PyArg_ParseTuple(args, "OOOOOnpdddffdddd", &weights, &bias, &table, &means, &plain, &self->general, &self->words,
+    if (!PyArg_ParseTuple(args, "OOOOOOOnpdddffdddd", &weights, &bias, &table, &means, &plain, &centres, &centre_bias, &self->general, &self->words,
                           &self->hold, &self->strange_hold, &self->word_share, &self->cooling, &self->trust, &self->weight, &self->bias_of_gate,
                           &self->caution, &self->caution_below))
         return -1;
     const Py_ssize_t item = sizeof(float);
     if (take(&self->weights, weights, item, -1, "weights") || take(&self->bias, bias, item, -1, "bias") ||
         take(&self->table, table, item, -1, "table") || take(&self->means, means, item, -1, "means") ||
-        take(&self->plain, plain, item, -1, "plain"))
+        take(&self->plain, plain, item, -1, "plain") || take(&self->centres, centres, item, -1, "centres") ||
+        take(&self->centre_bias, centre_bias, item, -1, "centre_bias"))
         return -1;
     self->H = self->bias.num;
     self->M = self->means.num;
-    self->F = self->words ? (self->H - self->M) / 2 : self->H - self->M;
-    if (self->F < 1 || self->M < 1 || self->H != self->M + self->F * (self->words ? 2 : 1) || self->weights.num % self->H ||
+    self->F = self->centre_bias.num;
+    self->K = self->F > 0 ? self->centres.num / self->F : 0;
+    if (self->F < 1 || self->M < 1 || self->centres.num != self->F * self->K ||
+        self->H != self->M + self->F * (self->words ? 2 : 1) + self->K || self->weights.num % self->H ||
         self->table.num % self->F || self->table.num / self->F < self->M || (self->word_share && !self->words) ||
         (self->plain.num && (!self->words || self->plain.num != self->F * self->M)))
         return PyErr_Format(PyExc_ValueError, "heads don't fit each other"), -1;
@@ -143,6 +163,7 @@ static int heads_init(heads *self, PyObject *args, PyObject *kwargs) {
 
 static void heads_dealloc(heads *self) {
     let_go(&self->weights), let_go(&self->bias), let_go(&self->table), let_go(&self->means), let_go(&self->plain);
+    let_go(&self->centres), let_go(&self->centre_bias);
     PyMem_Free(self->from);
     PyMem_Free(self->to);
     Py_TYPE(self)->tp_free((PyObject *)self);

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from antiphon.coe.routing.assessment import Fitted, Gate, Mix, Ready, assess
+from antiphon.coe.routing.assessment import Fitted, Gate, Likeness, Mix, Ready, assess
 from antiphon.coe.routing.embedding import NUM_SHAPE, StaticEmbedding, WordVectors, quantised
 from antiphon.coe.routing.native import build
 from antiphon.coe.routing.wordpiece import WordPiece
@@ -93,10 +93,12 @@ def _heads(
     source: random.Random, *, word_share: float, value_share: float, caution: float, hold: float
 ) -> tuple[Fitted, Mix, Gate]:
     D, F, M, C = EMBEDDING.num_dimensions, source.randint(1, 9), source.randint(1, 7), source.randint(1, 4)
-    H = F + M + (F if word_share or hold else 0)
+    K = source.randint(0, 5)
+    H = F + M + K + (F if word_share or hold else 0)
     heads_DH = _source.normal(size=(D, H)).astype(np.float32)
-    heads_DH[: D // 2, F + M :] = 0.0
-    heads_DH[D // 2 :, : F + M] = 0.0
+    heads_DH[: D // 2, F + M + K :] = 0.0
+    heads_DH[D // 2 :, : F + M + K] = 0.0
+    heads_DH[:, F + M : F + M + K] *= np.float32(0.1)
     fitted = Fitted(
         heads_DH=heads_DH,
         bias_H=_source.normal(size=H).astype(np.float32),
@@ -108,6 +110,9 @@ def _heads(
         mean_M=_source.random(M).astype(np.float32),
         general=source.randrange(M),
         landmarks_ND=np.zeros((1, D), np.float32),
+        likeness=Likeness(
+            centres_FK=_source.normal(size=(F, K)).astype(np.float32), bias_F=_source.normal(size=F).astype(np.float32)
+        ),
     )
     mix = Mix(category_share=0.4, value_share=value_share, trust=0.3, word_share=word_share, hold=hold, strange_hold=2 * hold)
     return fitted, mix, Gate(weight=0.8, bias=-2.0, threshold=0.5, caution=caution, caution_below=0.7)
