@@ -139,7 +139,7 @@ class Fitted:
     @property
     def num_directions(self) -> int:
         """K."""
-        return self.likeness.centres_FK.shape[1]
+        return int(self.likeness.centres_FK.shape[1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
