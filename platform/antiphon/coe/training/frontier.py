@@ -22,10 +22,10 @@ _WEIGHTS = (
     *(0.18, 0.2, 0.22, 0.24, 0.26, 0.32, 0.4, 0.55, 0.8, 1.5),
 )
 _BALANCED_LOSS = 0.004  # balanced: this much below the best quality
-_BALANCED_DOUBT = 0.0005  # and no more than this against quality, row by row, at 95 %
+_BALANCED_DOUBT = 0.001  # and no more than this against quality, row by row, at 95 %
 # What a named policy may lose on left-out datasets at 95 %: against the general expert or, where quality may lose more, against it.
 _ALLOWED_HARM = 0.002
-_ALLOWED_PLAIN = 0.0005  # what cheap may lose to the plain router, row by row, at 95 %
+_ALLOWED_PLAIN = 0.001  # what cheap may lose to the plain router, row by row, at 95 %
 _COST_FROM = (0.2, 0.4, 0.6, 0.8)  # shares of known prompts that are too unfamiliar for cost to count
 _NEVER = 2.0  # above any familiarity
 _SURE = 1.96  # standard errors
