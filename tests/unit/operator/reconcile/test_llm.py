@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from antiphon_operator.api.conditions import seconds
 from antiphon_operator.api.crds import KINDS, definition
 from antiphon_operator.controller.observability import JsonFormatter
 from antiphon_operator.controller.work_queue import WorkQueue
@@ -953,6 +954,20 @@ def test_a_kuberay_that_is_too_old_is_told_and_what_runs_is_left_alone(cluster: 
     cluster.run()
     assert cluster.condition("Accepted") == ("True", "Accepted")
     assert cluster.condition("Ready") == ("True", "Ready")
+
+
+@pytest.mark.parametrize("change", [{"kubernetes": {"image": "antiphon/worker:next"}}, {"scheduler": {"maxNumSeqs": 8}}])
+def test_stages_of_a_new_revision_are_its_own_and_not_what_the_one_before_had_passed(cluster: Cluster, change: Any) -> None:
+    """All four were passed after 0 s in the pass that applied it: the old pods ran."""
+    cluster.run()
+    cluster.edit(lambda s: s.update(change))
+    cluster.reconcile()
+    assert list(cluster.live["status"]["stages"]) == ["started"]
+    applied_s = cluster.now_s
+    cluster.run()
+    stages = cluster.live["status"]["stages"]
+    assert list(stages) == ["started", "scheduled", "imagePulled", "weightsReady", "engineReady"]
+    assert seconds(stages["engineReady"]) >= applied_s + 10
 
 
 def test_stages_of_a_start_are_timed_once_each(cluster: Cluster) -> None:
