@@ -16,7 +16,7 @@ from antiphon_operator.api.conditions import seconds
 from antiphon_operator.planning.rollout import Action, Step
 from antiphon_operator.reconcile.gateways import GatewaySource, GatewayWord
 from antiphon_operator.reconcile.llm.pools import PoolsPlan
-from antiphon_operator.reconcile.llm.status import progress_marker
+from antiphon_operator.reconcile.llm.status import furthest, progress_marker
 from antiphon_operator.reconcile.observe import Observed
 from antiphon_operator.render.names import GATEWAY, http_port, http_scheme
 
@@ -103,9 +103,10 @@ def _was_proven(previous: Mapping[str, Any], revision: str) -> bool:
 
 
 def _stands(previous: Mapping[str, Any], observed: Observed, now_s: float) -> bool:
-    """Whether nothing of what is seen has moved for ``SETTLED_S``."""
+    """Whether nothing of what is seen has come further for ``SETTLED_S``."""
     rollout = previous.get("rollout") or {}
-    if rollout.get("marker") != progress_marker(observed):
+    marker = rollout.get("marker", "")
+    if furthest(marker, progress_marker(observed)) != marker:
         return False
     since = seconds(rollout.get("lastProgressAt"))
     return since is not None and now_s - since >= SETTLED_S

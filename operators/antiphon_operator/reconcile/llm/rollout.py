@@ -16,7 +16,7 @@ from antiphon_operator.kube.base import Object
 from antiphon_operator.planning.rollout import Action, RevisionRef, Step, World, target_of
 from antiphon_operator.reconcile.llm.pools import PoolsPlan
 from antiphon_operator.reconcile.llm.proof import stays_proven
-from antiphon_operator.reconcile.llm.status import complete, progress_marker
+from antiphon_operator.reconcile.llm.status import complete, furthest, progress_marker
 from antiphon_operator.reconcile.observe import Observed
 from antiphon_operator.render.revision import Revision, from_object
 
@@ -73,7 +73,8 @@ def _deadline_passed(previous: Mapping[str, Any], observed: Observed, deadline_s
     service = observed.service
     if not rollout or service is None or rollout["revision"] != service.revision:
         return False
-    if rollout.get("marker") != progress_marker(observed):
+    marker = rollout.get("marker", "")
+    if furthest(marker, progress_marker(observed)) != marker:
         return False
     since = seconds(rollout["lastProgressAt"])
     return since is not None and now_s - since >= deadline_s
@@ -83,9 +84,10 @@ def rollout_status(
     previous: Mapping[str, Any], observed: Observed, step: Step, now_s: float, *, is_complete: bool
 ) -> RolloutStatus:
     """Where the rollout stands after ``step``; progress is any change of what is seen."""
-    now, marker = timestamp(now_s), progress_marker(observed)
+    now = timestamp(now_s)
     before = previous.get("rollout") or {}
     same = before.get("revision") == step.revision.name
+    marker = furthest(before.get("marker", ""), progress_marker(observed))
     moved = before.get("marker") != marker
     at_rest = step.action is Action.NOTHING
     strategy = step.strategy.value if step.strategy is not None else before.get("strategy", "") if same else ""

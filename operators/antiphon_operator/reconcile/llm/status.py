@@ -218,13 +218,26 @@ def waiting_status(
 
 
 def progress_marker(observed: Observed) -> str:
-    """Changes whenever anything moves forward or back."""
+    """What has been reached: a fingerprint of the clusters and, in the one being brought in, pods scheduled, started and ready.
+
+    Pods of the cluster that still serves are left out, and so are names: what is lost and made anew has not come further.
+    """
     service = observed.service
-    pods = sorted((p.name, p.scheduled, p.started, p.ready) for p in observed.pods)
-    seen = None
+    seen, home, running = None, "", False
     if service is not None:
-        seen = [service.revision, service.current, service.active, service.pending, service.running, service.suspended]
-    return fingerprint([seen, [c.name for c in observed.clusters], pods], 16)
+        home, running = service.pending or service.active, service.running
+        seen = [service.revision, service.current, service.active, service.pending, service.suspended]
+    pods = [p for p in observed.pods if p.cluster == home and not p.ended]
+    reached = (sum(p.scheduled for p in pods), sum(p.started for p in pods), sum(p.ready for p in pods), int(running))
+    return ":".join([fingerprint([seen, [c.name for c in observed.clusters]], 16), *map(str, reached)])
+
+
+def furthest(before: str, now: str) -> str:
+    """Of two markers the one that is further: each count's higher one while the clusters are the same, else ``now``."""
+    (clusters, *counts), (clusters_now, *counts_now) = before.split(":"), now.split(":")
+    if clusters != clusters_now or len(counts) != len(counts_now):
+        return now
+    return ":".join([clusters, *(str(max(int(a), int(b))) for a, b in zip(counts, counts_now, strict=True))])
 
 
 def _serve_revision(observed: Observed, plan: PoolsPlan) -> str:

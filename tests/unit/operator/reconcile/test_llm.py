@@ -233,6 +233,31 @@ def test_a_failed_rollout_goes_back_and_never_runs_three_clusters(cluster: Clust
     assert cluster.kuberay.max_clusters_seen == 2
 
 
+def test_pods_that_crash_and_are_made_anew_and_old_ones_that_flap_are_no_progress(cluster: Cluster) -> None:
+    """On a busy node a bad revision was not given up: readiness of the old gateway came and went, and each time counted."""
+    cluster.edit(lambda s: s.update(rollout={"progressDeadlineS": 60}))
+    cluster.run()
+    good, old = cluster.live["status"]["revision"], cluster.live["status"]["activeCluster"]
+    cluster.kuberay.broken_images.add("antiphon/worker:broken")
+    cluster.edit(lambda s: s.update(kubernetes={"image": "antiphon/worker:broken"}))
+    for i in range(40):
+        cluster.run(1)
+        if cluster.live["status"].get("failedRevision"):
+            break
+        for pod in cluster.api.list(POD, "default").items:
+            if pod["metadata"]["labels"]["ray.io/cluster"] != old:
+                if i > 4:
+                    cluster.api.delete(POD, "default", pod["metadata"]["name"])
+            elif pod["metadata"]["labels"]["ray.io/group"] == "gateway":
+                conditions = [{"type": "PodScheduled", "status": "True"}, {"type": "Ready", "status": "False" if i % 2 else "True"}]
+                status = {**pod["status"], "conditions": conditions}
+                cluster.api.update(POD, {**pod, "status": status}, manager="kubelet", subresource="status")
+    assert i < 30, "given up within its deadline"
+    cluster.run(30)
+    assert cluster.condition("Progressing") == ("False", "RolledBack")
+    assert cluster.live["status"]["revision"] == good
+
+
 def test_without_rollback_a_failed_rollout_stalls(cluster: Cluster) -> None:
     cluster.edit(lambda s: s.update(rollout={"progressDeadlineS": 60, "autoRollback": False}))
     cluster.kuberay.broken_images.add("antiphon/worker:1")
