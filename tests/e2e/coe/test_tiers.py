@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import psutil
 import pytest
@@ -20,12 +22,15 @@ from antiphon.apps.serve.local import DirectDeployment, running, wait_ready
 from antiphon.apps.serve.plan import ServeSettings
 from antiphon.core.document.loading import parse_object
 from antiphon.core.errors import SpecInvalid
+from antiphon.core.identity import Identity, new_key
+from antiphon.rpc.credentials import TARGET_OPTIONS, channel_credentials
 from antiphon.testing import LocalCluster, wiring, write_tiny_llama
 
 NAMES = ("red", "green", "blue")
 PROMPT = "What is that over there?"
 NUM_TOKENS = 6
 WAIT_S = 60.0
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="who holds a directory is looked up in /proc")
 
 
 def _deployment(name: str, checkpoint: Path, **pool: Any) -> dict[str, Any]:
@@ -66,6 +71,11 @@ class World:
         assert answer.status_code == 200, answer.text
         assert answer.json()["choices"][0]["text"] == self.expected[expert]
         return answer
+
+    def is_answering(self, expert: str) -> bool:
+        body = {"model": "coe/colours", "prompt": PROMPT, "max_tokens": 1}
+        answer = self.http.post("/v1/completions", json=body, headers={"x-antiphon-expert": expert})
+        return answer.status_code == 200 and answer.headers["x-antiphon-expert"] == expert
 
     def experts(self) -> dict[str, dict[str, Any]]:
         return {e["name"]: e for e in self.http.get("/v1/experts").json()["data"]}
@@ -157,29 +167,68 @@ def _lines(world: World, name: str) -> str:
     return "\n".join(line for line in world.http.get("/metrics").text.splitlines() if line.startswith(name))
 
 
+def _held() -> dict[Path, int]:
+    """Directories of copies that a process of this test has, with its id."""
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(OSError):
+            for fd in Path(f"/proc/{process.pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if Path(path := os.readlink(fd)).name.startswith("antiphon-host-tier-"):
+                        found[Path(path)] = process.pid
+    return found
+
+
 @pytest.mark.cluster
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="who holds a directory is looked up in /proc")
+@LINUX
+def test_strangers_at_the_experts_doors_are_let_in_nowhere_and_leave_nothing_behind(world: World) -> None:
+    (pid,) = _held().values()
+    process, stranger = psutil.Process(pid), Identity.parse(new_key())
+    ports = [each.laddr.port for each in process.net_connections() if each.status == psutil.CONN_LISTEN]
+    assert len(ports) >= len(NAMES)
+    num_files, silent = process.num_fds(), []
+    for port in ports:
+        address = f"127.0.0.1:{port}"
+        channels: list[Any] = [
+            grpc.insecure_channel(address),
+            grpc.secure_channel(address, grpc.ssl_channel_credentials(), options=TARGET_OPTIONS),
+            grpc.secure_channel(address, channel_credentials(stranger), options=TARGET_OPTIONS),
+        ]
+        for channel in channels:
+            with channel, pytest.raises(grpc.RpcError) as refused:
+                list(channel.stream_stream("/antiphon.rpc.v1.Engine/Session")(iter([b""]), timeout=10.0))
+            assert refused.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+        for sent in (
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"\x16\x03\x01\xff\xff" + os.urandom(4000),
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+            b"",
+        ):
+            for _ in range(10):
+                sock = socket.create_connection(("127.0.0.1", port), 10.0)
+                sock.sendall(sent)
+                silent.append(sock)
+    for expert in NAMES:
+        world.ask(expert)  # while they are held open
+    for sock in silent:
+        sock.close()
+    _eventually(lambda: process.num_fds() <= num_files + 4)
+    assert list(_held().values()) == [pid]
+
+
+@pytest.mark.cluster
+@LINUX
 def test_a_process_that_was_killed_leaves_none_of_its_copies_behind(world: World) -> None:
     """They often lie in memory, and are as large as models are."""
 
-    def held() -> dict[Path, int]:
-        """Directories of copies that a process of this test has, by its id."""
-        found = {}
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(OSError):
-                for fd in Path(f"/proc/{process.pid}/fd").iterdir():
-                    with contextlib.suppress(OSError):
-                        if Path(path := os.readlink(fd)).name.startswith("antiphon-host-tier-"):
-                            found[Path(path)] = process.pid
-        return found
-
-    ((path, pid),) = held().items()
+    ((path, pid),) = _held().items()
     assert path.is_dir()
     os.kill(pid, signal.SIGKILL)
-    _eventually(lambda: bool(held()) and pid not in held().values())
+    _eventually(lambda: bool(_held()) and pid not in _held().values())
     assert not path.exists()
     _eventually(lambda: len(world.away()) == 1)
     for expert in NAMES:
+        _eventually(lambda expert=expert: world.is_answering(expert))  # not another in its place
         world.ask(expert)
 
 
