@@ -73,6 +73,8 @@ def takes(grammar: str, text: str) -> bool:
         ),
         ({"type": "object", "properties": {"a": {}}, "unevaluatedProperties": False}, [{"a": 1}], [{"b": 1}]),
         ({"type": "object", "properties": {"a": {"not": {}}}}, [{"b": 1}], [{"a": 1}]),
+        ({"type": "number", "exclusiveMinimum": 2, "exclusiveMaximum": 2.5}, [2.1, 2.25], [2, 2.5]),
+        ({"type": "number", "exclusiveMinimum": -1.5, "exclusiveMaximum": -1}, [-1.25], [-1, -1.5]),
         ({"type": "string", "format": "password"}, ["anything"], [1]),
         ({"type": "string", "format": "idn-email"}, ["a@b.org"], ["ab"]),
         ({"type": "array", "contains": {"type": "string"}, "minContains": 0}, [[1], []], ["x"]),

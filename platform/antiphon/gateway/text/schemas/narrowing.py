@@ -4,6 +4,7 @@
   A format that the engine lacks is a note, as for validators; one of the internationalised takes what is plain of it.
 - A character class without the quote or the backslash, but with control characters, takes both when they are escaped: it loses the
   control characters.
+- A number between an integer and a fraction above it, both excluded, may be the integer: the bounds move in.
 - Words that say nothing (``uniqueItems: false``) are left out; what can be said otherwise is: see ``keywords`` and ``one_of``.
 """
 
@@ -92,7 +93,20 @@ def _narrowed(schema: Any, root: Root, *, is_strict: bool) -> Any:
             made[word] = {name: _narrowed(one, root, is_strict=is_strict) for name, one in made[word].items()}
     if isinstance(made.get("pattern"), str):
         made["pattern"] = _without_leaks(made["pattern"])
-    return _with_format(made)
+    return _with_format(_with_bounds(made))
+
+
+def _with_bounds(made: dict[str, Any]) -> dict[str, Any]:
+    """Bounds between an integer and its neighbour, both excluded: the engine takes the integer. They move in by a thousandth."""
+    low, high = made.get("exclusiveMinimum"), made.get("exclusiveMaximum")
+    others = made.get("minimum", low), made.get("maximum", high)
+    if any(type(bound) not in (int, float) for bound in (low, high, *others)) or made.get("type") == "integer":
+        return made
+    if not 0 < high - low < 1:
+        return made
+    rest = {key: value for key, value in made.items() if key not in ("exclusiveMinimum", "exclusiveMaximum")}
+    step = (high - low) / 1000
+    return rest | {"minimum": max(low + step, others[0]), "maximum": min(high - step, others[1])}
 
 
 def _with_format(made: dict[str, Any]) -> dict[str, Any]:
