@@ -98,7 +98,8 @@ def _narrowed(schema: Any, root: Root, *, is_strict: bool) -> Any:
 
 def _with_bounds(made: dict[str, Any]) -> dict[str, Any]:
     """Bounds between an integer and its neighbour, both excluded: the engine takes the integer. They move in by a thousandth."""
-    low, high = made.get("exclusiveMinimum"), made.get("exclusiveMaximum")
+    low: Any = made.get("exclusiveMinimum")
+    high: Any = made.get("exclusiveMaximum")
     others = made.get("minimum", low), made.get("maximum", high)
     if any(type(bound) not in (int, float) for bound in (low, high, *others)) or made.get("type") == "integer":
         return made
