@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
 import json
 import sys
@@ -171,11 +172,17 @@ async def test_very_many_mistakes_are_not_described_one_by_one(tmp_path: Path) -
     async with fake.world(tmp_path) as world, httpx.AsyncClient(base_url=world.url, timeout=60) as http:
         for name, (path, body, field) in cases.items():
             text = json.dumps({"model": "tiny", **body})
-            began = time.thread_time()  # of the event loop alone
-            answer = await http.post(path, content=text)
+            gc.collect()
+            gc.disable()  # or a collection of what all tests before left behind counts as the gateway's work
+            try:
+                began = time.thread_time()  # of the event loop alone
+                answer = await http.post(path, content=text)
+                took_s = time.thread_time() - began
+            finally:
+                gc.enable()
             assert answer.status_code == 400, name
             assert str(answer.json()["error"]["param"]).startswith(field), answer.text
-            assert time.thread_time() - began < 1.0, name
+            assert took_s < 1.0, name
 
 
 async def test_a_long_query_is_not_tokenized_once_for_each_document(tmp_path: Path) -> None:

@@ -27,13 +27,15 @@ def stages(
     service = observed.service
     newest = cluster if service is None or not service.pending else service.pending
     # While KubeRay has not begun, what is seen is of the revision before.
-    begun = service is not None and rollout is not None and service.current and service.revision == rollout.revision
-    begun = begun and any(c.name == newest and c.cluster_revision in ("", service.cluster_revision) for c in observed.clusters)
+    begun = runs = False
+    if service is not None and rollout is not None and service.current and service.revision == rollout.revision:
+        begun = any(c.name == newest and c.cluster_revision in ("", service.cluster_revision) for c in observed.clusters)
+        runs = begun and service.running and service.active == newest
     pods = [pod for pod in observed.pods if pod.cluster == newest] if begun else []
     seen = {
         "scheduled": bool(pods) and all(pod.scheduled for pod in pods),
         "imagePulled": bool(pods) and all(pod.started for pod in pods),
-        "weightsReady": begun and service.running and service.active == newest and not observed.unproven,
+        "weightsReady": runs and not observed.unproven,
         "engineReady": begun and is_complete,
     }
     times = {stage: before.get(stage) or (timestamp(now_s) if now else None) for stage, now in seen.items()}
