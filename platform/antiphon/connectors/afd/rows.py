@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from antiphon.models.native.library import available
+
 BYTES_PER_ID = 8  # an expert id (int32) and its weight (fp32)
 BYTES_PER_SCALE = 4
 _MAX_INT8 = 127.0
@@ -117,23 +119,12 @@ class SlotViews:
         return found
 
 
-# From so many elements on, PyTorch shares a copy out over threads of its own, which then stand in the way of the kernels' helpers.
-_SHARED_OUT = 32768
-
-
 def copy_rows(source_RD: torch.Tensor, target_RD: torch.Tensor) -> None:
-    """``source_RD`` into ``target_RD``, as large; from or to a card, who commits waits for it: device.ready."""
-    if source_RD.numel() >= _SHARED_OUT and source_RD.is_cpu and target_RD.is_cpu and _are_words(source_RD, target_RD):
-        source_RD, target_RD = source_RD.view(torch.int64), target_RD.view(torch.int64)
-    target_RD.copy_(source_RD, non_blocking=True)
-
-
-def _are_words(source_RD: torch.Tensor, target_RD: torch.Tensor) -> bool:
-    """Whether both are the same eight bytes at a time."""
-    each = 8 // source_RD.dtype.itemsize
-    same = source_RD.dtype is target_RD.dtype and source_RD.is_contiguous() and target_RD.is_contiguous()
-    places = (source_RD.storage_offset(), target_RD.storage_offset(), source_RD.shape[-1])
-    return same and all(int(place) % each == 0 for place in places)
+    """``source_RD`` into ``target_RD``, contiguous and as large; from or to a card, who commits waits for it: device.ready."""
+    if source_RD.is_cpu and target_RD.is_cpu and source_RD.dtype is target_RD.dtype and available():
+        torch.ops.antiphon.copy_rows(target_RD, source_RD.contiguous())
+    else:
+        target_RD.copy_(source_RD, non_blocking=True)
 
 
 def _pick(source: torch.Tensor, rows_R: torch.Tensor | None, target: torch.Tensor) -> None:

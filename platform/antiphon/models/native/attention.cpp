@@ -372,7 +372,7 @@ Tensor paged_attention(const Tensor& rows, const Tensor& k_cache, const Tensor& 
   for (size_t i = 0; i < chunk_slots.size(); ++i) {
     const int64_t context = chunk_slots[i].numel(), past = context - chunk_rows[i];
     TORCH_CHECK(chunk_slots[i].is_contiguous() && past >= 0);
-    for (int64_t r = 0; r < chunk_rows[i]; r += most) {
+    for (int64_t r = (chunk_rows[i] - 1) / most * most; r >= 0; r -= most) {  // the longest first: whoever comes last waits least
       take({row + r, std::min(most, chunk_rows[i] - r), past + r, chunk_slots[i].const_data_ptr<int64_t>(), nullptr, 1}, 1);
     }
     row += chunk_rows[i];

@@ -171,6 +171,17 @@ void rope_and_cache(const Tensor& qkv, const Tensor& cos, const Tensor& sin, con
   });
 }
 
+// ``from`` into ``to``, both contiguous and of one type. By the threads that kernels compute on: PyTorch's own would stand in their way.
+void copy_rows(const Tensor& to, const Tensor& from) {
+  TORCH_CHECK(to.is_contiguous() && from.is_contiguous() && to.scalar_type() == from.scalar_type() && to.numel() == from.numel());
+  TORCH_CHECK(to.device().is_cpu() && from.device().is_cpu());
+  char* target = static_cast<char*>(to.mutable_data_ptr());
+  const char* source = static_cast<const char*>(from.const_data_ptr());
+  antiphon::parallel_for(0, static_cast<int64_t>(to.nbytes()), 1 << 17, [&](int64_t begin, int64_t end) {
+    std::memcpy(target + begin, source + begin, end - begin);
+  });
+}
+
 // silu(gate) * up from [T, 2I], both side by side.
 Tensor silu_mul(const Tensor& gate_up) {
   TORCH_CHECK(gate_up.is_contiguous());
@@ -426,6 +437,7 @@ TORCH_LIBRARY(antiphon, m) {
   m.def(
       "rope_and_cache(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, Tensor(b!) k_cache, Tensor(c!) v_cache, "
       "int num_heads, Tensor? q_norm, Tensor? k_norm, float eps, float shift) -> ()");
+  m.def("copy_rows(Tensor(a!) to, Tensor source) -> ()");
   m.def("silu_mul(Tensor gate_up) -> Tensor");
   m.def(
       "four_bit_linear(Tensor(a!) out, Tensor x, Tensor codes, Tensor scales, Tensor? lows, int group, int kind) -> ()");
@@ -440,6 +452,7 @@ TORCH_LIBRARY_IMPL(antiphon, CompositeExplicitAutograd, m) {
   m.impl("add_rms_norm", &add_rms_norm);
   m.impl("add_rows", &add_rows);
   m.impl("rope_and_cache", &rope_and_cache);
+  m.impl("copy_rows", &copy_rows);
   m.impl("silu_mul", &silu_mul);
   m.impl("four_bit_linear", &four_bit_linear);
   m.impl("populate", &populate);

@@ -43,7 +43,9 @@ using at::Tensor;
 constexpr int64_t kPanelRows = 128;  // rows that go through a thread's blocks together: they stay in its L2
 constexpr int64_t kMostInputs = 1024;  // of blocks that are fetched whole while the one before is multiplied
 constexpr int64_t kLinesAStep = 2;   // that a step of a pass takes of a block
-constexpr int64_t kRunsAThread = 2;  // of blocks: each thread takes as many as it gets to
+
+// Runs of blocks for each thread, which takes as many as it gets to.
+int64_t runs_a_thread(int64_t rows) { return rows > kPanelRows ? 6 : 2; }
 
 // Whether the vector units of this build serve weights of this format better than others do.
 bool packs(bool is_bf16) {
@@ -136,7 +138,7 @@ void run(const T* x, int64_t rows, int64_t inputs, const T* packed, const T* bia
       const int64_t first = block * kBlock;
       finish(sums, bias == nullptr ? nullptr : bias + first, std::min(kBlock, outputs - first), out + row * outputs + first);
     });
-  }, kRunsAThread);
+  }, runs_a_thread(rows));
 }
 
 // silu(gate) * up where the blocks of both, rounded as results are, come one after the other.
@@ -159,7 +161,7 @@ void run_gated(const T* x, int64_t rows, int64_t inputs, const T* packed, const 
         store(to[n], g * ((g >= 0.0f ? 1.0f : e) / (1.0f + e)) * load(ups[n]));
       }
     });
-  }, kRunsAThread);
+  }, runs_a_thread(rows));
 }
 
 // The largest result of a row in each lane, and its output; what is no number is larger than any.
@@ -211,7 +213,7 @@ void run_best(const T* x, int64_t rows, int64_t inputs, const T* packed, const T
     });
     const std::lock_guard alone(telling);
     for (int64_t row = 0; row < rows; ++row) best[row].tell(values[row], indices[row]);
-  }, kRunsAThread);
+  }, runs_a_thread(rows));
 }
 
 void check(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t outputs) {
