@@ -55,15 +55,14 @@ inline f32xn multiply_add(f32xn a, f32xn b, f32xn c) {
 inline f32xn larger(f32xn a, f32xn b) { return a > b ? a : b; }
 
 inline float largest(f32xn v) {
-  f32x8 parts[kLanes / kVector];
+  using f32x4 = float __attribute__((vector_size(16)));
+  f32x4 parts[kLanes / 4];
   std::memcpy(parts, &v, sizeof parts);
-  f32x8 most = parts[0];
-  if constexpr (kLanes > kVector) most = parts[1] > most ? parts[1] : most;
-  f32x8 other = __builtin_shufflevector(most, most, 4, 5, 6, 7, 0, 1, 2, 3);
-  most = other > most ? other : most;
-  other = __builtin_shufflevector(most, most, 2, 3, 0, 1, 6, 7, 4, 5);
-  most = other > most ? other : most;
-  return most[1] > most[0] ? most[1] : most[0];
+  for (int64_t half = kLanes / 8; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) parts[i] = parts[i + half] > parts[i] ? parts[i + half] : parts[i];
+  }
+  const float first = parts[0][0] > parts[0][1] ? parts[0][0] : parts[0][1], second = parts[0][2] > parts[0][3] ? parts[0][2] : parts[0][3];
+  return first > second ? first : second;
 }
 
 inline float total_lanes(f32xn v) {
