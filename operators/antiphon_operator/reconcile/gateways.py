@@ -58,9 +58,8 @@ class AskedGateways:
     async def _ask(self, url: str) -> GatewayWord | None:
         try:
             async with asyncio.timeout(self._deadline_s):
-                answer = await self._client.get(
-                    f"{url}{READY_PATH}"
-                )  # 503 where it has no workers: it tells its revision all the same
+                # 503 where it has no workers: it tells its revision all the same.
+                answer = await self._client.get(f"{url}{READY_PATH}")
         except (httpx2.HTTPError, TimeoutError):
             return None
         if len(answer.content) > _MOST_BYTES:

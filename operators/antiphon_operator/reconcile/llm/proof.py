@@ -12,11 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 from antiphon.core.document.spec import LLMDeployment
-from antiphon_operator.api.conditions import seconds
 from antiphon_operator.planning.rollout import Action, Step
 from antiphon_operator.reconcile.gateways import GatewaySource, GatewayWord
 from antiphon_operator.reconcile.llm.pools import PoolsPlan
-from antiphon_operator.reconcile.llm.status import furthest, progress_marker
+from antiphon_operator.reconcile.llm.status import has_stood
 from antiphon_operator.reconcile.observe import Observed
 from antiphon_operator.render.names import GATEWAY, http_port, http_scheme
 
@@ -41,7 +40,7 @@ async def with_proof(
     scheme, port = http_scheme(document), http_port(document)
     urls = {name: f"{scheme}://{_in_url(address)}:{port}" for name, address in gateways.items()}
     words = await source.ask(urls) if service.told_revision else {}
-    settled = _stands(previous, observed, now_s)
+    settled = has_stood(previous.get("rollout") or {}, observed, SETTLED_S, now_s)
     return replace(observed, unproven=why_unproven(document, plan, service.told_revision, gateways, words, settled=settled))
 
 
@@ -100,16 +99,6 @@ def _was_proven(previous: Mapping[str, Any], revision: str) -> bool:
     if "proven" not in rollout:  # written by an operator that knew no proof
         return bool(previous.get("lastGoodRevision") == revision)
     return bool(rollout["proven"])
-
-
-def _stands(previous: Mapping[str, Any], observed: Observed, now_s: float) -> bool:
-    """Whether nothing of what is seen has come further for ``SETTLED_S``."""
-    rollout = previous.get("rollout") or {}
-    marker = rollout.get("marker", "")
-    if furthest(marker, progress_marker(observed)) != marker:
-        return False
-    since = seconds(rollout.get("lastProgressAt"))
-    return since is not None and now_s - since >= SETTLED_S
 
 
 def _in_url(address: str) -> str:

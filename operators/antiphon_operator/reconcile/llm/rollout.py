@@ -10,13 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 from antiphon.core.document.spec import LLMDeployment
-from antiphon_operator.api.conditions import seconds, timestamp
+from antiphon_operator.api.conditions import timestamp
 from antiphon_operator.api.status import RolloutStatus
 from antiphon_operator.kube.base import Object
 from antiphon_operator.planning.rollout import Action, RevisionRef, Step, World, target_of
 from antiphon_operator.reconcile.llm.pools import PoolsPlan
 from antiphon_operator.reconcile.llm.proof import stays_proven
-from antiphon_operator.reconcile.llm.status import complete, furthest, progress_marker
+from antiphon_operator.reconcile.llm.status import complete, furthest, has_stood, progress_marker
 from antiphon_operator.reconcile.observe import Observed
 from antiphon_operator.render.revision import Revision, from_object
 
@@ -73,11 +73,7 @@ def _deadline_passed(previous: Mapping[str, Any], observed: Observed, deadline_s
     service = observed.service
     if not rollout or service is None or rollout["revision"] != service.revision:
         return False
-    marker = rollout.get("marker", "")
-    if furthest(marker, progress_marker(observed)) != marker:
-        return False
-    since = seconds(rollout["lastProgressAt"])
-    return since is not None and now_s - since >= deadline_s
+    return has_stood(rollout, observed, deadline_s, now_s)
 
 
 def rollout_status(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from antiphon.core.document.spec import LLMDeployment
-from antiphon_operator.api.conditions import ConditionSet, Reason, Type
+from antiphon_operator.api.conditions import ConditionSet, Reason, Type, seconds
 from antiphon_operator.api.status import LLMDeploymentStatus, PoolStatus, RolloutStatus
 from antiphon_operator.kube.base import Object
 from antiphon_operator.planning.rollout import Action, Step
@@ -238,6 +238,15 @@ def furthest(before: str, now: str) -> str:
     if clusters != clusters_now or len(counts) != len(counts_now):
         return now
     return ":".join([clusters, *(str(max(int(a), int(b))) for a, b in zip(counts, counts_now, strict=True))])
+
+
+def has_stood(rollout: Mapping[str, Any], observed: Observed, for_s: float, now_s: float) -> bool:
+    """Whether nothing of what is seen has come further for ``for_s`` seconds; ``rollout``: that of the last status."""
+    marker = rollout.get("marker", "")
+    if furthest(marker, progress_marker(observed)) != marker:
+        return False
+    since = seconds(rollout.get("lastProgressAt"))
+    return since is not None and now_s - since >= for_s
 
 
 def _serve_revision(observed: Observed, plan: PoolsPlan) -> str:

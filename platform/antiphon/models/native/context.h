@@ -86,15 +86,7 @@ inline f32xn nearest(f32xn v) {
 inline f32xn exp_negative(f32xn x) {
   using ints = int32_t __attribute__((vector_size(4 * kLanes)));
   const f32xn least = f32xn{} - 87.0f, bounded = x < least ? least : x;  // what is no number stays so
-  const f32xn n = nearest(bounded * 1.44269504088896341f);
-  const f32xn r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
-  f32xn p = f32xn{} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  const f32xn n = nearest(bounded * 1.44269504088896341f), p = exp_over_power(bounded, n);
   const f32xn scale = std::bit_cast<f32xn>((__builtin_convertvector(n, ints) + 127) << 23);
   return x < least ? f32xn{} : p * scale;
 }

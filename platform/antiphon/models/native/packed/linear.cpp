@@ -114,7 +114,7 @@ void multiply_blocks(const T* x, int64_t rows, int64_t k, int64_t begin, int64_t
       // The first panel's rows take turns with a block in the nearest caches, while the next one comes from memory.
       const bool expects = panel == 0 && last - panel > kFewRows && k <= kMostInputs;
       if (expects) ahead.start(reinterpret_cast<const char*>(at(std::min(b + 1, end - 1))), b + 1 < end ? k * kBlock * sizeof(T) : 0);
-      const Beside beside{ahead, expects ? (kLinesAStep * Beside::kSteps + passes - 1) / passes : 0, !expects || b == begin};
+      const Beside beside{ahead, expects ? (kLinesAStep * Beside::kSteps + passes - 1) / passes : 0, b == begin};
       for (int64_t r = panel; r < last; r += kBlock) {
         const int64_t count = std::min(kBlock, last - r);
         multiply(none, x + r * k, k, count, block, k, sums, beside);
