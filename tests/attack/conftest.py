@@ -49,7 +49,6 @@ class Target:
                     ],
                     "cache": {"numBlocks": 256},
                     "endpoint": {"httpPort": 0, "grpcPort": 0},
-                    "directory": {"leaseS": 1.5},
                     "transport": {"peerTimeoutS": PEER_TIMEOUT_S},
                 },
             }
@@ -94,11 +93,8 @@ class Target:
         """Every process is the one it was, nobody joined, and an honest user gets the same answer as before."""
         for pid in self.pids:
             assert psutil.pid_exists(pid), "a worker ended"
-        now = self._workers()
-        assert {role: (info.worker_id, info.epoch) for role, info in now.items()} == {
-            role: (info.worker_id, info.epoch) for role, info in self.workers.items()
-        }
-        assert len(self.directory.workers()) == len(self.workers), "a stranger is registered"
+        now = {record.info.worker_id: record.info.epoch for record in self.directory.workers()}
+        assert now == {info.worker_id: info.epoch for info in self.workers.values()}, "one is lost, new, or a stranger's"
         started = time.monotonic()
         assert self.ask() == self.expected
         busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # others of the machine make everybody wait

@@ -44,9 +44,9 @@ def as_(door: str, tenant: str | None) -> httpx.Client:
 
 
 def told(client: httpx.Client, body: dict[str, Any]) -> httpx.Response:
-    """A response for who comes again when he is told to: a machine may be too busy for a while."""
+    """A response for who comes again when a queue was full; that there was nobody to answer (503) no tenant may bring about."""
     end_s = time.monotonic() + 60.0
-    while (answer := client.post("/v1/responses", json=body)).status_code in (429, 503) and time.monotonic() < end_s:
+    while (answer := client.post("/v1/responses", json=body)).status_code == 429 and time.monotonic() < end_s:
         time.sleep(float(answer.headers["retry-after"]))
     return answer
 

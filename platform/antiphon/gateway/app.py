@@ -12,6 +12,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from starlette.types import ASGIApp
+
 from antiphon.core.budget import Budgets
 from antiphon.core.directory import Notes
 from antiphon.core.errors import AntiphonError, InvalidInput
@@ -27,7 +29,9 @@ from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.grpc.servicer import GrpcDoor
 from antiphon.gateway.http.cors import with_cors
 from antiphon.gateway.http.server import HttpServer
+from antiphon.gateway.http.sites import OwnSites, is_loopback
 from antiphon.gateway.openai.experts_routes import add_expert_routes
+from antiphon.gateway.openai.http_io import RequestIds
 from antiphon.gateway.openai.responses import add_response_routes
 from antiphon.gateway.openai.routes import make_app
 from antiphon.gateway.openai.text_routes import add_text_routes
@@ -116,8 +120,11 @@ async def _run(
     add_usage_routes(application, gateway)
     add_web_routes(application, gateway)
     add_embedding_routes(application, gateway)
+    door: ASGIApp = application if compositions is None else compositions.before(application)
+    if gateway.keys.is_open:
+        door = RequestIds(OwnSites(door, config.cors_origins, is_local=is_loopback(config.host), refused=gateway.refused))
     http = HttpServer(
-        with_cors(application if compositions is None else compositions.before(application), config.cors_origins),
+        with_cors(door, config.cors_origins),
         host=config.host,
         port=config.http_port,
         reuse_port=config.reuse_port,

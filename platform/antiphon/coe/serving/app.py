@@ -18,6 +18,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
+from starlette.types import ASGIApp
 
 from antiphon.coe.serving.artifacts import WatchedRoutes
 from antiphon.coe.serving.composition import Composition
@@ -38,6 +39,7 @@ from antiphon.gateway.access.keys import ApiKeys
 from antiphon.gateway.config import BoundPorts
 from antiphon.gateway.http.manners import Manners
 from antiphon.gateway.http.server import HttpServer
+from antiphon.gateway.http.sites import OwnSites, is_loopback
 from antiphon.gateway.openai.http_io import NotFound, RequestIds, error_response
 from antiphon.rpc.certificates import DoorCertificate, TlsFiles
 from antiphon.rpc.channels import ChannelLimits
@@ -102,8 +104,9 @@ async def _run(config: CoeConfig, directory: Directory, stop: asyncio.Event, on_
     http = None
     tls = None if config.tls is None else DoorCertificate(config.tls)
     if config.http_port is not None:
+        served: ASGIApp = Manners(door, ROUTES, lambda _error: None)
         http = HttpServer(
-            RequestIds(Manners(door, ROUTES, lambda _error: None)),
+            RequestIds(OwnSites(served, (), is_local=is_loopback(config.host)) if keys.is_open else served),
             host=config.host,
             port=config.http_port,
             reuse_port=config.reuse_port,

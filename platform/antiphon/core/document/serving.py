@@ -114,7 +114,8 @@ class EndpointSpec(Model):
     cors_origins: tuple[Annotated[str, Field(pattern=_ORIGIN, max_length=512)], ...] = Field(
         default=(),
         description="Origins whose pages may ask this endpoint from a browser, such as https://app.example.org; * = all. "
-        "The gateway's own page needs none.",
+        "The gateway's own page needs none. Where no key is asked for, other origins' pages are refused; so is, at a loopback "
+        "address, a Host that is neither an address, a local name, nor one of these.",
         max_length=64,
     )
     picker_targets: str | None = Field(

@@ -12,7 +12,7 @@ import json
 import resource
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -25,6 +25,7 @@ MAX_CONNECTIONS: Final = 8192
 _AT_MOST_ONCE: Final = (b"authorization", b"x-api-key", b"last-event-id", b"content-type")
 _FILES_FOR_OTHERS: Final = 96  # descriptors kept for workers, the directory and files
 _LINGER_S: Final = 1.0
+_NOT_THERE: Final = object()
 _MAX_DISCARDED_BYTES: Final = 2**20
 _MAX_BODY_BYTES: Final = 256 * 2**20  # on the wire, chunks' own bytes included; doors have limits of their own, below this
 
@@ -46,6 +47,11 @@ class BoundedProtocol(HttpToolsProtocol):
     write_timeout_s: float = WRITE_TIMEOUT_S
     max_connections: int = MAX_CONNECTIONS
     on_refused: Callable[[str], None] = staticmethod(lambda _code: None)  # counts what no route sees, by its code
+    _awaited: ClassVar[dict[BoundedProtocol, None]] = {}  # of one server: whose next bytes are waited for, longest first
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._awaited = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -63,14 +69,16 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client connected."""
         super().connection_made(transport)
-        if len(self.connections) > self.max_connections:
+        if len(self.connections) > self.max_connections and not self._make_room():
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "this gateway holds as many connections as it can", "overloaded")
             return
+        self._awaited[self] = None
         self._start(self.header_timeout_s, "the request's headers")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It left."""
         self._stop()
+        self._awaited.pop(self, None)
         if self._reading is not None:
             self._reading.cancel()
         super().connection_lost(exc)
@@ -100,6 +108,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """A request's first byte."""
         self._num_headers = self._header_bytes = 0
         self._begun = True
+        if self._awaited.pop(self, _NOT_THERE) is None:  # it moves to the end: it has just asked
+            self._awaited[self] = None
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -152,6 +162,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop()
         self._in_headers, self._begun = True, False
         self._received_bytes = 0
+        self._awaited.pop(self, None)
         if not self._refused:
             super().on_message_complete()
 
@@ -175,6 +186,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """An answer is written, if not sent: a connection that is closed stays until its last byte is taken."""
         super().on_response_complete()
+        if self.cycle.response_complete and not self.transport.is_closing():
+            self._awaited[self] = None
         self._watch_reading()
 
     def _watch_reading(self) -> None:
@@ -190,6 +203,23 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.abort()
             return
         self._watch_reading()
+
+    def _make_room(self) -> bool:
+        """End the connection whose next bytes are waited for longest; False where every one is being answered."""
+        oldest = next(iter(self._awaited), None)
+        if oldest is None:
+            return False
+        del self._awaited[oldest]
+        if oldest._refused:
+            oldest.transport.abort()
+        elif oldest._begun:
+            why = "this gateway holds as many connections as it can, and waited longest for the rest of this request"
+            oldest._refuse(HTTPStatus.SERVICE_UNAVAILABLE, why, "overloaded", linger_s=0.0)
+        else:
+            oldest._stop()
+            oldest._refused = True
+            oldest.transport.close()
+        return True
 
     @property
     def _over(self) -> bool:
@@ -216,7 +246,7 @@ class BoundedProtocol(HttpToolsProtocol):
         message = f"{what} did not come within {timeout_s:g} s"
         self._refuse(HTTPStatus.REQUEST_TIMEOUT, message, "request_timeout")
 
-    def _refuse(self, status: HTTPStatus, message: str, code: str) -> None:
+    def _refuse(self, status: HTTPStatus, message: str, code: str, *, linger_s: float = _LINGER_S) -> None:
         """Answer and close; where an answer is under way already, close."""
         self._stop()
         self._refused = True
@@ -242,7 +272,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
         # Closing with unread bytes resets the connection, and the answer is lost: what still comes is thrown away for a moment.
         self._received_bytes = 0
-        self._timer = self.loop.call_later(_LINGER_S, self.transport.close)
+        self._timer = self.loop.call_later(linger_s, self.transport.close)
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._watch_reading()

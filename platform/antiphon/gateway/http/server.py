@@ -73,7 +73,8 @@ class HttpServer:
         tls: DoorCertificate | None = None,
         on_refused: Callable[[str], None] | None = None,
     ) -> None:
-        protocol = _Protocol if on_refused is None else type("_Protocol", (_Protocol,), {"on_refused": staticmethod(on_refused)})
+        own = {} if on_refused is None else {"on_refused": staticmethod(on_refused)}
+        protocol = type("_Protocol", (_Protocol,), own)  # of this server alone, as the connections that it holds are
         self._host = host
         self._port = port
         self._reuse_port = reuse_port

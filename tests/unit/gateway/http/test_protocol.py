@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from antiphon.gateway.http import server as http_server
 from antiphon.gateway.http.protocol import MAX_HEADER_BYTES, MAX_HEADERS, BoundedProtocol, max_connections
@@ -37,9 +37,11 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @asynccontextmanager
-async def serving(monkeypatch: pytest.MonkeyPatch, protocol: type[BoundedProtocol] = Tight) -> AsyncIterator[int]:
+async def serving(
+    monkeypatch: pytest.MonkeyPatch, protocol: type[BoundedProtocol] = Tight, app: ASGIApp = application
+) -> AsyncIterator[int]:
     monkeypatch.setattr(http_server, "_Protocol", protocol)
-    server = HttpServer(application, host="127.0.0.1", port=0)
+    server = HttpServer(app, host="127.0.0.1", port=0)
     async with asyncio.timeout(30):
         await server.start()
         try:
@@ -177,19 +179,56 @@ async def test_a_kept_connection_is_bounded_for_each_of_its_requests(monkeypatch
         assert b"HTTP/1.1 408" in answer
 
 
-async def test_connections_beyond_the_limit_are_refused_and_leave_room_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Few(Tight):
-        header_timeout_s = 20.0
+class Few(Tight):
+    header_timeout_s = body_timeout_s = 20.0
 
-    async with serving(monkeypatch, Few) as port:
-        held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+
+async def test_where_all_connections_are_being_answered_one_more_is_refused_and_room_comes_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answered, go = 0, asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal answered
+        answered += 1
+        await go.wait()
+        await application(scope, receive, send)
+
+    async with serving(monkeypatch, Few, slow) as port:
+        asked = [asyncio.create_task(said(port, GOOD)) for _ in range(3)]
+        while answered < 3:
+            await asyncio.sleep(0.01)
         answer = await said(port)
         assert answer.startswith(b"HTTP/1.1 503")
         assert b"retry-after: 1" in answer
-        held[0][1].write(GOOD)
-        assert (await held[0][0].read()).startswith(b"HTTP/1.1 200")
+        go.set()
+        assert all(each.startswith(b"HTTP/1.1 200") for each in await asyncio.gather(*asked))
         assert (await said(port, GOOD)).startswith(b"HTTP/1.1 200")
-        for _, writer in held:
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        b"",
+        b"GET / HT",
+        b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 10\r\n\r\nabc",
+        b"GET / HTTP/1.1\r\nhost: a\r\n\r\n",
+    ],
+    ids=["silent", "headers begun", "body begun", "answered and kept"],
+)
+async def test_who_holds_all_connections_keeps_nobody_out(monkeypatch: pytest.MonkeyPatch, held: bytes) -> None:
+    async with serving(monkeypatch, Few) as port:
+        connections = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        for reader, writer in connections:
+            writer.write(held)
+            if held.endswith(b"\r\n\r\n"):
+                await reader.readuntil(b"GET 0")
+        for _ in range(3):
+            assert (await said(port, GOOD)).startswith(b"HTTP/1.1 200")
+        reader, writer = connections[0]
+        rest = await reader.read()  # closed: it was asked for longest
+        assert rest.startswith(b"HTTP/1.1 503") or not held or held.endswith(b"\r\n\r\n"), rest
+        for _, writer in connections:
             writer.close()
 
 

@@ -1,0 +1,1 @@
+"""Attacks on what is in front of workers: browsers, crowds, routers."""
