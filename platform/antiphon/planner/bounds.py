@@ -98,8 +98,10 @@ def read_text(path: Path, field: str) -> str:
     """
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path with a NUL
-        raise InvalidInput(f"{path}: {error}", field) from error
+    except OSError as error:
+        raise InvalidInput(f"{field}: {path}: can't be read: {error.strerror}", field) from error
+    except ValueError as error:  # not UTF-8, or a path with a NUL
+        raise InvalidInput(f"{field}: {path}: can't be read: {error}", field) from error
 
 
 def parse_json(text: str, where: str, field: str) -> Any:

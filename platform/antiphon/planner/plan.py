@@ -16,6 +16,7 @@ from antiphon.planner.cost.model_cost import ModelCost, model_cost
 from antiphon.planner.cost.shape import FLOPS_PER_WEIGHT
 from antiphon.planner.options import Option, Planner, Wiring
 from antiphon.planner.pipeline.ratio import LinearTimes, optimal_ratio, optimal_ratio_with_barrier
+from antiphon.planner.search import best_option
 from antiphon.planner.verdict import (
     FabricCheck,
     Violation,
@@ -86,7 +87,7 @@ def make_plan(planner: Planner) -> Plan:
         raise InvalidInput("give a budget of accelerators, a rate of requests, or both", "gpuBudget")
     if demand.budget_cards is not None and demand.budget_cards < 1:
         raise InvalidInput(f"a budget of {demand.budget_cards} accelerators is none", "gpuBudget")
-    found = {wiring: planner.best(wiring) for wiring in Wiring}
+    found = {wiring: best_option(planner, wiring) for wiring in Wiring}
     options = {wiring: option for wiring, option in found.items() if option is not None}
     failed = {wiring: violations(planner, wiring) for wiring, option in found.items() if option is None}
     chosen = choose(list(options.values())) if options else None

@@ -22,7 +22,8 @@ from antiphon.planner.cost.local_machine import measure_local
 from antiphon.planner.fleet import assign
 from antiphon.planner.options import Assumptions, Cards, Demand, Planner, Wiring
 from antiphon.planner.pipeline.speculation import Speculation
-from antiphon.planner.traffic import RequestShape, Traffic
+from antiphon.planner.search import best_option
+from antiphon.planner.traffic import DEFAULT_OUTPUT_TOKENS, RequestShape, Traffic
 
 DEFAULT_CONTEXT = 8192.0
 LOCAL = "local"
@@ -165,13 +166,13 @@ def question(wishes: Wishes, catalogue: Catalogue, document: LLMDeployment | Non
 
 def _on_cards_that_do(planner: Planner, assigned: Callable[[Accelerator], Cards], fleet: Sequence[Accelerator]) -> Planner:
     """The planner, unless nothing is feasible on the cards that cost least: then on the card of the fleet that does best."""
-    if any(planner.best(wiring) for wiring in Wiring):
+    if any(best_option(planner, wiring) for wiring in Wiring):
         return planner
     best, most = planner, 0.0
     for card in dict.fromkeys(fleet):
         other = dataclasses.replace(planner, cards=assigned(card))
         price = 1.0 if card.usd_per_hour is None else card.usd_per_hour
-        found = [option for wiring in Wiring if (option := other.best(wiring)) is not None]
+        found = [option for wiring in Wiring if (option := best_option(other, wiring)) is not None]
         worth = max((option.tokens_per_s_per_card / price for option in found), default=0.0)
         if worth > most:
             best, most = other, worth
@@ -208,7 +209,7 @@ def _traffic(wishes: Wishes, planning: PlanningSpec, folder: Path) -> Traffic:
     if wishes.trace is not None:
         return Traffic.from_trace(wishes.trace)
     if wishes.prompt_tokens is not None:
-        output = 512 if wishes.output_tokens is None else wishes.output_tokens
+        output = DEFAULT_OUTPUT_TOKENS if wishes.output_tokens is None else wishes.output_tokens
         return Traffic.of([RequestShape(prompt_tokens=wishes.prompt_tokens, output_tokens=output)])
     if wishes.context is None and planning.trace is not None:
         return Traffic.from_trace(folder / planning.trace)
@@ -217,8 +218,6 @@ def _traffic(wishes: Wishes, planning: PlanningSpec, folder: Path) -> Traffic:
             [RequestShape(prompt_tokens=t.prompt_tokens, output_tokens=t.output_tokens, weight=t.weight) for t in planning.traffic]
         )
     context = DEFAULT_CONTEXT if wishes.context is None else wishes.context
-    if wishes.output_tokens is None:
-        return Traffic.at_context(context)
     return Traffic.at_context(context, wishes.output_tokens)
 
 

@@ -52,9 +52,19 @@ class Traffic:
         return cls(tuple(requests))
 
     @classmethod
-    def at_context(cls, context: float, output_tokens: int = DEFAULT_OUTPUT_TOKENS) -> Traffic:
-        """Equal requests whose decode rows see ``context`` tokens on average."""
-        output = max(1, min(output_tokens, int(context)))
+    def at_context(cls, context: float, output_tokens: int | None = None) -> Traffic:
+        """Equal requests whose decode rows see ``context`` tokens on average; without ``output_tokens``, answers of 512 or fewer.
+
+        Raises:
+            InvalidInput: answers so long see more than ``context`` on average, whatever the prompt.
+        """
+        output = max(1, min(DEFAULT_OUTPUT_TOKENS, int(context))) if output_tokens is None else output_tokens
+        if output > max(1.0, 2 * (context - 1)):
+            raise InvalidInput(
+                f"output_tokens: answers of {output:,} tokens see a context of {1 + output / 2:,.0f} or more on average, "
+                f"not of {context:,.0f}; raise context, or give prompt_tokens instead",
+                "output_tokens",
+            )
         return cls.of([RequestShape(prompt_tokens=max(1, round(context - output / 2)), output_tokens=output)])
 
     @classmethod

@@ -18,6 +18,7 @@ from antiphon.planner.options import Option, Planner, Wiring
 from antiphon.planner.pipeline.fabric import dense_batch, min_sparsity, moe_batch
 from antiphon.planner.pipeline.group import GroupPoint, Layout
 from antiphon.planner.pipeline.prefill import TAIL
+from antiphon.planner.search import best_option
 
 WORTH_IT = 1.03  # a wiring with more parts must be this much better than a simpler one
 SIMPLEST_FIRST = (Wiring.COLOCATED, Wiring.PD, Wiring.AFD)
@@ -71,7 +72,7 @@ def violations(planner: Planner, wiring: Wiring) -> tuple[Violation, ...]:
         found = [*_tpot(planner, wiring), *_ttft(planner, wiring)]
     if not found and planner.demand.rate is not None:
         filled = dataclasses.replace(planner, demand=dataclasses.replace(planner.demand, rate=None))
-        best = filled.best(wiring)
+        best = best_option(filled, wiring)
         if best is not None:
             rate = best.tokens_per_s / planner.demand.traffic.mean_output * planner.assumptions.fill
             found = [_rate(planner.demand.rate, rate)]
@@ -238,11 +239,12 @@ def _budget(planner: Planner, wiring: Wiring) -> Violation:
     for _ in range(24):
         cards += max(1, cards // 4)
         larger = dataclasses.replace(planner, demand=dataclasses.replace(planner.demand, budget_cards=cards))
-        if larger.best(wiring) is not None:
+        if best_option(larger, wiring) is not None:
             needed = cards
             break
     if math.isinf(needed) and wiring is Wiring.COLOCATED:
-        patient = dataclasses.replace(planner, demand=dataclasses.replace(planner.demand, ttft_s=math.inf)).best(wiring)
+        untimed = dataclasses.replace(planner, demand=dataclasses.replace(planner.demand, ttft_s=math.inf))
+        patient = best_option(untimed, wiring)
         if patient is not None:
             return Violation(
                 constraint=Constraint.TTFT,
@@ -266,6 +268,8 @@ def binding(planner: Planner, option: Option) -> str:
     point, model = option.point, planner.decode_model(option.wiring, option.prompt_room)
     if point.limit == "memory":
         return "KV memory of the attention cards" if option.wiring is Wiring.AFD else "memory of the cards"
+    if point.limit == "prefill":
+        return "prefill cards that the budget leaves"
     if point.limit == "rows":
         return "nothing within the batches considered"
     times, layout = point.main.times, point.layout

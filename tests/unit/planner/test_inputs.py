@@ -94,6 +94,19 @@ def test_a_context_becomes_requests_that_see_it():
         assert Traffic.at_context(context).mean_context == pytest.approx(context, abs=1)
 
 
+@pytest.mark.parametrize(("context", "output", "prompt"), [(8192, 1000, 7692), (1000, 1500, 250), (1, 1, 1)])
+def test_answers_keep_the_length_that_was_asked_for(context, output, prompt):
+    (request,) = Traffic.at_context(context, output).requests
+    assert (request.prompt_tokens, request.output_tokens) == (prompt, output)
+
+
+def test_answers_too_long_for_the_context_are_refused():
+    """They were cut to it, and nobody said so."""
+    with pytest.raises(InvalidInput, match=r"output_tokens.*raise context") as refused:
+        Traffic.at_context(1000, 2500)
+    assert refused.value.field == "output_tokens"
+
+
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 def test_a_trace_is_read(tmp_path, suffix):
     file = tmp_path / f"trace.{suffix}"

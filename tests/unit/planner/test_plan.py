@@ -18,6 +18,7 @@ from antiphon.planner.pipeline.stages import Roofline
 from antiphon.planner.pipeline.ubatches import simulate_layers
 from antiphon.planner.plan import explain, make_plan
 from antiphon.planner.report.html_report import report
+from antiphon.planner.search import best_option
 from antiphon.planner.traffic import RequestShape, Traffic
 from antiphon.planner.verdict import Constraint, step_floor, violations
 
@@ -107,7 +108,7 @@ def test_a_tpot_below_the_floor_says_the_floor():
 def test_just_above_the_floor_is_feasible():
     asked = planner(ttft_s=math.inf)
     floor = step_floor(asked, Wiring.AFD)
-    assert dataclasses.replace(asked, demand=dataclasses.replace(asked.demand, tpot_s=floor * 1.3)).best(Wiring.AFD)
+    assert best_option(dataclasses.replace(asked, demand=dataclasses.replace(asked.demand, tpot_s=floor * 1.3)), Wiring.AFD)
 
 
 def test_a_model_larger_than_the_budgets_memory_says_how_much_is_missing():
@@ -157,7 +158,7 @@ def test_a_rate_without_a_budget_is_served_with_as_many_cards_as_it_takes():
 def test_the_budget_and_the_memory_are_never_exceeded(budget, name, tpot_s):
     asked = planner(name, budget_cards=budget, tpot_s=tpot_s)
     for wiring in Wiring:
-        option = asked.best(wiring)
+        option = best_option(asked, wiring)
         if option is None:
             continue
         model = asked.decode_model(wiring)

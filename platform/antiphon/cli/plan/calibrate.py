@@ -59,4 +59,4 @@ def calibrate(
         try:
             output.write_text(json.dumps({"efficiency": shares}, indent=1) + "\n", encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise InvalidInput(f"{output}: {error}", "output") from error
+            raise InvalidInput(f"output: {output}: can't be written: {getattr(error, 'strerror', error)}", "output") from error

@@ -34,7 +34,7 @@ def deploy(
         try:
             html.write_text(page, encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise InvalidInput(f"{html}: {error}", "html") from error
+            raise InvalidInput(f"html: {html}: can't be written: {getattr(error, 'strerror', error)}", "html") from error
     if as_json:
         value = plan_json(plan)
         if explain:

@@ -107,7 +107,7 @@ class GroupPoint:
     head_s: float
     attention_bytes: float  # memory per attention card
     ffn_bytes: float  # memory per FFN card; colocated: the same card's total
-    limit: str  # why the batch is not larger: tpot, memory or rows
+    limit: str  # why the batch is not larger: tpot, memory, rows, or prefill (as many cards as the budget leaves)
     speculation: Speculation = NO_SPECULATION
 
     @property

@@ -27,6 +27,7 @@ from antiphon.planner.report.tables import (
     simulation_table,
     traffic_line,
 )
+from antiphon.planner.search import best_option
 from antiphon.planner.simulation.deployment import SimulationResult
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -120,7 +121,7 @@ def frontier(planner: Planner, wiring: Wiring) -> list[tuple[float, float]]:
     target = finite(planner.demand.tpot_s) or 0.05
     points = {}
     for factor in TARGET_FACTORS:
-        option = planner.with_tpot(target * factor).best(wiring)
+        option = best_option(planner.with_tpot(target * factor), wiring)
         if option is not None:
             points[round(option.tpot_s, 5)] = option.score
     return sorted(points.items())

@@ -89,7 +89,10 @@ def simulate_option(planner: Planner, option: Option, inputs: SimulationInput) -
     if expected > MAX_REQUESTS:
         raise InvalidInput(f"{expected:.3g} requests are more than {MAX_REQUESTS:,} to simulate; shorten duration_s", "duration_s")
     if inputs.warm_up_s >= inputs.duration_s:
-        raise InvalidInput("the warm-up leaves nothing of the simulated time", "warm_up_s")
+        raise InvalidInput(
+            f"warm_up_s: a warm-up of {inputs.warm_up_s:g} s leaves nothing of the {inputs.duration_s:g} s of duration_s",
+            "warm_up_s",
+        )
     requests = arrivals(planner.demand.traffic, inputs)
     layout, pool = option.point.layout, option.prefill
     num_prefill = layout.num_cards * option.num_groups if pool is None else pool.num_instances
