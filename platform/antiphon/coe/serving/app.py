@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
@@ -100,7 +100,7 @@ async def _run(config: CoeConfig, directory: Directory, stop: asyncio.Event, on_
     }
     file = None if config.api_keys_file is None else KeyFile(config.api_keys_file, field="the router's API keys")
     keys = ApiKeys(config.api_keys, file)
-    door = CoeDoor(_alone(), compositions, keys=keys, max_request_bytes=config.max_request_bytes)
+    door = CoeDoor(_alone(keys), compositions, keys=keys, max_request_bytes=config.max_request_bytes)
     http = None
     tls = None if config.tls is None else DoorCertificate(config.tls)
     if config.http_port is not None:
@@ -255,8 +255,8 @@ async def _wait(stop: asyncio.Event) -> None:
     await stop.wait()
 
 
-def _alone() -> FastAPI:
-    """What stands behind the door when this process serves no model itself."""
+def _alone(keys: ApiKeys) -> FastAPI:
+    """What stands behind the door when this process serves no model itself; it lists for whom a gateway would."""
     app = FastAPI(title="Antiphon router", docs_url=None, redoc_url=None)
 
     @app.get("/health")
@@ -265,7 +265,11 @@ def _alone() -> FastAPI:
         return JSONResponse({"status": "ok"})
 
     @app.get("/v1/models")
-    async def models() -> Response:
+    async def models(request: Request) -> Response:
+        try:
+            keys.check(request.headers.get("authorization"))
+        except AntiphonError as error:
+            return error_response(error)
         return JSONResponse({"object": "list", "data": []})
 
     @app.api_route("/{path:path}", methods=["GET", "POST"])

@@ -2,8 +2,9 @@
 
     replicas of the directory ─► the next in turn ── lost or late ─► another ── none left ─► decided here without a judgement
 
-A replica that failed is asked last for a while. So a router that dies costs a request one more question, and the death of all
-routers costs quality, not requests. Must not know: HTTP, how a router decides.
+A replica that failed is asked last for a while, and what a decision can't be is no decision. So a router that dies, stands still or
+is of another document costs a request one more question, and the death of all routers costs quality, not requests. Must not know:
+HTTP, how a router decides.
 """
 
 from __future__ import annotations
@@ -18,10 +19,19 @@ from dataclasses import replace
 
 from antiphon.coe.routing.decision import Decision, DecisionId, Question, View
 from antiphon.coe.routing.router import Record, Router
-from antiphon.coe.serving.wire import decision_of, record_of, request_of
+from antiphon.coe.serving.wire import request_of, taken
 from antiphon.core.directory import Notes
 from antiphon.core.document.composition import CompositionOfExperts, Policy
-from antiphon.core.errors import AlreadyRated, AntiphonError, Cancelled, DeadlineExceeded, InternalError, Unavailable, UnknownModel
+from antiphon.core.errors import (
+    AlreadyRated,
+    AntiphonError,
+    Cancelled,
+    CorruptMessage,
+    DeadlineExceeded,
+    InternalError,
+    Unavailable,
+    UnknownModel,
+)
 from antiphon.rpc.router.client import RouterCalls
 from antiphon.rpc.v1 import router_pb2 as pb
 
@@ -30,8 +40,9 @@ _log = logging.getLogger(__name__)
 _SHUNNED_S = 1.0  # a replica that failed is asked last for so long
 _TIMEOUT_FACTOR = 2.0  # a router answers within the document's time; the way there and back takes some too
 _UNARY_TIMEOUT_S = 2.0
-# UnknownModel: a router that has not been told of the composition yet.
-_LOST = (Unavailable, DeadlineExceeded, Cancelled, InternalError, UnknownModel)
+_MAX_REPLICAS = 64  # that are connected to, whatever stands in the directory
+# UnknownModel: a router that has not been told of the composition yet. CorruptMessage: one that has another idea of it.
+_LOST = (Unavailable, DeadlineExceeded, Cancelled, InternalError, UnknownModel, CorruptMessage)
 
 
 def routers_topic(composition: str) -> str:
@@ -58,6 +69,7 @@ class RemoteRoutes:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = document.model_name
+        self._spec = document.spec
         self._topic = routers_topic(document.metadata.name)
         self._notes = notes
         self._avoided = avoided
@@ -77,12 +89,16 @@ class RemoteRoutes:
     async def route(self, question: Question, view: View, sticky_expert: str | None) -> Record:
         """See ``Routes``. ``view`` and ``sticky_expert`` serve only where no router is left; routers have their own."""
         request = request_of(self._model, question, self._avoided())
+        end_s = self._clock() + self._timeout_s  # the first may take all of it; who is quick to fail leaves it to the next
         for address in self._order():
             began_s = self._clock()
+            if began_s >= end_s:
+                break
             try:
                 answer = await self._calls[address].route(request, self._timeout_s)
-                return record_of(answer, replace(question, prompt=""), decided_s=time.time(), took_s=self._clock() - began_s)
-            except (*_LOST, KeyError, ValueError) as error:
+                asked = replace(question, prompt="")
+                return taken(answer, asked, self._spec, decided_s=time.time(), took_s=self._clock() - began_s)
+            except (*_LOST, KeyError) as error:
                 self._shunned[address] = self._clock()
                 _log.warning("router %s of %s: %s", address, self._model, error)
         return self._alone.without_judgement(question, view, sticky_expert)
@@ -93,10 +109,13 @@ class RemoteRoutes:
         for address in self._order():
             try:
                 answer = await self._calls[address].explain(request, _UNARY_TIMEOUT_S)
+                made = {"decided_s": answer.decided_s, "took_s": answer.took_s}
+                record = taken(answer.decision, Question(prompt=""), self._spec, **made)
+                if not answer.HasField("replay"):
+                    return record, None
+                return record, taken(answer.replay, Question(prompt=""), self._spec, **made).decision
             except (AntiphonError, KeyError):
                 continue  # another replica may have decided
-            record = record_of(answer.decision, Question(prompt=""), decided_s=answer.decided_s, took_s=answer.took_s)
-            return record, decision_of(answer.replay) if answer.HasField("replay") else None
         record = self._alone.explain(decision_id)
         return record, None if policy is None else self._alone.replay(decision_id, policy)
 
@@ -119,7 +138,7 @@ class RemoteRoutes:
             found: Mapping[str, str] = await self._notes.notes(self._topic)
         except AntiphonError:
             return  # those that are known may still be there
-        wanted = set(found.values())
+        wanted = set(sorted(found.values())[:_MAX_REPLICAS])
         for address in wanted - self._calls.keys():
             self._calls[address] = RouterCalls(address)
         for address in self._calls.keys() - wanted:

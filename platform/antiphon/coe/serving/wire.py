@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 from antiphon.coe.routing.decision import Block, Candidate, Decision, DecisionId, Judgement, Question, Reason, View
 from antiphon.coe.routing.router import Record
-from antiphon.core.document.composition import Policy, policy_named
+from antiphon.core.document.composition import CompositionSpec, Policy, policy_named
+from antiphon.core.errors import CorruptMessage, InvalidInput
 from antiphon.rpc.v1 import router_pb2 as pb
 
 MAX_SESSION_CHARS = 256
+_ROUTER = "router"
+_MAX_TEXT_CHARS = 2048  # they travel on in headers
+_DECISION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 def request_of(model: str, question: Question, avoided: frozenset[str]) -> pb.RouteRequest:
@@ -138,6 +145,37 @@ def record_of(message: pb.RouteDecision, question: Question, *, decided_s: float
         decided_s=decided_s,
         took_s=took_s,
     )
+
+
+def taken(message: pb.RouteDecision, question: Question, spec: CompositionSpec, *, decided_s: float, took_s: float) -> Record:
+    """The record of a message, if it is a decision about the question that an equal composition could have made.
+
+    Raises:
+        CorruptMessage: it names experts, reasons or policies that there are none, breaks what the question asks, or has no such id,
+            texts or numbers as decisions have.
+    """
+    try:
+        record = record_of(message, question, decided_s=decided_s, took_s=took_s)
+    except (ValueError, InvalidInput) as error:
+        raise CorruptMessage(_ROUTER, str(error)[:_MAX_TEXT_CHARS]) from error
+    decision = record.decision
+    known = {expert.name for expert in spec.experts}
+    named = [decision.expert, *decision.alternatives, *(candidate.expert for candidate in decision.candidates)]
+    if not known.issuperset(named) or (decision.runner_up or decision.expert) not in known or len(named) > 2 * len(known) + 1:
+        raise CorruptMessage(_ROUTER, "it names experts that this composition does not have, or one too often")
+    asked = {decision.expert, *decision.alternatives}
+    if question.allowed is not None and not question.allowed.issuperset(asked):
+        raise CorruptMessage(_ROUTER, "it chooses an expert that was not to be asked")
+    if _DECISION_ID.fullmatch(record.decision_id) is None:
+        raise CorruptMessage(_ROUTER, "a decision has no such id")
+    if max(map(len, (decision.detail, decision.category, message.artifact))) > _MAX_TEXT_CHARS:
+        raise CorruptMessage(_ROUTER, "a text of it is too long")
+    numbers = [decision.confidence, decision.familiarity, decided_s, took_s, *message.probabilities.values()]
+    for candidate in decision.candidates:
+        numbers += [candidate.score, candidate.cost, candidate.wait, candidate.lead, candidate.total or 0.0]
+    if not all(map(math.isfinite, numbers)):
+        raise CorruptMessage(_ROUTER, "a number of it is none")
+    return record
 
 
 def _clean(text: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -32,6 +32,8 @@ class _Load:
     sender: Sender
     num_missing: int  # tokens x layers
     num_missing_bytes: int  # of the state
+    arrived: torch.Tensor  # bool [layers, tokens]: what comes again is not counted again
+    state_bytes: dict[tuple[int, int], int] = field(default_factory=dict)  # that have come, of each layer's plane, in order
     progress_s: float
     slots: torch.Tensor  # int64, of tokens from load.first_token on
 
@@ -105,6 +107,7 @@ class DecodeSide:
             sender=sender,
             num_missing=load.num_tokens * len(self._cache.layout.kv_layers),
             num_missing_bytes=self._cache.layout.state_bytes,
+            arrived=torch.zeros(self._cache.layout.num_layers, load.num_tokens, dtype=torch.bool),
             progress_s=self._clock(),
             slots=self._cache.slots(load.block_ids, load.first_token, load.num_tokens),
         )
@@ -227,7 +230,9 @@ class DecodeSide:
                 if message.data.numel() != expected:
                     raise CorruptMessage(link.peer, f"{message.data.numel()} bytes of KV where {expected} belong")
                 self._cache.load(header.layer, load.slots[at : at + header.rows], message.data)
-                load.num_missing -= header.rows
+                arrived = load.arrived[header.layer, at : at + header.rows]
+                load.num_missing -= header.rows - int(arrived.count_nonzero())
+                arrived.fill_(True)
             case Kind.STATE:
                 self._take_state(link, header, load, message)
             case Kind.KV_DONE:
@@ -254,8 +259,12 @@ class DecodeSide:
             raise CorruptMessage(link.peer, f"a state of layer {header.layer}, plane {header.ubatch}, which has none")
         if header.num_bytes != message.data.numel() or end > layout.states[header.ubatch].num_bytes:
             raise CorruptMessage(link.peer, f"bytes {header.first} to {end} of a state of layer {header.layer}")
+        begun = load.state_bytes.get((header.layer, header.ubatch), 0)
+        if header.first > begun:
+            raise CorruptMessage(link.peer, f"bytes {begun} to {header.first} of a state of layer {header.layer} did not come")
         self._cache.load_state(header.layer, header.ubatch, slot, header.first, message.data)
-        load.num_missing_bytes -= message.data.numel()
+        load.state_bytes[header.layer, header.ubatch] = max(begun, end)
+        load.num_missing_bytes -= max(0, end - begun)
 
     def _end(self, transfer: TransferId) -> None:
         load = self._loads.pop(transfer)

@@ -23,6 +23,9 @@ from antiphon.models.attention.kv_cache import KVCache
 from antiphon.transport.base import Link, Listener, Message, Slot
 from antiphon.transport.waiting import WaitSet
 
+_MAX_OWED = 1 << 14  # of one peer: requests that are under way, and refusals that it has not taken
+_MAX_LEASE_S = 3600.0  # for which blocks are kept for a peer that takes nothing
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Piece:
@@ -266,6 +269,10 @@ class PrefillSide:
         text = bytes(message.data[num_token_bytes:].numpy()).decode(errors="replace")
         salt, traceparent, tenant = read_text(text)
         request_id = RequestId(f"{peer.link.peer}#{peer.link.peer_epoch}#{transfer_id}")
+        if transfer_id in peer.transfers:
+            raise CorruptMessage(peer.link.peer, f"transfer {transfer_id} is asked for twice")
+        if len(peer.transfers) + len(peer.failures) >= _MAX_OWED:
+            raise CorruptMessage(peer.link.peer, f"it asks on and takes nothing of what it asked {_MAX_OWED} times")
         now_s = self._clock()
         self._arrived.append(
             Request(
@@ -273,7 +280,7 @@ class PrefillSide:
                 prompt_token_ids=tokens,
                 sampling=SamplingParams(max_tokens=1),
                 arrival_s=now_s,
-                deadline_s=now_s + 2 * header.spare / 1000,
+                deadline_s=now_s + min(2 * header.spare / 1000, _MAX_LEASE_S),
                 traceparent=traceparent or None,
                 cache_salt=salt,
                 tenant=tenant,
