@@ -44,12 +44,13 @@ def ray_service(
     sizes: Mapping[str, int],
     limits: Mapping[str, int],
     *,
-    suspend: bool,
+    suspend: bool | None,
     new_clusters: bool = True,
 ) -> Json:
     """The RayService that runs ``revision`` with ``sizes`` workers.
 
-    ``new_clusters`` False keeps KubeRay from building a further cluster while a failed one is taken back.
+    ``suspend`` None leaves it unsaid: KubeRay before 1.7 does not know the field. ``new_clusters`` False keeps KubeRay from
+    building a further cluster while a failed one is taken back.
     """
     config = serve_config(revision.application, sizes)
     return {
@@ -64,7 +65,7 @@ def ray_service(
             }
         },
         "spec": {
-            "suspend": suspend,
+            **({} if suspend is None else {"suspend": suspend}),
             "upgradeStrategy": {"type": "NewCluster" if new_clusters else "None"},
             "rayClusterDeletionDelaySeconds": int(document.spec.kubernetes.drain_s),
             "serveConfigV2": config,

@@ -14,7 +14,18 @@ from typing import Literal
 
 import jsonpatch
 
-from antiphon_operator.kube.base import Conflict, Gone, KubeError, Labels, Listing, NotFound, Object, Refused, WatchEvent
+from antiphon_operator.kube.base import (
+    Conflict,
+    Gone,
+    KubeError,
+    Labels,
+    Listing,
+    NotFound,
+    Object,
+    Refused,
+    WatchEvent,
+    error_of,
+)
 from antiphon_operator.kube.resources import Resource
 from antiphon_operator.testing.field_sets import ITEM, exists, leaves, read, remove, to_fields_v1, write
 from antiphon_operator.testing.json_values import SERVER_METADATA, appliable, comparable, copied, merge_patch, received, spec_part
@@ -43,6 +54,7 @@ class MemoryApi:
     def __init__(self, *, clock: Callable[[], float], history: int = 10_000, uids: str = "uid") -> None:
         self.calls: list[Call] = []
         self.faults: list[Callable[[Call], KubeError | None]] = []
+        self.undeclared: set[tuple[str, str]] = set()  # (plural, field of spec) that a kind's definition lacks
         self.listeners: list[Callable[[], None]] = []
         self.quiet = False  # while True, calls are neither recorded nor refused: other controllers' work
         self._clock = clock
@@ -123,6 +135,9 @@ class MemoryApi:
         """Server-side apply, of everything but status, or of status only."""
         namespace, name = value["metadata"].get("namespace"), str(value["metadata"]["name"])
         self._ask("patch", resource, namespace, name, subresource)
+        for plural, spec_field in self.undeclared:
+            if plural == resource.plural and spec_field in value.get("spec", {}):
+                raise error_of(500, f"failed to create typed patch object: .spec.{spec_field}: field not declared in schema")
         stored = self._objects.get(key_of(resource, namespace, name))
         if stored is None:
             if subresource:

@@ -279,16 +279,20 @@ class LLMReconciler:
         elif step.action is Action.RESUME:
             suspend = False
         sizes = {name: plan.asked.get(name, 0) for name in _deployments(revision)}
+        was_said = world.service is not None and "suspend" in world.service["spec"]
         service = render.ray_service(
             world.document, world.owner, revision, sizes, _limits(world.document, revision),
-            suspend=suspend, new_clusters=step.action is not Action.REPLACE_PENDING and not planned.stale_pending,
+            suspend=suspend if suspend or was_said else None,
+            new_clusters=step.action is not Action.REPLACE_PENDING and not planned.stale_pending,
         )  # fmt: skip
         try:
             # Its controller is ours alone: KubeRay writes the whole object once, with defaults of its own in every worker group,
             # and owns that list from then on.
             await writer.ensure(service, world.service, force=True)
         except UnknownField as error:
-            raise Refused(Reason.UNSUPPORTED_KUBERAY, f"KubeRay's RayService lacks what is needed, upgrade it: {error}") from error
+            raise Refused(
+                Reason.UNSUPPORTED_KUBERAY, f"KubeRay's RayService lacks what is needed, upgrade it to 1.7 or newer: {error}"
+            ) from error
 
     async def _apply_surroundings(self, writer: Writer, world: _World, sizes: Mapping[str, int]) -> None:
         document, owner = world.document, world.owner

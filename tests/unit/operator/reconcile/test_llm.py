@@ -966,16 +966,17 @@ def test_an_unsupported_version_of_ray_is_refused_and_what_runs_is_left_alone(cl
     assert cluster.condition("Accepted") == ("True", "Accepted")
 
 
-def test_a_kuberay_that_is_too_old_is_told_and_what_runs_is_left_alone(cluster: Cluster) -> None:
-    def lacks_suspend(call: Call) -> KubeError | None:
-        text = "failed to create typed patch object (default/demo): .spec.suspend: field not declared in schema"
-        return error_of(500, text) if call.writes and call.resource == "rayservices" else None
-
-    cluster.api.faults.append(lacks_suspend)
-    cluster.reconcile()
+def test_a_kuberay_without_suspend_serves_and_says_so_where_it_is_needed(cluster: Cluster) -> None:
+    cluster.api.undeclared.add(("rayservices", "suspend"))
+    cluster.run()
+    assert cluster.condition("Ready") == ("True", "Ready")
+    cluster.edit(lambda s: s.update(suspend=True))
+    cluster.run()
     assert cluster.condition("Accepted") == ("False", "UnsupportedKubeRay")
     assert "spec.suspend" in cluster.message("Accepted")
-    cluster.api.faults.clear()
+    assert "1.7" in cluster.message("Accepted")
+    assert cluster.condition("Available") == ("True", "Ready")
+    cluster.edit(lambda s: s.pop("suspend"))
     cluster.run()
     assert cluster.condition("Accepted") == ("True", "Accepted")
     assert cluster.condition("Ready") == ("True", "Ready")
