@@ -84,9 +84,9 @@ def make_plan(planner: Planner) -> Plan:
     """
     demand = planner.demand
     if demand.budget_cards is None and demand.rate is None:
-        raise InvalidInput("give a budget of accelerators, a rate of requests, or both", "gpuBudget")
+        raise InvalidInput("gpuBudget: give a budget of accelerators (--gpus), a rate of requests (--rate), or both", "gpuBudget")
     if demand.budget_cards is not None and demand.budget_cards < 1:
-        raise InvalidInput(f"a budget of {demand.budget_cards} accelerators is none", "gpuBudget")
+        raise InvalidInput(f"gpuBudget: a budget of {demand.budget_cards} accelerators is none", "gpuBudget")
     found = {wiring: best_option(planner, wiring) for wiring in Wiring}
     options = {wiring: option for wiring, option in found.items() if option is not None}
     failed = {wiring: violations(planner, wiring) for wiring, option in found.items() if option is None}

@@ -85,8 +85,8 @@ class Question:
     fleet: tuple[Accelerator, ...]
 
 
-def resolve_model(name: str, base: Path | None = None) -> Model:
-    """The model of a library name, or of a path (relative to ``base``) to a checkpoint or config.json.
+def resolve_model(name: str, base: Path | None = None, field: str = "model") -> Model:
+    """The model of a library name, or of a path (relative to ``base``) to a checkpoint or config.json; ``field`` is what named it.
 
     Raises:
         UnknownModel, CheckpointInvalid, UnsupportedModel, InvalidInput: there is none, or it can't be read.
@@ -94,7 +94,7 @@ def resolve_model(name: str, base: Path | None = None) -> Model:
     if name in model_names():
         return find_model(name)
     path = Path(name) if base is None else base / name
-    return read_model(path) if _exists(path) else find_model(name)
+    return read_model(path) if _exists(path) else find_model(name, field)
 
 
 def _exists(path: Path) -> bool:
@@ -114,23 +114,27 @@ def question(wishes: Wishes, catalogue: Catalogue, document: LLMDeployment | Non
     model = _model(wishes, planning, document, folder)
     traffic = _traffic(wishes, planning, folder)
     formats = _formats(wishes, planning, model.formats)
-    measured: dict[str, Accelerator] = {}
+    local: list[Accelerator] = []  # this machine, once a role uses it
 
-    def card(key: str) -> Accelerator:
-        if key != LOCAL or LOCAL in catalogue.accelerators:
-            return catalogue.get(key)
-        if LOCAL not in measured:
-            measured[LOCAL] = measure_local(wishes.price)
-        return measured[LOCAL]
+    def card(key: str, where: str) -> Accelerator:
+        if key != LOCAL:
+            return catalogue.get(key, where)
+        if not local:
+            known = LOCAL in catalogue.accelerators
+            local.append(catalogue.get(LOCAL).priced(wishes.price) if known else measure_local(wishes.price))
+        return local[0]
 
     hardware = planning.hardware
-    named = {role: getattr(hardware, role) for role in ("colocated", "prefill", "decode", "attention", "ffn")}
-    named.update(wishes.roles)
-    fixed = {role: card(key) for role, key in named.items() if key is not None}
-    fleet: Sequence[Accelerator] = [card(key) for key in wishes.fleet or hardware.fleet]
+    said = "spec.planning.hardware."
+    named = {role: (getattr(hardware, role), said + role) for role in ("colocated", "prefill", "decode", "attention", "ffn")}
+    named.update({role: (key, f"role {role}") for role, key in wishes.roles.items()})
+    fixed = {role: card(key, where) for role, (key, where) in named.items() if key is not None}
+    fleet: Sequence[Accelerator] = (
+        [card(key, "hardware") for key in wishes.fleet] if wishes.fleet else [card(key, said + "fleet") for key in hardware.fleet]
+    )
     if not fleet and not fixed:
         fleet = catalogue.priced
-    if wishes.price is not None and LOCAL not in measured:
+    if wishes.price is not None and not local:
         raise InvalidInput("price: is that of the local machine, which no role may use here; see hardware_file", "price")
     cards = assign(model, formats, traffic.mean_context, fleet, fixed)
     slo = None if document is None else document.spec.slo
@@ -188,9 +192,9 @@ def _model(wishes: Wishes, planning: PlanningSpec, document: LLMDeployment | Non
     if wishes.model is not None:
         return resolve_model(wishes.model)
     if planning.config is not None:
-        return resolve_model(planning.config, folder)
+        return resolve_model(planning.config, folder, "spec.planning.config")
     if document is None:
-        raise InvalidInput("give a document or a model", "model")
+        raise InvalidInput("model: give a model, or a document (--file)", "model")
     uri = document.spec.model.uri
     path = uri.removeprefix("file://")
     if "://" not in path and _exists(folder / path):

@@ -112,12 +112,18 @@ class PlanOptions:
         Raises:
             InvalidInput: something needed is missing or unknown; ``field`` names it.
         """
+        from antiphon.planner.calibration.shares import read_shares
         from antiphon.planner.question import question
 
         folder = Path() if self.file is None else self.file.parent
-        return question(self._wishes(cards), cards.catalogue(), _document(self.file), folder)
+        shares, peaks = ({}, {}) if self.efficiency_file is None else read_shares(self.efficiency_file)
+        # A file of accelerators says more than the peaks that were measured with the shares.
+        known = cards.catalogue()
+        known = known.extended({key: card for key, card in peaks.items() if key not in known.accelerators})
+        wishes = self._wishes(cards, shares | _efficiency(self.efficiency))
+        return question(wishes, known, _document(self.file), folder)
 
-    def _wishes(self, cards: CardOptions) -> Wishes:
+    def _wishes(self, cards: CardOptions, efficiency: dict[str, float]) -> Wishes:
         from antiphon.planner.question import Wishes
 
         return Wishes(
@@ -136,7 +142,7 @@ class PlanOptions:
             kv=cards.kv,
             compute=cards.compute,
             attention=self.attention,
-            efficiency=_efficiency(self.efficiency_file, self.efficiency),
+            efficiency=efficiency,
             expert_skew=self.expert_skew,
             price=cards.price,
             drafts=self.drafts,
@@ -192,15 +198,12 @@ def _document(file: Path | None) -> LLMDeployment | None:
         return None
     deployments = [document for document in read_documents(file) if isinstance(document, LLMDeployment)]
     if len(deployments) != 1:
-        raise InvalidInput(f"{file}: has {len(deployments)} LLMDeployment documents; a plan is made for one", "file")
+        raise InvalidInput(f"file: {file} has {len(deployments)} LLMDeployment documents; a plan is made for one", "file")
     return deployments[0]
 
 
-def _efficiency(file: Path | None, options: list[str] | None) -> dict[str, float]:
-    """Values of the file, those of the options over them."""
-    from antiphon.planner.calibration.shares import read_efficiency
-
-    values = {} if file is None else read_efficiency(file)
+def _efficiency(options: list[str] | None) -> dict[str, float]:
+    values = {}
     for option in options or ():
         name, separator, value = option.partition("=")
         try:

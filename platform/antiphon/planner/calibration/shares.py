@@ -9,8 +9,9 @@ least squares follow one another. Must not know: what runs the models.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,17 +28,34 @@ ROUNDS = 12
 LEAST_SHARE, MOST_SHARE = LIMITS["share"]
 
 
-def read_efficiency(path: Path) -> dict[str, float]:
-    """The shares that a file says; their names and bounds are checked where they are used.
+def read_shares(path: Path) -> tuple[dict[str, float], dict[str, Any]]:
+    """The shares that a file says, and the accelerators whose peaks they are shares of; both are checked where they are used.
 
     Raises:
         InvalidInput: it can't be read, or has no mapping called efficiency.
     """
     raw = parse_json(read_text(path, "efficiency_file"), str(path), "efficiency_file")
     values = raw.get("efficiency") if isinstance(raw, dict) else None
-    if not isinstance(values, dict):
-        raise InvalidInput(f'{path}: has no mapping "efficiency", as antiphon plan calibrate --output writes it', "efficiency_file")
-    return dict(values)
+    cards = raw.get("hardware", {}) if isinstance(raw, dict) else None
+    if not isinstance(values, dict) or not isinstance(cards, dict):
+        raise InvalidInput(
+            f'efficiency_file: {path} has no mapping "efficiency", as antiphon plan calibrate --output writes it', "efficiency_file"
+        )
+    return dict(values), dict(cards)
+
+
+def stage_errors(measurements: Sequence[Measurement], model: Model, card: Accelerator, shares: Mapping[str, float]) -> list[float]:
+    """Of every measured stage: what the planner predicts for it with these shares over what was measured, less 1."""
+    reached = Efficiency().with_values(shares)
+    stages = Roofline(shape=model.shape, formats=model.formats, attention=card, ffn=card, efficiency=reached)
+    layer = model.shape.kinds[-1][0]
+    errors = []
+    for one in measurements:
+        if one.t_attention_s:
+            errors.append(stages.attention_s(layer, one.rows_per_ubatch, one.context) / one.t_attention_s - 1)
+        if one.t_ffn_s:
+            errors.append(stages.ffn_s(layer.ffn, one.rows_per_ubatch, 1) / one.t_ffn_s - 1)
+    return errors
 
 
 def fit_shares(measurements: Sequence[Measurement], model: Model, card: Accelerator) -> dict[str, float]:

@@ -159,8 +159,8 @@ class Catalogue:
             raise InvalidInput(f"{path}: must map names of accelerators to their figures", "hardware_file")
         return self.extended(entries)
 
-    def get(self, key: str) -> Accelerator:
-        """The accelerator called ``key``.
+    def get(self, key: str, field: str = "hardware") -> Accelerator:
+        """The accelerator called ``key``; ``field`` is what named it.
 
         Raises:
             InvalidInput: there is none.
@@ -169,7 +169,7 @@ class Catalogue:
             return self.accelerators[key]
         except KeyError:
             known = ", ".join(self.accelerators)
-            raise InvalidInput(f"no accelerator {key!r}; known are {known}, and local", "hardware") from None
+            raise InvalidInput(f"{field}: no accelerator {key!r}; known are {known}, and local", field) from None
 
     @property
     def priced(self) -> tuple[Accelerator, ...]:

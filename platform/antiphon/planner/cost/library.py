@@ -44,15 +44,15 @@ def _entries() -> dict[str, Traversable]:
     return {file.name.removesuffix(".json"): file for file in files if file.name.endswith(".json")}
 
 
-def find_model(name: str) -> Model:
-    """The library's model of that name.
+def find_model(name: str, field: str = "model") -> Model:
+    """The library's model of that name; ``field`` is what named it.
 
     Raises:
         UnknownModel: there is none.
     """
     entries = _entries()
     if name not in entries:
-        raise UnknownModel(f"no model {name!r} in the library; known are {', '.join(sorted(entries))}", "model")
+        raise UnknownModel(f"{field}: {name!r} is neither a path nor in the library; known are {', '.join(sorted(entries))}", field)
     entry: dict[str, Any] = json.loads(entries[name].read_text())
     return Model(
         name=name,

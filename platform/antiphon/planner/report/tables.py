@@ -5,14 +5,15 @@ Must not know: terminals or HTML.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from antiphon.planner.calibration.fit import Comparison
 from antiphon.planner.cost.formats import Formats
 from antiphon.planner.cost.formula import Derivation
-from antiphon.planner.cost.hardware import Accelerator
+from antiphon.planner.cost.hardware import Accelerator, Efficiency
 from antiphon.planner.cost.library import Model
 from antiphon.planner.cost.model_cost import model_cost
 from antiphon.planner.cost.token_cost import TokenCost
@@ -20,6 +21,8 @@ from antiphon.planner.options import Option
 from antiphon.planner.plan import Plan
 from antiphon.planner.simulation.deployment import SimulationResult
 from antiphon.planner.traffic import Traffic
+
+SCATTER = 0.2  # errors of a fit above this are of the measurements, not of the fit's form
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,7 +196,7 @@ def hardware_table(cards: Sequence[Accelerator]) -> Table:
     rows = tuple(
         (
             card.key,
-            *(f"{card.flops[name] / 1e12:,.0f}" if name in card.flops else "-" for name in ("bf16", "fp8")),
+            *(f"{card.flops[name] / 1e12:,.0f}" if name in card.flops else "-" for name in ("bf16", "fp8", "int8")),
             f"{card.memory_bytes / 1e9:,.0f}",
             f"{card.bandwidth / 1e12:.2f}",
             f"{card.scale_up_bandwidth / 1e9:,.0f}",
@@ -203,8 +206,8 @@ def hardware_table(cards: Sequence[Accelerator]) -> Table:
         )
         for card in cards
     )
-    columns = ("key", "bf16 TF/s", "fp8 TF/s", "GB", "TB/s", "node GB/s", "NIC GB/s", "a node", "USD/h")
-    return Table(title="accelerators, by card; links one way", columns=columns, rows=rows)
+    columns = ("key", "bf16", "fp8", "int8", "GB", "TB/s", "in node", "NIC", "cards a node", "USD/h")
+    return Table(title="accelerators, by card: Tflop/s (int8: Top/s), memory, links one way in GB/s", columns=columns, rows=rows)
 
 
 def source_lines(entries: Sequence[tuple[str, str, str]]) -> list[str]:
@@ -230,10 +233,12 @@ def models_table(models: Sequence[Model]) -> Table:
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> Table:
-    """Predictions against measurements."""
+    """Predictions against measurements; what all of them have in common stands in the title."""
+    models = {c.measurement.model for c in comparisons}
+    common = f"; {next(iter(models))}" if len(models) == 1 else ""
     rows = tuple(
         (
-            c.measurement.model,
+            *(() if common else (c.measurement.model,)),
             c.measurement.wiring,
             str(c.measurement.batch),
             f"{c.measurement.context:.0f}",
@@ -244,8 +249,31 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
         )
         for c in comparisons
     )
-    columns = ("model", "wiring", "batch", "context", "measured ms", "predicted ms", "error", "")
-    return Table(title="decode step, predicted against measured", columns=columns, rows=rows)
+    columns = (*(() if common else ("model",)), "wiring", "batch", "context", "measured", "predicted", "error", "")
+    return Table(title=f"decode step in ms, predicted against measured{common}", columns=columns, rows=rows)
+
+
+def scatter_lines(comparisons: Sequence[Comparison]) -> list[str]:
+    """A warning when no fit goes through what was measured."""
+    worst = max((abs(c.error) for c in comparisons if not math.isnan(c.predicted_s)), default=0.0)
+    if worst <= SCATTER:
+        return []
+    return [f"The fit is off by up to {worst:.0%}: the measurements scatter. Measure again on a machine that does nothing else."]
+
+
+def share_lines(shares: Mapping[str, float], errors: Sequence[float]) -> list[str]:
+    """What was fitted, how well it says the stages that were measured, and what stays as it was."""
+    lines = [f"efficiency {name} = {value:.4g}" for name, value in shares.items()]
+    if errors:
+        off = [abs(error) for error in errors]
+        lines.append(f"stage times with these: off by {sum(off) / len(off):.0%} on average, {max(off):.0%} at most")
+    full = [name for name, value in shares.items() if value >= 1 and not name.endswith("_s")]
+    if full:
+        lines.append(f"{', '.join(full)}: stages were as fast as the accelerator's peak, or faster; its figures may be too low")
+    kept = [field.name for field in dataclasses.fields(Efficiency) if field.name not in shares]
+    if kept:
+        lines.append(f"{', '.join(kept)}: not to be told from these measurements; deploy keeps what it has")
+    return lines
 
 
 def derivation_lines(derivation: Derivation) -> list[str]:

@@ -74,6 +74,61 @@ def test_what_calibrate_writes_is_what_deploy_plans_with(tmp_path):
     assert calibrated["chosen"]["tokens_per_s"] < plain["chosen"]["tokens_per_s"]
 
 
+def test_shares_of_a_measured_machine_bring_its_peaks_along(tmp_path, monkeypatch):
+    """This machine is measured anew by every command, and is never the same: shares of one are none of the other."""
+    bench, fitted = tmp_path / "bench.jsonl", tmp_path / "shares.json"
+    bench.write_text("\n".join(json.dumps(dataclasses.asdict(one)) for one in measured()))
+    here = dataclasses.replace(CARD, key="local", source="measured")
+    monkeypatch.setattr("antiphon.planner.cost.local_machine.measure_local", lambda *_: here)
+    assert run("calibrate", "-i", bench, "--model", "qwen3-32b", "-o", fitted).exit_code == 0
+    busy = dataclasses.replace(here, bandwidth=here.bandwidth / 9)
+    monkeypatch.setattr("antiphon.planner.question.measure_local", lambda *_: busy)
+    asked = ["deploy", "--model", "qwen3-32b", "--hardware", "local", "--gpus", 4, "--context", 2000, "--json"]
+    rate = json.loads(run(*asked, "--efficiency-file", fitted).stdout)["chosen"]["tokens_per_s"]
+    same = json.loads(run("deploy", "--hardware", "H800", *asked[1:3], *asked[5:], "--efficiency-file", fitted).stdout)["chosen"]
+    assert rate == pytest.approx(same["tokens_per_s"])
+    assert rate > 2 * json.loads(run(*asked).stdout)["chosen"]["tokens_per_s"]
+    priced = json.loads(run(*asked, "--efficiency-file", fitted, "--price", 2).stdout)["chosen"]
+    assert priced["usd_per_hour"] == 8
+    # What a file of accelerators says of it still wins.
+    cards = tmp_path / "cards.json"
+    cards.write_text(json.dumps({"local": {**dataclasses.asdict(busy), "title": "slow"}} | {}).replace('"key": "local", ', ""))
+    slow = json.loads(run(*asked, "--efficiency-file", fitted, "--hardware-file", cards).stdout)["chosen"]
+    assert slow["tokens_per_s"] < rate / 2
+
+
+def test_calibrate_says_how_well_the_shares_fit_and_what_they_leave(tmp_path):
+    bench = tmp_path / "bench.jsonl"
+    bench.write_text("\n".join(json.dumps(dataclasses.asdict(one)) for one in measured()))
+    shown = " ".join(run("calibrate", "-i", bench, "--model", "qwen3-32b", "--hardware", "H800").stdout.split())
+    assert "stage times with these: off by 0% on average" in shown
+    assert "overlap: not to be told from these" in shown
+    assert "qwen3-32b" in shown.split("wiring")[0]  # once, in the title
+
+
+def test_measurements_that_scatter_are_said_to(tmp_path):
+    points = measured()
+    scattered = [dataclasses.replace(one, decode_step_s=0.1 * (1 + 9 * (i % 2))) for i, one in enumerate(points)]
+    for kept, warned in ((points, False), (scattered, True)):
+        bench = tmp_path / "bench.jsonl"
+        bench.write_text("\n".join(json.dumps(dataclasses.asdict(one)) for one in kept))
+        result = run("calibrate", "-i", bench)
+        assert result.exit_code == 0
+        assert ("the measurements scatter" in " ".join(result.stdout.split())) == warned
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--hold-out", "4,5"], "hold_out: 5 was not measured"), (["--hardware", "H800"], "hardware: needs model")],
+)
+def test_an_option_of_calibrate_without_effect_is_refused(tmp_path, options, said):
+    bench = tmp_path / "bench.jsonl"
+    bench.write_text("\n".join(json.dumps(dataclasses.asdict(one)) for one in measured()))
+    result = run("calibrate", "-i", bench, *options)
+    assert isinstance(result.exception, InvalidInput)
+    assert said in str(result.exception)
+
+
 def test_options_win_over_the_file_and_the_document(tmp_path):
     document, shares = tmp_path / "d.yaml", tmp_path / "s.json"
     document.write_text(DOCUMENT)

@@ -50,6 +50,15 @@ def test_an_accelerator_has_the_figures_of_its_data_sheet(key):
     assert (card.memory_bytes / 1e9, card.bandwidth / 1e12) == (gigabytes, terabytes)
 
 
+@pytest.mark.parametrize("card", Catalogue.built_in().accelerators.values(), ids=lambda card: card.key)
+def test_rates_are_dense_and_double_with_every_halving_of_a_value(card):
+    """A sparse figure taken for a dense one would be off by two; formats that a card has not are computed in a wider one."""
+    for name, times in (("fp8", 2), ("int8", 2), ("fp4", 4)):
+        if name in card.flops:
+            assert card.flops[name] / card.flops["bf16"] == pytest.approx(times, rel=0.03)
+    assert card.flops_in("int4") == card.flops_in("int8") >= card.flops_in("bf16")
+
+
 def test_everything_names_its_source():
     assert all(card.source for card in Catalogue.built_in().accelerators.values())
     assert all(find_model(name).source for name in model_names())
