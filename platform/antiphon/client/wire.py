@@ -6,7 +6,7 @@ Must not know: connections, or when a call is tried again.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from antiphon.client.status_values import (
@@ -143,7 +143,10 @@ def _extend(repeated: Any, field: str, values: object) -> None:
 
 def set_agents(request: pb.GenerateRequest, options: GenerateOptions) -> None:
     """Tools, shape and thinking. Raises InvalidInput."""
-    for i, tool in enumerate(options.get("tools", ())):
+    tools: Any = options.get("tools", ())
+    if not isinstance(tools, Iterable):
+        raise InvalidInput("tools: expected a sequence of Tool", "tools")
+    for i, tool in enumerate(tools):
         if not isinstance(tool, Tool):
             raise InvalidInput(f"tools[{i}]: expected a Tool", f"tools[{i}]")
         added = request.tools.add()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from antiphon.client.settings import Settings
@@ -79,6 +79,7 @@ VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_s
 
 @settings(max_examples=200, deadline=None)
 @given(st.dictionaries(st.sampled_from(sorted(GenerateOptions.__annotations__)), VALUES, max_size=6))
+@example({"prompt": "x", "tools": None})
 def test_no_options_at_all_raise_anything_else(options: Any) -> None:
     try:
         request = generate_request("m", options)

@@ -10,9 +10,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from antiphon.core.errors import InvalidInput
 from antiphon.gateway.generation.request import MAX_STOPS, ChatMessage, ChatPrompt, GenerationRequest
 from antiphon.gateway.generation.sampling_fields import MAX_TOKEN_ID, SamplingFields, Stop
+from antiphon.gateway.openai.bodies.tools import MAX_TOOLS
 from antiphon.gateway.openai.parsing import refuse_unsupported
 from antiphon.gateway.openai.schema import MAX_MESSAGES
-from antiphon.gateway.openai.tools import MAX_TOOLS
 from antiphon.gateway.text.chat_options import AnswerShape, ChatOptions, Tool, ToolCall, ToolChoice
 
 

@@ -11,19 +11,19 @@ from typing import Any, cast
 from antiphon.core.errors import InvalidInput
 from antiphon.gateway.generation.request import ChatMessage
 from antiphon.gateway.json_text import read_json_text
-from antiphon.gateway.openai.parsing import parse
-from antiphon.gateway.openai.schema import MAX_MESSAGES
-from antiphon.gateway.openai.tools import (
+from antiphon.gateway.openai.bodies.shapes import StructuredOutputs
+from antiphon.gateway.openai.bodies.tools import (
     MAX_TOOLS,
     ChoiceBody,
+    FunctionTool,
     NamedChoice,
     NamedFunction,
-    StructuredOutputs,
-    ToolBody,
     allows_parallel,
     choice_of,
     tools_of,
 )
+from antiphon.gateway.openai.parsing import parse
+from antiphon.gateway.openai.schema import MAX_MESSAGES
 from antiphon.gateway.text.chat_options import AnswerShape, ChatOptions, ToolCall
 from antiphon.gateway.text.parts import CallArguments, CallBegin, CallEnd, Part, Text, Thought
 from antiphon.rpc.v1 import inference_pb2 as pb
@@ -117,13 +117,13 @@ def _part(part: Part) -> pb.Part:
             return pb.Part(call_end=part.index)
 
 
-def _tool(index: int, tool: pb.Tool) -> ToolBody:
+def _tool(index: int, tool: pb.Tool) -> FunctionTool:
     function: dict[str, Any] = {"name": tool.name, "strict": tool.strict}
     if tool.description:
         function["description"] = tool.description
     if tool.parameters:
         function["parameters"] = _json(tool.parameters, f"tools[{index}].parameters")
-    return parse(ToolBody, {"type": "function", "function": function}, prefix=f"tools[{index}].")
+    return parse(FunctionTool, {"type": "function", "function": function}, prefix=f"tools[{index}].")
 
 
 def _choice(request: pb.GenerateRequest) -> ChoiceBody | None:

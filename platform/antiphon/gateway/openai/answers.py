@@ -173,11 +173,7 @@ class Answer:
             message["function_call"] = {"name": folded.calls[0].name, "arguments": folded.calls[0].arguments}
         elif folded.calls:
             message["tool_calls"] = [
-                {
-                    "id": self._call_id(index, number),
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": call.arguments},
-                }
+                {"id": self._call_id(index, number), **_called(call.name, call.arguments, is_custom=call.is_custom)}
                 for number, call in enumerate(folded.calls)
             ]
         if folded.thought and self._with_thoughts:
@@ -232,11 +228,12 @@ class Answer:
             case CallArguments() if self._with_functions:
                 return [{"delta": {"function_call": {"arguments": part.text}}}]
             case CallBegin():
-                function = {"name": part.name, "arguments": ""}
-                begun = {"index": part.index, "id": self._call_id(index, part.index), "type": "function", "function": function}
-                return [{"delta": {"tool_calls": [begun]}}]
+                begun = {"index": part.index, "id": self._call_id(index, part.index)}
+                return [{"delta": {"tool_calls": [{**begun, **_called(part.name, "", is_custom=part.is_custom)}]}}]
             case CallArguments():
-                return [{"delta": {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}}]
+                is_custom = self._choices[index].folded.calls[part.index].is_custom
+                grown = {"custom": {"input": part.text}} if is_custom else {"function": {"arguments": part.text}}
+                return [{"delta": {"tool_calls": [{"index": part.index, **grown}]}}]
             case CallEnd():
                 return []
 
@@ -304,6 +301,13 @@ class Answer:
             ],
             "text_offset": list(offsets),
         }
+
+
+def _called(name: str, arguments: str, *, is_custom: bool) -> Json:
+    """What was called, with what."""
+    if is_custom:
+        return {"type": "custom", "custom": {"name": name, "input": arguments}}
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _prompt_offsets(prompt: Sequence[Logprob], text: str) -> list[int]:

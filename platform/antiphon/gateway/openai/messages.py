@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from antiphon.gateway.generation.request import ChatMessage
 from antiphon.gateway.text.chat_options import ToolCall
+from antiphon.gateway.text.custom.inputs import as_arguments
 
 MAX_TOOL_CALLS = 1024
 # Fields that come back in an assistant's message and say nothing when they are null or empty.
@@ -77,7 +78,14 @@ class ToolCallBody(BaseModel):
     def _plain(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
-        return {k: v for k, v in value.items() if k not in ("index", "cache_control", "provider_specific_fields")}
+        plain = {k: v for k, v in value.items() if k not in ("index", "cache_control", "provider_specific_fields")}
+        called = plain.get("custom")
+        if plain.get("type") == "custom" and isinstance(called, dict) and isinstance(called.get("input", ""), str):
+            function = {**called, "arguments": as_arguments(called.get("input", ""))}
+            function.pop("input", None)
+            rest = {k: v for k, v in plain.items() if k != "custom"}
+            return {**rest, "type": "function", "function": function}
+        return plain
 
 
 MAX_PARTS = 4096  # of one message

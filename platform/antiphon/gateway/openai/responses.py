@@ -22,12 +22,12 @@ from antiphon.core.request import FinishReason
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.generation.request import ChoiceDelta, Started, Usage
 from antiphon.gateway.http.event_stream import LAST_EVENT_HEADER, EventStream
+from antiphon.gateway.openai.bodies.tools import flat_choice
 from antiphon.gateway.openai.http_io import NotFound, deadline_of, error_response
 from antiphon.gateway.openai.messages import MessageBody
 from antiphon.gateway.openai.parsing import parse, parse_tolerant, warning_header
 from antiphon.gateway.openai.responses_schema import ResponsesBody
 from antiphon.gateway.openai.serving import answered, parts_of
-from antiphon.gateway.openai.tools import flat_choice
 from antiphon.gateway.text.blocks import Block, Blocks, Change
 from antiphon.gateway.text.folded import call_id
 
@@ -298,7 +298,7 @@ class ResponseWriter:
             if asked.text is None or asked.text.format is None
             else {"format": asked.text.format.flat()},
             "tool_choice": flat_choice(asked.tool_choice),
-            "tools": [{"type": "function", **tool.function.model_dump()} for tool in asked.tools or []],
+            "tools": [tool.flat() for tool in asked.tools or []],
             "top_p": asked.top_p,
             "truncation": asked.truncation or "disabled",
             "usage": self._usage,
@@ -313,7 +313,9 @@ class ResponseWriter:
         """The answer as a message of the conversation."""
         text, thought = ("\n".join(block.text for block in self._blocks.all if block.kind == kind) for kind in ("text", "thought"))
         calls = [
-            {"id": self._call_id(block), "type": "function", "function": {"name": block.name, "arguments": block.text}}
+            {"id": self._call_id(block), "type": "custom", "custom": {"name": block.name, "input": block.text}}
+            if block.is_custom
+            else {"id": self._call_id(block), "type": "function", "function": {"name": block.name, "arguments": block.text}}
             for block in self._blocks.all
             if block.kind == "call" and block.is_whole
         ]
@@ -334,6 +336,9 @@ class ResponseWriter:
             case "text":
                 content = [] if is_new else [_output_text(text)]
                 return {"id": f"msg_{name}", "type": "message", "role": "assistant", "status": status, "content": content}
+            case "call" if block.is_custom:
+                called = {"call_id": self._call_id(block), "name": block.name, "input": text}
+                return {"id": f"ctc_{name}", "type": "custom_tool_call", "status": status, **called}
             case "call":
                 called = {"call_id": self._call_id(block), "name": block.name, "arguments": text}
                 return {"id": f"fc_{name}", "type": "function_call", "status": status, **called}
@@ -342,7 +347,7 @@ class ResponseWriter:
         block = change.block
         place = {"output_index": block.index}
         inner = {"item_id": self._item(block)["id"], **place}
-        kind, part, index = _EVENTS[block.kind]
+        kind, part, index = _EVENTS["custom" if block.is_custom else block.kind]
         logprobs: Json = {"logprobs": []} if block.kind == "text" else {}
         if change.what == "grow":
             return [{"type": f"{kind}.delta", **inner, **index, "delta": change.text, **logprobs}]
@@ -350,7 +355,9 @@ class ResponseWriter:
             begun = [{"type": "response.output_item.added", **place, "item": self._item(block, is_new=True)}]
             return begun if part is None else [*begun, {"type": f"{part}.added", **inner, **index, "part": _part(block, "")}]
         ends: list[Json]
-        if block.kind == "call":
+        if block.is_custom:
+            ends = [{"type": f"{kind}.done", **inner, "input": block.text}]
+        elif block.kind == "call":
             ends = [{"type": f"{kind}.done", **inner, "name": block.name, "arguments": block.text}]
         else:
             ends = [
@@ -370,6 +377,7 @@ _EVENTS: dict[str, tuple[str, str | None, Json]] = {
     "thought": ("response.reasoning_summary_text", "response.reasoning_summary_part", {"summary_index": 0}),
     "text": ("response.output_text", "response.content_part", {"content_index": 0}),
     "call": ("response.function_call_arguments", None, {}),
+    "custom": ("response.custom_tool_call_input", None, {}),
 }
 
 

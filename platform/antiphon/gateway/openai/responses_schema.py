@@ -11,10 +11,11 @@ from antiphon.core.errors import InvalidInput
 from antiphon.core.request import MAX_LOGPROBS
 from antiphon.gateway.generation.request import ChatMessage, ChatPrompt, GenerationRequest
 from antiphon.gateway.generation.sampling_fields import MAX_TOKEN_ID, SamplingFields
+from antiphon.gateway.openai.bodies.shapes import ResponseFormat
+from antiphon.gateway.openai.bodies.tools import MAX_TOOLS, ChoiceBody, ToolBody, allows_parallel, choice_of, tools_of
 from antiphon.gateway.openai.messages import MessageBody
 from antiphon.gateway.openai.parsing import UnsupportedField, parse, refuse_unsupported
 from antiphon.gateway.openai.schema import MAX_MESSAGES, ReasoningBody
-from antiphon.gateway.openai.tools import MAX_TOOLS, ChoiceBody, ResponseFormat, ToolBody, allows_parallel, choice_of, tools_of
 from antiphon.gateway.text.chat_options import ChatOptions
 
 Json = dict[str, Any]
@@ -148,6 +149,12 @@ def _parts(item: Json, name: str, index: int) -> list[Any]:
     return parts
 
 
+def _call(item: Json) -> Json:
+    """A call as chats write it."""
+    kind, given = ("custom", "input") if item.get("type") == "custom_tool_call" else ("function", "arguments")
+    return {"id": item.get("call_id") or "", "type": kind, kind: {"name": item.get("name"), given: item.get(given) or ""}}
+
+
 def _items(items: Sequence[Json]) -> list[tuple[int, Json]]:
     """Items as a chat's messages, each with its place; neighbouring calls are one message of the assistant.
 
@@ -163,15 +170,14 @@ def _items(items: Sequence[Json]) -> list[tuple[int, Json]]:
                 parts = [part for name in ("summary", "content") for part in _parts(item, name, index)]
                 thoughts += [str(part["text"]) for part in parts if isinstance(part, dict) and part.get("text")]
                 continue
-            case "function_call":
-                called = {"name": item.get("name"), "arguments": item.get("arguments") or ""}
-                call = {"id": item.get("call_id") or "", "type": "function", "function": called}
+            case "function_call" | "custom_tool_call":
+                call = _call(item)
                 last = found[-1][1] if found else {}
                 if last.get("role") == "assistant" and not thoughts:
                     last.setdefault("tool_calls", []).append(call)
                     continue
                 said = {"role": "assistant", "content": None, "tool_calls": [call]}
-            case "function_call_output":
+            case "function_call_output" | "custom_tool_call_output":
                 said = {"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")}
             case other:
                 field = f"input[{index}].type"

@@ -28,14 +28,12 @@ from antiphon.gateway.generation.request import (
     TokenPrompt,
 )
 from antiphon.gateway.generation.sampling_fields import MAX_TOKEN_ID, SamplingFields, Stop, value_or
-from antiphon.gateway.openai.messages import MessageBody
-from antiphon.gateway.openai.parsing import UnsupportedField, refuse_unsupported
-from antiphon.gateway.openai.tools import (
+from antiphon.gateway.openai.bodies.shapes import StructureFields
+from antiphon.gateway.openai.bodies.tools import (
     MAX_TOOLS,
     ChoiceBody,
     FunctionBody,
     NamedFunction,
-    StructureFields,
     ToolBody,
     allows_parallel,
     choice_of,
@@ -43,6 +41,8 @@ from antiphon.gateway.openai.tools import (
     functions_of,
     tools_of,
 )
+from antiphon.gateway.openai.messages import MessageBody
+from antiphon.gateway.openai.parsing import UnsupportedField, refuse_unsupported
 from antiphon.gateway.text.chat_options import ChatOptions, Tool, ToolChoice
 
 MAX_MESSAGES = 4096

@@ -12,11 +12,11 @@ from antiphon.core.errors import InvalidInput
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.generation.request import ChatPrompt
 from antiphon.gateway.generation.sampling_fields import MAX_TOKEN_ID
+from antiphon.gateway.openai.bodies.tools import MAX_TOOLS, ToolBody, tools_of
 from antiphon.gateway.openai.http_io import error_response
 from antiphon.gateway.openai.messages import MessageBody
 from antiphon.gateway.openai.parsing import parse_tolerant, warning_header
 from antiphon.gateway.openai.schema import MAX_MESSAGES, TemplateVariables, continues
-from antiphon.gateway.openai.tools import MAX_TOOLS, ToolBody, tools_of
 from antiphon.gateway.text.chat_options import ChatOptions
 
 MAX_TOKENS = 262_144

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from antiphon.core.errors import InvalidInput
 from antiphon.gateway.json_text import is_deeper
 from antiphon.gateway.text.chat_options import AnswerShape, ChatOptions, Tool
-from antiphon.gateway.text.formats.base import CallFormat, ChannelFormat, Rules, ThoughtMarkers
+from antiphon.gateway.text.formats.base import CallFormat, ChannelFormat, Rules, ThoughtMarkers, lark
 from antiphon.gateway.text.schemas.narrowing import closed
 from antiphon.worker.structure.checking import BOUND
 
@@ -154,7 +154,7 @@ def _shape(shape: AnswerShape, rules: Rules) -> str:
         case "choice":
             return "(" + " | ".join(rules.literal(text) for text in shape.value) + ")"
         case "grammar":
-            return f"%lark {{\n{shape.value}\n}}"
+            return lark(str(shape.value))
 
 
 def _check_size(shape: AnswerShape) -> None:

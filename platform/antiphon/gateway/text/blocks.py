@@ -22,6 +22,7 @@ class Block:
     text: str = ""  # of a call: its arguments
     name: str = ""
     call: int = 0
+    is_custom: bool = False  # a call whose arguments are a text
     is_whole: bool = False
 
 
@@ -49,7 +50,7 @@ class Blocks:
             case Text():
                 return self._grown("text", part.text)
             case CallBegin():
-                return [*self.close(), self._opened("call", name=part.name, call=part.index)]
+                return [*self.close(), self._opened("call", name=part.name, call=part.index, is_custom=part.is_custom)]
             case CallArguments():
                 return self._grown("call", part.text)
             case CallEnd():
@@ -79,7 +80,7 @@ class Blocks:
         self._open.text += text
         return [*changes, Change(what="grow", block=self._open, text=text)]
 
-    def _opened(self, kind: Kind, *, name: str = "", call: int = 0) -> Change:
-        self._open = Block(index=len(self.all), kind=kind, name=name, call=call)
+    def _opened(self, kind: Kind, *, name: str = "", call: int = 0, is_custom: bool = False) -> Change:
+        self._open = Block(index=len(self.all), kind=kind, name=name, call=call, is_custom=is_custom)
         self.all.append(self._open)
         return Change(what="open", block=self._open)

@@ -23,12 +23,17 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tool:
-    """A function that the model may call; ``parameters`` is the JSON schema of its arguments."""
+    """A function that the model may call; ``parameters`` is the JSON schema of its arguments.
+
+    ``is_custom``: its one argument is a text, and what the client gets; ``grammar``: Lark that the text follows.
+    """
 
     name: str
     description: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
     strict: bool = False
+    is_custom: bool = False
+    grammar: str | None = None
     field: str = "tools"
 
     def as_openai(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from antiphon.core.errors import InvalidInput
@@ -58,7 +58,7 @@ class AnswerPlan:
             return None
         machine = None if self.call_format is None else self.call_format.machine(self.tools)
         spec = self.parser
-        return EventParser(ParserSpec(thoughts=spec.thoughts, is_open=spec.is_open, may_think=spec.may_think, calls=machine))
+        return EventParser(replace(spec, calls=machine, custom=frozenset(tool.name for tool in self.tools if tool.is_custom)))
 
 
 class Dialect:

@@ -9,9 +9,10 @@ one character at a time and gives out what is certain. Must not know: doors, tok
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
+from antiphon.gateway.text.custom.inputs import InputReader
 from antiphon.gateway.text.formats.base import CallMachine, ThoughtMarkers
 from antiphon.gateway.text.parts import CallArguments, CallBegin, CallEnd, Part, Text, Thought
 
@@ -20,12 +21,15 @@ _APART: Final = "\n"  # where nothing stood around the calls
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParserSpec:
-    """How one answer is read. ``is_open``: the prompt ends inside a thought; ``may_think``: the answer may begin with one."""
+    """How one answer is read. ``is_open``: the prompt ends inside a thought; ``may_think``: the answer may begin with one;
+    ``custom``: names of tools whose calls are a text.
+    """
 
     thoughts: ThoughtMarkers | None = None
     is_open: bool = False
     may_think: bool = True
     calls: CallMachine | None = None
+    custom: frozenset[str] = frozenset()
 
 
 class EventParser:
@@ -34,6 +38,8 @@ class EventParser:
     def __init__(self, spec: ParserSpec) -> None:
         self._markers = spec.thoughts if spec.is_open or spec.may_think else None
         self._calls = spec.calls
+        self._custom = spec.custom
+        self._input: InputReader | None = None  # of a call that is a text
         self._is_thinking = spec.is_open and self._markers is not None
         self._is_beginning = self._markers is not None and not self._is_thinking
         self._held = ""  # what may yet be a marker
@@ -112,6 +118,16 @@ class EventParser:
                 continue
             if isinstance(part, CallBegin):
                 self._answer.drop()
+                is_custom = part.name in self._custom
+                self._input = InputReader() if is_custom else None
+                parts.append(replace(part, is_custom=True) if is_custom else part)
+                continue
+            if self._input is not None and isinstance(part, CallArguments | CallEnd):
+                text = self._input.finish() if isinstance(part, CallEnd) else self._input.feed(part.text)
+                if text:
+                    parts.append(CallArguments(index=part.index, text=text))
+                if isinstance(part, CallArguments):
+                    continue
             parts.append(part)
 
 

@@ -17,7 +17,8 @@ class FoldedCall:
     """One call as far as it came."""
 
     name: str
-    arguments: str = ""
+    is_custom: bool = False
+    arguments: str = ""  # of a custom tool: its text
     is_whole: bool = False
 
 
@@ -37,7 +38,7 @@ class Folded:
             case Text():
                 self.text += part.gap + part.text
             case CallBegin():
-                self.calls.append(FoldedCall(name=part.name))
+                self.calls.append(FoldedCall(name=part.name, is_custom=part.is_custom))
             case CallArguments():
                 self.calls[part.index].arguments += part.text
             case CallEnd():

@@ -24,15 +24,16 @@ class Text:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallBegin:
-    """A call of a function begins; ``index`` counts the answer's calls."""
+    """A call of a function begins; ``index`` counts the answer's calls. ``is_custom``: its arguments are a text, no JSON."""
 
     index: int
     name: str
+    is_custom: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallArguments:
-    """A piece of a call's arguments; all of them together are JSON, where the model wrote JSON."""
+    """A piece of a call's arguments; all of them together are JSON, where the model wrote JSON, or a custom tool's text."""
 
     index: int
     text: str

@@ -90,12 +90,20 @@ class CalledBody(BaseModel):
     arguments: str
 
 
+class WrittenBody(BaseModel):
+    """A custom tool and its text."""
+
+    name: str | None = None
+    input: str
+
+
 class AnsweredCall(BaseModel):
-    """A call of a tool."""
+    """A call of a tool; one of ``function`` and ``custom`` is there, by its type."""
 
     id: str
-    type: Literal["function"]
-    function: CalledBody
+    type: Literal["function", "custom"]
+    function: CalledBody | None = None
+    custom: WrittenBody | None = None
 
 
 class CallDelta(BaseModel):
@@ -103,8 +111,9 @@ class CallDelta(BaseModel):
 
     index: int
     id: str | None = None
-    type: Literal["function"] | None = None
-    function: CalledBody
+    type: Literal["function", "custom"] | None = None
+    function: CalledBody | None = None
+    custom: WrittenBody | None = None
 
 
 class TokenLogprobBody(BaseModel):
@@ -276,7 +285,7 @@ class AnsweredMessages(BaseModel):
 
 
 class AnsweredResponse(BaseModel):
-    """A response; its items are OpenAI's: reasoning, message, function_call."""
+    """A response; its items are OpenAI's: reasoning, message, function_call, custom_tool_call."""
 
     id: str
     object: Literal["response"]

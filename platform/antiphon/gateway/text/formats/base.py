@@ -15,6 +15,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from antiphon.gateway.json_text import read_json_text
 from antiphon.gateway.text.chat_options import Tool, ToolCall
+from antiphon.gateway.text.custom.inputs import INPUT
+from antiphon.gateway.text.custom.lark import quoted
 from antiphon.gateway.text.parts import CallArguments, CallBegin, CallEnd, Part, Text, Thought
 from antiphon.gateway.text.schemas.narrowing import narrowed
 from antiphon.gateway.text.schemas.refs import BOOLEANS
@@ -60,7 +62,14 @@ class Rules:
         return name
 
     def arguments(self, tool: Tool) -> str:
-        """JSON of a tool's arguments: of all that its schema says where it is strict, else of what the engine knows of it."""
+        """JSON of a tool's arguments: of all that its schema says where it is strict, else of what the engine knows of it.
+
+        Raises:
+            InvalidInput: a custom tool's grammar has what can't be written as JSON.
+        """
+        if tool.grammar is not None:
+            before, after = self.literal(f'{{"{INPUT}": "'), self.literal('"}')
+            return f"{before} {lark(quoted(tool.grammar, tool.field))} {after}"
         return self.json(tool.parameters, is_strict=tool.strict)
 
     def json(self, schema: Mapping[str, Any] | bool, *, is_strict: bool = True, white_space: str | None = None) -> str:
@@ -281,6 +290,11 @@ class CallMachine(ABC):
         self._parts.append(CallEnd(index=self._num_calls))
         self._is_in_call = False
         self._num_calls += 1
+
+
+def lark(grammar: str) -> str:
+    """An expression of a whole grammar."""
+    return f"%lark {{\n{grammar}\n}}"
 
 
 def example_arguments(call: ToolCall) -> Any:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from antiphon.gateway.text.chat_options import Tool, ToolCall
-from antiphon.gateway.text.formats.base import CallMachine, Malformed, Rules, Steps, example_arguments, one_or_more
+from antiphon.gateway.text.formats.base import CallMachine, Malformed, Rules, Steps, example_arguments, lark, one_or_more
 from antiphon.gateway.text.formats.json_calls import any_of
 from antiphon.gateway.text.formats.values import is_text, json_of, properties_of
 
@@ -73,6 +73,8 @@ class TaggedFormat:
 
     def _value(self, tool: Tool, schema: object, rules: Rules) -> str:
         end = self.parameter[2]
+        if tool.grammar is not None:
+            return f"{lark(tool.grammar)} {rules.literal(end)}"
         if isinstance(schema, dict) and isinstance(schema.get("enum"), list):
             texts = [v if isinstance(v, str) else json.dumps(v) for v in schema["enum"]]
             return f"{any_of([rules.literal(text) for text in texts])} {rules.literal(end)}"

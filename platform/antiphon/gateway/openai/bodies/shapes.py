@@ -1,138 +1,24 @@
-"""Tools and the shape of answers as clients write them, to ChatOptions' values (request speed).
-
-Must not know: HTTP, or how models write calls.
-"""
+"""The shape an answer must have, as clients write it, to AnswerShape (request speed). Must not know: HTTP, or grammars."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from antiphon.core.errors import InvalidInput
 from antiphon.gateway.json_text import read_json_text
 from antiphon.gateway.openai.parsing import refuse_unsupported
-from antiphon.gateway.text.chat_options import AnswerShape, Tool, ToolChoice
+from antiphon.gateway.text.chat_options import AnswerShape
 
-MAX_TOOLS = 256
 MAX_CHOICE_TEXTS = 4096
 _WHITE_SPACE = re.compile(r"(?:\\[stnr]|[ \t\n\r\[\]?*+()|]|\{\d{1,3}(?:,\d{0,3})?\}){0,64}")
-_TOOL_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class FunctionBody(_Part):
-    """A function that the model may call."""
-
-    name: str = Field(min_length=1, max_length=128)
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-def _flat_or_nested(value: object) -> object:
-    """Responses writes a tool's function flat, chats nest it; marks for caches change nothing."""
-    if not isinstance(value, dict):
-        return value
-    plain = {k: v for k, v in value.items() if k != "cache_control"}
-    if plain.get("type") == "function" and "function" not in plain and "name" in plain:
-        return {"type": "function", "function": {k: v for k, v in plain.items() if k != "type"}}
-    return plain
-
-
-class ToolBody(_Part):
-    """One of ``tools``."""
-
-    type: Literal["function"]
-    function: FunctionBody
-
-    @model_validator(mode="before")
-    @classmethod
-    def _nested(cls, value: object) -> object:
-        return _flat_or_nested(value)
-
-
-class NamedFunction(_Part):
-    """A function by name."""
-
-    name: str = Field(min_length=1, max_length=128)
-
-
-class NamedChoice(_Part):
-    """``tool_choice`` that names a function, or one of those that it allows."""
-
-    type: Literal["function"]
-    function: NamedFunction
-
-    @model_validator(mode="before")
-    @classmethod
-    def _nested(cls, value: object) -> object:
-        return _flat_or_nested(value)
-
-
-class AllowedTools(_Part):
-    """Some of the tools, and whether one of them must be called; others are shown to the model all the same."""
-
-    mode: Literal["auto", "required"]
-    tools: list[NamedChoice] = Field(min_length=1, max_length=MAX_TOOLS)
-
-
-class AllowedChoice(_Part):
-    """``tool_choice`` that allows some of the tools."""
-
-    type: Literal["allowed_tools"]
-    allowed_tools: AllowedTools
-
-    @model_validator(mode="before")
-    @classmethod
-    def _nested(cls, value: object) -> object:
-        """Responses writes it flat."""
-        if isinstance(value, dict) and value.get("type") == "allowed_tools" and "allowed_tools" not in value:
-            return {"type": "allowed_tools", "allowed_tools": {k: v for k, v in value.items() if k != "type"}}
-        return value
-
-
-def allows_parallel(choice: ChoiceBody | None, *, asked: bool) -> bool:
-    """Whether an answer may have several calls: a function that is named is called once, as OpenAI's is."""
-    return asked and not isinstance(choice, NamedChoice)
-
-
-def flat_choice(choice: ChoiceBody | None) -> str | dict[str, Any]:
-    """As Responses writes it."""
-    match choice:
-        case NamedChoice():
-            return {"type": "function", "name": choice.function.name}
-        case AllowedChoice():
-            allowed = choice.allowed_tools
-            return {
-                "type": "allowed_tools",
-                "mode": allowed.mode,
-                "tools": [{"type": "function", "name": tool.function.name} for tool in allowed.tools],
-            }
-        case _:
-            return choice or "auto"
-
-
-def _kind_of_choice(value: object) -> str:
-    """Which form it has, so that an error speaks of that one alone; a name in brackets is no part of a field's path."""
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    if kind == "allowed_tools":
-        return "[allowed]"
-    return "[named]" if kind is not None or isinstance(value, dict) else "[word]"
-
-
-ChoiceBody = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("[word]")]
-    | Annotated[NamedChoice, Tag("[named]")]
-    | Annotated[AllowedChoice, Tag("[allowed]")],
-    Discriminator(_kind_of_choice),
-]
 
 
 class SchemaBody(_Part):
@@ -291,72 +177,3 @@ class StructureFields(BaseModel):
         if not shapes or not shapes[0].kind.startswith("json"):
             raise InvalidInput("guided_whitespace_pattern: it is for JSON", "guided_whitespace_pattern")
         return replace(shapes[0], white_space=space)
-
-
-def tools_of(bodies: Sequence[ToolBody]) -> tuple[Tool, ...]:
-    """The values.
-
-    Raises:
-        InvalidInput: a name is no function's name, or used twice.
-    """
-    return _tools([(body.function, f"tools[{index}].function") for index, body in enumerate(bodies)])
-
-
-def functions_of(bodies: Sequence[FunctionBody]) -> tuple[Tool, ...]:
-    """The values of tools by their older name. Raises like ``tools_of``."""
-    return _tools([(body, f"functions[{index}]") for index, body in enumerate(bodies)])
-
-
-def _tools(functions: Sequence[tuple[FunctionBody, str]]) -> tuple[Tool, ...]:
-    tools: list[Tool] = []
-    for function, field in functions:
-        if _TOOL_NAME.fullmatch(function.name) is None:
-            raise InvalidInput(f"{field}.name: letters, digits and _ . : - only, at most 128", f"{field}.name")
-        if any(tool.name == function.name for tool in tools):
-            raise InvalidInput(f"{field}.name: {function.name} is there already", f"{field}.name")
-        parameters = function.parameters if function.parameters else {"type": "object", "properties": {}}
-        tools.append(
-            Tool(
-                name=function.name,
-                description=function.description,
-                parameters=parameters,
-                strict=bool(function.strict),
-                field=f"{field}.parameters",
-            )
-        )
-    return tuple(tools)
-
-
-def choice_of(body: ChoiceBody | None, tools: Sequence[Tool]) -> tuple[ToolChoice, tuple[str, ...] | None]:
-    """The choice, and the functions it names; None = it names none.
-
-    Raises:
-        InvalidInput: it needs tools that are not there.
-    """
-    if body is None:
-        return ("auto" if tools else "none"), None
-    if isinstance(body, NamedChoice):
-        name = body.function.name
-        if not any(tool.name == name for tool in tools):
-            raise InvalidInput(f"tool_choice: there is no tool {name[:128]!r}", "tool_choice")
-        return "required", (name,)
-    if isinstance(body, AllowedChoice):
-        names = tuple(tool.function.name for tool in body.allowed_tools.tools)
-        for name in names:
-            if not any(tool.name == name for tool in tools):
-                raise InvalidInput(f"tool_choice: there is no tool {name[:128]!r}", "tool_choice")
-        return body.allowed_tools.mode, names
-    if body == "required" and not tools:
-        raise InvalidInput("tool_choice: required needs tools", "tool_choice")
-    return body, None
-
-
-def function_choice_of(
-    body: Literal["none", "auto"] | NamedFunction | None, tools: Sequence[Tool]
-) -> tuple[ToolChoice, tuple[str, ...] | None]:
-    """As ``choice_of``, for ``function_call``. Raises InvalidInput: it names a function that is not there."""
-    if isinstance(body, NamedFunction):
-        if not any(tool.name == body.name for tool in tools):
-            raise InvalidInput(f"function_call: there is no function {body.name[:128]!r}", "function_call")
-        return "required", (body.name,)
-    return body or "auto", None

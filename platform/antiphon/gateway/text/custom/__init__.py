@@ -1,0 +1,1 @@
+"""Tools that are called with a text instead of JSON (request speed)."""
