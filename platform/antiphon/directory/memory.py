@@ -94,6 +94,7 @@ class MemoryDirectory:
         self._epochs: dict[WorkerId, int] = {}
         self._notes: dict[str, dict[str, _Note]] = {}
         self._note_bytes: dict[str, int] = {}  # by topic
+        self._all_note_bytes = 0  # their sum
         self._num_notes_kept = _NOTES_SWEPT_AT
         self.budgets = MemoryBudgets(clock)
 
@@ -180,12 +181,11 @@ class MemoryDirectory:
                 raise Unavailable(f"the directory is full: {MAX_TOPICS} topics have notes")
         notes = self._notes.setdefault(topic, {})
         self._drop_note(topic, key)
-        num_bytes = self._note_bytes.get(topic, 0) + len(encoded)
-        while notes and (len(notes) >= MAX_NOTES or num_bytes > MAX_TOPIC_BYTES):
-            num_bytes -= self._drop_note(topic, next(iter(notes)))
+        while notes and (len(notes) >= MAX_NOTES or self._note_bytes[topic] + len(encoded) > MAX_TOPIC_BYTES):
+            self._drop_note(topic, next(iter(notes)))
         notes[key] = _Note(encoded=encoded, until_s=self._clock() + lease_s)
-        self._note_bytes[topic] = num_bytes
-        while sum(self._note_bytes.values()) > MAX_NOTES_BYTES:
+        self._weigh(topic, len(encoded))
+        while self._all_note_bytes > MAX_NOTES_BYTES:
             largest = max(self._note_bytes, key=self._note_bytes.__getitem__)
             self._drop_note(largest, next(iter(self._notes[largest])))
         if len(notes) > self._num_notes_kept:  # swept each time their number has doubled: O(1) per note
@@ -205,19 +205,20 @@ class MemoryDirectory:
     async def close(self) -> None:
         """See ``Directory``."""
 
-    def _drop_note(self, topic: str, key: str) -> int:
+    def _drop_note(self, topic: str, key: str) -> None:
         held = self._notes[topic].pop(key, None)
-        num_bytes = 0 if held is None else held.num_bytes
-        self._note_bytes[topic] = self._note_bytes.get(topic, 0) - num_bytes
-        return num_bytes
+        self._weigh(topic, 0 if held is None else -held.num_bytes)
+
+    def _weigh(self, topic: str, num_bytes: int) -> None:
+        """Count bytes that came to a topic, or went."""
+        self._note_bytes[topic] = self._note_bytes.get(topic, 0) + num_bytes
+        self._all_note_bytes += num_bytes
 
     def _sweep_notes(self, topic: str) -> None:
         now = self._clock()
-        kept = {key: held for key, held in self._notes.get(topic, {}).items() if now < held.until_s}
-        if kept:
-            self._notes[topic] = kept
-            self._note_bytes[topic] = sum(held.num_bytes for held in kept.values())
-        else:
+        for key in [key for key, held in self._notes.get(topic, {}).items() if now >= held.until_s]:
+            self._drop_note(topic, key)
+        if not self._notes.get(topic):
             self._notes.pop(topic, None)
             self._note_bytes.pop(topic, None)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from antiphon.core.budget import TenantLimits, Use, Wish
@@ -24,6 +26,30 @@ async def test_notes_of_many_topics_stay_below_one_bound_and_the_largest_topic_g
     assert set(kept) == {"𝄞" * 250}
     assert "199" in held["loud-19"], "the newest is kept"
     assert await directory.note("quiet", "k") == "x" * 500
+
+
+async def test_what_notes_take_is_counted_right_however_they_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each bound holds after thousands of notes written, replaced, expired and displaced, and as many are kept as fit."""
+    for name, bound in (("MAX_NOTES_BYTES", 20_000), ("MAX_TOPIC_BYTES", 4_000), ("MAX_NOTES", 30), ("MAX_TOPICS", 12)):
+        monkeypatch.setattr(f"antiphon.directory.memory.{name}", bound)
+    monkeypatch.setattr("antiphon.directory.memory._NOTES_SWEPT_AT", 8)
+    draw, now_s = random.Random(11), 0.0
+    directory = MemoryDirectory(clock=lambda: now_s)
+    for _ in range(4_000):
+        now_s += draw.random()
+        topic, key = f"t{draw.randrange(12)}", f"k{draw.randrange(60)}"
+        if draw.random() < 0.05:
+            await directory.notes(topic)
+        await directory.put_note(topic, key, "é" * draw.randrange(0, 400), draw.choice([1.0, 30.0, 900.0]))
+        held = {topic: sum(note.num_bytes for note in notes.values()) for topic, notes in directory._notes.items()}
+        assert directory._note_bytes == held
+        assert directory._all_note_bytes == sum(held.values()) <= 20_000
+        assert max(held.values()) <= 4_000
+    assert sum(held.values()) > 15_000
+    now_s += 1_000
+    for number in range(12):
+        assert not await directory.notes(f"t{number}")
+    assert directory._all_note_bytes == 0
 
 
 async def test_a_note_is_as_long_as_its_bytes() -> None:

@@ -68,10 +68,8 @@ def complete(document: LLMDeployment, plan: PoolsPlan, observed: Observed) -> bo
     service = observed.service
     if service is None or not serving(document, plan, observed):
         return False
-    active = next((c for c in observed.clusters if c.name == service.active), None)
-    same = active is not None and active.cluster_revision == service.cluster_revision
     stands = service.current and service.running and not service.upgrading and not service.pending
-    return same and stands and not observed.unproven
+    return _of_the_service(observed) and stands and not observed.unproven
 
 
 def resizing(document: LLMDeployment, plan: PoolsPlan, observed: Observed, last_good: str) -> bool:
@@ -79,9 +77,14 @@ def resizing(document: LLMDeployment, plan: PoolsPlan, observed: Observed, last_
     service = observed.service
     if service is None or not last_good or service.revision != last_good or not serving(document, plan, observed):
         return False
-    active = next((c for c in observed.clusters if c.name == service.active), None)
-    same = active is not None and active.cluster_revision == service.cluster_revision
-    return same and not service.upgrading and not service.pending and not observed.unproven
+    return _of_the_service(observed) and not service.upgrading and not service.pending and not observed.unproven
+
+
+def _of_the_service(observed: Observed) -> bool:
+    """True when the active cluster is of the revision that its service has."""
+    service = observed.service
+    active = None if service is None else next((c for c in observed.clusters if c.name == service.active), None)
+    return service is not None and active is not None and active.cluster_revision == service.cluster_revision
 
 
 def llm_status(
