@@ -1,8 +1,8 @@
 """The engine core: schedule, execute, update (step speed); and the inbox that other threads may fill.
 
 ``step`` is the whole engine. With an executor that runs ahead (``engine.overlap``) a step that can be launched is, and the next is
-decided and launched before its tokens are waited for. Everything else here is the hand-over between the loop that steps and those
-who submit.
+decided and launched before its tokens are waited for; with one that computes several at once, the batch runs in lanes. Everything
+else here is the hand-over between the loop that steps and those who submit.
 Must not know: how tokens are computed (an Executor does), text, transports.
 """
 
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from antiphon.core.errors import AntiphonError, ErrorInfo, Overloaded
 from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput
 from antiphon.core.step import KVEvents, ModelRunnerOutput, SchedulerOutput
 from antiphon.engine.limits import check_request
+from antiphon.engine.overlap.beside import LaneExecutor, Lanes
 from antiphon.engine.scheduler import Scheduler
 
 Flying = TypeVar("Flying", bound="Launched")
@@ -65,14 +66,22 @@ class EngineCore(Generic[Flying]):
     """One engine. ``submit`` and ``abort`` may be called from any thread, everything else from the loop's own."""
 
     def __init__(
-        self, scheduler: Scheduler, executor: Executor, outbox: Outbox, ahead: AheadExecutor[Flying] | None = None
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        outbox: Outbox,
+        ahead: AheadExecutor[Flying] | None = None,
+        lanes: LaneExecutor[Any] | None = None,
     ) -> None:
-        """``ahead``: the same executor where it can launch steps, None = each is waited for."""
+        """``ahead``: the executor where it launches steps behind each other; ``lanes``: where it does beside each other; None =
+        each is waited for.
+        """
         self.scheduler = scheduler
         self.wake: Callable[[], None] = _nobody_sleeps  # called, from any thread, when the inbox got something
         self._executor = executor
         self._ahead = ahead
         self._flying: Flying | None = None  # launched, not collected
+        self._lanes = None if lanes is None else Lanes(scheduler, lanes, update=self._update, execute=self._execute)
         self._outbox = outbox
         self._inbox: deque[Request | RequestId | RequestOutput] = deque()
         self.num_steps = 0
@@ -109,6 +118,10 @@ class EngineCore(Generic[Flying]):
         if self._ahead is not None and self._flying is not None:
             self._go_on(self._ahead, self._flying)
             return True
+        if self._lanes is not None and (outputs := self._lanes.step()) is not None:
+            if outputs:
+                self._outbox(outputs)
+            return True
         if not self.scheduler.has_requests:
             return False
         step = self.scheduler.schedule()
@@ -127,17 +140,18 @@ class EngineCore(Generic[Flying]):
         """Launch the step behind the one that is being computed, if it can be known; then wait for that one."""
         step = self.scheduler.schedule_ahead(flying.step)
         self._flying = None if step is None else ahead.launch(step, flying)
-        outputs = self.scheduler.update(flying.step, ahead.collect(flying))
-        self.num_steps += 1
+        outputs = self._update(flying.step, ahead.collect(flying))
         if step is not None and self._flying is None:
             outputs += self._execute(step)
         if outputs:
             self._outbox(outputs)
 
     def _execute(self, step: SchedulerOutput) -> list[RequestOutput]:
-        outputs = self.scheduler.update(step, self._executor.execute(step))
+        return self._update(step, self._executor.execute(step))
+
+    def _update(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[RequestOutput]:
         self.num_steps += 1
-        return outputs
+        return self.scheduler.update(step, result)
 
     @property
     def has_inbox(self) -> bool:

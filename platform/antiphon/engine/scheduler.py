@@ -18,6 +18,7 @@ peers, text.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from antiphon.core.errors import ErrorInfo, InvalidInput, Overloaded
 from antiphon.core.kv import KVTarget
@@ -134,10 +135,18 @@ class Scheduler:
 
     def schedule_ahead(self, flying: SchedulerOutput) -> SchedulerOutput | None:
         """Decide the step behind ``flying``, which is being computed and whose tokens are not known; None where they have to be."""
+        return self._beside_others(partial(self.in_flight.plan_behind, flying, self._running))
+
+    def schedule_beside(self, num_lanes: int) -> SchedulerOutput | None:
+        """Decide a step of requests that none in flight has, one of ``num_lanes``; None where the whole batch has to be seen."""
+        budget = self.config.max_num_batched_tokens
+        return self._beside_others(partial(self.in_flight.plan_beside, self._running, num_lanes, budget=budget))
+
+    def _beside_others(self, plan_of: Callable[..., StepPlan | None]) -> SchedulerOutput | None:
         self._expire()
         if self._load_aborts or self._is_anyone_due():
             return None
-        plan = self.in_flight.plan_behind(flying, self._running, speculates=self.speculator is not None)
+        plan = plan_of(speculates=self.speculator is not None)
         if plan is None:
             return None
         if self.speculator is not None:
@@ -194,9 +203,7 @@ class Scheduler:
                 if drafts is not None:
                     trim(state, self.blocks)
         self.take_kv_events(result.kv)
-        outputs += self._outputs
-        self._outputs = []
-        return outputs
+        return outputs + self.take_outputs()
 
     def take_kv_events(self, events: KVEvents) -> None:
         """Take in what the KV hand-off saw."""

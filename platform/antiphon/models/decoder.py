@@ -40,6 +40,7 @@ from antiphon.models.experts.placement import ExpertPlacement
 from antiphon.models.experts.routing import Router, Routing
 from antiphon.models.experts.shard import DenseFFN, ExpertBank
 from antiphon.models.experts.skipping import ExpertSkipping
+from antiphon.models.head import LMHead
 from antiphon.models.layers.functional import Norm, RMSNorm, Rope, advance, read_norm
 from antiphon.models.layers.linear import Linear
 from antiphon.models.layers.quantized import Int8Choice
@@ -120,15 +121,15 @@ class AttentionHalves:
         self._layers = [self._layer(i, layer, weights, kinds) for i, layer in enumerate(config.layers)]
         self._on_card = is_card(device)
         self._needs_no_tables = all(half.joined is not None for half in self._layers)
-        self._final_norm = read_norm(config.norm, weights, names.final_norm, config.norm_eps)
-        self._lm_head: Linear
+        norm = read_norm(config.norm, weights, names.final_norm, config.norm_eps)
         if beside is not None and beside.config.names.lm_head == names.lm_head:
-            self._lm_head = beside._lm_head
+            linear = beside.head.linear
         else:
-            self._lm_head = Linear(
+            linear = Linear(
                 self._embed_VD if config.tie_embeddings else weights.read(names.lm_head + ".weight"),
                 weights.read(names.lm_head + ".bias") if config.lm_head_bias else None,
             )
+        self.head: LMHead = LMHead(norm, linear, config.logit_softcap)
         weights.rest()
         self.resident_bytes = weights.resident_bytes
 
@@ -273,20 +274,15 @@ class AttentionHalves:
 
     def hidden(self, x_RD: torch.Tensor) -> torch.Tensor:
         """The model's last hidden states, [R, D], from rows of the residual stream."""
-        return self._final_norm(x_RD)
+        return self.head.hidden(x_RD)
 
     def logits(self, x_RD: torch.Tensor) -> torch.Tensor:
         """fp32 [R, V] from rows of the residual stream."""
-        logits_RV = self._lm_head.in_fp32(self._final_norm(x_RD))
-        cap = self.config.logit_softcap
-        return logits_RV if cap is None else torch.tanh(logits_RV / cap) * cap
+        return self.head.logits(x_RD)
 
     def greedy(self, x_RD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The most likely token of each row, int64 [R], and its logit, fp32 [R], which is no number where the row is none."""
-        if self.config.logit_softcap is not None:  # a cap can round two logits to one
-            values_R, ids_R = self.logits(x_RD).max(dim=-1)
-            return ids_R, values_R
-        return self._lm_head.best(self._final_norm(x_RD))
+        return self.head.greedy(x_RD)
 
 
 def _joined(attention: Attention, norms: Mapping[NormPlace, Norm]) -> tuple[RMSNorm, RMSNorm] | None:

@@ -54,9 +54,13 @@ class FaultContainment:
         except Exception as error:  # noqa: BLE001 - _divide finds out whose it is
             self._abandon()
             return self._divide(step_id, batch, attempt, error)
+        self.note(output)
+        return output
+
+    def note(self, output: ModelRunnerOutput) -> None:
+        """A step went well, here or elsewhere."""
         if output.sampled_token_ids:
             self._num_faults = 0
-        return output
 
     def _divide(self, step_id: int, batch: Sequence[Scheduled], attempt: int, error: Exception) -> ModelRunnerOutput:
         if len(batch) == 1 and batch[0].drafts:  # a guess ends nobody

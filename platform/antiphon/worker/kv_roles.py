@@ -21,7 +21,7 @@ from antiphon.models.config import DecoderConfig
 from antiphon.models.decoder import StepState
 from antiphon.worker.request_row import RequestRow, Scheduled
 from antiphon.worker.sampler import all_finite
-from antiphon.worker.ubatch import Segment
+from antiphon.worker.ubatches.plan import Segment
 
 _NOTHING = KVEvents()
 

@@ -19,7 +19,7 @@ from antiphon.models.decoder import AttentionHalves, StepState
 from antiphon.models.prefetch import WeightPrefetch
 from antiphon.telemetry.step_trace import Mark, StepTrace
 from antiphon.worker.cards.split_graphs import ReplayedState, SplitGraphs
-from antiphon.worker.ubatch import Half, Op, plan_ops
+from antiphon.worker.ubatches.plan import Half, plan_ops
 
 _REPEAT_SHIFT = 49  # of a step's number of 64 bits: above those that tell attempts after faults apart
 
@@ -88,47 +88,53 @@ class LayerLoop:
     def _run(self, step_id: int, states: Sequence[StepState], attended: Callable[[int, int], None] | None) -> None:
         for op in self._plans[len(states)]:
             if op.half is Half.ATTEND:
-                self._attend(step_id, op, states[op.ubatch])
+                self.attend(step_id, op.layer, op.ubatch, states[op.ubatch])
                 if attended is not None:
                     attended(op.layer, op.ubatch)
             else:
-                self._combine(step_id, op, states[op.ubatch])
+                self.combine(step_id, op.layer, op.ubatch, states[op.ubatch])
 
-    def _attend(self, step_id: int, op: Op, state: StepState) -> None:
+    def has_arrived(self, layer: int, ubatch: int) -> bool:
+        """Whether ``combine`` would not wait."""
+        return all(self._afd.has_arrived(stream * self._num_ubatches + ubatch) for stream in self._halves.streams_due(layer))
+
+    def attend(self, step_id: int, layer: int, ubatch: int, state: StepState) -> None:
+        """The attention half of a layer, its rows sent. Raises PeerLost as ``run``."""
         trace = self.trace
         start_s = time.perf_counter()
         if self.graphs is not None and isinstance(state, ReplayedState):
-            leaving = self.graphs.attend(op.layer, state)
+            leaving = self.graphs.attend(layer, state)
         else:
-            leaving = self._halves.attend(op.layer, state, self._cache)
+            leaving = self._halves.attend(layer, state, self._cache)
         attended_s = time.perf_counter()
         self.times.attention_s += attended_s - start_s
         for out in leaving:
-            place = out.stream * self._num_ubatches + op.ubatch
+            place = out.stream * self._num_ubatches + ubatch
             self._afd.send(step_id, out.ffn, place, out.rows_TD, out.routing)
             if trace is not None:
                 self._away[place] = out.ffn
                 trace.add(Mark.SEND, attended_s, time.perf_counter(), step_id, out.ffn, place)
         self.times.send_s += time.perf_counter() - attended_s
         if trace is not None:
-            trace.add(Mark.ATTEND, start_s, attended_s, step_id, op.layer, op.ubatch, state.x_TD.shape[0])
+            trace.add(Mark.ATTEND, start_s, attended_s, step_id, layer, ubatch, state.x_TD.shape[0])
 
-    def _combine(self, step_id: int, op: Op, state: StepState) -> None:
+    def combine(self, step_id: int, layer: int, ubatch: int, state: StepState) -> None:
+        """Wait for what is due in a layer, and add it. Raises PeerLost as ``run``."""
         start_s = time.perf_counter()
-        streams = self._halves.streams_due(op.layer)
-        if self._prefetch is not None and op.layer + 1 < self._halves.config.num_layers:
-            self._prefetch.warm(op.layer + 1, partial(self._afd.has_arrived, streams[-1] * self._num_ubatches + op.ubatch))
+        streams = self._halves.streams_due(layer)
+        if self._prefetch is not None and layer + 1 < self._halves.config.num_layers:
+            self._prefetch.warm(layer + 1, partial(self._afd.has_arrived, streams[-1] * self._num_ubatches + ubatch))
             self._afd.times.blocked_s += time.perf_counter() - start_s  # a wait, whatever it was used for
-        results = [self._afd.receive(stream * self._num_ubatches + op.ubatch) for stream in streams]
+        results = [self._afd.receive(stream * self._num_ubatches + ubatch) for stream in streams]
         received_s = time.perf_counter()
         if self.graphs is not None and isinstance(state, ReplayedState):
-            self.graphs.combine(op.layer, state, results)
+            self.graphs.combine(layer, state, results)
         else:
-            self._halves.combine(op.layer, state, results)
+            self._halves.combine(layer, state, results)
         combined_s = time.perf_counter()
         self.times.attention_s += combined_s - received_s
         if self.trace is not None:
             for stream in streams:
-                place = stream * self._num_ubatches + op.ubatch
+                place = stream * self._num_ubatches + ubatch
                 self.trace.add(Mark.RECEIVE, start_s, received_s, step_id, self._away[place], place)
-            self.trace.add(Mark.COMBINE, received_s, combined_s, step_id, op.layer, op.ubatch)
+            self.trace.add(Mark.COMBINE, received_s, combined_s, step_id, layer, ubatch)

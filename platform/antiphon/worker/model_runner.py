@@ -10,17 +10,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
-
-import torch
 
 from antiphon.connectors.afd.attention_side import AttentionSide
 from antiphon.connectors.afd.expert_map import ExpertMap
 from antiphon.core.errors import AntiphonError, ErrorInfo, StructureRefused
-from antiphon.core.request import RequestId, TokenLogprob
+from antiphon.core.request import RequestId
 from antiphon.core.step import KVEvents, ModelRunnerOutput, SchedulerOutput
+from antiphon.device.device import is_card
 from antiphon.models.attention.kv_cache import KVCache
 from antiphon.models.attention.states import StateRun
 from antiphon.models.decoder import AttentionHalves, StepState
@@ -30,32 +28,20 @@ from antiphon.worker.batch_builder import BatchBuilder, Run
 from antiphon.worker.cards.decode_graphs import DecodeGraphs, InFlight
 from antiphon.worker.cards.overlap import Overlap
 from antiphon.worker.cards.split_graphs import SplitGraphs
-from antiphon.worker.encoding.last_rows import pool_rows
 from antiphon.worker.fault_containment import FaultContainment
 from antiphon.worker.kv_roles import KVRole, NoHandOff
-from antiphon.worker.layer_loop import LayerLoop, LayerTimes
+from antiphon.worker.layer_loop import LayerLoop
 from antiphon.worker.request_row import RequestRow, Scheduled
-from antiphon.worker.sampler import all_finite, numbers_only, prompt_logprobs
-from antiphon.worker.speculation.hidden_states import HiddenStates, tell_hidden
-from antiphon.worker.speculation.verification import Drawing, draw_in_turns, end_at_bad_rows, take_best
+from antiphon.worker.speculation.hidden_states import HiddenStates
+from antiphon.worker.step_end import RunnerStats, StepEnd
 from antiphon.worker.structure.enforcer import Enforcer
-from antiphon.worker.ubatch import Segment, split_segments
-from antiphon.worker.ubatch_tuning import UbatchTuner
+from antiphon.worker.ubatches.lanes import LaneRunner
+from antiphon.worker.ubatches.plan import Segment, split_segments
+from antiphon.worker.ubatches.tuning import UbatchTuner
 
 Laid = TypeVar("Laid")
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, kw_only=True)
-class RunnerStats(LayerTimes):
-    """Since start, in seconds of this worker's own clock."""
-
-    num_steps: int = 0
-    num_rows: int = 0
-    step_s: float = 0.0
-    head_s: float = 0.0
-    sample_s: float = 0.0  # sampler alone
 
 
 class AttentionWorker:
@@ -86,7 +72,7 @@ class AttentionWorker:
         self.halves = halves
         self.cache = cache
         self.afd = afd
-        self.stats = RunnerStats()
+        self.stats = stats = RunnerStats()
         self.enforcer = enforcer
         self.pooler = pooler
         self.hidden_states = hidden_states
@@ -106,6 +92,24 @@ class AttentionWorker:
         self.overlap: Overlap | None = None
         if graphs is not None and hidden_states is None:
             self.overlap = Overlap(graphs, self, take=self._take_changes, refuse=self._refuse, note=self._note_step)
+        self.step_end = StepEnd(
+            halves, cache, self._kv, pooler=pooler, hidden_states=hidden_states, stats=stats, refuse=self._refuse
+        )
+        self.lanes: LaneRunner | None = None
+        if warms and num_ubatches > 1 and pooler is None and hidden_states is None and not is_card(halves.device):
+            self.lanes = LaneRunner(
+                halves,
+                self._layers,
+                afd,
+                self.step_end,
+                self._contained,
+                most=num_ubatches,
+                is_tuned=tuner is not None,
+                may_fly=self._may_fly,
+                take=self._take_lane,
+                begin=self._begin_lane,
+                over=self._lane_over,
+            )
 
     @property
     def trace(self) -> StepTrace | None:
@@ -162,9 +166,32 @@ class AttentionWorker:
         output.errors.update(refused)
         end_s = time.perf_counter()
         self._note_step(step.num_tokens, end_s - start_s)
+        if self.lanes is not None and not step.new_requests and all(part.is_decode for part in batch):
+            self.lanes.executed(len(batch), start_s, end_s)
         if self.trace is not None:
             self.trace.add(Mark.STEP, start_s, end_s, step.step_id, rows=step.num_tokens)
         return output
+
+    # ---- lanes -------------------------------------------------------------------------------------------------
+
+    def _may_fly(self) -> bool:
+        return self.wanted_trace is None and self._experts is self.afd.experts and not self.afd.has_arrivals
+
+    def _take_lane(self, step: SchedulerOutput) -> list[Scheduled]:
+        self._is_stepping = True
+        self._layers.trace = None
+        self._take_changes(step)
+        self.afd.look_after_spares()
+        return [Scheduled(row=self.rows[name], num_tokens=count) for name, count in step.num_scheduled_tokens.items()]
+
+    def _begin_lane(self, batch: Sequence[Scheduled], segments: list[Segment]) -> StepState:
+        return self._with_runs(batch, segments, lambda runs: self.halves.begin(*self._builder.build(runs)))
+
+    def _lane_over(self, num_rows: int, seconds: float, others_fly: bool) -> None:
+        self._note_step(num_rows, seconds)
+        if not others_fly:
+            self._is_stepping = False
+            self.afd.rest()
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
@@ -209,59 +236,14 @@ class AttentionWorker:
 
     def _run(self, exchange_id: int, batch: Sequence[Scheduled]) -> ModelRunnerOutput:
         segments = [segment for i, part in enumerate(batch) for segment in part.segments(i)]
-        finals: list[torch.Tensor] = []
-        drawings: dict[RequestId, Drawing] = {}
-        likelihoods: dict[RequestId, dict[int, TokenLogprob]] = {}
         runs: list[list[Segment]] = []
         states: list[StepState] = []
         self._replayed = None
         if segments:
             runs, states = self._forward(exchange_id, batch, segments)
-            for run, state in zip(runs, states, strict=True):
-                at = 0
-                for segment in run:
-                    at += segment.num_tokens
-                    part = batch[segment.request]
-                    row = part.row
-                    if segment.first_token >= len(row.token_ids):  # a draft's
-                        if at - 1 in state.bad_rows:
-                            drawings[row.request_id].end_before(len(finals))
-                        finals.append(state.x_TD[at - 1 : at])
-                        continue
-                    is_last = segment.first_token + segment.num_tokens == len(row.token_ids)
-                    if row.sampling.params.num_prompt_logprobs is not None:
-                        self._note_likelihoods(row, segment, state.x_TD[at - segment.num_tokens : at], likelihoods)
-                    if state.bad_rows:
-                        row.note_bad(state, at - segment.num_tokens, at)
-                    if is_last and row.kv_target is None:
-                        drawings[row.request_id] = Drawing(row=row, first_row=len(finals), drafts=part.drafts)
-                        finals.append(state.x_TD[at - 1 : at])
-                    elif row.bad_at is None and not all_finite(state.x_TD[at - segment.num_tokens : at]):
-                        row.bad_at = "the last layer"
-        output = self._sample(finals, list(drawings.values()))
-        output.prompt_logprobs.update(likelihoods)
-        if self.hidden_states is not None:
-            tell_hidden(self.hidden_states, self.halves, batch, runs, states)
-        for part in batch:
-            row = part.row
-            if row.bad_at is not None and row.request_id not in output.errors:
-                output.errors[row.request_id] = self._refuse(row)
-            row.num_computed_tokens += part.num_tokens - len(part.drafts)
-            if part.drafts:
-                row.num_computed_tokens += max(0, len(output.sampled_token_ids.get(row.request_id, ())) - 1)
-                del row.block_ids[-(-len(row.token_ids) // self.cache.layout.block_size_tokens) :]  # as the scheduler does
-            self._kv.end(row, output.errors.get(row.request_id))
-        return output
-
-    def _note_likelihoods(
-        self, row: RequestRow, segment: Segment, x_TD: torch.Tensor, found: dict[RequestId, dict[int, TokenLogprob]]
-    ) -> None:
-        """Log-probabilities of the prompt's tokens that follow the segment's."""
-        num_top = row.sampling.params.num_prompt_logprobs
-        assert num_top is not None
-        count = max(0, min(segment.num_tokens, row.num_prompt_tokens - 1 - segment.first_token))
-        noted = prompt_logprobs(self.halves.logits, x_TD[:count], row.token_ids, segment.first_token + 1, num_top)
-        found.setdefault(row.request_id, {}).update(noted)
+        found = self.step_end.gather(batch, runs, states)
+        output = self.step_end.draw(found, replayed=self._replayed, trace=self.trace)
+        return self.step_end.end(batch, runs, states, found, output)
 
     def _refuse(self, row: RequestRow) -> ErrorInfo:
         """Why a request of rows that are non-finite ends. What this step wrote of it may be none either and is zeroed; what steps
@@ -345,53 +327,6 @@ class AttentionWorker:
         finally:
             for part in guessing:
                 del part.row.token_ids[-len(part.drafts) :]
-
-    def _sample(self, finals: Sequence[torch.Tensor], drawings: Sequence[Drawing]) -> ModelRunnerOutput:
-        if not drawings:
-            return ModelRunnerOutput()
-        start_s = time.perf_counter()
-        if self.pooler is not None:  # such a model generates nothing, so that all rows want vectors
-            output = pool_rows(self.pooler, self.halves, finals, [drawing.row for drawing in drawings], self._refuse)
-            self.stats.head_s += time.perf_counter() - start_s
-            return output
-        whole = self._replayed
-        if whole is not None and len(finals) != whole.num_rows:  # some rows are of prompts that go on
-            whole = None
-        x_RD = finals[0] if len(finals) == 1 else torch.cat(list(finals))
-        end_at_bad_rows(x_RD, drawings)
-        if whole is not None:
-            sample_s = time.perf_counter()
-            on_host = [drawing for drawing in drawings if not all(whole.is_drawn[drawing.first_row :][: drawing.num_rows])]
-            if on_host:
-                draw_in_turns(whole.logits_RV, on_host)  # first: it may fail, and nothing has changed then
-            take_best(whole.tokens(), [drawing for drawing in drawings if drawing not in on_host])
-        elif all(drawing.sampling.needs_best_only for drawing in drawings):
-            ids_R, values_R = self.halves.greedy(x_RD)
-            sample_s = time.perf_counter()
-            take_best(numbers_only(ids_R, values_R), drawings)
-        else:
-            logits_RV = self.halves.logits(x_RD)
-            sample_s = time.perf_counter()
-            draw_in_turns(logits_RV, drawings)
-        self.stats.head_s += sample_s - start_s
-        output = ModelRunnerOutput()
-        for drawing in drawings:
-            row = drawing.row
-            if not drawing.tokens:
-                output.errors[row.request_id] = self._refuse(row)
-                continue
-            output.sampled_token_ids[row.request_id] = tuple(drawing.tokens)
-            if drawing.logprobs:
-                output.logprobs[row.request_id] = tuple(drawing.logprobs)
-            row.token_ids += drawing.tokens
-            if drawing.is_cut_short:
-                past = row.num_computed_tokens + drawing.num_good
-                self.cache.scrub_slots(self.cache.slots(row.block_ids, past, drawing.num_rows - drawing.num_good))
-        end_s = time.perf_counter()
-        self.stats.sample_s += end_s - sample_s
-        if self.trace is not None:
-            self.trace.add(Mark.SAMPLE, start_s, end_s, rows=len(finals))
-        return output
 
     def close(self) -> None:
         """Close links; idempotent."""

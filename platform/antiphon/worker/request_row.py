@@ -14,7 +14,7 @@ from antiphon.models.decoder import StepState
 from antiphon.worker.cards.drawing import Draw
 from antiphon.worker.sampler import SamplingState
 from antiphon.worker.structure.enforcer import Enforcer
-from antiphon.worker.ubatch import Segment
+from antiphon.worker.ubatches.plan import Segment
 
 
 class RequestRow:

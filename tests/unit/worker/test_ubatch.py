@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from antiphon.worker.ubatch import Half, Segment, plan_ops, split_segments
+from antiphon.worker.ubatches.plan import Half, Segment, plan_ops, split_segments
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 5])

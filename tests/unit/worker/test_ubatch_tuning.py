@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from antiphon.worker.ubatch import Half, plan_ops
-from antiphon.worker.ubatch_tuning import TRIES, Trial, UbatchTuner, candidates, pick, ubatches_to_hide
+from antiphon.worker.ubatches.plan import Half, plan_ops
+from antiphon.worker.ubatches.tuning import TRIES, LaneTuner, Trial, UbatchTuner, candidates, pick, ubatches_to_hide
 
 
 def step_s(num_ubatches: int, attention_s: float, ffn_s: float, transfer_s: float, num_layers: int = 40) -> float:
@@ -126,3 +126,67 @@ def test_prompt_chunks_and_decodes_of_one_size_are_told_apart() -> None:
             tuner.note(64, choice, is_decode=is_decode, step_s=times_s[choice], t_ffn_s=1.0, t_transfer_s=0.0)
     assert tuner.choose(64, is_decode=True) == 1
     assert tuner.choose(64, is_decode=False) == 2
+
+
+class Clocked:
+    """A worker whose rounds take what ``seconds`` says for each number of lanes; the first two with a number take twice that."""
+
+    def __init__(self, limit: int, seconds: dict[int, float]) -> None:
+        self.tuner, self.seconds = LaneTuner(limit), seconds
+        self.now = 0.0
+        self.chosen: list[int] = []
+        self.flying = self.rounds = 0
+
+    def run(self, num_rounds: int, num_requests: int = 16) -> None:
+        for _ in range(num_rounds):
+            lanes = self.tuner.choose(num_requests)
+            if lanes != self.flying:
+                self.flying, self.rounds = lanes, 0
+                if lanes > 1:
+                    self.tuner.begin()
+            self.chosen.append(lanes)
+            self.rounds += 1
+            took = self.seconds[lanes] * (2.0 if lanes > 1 and self.rounds <= 2 else 1.0)
+            if lanes == 1:
+                self.tuner.executed(num_requests, self.now, self.now + took)
+                self.now += took
+                continue
+            for lane in range(lanes):
+                if lane:
+                    assert self.tuner.choose(num_requests) == lanes, "a round is not cut short"
+                self.now += took / lanes
+                self.tuner.collected(num_requests // lanes, self.now)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best"),
+    [
+        ({1: 4.0, 2: 3.0, 3: 2.5, 4: 2.8}, 3),
+        ({1: 2.0, 2: 3.0, 3: 1.0, 4: 1.0}, 1),
+        ({1: 4.0, 2: 3.0, 3: 2.5, 4: 2.0}, 4),
+    ],
+)
+def test_lanes_go_up_for_as_long_as_that_is_faster(seconds: dict[int, float], best: int) -> None:
+    worker = Clocked(4, seconds)
+    worker.run(60)
+    assert worker.chosen[-20:] == [best] * 20
+
+
+def test_a_batch_too_small_for_lanes_runs_whole() -> None:
+    worker = Clocked(4, {1: 4.0})
+    worker.run(5, num_requests=7)
+    assert set(worker.chosen) == {1}
+
+
+def test_rounds_that_a_prompt_came_between_do_not_count() -> None:
+    tuner = LaneTuner(2)
+    for start in (0.0, 1.0, 2.0):
+        assert tuner.choose(8) == 1
+        tuner.executed(8, start, start + 1.0)
+    assert tuner.choose(8) == 2
+    for begun in (3.0, 100.0, 200.0):  # never more than two rounds before the lanes have to land
+        tuner.begin()
+        for now in (1.0, 2.0, 3.0, 4.0):
+            assert tuner.choose(8) == 2
+            tuner.collected(4, begun + now)
+    assert tuner.choose(8) == 2, "still not known"

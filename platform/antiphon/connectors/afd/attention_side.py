@@ -181,7 +181,7 @@ class AttentionSide:
             if waiting_for:
                 self._wait(exchange)
         exchange.is_away = False
-        result_TD = self._result(exchange)
+        result_TD = exchange.result(self._back)
         now_s = self._clock()
         times = self.times
         times.num_exchanges += 1
@@ -197,6 +197,15 @@ class AttentionSide:
         for index in tuple(waiting_for):
             self._drain(index)
         return not waiting_for
+
+    @property
+    def has_arrivals(self) -> bool:
+        """Links were offered that are taken up when no rows are away."""
+        return self._links.has_arrivals
+
+    def look_after_spares(self) -> None:
+        """Notice what became of workers that are not in use; rows may be away."""
+        self._links.look_after_spares()
 
     def rest(self) -> None:
         """No exchange is under way, and no result of one is in use: give everything back, and count the free slots."""
@@ -229,33 +238,6 @@ class AttentionSide:
         by_group = self.experts.split(layer, routing)
         num_tensor = len(self._shards) // self.experts.num_groups
         return by_group if num_tensor == 1 else [share for share in by_group for _ in range(num_tensor)]
-
-    def _result(self, exchange: Exchange) -> torch.Tensor:
-        """The sum in the order of shards, not of arrival: it must not depend on timing."""
-        shares, parts = exchange.shares, exchange.parts
-        first = parts[0]
-        if len(parts) == 1 and first is not None and shares[0] is not None and shares[0].rows_R is None:
-            return first
-        device = next((part.device for part in parts if part is not None), None)
-        out_TD = torch.empty(exchange.num_rows, self._back.width, dtype=self._back.dtype, device=device)
-        fresh = True
-        for share, part in zip(shares, parts, strict=True):
-            if share is None or part is None:
-                continue  # a part is None here only where its share is: receive() waits for the others
-            if share.rows_R is None:
-                if fresh:
-                    out_TD.copy_(part)
-                else:
-                    out_TD.add_(part)
-            else:
-                if fresh:
-                    out_TD.zero_()
-                out_TD.index_add_(0, share.rows_R.to(part.device), part)
-            fresh = False
-        if fresh:
-            out_TD.zero_()
-        exchange.give_back()
-        return out_TD
 
     def _post(self, index: int, ubatch: int, exchange: Exchange) -> bool:
         """Send rows to the shard's worker in use; False when it was lost meanwhile. Raises PeerLost: none came back in time."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from antiphon.connectors.afd.expert_map import Share
-from antiphon.connectors.afd.rows import Coded, SlotViews
+from antiphon.connectors.afd.rows import Coded, RowFormat, SlotViews
 from antiphon.transport.base import Link, Message
 
 
@@ -66,3 +66,30 @@ class Exchange:
         for link, message in self.messages:
             link.release(message)
         self.messages.clear()
+
+    def result(self, back: RowFormat) -> torch.Tensor:
+        """The sum of what came back in that format, [T, D], in the order of shards, not of arrival: timing must not change it."""
+        shares, parts = self.shares, self.parts
+        first = parts[0]
+        if len(parts) == 1 and first is not None and shares[0] is not None and shares[0].rows_R is None:
+            return first
+        device = next((part.device for part in parts if part is not None), None)
+        out_TD = torch.empty(self.num_rows, back.width, dtype=back.dtype, device=device)
+        fresh = True
+        for share, part in zip(shares, parts, strict=True):
+            if share is None or part is None:
+                continue  # a part is None here only where its share is: receive() waits for the others
+            if share.rows_R is None:
+                if fresh:
+                    out_TD.copy_(part)
+                else:
+                    out_TD.add_(part)
+            else:
+                if fresh:
+                    out_TD.zero_()
+                out_TD.index_add_(0, share.rows_R.to(part.device), part)
+            fresh = False
+        if fresh:
+            out_TD.zero_()
+        self.give_back()
+        return out_TD

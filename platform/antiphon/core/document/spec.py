@@ -138,7 +138,10 @@ class TransportSpec(Model):
     )
     num_ubatches: int | Literal["auto"] = Field(
         default="auto",
-        description="Micro-batches in flight per attention worker, 1 to 8; 1 where auto and workers share processors.",
+        description=(
+            "Micro-batches in flight per attention worker, 1 to 8; 1 where auto and workers share processors. On processors a "
+            "batch of decodes runs in as many lanes, each with a step of its own."
+        ),
     )
     batch_wait_us: float = Field(
         default=2000.0,

@@ -1,4 +1,4 @@
-"""Steps that are being computed while the engine goes on: what may follow them, and which blocks they still write (step speed).
+"""Steps that are computed while the engine goes on: what may follow or run beside them, what they still write (step speed).
 
     schedule ──► launched ──► (aborts, deadlines, ends that the step before brings) ──► over
                     │                       │
@@ -22,7 +22,7 @@ from antiphon.engine.step_values import StepPlan
 
 
 class StepsInFlight:
-    """At most two: one, and the one launched behind it. Belongs to the scheduler."""
+    """One and the one launched behind it, or several beside each other. Belongs to the scheduler."""
 
     def __init__(self, blocks_of: RequestBlocks, max_model_len: int) -> None:
         self._blocks_of = blocks_of
@@ -47,6 +47,30 @@ class StepsInFlight:
             self._lingering.append(state)
         else:
             self._blocks_of.release(state)
+
+    def plan_beside(self, running: Sequence[RequestState], num_lanes: int, *, budget: int, speculates: bool) -> StepPlan | None:
+        """One more token of requests that no step in flight has, as many as make ``num_lanes`` of one size of the batch; None where
+        there are none, or the batch is not of plain decodes, for which blocks are free.
+
+        Args:
+            running: the batch.
+            num_lanes: steps in flight at most.
+            budget: tokens of a step at most.
+            speculates: whether requests that want it get drafts.
+        """
+        away = {request_id for step in self._steps for request_id in step.num_scheduled_tokens}
+        for state in running:
+            if state.num_tokens_to_compute != 1 or state.kv_target is not None or state.sequence is not None:
+                return None
+            if speculates and state.request.sampling.speculates:
+                return None
+        size = min(-(-len(running) // num_lanes), budget)
+        plan = StepPlan(budget=size)
+        for state in [state for state in running if state.request_id not in away][:size]:
+            if not self._blocks_of.grow(state, state.num_computed_tokens + 1):
+                return None
+            plan.go_on(state, 1)
+        return plan if plan.num_tokens else None
 
     def plan_behind(self, flying: SchedulerOutput, running: Sequence[RequestState], *, speculates: bool) -> StepPlan | None:
         """One more token of every request of ``flying`` that goes on; None where that can't be said before its tokens are known.

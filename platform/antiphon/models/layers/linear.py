@@ -9,6 +9,7 @@ Legend: T rows, I inputs, O outputs.
 from __future__ import annotations
 
 import functools
+from copy import copy
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +100,26 @@ class Linear:
             return self(x_TI).float()
         result: torch.Tensor = torch.ops.antiphon.tile_logits(x_TI.contiguous(), self._tiles, self._bias, self.out_features)
         return result
+
+    def sliced(self, outputs: int) -> list[tuple[int, Linear]]:
+        """Views of runs of ``outputs`` outputs with the number of the first; one, of all, where the packed weight can't be cut."""
+        by_rows = self._weight if self._tiles is None and self._blocks is None and not self._packed else None
+        if self._blocks is None and by_rows is None:
+            return [(0, self)]
+        assert outputs % _BLOCK == 0
+        found = []
+        for first in range(0, self.out_features, outputs):
+            part = copy(self)
+            part.out_features = min(outputs, self.out_features - first)
+            part.num_bytes = self.num_bytes * part.out_features // self.out_features
+            last = first + part.out_features
+            if self._blocks is not None:
+                part._blocks = part._weight = self._blocks[first // _BLOCK : -(-last // _BLOCK)]
+            else:
+                part._weight = self._weight[first:last]
+            part._bias = None if self._bias is None else self._bias[first:last]
+            found.append((first, part))
+        return found
 
     def best(self, x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The lowest index of each row's largest result, int64 [T], and that result, fp32 [T]; NaN is larger than any number."""

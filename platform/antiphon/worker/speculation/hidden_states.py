@@ -13,7 +13,7 @@ import torch
 from antiphon.core.request import RequestId
 from antiphon.models.decoder import AttentionHalves, StepState
 from antiphon.worker.request_row import Scheduled
-from antiphon.worker.ubatch import Segment
+from antiphon.worker.ubatches.plan import Segment
 
 
 class HiddenStates(Protocol):

@@ -154,8 +154,8 @@ def test_a_draft_that_is_no_number_is_wiped_out_of_the_cache(tmp_path: Path) -> 
         with torch.inference_mode():
             part.worker.halves._embed_VD[bad] = float("nan")
             # A tied head would find the token's own logit to be none.
-            head = part.worker.halves._lm_head
-            part.worker.halves.logits = lambda x_RD: head.in_fp32(part.worker.halves._final_norm(x_RD)).nan_to_num(nan=-1e9)  # type: ignore[method-assign]
+            head = part.worker.halves.head.linear
+            part.worker.halves.logits = lambda x_RD: head.in_fp32(part.worker.halves.head.hidden(x_RD)).nan_to_num(nan=-1e9)  # type: ignore[method-assign]
         poisoned = Poisoned(expected, len(prompt), bad)
         part.engine.scheduler.speculator = Speculator(poisoned, max_drafts=5, clock=cluster.clock)
         assert expected[4] not in expected[:4]

@@ -49,7 +49,7 @@ from antiphon.worker.kv_roles import KVRole, NoHandOff, ReceivesKV, SendsKV
 from antiphon.worker.model_runner import AttentionWorker
 from antiphon.worker.speculation.prediction_drafter import PredictionDrafter
 from antiphon.worker.structure.enforcer import Enforcer
-from antiphon.worker.ubatch_tuning import UbatchTuner
+from antiphon.worker.ubatches.tuning import UbatchTuner
 
 
 def build_ffn(facts: ModelFacts, shard: FFNShard, epoch: Epoch, *, replays: bool = True) -> FFNWorker:
@@ -250,9 +250,7 @@ def build_attention(
     )
     return AttentionPart(
         facts=facts,
-        engine=EngineCore(
-            scheduler, worker, outbox, worker.overlap if overlaps and os.environ.get("ANTIPHON_OVERLAP") != "0" else None
-        ),
+        engine=EngineCore(scheduler, worker, outbox, worker.overlap if overlaps else None, worker.lanes if overlaps else None),
         worker=worker,
         cache=cache,
         ffn=ffn,

@@ -75,5 +75,5 @@ def test_first_layers_share_every_weight_where_the_process_holds_them(tiny: Path
         decoder = drafter._decoder
         assert part.ffn is not None
         assert decoder.halves._layers == part.worker.halves._layers[:1]
-        assert decoder.halves._lm_head is part.worker.halves._lm_head
+        assert decoder.halves.head.linear is part.worker.halves.head.linear
         assert decoder._ffns.ffns == part.ffn.halves.ffns[:1]

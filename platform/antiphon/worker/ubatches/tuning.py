@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 KEPT = 5  # newest times of each choice; their median counts
 TRIES = 2  # of each candidate before it is judged
 PROBE_EVERY = 128  # steps of one size between two trials of what is not the choice
+LANE_ROWS = 4  # fewer are not worth reading the weights for once more
+SETTLING = 2  # rounds
 _STEPS_PER_OCTAVE = 4
 
 
@@ -87,6 +89,67 @@ class UbatchTuner:
         trial = self._trials.setdefault(key, {}).setdefault(num_ubatches, Trial())
         trial.times_s.append(step_s / num_rows)
         trial.last_step = self._num_steps.get(key, 0)
+
+
+class LaneTuner:
+    """How many lanes a batch of decodes runs in, 1 = its steps are whole, from what a token of every request took. Belongs to the
+    worker's loop.
+
+    A round is one step of each lane. Lanes begin together and drift apart, so the first rounds with a number of lanes do not count.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """``limit``: lanes at most."""
+        self._limit = limit
+        self._trials: dict[int, dict[int, Trial]] = {}
+        self._num_rounds: dict[int, int] = {}  # by size
+        self._size = -1
+        self._lanes = 1  # as chosen last
+        self._num_collected = self._num_rows = self._num_alike = 0  # of this round; rounds with the same choice before it
+        self._began_s: float | None = None  # this round, or the whole step before
+
+    def choose(self, num_requests: int) -> int:
+        """Lanes for what is launched next."""
+        size = _size(num_requests)
+        if size == self._size and (0 < self._num_collected < self._lanes or (self._lanes > 1 and self._began_s is None)):
+            return self._lanes  # within a round
+        most = max(1, min(self._limit, num_requests // LANE_ROWS))
+        self._num_rounds[size] = number = self._num_rounds.get(size, 0) + 1
+        lanes = 1 if most == 1 else pick(self._trials.setdefault(size, {}), range(1, most + 1), number)
+        if size != self._size or lanes != self._lanes:
+            self._num_alike, self._began_s = 0, None
+        self._size, self._lanes = size, lanes
+        self._num_collected = self._num_rows = 0
+        return lanes
+
+    def begin(self) -> None:
+        """The first lane is launched: what came before was not steps in lanes."""
+        self._num_collected = self._num_rows = self._num_alike = 0
+        self._began_s = None
+
+    def collected(self, num_rows: int, now_s: float) -> None:
+        """A lane's step is over."""
+        self._num_collected += 1
+        self._num_rows += num_rows
+        if self._num_collected < self._lanes:
+            return
+        self._num_alike += 1
+        if self._began_s is not None and self._num_alike > SETTLING:
+            self._note(self._lanes, (now_s - self._began_s) / self._num_rows)
+        self._began_s = now_s
+
+    def executed(self, num_rows: int, start_s: float, end_s: float) -> None:
+        """A whole step of decodes took from ``start_s`` to ``end_s``; what lies between two counts too."""
+        began_s, self._began_s = self._began_s, end_s
+        if self._lanes == 1 and _size(num_rows) == self._size:
+            self._num_alike += 1
+            if began_s is not None and start_s - began_s < end_s - start_s:
+                self._note(1, (end_s - began_s) / num_rows)
+
+    def _note(self, lanes: int, seconds: float) -> None:
+        trial = self._trials.setdefault(self._size, {}).setdefault(lanes, Trial())
+        trial.times_s.append(seconds)
+        trial.last_step = self._num_rounds.get(self._size, 0)
 
 
 def _size(num_rows: int) -> int:
