@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from antiphon.core.errors import InvalidInput
+from antiphon.planner.constraints import Violation, beyond, shortfall, violations
 from antiphon.planner.cost.formula import Derivation
 from antiphon.planner.cost.hardware import Accelerator
 from antiphon.planner.cost.model_cost import ModelCost, model_cost
@@ -17,15 +18,7 @@ from antiphon.planner.cost.shape import FLOPS_PER_WEIGHT
 from antiphon.planner.options import Option, Planner, Wiring
 from antiphon.planner.pipeline.ratio import LinearTimes, optimal_ratio, optimal_ratio_with_barrier
 from antiphon.planner.search import best_option
-from antiphon.planner.verdict import (
-    FabricCheck,
-    Violation,
-    binding,
-    choose,
-    fabric_check,
-    reason,
-    violations,
-)
+from antiphon.planner.verdict import FabricCheck, binding, choose, fabric_check, reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +46,10 @@ class Plan:
 
     @property
     def verdict(self) -> str:
-        """colocated, pd, afd or infeasible."""
-        return "infeasible" if self.chosen is None else self.chosen.wiring.value
+        """colocated, pd or afd; infeasible; or not modelled, when a wiring fails by nothing but what the planner doesn't know."""
+        if self.chosen is not None:
+            return self.chosen.wiring.value
+        return "not modelled" if "not modelled" in map(shortfall, self.failed.values()) else "infeasible"
 
     @property
     def roles(self) -> Mapping[str, tuple[int, Accelerator]]:
@@ -111,7 +106,8 @@ def _why_nothing(failed: Mapping[Wiring, tuple[Violation, ...]]) -> str:
     for wiring, found in failed.items():
         for violation in found:
             by_text.setdefault(violation.text, []).append(wiring.value)
-    return "; ".join(f"{', '.join(wirings)}: {text}" for text, wirings in by_text.items())
+    parts = [f"{', '.join(wirings)}: {text}" for text, wirings in by_text.items()]
+    return "; ".join([*parts, *beyond(failed.values())])
 
 
 def linear_times(planner: Planner, afd: Option) -> LinearTimes:

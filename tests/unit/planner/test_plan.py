@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antiphon.core.errors import InvalidInput
+from antiphon.planner.constraints import Constraint, step_floor, violations
 from antiphon.planner.cost.hardware import Catalogue, Efficiency
 from antiphon.planner.cost.library import find_model
 from antiphon.planner.cost.token_cost import token_cost
@@ -20,7 +21,6 @@ from antiphon.planner.plan import explain, make_plan
 from antiphon.planner.report.html_report import report
 from antiphon.planner.search import best_option
 from antiphon.planner.traffic import RequestShape, Traffic
-from antiphon.planner.verdict import Constraint, step_floor, violations
 
 CATALOGUE = Catalogue.built_in()
 CHAT = Traffic.of([RequestShape(prompt_tokens=1500, output_tokens=500), RequestShape(prompt_tokens=6000, output_tokens=900)])
@@ -103,6 +103,24 @@ def test_a_tpot_below_the_floor_says_the_floor():
         assert violation.needed == step_floor(asked, wiring) > 1e-4
         assert violation.by == pytest.approx(violation.needed - 1e-4)
         assert "off by" in violation.text
+
+
+@pytest.mark.parametrize(
+    ("budget", "demand", "verdict"),
+    [
+        (64, {"tpot_s": 0.008}, "not modelled"),  # 64 cards read the weights in 4 ms, the eight of a node in 27
+        (64, {"tpot_s": 0.002}, "infeasible"),  # kernels alone take longer
+        (8, {"tpot_s": 0.008}, "infeasible"),  # there are no cards to spread attention over
+        (64, {"context": 1_000_000}, "not modelled"),  # eight cards hold no such cache, 64 do
+        (64, {"context": 20_000_000}, "infeasible"),
+    ],
+)
+def test_what_only_attention_over_several_nodes_could_do_is_not_called_infeasible(budget, demand, verdict):
+    traffic = Traffic.at_context(demand.pop("context", 8192))
+    targets = {"tpot_s": math.inf, "ttft_s": math.inf} | demand
+    plan = make_plan(all_on(planner("llama-3.3-70b", traffic=traffic, budget_cards=budget, **targets), CATALOGUE.get("L20")))
+    assert plan.verdict == verdict
+    assert ("is not modelled" in plan.reason) == (verdict == "not modelled")
 
 
 def test_just_above_the_floor_is_feasible():

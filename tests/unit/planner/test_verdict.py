@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from antiphon.cli.plan import app
+from antiphon.planner.constraints import Constraint, Violation
 from antiphon.planner.cost.hardware import Catalogue
 from antiphon.planner.cost.library import find_model
 from antiphon.planner.fleet import assign
@@ -17,7 +18,6 @@ from antiphon.planner.options import Assumptions, Demand, Planner
 from antiphon.planner.plan import make_plan
 from antiphon.planner.report.tables import option_table, roles_table
 from antiphon.planner.traffic import RequestShape, Traffic
-from antiphon.planner.verdict import Constraint, Violation
 
 CATALOGUE = Catalogue.built_in()
 PARTS = ("colocated", "pd", "afd")  # fewest first
@@ -94,6 +94,18 @@ def test_the_verdict_follows_from_the_table_shown(asked):
         usd_per_s = sum(int(count) * CATALOGUE.get(key).usd_per_hour for _, count, key in listed) / 3600
         usd = usd_per_s / number(chosen["output tokens/s"]) * 1e6
         assert usd == pytest.approx(number(chosen["USD per million output tokens"]), rel=6e-3)
+
+
+def test_what_speaks_for_afd_is_true_of_the_table():
+    """It was said to win by 1,659 rows at the FFN against 3,116."""
+    arguments = ["deploy", "--model", "deepseek-v3", "--gpus", "128", "--hardware", "H800", "--tpot-ms", "50", "--json"]
+    value = json.loads(CliRunner().invoke(app, arguments).stdout)
+    assert value["verdict"] == "afd"
+    for ours, theirs in re.findall(r"([\d.]+)\D* against ([\d.]+) (?:rows|us)", value["reason"]):
+        assert float(ours) < float(theirs)
+    for ours, theirs in re.findall(r"([\d.]+)% of its time against ([\d.]+)%", value["reason"]):
+        assert float(ours) > float(theirs)
+    assert "exchange takes" in value["reason"] or "of its time against" in value["reason"]
 
 
 def test_idle_cards_of_the_budget_are_listed_and_paid_for():

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from antiphon.planner.calibration.fit import Comparison, FittedWiring
+from antiphon.planner.constraints import Violation
 from antiphon.planner.cost.formula import Derivation
 from antiphon.planner.cost.hardware import Accelerator
 from antiphon.planner.cost.library import Model
@@ -18,7 +19,6 @@ from antiphon.planner.cost.token_cost import TokenCost
 from antiphon.planner.options import Option
 from antiphon.planner.plan import Plan, finite
 from antiphon.planner.simulation.deployment import SimulationResult
-from antiphon.planner.verdict import Violation
 
 Json = dict[str, Any]
 
@@ -122,6 +122,7 @@ def violation_json(violation: Violation) -> Json:
         "available": finite(violation.available),
         "unit": violation.unit,
         "by": finite(violation.by),
+        "modelled": violation.modelled,
         "text": violation.text,
     }
 
