@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from antiphon.core.errors import InvalidInput
 from antiphon.gateway.text.chat_options import Tool, ToolCall
 from antiphon.gateway.text.formats.base import CallMachine, Malformed, Rules, Steps, example_arguments, lark, one_or_more
 from antiphon.gateway.text.formats.json_calls import any_of
-from antiphon.gateway.text.formats.values import is_text, json_of, properties_of
+from antiphon.gateway.text.formats.values import json_of, properties_of, read, spelling
+from antiphon.gateway.text.schemas.refs import NOTES, Root
 
 _NAME = re.compile(r"[^\s<>{}\"]+")
 
@@ -63,6 +66,7 @@ class TaggedFormat:
         return f"{before} {calls} {after}"
 
     def _call(self, tool: Tool, rules: Rules) -> str:
+        check_can_be_held(tool)
         needed = tool.parameters.get("required") or ()
         parts = [rules.literal(self.call[0].removeprefix(self.each_opening) + tool.name + self.call[1])]
         for key, schema in properties_of(tool).items():
@@ -75,14 +79,67 @@ class TaggedFormat:
         end = self.parameter[2]
         if tool.grammar is not None:
             return f"{lark(tool.grammar)} {rules.literal(end)}"
-        if isinstance(schema, dict) and isinstance(schema.get("enum"), list):
-            texts = [v if isinstance(v, str) else json.dumps(v) for v in schema["enum"]]
+        spelled = spelling(schema, Root(tool.parameters), is_strict=tool.strict)
+        if isinstance(spelled, list) and spelled:
+            texts = [v if isinstance(v, str) else json.dumps(v) for v in spelled]
             return f"{any_of([rules.literal(text) for text in texts])} {rules.literal(end)}"
-        if is_text(schema):
+        if spelled == "text":
             return rules.until(end)
-        defs = {k: v for k, v in tool.parameters.items() if k in ("$defs", "definitions")}
-        whole = {**schema, **defs} if isinstance(schema, dict) else True
-        return f"{rules.json(whole, is_strict=tool.strict)} {rules.literal(end)}"
+        return f"{rules.json(by_itself(schema, tool.parameters), is_strict=tool.strict)} {rules.literal(end)}"
+
+
+def check_can_be_held(tool: Tool) -> None:
+    """Parameters by themselves are held to their schemas, not several together.
+
+    Raises:
+        InvalidInput: the tool is strict, and its schema says more of its arguments than their names and each one's schema.
+    """
+    if not tool.strict:
+        return
+    for word, value in tool.parameters.items():
+        if word not in NOTES and word not in ("type", "properties", "required", "additionalProperties", "patternProperties"):
+            raise InvalidInput(f"{tool.field}: {word} of all arguments together can't be held in this model's calls", tool.field)
+        missing = [name for name in value if name not in properties_of(tool)] if word == "required" and value else []
+        if missing:
+            raise InvalidInput(f"{tool.field}.required: {str(missing[0])[:128]!r} is not among the properties", tool.field)
+
+
+def by_itself(schema: object, whole: Mapping[str, Any]) -> Mapping[str, Any] | bool:
+    """A parameter's schema, in which references lead where they led in the whole."""
+    if not isinstance(schema, Mapping):
+        return schema if isinstance(schema, bool) else True
+    definitions = {word: whole[word] for word in ("$defs", "definitions") if isinstance(whole.get(word), Mapping)}
+    if not any(_leads_to_whole(part) for part in (schema, definitions)):
+        return {**schema, **definitions}
+    name = "whole"
+    while name in definitions.get("$defs", {}):
+        name += "-"
+    moved = {"$defs": {**definitions.get("$defs", {}), name: {k: v for k, v in whole.items() if k not in definitions}}}
+    found: Mapping[str, Any] = _moved({**schema, **definitions, **moved}, f"#/$defs/{name}")
+    return found
+
+
+_DEFINED = ("#/$defs/", "#/definitions/")
+
+
+def _leads_to_whole(value: object) -> bool:
+    if isinstance(value, Mapping):
+        reference = value.get("$ref")
+        if isinstance(reference, str) and reference.startswith("#") and not reference.startswith(_DEFINED):
+            return True
+        return any(map(_leads_to_whole, value.values()))
+    return isinstance(value, list) and any(map(_leads_to_whole, value))
+
+
+def _moved(value: Any, to: str) -> Any:
+    """With references to the whole as references to where it is now."""
+    if isinstance(value, Mapping):
+        made = {key: _moved(inner, to) for key, inner in value.items()}
+        reference = made.get("$ref")
+        if isinstance(reference, str) and reference.startswith("#") and not reference.startswith(_DEFINED):
+            made["$ref"] = to + reference[1:]
+        return made
+    return [_moved(inner, to) for inner in value] if isinstance(value, list) else value
 
 
 class TaggedMachine(CallMachine):
@@ -148,7 +205,10 @@ class TaggedMachine(CallMachine):
         if self._form.trims_lines:
             raw = raw.removeprefix("\n").removesuffix("\n")
         known = self.tools.get(tool)
-        return json_of(raw, None, {}) if known is None else json_of(raw, properties_of(known).get(key), known.parameters)
+        if known is None:
+            return json_of(raw, None, {})
+        schema = properties_of(known).get(key)
+        return read(raw, schema, Root(known.parameters), known.parameters, is_strict=known.strict)
 
     def drop(self, text: str) -> None:
         """What is between parameters says nothing."""

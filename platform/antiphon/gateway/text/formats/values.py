@@ -10,10 +10,11 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-from antiphon.gateway.json_text import MAX_DEPTH, is_deeper
+from antiphon.gateway.json_text import MAX_DEPTH, is_deeper, read_json_text
 from antiphon.gateway.text.chat_options import Tool
+from antiphon.gateway.text.schemas.refs import NOTES, Root, kind_of, values_of
 
 _WORDS: Mapping[str, Any] = {"True": True, "False": False, "None": None}
 _MAX_REFERENCES = 16
@@ -27,11 +28,35 @@ def properties_of(tool: Tool) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def is_text(schema: object) -> bool:
-    """True when a value of ``schema`` can only be text."""
-    return isinstance(schema, dict) and (
-        schema.get("type") == "string" or (bool(schema.get("enum")) and all(isinstance(v, str) for v in schema["enum"]))
-    )
+def spelling(schema: object, root: Root, *, is_strict: bool) -> Literal["text", "json"] | list[Any]:
+    """How a parameter's value stands between its tags: as a text, as JSON, or as one of these values.
+
+    A text is as it is, so no word of its schema but its type can hold it: one that is to be held is written as JSON.
+    """
+    known = root.resolved(schema)
+    values = None if known is None else values_of(known)
+    words = [] if known is None else [word for word in known if word != "type" and word not in NOTES]
+    kinds = root.kinds(schema)
+    if values is not None and len(words) == 1:
+        return [value for value in values if kind_of(value) in kinds]
+    if kinds != {"string"}:
+        return "json"
+    is_held = known is None or bool(words)
+    return "json" if is_strict and is_held else "text"
+
+
+def read(raw: str, schema: object, root: Root, whole: Mapping[str, Any], *, is_strict: bool) -> str:
+    """JSON of the value that ``raw`` stands for; ``root`` looks references up in ``whole``."""
+    spelled = spelling(schema, root, is_strict=is_strict)
+    if spelled == "json" and raw.strip().startswith('"'):
+        try:
+            value = read_json_text(raw.strip())
+        except ValueError:
+            value = None
+        if isinstance(value, str):
+            return json.dumps(value, ensure_ascii=False)
+    known = root.resolved(schema)
+    return json_of(raw, schema if known is None else known, whole)
 
 
 def json_of(raw: str, schema: object, root: Mapping[str, Any]) -> str:

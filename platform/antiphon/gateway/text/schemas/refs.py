@@ -61,7 +61,7 @@ class Root:
             reference = schema.get("$ref")
             if reference is None:
                 return schema
-            if not isinstance(reference, str) or any(key not in _NOTES for key in schema if key != "$ref"):
+            if not isinstance(reference, str) or any(key not in NOTES for key in schema if key != "$ref"):
                 return None
             schema = self._at(reference)
         return None
@@ -102,7 +102,7 @@ class Root:
 
 
 # Words that bind no value.
-_NOTES = frozenset(
+NOTES = frozenset(
     ("description", "title", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly", "$id", "$schema", "$defs")
 ) | {"definitions", "discriminator"}
 
