@@ -6,8 +6,9 @@
 
 These are virtual token counters (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024, algorithm 2, its weights 1
 and 2). Beyond the paper, a tenant with far fewer places in the batch than another takes one of them, since places of long answers
-would else be held for minutes; a light one, that was lately served far less than its share, takes as many as it asks for, since
-that is within its share over a while; and the tokens of a step that prompts may have are divided (``PromptShares``), since long
+would else be held for minutes. A light one, that was lately served clearly less than its share, waits for none of them,
+since what it asks for is within its share over a while: it is first in turn, takes as many places as it asks for, and its prompts
+have their steps before others' prompts. And the tokens of a step that prompts may have are divided (``PromptShares``), since long
 prompts in chunks would else keep everybody out until they are computed. Requests without a tenant are one tenant's: where nobody
 has a name, this is one queue. Must not know: blocks.
 """
@@ -26,7 +27,9 @@ from antiphon.engine.request_state import RequestState
 OUTPUT_WEIGHT: Final = 2
 _MAX_IDLE: Final = 4096  # tenants without a request whose counters are remembered
 _LATELY: Final = 65536.0  # tokens served while somebody waited, until one counts half of what it did
-_LIGHT: Final = 0.5  # of an equal share of what was served lately: whoever has less is light
+# Of an equal share of what was served lately: whoever has less is light. Below 1 by more than chance makes between tenants that
+# ask for all they can get, since requests are served whole: these are equals.
+_LIGHT: Final = 0.8
 
 
 class FairQueue:
@@ -41,9 +44,14 @@ class FairQueue:
             str, tuple[float, float]
         ] = {}  # of the counters' tenants: tokens, and ``_served`` when they were counted
         self._size = 0
+        self.light: AbstractSet[str] = frozenset()  # tenants, when last looked at
 
     def __len__(self) -> int:
         return self._size
+
+    def look(self, running: Sequence[RequestState]) -> None:
+        """See who is light now, for a step."""
+        self.light = self._light({*self._queues, *(state.request.tenant for state in running)})
 
     def add(self, state: RequestState) -> None:
         """Let a request wait."""
@@ -112,12 +120,18 @@ class FairQueue:
             (s for s in reversed(self._queues[longest]) if s.status is RequestStatus.WAITING and s.scheduled_s is None), None
         )
 
-    def _places(self, running: Sequence[RequestState]) -> tuple[Counter[str], set[str]]:
-        """Places by tenant, and the light tenants, of those who wait or run: who was served far less than an equal share lately."""
+    def _places(self, running: Sequence[RequestState]) -> tuple[Counter[str], AbstractSet[str]]:
+        """Places by tenant, and the light tenants, of those who wait or run."""
         places = Counter(state.request.tenant for state in running)
-        lately = {each: self._served_lately(each) for each in {*self._queues, *places}}
+        return places, self._light({*self._queues, *places})
+
+    def _light(self, tenants: AbstractSet[str]) -> AbstractSet[str]:
+        """Of these, who was served clearly less than an equal share lately."""
+        if len(tenants) < 2:
+            return frozenset()
+        lately = {each: self._served_lately(each) for each in tenants}
         least = _LIGHT * sum(lately.values())
-        return places, {each for each, served in lately.items() if served * len(lately) < least}
+        return {each for each, served in lately.items() if served * len(lately) < least}
 
     def _served_lately(self, tenant: str) -> float:
         num_tokens, at = self._lately.get(tenant, (0.0, 0.0))
@@ -131,8 +145,9 @@ class FairQueue:
         self._served += num_tokens
         self._lately[tenant] = served, self._served
 
-    def _turn(self, state: RequestState) -> tuple[float, int, float]:
-        return self._counters[state.request.tenant], *_order(state)
+    def _turn(self, state: RequestState) -> tuple[bool, float, int, float]:
+        tenant = state.request.tenant
+        return tenant not in self.light, self._counters[tenant], *_order(state)
 
     def _forget_idle(self) -> None:
         """Of too many idle tenants those are forgotten who came back least lately."""
@@ -145,11 +160,13 @@ class FairQueue:
 class PromptShares:
     """What each tenant's prompts in the batch may have of a step: equal parts, and what one does not need is the others' (max-min).
 
-    One token of each request that decodes is set aside first, and the part of tenants whose first prompt waits to be let in.
+    One token of each request that decodes is set aside first, and the part of tenants whose first prompt waits to be let in. Where
+    a light tenant has a prompt, the step is for light tenants' prompts alone, so that it is no longer than theirs make it.
     """
 
     def __init__(self, running: Sequence[RequestState], queue: FairQueue, *, budget: int, num_places: int) -> None:
         """``budget``: tokens of the step. ``num_places``: of the batch."""
+        queue.look(running)
         needs: Counter[str] = Counter()
         for state in running:
             num_tokens = state.num_tokens_to_compute
@@ -157,9 +174,12 @@ class PromptShares:
                 needs[state.request.tenant] += num_tokens
             else:
                 budget -= num_tokens
-        if needs and len(queue):
+        if len(queue) and (needs or queue.light):
             for head in queue.newcomers(running, num_places):
                 needs[head.request.tenant] += len(head.token_ids)
+        self._first = queue.light & needs.keys()
+        if self._first:
+            needs = Counter({tenant: need for tenant, need in needs.items() if tenant in self._first})
         left = max(1, budget)
         self._left: dict[str, int] = {}
         for number, (tenant, need) in enumerate(sorted(needs.items(), key=lambda item: item[1])):
@@ -171,9 +191,15 @@ class PromptShares:
         wanted = state.num_tokens_to_compute
         if wanted <= 1:
             return wanted
-        num_tokens = min(wanted, self._left[state.request.tenant])
-        self._left[state.request.tenant] -= num_tokens
+        tenant = state.request.tenant
+        num_tokens = min(wanted, self._left.get(tenant, 0))
+        if num_tokens:
+            self._left[tenant] -= num_tokens
         return num_tokens
+
+    def keeps_out(self, state: RequestState) -> bool:
+        """Whether one that waits has no part in this step."""
+        return bool(self._first) and state.request.tenant not in self._first
 
 
 def _giver(

@@ -126,8 +126,9 @@ class Scheduler:
         if self.speculator is not None:
             self.speculator.begin()
         plan = StepPlan(budget=self.config.max_num_batched_tokens)
-        self._schedule_running(plan)
-        self._schedule_waiting(plan)
+        shares = PromptShares(self._running, self._waiting, budget=plan.budget, num_places=self.config.max_num_seqs)
+        self._schedule_running(plan, shares)
+        self._schedule_waiting(plan, shares)
         if self.speculator is not None and not plan.new:
             most = {"room": self.config.max_num_batched_tokens, "max_model_len": self.config.max_model_len}
             plan.add_drafts(draft(self.speculator, plan.num_tokens, self._states, self.blocks, **most))
@@ -243,8 +244,7 @@ class Scheduler:
 
     # ---- scheduling, inside --------------------------------------------------------------------------------------
 
-    def _schedule_running(self, plan: StepPlan) -> None:
-        shares = PromptShares(self._running, self._waiting, budget=plan.budget, num_places=self.config.max_num_seqs)
+    def _schedule_running(self, plan: StepPlan, shares: PromptShares) -> None:
         index = 0
         while index < len(self._running) and plan.budget > 0:
             state = self._running[index]
@@ -265,7 +265,7 @@ class Scheduler:
                 return False
         return True
 
-    def _schedule_waiting(self, plan: StepPlan) -> None:
+    def _schedule_waiting(self, plan: StepPlan, shares: PromptShares) -> None:
         gone: set[RequestId] = set()  # those who gave their place in this step don't come back in it
         chosen: RequestState | None = None  # whom a place was made for
         while plan.budget > 0 and (self._ready or self._waiting):
@@ -276,7 +276,7 @@ class Scheduler:
                 self._admit(self._ready.pop(0), plan)
                 continue
             state = self._waiting.head() if chosen is None else chosen
-            if state.request_id in gone:
+            if state.request_id in gone or shares.keeps_out(state):
                 break
             prefix = self._blocks_of.find_prefix(state)
             # All of what is known must fit at once: admitting on a chunk's worth of blocks would only preempt soon.
