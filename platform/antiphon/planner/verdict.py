@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from antiphon.planner.constraints import Violation, beyond, shortfall
 from antiphon.planner.cost.formats import bytes_per_value
+from antiphon.planner.cost.hardware import Accelerator
 from antiphon.planner.cost.shape import FLOPS_PER_WEIGHT
 from antiphon.planner.options import Option, Planner, Wiring
 from antiphon.planner.pipeline.fabric import dense_batch, min_sparsity, moe_batch
@@ -105,6 +106,12 @@ def _why_afd(planner: Planner, afd: Option, rival: Option) -> str:
     return "; ".join(parts) or "attention and FFN work at the same time, on cards of their own"
 
 
+def _attention_usd(planner: Planner, option: Option, card: Accelerator) -> float:
+    """Of one row of the main kind of layer, as the option's ranks take it; in the planner's prices."""
+    point = option.point
+    return point.main.times.attention_s / point.computed_rows * point.layout.tensor * planner.price(card)
+
+
 def _why_not_afd(planner: Planner, afd: Option, chosen: Option) -> str:
     times = afd.point.main.times
     ffn = afd.point.main.layer.ffn
@@ -113,6 +120,11 @@ def _why_not_afd(planner: Planner, afd: Option, chosen: Option) -> str:
             f"AFD's exchange takes {1e6 * (times.a2f_s + times.f2a_s):.0f} us per layer and ubatch, longer than "
             f"attention ({1e6 * times.attention_s:.0f} us) or FFN ({1e6 * times.ffn_s:.0f} us): the fabric binds"
         )
+    cards = planner.cards
+    whole = cards.colocated if chosen.wiring is Wiring.COLOCATED else cards.decode
+    dearer = _attention_usd(planner, afd, cards.attention) / _attention_usd(planner, chosen, whole)
+    if cards.attention.key != whole.key and dearer > 1.1:
+        return f"a row of attention costs {dearer:.1f} times as much on {cards.attention.key} as on {whole.key}"
     rows, share = _ffn_facts(planner, chosen)
     if not ffn.num_experts and share > 0.5:
         return f"the FFN is dense and {rows} rows already keep it computing {share:.0%} of its time without AFD"

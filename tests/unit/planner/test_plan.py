@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -69,6 +70,14 @@ def test_attention_on_cheap_bandwidth_and_ffn_on_cheap_compute_make_afd_pay():
     assert "attention runs on A800, the FFN on H800" in plan.reason
     assert plan.chosen.usd_per_mtok < plan.options[Wiring.PD].usd_per_mtok
     assert plan.chosen.usd_per_mtok < plan.options[Wiring.COLOCATED].usd_per_mtok
+
+
+def test_attention_on_a_card_that_makes_it_dearer_is_why_afd_loses():
+    """Latent attention computes 512 operations for a byte of cache, and H20 does 74."""
+    on_h20 = {"attention": "H20", "ffn": "H800", "decode": "H800", "colocated": "H800", "prefill": "H800"}
+    plan = make_plan(planner("deepseek-v3", roles=on_h20, budget_cards=None, rate=40.0))
+    assert plan.verdict == "pd"
+    assert re.search(r"a row of attention costs [\d.]+ times as much on H20 as on H800", plan.reason)
 
 
 def test_a_small_dense_model_on_one_kind_of_card_is_told_not_to_use_afd():
