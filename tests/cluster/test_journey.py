@@ -119,7 +119,7 @@ class Cluster:
 
     def pods(self, pool: str) -> list[str]:
         items = self.get("pods", "-l", f"serving.antiphon.dev/deployment={NAME},serving.antiphon.dev/pool={pool}")["items"]
-        return [item["metadata"]["name"] for item in items]
+        return [item["metadata"]["name"] for item in items if "deletionTimestamp" not in item["metadata"]]
 
     def other_ready(self, pool: str, gone: str) -> bool:
         """Whether a pod has taken the place of ``gone``: in the moment after a kill READY still speaks of the one before."""
