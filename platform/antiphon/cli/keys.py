@@ -57,7 +57,7 @@ def hash_key(tenant: Tenant, scope: ScopeOption = "user", expires: Expires = Non
 
 @app.command("list")
 def list_keys(file: Annotated[Path, typer.Argument(help="A key file.", show_default=False)]) -> None:
-    """Check a key file, and list whose keys it has and how long they are good."""
+    """Check a key file, and list whose keys it has, how long they are good, and what their tenants may use."""
     from antiphon.gateway.access.key_lines import parse_lines
 
     try:
@@ -72,7 +72,7 @@ def list_keys(file: Annotated[Path, typer.Argument(help="A key file.", show_defa
         if line.expires_s is not None:
             day = datetime.datetime.fromtimestamp(line.expires_s, datetime.UTC)
             until = f"{'until' if now_s < line.expires_s else 'EXPIRED'} {day:%Y-%m-%d %H:%M} UTC"
-        click.echo(f"{line.tenant:24} {line.scope:6} {line.digest.hex()[:12]}  {until}")
+        click.echo("  ".join([f"{line.tenant:24} {line.scope:6} {line.digest.hex()[:12]}", until, *line.limit_words]))
 
 
 @app.command()

@@ -48,8 +48,13 @@ class KeyLine:
         words = [self.tenant, self.scope, _HASH_PREFIX + self.digest.hex()]
         if self.expires_s is not None:
             words.append(f"expires={datetime.datetime.fromtimestamp(self.expires_s, datetime.UTC):%Y-%m-%dT%H:%M:%SZ}")
+        return " ".join([*words, *self.limit_words])
+
+    @property
+    def limit_words(self) -> list[str]:
+        """What its tenant has, as a line says it."""
         limits = {_OPTIONS[name]: getattr(self.limits, name) for name in _OPTIONS}
-        return " ".join([*words, *(f"{option}={number}" for option, number in limits.items() if number is not None)])
+        return [f"{option}={number}" for option, number in limits.items() if number is not None]
 
 
 def new_key() -> str:

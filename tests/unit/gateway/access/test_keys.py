@@ -179,3 +179,12 @@ def test_the_command_makes_keys_that_come_in(tmp_path: Path) -> None:
     listed = runner.invoke(app, ["list", str(path)])
     assert [line.split()[:2] for line in listed.stdout.splitlines()] == [["team-a", "user"], ["ops", "admin"]]
     assert isinstance(runner.invoke(app, ["new", "a", "--scope", "root"]).exception, InvalidInput)
+
+
+def test_the_list_says_what_tenants_may_use(tmp_path: Path) -> None:
+    runner, path = CliRunner(), tmp_path / "keys"
+    for options in (["a", "--requests", "60", "--streams", "4"], ["b"]):
+        assert runner.invoke(app, ["new", *options, "-f", str(path)]).exit_code == 0
+    limited, free = runner.invoke(app, ["list", str(path)]).stdout.splitlines()
+    assert limited.endswith("for ever  requests=60  streams=4")
+    assert free.endswith("for ever")
