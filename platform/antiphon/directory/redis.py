@@ -201,6 +201,17 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
+class _TlsConnection(redis.SSLConnection):
+    """One that reads its certificates when it connects: redis-py's own keeps, for as long as it is used again, those that it read
+    first, also when they have expired or their authority has gone.
+    """
+
+    def _connection_arguments(self) -> Mapping[str, Any]:
+        self.ssl_context.context = None
+        arguments: Mapping[str, Any] = super()._connection_arguments()
+        return arguments
+
+
 class RedisDirectory:
     """A client of one Redis; belongs to one event loop. Each call takes ``timeout_s`` seconds at most."""
 
@@ -214,6 +225,8 @@ class RedisDirectory:
             )
         except ValueError as error:
             raise InvalidInput(f"not a Redis URL: {error}", "directory.redisUrl") from error
+        if issubclass(self._redis.connection_pool.connection_class, redis.SSLConnection):
+            self._redis.connection_pool.connection_class = _TlsConnection
         self.budgets = RedisBudgets(self._redis, self._prefix, _translated)
         self._register = self._redis.register_script(_REGISTER)
         self._drop = self._redis.register_script(_DROP)

@@ -35,9 +35,9 @@ if not hasattr(fake, "world"):
 class Authority:
     """A certificate authority of a test's own."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "test authority") -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test authority")])
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         self.pem = self._sign(self._name, self._key, authority=True)
 
     def issue(self, files: TlsFiles) -> None:
