@@ -84,6 +84,7 @@ def test_what_is_wrong_with_a_tool_is_named(tool: Any, field: str) -> None:
     with pytest.raises(InvalidInput) as raised:
         asked_for(tool)
     assert raised.value.field == field
+    assert tool["type"] == "custom" or "there are function and custom" in str(raised.value)
 
 
 def test_a_chat_shows_the_text_whole_and_as_it_comes() -> None:

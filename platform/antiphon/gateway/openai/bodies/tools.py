@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from antiphon.core.errors import InvalidInput
 from antiphon.gateway.text.chat_options import Tool, ToolChoice
@@ -49,6 +49,13 @@ class FunctionTool(_Part):
 
     type: Literal["function"]
     function: FunctionBody
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _is_run_by_the_client(cls, value: object) -> object:
+        if value != "function":
+            raise ValueError(f"{str(value)[:64]!r} is not supported: there are function and custom, which the client runs")
+        return value
 
     @model_validator(mode="before")
     @classmethod
