@@ -172,6 +172,9 @@ class BoundedProtocol(HttpToolsProtocol):
         super().send_400_response(msg)
         self._watch_reading()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """uvicorn's two lines in the log for each request that asks for a protocol we do not speak: it is answered in ours."""
+
     def pause_writing(self) -> None:
         """The client does not read as fast as we answer."""
         self._is_paused = True

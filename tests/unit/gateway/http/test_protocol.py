@@ -179,6 +179,19 @@ async def test_a_kept_connection_is_bounded_for_each_of_its_requests(monkeypatch
         assert b"HTTP/1.1 408" in answer
 
 
+async def test_who_asks_for_another_protocol_is_answered_in_ours_and_fills_no_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(monkeypatch) as port:
+        for protocol in (b"websocket", b"h2c", b"TLS/1.2"):
+            named = b"connection: upgrade, close\r\nupgrade: " + protocol
+            asked = b"GET / HTTP/1.1\r\nhost: a\r\n" + named + b"\r\nsec-websocket-version: 13\r\n\r\n"
+            answer = await said(port, asked)
+            assert answer.startswith(b"HTTP/1.1 200"), answer
+            assert b"upgrade:" not in answer.lower()
+    assert not caplog.records
+
+
 class Few(Tight):
     header_timeout_s = body_timeout_s = 20.0
 
