@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Final
 
-from antiphon.core.request import RequestStatus
+from antiphon.core.request import RequestId, RequestStatus
 from antiphon.engine.request_state import RequestState
 
 OUTPUT_WEIGHT: Final = 2
@@ -177,11 +177,13 @@ class PromptShares:
         if len(queue) and (needs or queue.light):
             for head in queue.newcomers(running, num_places):
                 needs[head.request.tenant] += len(head.token_ids)
-        self._first = queue.light & needs.keys()
-        if self._first:
-            needs = Counter({tenant: need for tenant, need in needs.items() if tenant in self._first})
-        left = max(1, budget)
+        self._needs, self._budget = needs, max(1, budget)
+        self._first: AbstractSet[str] = queue.light & needs.keys()
         self._left: dict[str, int] = {}
+        self._share(Counter({tenant: need for tenant, need in needs.items() if tenant in self._first}) if self._first else needs)
+
+    def _share(self, needs: Counter[str]) -> None:
+        left = self._budget
         for number, (tenant, need) in enumerate(sorted(needs.items(), key=lambda item: item[1])):
             self._left[tenant] = min(need, -(-left // (len(needs) - number)))
             left -= self._left[tenant]
@@ -196,6 +198,21 @@ class PromptShares:
         if num_tokens:
             self._left[tenant] -= num_tokens
         return num_tokens
+
+    def open_up(self, running: Sequence[RequestState], num_tokens: Mapping[RequestId, int]) -> bool:
+        """Whether the step was kept for prompts of which none has a part in it, for want of a place or blocks; now all can.
+
+        Args:
+            running: the batch as it is by now.
+            num_tokens: of the step so far.
+        """
+        if not self._first or any(
+            state.request.tenant in self._first and num_tokens.get(state.request_id, 0) > 1 for state in running
+        ):
+            return False
+        self._first = frozenset()
+        self._share(self._needs)
+        return True
 
     def keeps_out(self, state: RequestState) -> bool:
         """Whether one that waits has no part in this step."""

@@ -129,6 +129,9 @@ class Scheduler:
         shares = PromptShares(self._running, self._waiting, budget=plan.budget, num_places=self.config.max_num_seqs)
         self._schedule_running(plan, shares)
         self._schedule_waiting(plan, shares)
+        if shares.open_up(self._running, plan.num_tokens):
+            self._schedule_running(plan, shares)
+            self._schedule_waiting(plan, shares)
         if self.speculator is not None and not plan.new:
             most = {"room": self.config.max_num_batched_tokens, "max_model_len": self.config.max_model_len}
             plan.add_drafts(draft(self.speculator, plan.num_tokens, self._states, self.blocks, **most))
@@ -248,7 +251,7 @@ class Scheduler:
         index = 0
         while index < len(self._running) and plan.budget > 0:
             state = self._running[index]
-            num_tokens = min(shares.take(state), plan.budget)
+            num_tokens = 0 if state.request_id in plan.num_tokens else min(shares.take(state), plan.budget)
             if not self._grow(state, num_tokens, plan):
                 continue  # it preempted itself: the next request moved into its place, or there is none
             if num_tokens > 0:
@@ -266,7 +269,6 @@ class Scheduler:
         return True
 
     def _schedule_waiting(self, plan: StepPlan, shares: PromptShares) -> None:
-        gone: set[RequestId] = set()  # those who gave their place in this step don't come back in it
         chosen: RequestState | None = None  # whom a place was made for
         while plan.budget > 0 and (self._ready or self._waiting):
             full = len(self._running) >= self.config.max_num_seqs
@@ -276,7 +278,7 @@ class Scheduler:
                 self._admit(self._ready.pop(0), plan)
                 continue
             state = self._waiting.head() if chosen is None else chosen
-            if state.request_id in gone or shares.keeps_out(state):
+            if state.request_id in plan.gone or shares.keeps_out(state):
                 break
             prefix = self._blocks_of.find_prefix(state)
             # All of what is known must fit at once: admitting on a chunk's worth of blocks would only preempt soon.
@@ -288,7 +290,7 @@ class Scheduler:
                 if exchange is None:
                     break
                 chosen, victim = exchange
-                gone.add(victim.request_id)
+                plan.gone.add(victim.request_id)
                 plan.leave_out(victim)
                 self._preempt(victim)
                 continue
@@ -305,9 +307,8 @@ class Scheduler:
         full = len(self._running) >= self.config.max_num_seqs
         if self._ready or not self._waiting:
             return bool(self._ready) and not full
-        min_remote = self.config.remote_prefill_min_tokens if full else None
-        could_begin = self._blocks_of.could_begin(self._waiting.head(), min_remote)
-        return could_begin or self._waiting.exchange(self._running, ()) is not None
+        least = self.config.remote_prefill_min_tokens if full else None
+        return self._blocks_of.could_begin(self._waiting.head(), least) or self._waiting.exchange(self._running, ()) is not None
 
     def _admit(self, state: RequestState, plan: StepPlan) -> None:
         """Run a request whose blocks fit, for no tokens where a hand-off is all cached here."""
@@ -383,11 +384,10 @@ class Scheduler:
         elif state.status is RequestStatus.WAITING_FOR_REMOTE_KV:
             del self._remote[state.request_id]
             self._load_aborts.append(state.request_id)
+        elif state in self._ready:
+            self._ready.remove(state)
         else:
-            if state in self._ready:
-                self._ready.remove(state)
-            else:
-                self._waiting.remove(state)
+            self._waiting.remove(state)
         self.in_flight.release(state)
         state.status = status
         if self.speculator is not None:

@@ -25,6 +25,7 @@ class StepPlan:
     cached: dict[RequestId, CachedRequestData] = field(default_factory=dict)
     drafts: dict[RequestId, Drafts] = field(default_factory=dict)
     loads: list[KVLoad] = field(default_factory=list)
+    gone: set[RequestId] = field(default_factory=set)  # those who gave their place in it to others don't come back in it
 
     def go_on(self, state: RequestState, num_tokens: int, num_pending: int = 0) -> None:
         """A request that the runner knows computes so many tokens more, behind ``num_pending`` that are being computed."""

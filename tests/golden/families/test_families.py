@@ -14,6 +14,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from antiphon.models.experts.placement import ExpertPlacement
+from antiphon.models.head import SlicedHead
 from antiphon.testing import LocalCluster, wiring
 
 WIRINGS: dict[str, tuple[str, dict[str, int]]] = {
@@ -289,6 +290,22 @@ def watch_logits(cluster: LocalCluster) -> list[torch.Tensor]:
             return seen[-1]
 
         part.worker.halves.logits = logits  # type: ignore[method-assign]
+        begin = part.worker.halves.head.begin
+
+        def in_slices(x_RD: torch.Tensor, *, best_only: bool, begin: Callable[..., SlicedHead] = begin) -> SlicedHead:
+            run = begin(x_RD, best_only=best_only)
+            go_on = run.go_on
+
+            def noted() -> bool:
+                is_over = go_on()
+                if is_over and run.result is not None and run.result.logits_RV is not None:
+                    seen.append(run.result.logits_RV)
+                return is_over
+
+            run.go_on = noted  # type: ignore[method-assign]
+            return run
+
+        part.worker.halves.head.begin = in_slices  # type: ignore[method-assign]
     return seen
 
 

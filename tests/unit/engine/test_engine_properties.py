@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from antiphon.core.kv import KVLoad, KVTarget, TransferId
@@ -284,6 +284,8 @@ class Oracle:
 
 
 @settings(max_examples=120, deadline=None)
+@example(seed=736, speculates=False, lanes=1)  # a step was kept for a tenant's prompt that had no place: nobody went on
+@example(seed=106049, speculates=False, lanes=2)  # blocks ran out in the middle of a lane: some were never told of theirs
 @given(seed=st.integers(0, 2**32 - 1), speculates=st.booleans(), lanes=st.sampled_from([1, 1, 2, 3]))
 def test_every_request_gets_its_own_tokens_and_all_blocks_come_back(seed: int, speculates: bool, lanes: int) -> None:
     chance = random.Random(seed)

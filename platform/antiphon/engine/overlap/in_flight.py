@@ -65,12 +65,13 @@ class StepsInFlight:
             if speculates and state.request.sampling.speculates:
                 return None
         size = min(-(-len(running) // num_lanes), budget)
+        chosen = [state for state in running if state.request_id not in away][:size]
+        if not all(self._blocks_of.grow(state, state.num_computed_tokens + 1) for state in chosen):
+            return None  # before any of them is told of its new blocks
         plan = StepPlan(budget=size)
-        for state in [state for state in running if state.request_id not in away][:size]:
-            if not self._blocks_of.grow(state, state.num_computed_tokens + 1):
-                return None
+        for state in chosen:
             plan.go_on(state, 1)
-        return plan if plan.num_tokens else None
+        return plan if chosen else None
 
     def plan_behind(self, flying: SchedulerOutput, running: Sequence[RequestState], *, speculates: bool) -> StepPlan | None:
         """One more token of every request of ``flying`` that goes on; None where that can't be said before its tokens are known.
