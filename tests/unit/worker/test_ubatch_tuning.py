@@ -163,13 +163,31 @@ class Clocked:
     [
         ({1: 4.0, 2: 3.0, 3: 2.5, 4: 2.8}, 3),
         ({1: 2.0, 2: 3.0, 3: 1.0, 4: 1.0}, 1),
+        ({1: 4.0, 2: 3.95, 3: 3.9, 4: 3.9}, 1),  # not clearly
         ({1: 4.0, 2: 3.0, 3: 2.5, 4: 2.0}, 4),
     ],
 )
 def test_lanes_go_up_for_as_long_as_that_is_faster(seconds: dict[int, float], best: int) -> None:
     worker = Clocked(4, seconds)
-    worker.run(60)
+    worker.run(80)
     assert worker.chosen[-20:] == [best] * 20
+
+
+def test_whole_steps_are_judged_by_the_ubatches_they_settle_on() -> None:
+    tuner, now = LaneTuner(2), 0.0
+    for number in range(12):  # slow until their own number of ubatches is found
+        assert tuner.choose(16) == 1
+        took = 9.0 if number < 8 else 2.0
+        tuner.executed(16, now, now + took)
+        now += took
+    assert tuner.choose(16) == 2
+    tuner.begin()
+    for _ in range(14):
+        if tuner.choose(16) == 1:
+            return
+        now += 1.0
+        tuner.collected(8, now)  # a round takes as long as a whole step does now
+    raise AssertionError("lanes that are no faster are kept")
 
 
 def test_a_batch_too_small_for_lanes_runs_whole() -> None:
@@ -180,10 +198,12 @@ def test_a_batch_too_small_for_lanes_runs_whole() -> None:
 
 def test_rounds_that_a_prompt_came_between_do_not_count() -> None:
     tuner = LaneTuner(2)
-    for start in (0.0, 1.0, 2.0):
-        assert tuner.choose(8) == 1
-        tuner.executed(8, start, start + 1.0)
-    assert tuner.choose(8) == 2
+    for start in range(20):
+        if tuner.choose(8) == 2:
+            break
+        tuner.executed(8, float(start), start + 1.0)
+    else:
+        raise AssertionError("lanes are never tried")
     for begun in (3.0, 100.0, 200.0):  # never more than two rounds before the lanes have to land
         tuner.begin()
         for now in (1.0, 2.0, 3.0, 4.0):

@@ -20,7 +20,10 @@ KEPT = 5  # newest times of each choice; their median counts
 TRIES = 2  # of each candidate before it is judged
 PROBE_EVERY = 128  # steps of one size between two trials of what is not the choice
 LANE_ROWS = 4  # fewer are not worth reading the weights for once more
-SETTLING = 2  # rounds
+SETTLING = 2  # rounds until lanes have drifted apart
+WHOLE_SETTLING = 8  # whole steps until their own number of ubatches is found
+LANE_TRIES = 4
+CLEARLY = 0.03  # by which lanes have to be faster than whole steps: a prompt that comes has to wait until they have landed
 _STEPS_PER_OCTAVE = 4
 
 
@@ -42,15 +45,16 @@ def candidates(num_rows: int, limit: int, t_ffn_s: float, t_transfer_s: float) -
     return range(1, max(1, min(limit, num_rows, ubatches_to_hide(t_ffn_s, t_transfer_s))) + 1)
 
 
-def pick(trials: Mapping[int, Trial], choices: Sequence[int], step: int) -> int:
+def pick(trials: Mapping[int, Trial], choices: Sequence[int], step: int, tries: int = TRIES) -> int:
     """The number of ubatches for step number ``step`` of one size.
 
-    Up from the first of ``choices`` for as long as one more is faster; then the fastest, now and then one of its neighbours.
+    Up from the first of ``choices`` for as long as one more is faster, by ``tries`` of each; then the fastest, now and then one of
+    its neighbours.
     """
     best, best_s = choices[0], math.inf
     for choice in choices:
         trial = trials.get(choice)
-        if trial is None or len(trial.times_s) < TRIES:
+        if trial is None or len(trial.times_s) < tries:
             return choice
         took_s = statistics.median(trial.times_s)
         if took_s >= best_s:
@@ -95,7 +99,9 @@ class LaneTuner:
     """How many lanes a batch of decodes runs in, 1 = its steps are whole, from what a token of every request took. Belongs to the
     worker's loop.
 
-    A round is one step of each lane. Lanes begin together and drift apart, so the first rounds with a number of lanes do not count.
+    A round is one step of each lane. Lanes begin together and drift apart, so the first rounds with a number of lanes do not
+    count; nor do the first whole steps, which try numbers of ubatches. Where both sides share a memory, what lanes gain in waiting
+    they may lose to each other: whole steps stay, unless lanes are clearly faster.
     """
 
     def __init__(self, limit: int) -> None:
@@ -115,7 +121,7 @@ class LaneTuner:
             return self._lanes  # within a round
         most = max(1, min(self._limit, num_requests // LANE_ROWS))
         self._num_rounds[size] = number = self._num_rounds.get(size, 0) + 1
-        lanes = 1 if most == 1 else pick(self._trials.setdefault(size, {}), range(1, most + 1), number)
+        lanes = 1 if most == 1 else pick(self._trials.setdefault(size, {}), range(1, most + 1), number, LANE_TRIES)
         if size != self._size or lanes != self._lanes:
             self._num_alike, self._began_s = 0, None
         self._size, self._lanes = size, lanes
@@ -135,7 +141,7 @@ class LaneTuner:
             return
         self._num_alike += 1
         if self._began_s is not None and self._num_alike > SETTLING:
-            self._note(self._lanes, (now_s - self._began_s) / self._num_rows)
+            self._note(self._lanes, (1 + CLEARLY) * (now_s - self._began_s) / self._num_rows)
         self._began_s = now_s
 
     def executed(self, num_rows: int, start_s: float, end_s: float) -> None:
@@ -143,7 +149,8 @@ class LaneTuner:
         began_s, self._began_s = self._began_s, end_s
         if self._lanes == 1 and _size(num_rows) == self._size:
             self._num_alike += 1
-            if began_s is not None and start_s - began_s < end_s - start_s:
+            settled = self._num_alike > WHOLE_SETTLING or 1 in self._trials.get(self._size, {})
+            if settled and began_s is not None and start_s - began_s < end_s - start_s:
                 self._note(1, (end_s - began_s) / num_rows)
 
     def _note(self, lanes: int, seconds: float) -> None:
