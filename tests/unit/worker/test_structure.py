@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
 import re
 import signal
 from collections.abc import Callable
@@ -313,29 +311,6 @@ async def test_what_was_too_expensive_is_known_and_holds_up_no_other(monkeypatch
         with pytest.raises(TooExpensive):
             await checker.check(costly[0], "y")
         assert checker._forker._num_asked == num_asked
-    finally:
-        await checker.close()
-
-
-@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="this kernel has no idle class")
-async def test_what_needs_long_has_only_what_nobody_else_wants_of_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checking, "_BUSY_S", 120.0)
-    monkeypatch.setattr(checking, "CHECK_WAIT_S", 120.0)
-    checker = GrammarChecker()
-    try:
-        await checker.check('start: "a"', "x")
-        process = checker._forker._process
-        assert process is not None
-        expensive = asyncio.create_task(checker.check('start: %json {"type": "integer", "multipleOf": 999983}', "x"))
-        policies = set()
-        while not expensive.done():
-            for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-                with contextlib.suppress(ProcessLookupError):
-                    policies.add(os.sched_getscheduler(int(child)))
-            await asyncio.sleep(0)
-        assert os.SCHED_IDLE in policies
-        with pytest.raises(TooExpensive):
-            await expensive
     finally:
         await checker.close()
 

@@ -7,8 +7,7 @@ too busy to give it that time says so, and nothing about the grammar.
     gateway ─► forker, which has imported everything ─► a fork per grammar: ends by itself, or by its timer
 
 What people write takes a hundredth of the bound, so all begin in a quick lane with little time; what needs more waits in a lane of
-its own, where it holds up its like alone, and has what nobody else wants of the processors; where that is too little, a part of its
-time at the quick lane's priority. Must not know: requests.
+its own, where it holds up its like alone. Must not know: requests.
 """
 
 from __future__ import annotations
@@ -129,7 +128,7 @@ class GrammarChecker:
         if answer == -signal.SIGPROF:
             self._long.check_room()
             async with self._long:
-                answer = await self._forker.ask(grammar, CHECK_TIMEOUT_S, _BUSY_S, is_idle=True)
+                answer = await self._forker.ask(grammar, CHECK_TIMEOUT_S, _BUSY_S)
                 if answer == -signal.SIGALRM:
                     answer = await self._forker.ask(grammar, _SURELY_S)
         match answer:
@@ -184,10 +183,8 @@ class _Forker:
         self._starting = asyncio.Lock()
         self._num_asked = 0
 
-    async def ask(self, grammar: str, cpu_s: float, wait_s: float | None = None, *, is_idle: bool = False) -> str | int | None:
+    async def ask(self, grammar: str, cpu_s: float, wait_s: float | None = None) -> str | int | None:
         """What is wrong with a grammar, None for nothing, or minus the signal that ended its process: PROF at its bound.
-
-        ``is_idle``: it has the processor while nobody else wants it.
 
         Raises:
             Overloaded: there is no process, or it has ended.
@@ -200,7 +197,7 @@ class _Forker:
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(CHECK_WAIT_S + START_TIMEOUT_S):
-                process.stdin.write(f"{number} {cpu_s} {wait} {int(is_idle)} {json.dumps(grammar)}\n".encode())
+                process.stdin.write(f"{number} {cpu_s} {wait} {json.dumps(grammar)}\n".encode())
                 await process.stdin.drain()
                 found: str | int | None = await answer
                 return found
@@ -267,21 +264,8 @@ class _Forker:
                 answer.set_exception(ConnectionError("the process has ended"))
 
 
-def _yield_to_all() -> None:
-    """Leave the processor to whoever else wants it."""
-    os.setsid()
-    with contextlib.suppress(OSError):  # where a kernel weighs sessions
-        Path("/proc/self/autogroup").write_text("19")
-    if hasattr(os, "SCHED_IDLE"):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    else:
-        os.nice(19)
-
-
 def main() -> None:
-    """The forker. In, a line each: a number, bounds in seconds, 1 to yield to all, a grammar; out: the number and what is wrong, or
-    who killed it.
-    """
+    """The forker: a number, bounds in seconds and a grammar per line in; the number and what is wrong, or who killed it, out."""
     from antiphon.worker.structure.grammar import why_invalid, why_unaffordable
 
     if hasattr(os, "SCHED_BATCH"):
@@ -313,11 +297,9 @@ def main() -> None:
     tell(0, None)
     for line in sys.stdin.buffer:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
-        number, cpu_s, wait_s, is_idle, text = line.split(b" ", 4)
+        number, cpu_s, wait_s, text = line.split(b" ", 3)
         pid = os.fork()
         if pid == 0:
-            if int(is_idle):
-                _yield_to_all()
             signal.setitimer(signal.ITIMER_PROF, float(cpu_s))  # these signals end the process
             signal.setitimer(signal.ITIMER_REAL, float(wait_s))
             code = 1
