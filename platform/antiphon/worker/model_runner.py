@@ -166,7 +166,7 @@ class AttentionWorker:
         output.errors.update(refused)
         end_s = time.perf_counter()
         self._note_step(step.num_tokens, end_s - start_s)
-        if self.lanes is not None and not step.new_requests and all(part.is_decode for part in batch):
+        if self.lanes is not None and not step.new_requests and not step.drafts and all(part.is_decode for part in batch):
             self.lanes.executed(len(batch), start_s, end_s)
         if self.trace is not None:
             self.trace.add(Mark.STEP, start_s, end_s, step.step_id, rows=step.num_tokens)
