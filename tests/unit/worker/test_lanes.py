@@ -137,7 +137,7 @@ def test_with_no_ffn_worker_left_the_requests_of_all_lanes_end_and_blocks_come_b
 
 @pytest.mark.parametrize("where", ["begin", "attend", "combine"])
 def test_a_fault_in_a_lane_costs_the_steps_in_flight_one_more_try(
-    checkpoint: Path, cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, where: str
+    checkpoint: Path, cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
 ) -> None:
     with made(checkpoint, lanes=1) as built:
         expected = answers(built)
@@ -155,6 +155,7 @@ def test_a_fault_in_a_lane_costs_the_steps_in_flight_one_more_try(
     monkeypatch.setattr(halves, where, fails_once)
     cluster.run()
     assert left == [0]
+    assert len([record for record in caplog.records if "in lanes failed" in record.message]) == 1, "nothing falls after it"
     assert [(cluster.outputs[name].token_ids, list(cluster.outputs[name].logprobs)) for name in names] == expected
 
 

@@ -111,6 +111,8 @@ class LaneRunner:
         """Begin a step beside those in flight; None where it has to be executed, once nothing is."""
         if step.new_requests or step.drafts or step.states or step.kv_loads or step.kv_load_aborts or not self._may_fly():
             return None
+        if any(lane.state is None for lane in self.flying):
+            return None  # what fell is executed with all places of the exchange
         taken = {lane.number for lane in self.flying}
         number = next(number for number in range(self._most) if number not in taken)
         batch = self._take(step)
