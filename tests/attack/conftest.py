@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import psutil
 import pytest
 
 from antiphon.apps.process.config import LogSettings
+from antiphon.apps.serve.deployment_set import Serving
+from antiphon.apps.serve.gateway_app import GatewayThread, serving_config
 from antiphon.apps.serve.local import DirectDeployment
 from antiphon.apps.serve.plan import ServeSettings
 from antiphon.core.document.spec import LLMDeployment
@@ -21,6 +25,7 @@ from antiphon.core.ids import Role
 from antiphon.core.worker_info import WorkerInfo
 from antiphon.directory.lease import BlockingDirectory
 from antiphon.directory.memory import open_directory
+from antiphon.gateway.config import BoundPorts
 from antiphon.testing import write_tiny_llama
 
 START_S = 240.0
@@ -132,3 +137,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         words = {"passed": "held", "failed": "GOT IN", "skipped": "not tried", "not set up": "not tried"}
         for name, outcome, seconds in results:
             terminalreporter.write_line(f"{words[outcome]:>9}  {seconds:6.1f} s  {name}")
+
+
+@contextmanager
+def second_gateway(target: Target, **changes: Any) -> Iterator[BoundPorts]:
+    """Another gateway of the deployment, its configuration changed so, once it is ready."""
+    config = serving_config(Serving.alone(target.document, str(target.checkpoint)), drain_s=1.0)
+    gateway = GatewayThread(replace(config, **changes), target.deployment.directory_address)
+    try:
+        bound = gateway.wait_open(60.0)
+        with httpx.Client(base_url=f"http://127.0.0.1:{bound.http_port}", trust_env=False, timeout=60.0) as client:
+            while client.get("/ready").status_code != 200:
+                gateway.check()
+        yield bound
+    finally:
+        gateway.close()

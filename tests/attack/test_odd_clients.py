@@ -10,7 +10,6 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,11 @@ import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from antiphon.apps.serve.deployment_set import Serving
-from antiphon.apps.serve.gateway_app import GatewayThread, serving_config
 from antiphon.gateway.access.key_lines import key_line
 from antiphon.gateway.config import BoundPorts
 from antiphon.rpc.v1 import inference_pb2 as pb
 
-from .conftest import Target
+from .conftest import Target, second_gateway
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280)]
 
@@ -46,16 +43,8 @@ def keyed(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     lines.append(f"{key_line('gone', 'admin', OLD)} expires=2020-01-01")
     file.write_text("\n".join(lines))
     file.chmod(0o600)
-    config = serving_config(Serving.alone(target.document, str(target.checkpoint)), drain_s=1.0)
-    gateway = GatewayThread(replace(config, api_keys_file=file, metrics_access="admin"), target.deployment.directory_address)
-    try:
-        bound = gateway.wait_open(60.0)
-        with httpx.Client(base_url=f"http://127.0.0.1:{bound.http_port}", trust_env=False) as client:
-            while client.get("/ready").status_code != 200:
-                gateway.check()
+    with second_gateway(target, api_keys_file=file, metrics_access="admin") as bound:
         yield bound, file
-    finally:
-        gateway.close()
 
 
 @pytest.fixture(autouse=True)

@@ -6,16 +6,12 @@ import json
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
-from antiphon.apps.serve.deployment_set import Serving
-from antiphon.apps.serve.gateway_app import GatewayThread, serving_config
-
-from .conftest import Target
+from .conftest import Target, second_gateway
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280)]
 
@@ -26,16 +22,8 @@ ASKED: dict[str, Any] = {"model": "target", "prompt": [5, 6, 7], "max_tokens": 1
 @pytest.fixture(scope="module")
 def door(target: Target) -> Iterator[str]:
     """A second gateway of the deployment, which asks for keys."""
-    config = serving_config(Serving.alone(target.document, str(target.checkpoint)), drain_s=1.0)
-    gateway = GatewayThread(replace(config, api_keys=frozenset(KEYS.values())), target.deployment.directory_address)
-    try:
-        url = f"http://127.0.0.1:{gateway.wait_open(60.0).http_port}"
-        with httpx.Client(base_url=url, trust_env=False, timeout=60.0) as client:
-            while client.get("/ready").status_code != 200:
-                gateway.check()
-        yield url
-    finally:
-        gateway.close()
+    with second_gateway(target, api_keys=frozenset(KEYS.values())) as bound:
+        yield f"http://127.0.0.1:{bound.http_port}"
 
 
 def as_(door: str, tenant: str | None) -> httpx.Client:

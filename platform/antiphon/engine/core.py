@@ -16,7 +16,7 @@ from antiphon.core.errors import AntiphonError, ErrorInfo, Overloaded
 from antiphon.core.request import FinishReason, Request, RequestId, RequestOutput
 from antiphon.core.step import KVEvents, ModelRunnerOutput, SchedulerOutput
 from antiphon.engine.limits import check_request
-from antiphon.engine.overlap.beside import LaneExecutor, Lanes
+from antiphon.engine.overlap.beside import LaneExecutor, Lanes, Launched
 from antiphon.engine.scheduler import Scheduler
 
 Flying = TypeVar("Flying", bound="Launched")
@@ -31,15 +31,6 @@ class Executor(Protocol):
 
     def poll_kv(self) -> KVEvents:
         """What the KV hand-off saw since last asked; never blocks."""
-        ...
-
-
-class Launched(Protocol):
-    """A step that is being computed."""
-
-    @property
-    def step(self) -> SchedulerOutput:
-        """Which."""
         ...
 
 

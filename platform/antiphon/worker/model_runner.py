@@ -75,7 +75,6 @@ class AttentionWorker:
         self.stats = stats = RunnerStats()
         self.enforcer = enforcer
         self.pooler = pooler
-        self.hidden_states = hidden_states
         self.graphs = graphs
         self.wanted_trace: StepTrace | None = None  # any thread may set it; taken up between two steps
         self._kv: KVRole = NoHandOff() if kv is None else kv

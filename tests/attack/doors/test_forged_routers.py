@@ -9,15 +9,12 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import Any
 
 import grpc
 import httpx
 import pytest
 
-from antiphon.apps.serve.deployment_set import Serving
-from antiphon.apps.serve.gateway_app import GatewayThread, serving_config
 from antiphon.coe.serving.app import CoeConfig, run_coe
 from antiphon.coe.serving.remote import routers_topic
 from antiphon.core.document.coe.experts import ExternalEndpoint
@@ -28,7 +25,7 @@ from antiphon.gateway.config import BoundPorts
 from antiphon.rpc.router.service import RouterServicer
 from antiphon.rpc.services import RpcServer
 from antiphon.rpc.v1 import router_pb2 as pb
-from attack.conftest import Target
+from attack.conftest import Target, second_gateway
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280)]
 
@@ -67,17 +64,9 @@ def unharmed(target: Target) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def door(target: Target) -> Iterator[str]:
     """A second gateway of the deployment, which serves a composition and asks its routers."""
-    config = serving_config(Serving.alone(target.document, str(target.checkpoint)), drain_s=1.0)
-    config = replace(config, compositions=(TEAM,), deployment_models={"target": "target"}, routing="replicas", refresh_s=0.1)
-    gateway = GatewayThread(config, target.deployment.directory_address)
-    try:
-        url = f"http://127.0.0.1:{gateway.wait_open(60.0).http_port}"
-        with httpx.Client(base_url=url, trust_env=False, timeout=60.0) as client:
-            while client.get("/ready").status_code != 200:
-                gateway.check()
-        yield url
-    finally:
-        gateway.close()
+    changes = {"compositions": (TEAM,), "deployment_models": {"target": "target"}, "routing": "replicas", "refresh_s": 0.1}
+    with second_gateway(target, **changes) as bound:
+        yield f"http://127.0.0.1:{bound.http_port}"
 
 
 class ForgedRouter:

@@ -24,7 +24,7 @@ from antiphon.core.step import ModelRunnerOutput, SchedulerOutput
 from antiphon.engine.scheduler import Scheduler
 
 
-class InLane(Protocol):
+class Launched(Protocol):
     """A step that is being computed."""
 
     @property
@@ -33,7 +33,7 @@ class InLane(Protocol):
         ...
 
 
-Lane = TypeVar("Lane", bound=InLane)
+Lane = TypeVar("Lane", bound=Launched)
 
 
 class LaneExecutor(Protocol[Lane]):
