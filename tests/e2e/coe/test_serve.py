@@ -20,16 +20,19 @@ from antiphon.core.document.composition import CompositionOfExperts
 
 # Runs in a process of its own: Ray is then gone for certain when the test ends.
 SCRIPT = """
-import json, os, signal, sys, time
+import json, os, signal, socket, sys, time
 import httpx, psutil, ray
 from ray import serve
 from antiphon.apps.coe_serve import build
 
-def free_port():
-    import socket
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+held = []
+
+def held_port():
+    "One that nobody else is given meanwhile: kept, but not listened at, and shared by what serves with several replicas."
+    held.append(socket.socket())
+    held[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    held[-1].bind(("127.0.0.1", 0))
+    return held[-1].getsockname()[1]
 
 def replicas():
     mine = psutil.Process().children(recursive=True)
@@ -48,10 +51,10 @@ def route(url, number):
     return None
 
 document = json.loads(sys.argv[1])
-port = free_port()
+port = held_port()
 ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, configure_logging=False, log_to_driver=False)
 endpoints = {f"d{i}": {"url": "http://127.0.0.1:9/v1", "model": "m"} for i in range(3)}
-args = {"documents": [document], "endpoints": endpoints, "httpPort": port, "grpcPort": free_port()}
+args = {"documents": [document], "endpoints": endpoints, "httpPort": port, "grpcPort": held_port()}
 serve.run(build(args), name="coe", route_prefix=None)
 url = f"http://127.0.0.1:{port}/v1/route"
 before = [route(url, i) for i in range(10)]

@@ -74,9 +74,13 @@ class DoorThread:
 
     def close(self) -> None:
         """Let what is under way end in its own time, then close the doors."""
-        if self._thread.is_alive():
+        try:
             self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join(self._stop_timeout_s)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
+            # They ended by themselves: what ended them is what wait_open() and check() tell, not that there is nothing to stop.
+        self._thread.join(self._stop_timeout_s)
 
     def _run(self) -> None:
         try:

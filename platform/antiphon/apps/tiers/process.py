@@ -162,6 +162,7 @@ class TierProcess:
             for server in servers:
                 await server.close()
             await directory.close()
+            self._loop = None  # a signal that comes later finds nothing to wake
 
     async def _load_what_fits(self) -> None:
         """The first experts of the document are resident when serving starts; one that can't be loaded is found now."""
