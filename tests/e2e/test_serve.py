@@ -231,22 +231,22 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(next_port: Callable[[], int]) -> Iterator[Cluster]:
     """One for all tests that join; it listens on loopback alone."""
     mark, home = uuid.uuid4().hex, Path(tempfile.mkdtemp(prefix="at-"))
     try:
-        yield Cluster(start_ray(home, mark), home, mark)
+        yield Cluster(start_ray(home, mark, next_port), home, mark)
     finally:
         end_marked(mark)
         shutil.rmtree(home, ignore_errors=True)
 
 
-def start_ray(home: Path, mark: str, num_attempts: int = 3) -> str:
+def start_ray(home: Path, mark: str, next_port: Callable[[], int], num_attempts: int = 3) -> str:
     """The address of a head started here. Ray gives a start half a minute, which a busy machine may need more of."""
     environment = {**os.environ, "HOME": str(home), "ANTIPHON_TEST_MARK": mark, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     said: list[str] = []
     for _ in range(num_attempts):
-        port, client_port = free_ports(2)
+        port, client_port = next_port(), next_port()
         options = [
             *("--head", "--num-cpus", "8", "--object-store-memory", "80000000", "--include-dashboard", "false"),
             *("--node-ip-address", "127.0.0.1", "--port", str(port), "--ray-client-server-port", str(client_port)),
@@ -267,14 +267,6 @@ def end_marked(mark: str) -> None:
     for process in marked(mark):
         with contextlib.suppress(psutil.Error):
             process.kill()
-
-
-def free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        taken = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in taken:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in taken]
 
 
 # ---- while it serves
@@ -556,8 +548,8 @@ def test_a_joined_ray_keeps_nothing_of_a_command_that_is_killed(cluster: Cluster
     assert "Active:" in cluster.status()
 
 
-def test_an_address_without_a_ray_is_said_at_once(tmp_path: Path) -> None:
-    (port,) = free_ports(1)
+def test_an_address_without_a_ray_is_said_at_once(tmp_path: Path, next_port: Callable[[], int]) -> None:
+    port = next_port()
     with serve("--ray-address", f"127.0.0.1:{port}", document=make_document(tmp_path)) as running:
         assert running.wait() == 1
         assert re.search(rf"error: --ray-address: no Ray at 127.0.0.1:{port} .*`ray start --head`", running.output)

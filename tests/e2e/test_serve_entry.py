@@ -1,11 +1,11 @@
 """The Serve application of a cluster: built from a document alone, with its directory in an actor."""
 
 import json
-import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -79,16 +79,13 @@ SCRIPT = textwrap.dedent("""
 
 
 @pytest.fixture
-def document() -> dict:
+def document(next_port: Callable[[], int]) -> dict:
     value = yaml.safe_load(EXAMPLE.read_text())
     try:
         resolve(value["spec"]["model"]["uri"])
     except (CheckpointInvalid, DeadlineExceeded) as error:
         pytest.skip(f"the demo model can't be fetched: {error}")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    value["spec"]["endpoint"] = {"httpPort": port, "grpcPort": 0}
+    value["spec"]["endpoint"] = {"httpPort": next_port(), "grpcPort": 0}
     return value
 
 
