@@ -64,3 +64,23 @@ def test_known_prompts_lose_no_more_than_they_may_for_foreign_ones() -> None:
     known = [_rehearsal(2.0, plain=0.7, general=0.5, other=0.5, lead=0.0, seed=1)]
     foreign = [_rehearsal(2.0, plain=0.4, general=0.6, other=0.5, lead=0.0, seed=2 + i) for i in range(4)]
     assert _to_general(_chosen(known, foreign), known[0]) < 0.02
+
+
+def _foreign_that(familiar: float, *gains: float) -> list[Rehearsal]:
+    """One dataset per gain of the plain router's pick over the general expert."""
+    return [_rehearsal(familiar, plain=0.4 + gain, general=0.4, other=0.3, lead=0.0, seed=40 + i) for i, gain in enumerate(gains)]
+
+
+def test_where_every_kind_of_foreign_prompt_gains_they_are_routed_as_known_ones_are() -> None:
+    known = [_rehearsal(2.0, plain=0.7, general=0.4, other=0.3, lead=0.0, seed=1)]
+    foreign = _foreign_that(2.0, 0.26, 0.3, 0.34, 0.3, 0.28)
+    found = _chosen(known, foreign)
+    assert found.gate.caution == 0.0
+    assert max(_to_general(found, one) for one in (*known, *foreign)) < 0.02
+
+
+def test_a_mean_gain_over_foreign_datasets_does_not_hide_the_one_that_loses() -> None:
+    """Seven gain by a few points and one loses as many: surely a gain on average, and no promise for the next dataset."""
+    known = [_rehearsal(8.0, plain=0.6, general=0.6, other=0.3, lead=0.0, seed=1)]
+    foreign = _foreign_that(0.0, 0.08, 0.1, 0.09, 0.11, 0.08, 0.1, 0.09, -0.08)
+    assert _to_general(_chosen(known, foreign), foreign[-1]) > 0.9
