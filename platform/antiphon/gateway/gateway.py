@@ -91,7 +91,7 @@ class Gateway:
         self._started_s = clock()
         self._client = EngineClient(clock=clock)
         # Placement notes what is in flight before new connections are made or old ones dropped.
-        placement = Placement(
+        self._placement = placement = Placement(
             self.view,
             self._client,
             remote_prefill_min_tokens=config.remote_prefill_min_tokens,
@@ -124,6 +124,7 @@ class Gateway:
             admission=self.admission,
             clock=clock,
         )
+        self._generating = frozenset(name for name in models if self._vectors.task(name) == "generate")
         self._generator = Generator(
             config,
             models=models,
@@ -199,6 +200,16 @@ class Gateway:
         tenant = self.keys.check(authorization)
         self.admission.check_early(tenant)
         return tenant
+
+    def check_room(self, tenant: str) -> None:
+        """Refuse a request to generate of which nothing is known but its tenant, where it would be refused whatever it asks.
+
+        Raises:
+            Overloaded: no worker of any model would take it.
+        """
+        self._generator.check_room()
+        if not self.compositions:  # experts elsewhere have queues of their own
+            self._placement.check_room(self._generating, tenant)
 
     def refused(self, error: Exception, model: object = None) -> None:
         """Count what a door refused by itself; ``model`` as the client sent it."""

@@ -30,6 +30,7 @@ _log = logging.getLogger(__name__)
 LEASE_S: Final = 30.0
 RENEW_S: Final = 10.0
 FLUSH_S: Final = 1.0
+_STREAMS_RETRY_S: Final = 1.0  # as the store says
 _MAX_UNSENT: Final = 10_000  # settlements while the store is away; reservations that are forgotten end with their lease
 
 _WORDS: dict[Kind, str] = {"requests": "requests a minute", "tokens": "tokens a minute", "streams": "requests at once"}
@@ -101,12 +102,18 @@ class Admission:
         self._refused = meter.create_counter("antiphon.tenant.refused", description="Requests over a tenant's limit.")
 
     def check_early(self, tenant: str) -> None:
-        """Refuse, before anything is made of its body, what the store would refuse: a tenant without a request left in this minute.
-        Those that stay within their limits do not pay for a flood's parsing and tokenising.
+        """Refuse, before anything is made of its body, what the store would refuse: a tenant without a request left in this minute,
+        or with as many at once at this gateway alone as it may have. Those that stay within their limits do not pay for a flood's
+        parsing and tokenising.
 
         Raises:
             RateLimited: so it is; for no longer than the store said.
         """
+        held = self._open.get(tenant)
+        if held is not None:
+            limits = self._limits(tenant)
+            if limits.num_streams is not None and len(held) >= limits.num_streams:
+                raise self._limited(tenant, limits, "streams", _STREAMS_RETRY_S)
         spent = self._spent.get(tenant)
         if spent is None:
             return

@@ -146,8 +146,7 @@ class Generator:
             UnknownModel, InvalidInput, ContextLengthExceeded, Overloaded, Unavailable: before anything else was yielded.
             DeadlineExceeded, Unavailable, InternalError: at any time.
         """
-        if self.num_active >= self._config.max_concurrent_requests:
-            raise Overloaded(f"this gateway answers {self.num_active} requests already", retry_after_s=1.0)
+        self.check_room()
         request = self._with_defaults(request)
         arrival_s = self._clock()
         self.num_active += 1
@@ -173,6 +172,11 @@ class Generator:
         finally:
             self.num_active -= 1
             span.end()
+
+    def check_room(self) -> None:
+        """Refuse one more request than this gateway answers at once. Raises Overloaded."""
+        if self.num_active >= self._config.max_concurrent_requests:
+            raise Overloaded(f"this gateway answers {self.num_active} requests already", retry_after_s=1.0)
 
     def end_all(self, error: AntiphonError) -> None:
         """Answer every request that is under way with an error: nothing more is done for it."""

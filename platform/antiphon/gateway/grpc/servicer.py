@@ -56,6 +56,8 @@ class GrpcDoor:
         """See the proto."""
         try:
             tenant = self._gateway.admit(call.metadata.get("authorization"))
+            if not request.resume:
+                self._gateway.check_room(tenant)
             generation = self._gateway.for_tenant(generation_request(request, call), tenant)
         except AntiphonError as error:
             self._gateway.refused(error, request.model)

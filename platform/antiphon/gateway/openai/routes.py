@@ -24,6 +24,7 @@ from starlette.types import Receive, Scope, Send
 
 from antiphon import __version__
 from antiphon.core.errors import AntiphonError, InvalidInput
+from antiphon.gateway.access.early import EarlyRefusal
 from antiphon.gateway.anthropic.errors import error_at
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.generation.request import ChoiceDelta, Completed, Event, Started
@@ -48,6 +49,7 @@ def make_app(gateway: Gateway) -> FastAPI:
     """The application over a gateway."""
     app = FastAPI(title="Antiphon", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Manners, routes=app.routes, refused=gateway.refused)
+    app.add_middleware(EarlyRefusal, gateway=gateway)
     app.add_middleware(RequestIds)
 
     async def routing_error(request: Request, error: Exception) -> Response:

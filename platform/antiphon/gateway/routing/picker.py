@@ -124,7 +124,7 @@ def pick(
     candidates = [s for s in candidates if s.info.worker_id not in excluded] or candidates
     free = [s for s in candidates if not s.is_full] or [s for s in candidates if s.makes_way]
     if not free:
-        raise Overloaded(f"all {len(candidates)} workers of {model} have full queues", min(_retry_after_s(s) for s in candidates))
+        raise Overloaded(f"all {len(candidates)} workers of {model} have full queues", min(retry_after_s(s) for s in candidates))
     chosen, why = _choose(free, prefix, turn)
     num_prefix_tokens = min(prefix.get(chosen.info.worker_id, 0), num_prompt_tokens)
     prefill = None
@@ -169,7 +169,7 @@ def _pick_prefill(
     return _cheapest(fitting, turn) if fitting else None
 
 
-def _retry_after_s(snapshot: WorkerSnapshot) -> float:
+def retry_after_s(snapshot: WorkerSnapshot) -> float:
     """A queue of as many requests as run at once takes about one request's time; a second each is a fair first guess."""
     return min(MAX_RETRY_AFTER_S, max(1.0, snapshot.num_waiting / max(1, snapshot.info.max_num_seqs)))
 

@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 from antiphon.core.directory import WorkerRecord
+from antiphon.core.errors import Overloaded
 from antiphon.core.ids import Role, WorkerId
 from antiphon.core.worker_info import WorkerInfo
 from antiphon.directory.workers import WorkerView
 from antiphon.gateway.routing.affinity import PrefixAffinity, prefix_keys
 from antiphon.gateway.routing.engine_client import EngineClient
-from antiphon.gateway.routing.picker import RoutePlan, WorkerSnapshot, pick
+from antiphon.gateway.routing.picker import RoutePlan, WorkerSnapshot, pick, retry_after_s
 
 
 class Placement:
@@ -75,6 +76,26 @@ class Placement:
         )
         self._affinity.record(keys, plan.worker)
         return plan
+
+    def check_room(self, models: AbstractSet[str], tenant: str) -> None:
+        """Refuse before anything is known of a request but its tenant, where every model's ready workers would refuse it.
+
+        Args:
+            models: those it may ask; where one of them has no worker that is ready, nothing is refused here.
+            tenant: whose it is.
+
+        Raises:
+            Overloaded: so it is.
+        """
+        full: list[WorkerSnapshot] = []
+        for info in self._view.workers:
+            if info.model in models and info.role.generates and info.ready and not info.draining:
+                snapshot = self._snapshot(info, tenant)
+                if not snapshot.is_full or snapshot.makes_way:
+                    return
+                full.append(snapshot)
+        if full and models <= {snapshot.info.model for snapshot in full}:
+            raise Overloaded(f"all {len(full)} workers have full queues", min(retry_after_s(each) for each in full))
 
     def prefill_started(self, worker_id: WorkerId | None) -> None:
         """A request counts on that prefill worker until ``prefill_ended``."""
