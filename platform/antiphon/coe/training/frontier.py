@@ -25,7 +25,8 @@ _BALANCED_LOSS = 0.004  # balanced: this much below the best quality
 _BALANCED_DOUBT = 0.001  # and no more than this against quality, row by row, at 95 %
 # What a named policy may lose on left-out datasets at 95 %: against the general expert or, where quality may lose more, against it.
 _ALLOWED_HARM = 0.002
-_ALLOWED_PLAIN = 0.001  # what cheap may lose to the plain router, row by row, at 95 %
+# What cheap may lose to the plain router, row by row, at 95 %: what quality may have lost to it, and what cheap loses to quality.
+_ALLOWED_PLAIN = 0.0015
 _COST_FROM = (0.2, 0.4, 0.6, 0.8)  # shares of known prompts that are too unfamiliar for cost to count
 _NEVER = 2.0  # above any familiarity
 _SURE = 1.96  # standard errors
@@ -44,7 +45,7 @@ class FrontierPoint:
     leads: float = 1.0  # share that counts of the leads that are asked of experts
     harmless: bool = True  # on left-out datasets no worse than the general expert or than quality, within what is allowed
     lost: float = 0.0  # score against the first point, row by row, that may be lost at 95 %
-    lost_plain: float = 0.0  # the same against the plain router
+    lost_plain: float = -1.0  # the same against the plain router; -1 without one, since then nothing is lost to it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +185,7 @@ def frontier(
                     leads=one.leads,
                     harmless=cost_from in one.harmless_from,
                     lost=-_lower_bound(score_B - best_B),
-                    lost_plain=0.0 if plain_B is None else -_lower_bound(score_B - plain_B),
+                    lost_plain=-1.0 if plain_B is None else -_lower_bound(score_B - plain_B),
                 )
             )
     return tuple(points)
@@ -233,13 +234,16 @@ def policies_of(points: Sequence[FrontierPoint], best_single: float) -> dict[str
 
     quality has no cost; balanced is the cheapest that loses no more than its policy allows, beyond doubt, nor more for what it
     saves than cheap does; cheap the cheapest that is as good as the best single expert, or as balanced where that is less, and
-    that has lost no more to the plain router, beyond doubt, than it may or than quality has: never the dearer of the two, on
-    these rows nor, since in balanced cost weighs no more and for no prompt that it doesn't weigh for in cheap, on others.
+    that spends, beyond doubt, no more than quality is ahead of what may be lost to the plain router: never the dearer of the two,
+    on these rows nor, since in balanced cost weighs no more and for no prompt that it doesn't weigh for in cheap, on others.
     Only points that do no harm on left-out datasets are looked at.
+
+    What a point lost to the plain router is not asked of these rows alone: of many points the cheapest that seems to have lost
+    little is the luckiest. So what quality may have lost and what the point lost to quality add up, both beyond doubt.
     """
     least = points[0].score - _BALANCED_LOSS
-    may_lose = max(_ALLOWED_PLAIN, points[0].lost_plain)
-    surely = [i for i, point in enumerate(points) if point.lost_plain <= may_lose]
+    left = max(0.0, _ALLOWED_PLAIN - points[0].lost_plain)
+    surely = [i for i, point in enumerate(points) if not i or (point.lost <= left and point.lost_plain <= _ALLOWED_PLAIN)]
     cheap = surely[cheapest([points[i] for i in surely], min(best_single, least))]
     weight, cost_from = points[cheap].weight, points[cheap].cost_from
     saved = points[0].avg_cost - points[cheap].avg_cost

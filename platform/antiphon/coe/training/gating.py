@@ -38,7 +38,7 @@ _SURE = 1.96  # standard errors
 # may find: of many departures the one that is taken has been lucky on the rows that it was taken by.
 _MAY_LOSE = 0.0014
 # How much more a loss to the general expert counts there: who knows nothing of a kind of prompt would ask it.
-_TO_GENERAL = 8.0
+_TO_GENERAL = 4.0
 _LIKELY = 0.95  # how likely the next foreign dataset must be to gain for foreign prompts to be routed as known ones are
 _BY_GAIN = 0.1  # how much a mean gain weighs beside what datasets lose
 

@@ -94,13 +94,21 @@ def test_no_frontier_makes_cheap_dearer_than_balanced_or_either_harmful(
 
 
 def test_cheap_spends_no_more_than_what_quality_is_ahead_of_the_plain_router() -> None:
-    def point(cost: float, score: float, lost_plain: float) -> FrontierPoint:
-        return FrontierPoint(weight=0.0, avg_cost=cost, score=score, experts=(0,), lost=0.01, lost_plain=lost_plain)
+    def point(cost: float, score: float, lost: float, lost_plain: float) -> FrontierPoint:
+        return FrontierPoint(weight=0.0, avg_cost=cost, score=score, experts=(0,), lost=lost, lost_plain=lost_plain)
 
-    ahead = [point(50.0, 0.700, -0.01), point(40.0, 0.69, 0.001), point(30.0, 0.68, 0.01)]
+    ahead = [point(50.0, 0.700, 0.0, -0.01), point(40.0, 0.69, 0.01, 0.001), point(30.0, 0.68, 0.02, 0.01)]
     assert policies_of(ahead, best_single=0.6)["cheap"] == 1
-    behind = [point(50.0, 0.700, 0.004), point(40.0, 0.70, 0.0035), point(30.0, 0.68, 0.01)]
-    assert policies_of(behind, best_single=0.6)["cheap"] == 1  # no worse than quality, which is all that can be had
+    behind = [point(50.0, 0.700, 0.0, 0.004), point(40.0, 0.70, 0.003, 0.0035), point(30.0, 0.68, 0.02, 0.01)]
+    assert policies_of(behind, best_single=0.6)["cheap"] == 0  # nothing is left to be spent
+
+
+def test_cheap_is_not_the_luckiest_of_many_that_seem_to_have_lost_nothing_to_the_plain_router() -> None:
+    """Against quality row by row it may well have lost what quality could not spare."""
+    quality = FrontierPoint(weight=0.0, avg_cost=50.0, score=0.700, experts=(0,), lost=0.0, lost_plain=0.001)
+    lucky = FrontierPoint(weight=0.0, avg_cost=40.0, score=0.700, experts=(0,), lost=0.0015, lost_plain=0.001)
+    saving = FrontierPoint(weight=0.0, avg_cost=45.0, score=0.700, experts=(0,), lost=0.0004, lost_plain=0.001)
+    assert policies_of([quality, lucky, saving], best_single=0.6)["cheap"] == 2
 
 
 def test_where_cost_harms_foreign_prompts_it_counts_only_for_familiar_ones() -> None:
