@@ -60,8 +60,9 @@ class WorkerSnapshot:
         if self.num_requests >= info.max_num_seqs + info.max_queued_requests:
             return True
         # With requests waiting already, newer ones wait too: the queue can be full before all sequences run, for want of KV blocks.
-        growth = max(0, self.num_inflight - self.num_inflight_then)
-        return 0 < info.max_queued_requests <= info.load.num_waiting + growth and info.load.num_waiting > 0
+        # What has ended since has made a place for one of those that waited.
+        change = self.num_inflight - self.num_inflight_then
+        return 0 < info.max_queued_requests <= info.load.num_waiting + change and info.load.num_waiting > 0
 
     @property
     def kv_usage(self) -> float:

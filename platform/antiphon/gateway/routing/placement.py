@@ -45,6 +45,7 @@ class Placement:
         self._affinity = PrefixAffinity()
         self._prefilling: Counter[WorkerId] = Counter()
         self._inflight_then: dict[WorkerId, int] = {}
+        self._ages_s: dict[WorkerId, float] = {}  # of the records when last seen
         self._turns = itertools.count()
         view.on_refresh(self._remember_inflight)
 
@@ -122,4 +123,11 @@ class Placement:
         return self._prefilling[info.worker_id] if info.role is Role.PREFILL else self._client.inflight_on(info.worker_id)
 
     def _remember_inflight(self, records: Sequence[WorkerRecord]) -> None:
-        self._inflight_then = {record.info.worker_id: self._inflight(record.info) for record in records}
+        """What was in flight when a load was told; an older one that is seen again says nothing of what has ended since."""
+        then, ages = self._inflight_then, self._ages_s
+        self._inflight_then, self._ages_s = {}, {}
+        for record in records:
+            worker_id = record.info.worker_id
+            is_told_again = worker_id in then and record.age_s > ages[worker_id]
+            self._inflight_then[worker_id] = then[worker_id] if is_told_again else self._inflight(record.info)
+            self._ages_s[worker_id] = record.age_s

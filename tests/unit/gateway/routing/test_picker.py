@@ -131,6 +131,8 @@ def test_a_queue_that_is_full_for_want_of_kv_is_full() -> None:
     assert snapshot("a", load=load(running=2, waiting=8)).is_full
     assert snapshot("a", load=load(running=2, waiting=6), num_inflight=2).is_full
     assert not snapshot("a", load=load(running=2, waiting=6), num_inflight=1).is_full
+    assert snapshot("a", load=load(running=2, waiting=8), num_inflight=10, then=10).is_full
+    assert not snapshot("a", load=load(running=2, waiting=8), num_inflight=9, then=10).is_full  # one has ended since
 
 
 def test_an_idle_worker_takes_as_many_as_run_and_wait() -> None:
