@@ -145,6 +145,7 @@ async def _run(
         limits=ChannelLimits(max_message_bytes=config.max_request_bytes),
         public=True,
         tls=tls,
+        admit=gateway.knocked,
     )
     tasks: list[asyncio.Task[None]] = []
     try:

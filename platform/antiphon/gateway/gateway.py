@@ -211,6 +211,14 @@ class Gateway:
         if not self.compositions:  # experts elsewhere have queues of their own
             self._placement.check_room(self._generating, tenant)
 
+    def knocked(self, authorization: str | None) -> None:
+        """Refuse a key before a call's message is there. Raises Unauthenticated."""
+        try:
+            self.keys.check(authorization)
+        except AntiphonError as error:
+            self.refused(error)
+            raise
+
     def refused(self, error: Exception, model: object = None) -> None:
         """Count what a door refused by itself; ``model`` as the client sent it."""
         known = error if isinstance(error, AntiphonError) else InternalError(type(error).__name__)

@@ -16,7 +16,7 @@ import grpc.aio
 
 from antiphon.core.errors import Unavailable
 from antiphon.core.identity import Identity, own_identity
-from antiphon.rpc.credentials import HANDSHAKE_OPTIONS, TARGET_OPTIONS, channel_credentials
+from antiphon.rpc.credentials import TARGET_OPTIONS, channel_credentials, knocking_options
 
 ChannelOptions = list[tuple[str, int | str]]
 
@@ -64,7 +64,7 @@ def server_options(limits: ChannelLimits = DEFAULT_LIMITS, *, reuse_port: bool =
         ("grpc.http2.min_ping_interval_without_data_ms", int(limits.keepalive_s * 500)),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.so_reuseport", int(reuse_port)),
-        *HANDSHAKE_OPTIONS,
+        *knocking_options(),
     ]
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import datetime
 import functools
 import hmac
+import resource
+from typing import Final
 
 import grpc
 
@@ -55,8 +57,27 @@ def channel_credentials(identity: Identity | None = None) -> grpc.ChannelCredent
 
 TARGET_OPTIONS: list[tuple[str, str]] = [("grpc.ssl_target_name_override", PART_NAME)]
 
-# How long whoever connects may take to prove itself; a silent connection is closed then.
-HANDSHAKE_OPTIONS: list[tuple[str, int]] = [("grpc.server_handshake_timeout_ms", 5_000)]
+_HANDSHAKE_MS: Final = 5_000  # for whoever connects to prove itself, and to speak HTTP/2 at all
+_MAX_CONNECTIONS: Final = 2048
+_FILES_FOR_OTHERS: Final = 96  # descriptors kept for what a process has besides its doors' connections
+
+
+def files_for(share: float, most: int) -> int:
+    """How many connections a door may hold: its share of the open files that this process may have, ``most`` at most."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return most
+    return max(8, min(most, int((soft - _FILES_FOR_OTHERS) * share)))
+
+
+def knocking_options() -> list[tuple[str, int]]:
+    """What a gRPC door bears of those who have not proven themselves: a silent connection is closed soon, and beyond a quarter of
+    the process' files further ones are closed at once, so that neither files nor ports of its own run out.
+    """
+    return [
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+        ("grpc.max_allowed_incoming_connections", files_for(0.25, _MAX_CONNECTIONS)),
+    ]
 
 
 def name_in(certificate: bytes) -> str | None:

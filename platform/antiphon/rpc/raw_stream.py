@@ -16,7 +16,7 @@ import grpc
 
 from antiphon.core.errors import PeerLost, Unavailable
 from antiphon.core.identity import Identity
-from antiphon.rpc.credentials import HANDSHAKE_OPTIONS, TARGET_OPTIONS, channel_credentials, server_credentials
+from antiphon.rpc.credentials import TARGET_OPTIONS, channel_credentials, knocking_options, server_credentials
 
 _SERVICE, _METHOD = "antiphon.transport.RawStream", "Open"
 _MAX_STREAMS = 256  # a thread each, for as long as it is open
@@ -214,7 +214,7 @@ class RawServer:
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
                 ("grpc.http2.max_ping_strikes", 0),
                 ("grpc.so_reuseport", 0),
-                *HANDSHAKE_OPTIONS,
+                *knocking_options(),
             ],
             maximum_concurrent_rpcs=_MAX_STREAMS,
         )

@@ -17,14 +17,18 @@ from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # the stubs miss it
 from grpc_reflection.v1alpha import reflection
 
-from antiphon.core.errors import Unavailable
+from antiphon.core.errors import AntiphonError, InvalidInput, Unavailable
 from antiphon.core.identity import Identity
 from antiphon.rpc.certificates import DoorCertificate
 from antiphon.rpc.channels import DEFAULT_LIMITS, ChannelLimits, server_options
 from antiphon.rpc.credentials import server_credentials
+from antiphon.rpc.errors import status_of
 
 # A client waits for the others by itself; of many more that wait here gRPC drops some without a word.
 _STREAMS_OF_A_CONNECTION = 800
+_IDLE_MS = 120_000  # without a call; clients open another for their next one
+
+Admit = Callable[[str | None], object]  # raises an error of the tree for an authorization that may not come in
 
 
 class Service(Protocol):
@@ -40,25 +44,41 @@ class Service(Protocol):
         ...
 
 
-async def _refuse_two_keys(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "authorization may be given once")
+def _refusing(error: AntiphonError) -> grpc.RpcMethodHandler[Any, Any]:
+    """Ends a call by its metadata alone: a handler of one message would first wait for that, as long as it pleases its client."""
+    status = status_of(error)
+
+    async def refuse(_raws: object, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        await context.abort(status.code, status.message, status.trailing_metadata)
+
+    return grpc.stream_unary_rpc_method_handler(refuse)
 
 
-_TWO_KEYS = grpc.unary_unary_rpc_method_handler(_refuse_two_keys)
+_TWO_KEYS = _refusing(InvalidInput("authorization may be given once"))
+_KEYLESS = tuple(f"/{name}/" for name in (HEALTH_SERVICE, reflection.SERVICE_NAME))
 
 
 class BadBytes(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
     """Bytes that are no message are refused as bad input, also by services whose messages grpc parses: it says UNKNOWN. So is who
-    brings two keys.
+    brings two keys, or a key that ``admit`` does not let in, before a byte of the message is waited for.
     """
+
+    def __init__(self, admit: Admit | None = None) -> None:
+        self._admit = admit
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
         """A handler that parses by itself."""
         handler = await continuation(handler_call_details)
-        if sum(key == "authorization" for key, _ in handler_call_details.invocation_metadata or ()) > 1:
+        keys = [str(value) for key, value in handler_call_details.invocation_metadata or () if key == "authorization"]
+        if len(keys) > 1:
             return _TWO_KEYS  # what stands before this door may count another of them than we do
+        if self._admit is not None and handler is not None and not handler_call_details.method.startswith(_KEYLESS):
+            try:
+                self._admit(keys[0] if keys else None)
+            except AntiphonError as error:
+                return _refusing(error)
         if handler is None or handler.request_deserializer is None:
             return handler
         parse, call = handler.request_deserializer, handler.unary_unary
@@ -105,6 +125,7 @@ class RpcServer:
         public: bool = False,
         identity: Identity | None = None,
         tls: DoorCertificate | None = None,
+        admit: Admit | None = None,
     ) -> None:
         """Nothing is bound yet.
 
@@ -118,13 +139,16 @@ class RpcServer:
             public: For users, who have keys of another kind; otherwise only parts of this deployment get in.
             identity: Whose parts; None = this process'.
             tls: A public server's certificate; None = plain text.
+            admit: Refuses keys as soon as they are known; None = services see to that.
         """
         self._tls = tls
+        self._admit = admit
         self._public = public
         self._identity = identity
         self._options = server_options(limits, reuse_port=reuse_port)
         if public:
             self._options.append(("grpc.max_concurrent_streams", _STREAMS_OF_A_CONNECTION))
+            self._options.append(("grpc.max_connection_idle_ms", _IDLE_MS))
         self._max_concurrent_calls = max_concurrent_calls
         # Made when it starts: gRPC's shutdown of a server that never started leaves an event that nobody takes, and whoever ends
         # gRPC's poller later in this process waits for it.
@@ -153,7 +177,7 @@ class RpcServer:
             Unavailable: the address can't be bound.
         """
         server = grpc.aio.server(
-            interceptors=[BadBytes()], options=self._options, maximum_concurrent_rpcs=self._max_concurrent_calls
+            interceptors=[BadBytes(self._admit)], options=self._options, maximum_concurrent_rpcs=self._max_concurrent_calls
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         for service in self._services:

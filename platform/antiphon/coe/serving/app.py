@@ -121,6 +121,7 @@ async def _run(config: CoeConfig, directory: Directory, stop: asyncio.Event, on_
         limits=ChannelLimits(max_message_bytes=config.max_request_bytes),
         tls=tls,
         public=not config.registers,  # a registered one is asked by gateways of its own deployment alone
+        admit=None if config.registers else keys.check,
     )
     tasks: list[asyncio.Task[None]] = []
     looking = _Looking(config, directory, view, list(compositions.values()), owner)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import resource
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Any, ClassVar, Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from antiphon.rpc.credentials import files_for
 
 MAX_HEADER_BYTES: Final = 64 * 2**10
 MAX_HEADERS: Final = 256
@@ -23,7 +24,6 @@ BODY_TIMEOUT_S: Final = 60.0
 WRITE_TIMEOUT_S: Final = 60.0  # that a client may take nothing of what is there for it
 MAX_CONNECTIONS: Final = 8192
 _AT_MOST_ONCE: Final = (b"authorization", b"x-api-key", b"last-event-id", b"content-type")
-_FILES_FOR_OTHERS: Final = 96  # descriptors kept for workers, the directory and files
 _LINGER_S: Final = 1.0
 _NOT_THERE: Final = object()
 _MAX_DISCARDED_BYTES: Final = 2**20
@@ -32,10 +32,7 @@ _MAX_BODY_BYTES: Final = 256 * 2**20  # on the wire, chunks' own bytes included;
 
 def max_connections() -> int:
     """How many connections this process can hold, by its limit of open files."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return MAX_CONNECTIONS
-    return max(8, min(MAX_CONNECTIONS, soft - _FILES_FOR_OTHERS))
+    return files_for(0.75, MAX_CONNECTIONS)
 
 
 class BoundedProtocol(HttpToolsProtocol):

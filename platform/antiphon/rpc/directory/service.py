@@ -16,7 +16,7 @@ from antiphon.core.errors import AntiphonError, Unavailable
 from antiphon.core.identity import Identity
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.core.worker_info import WorkerInfo
-from antiphon.rpc.credentials import HANDSHAKE_OPTIONS, server_credentials
+from antiphon.rpc.credentials import knocking_options, server_credentials
 from antiphon.rpc.directory.budgets import rows_of, uses_of, wish_of
 from antiphon.rpc.services import BadBytes
 from antiphon.rpc.v1 import directory_pb2 as pb
@@ -132,7 +132,7 @@ class DirectoryServer:
         Raises:
             Unavailable: the port is taken.
         """
-        server = grpc.aio.server(interceptors=[BadBytes()], options=[("grpc.so_reuseport", 0), *HANDSHAKE_OPTIONS])
+        server = grpc.aio.server(interceptors=[BadBytes()], options=[("grpc.so_reuseport", 0), *knocking_options()])
         pb_grpc.add_DirectoryServicer_to_server(DirectoryService(store), server)  # type: ignore[no-untyped-call]  # generated
         try:
             bound = server.add_secure_port(f"{host}:{port}", server_credentials(identity))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from antiphon.gateway.http import server as http_server
 from antiphon.gateway.http.protocol import MAX_HEADER_BYTES, MAX_HEADERS, BoundedProtocol, max_connections
 from antiphon.gateway.http.server import HttpServer
+from antiphon.rpc.credentials import knocking_options
 
 
 class Tight(BoundedProtocol):
@@ -267,7 +269,6 @@ async def test_what_is_endless_behind_a_body_or_between_its_parts_is_cut(
 
 
 def test_the_limit_of_connections_follows_that_of_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    from antiphon.gateway.http import protocol
-
-    monkeypatch.setattr(protocol.resource, "getrlimit", lambda which: (256, 256))
-    assert max_connections() == 160
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (256, 256))
+    assert max_connections() == 120
+    assert dict(knocking_options())["grpc.max_allowed_incoming_connections"] == 40
