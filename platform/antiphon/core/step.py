@@ -15,7 +15,7 @@ from antiphon.core.request import Request, RequestId, SamplingParams, TokenLogpr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateSnapshot:
-    """Keep the state behind the first ``end_token`` tokens in ``slot``."""
+    """Keep the state behind the first ``end_token`` tokens in ``slot``; of no use where they turn out to be wrong guesses."""
 
     end_token: int
     slot: int
@@ -23,7 +23,9 @@ class StateSnapshot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateStep:
-    """Where a request's state is before a step and goes in it. What is read is not written: a step may be computed twice."""
+    """Where a request's state is before a step and goes in it. What is read is not written: a step may be computed twice, and where
+    guesses were wrong the state that goes to ``write`` is made again from there.
+    """
 
     read: int | None  # slot; None = no token is computed yet
     write: int  # slot; the one read where the step computes no token of the request

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from antiphon.core.request import RequestId
+from antiphon.core.request import RequestId, RequestStatus
 from antiphon.core.step import StateStep
 from antiphon.engine.block_manager import KVBlockManager
 from antiphon.engine.limits import SchedulerStats
@@ -85,7 +85,20 @@ class RequestBlocks:
         """A step is over for the request: let others find the blocks that are full by now, and snapshots."""
         self._cache_full(state)
         if self._slots is not None and state.sequence is not None:
-            self._slots.computed(state.sequence)
+            self._slots.computed(state.sequence, state.block_hashes, state.num_computed_tokens)
+
+    def settle(self, state: RequestState) -> None:
+        """All of what was drawn in a step with drafts is taken in: blocks behind the known tokens go back, as the runner does by
+        itself, and snapshots behind drafts that were wrong.
+        """
+        if state.status is not RequestStatus.RUNNING:
+            return
+        kept = self._manager.num_blocks_for(len(state.token_ids))
+        self._manager.release(state.block_ids[kept:])
+        del state.block_ids[kept:]
+        state.num_sent_block_ids = len(state.block_ids)
+        if self._slots is not None and state.sequence is not None:
+            self._slots.settle(state.sequence)
 
     def arrived(self, state: RequestState) -> None:
         """What was computed elsewhere is here."""

@@ -32,7 +32,7 @@ from antiphon.engine.outcome import end_output, take_tokens, token_output
 from antiphon.engine.overlap.in_flight import StepsInFlight
 from antiphon.engine.request_blocks import RequestBlocks
 from antiphon.engine.request_state import RequestState
-from antiphon.engine.speculation.reservation import draft, trim
+from antiphon.engine.speculation.reservation import draft
 from antiphon.engine.speculation.speculator import Speculator
 from antiphon.engine.state_slots import StateSlots
 from antiphon.engine.step_values import StepPlan, load_asked
@@ -49,7 +49,7 @@ class Scheduler:
         self.blocks = KVBlockManager(config.num_blocks, config.block_size_tokens, prefix_caching=config.prefix_caching)
         self.slots = StateSlots.of(config)  # of sequences' states, where the model has any
         self._blocks_of = RequestBlocks(self.blocks, self.stats, self.slots)
-        self.speculator = None if self.slots is not None else speculator  # a state can't be taken back behind a guess
+        self.speculator = speculator
         self._clock = clock
         self._states: dict[RequestId, RequestState] = {}
         self._waiting = FairQueue()
@@ -205,7 +205,7 @@ class Scheduler:
             if token_ids is not None:
                 outputs.append(self._append(state, token_ids, result))
                 if drafts is not None:
-                    trim(state, self.blocks)
+                    self._blocks_of.settle(state)
         self.take_kv_events(result.kv)
         return outputs + self.take_outputs()
 

@@ -32,10 +32,10 @@ class Prefix:
 
 @dataclass(slots=True, kw_only=True)
 class _Pending:
-    """A snapshot that this step writes."""
+    """A snapshot that this step writes; of a block that ends in guesses it may come to nothing."""
 
     slot: int
-    digest: BlockHash
+    block: int  # at whose end, from 1 on
 
 
 class SequenceState:
@@ -105,7 +105,9 @@ class StateSlots:
         return SequenceState(own, prefix.snapshot, num_tokens // self._block_size)
 
     def plan(self, sequence: SequenceState, hashes: Sequence[BlockHash], first_token: int, num_tokens: int) -> StateStep:
-        """Where the step that computes these tokens reads and writes. ``hashes``: of the full blocks up to its end."""
+        """Where the step that computes these tokens, guesses among them, reads and writes. ``hashes``: of the full blocks of those
+        that are known.
+        """
         if num_tokens == 0:
             assert sequence.read is not None  # a request that needs no computing starts from a snapshot, or goes on
             sequence._written = sequence.read
@@ -116,25 +118,35 @@ class StateSlots:
         for block in range(first_token // self._block_size + 1, (first_token + num_tokens) // self._block_size + 1):
             if block % self._every and block != sequence._end_block:
                 continue
-            digest = hashes[block - 1]
-            if not self._pool.prefix_caching or self._pool.find(digest) is not None:
+            if not self._pool.prefix_caching or (block <= len(hashes) and self._pool.find(hashes[block - 1]) is not None):
                 continue
             fresh = self._pool.allocate(1)
             if fresh is None:
                 break
-            sequence._pending.append(_Pending(slot=fresh[0], digest=digest))
+            sequence._pending.append(_Pending(slot=fresh[0], block=block))
             snapshots.append(StateSnapshot(end_token=block * self._block_size, slot=fresh[0]))
         return StateStep(read=sequence.read, write=sequence._written, snapshots=tuple(snapshots))
 
-    def computed(self, sequence: SequenceState) -> None:
-        """The planned step is over, and gave numbers: go on from what it wrote, and let others find its snapshots."""
-        for pending in sequence._pending:
-            self._pool.cache(pending.slot, pending.digest)
+    def computed(self, sequence: SequenceState, hashes: Sequence[BlockHash], num_tokens: int) -> None:
+        """The planned step is over, and gave numbers: go on from what it wrote, and let others find its snapshots.
+
+        Args:
+            sequence: its sequence.
+            hashes: of the full blocks of tokens that are known by now.
+            num_tokens: computed, as far as they are known: snapshots behind them wait for more, or for ``settle``.
+        """
+        while sequence._pending and sequence._pending[0].block * self._block_size <= num_tokens:
+            pending = sequence._pending.pop(0)
+            self._pool.cache(pending.slot, hashes[pending.block - 1])
             self._pool.release((pending.slot,))
-        sequence._pending.clear()
         sequence.read = sequence._written
         if sequence.read != sequence._snapshot:
             self._let_go(sequence)
+
+    def settle(self, sequence: SequenceState) -> None:
+        """Nothing more of the step is known to be right: snapshots that are left were of guesses."""
+        self._pool.release([pending.slot for pending in sequence._pending])
+        sequence._pending.clear()
 
     def arrived(self, sequence: SequenceState) -> None:
         """The state at the end of a hand-off is in ``arrival``."""
@@ -144,8 +156,8 @@ class StateSlots:
     def end(self, sequence: SequenceState) -> None:
         """Give everything back; a step that was planned and not computed leaves no snapshot."""
         self._let_go(sequence)
-        self._pool.release([*sequence._own, *(pending.slot for pending in sequence._pending)])
-        sequence._pending.clear()
+        self.settle(sequence)
+        self._pool.release(sequence._own)
 
     def _let_go(self, sequence: SequenceState) -> None:
         if sequence._snapshot is not None:

@@ -79,16 +79,16 @@ class BatchBuilder:
             decode_blocks_BM=decode_blocks,
             decode_lens_B=decode_lens,
             chunks=chunks,
-            states=self._states(runs, num_decodes),
+            states=self._states(runs),
         )
         return torch.tensor(token_ids), batch
 
-    def _states(self, runs: Sequence[Run], num_decodes: int) -> StateBatch | None:
+    def _states(self, runs: Sequence[Run]) -> StateBatch | None:
         if not self._cache.layout.has_state:
             return None
         states = [run.state for run in runs if run.state is not None]
         assert len(states) == len(runs)  # the engine plans a state for every request it schedules
-        return StateBatch.lay_out(states, num_decodes, self._device)
+        return StateBatch.lay_out(states, self._device)
 
     def _for_card(
         self, runs: Sequence[Run], num_decodes: int, token_ids: list[int], positions: list[int], slots: list[int]
@@ -137,7 +137,7 @@ class BatchBuilder:
             decode_blocks_BM=blocks_RM[:num_decodes] if num_decodes else None,
             decode_lens_B=lens_B if num_decodes else None,
             chunks=chunks,
-            states=self._states(runs, num_decodes),
+            states=self._states(runs),
             card=tables,
         )
         return ids_T, batch

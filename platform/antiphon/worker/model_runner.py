@@ -20,7 +20,6 @@ from antiphon.core.request import RequestId
 from antiphon.core.step import KVEvents, ModelRunnerOutput, SchedulerOutput
 from antiphon.device.device import is_card
 from antiphon.models.attention.kv_cache import KVCache
-from antiphon.models.attention.states import StateRun
 from antiphon.models.decoder import AttentionHalves, StepState
 from antiphon.models.pooling.pooler import Pooler, check_pooling
 from antiphon.telemetry.step_trace import Mark, StepTrace
@@ -33,6 +32,7 @@ from antiphon.worker.kv_roles import KVRole, NoHandOff
 from antiphon.worker.layer_loop import LayerLoop
 from antiphon.worker.request_row import RequestRow, Scheduled
 from antiphon.worker.speculation.hidden_states import HiddenStates
+from antiphon.worker.speculation.states_taken_back import take_back_states
 from antiphon.worker.step_end import RunnerStats, StepEnd
 from antiphon.worker.structure.enforcer import Enforcer
 from antiphon.worker.ubatches.lanes import LaneRunner
@@ -160,7 +160,8 @@ class AttentionWorker:
         ]
         if not batch:
             return ModelRunnerOutput(errors=refused)
-        batch.sort(key=lambda part: not part.is_decode)  # decodes first; the sort is stable
+        # Decodes first, and of them those without drafts: others' states run through row by row. The sort is stable.
+        batch.sort(key=lambda part: (not part.is_decode, bool(part.drafts)))
         output = self._contained.run(step.step_id, batch)
         output.errors.update(refused)
         end_s = time.perf_counter()
@@ -242,6 +243,7 @@ class AttentionWorker:
             runs, states = self._forward(exchange_id, batch, segments)
         found = self.step_end.gather(batch, runs, states)
         output = self.step_end.draw(found, replayed=self._replayed, trace=self.trace)
+        take_back_states(batch, runs, states, output.sampled_token_ids, self.cache.blank_state)
         return self.step_end.end(batch, runs, states, found, output)
 
     def _refuse(self, row: RequestRow) -> ErrorInfo:
@@ -312,9 +314,7 @@ class AttentionWorker:
                 block_ids=row.block_ids,
                 first_token=part.first_token,
                 num_tokens=part.num_tokens,
-                state=None
-                if row.state is None
-                else StateRun.of(row.state, row.num_computed_tokens, part.first_token, part.num_tokens, self.cache.blank_state),
+                state=batch[part.request].state_run(part.first_token, part.num_tokens, self.cache.blank_state),
             )
             for row, part in rows
         ]

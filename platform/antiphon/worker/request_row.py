@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from antiphon.core.errors import StructureRefused
 from antiphon.core.step import NewRequestData, StateStep
+from antiphon.models.attention.states import StateRun
 from antiphon.models.decoder import StepState
 from antiphon.worker.cards.drawing import Draw
 from antiphon.worker.sampler import SamplingState
@@ -86,6 +87,14 @@ class Scheduled:
         if self.drafts:
             return [Segment(request=request, first_token=first + i, num_tokens=1) for i in range(self.num_tokens)]
         return [Segment(request=request, first_token=first, num_tokens=self.num_tokens)] if self.num_tokens > 0 else ()
+
+    def state_run(self, first_token: int, num_tokens: int, blank: int) -> StateRun | None:
+        """Where these of its rows find its state and leave it; None where the model has none. ``blank``: slot of zeros."""
+        row = self.row
+        if row.state is None:
+            return None
+        computed = row.num_computed_tokens
+        return StateRun.of(row.state, computed, first_token, num_tokens, blank, has_guesses=bool(self.drafts))
 
     def without_drafts(self) -> Scheduled:
         """The same, guessing nothing."""

@@ -33,7 +33,7 @@ def test_a_step_never_writes_what_it_reads_and_the_next_one_goes_on_from_what_wa
         step = pool.plan(sequence, HASHES, token, 1)
         assert step.read != step.write
         seen.append((step.read, step.write))
-        pool.computed(sequence)
+        pool.computed(sequence, HASHES, token + 1)
     assert [read for read, _ in seen[1:]] == [write for _, write in seen[:-1]]
     assert len({write for _, write in seen}) == 2, "two slots a sequence, however long it gets"
 
@@ -43,7 +43,7 @@ def test_a_prefix_reaches_to_its_last_snapshot_and_is_read_where_it_lies() -> No
     first = pool.begin(Prefix(blocks=()), 20)
     step = pool.plan(first, HASHES, 0, 20)
     assert pool.reach([7, 8, 9, 10, 11], HASHES) == Prefix(blocks=()), "not before the step is over"
-    pool.computed(first)
+    pool.computed(first, HASHES, 20)
     pool.end(first)
     assert pool.reach([7, 8, 9, 10], HASHES) == Prefix(blocks=(7, 8, 9), snapshot=step.snapshots[0].slot)
     assert pool.reach([7, 8], HASHES) == Prefix(blocks=())
@@ -52,7 +52,7 @@ def test_a_prefix_reaches_to_its_last_snapshot_and_is_read_where_it_lies() -> No
     after = pool.plan(second, HASHES, 20, 4)
     assert after.read == prefix.snapshot == step.snapshots[1].slot
     assert after.snapshots == (StateSnapshot(end_token=24, slot=after.snapshots[0].slot),)
-    pool.computed(second)
+    pool.computed(second, HASHES, 24)
     pool.end(second)
     assert pool.num_free_slots == pool.num_slots
     assert pool.num_snapshots == 3
@@ -72,7 +72,7 @@ def test_snapshots_make_room_for_sequences_and_sequences_wait_for_slots() -> Non
     first = pool.begin(Prefix(blocks=()), 24)
     pool.plan(first, HASHES, 0, 24)  # two snapshots: all four slots
     assert not pool.fits(Prefix(blocks=()))
-    pool.computed(first)
+    pool.computed(first, HASHES, 24)
     assert pool.num_snapshots == 2
     assert pool.fits(Prefix(blocks=()))
     prefix = pool.reach(list(range(6)), HASHES)
@@ -101,5 +101,22 @@ def test_without_prefix_caching_nothing_is_kept(caching: bool) -> None:
     pool = slots(prefix_caching=caching)
     sequence = pool.begin(Prefix(blocks=()), 24)
     pool.plan(sequence, HASHES, 0, 24)
-    pool.computed(sequence)
+    pool.computed(sequence, HASHES, 24)
     assert (pool.num_snapshots > 0) == caching
+
+
+@pytest.mark.parametrize("num_right", [0, 1, 2, 3])
+def test_a_snapshot_behind_guesses_is_found_if_they_were_right_and_its_slot_is_free_if_not(num_right: int) -> None:
+    pool = slots()
+    sequence = pool.begin(Prefix(blocks=()), 10)
+    pool.plan(sequence, HASHES[:2], 0, 10)
+    pool.computed(sequence, HASHES[:2], 10)
+    step = pool.plan(sequence, HASHES[:2], 10, 4)  # the token known last, and three guesses: the first fills the block
+    assert [snapshot.end_token for snapshot in step.snapshots] == [12]
+    for num_tokens in range(11, 12 + num_right):
+        pool.computed(sequence, HASHES[: num_tokens // BLOCK], num_tokens)
+    pool.settle(sequence)
+    assert (pool.reach([7, 8, 9], HASHES).snapshot == step.snapshots[0].slot) == (num_right > 0)
+    assert pool.plan(sequence, HASHES[:2], 11 + num_right, 1).read == step.write
+    pool.end(sequence)
+    assert pool.num_free_slots == pool.num_slots

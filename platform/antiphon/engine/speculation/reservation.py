@@ -1,4 +1,4 @@
-"""KV blocks for drafts: taken where they are free, given back behind the tokens that came of them (step speed).
+"""KV blocks for drafts, taken where they are free; behind the tokens that came, ``RequestBlocks`` gives them back (step speed).
 
 Must not know: queues, where drafts come from.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from antiphon.core.request import RequestId, RequestStatus
+from antiphon.core.request import RequestId
 from antiphon.core.step import Drafts
 from antiphon.engine.block_manager import KVBlockManager
 from antiphon.engine.request_state import RequestState
@@ -63,12 +63,3 @@ def draft(
         state.num_sent_block_ids = len(state.block_ids)
         found[request_id] = Drafts(token_ids=token_ids, new_block_ids=tuple(fresh))
     return found
-
-
-def trim(state: RequestState, blocks: KVBlockManager) -> None:
-    """Give back the blocks behind the known tokens' own; the runner does the same by itself."""
-    if state.status is RequestStatus.RUNNING:
-        kept = blocks.num_blocks_for(len(state.token_ids))
-        blocks.release(state.block_ids[kept:])
-        del state.block_ids[kept:]
-        state.num_sent_block_ids = len(state.block_ids)

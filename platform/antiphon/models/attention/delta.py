@@ -8,6 +8,7 @@ Must not know: families, the residual stream.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,15 @@ class _Projected:
     z_TNV: torch.Tensor  # [T, N·V], gate of the output
     beta_TN: torch.Tensor  # before the sigmoid
     decay_T: torch.Tensor  # [T, N] or [T, N·K], before bias and softplus
+
+    def rows(self, rows_R: torch.Tensor) -> _Projected:
+        """Of these rows."""
+        return _Projected(
+            qkv_TC=self.qkv_TC.index_select(0, rows_R),
+            z_TNV=self.z_TNV.index_select(0, rows_R),
+            beta_TN=self.beta_TN.index_select(0, rows_R),
+            decay_T=self.decay_T.index_select(0, rows_R),
+        )
 
 
 class DeltaAttention:
@@ -73,11 +83,17 @@ class DeltaAttention:
         states, planes = batch.states, cache.states[layer]
         assert states is not None  # the batch is laid out for a cache that has states
         rows = self._project(x_TD)
+        if states.has_guesses:
+            states.on_redo(lambda rows_R, again: self._advance(rows.rows(rows_R), planes, again))
+        return self._out(self._advance(rows, planes, states))
+
+    def _advance(self, rows: _Projected, planes: Sequence[torch.Tensor], states: StateBatch) -> torch.Tensor:
+        """What goes to the last projection, [T, N·V]; the states are moved."""
         qkv_TC = self._conv(rows.qkv_TC, planes[0], states)
         attend = self._attend_natively if self._native else self._attend
         normed = attend(rows, qkv_TC, planes[1], states)
         states.keep(planes)
-        return self._out(normed)
+        return normed
 
     def _project(self, x_TD: torch.Tensor) -> _Projected:
         parts = torch.split_with_sizes(self._in(x_TD), self._widths, dim=1)

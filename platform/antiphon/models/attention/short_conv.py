@@ -7,11 +7,14 @@ Legend: T rows, D hidden. Must not know: families, the residual stream.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from antiphon.models.attention.convolution import CausalConv
 from antiphon.models.attention.kv_cache import KVCache
 from antiphon.models.attention.paged import AttentionBatch
+from antiphon.models.attention.states import StateBatch
 from antiphon.models.config import LayerConfig, ShortConvConfig
 from antiphon.models.layers.linear import Linear
 from antiphon.models.loading.weights import Weights
@@ -35,6 +38,14 @@ class ShortConv:
         states, planes = batch.states, cache.states[layer]
         assert states is not None  # the batch is laid out for a cache that has states
         b_TD, c_TD, x_TD = self._in(x_TD).chunk(3, dim=1)
-        convolved = self._conv(b_TD * x_TD, planes[0], states)
-        states.keep(planes)
+        gated_TD = b_TD * x_TD
+        if states.has_guesses:
+            states.on_redo(lambda rows_R, again: self._advance(gated_TD.index_select(0, rows_R), planes, again))
+        convolved = self._advance(gated_TD, planes, states)
         return self._out(c_TD * convolved.to(c_TD.dtype))
+
+    def _advance(self, gated_TD: torch.Tensor, planes: Sequence[torch.Tensor], states: StateBatch) -> torch.Tensor:
+        """fp32 [T, D]; the states are moved."""
+        convolved = self._conv(gated_TD, planes[0], states)
+        states.keep(planes)
+        return convolved

@@ -38,8 +38,6 @@ def build_drafter(spec: SpeculationSpec, facts: ModelFacts, halves: AttentionHal
         InvalidInput: the model's own shape rules it out; names the field.
         CheckpointInvalid, UnsupportedModel: the draft model can't be used.
     """
-    if facts.kv.has_state:
-        raise InvalidInput("the model keeps a state per sequence, which can't be taken back behind a wrong guess", FIELD)
     match spec.drafter:
         case "ngram":
             return NgramDrafter()
@@ -119,6 +117,8 @@ def _leading_layers(spec: SpeculationSpec, facts: ModelFacts, halves: AttentionH
     if count >= num_layers:
         raise InvalidInput(f"{count} layers are not fewer than the model's {num_layers}", f"{FIELD}.layers")
     cut = halves.leading(count)
+    if kv_layout(cut.config, facts.dtype, facts.kv.block_size_tokens).has_state:
+        raise InvalidInput("the first layers keep a state per sequence, which drafters can't take back", f"{FIELD}.layers")
     if ffns is None:
         ffns = FFNHalves(cut.config, facts.checkpoint, facts.dtype, facts.device, FFNShard(), None, facts.int8)
     else:
