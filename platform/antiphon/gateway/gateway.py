@@ -86,10 +86,10 @@ class Gateway:
         self.created = int(time.time())
         self.draining = False
         self.telemetry = telemetry
-        self.view = WorkerView(source, refresh_s=config.refresh_s, clock=clock)
+        self._client = EngineClient(clock=clock)
+        self.view = WorkerView(source, refresh_s=config.refresh_s, clock=clock, answers=self._client.answers)
         self._clock = clock
         self._started_s = clock()
-        self._client = EngineClient(clock=clock)
         # Placement notes what is in flight before new connections are made or old ones dropped.
         self._placement = placement = Placement(
             self.view,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -11,10 +13,10 @@ from antiphon.core.directory import WorkerRecord
 from antiphon.core.errors import Unavailable
 from antiphon.core.ids import Endpoint, Epoch, Role, WorkerId
 from antiphon.core.worker_info import WorkerInfo
-from antiphon.directory.workers import WorkerView
+from antiphon.directory.workers import GRACE_S, WorkerView
 
 
-def record(name: str) -> WorkerRecord:
+def record(name: str, **changes: Any) -> WorkerRecord:
     info = WorkerInfo(
         worker_id=WorkerId(name),
         deployment="d",
@@ -28,7 +30,7 @@ def record(name: str) -> WorkerRecord:
         pid=1,
         host="h",
     )
-    return WorkerRecord(info=info, age_s=0.5, lease_s=5.0)
+    return WorkerRecord(info=replace(info, **changes), age_s=0.5, lease_s=5.0)
 
 
 class Source:
@@ -81,6 +83,42 @@ async def test_a_broken_directory_leaves_the_last_view_which_ages() -> None:
         assert [info.worker_id for info in view.workers] == ["b"]
     finally:
         running.cancel()
+
+
+async def test_who_answers_is_kept_for_a_while_without_a_lease() -> None:
+    source, clock, answering = Source(), Clock(), {"a", "b", "c", "d"}
+    view = WorkerView(source, clock=clock, answers=lambda info: info.worker_id in answering)
+    source.records = [record("a", ready=True), record("b", ready=True), record("c"), record("d", ready=True, draining=True)]
+    await view.refresh()
+    source.records = []
+    await view.refresh()
+    assert [info.worker_id for info in view.workers] == ["a", "b"]  # the others took no requests
+    assert {each.remaining_s for each in view.records} == {0.0}
+    clock.now_s += GRACE_S / 2
+    answering.remove("b")
+    await view.refresh()
+    assert [info.worker_id for info in view.workers] == ["a"]
+    source.records = [record("a", ready=True)]
+    await view.refresh()
+    assert [each.remaining_s > 0 for each in view.records] == [True]
+    source.records = []  # from now on it counts anew
+    await view.refresh()
+    clock.now_s += GRACE_S * 0.9
+    await view.refresh()
+    assert view.workers
+    clock.now_s += GRACE_S * 0.2
+    await view.refresh()
+    assert not view.workers
+
+
+async def test_whoever_registers_under_the_same_name_is_who_counts() -> None:
+    source = Source()
+    view = WorkerView(source, answers=lambda _info: True)
+    source.records = [record("a", ready=True)]
+    await view.refresh()
+    source.records = [record("a", epoch=Epoch(2))]
+    await view.refresh()
+    assert [(info.epoch, info.ready) for info in view.workers] == [(2, False)]
 
 
 async def test_an_error_outside_our_tree_ends_the_loop_for_its_owner_to_see() -> None:

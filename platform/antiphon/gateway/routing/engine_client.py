@@ -5,7 +5,8 @@
 
 A lost session fails the requests on it with PeerLost; what happens to them is their owner's decision. A connection ends when its
 worker registers with a new epoch, or is gone from the directory and silent. A worker that has requests and says nothing is asked
-whether it lives: its rpc server answers while its engine computes, and nothing does in a process that is stopped or cut off.
+whether it lives: its rpc server answers while its engine computes, and nothing does in a process that is stopped or cut off. So is
+one whose lease has run out: that it answers is all that speaks for it then.
 
 Must not know: how workers are picked, text, or what a lost request does next.
 """
@@ -23,6 +24,7 @@ from antiphon.core.directory import WorkerRecord
 from antiphon.core.errors import AntiphonError, PeerLost, Unavailable
 from antiphon.core.ids import Epoch, WorkerId
 from antiphon.core.request import Request, RequestId
+from antiphon.core.worker_info import WorkerInfo
 from antiphon.rpc.engine.codec import Answer
 from antiphon.rpc.engine.session import EngineSession
 
@@ -57,6 +59,7 @@ class WorkerConnection:
         self._tenant_of: dict[RequestId, str] = {}
         self._closed: AntiphonError | None = None
         self.heard_s = clock()
+        self.has_lease = True
         self._task = asyncio.create_task(self._run(), name=f"engine session {worker_id}")
 
     @property
@@ -162,10 +165,10 @@ class WorkerConnection:
             backoff_s = min(_MAX_BACKOFF_S, backoff_s * 2)
 
     async def _watch(self, session: EngineSession) -> None:
-        """End the session of a worker that has requests, and answers nobody."""
+        """End the session of a worker that has requests or no lease, and answers nobody."""
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
-            if not self._inboxes or self._clock() - self.heard_s < _SILENT_S:
+            if (not self._inboxes and self.has_lease) or self._clock() - self.heard_s < _SILENT_S:
                 continue
             for _ in range(_TRIES):
                 if await session.answers(_ASK_S):
@@ -230,6 +233,11 @@ class EngineClient:
             return False
         return max(connection.tenants.values(), default=0) > connection.tenants[tenant] + 1
 
+    def answers(self, info: WorkerInfo) -> bool:
+        """Whether the very worker of that record has a session that is open, and not silent."""
+        connection = self._connections.get(info.worker_id)
+        return connection is not None and connection.connected and connection.epoch == info.epoch
+
     def is_connected(self, worker_id: WorkerId) -> bool:
         """True while the session with the worker is open."""
         connection = self._connections.get(worker_id)
@@ -238,6 +246,9 @@ class EngineClient:
     def sync(self, records: Sequence[WorkerRecord]) -> None:
         """Open and close connections as the records ask."""
         infos = {record.info.worker_id: record.info for record in records if record.info.role.generates}
+        for record in records:
+            if record.info.worker_id in self._connections:
+                self._connections[record.info.worker_id].has_lease = record.remaining_s > 0.0
         for worker_id, connection in list(self._connections.items()):
             info = infos.get(worker_id)
             if info is None:
