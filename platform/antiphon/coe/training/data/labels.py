@@ -1,7 +1,7 @@
 """Category and source labels of a table: given, grown from seeds, or found (control speed, offline).
 
     every row labelled      taken as given
-    some rows labelled      seeds: grown by agreement of nearest labelled neighbours until nothing changes
+    some rows labelled      seeds: grown by agreement of nearest labelled neighbours until nothing changes, then of datasets
     none, several datasets  the dataset is the category
     none, one dataset       clusters of the embeddings
 
@@ -11,6 +11,7 @@ Must not know: experts, scores.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +47,7 @@ def label(table: ScoreTable, embedding_BD: Floats, seed: int) -> Labels:
     if len(given) == len(table):
         names, how = [str(category) for category in table.categories], "given"
     elif given:
-        names, how = grow(list(table.categories), embedding_BD), "grown"
+        names, how = _by_dataset(grow(list(table.categories), embedding_BD), table.datasets), "grown"
     elif len(set(table.datasets)) > 1:
         names, how = list(table.datasets), "datasets"
     else:
@@ -85,6 +86,23 @@ def grow(seeds: list[str | None], embedding_BD: Floats) -> list[str]:
         if not grown:
             break
     return labels
+
+
+def _by_dataset(names: list[str], datasets: Sequence[str]) -> list[str]:
+    """Rows that never agreed take what most labelled rows of their dataset have: a few that read oddly are no kind of their own.
+
+    Not in a table of one dataset, which tells nothing apart.
+    """
+    found: dict[str, Counter[str]] = {dataset: Counter() for dataset in datasets}
+    for name, dataset in zip(names, datasets, strict=True):
+        if name:
+            found[dataset][name] += 1
+    clear = {}
+    for dataset, counts in found.items():
+        for name, count in counts.most_common(1):
+            if len(found) > 1 and count >= _AGREEMENT * counts.total():
+                clear[dataset] = name
+    return [name or clear.get(dataset, "") for name, dataset in zip(names, datasets, strict=True)]
 
 
 def _clusters(embedding_BD: Floats, seed: int) -> list[str]:
