@@ -63,6 +63,7 @@ class IndexConfig:
     num_heads: int
     head_dim: int  # the leading ``rope_dim`` of the attention's are rotated
     top_k: int
+    interleaved: bool = False  # neighbouring dimensions against each other (GLM-5), not halves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """No field of a config is silently ignored: where ours makes nothing of another value, transformers' logits are the same with it.
 
-Every leaf of the config of every family with states, windows or sparse attention is set to odd values, one at a time.
+Every leaf of the config of every family with states, windows or sparse attention, and of GLM, is set to odd values, one at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from antiphon.core.errors import UnsupportedModel
 from antiphon.models.families import describe
 
 MODELS = Path(__file__).parent / "test_families.py"
-FAMILIES = ("deepseek_v32", "gemma2", "gpt_oss", "kimi_linear", "lfm2", "qwen3_5", "qwen3_5_moe", "qwen3_next", "step3p7")
+FAMILIES = ("deepseek_v32", "gemma2", "glm4_moe", "glm4_moe-air", "glm4_moe_lite", "glm_moe_dsa", "gpt_oss", "kimi_linear", "lfm2")
+FAMILIES += ("qwen3_5", "qwen3_5_moe", "qwen3_next", "step3p7")
 # What says which model it is, belongs to another modality, or only says how Python gets its answer.
 NOT_TRIED = {"architectures", "model_type", "transformers_version", "dtype", "vision_config", "id2label", "label2id", "return_dict"}
 TOKENS = [(7 * i + i * i) % 190 + 1 for i in range(40)]

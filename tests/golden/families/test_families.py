@@ -188,6 +188,45 @@ FAMILIES: dict[str, Callable[[], Any]] = {
             index_head_dim=16,
         )
     ),
+    "glm4_moe": lambda: hf.Glm4MoeForCausalLM(
+        hf.Glm4MoeConfig(
+            **SHAPE,
+            head_dim=24,
+            attention_bias=True,
+            use_qk_norm=True,
+            n_routed_experts=8,
+            num_experts_per_tok=3,
+            moe_intermediate_size=36,
+            n_shared_experts=2,
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=1.7,
+        )
+    ),
+    "glm4_moe-air": lambda: hf.Glm4MoeForCausalLM(
+        hf.Glm4MoeConfig(
+            **SHAPE,
+            n_routed_experts=8,
+            num_experts_per_tok=3,
+            moe_intermediate_size=36,
+            first_k_dense_replace=2,
+            norm_topk_prob=False,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.75},
+        )
+    ),
+    "glm4_moe_lite": lambda: hf.Glm4MoeLiteForCausalLM(
+        hf.Glm4MoeLiteConfig(**DEEPSEEK, num_experts_per_tok=3, attention_bias=True)
+    ),
+    "glm_moe_dsa": lambda: hf.GlmMoeDsaForCausalLM(
+        hf.GlmMoeDsaConfig(
+            **DEEPSEEK,
+            num_experts_per_tok=3,
+            first_k_dense_replace=1,
+            index_topk=24,
+            index_n_heads=16,
+            index_head_dim=20,  # of which 8 are rotated
+        )
+    ),
     "step3p7": lambda: hf.Step3p7ForConditionalGeneration(
         hf.Step3p7Config(
             text_config={
@@ -321,6 +360,7 @@ def check(model: Any, prompt: list[int], answer: list[int], ours: torch.Tensor) 
 DISTURBED = (
     "deepseek_v32",
     "gemma2",
+    "glm_moe_dsa",
     "gpt_oss",
     "kimi_linear",
     "lfm2",

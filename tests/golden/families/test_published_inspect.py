@@ -1,4 +1,4 @@
-"""antiphon inspect on the published config of every family with states, windows or sparse attention.
+"""antiphon inspect on the published config of every family with states, windows or sparse attention, and of GLM.
 
 The tensors are those that transformers would save for the config: names and shapes in a file's header, with no data behind it.
 """
@@ -29,6 +29,10 @@ FAMILIES: dict[str, tuple[int, int]] = {
     "gpt-oss-20b": (24 * 2 * 8 * 64 * 2, 0),
     "Step-3.7-Flash, the text of a published checkpoint": (45 * 2 * 8 * 128 * 2, 0),
     "DeepSeek-V3.2": (61 * (512 + 64 + 128) * 2, 0),
+    "GLM-4.5": (92 * 2 * 8 * 128 * 2, 0),
+    "GLM-4.5-Air": (46 * 2 * 8 * 128 * 2, 0),
+    "GLM-4.7-Flash": (47 * (512 + 64) * 2, 0),
+    "GLM-5": (78 * (512 + 64 + 128) * 2, 0),
     "Qwen3-Next-80B-A3B": (12 * 2 * 2 * 256 * 2, 36 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)),
     "Qwen3.5-35B-A3B": (10 * 2 * 2 * 256 * 2, 30 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)),
     "Kimi-Linear-48B-A3B": (7 * (512 + 64) * 2, 20 * (32 * 128 * 128 * 4 + 3 * 3 * 4096 * 2)),
@@ -44,6 +48,12 @@ PREDICTION: dict[str, dict[str, tuple[int, ...]]] = {  # some of the tensors tha
         "model.layers.61.eh_proj.weight": (7168, 14336),
         "model.layers.61.mlp.experts.0.up_proj.weight": (2048, 7168),
     },
+    "GLM-4.5": {
+        "model.layers.92.eh_proj.weight": (5120, 10240),
+        "model.layers.92.shared_head.norm.weight": (5120,),
+        "model.layers.92.mlp.experts.159.up_proj.weight": (1536, 5120),
+    },
+    "GLM-4.5-Air": {"model.layers.46.eh_proj.weight": (4096, 8192), "model.layers.46.embed_tokens.weight": (151552, 4096)},
     "Qwen3-Next-80B-A3B": {"mtp.fc.weight": (2048, 4096), "mtp.layers.0.mlp.experts.0.up_proj.weight": (512, 2048)},
     "Qwen3.5-35B-A3B": {"mtp.fc.weight": (2048, 4096), "mtp.layers.0.self_attn.o_proj.weight": (2048, 4096)},
 }

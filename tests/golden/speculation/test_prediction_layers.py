@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from transformers.generation.candidate_generator import MTPCandidateGenerator
 
 from antiphon.core.errors import InvalidInput
 from antiphon.core.request import RequestId
@@ -25,6 +26,7 @@ from antiphon.engine.speculation.speculator import Speculator
 from antiphon.testing import LocalCluster, wiring, write_tiny_llama
 
 VOCAB, LAYERS = 7, 2
+NUM_TOKENS, SAMPLED = 20, 2  # of each request; the one that is not greedy
 SHAPE: dict[str, Any] = {
     "hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": VOCAB, "max_position_embeddings": 256,
     "eos_token_id": None, "bos_token_id": None, "pad_token_id": 0, "moe_intermediate_size": 24, "num_experts_per_tok": 2,
@@ -37,6 +39,24 @@ def deepseek(num_layers: int) -> Any:
         hf.DeepseekV3Config(
             **SHAPE, num_hidden_layers=num_layers, num_key_value_heads=4, q_lora_rank=20, kv_lora_rank=16, qk_nope_head_dim=8,
             qk_rope_head_dim=8, v_head_dim=12, first_k_dense_replace=1, n_group=2, topk_group=1, n_shared_experts=1,
+        )
+    )  # fmt: skip
+
+
+def glm(num_layers: int) -> Any:
+    return hf.Glm4MoeForCausalLM(
+        hf.Glm4MoeConfig(
+            **SHAPE, num_hidden_layers=num_layers, num_key_value_heads=2, head_dim=12, attention_bias=True, use_qk_norm=True,
+            n_group=2, topk_group=1,
+        )
+    )  # fmt: skip
+
+
+def glm_flash(num_layers: int) -> Any:
+    return hf.Glm4MoeLiteForCausalLM(
+        hf.Glm4MoeLiteConfig(
+            **SHAPE, num_hidden_layers=num_layers, num_key_value_heads=4, q_lora_rank=20, kv_lora_rank=16, qk_nope_head_dim=8,
+            qk_rope_head_dim=8, v_head_dim=12,
         )
     )  # fmt: skip
 
@@ -63,6 +83,8 @@ class Kind:
 
 KINDS = {
     "deepseek_v3": Kind(deepseek),
+    "glm4_moe": Kind(glm),
+    "glm4_moe_lite": Kind(glm_flash),
     "step3p5": Kind(step, inner="transformer.", head="shared_head.output", own_heads=True, plus_one=True),
 }
 
@@ -141,6 +163,8 @@ def write(path: Path, kind: Kind, num_modules: int) -> Reference:
     section = raw.get("text_config", raw)
     section |= {"num_hidden_layers": LAYERS, "num_nextn_predict_layers": num_modules}
     section.pop("per_layer_config", None)
+    if section is raw and "mlp_layer_types" in raw:
+        raw["mlp_layer_types"] = raw["mlp_layer_types"][:LAYERS]
     (path / "config.json").write_text(json.dumps(raw))
     return Reference(kind, model, modules)
 
@@ -172,7 +196,13 @@ class Recording:
         self.drafter.forget(request_id)
 
 
-def run(path: Path, topology: str, *, drafts: int | None, **sections: Any) -> tuple[list[list[int]], list[Recording]]:
+def prompt(n: int) -> list[int]:
+    return [1 + (3 * n + i * i) % (VOCAB - 1) for i in range(5 + 7 * n)]
+
+
+def run(
+    path: Path, topology: str, *, drafts: int | None, requests: Sequence[int] = range(4), **sections: Any
+) -> tuple[list[list[int]], list[Recording]]:
     speculation = {} if drafts is None else {"speculation": {"drafter": "mtp", "maxDrafts": drafts}}
     base: dict[str, Any] = {
         "cache": {"numBlocks": 64, "blockSizeTokens": 4, "prefixCaching": False},
@@ -186,9 +216,9 @@ def run(path: Path, topology: str, *, drafts: int | None, **sections: Any) -> tu
             recordings.append(Recording(speculator.drafter))
             part.engine.scheduler.speculator = Always(recordings[-1], max_drafts=drafts or 1, clock=cluster.clock)
         ids = [
-            cluster.submit([1 + (3 * n + i * i) % (VOCAB - 1) for i in range(5 + 7 * n)], max_tokens=20, seed=n,
-                           temperature=0.8 if n == 2 else 0.0, prefill=0 if "pd" in topology else None)
-            for n in range(4)
+            cluster.submit(prompt(n), max_tokens=NUM_TOKENS, seed=n, temperature=0.8 if n == SAMPLED else 0.0,
+                           prefill=0 if "pd" in topology else None)
+            for n in requests
         ]  # fmt: skip
         cluster.run()
         assert [cluster.outputs[each].error for each in ids] == [None] * len(ids)
@@ -200,7 +230,10 @@ def run(path: Path, topology: str, *, drafts: int | None, **sections: Any) -> tu
         return [cluster.outputs[each].token_ids for each in ids], recordings
 
 
-@pytest.fixture(scope="module", params=[("deepseek_v3", 1), ("deepseek_v3", 2), ("step3p5", 3)], ids=str)
+PUBLISHED_AND_MORE = [("deepseek_v3", 1), ("deepseek_v3", 2), ("glm4_moe", 1), ("glm4_moe_lite", 1), ("step3p5", 3)]
+
+
+@pytest.fixture(scope="module", params=PUBLISHED_AND_MORE, ids=str)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Reference]:
     name, num_modules = request.param
     path = tmp_path_factory.mktemp(name)
@@ -218,6 +251,37 @@ def test_drafts_are_those_of_the_description_and_no_token_changes(checkpoint: tu
         assert proposal is not None, "with no prefix cached, every hidden state is there"
         assert list(proposal.token_ids) == reference.drafts(tokens, count)
     assert recording.num_taken > 2
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
+def test_drafts_and_acceptance_are_those_of_transformers_own_generation(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which runs these layers for families that have one of them, and tells their tensors by the layers of published models."""
+    kind, said = KINDS[name], []
+    write(tmp_path, kind, 1)
+    draft = MTPCandidateGenerator.get_candidates
+
+    def noted(self: Any, input_ids: torch.Tensor, *args: Any, **options: Any) -> Any:
+        found, logits = draft(self, input_ids, *args, **options)
+        if logits is not None:
+            said.append((input_ids[0].tolist(), found[0, input_ids.shape[1] :].tolist()))
+        return found, logits
+
+    monkeypatch.setattr(MTPCandidateGenerator, "get_candidates", noted)
+    monkeypatch.setattr(type(kind.make(1)), "_keys_to_ignore_on_load_unexpected", [rf"model\.layers\.{LAYERS}.*"])
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for n in {*range(4)} - {SAMPLED}:
+        (answer,), (recording,) = run(tmp_path, "monolith", drafts=1, requests=[n])  # none waits for another's prompt
+        said.clear()
+        asked = torch.tensor([prompt(n)])
+        whole = model.generate(asked, use_mtp=True, do_sample=False, max_new_tokens=NUM_TOKENS)[0].tolist()
+        assert whole == prompt(n) + answer
+        ours = [(tokens, list(proposal.token_ids)) for tokens, _, proposal in recording.said if proposal is not None]
+        theirs = [(at, drafts) for at, drafts in said if len(at) < len(whole) - 1]  # the last token needs no draft
+        assert len(ours) > 5
+        assert ours == theirs
+        assert recording.num_taken == sum(whole[len(at)] == draft for at, (draft,) in theirs)
 
 
 def test_preempted_requests_and_those_with_cached_or_moved_beginnings_answer_the_same(checkpoint: tuple[Path, Reference]) -> None:

@@ -27,9 +27,16 @@ class Indexer:
         """``prefix``: of the indexer's tensors."""
         self._config = config
         self._rope = rope
-        self._query = Linear(weights.read(prefix + "wq_b.weight"))
-        self._key = Linear(weights.read(prefix + "wk.weight"))
-        self._key_norm = LayerNorm(weights.read(prefix + "k_norm.weight"), weights.read(prefix + "k_norm.bias"), _EPS)
+        query, key = weights.read(prefix + "wq_b.weight"), weights.read(prefix + "wk.weight")
+        norm, bias = weights.read(prefix + "k_norm.weight"), weights.read(prefix + "k_norm.bias")
+        if config.interleaved:
+            # Rotating neighbours against each other is rotating halves after a permutation, and q·k does not see one.
+            order = _halves(config.head_dim, rope.rotary_dim)
+            query = query.view(config.num_heads, config.head_dim, -1)[:, order].reshape(query.shape)
+            key, norm, bias = key[order], norm[order], bias[order]
+        self._query = Linear(query)
+        self._key = Linear(key)
+        self._key_norm = LayerNorm(norm, bias, _EPS)
         self._weight = Linear(weights.read(prefix + "weights_proj.weight"))
 
     @property
@@ -72,6 +79,12 @@ class Indexer:
             scores_TC = torch.matmul(w_TN[rows, None], scores_TNC).squeeze(1)
             parts.append(_best(scores_TC.masked_fill_(~seen_TC[rows], float("-inf")), self.top_k) & seen_TC[rows])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _halves(head_dim: int, rotary_dim: int) -> torch.Tensor:
+    """The dimensions of a head with the rotated ones, which lead, from (even, odd, even, ...) order into evens before odds."""
+    dims = torch.arange(head_dim)
+    return torch.cat((dims[0:rotary_dim:2], dims[1:rotary_dim:2], dims[rotary_dim:]))
 
 
 def _best(scores_TC: torch.Tensor, top_k: int) -> torch.Tensor:

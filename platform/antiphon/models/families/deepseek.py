@@ -14,7 +14,7 @@ from antiphon.core.errors import UnsupportedModel
 from antiphon.models.config import DecoderConfig, GateConfig, IndexConfig, LatentAttentionConfig, MoEConfig
 from antiphon.models.families.dense import decoder, dense_ffn
 from antiphon.models.families.fields import activation, refuse
-from antiphon.models.families.sparse import DEEPSEEK_NAMES, first_dense_layers, mixed_layers, num_experts
+from antiphon.models.families.sparse import DEEPSEEK_NAMES, listed_sparse_layers, mixed_layers, num_experts
 from antiphon.models.layers.rope_config import rope_config, rope_settings, rope_type
 
 _FAMILIES = {
@@ -40,7 +40,7 @@ def describe(raw: Mapping[str, Any]) -> DecoderConfig:
         shared_intermediate_size=int(raw["moe_intermediate_size"]) * int(raw.get("n_shared_experts") or 0),
     )
     refuse(raw, {"mlp_bias": False})
-    layers = mixed_layers(_sparse_layers(raw), attention, dense_ffn(raw), moe, names=DEEPSEEK_NAMES)
+    layers = mixed_layers(listed_sparse_layers(raw), attention, dense_ffn(raw), moe, names=DEEPSEEK_NAMES)
     return decoder(raw, _FAMILIES[name], layers)
 
 
@@ -49,13 +49,6 @@ def _index(raw: Mapping[str, Any]) -> IndexConfig:
     num_layers = int(raw["num_hidden_layers"])
     refuse(raw, {"layer_types": ["indexed_attention"] * num_layers})
     return IndexConfig(num_heads=int(raw["index_n_heads"]), head_dim=int(raw["index_head_dim"]), top_k=int(raw["index_topk"]))
-
-
-def _sparse_layers(raw: Mapping[str, Any]) -> list[bool]:
-    is_sparse, kinds = first_dense_layers(raw), raw.get("mlp_layer_types")
-    if kinds is not None and list(kinds) != ["sparse" if sparse else "dense" for sparse in is_sparse]:
-        raise UnsupportedModel("mlp_layer_types say otherwise than first_k_dense_replace: keep one of them", "mlp_layer_types")
-    return is_sparse
 
 
 def latent_attention(
@@ -71,6 +64,9 @@ def latent_attention(
         factor = float(rope_scaling["factor"])
         scale *= (0.1 * weight * math.log(factor) + 1.0) ** 2 if factor > 1.0 else 1.0
     q_rank = raw.get("q_lora_rank")
+    rope = rope_config(raw, rope_dim, int(raw["max_position_embeddings"]), default_theta=default_theta)
+    if rope.rotary_dim != rope_dim:
+        raise UnsupportedModel("a part of the rotated dimensions is not supported", "partial_rotary_factor")
     return LatentAttentionConfig(
         num_heads=int(raw["num_attention_heads"]),
         q_rank=None if q_rank is None else int(q_rank),
@@ -78,7 +74,7 @@ def latent_attention(
         nope_dim=nope_dim,
         rope_dim=rope_dim,
         v_dim=int(raw["v_head_dim"]),
-        rope=rope_config(raw, rope_dim, int(raw["max_position_embeddings"]), default_theta=default_theta),
+        rope=rope,
         scale=scale,
         interleaved=interleaved,
         norm_eps=1e-6,

@@ -12,15 +12,16 @@ from typing import Any
 
 from antiphon.core.errors import UnsupportedModel
 from antiphon.models.config import DecoderConfig, PredictionConfig, TensorNames
-from antiphon.models.families import deepseek, step3p7
+from antiphon.models.families import deepseek, glm_moe, step3p7
 from antiphon.models.families.fields import Fields
 
 COUNT = "num_nextn_predict_layers"
 _SHARES_HEAD: Mapping[str, bool] = {
     **dict.fromkeys(deepseek.ARCHITECTURES, True),
+    **dict.fromkeys(glm_moe.ARCHITECTURES, True),
     **dict.fromkeys(step3p7.ARCHITECTURES, False),
 }
-_LISTED = ("layer_types", "mlp_layer_types")  # of DeepSeek: they say what follows from other fields
+_LISTED = ("layer_types", "mlp_layer_types", "indexer_types")  # of DeepSeek and GLM: they say what follows from other fields
 
 
 def describe_prediction(
@@ -44,7 +45,7 @@ def describe_prediction(
     num_layers, count = int(text["num_hidden_layers"]), int(text.get(COUNT) or 0)
     if count < 1:
         raise UnsupportedModel("the checkpoint has no layers for multi-token prediction", COUNT)
-    if architecture in deepseek.ARCHITECTURES:
+    if architecture not in step3p7.ARCHITECTURES:
         text = {key: value for key, value in text.items() if key not in _LISTED}
     else:
         architecture = "Step3p5ForCausalLM"

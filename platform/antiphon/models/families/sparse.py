@@ -36,10 +36,28 @@ def qwen_sparse_layers(raw: Mapping[str, Any]) -> list[bool]:
     return [i not in dense and (i + 1) % step == 0 for i in range(int(raw["num_hidden_layers"]))]
 
 
-def first_dense_layers(raw: Mapping[str, Any]) -> list[bool]:
-    """Which layers have experts, as DeepSeek's configs and their relatives say it."""
-    first, step = int(raw.get("first_k_dense_replace") or 0), int(raw.get("moe_layer_freq") or 1)
+def first_dense_layers(raw: Mapping[str, Any], *, default: int = 0) -> list[bool]:
+    """Which layers have experts, as DeepSeek's configs and their relatives say it; ``default``: dense ones where they don't."""
+    told = raw.get("first_k_dense_replace")
+    first, step = default if told is None else int(told), int(raw.get("moe_layer_freq") or 1)
     return [i >= first and i % step == 0 for i in range(int(raw["num_hidden_layers"]))]
+
+
+def listed_sparse_layers(raw: Mapping[str, Any], *, default_first: int = 0) -> list[bool]:
+    """Which layers have experts: as ``mlp_layer_types`` lists them, else all behind the first ``first_k_dense_replace``.
+
+    Raises:
+        UnsupportedModel: the two disagree, or a layer is of a third kind.
+    """
+    kinds, first = raw.get("mlp_layer_types"), raw.get("first_k_dense_replace")
+    if kinds is not None:
+        if set(kinds) - {"sparse", "dense"} or len(kinds) != int(raw["num_hidden_layers"]):
+            raise UnsupportedModel(f"mlp_layer_types = {kinds!r} are not supported", "mlp_layer_types")
+        listed = [kind == "sparse" for kind in kinds]
+        if first is not None and listed != first_dense_layers(raw):
+            raise UnsupportedModel("mlp_layer_types say otherwise than first_k_dense_replace: keep one of them", "mlp_layer_types")
+        return listed
+    return first_dense_layers(raw, default=default_first)
 
 
 def mixed_layers(

@@ -98,6 +98,7 @@ class Rope:
         self.sin = angles.sin() * config.attention_factor
         self._cos, self._sin = self.cos.to(dtype), self.sin.to(dtype)
         self._half = len(config.inv_freq)
+        self.rotary_dim = config.rotary_dim
 
     def tables(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cos and sin, each [T, 1, R/2], for one step; every layer of the step reuses them."""

@@ -283,6 +283,51 @@ LFM2: dict[str, Any] = {
 }
 
 
+GLM_45: dict[
+    str, Any
+] = {  # GLM-4.7's file, which differs in the positions; its FP8 file also says what every model of the family does
+    "architectures": ["Glm4MoeForCausalLM"],
+    "model_type": "glm4_moe",
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "pad_token_id": 151329,
+    "eos_token_id": [151329, 151336, 151338],
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 5120,
+    "partial_rotary_factor": 0.5,
+    "initializer_range": 0.02,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 131072,
+    "moe_intermediate_size": 1536,
+    "norm_topk_prob": True,
+    "num_attention_heads": 96,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_routed_experts": 160,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.5,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+    "num_hidden_layers": 92,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "num_nextn_predict_layers": 1,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "moe_router_dtype": "float32",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_qk_norm": True,
+    "vocab_size": 151552,
+}
+GLM_45_AIR = {**GLM_45, "hidden_size": 4096, "intermediate_size": 10944, "moe_intermediate_size": 1408, "use_qk_norm": False}
+GLM_45_AIR |= {"n_routed_experts": 128, "routed_scaling_factor": 1.0, "first_k_dense_replace": 1, "num_hidden_layers": 46}
+
+
 def of(name: str, config: Any) -> dict[str, Any]:
     return {**config.to_dict(), "architectures": [name]}
 
@@ -318,6 +363,11 @@ MODELS: dict[str, tuple[Mapping[str, Any], float, float]] = {  # config; paramet
     "Step-3.5-Flash": (STEP37, 196.0, 11.0 + 1.06),
     "Step-3.7-Flash, the text of a published checkpoint": (STEP37_VL, 196.0, 11.0 + 1.06),
     "DeepSeek-V3.2": (DEEPSEEK_V32, 671.0, 37.0),  # V3's, and an indexer a layer
+    # Their cards: 355B and 32B, 106B and 12B, without embeddings; 30B and 3B, rounded down; 744B and 40B.
+    "GLM-4.5": (GLM_45, 355.0, 32.0 + 1.55),
+    "GLM-4.5-Air": (GLM_45_AIR, 106.0 + 1.24, 12.0 + 1.24),
+    "GLM-4.7-Flash": (of("Glm4MoeLiteForCausalLM", hf.Glm4MoeLiteConfig()), 30.0, 3.89),
+    "GLM-5": (of("GlmMoeDsaForCausalLM", hf.GlmMoeDsaConfig()), 744.0, 40.0),
     # arXiv 2508.10925, table 1; its activated ones leave out one of the two embeddings.
     "gpt-oss-120b": (GPT_OSS, 116.83, 5.13 + 0.58),
     "gpt-oss-20b": (GPT_OSS_20B, 20.91, 3.61 + 0.58),
