@@ -167,6 +167,19 @@ async def test_a_worker_that_ends_is_told_at_once_though_kuberay_says_nothing(tm
         assert live["status"]["summary"] == "all 0/1"
 
 
+async def test_a_deployment_hears_of_the_one_that_is_its_draft_model(tmp_path: Path) -> None:
+    async with running_world(tmp_path) as world:
+        large = document("large")
+        large["spec"]["speculation"] = {"drafter": "model", "model": {"deploymentRef": "small"}}
+        world.api.create(LLM_DEPLOYMENT, large, manager="kubectl")
+        await until(lambda: world.condition("Accepted", "large") == ("False", "ReferenceNotFound"))
+        world.api.create(LLM_DEPLOYMENT, document("small"), manager="kubectl")
+        await until(lambda: world.condition("Ready", "large") == ("True", "Ready"))
+        service = world.api.get(RAY_SERVICE, "default", "large")
+        assert service is not None
+        assert "deploymentRef" not in service["spec"]["serveConfigV2"]
+
+
 async def test_deleting_a_document_removes_everything(tmp_path: Path) -> None:
     async with running_world(tmp_path) as world:
         world.api.create(LLM_DEPLOYMENT, document(), manager="kubectl")

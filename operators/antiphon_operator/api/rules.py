@@ -61,6 +61,28 @@ LLM_RULES: tuple[Rule, ...] = (
         "an absolute path inside the image",
     ),
     Rule(
+        path="spec.speculation.model",
+        rule="has(self.uri) != has(self.deploymentRef)",
+        message="exactly one of uri and deploymentRef is needed for a draft model",
+    ),
+    Rule(
+        path="spec.speculation.model",
+        rule=f"!has(self.uri) || self.uri.matches('{URI_PATTERN}')",
+        message="speculation.model.uri must be hf://organisation/name, s3://bucket/prefix, pvc://claim/path, "
+        "pypi://package@version/file, or an absolute path inside the image",
+    ),
+    Rule(
+        path="spec.speculation.model",
+        rule="!has(self.revision) || has(self.uri)",
+        message="revision goes with uri: the deployment that deploymentRef names says its own",
+    ),
+    Rule(
+        path="",
+        rule="!has(self.spec.speculation) || !has(self.spec.speculation.model) || "
+        "!has(self.spec.speculation.model.deploymentRef) || self.spec.speculation.model.deploymentRef != self.metadata.name",
+        message="speculation.model.deploymentRef names this deployment itself: name a smaller one",
+    ),
+    Rule(
         path="spec",
         rule="self.pools.all(p, p.scaling.mode != 'SLO' || has(self.slo.ttftMs) || has(self.slo.tpotMs) || "
         "has(p.scaling.targetQueuePerWorker) || has(p.scaling.targetKvUsage))",

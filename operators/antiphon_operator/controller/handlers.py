@@ -42,6 +42,13 @@ def keys_of(body: Mapping[str, Any]) -> list[Key]:
     ]
 
 
+def drafts_with(body: Mapping[str, Any]) -> str | None:
+    """The LLMDeployment that the LLMDeployment ``body`` names as its draft model."""
+    speculation = body.get("spec", {}).get("speculation") or {}
+    name = (speculation.get("model") or {}).get("deploymentRef")
+    return None if name is None else str(name)
+
+
 class _Stopped(Exception):
     """The process was asked to end."""
 
@@ -68,6 +75,7 @@ class Controller:
         self._identity = identity
         self._queue: WorkQueue[Key] = WorkQueue(self._reconcile, num_workers=num_workers, on_pass=self._passed)
         self._compositions: set[Key] = set()
+        self._drafted_by: dict[Key, Key] = {}  # deployments, and the one that each names as its draft model
         self._resync = None if resting is None else resting(self._unsettled, self._looked)
         self._by_label = [
             LabelWatch(kube, resource, facts=facts, namespaces=self._namespaces, changed=self._unsettled)
@@ -136,6 +144,7 @@ class Controller:
                 self._compositions.add(key)
             elif key[0] == COMPOSITION.kind:
                 self._compositions.discard(key)
+            self._note_draft_model(key, body if type_ != "DELETED" else None)
             if type_ is None and self._resync is not None and key[0] == LLM_DEPLOYMENT.kind:
                 # Of what a list brings, at the start above all, most is at rest: looked at together, it costs a tenth.
                 self._resync.rest(key[1], key[2], REST_S, first_s=0.0)
@@ -145,6 +154,19 @@ class Controller:
                 for composition in self._compositions:
                     if composition[1] == key[1]:
                         self._queue.add(composition)
+                for deployment, named in self._drafted_by.items():
+                    if named == key:
+                        self._queue.add(deployment)
+
+    def _note_draft_model(self, key: Key, body: Mapping[str, Any] | None) -> None:
+        """Keep which deployment names which; None = it is gone."""
+        if key[0] != LLM_DEPLOYMENT.kind:
+            return
+        name = None if body is None else drafts_with(body)
+        if name is None:
+            self._drafted_by.pop(key, None)
+        else:
+            self._drafted_by[key] = (key[0], key[1], name)
 
     def _registry(self) -> kopf.OperatorRegistry:
         registry = kopf.OperatorRegistry()

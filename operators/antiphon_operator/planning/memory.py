@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from antiphon.core.document.pools import PoolSpec, parse_quantity
 from antiphon.core.document.spec import DEFAULT_CACHE_MEMORY, LLMDeploymentSpec
+from antiphon.core.ids import Role
 from antiphon.core.kv import num_state_slots
 
 # Seen on a cluster with Ray 2.60: a worker of 1.57 GB held 1.07 of KV cache and 0.11 of weights; beside it stood Ray's serve
@@ -30,6 +31,7 @@ class WeightSizes:
     total_bytes: int | None = None
     ffn_bytes: int | None = None
     kv_bytes_per_token: int | None = None
+    draft_bytes: int | None = None  # all of the draft model's; None = there is none, or not known
     state_bytes: int | None = None  # of a sequence at one place, of models whose layers have one; None = none, or not known
 
 
@@ -62,7 +64,10 @@ def memory_need(spec: LLMDeploymentSpec, pool: PoolSpec, sizes: WeightSizes) -> 
     """What one worker of ``pool`` needs. Weights and KV cache of a pool with cards are in their memory, not in the pod's."""
     if pool.resources.gpu:
         return MemoryNeed(weights=0, kv_cache=0)
-    return MemoryNeed(weights=_weights(pool, sizes), kv_cache=_kv_cache(spec, pool, sizes))
+    weights, drafts = _weights(pool, sizes), sizes.draft_bytes
+    if drafts is not None and Role(pool.role).generates:
+        weights = (weights or 0) + drafts
+    return MemoryNeed(weights=weights, kv_cache=_kv_cache(spec, pool, sizes))
 
 
 def _weights(pool: PoolSpec, sizes: WeightSizes) -> int | None:

@@ -23,6 +23,7 @@ from antiphon_operator.api.status import ModelArtifactStatus
 from antiphon_operator.kube.base import Kube, Object, name_of, owner_reference
 from antiphon_operator.kube.resources import CLAIM, JOB, LLM_DEPLOYMENT, MODEL_ARTIFACT, POD
 from antiphon_operator.log_fields import note_object
+from antiphon_operator.reconcile.llm.drafts import resolved
 from antiphon_operator.reconcile.llm.status import Refusal, refused_status
 from antiphon_operator.reconcile.llm.weights import place_of, uses
 from antiphon_operator.reconcile.writer import NotOurs, Writer
@@ -87,15 +88,14 @@ class ArtifactReconciler:
 
     async def _used_by(self, live: Object) -> tuple[str, ...]:
         namespace = live["metadata"]["namespace"]
-        names = []
+        documents: dict[str, LLMDeployment] = {}
         for item in (await self._kube.list(LLM_DEPLOYMENT, namespace)).items:
             try:
                 document = LLMDeployment.model_validate({k: item[k] for k in ("apiVersion", "kind", "metadata", "spec")})
             except ValidationError:
                 continue  # its own status says so
-            if uses(document, live):
-                names.append(name_of(item))
-        return tuple(sorted(names))
+            documents[name_of(item)] = document
+        return tuple(sorted(document.metadata.name for document in resolved(documents) if uses(document, live)))
 
     async def _step(
         self, writer: Writer, live: Object, document: ModelArtifact, used_by: tuple[str, ...]

@@ -21,6 +21,8 @@ from antiphon_operator.api.status import CompositionStatus, ExpertStatus
 from antiphon_operator.kube.base import Kube, Object, name_of, owner_reference
 from antiphon_operator.kube.resources import COMPOSITION, DEPLOYMENT, LLM_DEPLOYMENT, MODEL_ARTIFACT
 from antiphon_operator.log_fields import note_object
+from antiphon_operator.reconcile.llm.accept import Refused
+from antiphon_operator.reconcile.llm.drafts import with_draft_model
 from antiphon_operator.reconcile.llm.status import Refusal, refused_status
 from antiphon_operator.reconcile.llm.weights import find_weights
 from antiphon_operator.reconcile.tiers import NoTiers, TierSeen, TierSource
@@ -110,8 +112,12 @@ class CompositionReconciler:
             except ValidationError as error:
                 text = "; ".join(e["msg"] for e in error.errors(include_input=False))
                 raise SpecInvalid([Problem(path=f"LLMDeployment/{name}", message=text)]) from error
+            try:
+                member = await with_draft_model(self._kube, member)
+            except Refused as refused:
+                raise SpecInvalid([Problem(path=f"LLMDeployment/{name}", message=refused.refusal.message)]) from refused
             found = find_weights(member, artifacts.items)
-            members.append(Member(document=member, weights=found.weights, sizes=found.sizes))
+            members.append(Member(document=member, weights=found.weights, draft_weights=found.draft_weights, sizes=found.sizes))
         problems = pool_problems(document, members)
         if problems:
             raise SpecInvalid(problems)

@@ -35,6 +35,7 @@ class Member:
 
     document: LLMDeployment
     weights: Weights | None
+    draft_weights: Weights | None = None  # the same of its draft model
     sizes: WeightSizes = NOTHING_KNOWN
 
     @property
@@ -114,7 +115,7 @@ def pool_documents(router: Json, members: Sequence[Member]) -> str:
     """What the pod serves: the composition as the router reads it, and every member's document, as YAML."""
     documents = [router]
     for member in members:
-        value = worker_document(member.document, member.weights)
+        value = worker_document(member.document, member.weights, member.draft_weights)
         value["metadata"] = {"name": member.name}
         value["spec"]["endpoint"] |= {"httpPort": DEFAULT_HTTP_PORT, "grpcPort": DEFAULT_GRPC_PORT}
         documents.append(value)
@@ -128,7 +129,7 @@ def pool_volumes(composition: CompositionOfExperts, members: Sequence[Member]) -
     size = str(tiers.host_memory_bytes + _SHM_BYTES)
     volumes: list[Json] = [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": size}}]
     mounts: list[Json] = [{"name": "shm", "mountPath": "/dev/shm"}]  # noqa: S108
-    claims: Mapping[str, Weights] = {m.weights.claim: m.weights for m in members if m.weights is not None}
+    claims: Mapping[str, Weights] = {each.claim: each for m in members for each in (m.weights, m.draft_weights) if each is not None}
     for index, (claim, weights) in enumerate(sorted(claims.items())):
         name = f"weights-{index}"
         volumes.append({"name": name, "persistentVolumeClaim": {"claimName": claim, "readOnly": True}})

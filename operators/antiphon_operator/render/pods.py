@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from antiphon.core.document.policies import KubernetesSpec, TolerationSpec
 from antiphon.core.document.pools import PoolSpec, Resources, parse_quantity
 from antiphon.core.document.spec import LLMDeployment, LLMDeploymentSpec
+from antiphon.core.ids import Role
 from antiphon_operator.planning.memory import NOTHING_KNOWN, memory_need
 from antiphon_operator.render.canonical import Json
 from antiphon_operator.render.names import (
@@ -82,18 +83,21 @@ def companion_requirements(cpu: str, memory: str) -> Json:
     return {"requests": {"cpu": cpu, "memory": memory}, "limits": {"memory": memory}}
 
 
-def worker_template(document: LLMDeployment, pool: PoolSpec, runtime: Runtime, weights: Weights | None) -> Json:
-    """The pod template of one pool's worker group."""
+def worker_template(
+    document: LLMDeployment, pool: PoolSpec, runtime: Runtime, weights: Weights | None, draft_weights: Weights | None = None
+) -> Json:
+    """The pod template of one pool's worker group; only workers that generate load a draft model."""
+    mounted = [weights, draft_weights if Role(pool.role).generates else None]
     probe = {"httpGet": {"path": RAYLET_HEALTH_PATH, "port": AGENT_PORT}}
     return _template(
         document,
         group=pool.name,
         role=pool.role,
         container=_container(
-            document, "ray-worker", pool.name, runtime, worker_requirements(document.spec, pool), weights, env=pool.env
+            document, "ray-worker", pool.name, runtime, worker_requirements(document.spec, pool), mounted, env=pool.env
         )
         | {"ports": [_port("metrics", METRICS_PORT)], "readinessProbe": _probe(probe), **_alive(probe)},
-        weights=weights,
+        weights=mounted,
         shm_bytes=_shm_bytes(pool.resources.memory),
         node_selector=pool.node_selector,
         tolerations=pool.tolerations,
@@ -112,7 +116,7 @@ def gateway_template(document: LLMDeployment, settings: Settings, runtime: Runti
         document,
         group=GATEWAY,
         role=GATEWAY,
-        container=_container(document, "ray-worker", GATEWAY, runtime, requirements, weights, env={})
+        container=_container(document, "ray-worker", GATEWAY, runtime, requirements, [weights], env={})
         | {
             "ports": [
                 _port("metrics", METRICS_PORT),
@@ -124,7 +128,7 @@ def gateway_template(document: LLMDeployment, settings: Settings, runtime: Runti
             # Requests that come until every node knows that it is going are still taken; within the grace period's margin.
             "lifecycle": {"preStop": {"exec": {"command": ["sleep", str(_UNKNOWN_S)]}}},
         },
-        weights=weights,
+        weights=[weights],
         shm_bytes=_SHM_DEFAULT_BYTES,
         node_selector={},
         tolerations=(),
@@ -140,7 +144,7 @@ def head_template(document: LLMDeployment, settings: Settings, runtime: Runtime)
         document,
         group=HEAD_GROUP,
         role="head",
-        container=_container(document, "ray-head", HEAD_GROUP, runtime, requirements, None, env={})
+        container=_container(document, "ray-head", HEAD_GROUP, runtime, requirements, [], env={})
         | {
             "ports": [
                 _port("gcs", GCS_PORT),
@@ -153,12 +157,21 @@ def head_template(document: LLMDeployment, settings: Settings, runtime: Runtime)
             "readinessProbe": _probe(alive),
             **_alive(alive),
         },
-        weights=None,
+        weights=[],
         shm_bytes=_SHM_DEFAULT_BYTES,
         node_selector={},
         tolerations=(),
         token=True,
     )
+
+
+def _claims(weights: Sequence[Weights | None]) -> dict[str, Weights]:
+    """Claims by the name of their volume, each once: the model's first, then the draft model's."""
+    found: dict[str, Weights] = {}
+    for name, each in zip(("weights", "draft-weights"), weights, strict=False):
+        if each is not None and each.claim not in {other.claim for other in found.values()}:
+            found[name] = each
+    return found
 
 
 def tolerations(specs: tuple[TolerationSpec, ...]) -> list[Json]:
@@ -172,7 +185,7 @@ def _template(
     group: str,
     role: str,
     container: Json,
-    weights: Weights | None,
+    weights: Sequence[Weights | None],
     shm_bytes: int,
     node_selector: dict[str, str],
     tolerations: tuple[TolerationSpec, ...],
@@ -188,9 +201,9 @@ def _template(
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": str(shm_bytes)}},
         ],
     }
-    if weights is not None:
-        claim = {"claimName": weights.claim, "readOnly": True}
-        spec["volumes"].append({"name": "weights", "persistentVolumeClaim": claim})
+    for volume, each in _claims(weights).items():
+        claim = {"claimName": each.claim, "readOnly": True}
+        spec["volumes"].append({"name": volume, "persistentVolumeClaim": claim})
     spec["volumes"] += secret_files(_secret_files(document, group)).volumes + deployment_key(kubernetes).volumes
     if not token:
         spec["automountServiceAccountToken"] = False
@@ -221,7 +234,7 @@ def _container(
     pool: str,
     runtime: Runtime,
     resources: Json,
-    weights: Weights | None,
+    weights: Sequence[Weights | None],
     *,
     env: dict[str, str],
 ) -> Json:
@@ -242,8 +255,8 @@ def _container(
         {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108
         {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108
     ]
-    if weights is not None:
-        mounts.append({"name": "weights", "mountPath": weights.mount, "readOnly": True})
+    for volume, each in _claims(weights).items():
+        mounts.append({"name": volume, "mountPath": each.mount, "readOnly": True})
     key = deployment_key(kubernetes)
     mounts += secret_files(_secret_files(document, pool)).mounts + key.mounts
     variables += key.variables

@@ -31,10 +31,17 @@ UNBOUNDED_GROUP = 10_000  # pods of a static pool are bounded by its replicas, n
 _BOUNDS = ("replicas", "minReplicas", "maxReplicas")
 
 
-def ray_cluster(document: LLMDeployment, settings: Settings, runtime: Runtime, weights: Weights | None) -> Json:
+def ray_cluster(
+    document: LLMDeployment, settings: Settings, runtime: Runtime, weights: Weights | None, draft_weights: Weights | None = None
+) -> Json:
     """``rayClusterConfig`` of ``document`` without group bounds, see ``with_bounds``."""
     groups = [
-        _group(pool.name, pool.resources, worker_template(document, pool, runtime, weights), document.spec.kubernetes.drain_s)
+        _group(
+            pool.name,
+            pool.resources,
+            worker_template(document, pool, runtime, weights, draft_weights),
+            document.spec.kubernetes.drain_s,
+        )
         for pool in document.spec.pools
     ]
     gateway = Resources(cpu=settings.gateway_cpu, memory=settings.gateway_memory)

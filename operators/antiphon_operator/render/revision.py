@@ -38,14 +38,22 @@ class Revision:
 
 
 def render_revision(
-    document: LLMDeployment, settings: Settings, weights: Weights | None, runtime: Runtime | None = None
+    document: LLMDeployment,
+    settings: Settings,
+    weights: Weights | None,
+    runtime: Runtime | None = None,
+    *,
+    draft_weights: Weights | None = None,
 ) -> Revision:
-    """Render ``document`` with ``runtime``, or the operator's present defaults when it is None."""
+    """Render ``document`` with ``runtime``, or the operator's present defaults when it is None.
+
+    ``draft_weights``: of its draft model, which the document names by uri.
+    """
     used = runtime if runtime is not None else settings.runtime
     return Revision(
-        name=source_fingerprint(document, weights),
-        ray_cluster=ray_cluster(document, settings, used, weights),
-        application=application(document, settings, weights),
+        name=source_fingerprint(document, weights, draft_weights),
+        ray_cluster=ray_cluster(document, settings, used, weights, draft_weights),
+        application=application(document, settings, weights, draft_weights),
         gpus_per_worker={pool.name: pool.resources.gpu for pool in document.spec.pools},
     )
 

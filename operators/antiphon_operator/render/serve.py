@@ -32,8 +32,8 @@ STOP_MARGIN_S = 10.0  # a replica gets this much longer than the requests in it,
 _ANY_ADDRESS = "0.0.0.0"  # noqa: S104 - pods listen on their own address
 
 
-def worker_document(document: LLMDeployment, weights: Weights | None) -> Json:
-    """The document as workers read it: sizes at one copy, pod addresses, the weights' place in the pod."""
+def worker_document(document: LLMDeployment, weights: Weights | None, draft_weights: Weights | None = None) -> Json:
+    """The document as workers read it: sizes at one copy, pod addresses, the weights' places in the pod."""
     fields = document.spec.model_fields_set | set(type(document.spec).model_fields)
     spec: Json = document.spec.model_dump(
         mode="json", by_alias=True, exclude_none=True, exclude=set(OPERATOR_FIELDS) & fields | {"pools"}
@@ -58,18 +58,20 @@ def worker_document(document: LLMDeployment, weights: Weights | None) -> Json:
         spec["endpoint"]["wakeTimeoutS"] = document.spec.wake_timeout_s  # the gateway does not see which pools may sleep
     if weights is not None:
         spec["model"]["uri"] = weights.directory
+    if draft_weights is not None:
+        spec["speculation"]["model"]["uri"] = draft_weights.directory
     metadata: Json = {"name": document.metadata.name}
     if document.metadata.namespace is not None:
         metadata["namespace"] = document.metadata.namespace
     return {"apiVersion": document.api_version, "kind": document.kind, "metadata": metadata, "spec": spec}
 
 
-def application(document: LLMDeployment, settings: Settings, weights: Weights | None) -> Json:
+def application(document: LLMDeployment, settings: Settings, weights: Weights | None, draft_weights: Weights | None = None) -> Json:
     """The Serve application of ``document`` without sizes, see ``serve_config``."""
     drain_s = document.spec.kubernetes.drain_s
     deployments = [_deployment(pool.name, pool.resources, drain_s) for pool in document.spec.pools]
     deployments.append(_deployment(GATEWAY, Resources(cpu=settings.gateway_cpu, memory=settings.gateway_memory), drain_s))
-    value = worker_document(document, weights)
+    value = worker_document(document, weights, draft_weights)
     # Every part tells it on: whether a change in place has reached them all is known by nothing else.
     value["metadata"]["annotations"] = {REVISION_ANNOTATION: fingerprint([value, drain_s])}
     return {
@@ -113,7 +115,7 @@ def serve_revision(config: str) -> str:
     return fingerprint(config)
 
 
-def source_fingerprint(document: LLMDeployment, weights: Weights | None) -> str:
+def source_fingerprint(document: LLMDeployment, weights: Weights | None, draft_weights: Weights | None = None) -> str:
     """Names the revision: all of the document that reaches workers or pods, sizes and the operator's own policies aside.
 
     Only fields that the document sets count, so that a newer operator with more defaults makes no new revision.
@@ -134,7 +136,8 @@ def source_fingerprint(document: LLMDeployment, weights: Weights | None) -> str:
     if route is not None and not kubernetes:
         del spec["kubernetes"]
     place = None if weights is None else [weights.claim, weights.path]
-    return fingerprint([document.metadata.name, spec, place])
+    drafts = [] if draft_weights is None else [[draft_weights.claim, draft_weights.path]]
+    return fingerprint([document.metadata.name, spec, place, *drafts])
 
 
 def sizes_of(document: LLMDeployment) -> dict[str, int]:

@@ -38,6 +38,10 @@ def _pools(*items: dict[str, Any], topology: str = "afd", **spec: Any) -> dict[s
     return _llm(topology, **{**spec, "pools": list(items)})
 
 
+def _drafting(**model: Any) -> dict[str, Any]:
+    return _llm(speculation={"drafter": "model", "model": model})
+
+
 _A = {"name": "attention", "role": "attention"}
 _F = {"name": "ffn", "role": "ffn"}
 
@@ -112,6 +116,10 @@ CASES: dict[str, dict[str, tuple[Case, Case]]] = {
         ),
         "topology pd needs a pool with role decode": (_llm("pd"), _pools({"name": "p", "role": "prefill"}, topology="pd")),
         "topology monolith needs a pool with role monolith": (_llm("monolith"), _pools(_A, topology="monolith")),
+        "exactly one of uri and deploymentRef": (_drafting(deploymentRef="small"), _drafting(uri="/s", deploymentRef="small")),
+        "speculation.model.uri must be": (_drafting(uri="pvc://disk/s"), _drafting(uri="SmolLM")),
+        "revision goes with uri": (_drafting(uri="/s", revision="v1"), _drafting(deploymentRef="small", revision="v1")),
+        "speculation.model.deploymentRef names": (_drafting(deploymentRef="small"), _drafting(deploymentRef="demo")),
         "model.numExperts must divide": (
             _pools(_A, {**_F, "replicas": 4, "parallelism": {"expert": 4}}, model={"uri": "/m", "numExperts": 8}),
             _pools(_A, {**_F, "replicas": 4, "parallelism": {"expert": 4}}, model={"uri": "/m", "numExperts": 6}),

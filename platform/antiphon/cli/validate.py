@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from antiphon.apps.serve.deployment_set import unknown_references
+from antiphon.apps.serve.deployment_set import unknown_draft_models, unknown_references
 from antiphon.cli.errors import problem_line
 from antiphon.core.device import device_problems
 from antiphon.core.document.composition import CompositionOfExperts
@@ -67,14 +67,14 @@ def _devices(documents: list[Document], sources: list[str]) -> list[Problem]:
 
 
 def _misfits(documents: list[Document], sources: list[str]) -> list[Problem]:
-    """Experts whose deployment is in none of the files, or can't share memory with the others as the composition's tiers ask.
+    """Experts and draft models whose deployment is in none of the files, or experts that can't share memory as tiers ask.
 
-    A call without deployments has nothing to compare with.
+    A call without deployments has nothing to compare with; one deployment alone may draft with another that is not shown.
     """
     deployments = [document for document in documents if isinstance(document, LLMDeployment)]
     if not deployments:
         return []
-    return [
+    return ([] if len(deployments) == 1 else unknown_draft_models(deployments)) + [
         dataclasses.replace(problem, source=source)
         for document, source in zip(documents, sources, strict=True)
         if isinstance(document, CompositionOfExperts)

@@ -41,13 +41,10 @@ def accept(live: Object, runtime: Runtime) -> LLMDeployment:
         first = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors(include_input=False)]
         raise Refused(Reason.INVALID_SPEC, "; ".join(first)[:900]) from error
     ports = (http_port(document), grpc_port(document))
-    uri = document.spec.model.uri
-    if not re.match(URI_PATTERN, uri):
-        raise Refused(Reason.INVALID_SPEC, f"model.uri: {uri!r} is neither an absolute path nor hf://, s3://, pvc:// or pypi://")
-    speculation = document.spec.speculation
-    if speculation is not None and speculation.model is not None and not speculation.model.uri.startswith("/"):
-        message = f"speculation.model.uri: {speculation.model.uri!r} is no absolute path; draft models are not fetched"
-        raise Refused(Reason.INVALID_SPEC, message)
+    draft = None if document.spec.speculation is None else document.spec.speculation.model
+    for field, uri in (("model.uri", document.spec.model.uri), ("speculation.model.uri", None if draft is None else draft.uri)):
+        if uri is not None and not re.match(URI_PATTERN, uri):
+            raise Refused(Reason.INVALID_SPEC, f"{field}: {uri!r} is neither an absolute path nor hf://, s3://, pvc:// or pypi://")
     lowest, highest = RAY_WORKER_PORTS
     if ports[0] == ports[1] or any(port in RESERVED_PORTS or lowest <= port <= highest for port in ports):
         listed = ", ".join(str(port) for port in sorted(RESERVED_PORTS))

@@ -36,6 +36,7 @@ from antiphon_operator.planning.rollout import Action, Step, World, next_step
 from antiphon_operator.reconcile.gateways import GatewaySource
 from antiphon_operator.reconcile.llm.accept import Refused, accept
 from antiphon_operator.reconcile.llm.children import apply_children, tell_children
+from antiphon_operator.reconcile.llm.drafts import with_draft_model
 from antiphon_operator.reconcile.llm.gateway_api import GatewayObjects, apply_gateway_objects
 from antiphon_operator.reconcile.llm.pools import PoolsPlan, plan_pools
 from antiphon_operator.reconcile.llm.proof import with_proof
@@ -140,6 +141,7 @@ class LLMReconciler:
         document: LLMDeployment | None = None
         try:
             document = accept(live, self._settings.runtime)
+            document = await with_draft_model(self._kube, document)
             world = await self._read(live, document)
             weights = await self._weights(document)
             return await self._act(writer, world, weights)
@@ -255,7 +257,7 @@ class LLMReconciler:
 
     def _revision(self, world: _World, found: Found) -> Revision:
         """The revision of the document, as it was first rendered; a newer operator's rendering is not taken for it."""
-        rendered = render_revision(world.document, self._settings, found.weights)
+        rendered = render_revision(world.document, self._settings, found.weights, draft_weights=found.draft_weights)
         kept = world.revisions.get(rendered.name)
         return rendered if kept is None else from_object(kept)
 

@@ -7,7 +7,7 @@ left to the workers. Must not know: how weights are downloaded.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from antiphon.core.document.spec import LLMDeployment
@@ -23,14 +23,27 @@ class Found:
     """Where the weights are, and whether they are."""
 
     weights: Weights | None
-    model: ModelState
+    model: ModelState  # of both
+    draft_weights: Weights | None = None  # of the draft model, where the document has one on a claim
     sizes: WeightSizes = NOTHING_KNOWN
 
 
 def uses(document: LLMDeployment, artifact: Object) -> bool:
-    """True when ``document`` is served from ``artifact``."""
-    spec, model = artifact["spec"], document.spec.model
-    return bool(spec["uri"] == model.uri and spec.get("revision") == model.revision)
+    """True when ``document`` is served from ``artifact``, or drafted for."""
+    return any(_is_of(artifact, uri, revision) for uri, revision in _sources(document))
+
+
+def _sources(document: LLMDeployment) -> list[tuple[str, str | None]]:
+    """Uri and revision of the model and, behind it, of the draft model, where that is resolved."""
+    model, speculation = document.spec.model, document.spec.speculation
+    found = [(model.uri, model.revision)]
+    if speculation is not None and speculation.model is not None and speculation.model.uri is not None:
+        found.append((speculation.model.uri, speculation.model.revision))
+    return found
+
+
+def _is_of(artifact: Object, uri: str, revision: str | None) -> bool:
+    return bool(artifact["spec"]["uri"] == uri and artifact["spec"].get("revision") == revision)
 
 
 def place_of(artifact: Object) -> Weights:
@@ -48,12 +61,24 @@ def _in_place(uri: str) -> Weights:
 
 
 def find_weights(document: LLMDeployment, artifacts: Iterable[Object]) -> Found:
-    """The weights of ``document`` among ``artifacts``."""
+    """The weights of ``document``, whose draft model is resolved, and of that, among ``artifacts``."""
+    known = [artifact for artifact in artifacts if "deletionTimestamp" not in artifact["metadata"]]
+    found, *drafts = [_find(uri, revision, known) for uri, revision in _sources(document)]
+    if not drafts:
+        return found
+    draft, model = drafts[0], found.model
+    if model.ready and not draft.model.ready:
+        model = ModelState(ready=False, reason=draft.model.reason, message=f"draft model: {draft.model.message}")
+    sizes = replace(found.sizes, draft_bytes=draft.sizes.total_bytes)
+    return Found(weights=found.weights, model=model, draft_weights=draft.weights, sizes=sizes)
+
+
+def _find(uri: str, revision: str | None, artifacts: Iterable[Object]) -> Found:
     for artifact in artifacts:
-        if uses(document, artifact) and "deletionTimestamp" not in artifact["metadata"]:
+        if _is_of(artifact, uri, revision):
             return _of_artifact(artifact)
-    if document.spec.model.uri.startswith("pvc://"):
-        weights = _in_place(document.spec.model.uri)
+    if uri.startswith("pvc://"):
+        weights = _in_place(uri)
         cached = ModelState(ready=True, reason=Reason.CACHED, message=f"claim {weights.claim}")
         return Found(weights=weights, model=cached)
     direct = ModelState(ready=True, reason=Reason.DIRECT, message="workers fetch the weights themselves")
@@ -64,8 +89,7 @@ def model_of_refused(live: Object, artifacts: Iterable[Object]) -> ModelState | 
     """Where the weights stand that ``live`` names, though nothing is done for it; None when no artifact speaks of them."""
     model = live["spec"].get("model", {})
     for artifact in artifacts:
-        same = (artifact["spec"]["uri"], artifact["spec"].get("revision")) == (model.get("uri"), model.get("revision"))
-        if same and "deletionTimestamp" not in artifact["metadata"]:
+        if _is_of(artifact, model.get("uri"), model.get("revision")) and "deletionTimestamp" not in artifact["metadata"]:
             return _of_artifact(artifact).model
     return None
 

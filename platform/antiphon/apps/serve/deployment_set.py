@@ -17,8 +17,8 @@ from antiphon.core.device import device_problems
 from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.core.document.loading import Document
 from antiphon.core.document.serving import EndpointSpec
-from antiphon.core.document.spec import LLMDeployment
-from antiphon.core.errors import Problem, SpecInvalid
+from antiphon.core.document.spec import DRAFT_REFERENCE, LLMDeployment
+from antiphon.core.errors import InvalidInput, Problem, SpecInvalid, UnknownModel
 from antiphon.core.tiers import tier_problems
 
 
@@ -118,6 +118,7 @@ def serving_of(documents: Sequence[Document], source: str) -> Serving:
         *_nothing(documents, deployments, compositions),
         *_repeated(deployments, compositions),
         *unknown_references(deployments, compositions),
+        *unknown_draft_models(deployments),
         *tier_problems(deployments, compositions),
         *_devices(deployments),
     ]
@@ -132,6 +133,8 @@ def serving_of(documents: Sequence[Document], source: str) -> Serving:
         redis_url = deployments[0].spec.directory.redis_url
     if problems:
         raise SpecInvalid([replace(problem, source=source) for problem in problems])
+    known = {document.metadata.name: document for document in deployments}
+    deployments = tuple(document.with_draft_model(known) for document in deployments)
     return Serving(deployments=deployments, compositions=compositions, endpoint=endpoint, redis_url=redis_url)
 
 
@@ -188,6 +191,20 @@ def unknown_references(deployments: Sequence[LLMDeployment], compositions: Seque
         for index, expert in enumerate(composition.spec.experts)
         if expert.deployment_ref is not None and expert.deployment_ref not in known
     ]
+
+
+def unknown_draft_models(deployments: Sequence[LLMDeployment]) -> list[Problem]:
+    """Draft models that name a deployment which is not among these, or can't draft."""
+    known = {document.metadata.name: document for document in deployments}
+    found = []
+    for document in deployments:
+        try:
+            document.with_draft_model(known)
+        except UnknownModel as error:
+            found.append(_problem(document, DRAFT_REFERENCE, f"{error} in the files; there are {', '.join(known)}"))
+        except InvalidInput as error:
+            found.append(_problem(document, DRAFT_REFERENCE, str(error)))
+    return found
 
 
 def _merged(parts: Sequence[tuple[str, str, EndpointSpec]]) -> tuple[dict[str, Any], list[Problem]]:

@@ -134,10 +134,10 @@ class ServeSession:
                 model = document.spec.model
                 step(f"Looking for {model.uri}")
                 checkpoints[document.metadata.name] = str(resolve(model.uri, model.revision, watch=watch))
-                speculation = document.spec.speculation
-                if speculation is not None and speculation.model is not None:  # workers find it where it was put
-                    step(f"Looking for {speculation.model.uri}")
-                    resolve(speculation.model.uri, speculation.model.revision, watch=watch)
+                draft = document.spec.speculation.model if document.spec.speculation is not None else None
+                if draft is not None and draft.uri is not None:  # workers find it where it was put
+                    step(f"Looking for {draft.uri}")
+                    resolve(draft.uri, draft.revision, watch=watch)
         self._serving = replace(self._serving, checkpoints=checkpoints)
         check(self._serving)
         self._check_artifacts(step)

@@ -40,18 +40,28 @@ class DoorTlsSpec(Model):
 class DraftModelSpec(Model):
     """A small model with the same vocabulary, which each generating worker runs beside the larger one."""
 
-    uri: Line = Field(description="Where its checkpoint is, as in model.uri; on Kubernetes a path.", min_length=1, max_length=1024)
+    uri: Line | None = Field(
+        default=None,
+        description="Where its checkpoint is, as in model.uri; None = deploymentRef says it.",
+        min_length=1,
+        max_length=1024,
+    )
     revision: Line | None = Field(default=None, description="Revision of the checkpoint; None = the uri's default.", max_length=128)
+    deployment_ref: Line | None = Field(
+        default=None,
+        description="metadata.name of another LLMDeployment, whose checkpoint it is (Kubernetes, and serve of both documents): its "
+        "workers are not asked; None = uri.",
+        min_length=1,
+        max_length=63,
+    )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _is_no_deployment(cls, value: object) -> object:
-        if isinstance(value, dict) and "deployment" in value:
-            raise ValueError(
-                "deployment: drafts of another LLMDeployment are not built: each would wait for a request over the network, longer "
-                "than the step that it is to save; give the draft model's uri"
-            )
-        return value
+    @model_validator(mode="after")
+    def _is_somewhere(self) -> DraftModelSpec:
+        if (self.uri is None) == (self.deployment_ref is None):
+            raise FieldsError([("deploymentRef", "exactly one of uri and deploymentRef is needed")])
+        if self.revision is not None and self.uri is None:
+            raise FieldsError([("revision", "goes with uri; the deployment says its own")])
+        return self
 
 
 class SpeculationSpec(Model):

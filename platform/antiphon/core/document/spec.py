@@ -15,7 +15,7 @@ Must not know: how pools are started, or any transport.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Literal
 
@@ -34,10 +34,12 @@ from antiphon.core.document.policies import (
     SloSpec,
 )
 from antiphon.core.document.pools import PoolSpec, Quantity, parse_quantity
-from antiphon.core.document.serving import DirectorySpec, EndpointSpec, SchedulerSpec, SpeculationSpec
+from antiphon.core.document.serving import DirectorySpec, DraftModelSpec, EndpointSpec, SchedulerSpec, SpeculationSpec
+from antiphon.core.errors import InvalidInput, UnknownModel
 from antiphon.core.ids import Role
 
 GROUP = "serving.antiphon.dev"
+DRAFT_REFERENCE = "spec.speculation.model.deploymentRef"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
 DEFAULT_CACHE_MEMORY = "1Gi"
@@ -316,6 +318,40 @@ class LLMDeployment(Model):
     kind: Literal["LLMDeployment"] = Field(description="The kind.")
     metadata: Metadata = Field(description="Name, namespace, labels and annotations.", strict=False)
     spec: LLMDeploymentSpec = Field(description="What to serve and on which pools.")
+
+    @model_validator(mode="after")
+    def _drafts_with_another(self) -> LLMDeployment:
+        if self.draft_reference == self.metadata.name:
+            raise FieldsError([(DRAFT_REFERENCE, "a model that drafts for itself saves nothing: name another deployment")])
+        return self
+
+    @property
+    def draft_reference(self) -> str | None:
+        """The LLMDeployment whose checkpoint drafts; None where the document itself says where its draft model is, or has none."""
+        speculation = self.spec.speculation
+        return None if speculation is None or speculation.model is None else speculation.model.deployment_ref
+
+    def with_draft_model(self, known: Mapping[str, LLMDeployment]) -> LLMDeployment:
+        """The document with the checkpoint of the deployment that its draft model names, where it names one.
+
+        Args:
+            known: by metadata.name, those in reach.
+
+        Raises:
+            InvalidInput: it names one that writes no text; the field is told.
+            UnknownModel: there is none of that name.
+        """
+        name, speculation = self.draft_reference, self.spec.speculation
+        if name is None or speculation is None:
+            return self
+        if name not in known:
+            raise UnknownModel(f"there is no LLMDeployment {name!r}", DRAFT_REFERENCE)
+        model = known[name].spec.model
+        if model.task in ("embed", "rerank"):
+            raise InvalidInput(f"LLMDeployment {name!r} has the task {model.task}: it writes no text", DRAFT_REFERENCE)
+        draft = DraftModelSpec(uri=model.uri, revision=model.revision)
+        resolved = speculation.model_copy(update={"model": draft})
+        return self.model_copy(update={"spec": self.spec.model_copy(update={"speculation": resolved})})
 
     @property
     def model_name(self) -> str:

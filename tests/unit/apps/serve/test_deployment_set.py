@@ -7,6 +7,7 @@ import pytest
 
 from antiphon.apps.serve.deployment_set import Serving, serving_of
 from antiphon.core.document.loading import Document, parse_object
+from antiphon.core.document.spec import LLMDeployment
 from antiphon.core.errors import SpecInvalid
 
 HEAD = {"apiVersion": "serving.antiphon.dev/v1alpha1"}
@@ -87,3 +88,32 @@ def test_what_one_document_says_of_the_gateway_holds_for_all() -> None:
 def test_files_with_nothing_to_serve_are_refused() -> None:
     artifact = parse_object({**HEAD, "kind": "ModelArtifact", "metadata": {"name": "w"}, "spec": {"uri": "hf://a/b"}}, "test")
     assert "there are ModelArtifact/w" in problems(artifact)
+
+
+def drafting(name: str, reference: str, **spec: Any) -> Document:
+    return llm(name, speculation={"drafter": "model", "model": {"deploymentRef": reference}}, **spec)
+
+
+def test_a_deployment_drafts_with_the_checkpoint_of_another() -> None:
+    small = llm("small")
+    assert isinstance(small, LLMDeployment)
+    model = small.spec.model.model_copy(update={"uri": "hf://a/small", "revision": "v1"})
+    small = small.model_copy(update={"spec": small.spec.model_copy(update={"model": model})})
+    serving = Serving.from_json(serving_of([drafting("large", "small"), small], "a.yaml").to_json())
+    speculation = serving.deployments[0].spec.speculation
+    assert speculation is not None
+    assert speculation.model is not None
+    assert (speculation.model.uri, speculation.model.revision) == ("hf://a/small", "v1")
+
+
+def test_a_draft_model_that_is_not_there_or_writes_no_text_is_refused_with_its_field() -> None:
+    field = "LLMDeployment/large: spec.speculation.model.deploymentRef"
+    assert f"a.yaml {field} there is no LLMDeployment 'small' in the files; there are large" in problems(drafting("large", "small"))
+    small = llm("small")
+    assert isinstance(small, LLMDeployment)
+    model = small.spec.model.model_copy(update={"task": "embed"})
+    small = small.model_copy(update={"spec": small.spec.model_copy(update={"model": model})})
+    assert f"{field} LLMDeployment 'small' has the task embed" in problems(drafting("large", "small"), small)
+    with pytest.raises(SpecInvalid, match="drafts for itself") as caught:
+        drafting("large", "large")
+    assert caught.value.problems[0].path == "spec.speculation.model.deploymentRef"

@@ -86,7 +86,7 @@ def test_a_rule_refuses_its_bad_document(kind: str, rule: Rule) -> None:
 
 
 # A laptop takes relative paths, and its ports are not shared with Ray's.
-CLUSTER_ONLY = ("model.uri must be", "endpoint.httpPort and endpoint.grpcPort")
+CLUSTER_ONLY = ("model.uri must be", "speculation.model.uri must be", "endpoint.httpPort and endpoint.grpcPort")
 
 
 @pytest.mark.parametrize(("kind", "rule"), ALL_RULES)

@@ -1040,3 +1040,82 @@ async def test_log_lines_carry_generation_and_revision_also_those_of_failures(cl
     (failed,) = [line for line in lines if line["message"].startswith("reconcile failed")]
     assert (failed["object"], failed["generation"]) == ("LLMDeployment/default/demo", "2")
     assert failed["revision"] != revision, "the revision being brought in is meant"
+
+
+def drafting() -> dict[str, Any]:
+    return {"drafter": "model", "model": {"deploymentRef": "small"}}
+
+
+def small(cluster: Cluster, uri: str = "hf://a/small", **model: Any) -> dict[str, Any]:
+    value = {"model": {"uri": uri, **model}, "pools": [{"name": "monolith", "role": "monolith"}], "suspend": True}
+    return cluster.api.create(LLM_DEPLOYMENT, {"metadata": {"name": "small", "namespace": "default"}, "spec": value})
+
+
+def containers(cluster: Cluster) -> dict[str, dict[str, str]]:
+    """Claims by mount path, for each worker group."""
+    found = {}
+    for group in cluster.ray_service["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if "persistentVolumeClaim" in v}
+        mounts = pod["containers"][0]["volumeMounts"]
+        found[group["groupName"]] = {m["mountPath"]: claims[m["name"]] for m in mounts if m["name"] in claims}
+    return found
+
+
+def test_a_draft_model_that_names_a_deployment_is_fetched_from_where_that_ones_weights_are(cluster: Cluster) -> None:
+    """Whether the other one runs does not matter; only workers that generate have its claim."""
+    small(cluster, revision="v1")
+    artifact = {"metadata": {"name": "drafts", "namespace": "default"}, "spec": {"uri": "hf://a/small", "revision": "v1"}}
+    made = cluster.api.create(MODEL_ARTIFACT, artifact)
+    cluster.edit(lambda s: s.update(speculation=drafting()))
+    cluster.run(3)
+    assert cluster.condition("ModelReady") == ("False", "Downloading")
+    assert cluster.message("ModelReady").startswith("draft model: ModelArtifact drafts")
+    assert cluster.api.list(RAY_SERVICE, "default").items == ()
+    cluster.api.update(MODEL_ARTIFACT, {**made, "status": {"phase": "Cached"}}, manager="x", subresource="status")
+    cluster.run()
+    assert cluster.condition("Ready") == ("True", "Ready")
+    (application,) = yaml.safe_load(cluster.ray_service["spec"]["serveConfigV2"])["applications"]
+    document = application["args"]["document"]["spec"]
+    assert document["model"]["uri"] == "/models/smol"
+    assert document["speculation"]["model"] == {"uri": "/models/drafts/artifacts/drafts", "revision": "v1"}
+    assert containers(cluster) == {"attention": {"/models/drafts": "drafts"}, "ffn": {}, "gateway": {}}
+
+
+def test_another_checkpoint_of_the_deployment_that_drafts_is_a_new_revision(cluster: Cluster) -> None:
+    value = small(cluster, "pvc://disk/small/1")
+    cluster.edit(lambda s: s.update(speculation=drafting()))
+    cluster.run()
+    before = cluster.live["status"]["revision"]
+    value["spec"] |= {"model": {"uri": "pvc://disk/small/1", "name": "anything"}, "suspend": False}
+    value = cluster.api.update(LLM_DEPLOYMENT, value, manager="kubectl")
+    cluster.run()
+    assert cluster.live["status"]["revision"] == before, "what does not draft makes no revision"
+    value["spec"]["model"]["uri"] = "pvc://disk/small/2"
+    cluster.api.update(LLM_DEPLOYMENT, value, manager="kubectl")
+    cluster.run()
+    assert cluster.live["status"]["revision"] != before
+    assert "/models/disk/small/2" in cluster.ray_service["spec"]["serveConfigV2"]
+    assert cluster.condition("Ready") == ("True", "Ready")
+
+
+def test_a_claim_that_model_and_draft_model_share_is_mounted_once(cluster: Cluster) -> None:
+    cluster.edit(lambda s: s.update(model={"uri": "pvc://disk/large", "name": "smol"}))
+    cluster.edit(lambda s: s.update(speculation={"drafter": "model", "model": {"uri": "pvc://disk/small"}}))
+    cluster.run()
+    assert containers(cluster) == {group: {"/models/disk": "disk"} for group in ("attention", "ffn", "gateway")}
+    assert "/models/disk/small" in cluster.ray_service["spec"]["serveConfigV2"]
+
+
+def test_a_draft_model_that_can_t_be_had_is_told_and_what_runs_goes_on(cluster: Cluster) -> None:
+    cluster.run()
+    running = cluster.ray_service["spec"]
+    cluster.edit(lambda s: s.update(speculation=drafting()))
+    cluster.run(2)
+    assert cluster.condition("Accepted") == ("False", "ReferenceNotFound")
+    assert cluster.message("Accepted").startswith("spec.speculation.model.deploymentRef: there is no LLMDeployment 'small'")
+    small(cluster, task="embed")
+    cluster.run(2)
+    assert cluster.condition("Accepted") == ("False", "InvalidSpec")
+    assert "it writes no text" in cluster.message("Accepted")
+    assert cluster.ray_service["spec"] == running

@@ -415,3 +415,18 @@ def test_a_percentile_is_of_what_came_since_the_last_scrape() -> None:
     now = {0.1: 100.0, 0.2: 120.0, float("inf"): 120.0}
     assert percentile_ms(now, before) == pytest.approx(195.0)
     assert percentile_ms(now, now) is None
+
+
+def test_an_artifact_is_used_by_who_drafts_with_it(cluster: Cluster) -> None:
+    cluster.create(LLM_DEPLOYMENT, "small", {"model": {"uri": "hf://a/small"}, "pools": [{"name": "a", "role": "monolith"}]})
+    pools = [{"name": "a", "role": "monolith"}]
+    for name, model in (
+        ("large", {"deploymentRef": "small"}),
+        ("larger", {"uri": "hf://a/small"}),
+        ("lost", {"deploymentRef": "x"}),
+    ):
+        speculation = {"drafter": "model", "model": model}
+        cluster.create(LLM_DEPLOYMENT, name, {"model": {"uri": "/m"}, "pools": pools, "speculation": speculation})
+    cluster.create(MODEL_ARTIFACT, "weights", {"uri": "hf://a/small"})
+    keep(cluster)
+    assert cluster.get(MODEL_ARTIFACT, "weights")["status"]["usedBy"] == ["large", "larger", "small"]

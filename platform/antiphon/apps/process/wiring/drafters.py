@@ -52,6 +52,11 @@ def build_drafter(spec: SpeculationSpec, facts: ModelFacts, halves: AttentionHal
 def _draft_model(spec: SpeculationSpec, facts: ModelFacts) -> LocalDecoder:
     assert spec.model is not None  # the document's own check
     field = f"{FIELD}.model"
+    if spec.model.uri is None:
+        raise InvalidInput(
+            f"LLMDeployment {spec.model.deployment_ref!r} is known where both documents are: to serve, and to the operator",
+            f"{field}.deploymentRef",
+        )
     try:
         checkpoint = Checkpoint.open(resolve(spec.model.uri, spec.model.revision))
         config = describe(checkpoint.config)

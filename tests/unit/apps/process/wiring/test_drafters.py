@@ -51,6 +51,12 @@ def test_a_draft_model_that_is_not_there_and_too_many_layers_are_refused(tiny: P
     assert "2" in str(error)
 
 
+def test_a_deployment_that_nobody_looked_up_is_refused(tiny: Path) -> None:
+    error = refused(tiny, drafter="model", model={"deploymentRef": "small"})
+    assert error.field == "spec.speculation.model.deploymentRef"
+    assert "'small'" in str(error)
+
+
 @pytest.mark.parametrize(
     ("section", "field"),
     [
@@ -59,6 +65,9 @@ def test_a_draft_model_that_is_not_there_and_too_many_layers_are_refused(tiny: P
         ({"drafter": "mtp", "layers": 2}, "layers"),
         ({"model": {"uri": "/m"}}, "model"),
         ({"drafter": "model", "model": {"deployment": "small"}}, "deployment"),
+        ({"drafter": "model", "model": {}}, "deploymentRef"),
+        ({"drafter": "model", "model": {"uri": "/m", "deploymentRef": "small"}}, "deploymentRef"),
+        ({"drafter": "model", "model": {"revision": "v1", "deploymentRef": "small"}}, "revision"),
         ({"drafter": "eagle"}, "drafter"),
     ],
 )
