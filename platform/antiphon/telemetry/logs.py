@@ -78,6 +78,10 @@ def configure_logging(
         logging.getLogger(name).setLevel(number)
 
 
+# Where some readers end a line, besides what JSON escapes by itself.
+_LINE_ENDS = {ord(each): f"\\u{ord(each):04x}" for each in "\x7f\x85\u2028\u2029"}
+
+
 class _Handler(logging.StreamHandler[TextIO]):
     """Marks the handler as ours, so that configuring again replaces it and no other."""
 
@@ -102,7 +106,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info is not None and record.exc_info[0] is not None:
             line["error"] = "".join(traceback.format_exception(*record.exc_info)).rstrip()
-        return json.dumps(line, default=str, ensure_ascii=False)
+        return json.dumps(line, default=str, ensure_ascii=False).translate(_LINE_ENDS)
 
 
 class TextFormatter(logging.Formatter):
@@ -121,7 +125,9 @@ class TextFormatter(logging.Formatter):
         tail = "".join(f" {key}={_printable(str(value))}" for key, value in fields.items())
         head = f"{_timestamp(record)[11:23]} {record.levelname:<7} {record.name}: {_printable(record.getMessage())}"
         if record.exc_info is not None and record.exc_info[0] is not None:
-            tail += "\n" + "".join(traceback.format_exception(*record.exc_info)).rstrip()
+            # Set in, so that no line of an error that quotes a client can pass for one of ours.
+            lines = "".join(traceback.format_exception(*record.exc_info)).rstrip().split("\n")
+            tail += "".join(f"\n  {_printable(line)}" for line in lines)
         return head + tail
 
 

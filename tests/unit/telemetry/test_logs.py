@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from antiphon.telemetry import configure_logging, log_context
+from antiphon.telemetry.logs import JsonFormatter, TextFormatter
 
 log = logging.getLogger("antiphon.test")
 
@@ -120,3 +121,17 @@ def test_private_fields_that_libraries_add_are_left_out(out: io.StringIO) -> Non
     (line,) = lines(out)
     assert line["rows"] == 2
     assert "_stamped_by_a_library_ns" not in line
+
+
+def test_an_error_that_quotes_a_client_forges_no_line() -> None:
+    forged = "2026-01-01T00:00:00Z ERROR forged"
+    try:
+        raise ValueError(f"x\n{forged}\r{forged}\u2028{forged}\x1b[2J")
+    except ValueError as error:
+        info = (type(error), error, error.__traceback__)
+    record = logging.LogRecord("a", logging.ERROR, "f", 1, "failed: %s", (f"y\n{forged}\u2028{forged}",), info)
+    for line in TextFormatter({}).format(record).splitlines():
+        assert not line.startswith(forged)
+        assert line.isprintable()
+    (line,) = JsonFormatter({}).format(record).splitlines()
+    assert json.loads(line)["message"] == f"failed: y\n{forged}\u2028{forged}"
