@@ -30,6 +30,7 @@ from antiphon.cache_root import cache_root
 from antiphon.client import Client
 from antiphon.core.errors import CheckpointInvalid, DeadlineExceeded
 from antiphon.models.loading.source import resolve
+from antiphon.testing import write_tiny_llama
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
@@ -486,6 +487,31 @@ def test_a_wrong_document_starts_nothing(tmp_path: Path) -> None:
     with serve(document=make_document(tmp_path, role="attention")) as running:
         assert running.wait(60) == 1
         assert "topology monolith needs a pool with role monolith" in running.output
+
+
+def test_a_deployment_drafts_with_the_checkpoint_of_another_in_the_same_file(tmp_path: Path) -> None:
+    """Whether a guess pays is measured: of so small a model it can only be asked that the drafter is there and changes nothing."""
+    head = yaml.safe_load((EXAMPLES / "smollm2-monolith.yaml").read_text())
+    speculation = {"large": {"speculation": {"drafter": "model", "model": {"deploymentRef": "small"}}}, "small": {}}
+    documents = []
+    for name, section in speculation.items():
+        model = {"uri": str(write_tiny_llama(tmp_path / name))}
+        pools = [{"name": "monolith", "role": "monolith"}]
+        spec = {"model": model, "pools": pools, "cache": {"numBlocks": 64}, **section}
+        documents.append({**head, "metadata": {"name": name}, "spec": spec})
+    path = tmp_path / "both.yaml"
+    path.write_text(yaml.safe_dump_all(documents))
+    with serve("--no-ray", document=path) as running:
+        doors = Doors.of(running)
+        body = {"model": "large", "prompt": "abcabcabcabc", "max_tokens": 64, "temperature": 0}
+        answers = [
+            httpx.post(f"{doors.http}/v1/completions", json={**body, **more}, timeout=60).json()["choices"][0]["text"]
+            for more in ({}, {"speculation": "off"})
+        ]
+        metrics = httpx.get(f"{doors.http}/metrics", timeout=60).text
+    assert answers[0] == answers[1]
+    series = [line for line in metrics.splitlines() if line.startswith("antiphon_speculation_drafts_total{")]
+    assert [re.findall(r'antiphon_deployment="(\w+)"|drafter="(\w+)"', line) for line in series] == [[("large", ""), ("", "model")]]
 
 
 def test_logs_are_kept_where_asked(tmp_path: Path) -> None:

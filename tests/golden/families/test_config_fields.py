@@ -20,7 +20,17 @@ from antiphon.core.errors import UnsupportedModel
 from antiphon.models.families import describe
 
 MODELS = Path(__file__).parent / "test_families.py"
-FAMILIES = ("deepseek_v32", "gemma2", "glm4_moe", "glm4_moe-air", "glm4_moe_lite", "glm_moe_dsa", "gpt_oss", "kimi_linear", "lfm2")
+FAMILIES: tuple[str, ...] = (
+    "deepseek_v32",
+    "gemma2",
+    "glm4_moe",
+    "glm4_moe-air",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
+    "gpt_oss",
+    "kimi_linear",
+    "lfm2",
+)
 FAMILIES += ("qwen3_5", "qwen3_5_moe", "qwen3_next", "step3p7")
 # What says which model it is, belongs to another modality, or only says how Python gets its answer.
 NOT_TRIED = {"architectures", "model_type", "transformers_version", "dtype", "vision_config", "id2label", "label2id", "return_dict"}

@@ -109,6 +109,24 @@ def test_a_composition_alone_may_name_deployments_that_are_elsewhere(tmp_path: P
     assert CliRunner().invoke(app, ["-f", str(team)]).exit_code == 0
 
 
+def test_a_draft_model_is_looked_up_among_several_deployments_and_never_in_itself(good: Path, tmp_path: Path) -> None:
+    large = tmp_path / "large.yaml"
+    drafting = "spec:\n  speculation: {drafter: model, model: {deploymentRef: REF}}\n"
+    text = GOOD.replace("name: demo", "name: large").replace("spec:\n", drafting)
+    large.write_text(text.replace("REF", "dmo"))
+    assert CliRunner().invoke(app, ["-f", str(large)]).exit_code == 0, "it may be elsewhere"
+    result = CliRunner().invoke(app, ["-f", str(large), "-f", str(good)])
+    assert result.exit_code == 1
+    said = "LLMDeployment/large: spec.speculation.model.deploymentRef: there is no LLMDeployment 'dmo' in the files"
+    assert result.output.startswith(f"{large}:5: {said}")
+    large.write_text(text.replace("REF", "demo"))
+    assert CliRunner().invoke(app, ["-f", str(large), "-f", str(good)]).exit_code == 0
+    large.write_text(text.replace("REF", "large"))
+    result = CliRunner().invoke(app, ["-f", str(large)])
+    assert result.exit_code == 1
+    assert "drafts for itself" in result.output
+
+
 def test_an_expert_that_cannot_share_memory_is_named(good: Path) -> None:
     composition = """\
 ---
