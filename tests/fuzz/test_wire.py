@@ -5,19 +5,17 @@ Briefly in ``make test``; ``make fuzz`` sets ANTIPHON_FUZZ_EXAMPLES and runs the
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
 import time
 import zlib
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from google.protobuf.message import DecodeError
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from antiphon.connectors.afd.ffn_side import FFNSide
@@ -38,31 +36,7 @@ from antiphon.transport.connect.hello import Greeting, decode_greeting, encode_g
 from antiphon.transport.connect.proof import accept_proven
 from antiphon.transport.loopback import LoopbackLink, loopback_pair
 
-EXAMPLES = int(os.environ.get("ANTIPHON_FUZZ_EXAMPLES", "150"))
-fuzz = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-
-
-def damaged(good: bytes) -> st.SearchStrategy[bytes]:
-    """``good`` with bits turned, bytes replaced, cut, doubled, or something else altogether."""
-
-    def apply(edits: Sequence[tuple[int, int, bytes]]) -> bytes:
-        data = bytearray(good)
-        for kind, at, more in edits:
-            at %= len(data) + 1
-            match kind:
-                case 0 if data:
-                    data[at % len(data)] ^= 1 << (len(more) % 8)
-                case 1:
-                    data[at : at + len(more)] = more
-                case 2:
-                    data[at:at] = more
-                case 3:
-                    del data[at:]
-        return bytes(data)
-
-    edits = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1 << 16), st.binary(max_size=12)), min_size=1, max_size=6)
-    return st.one_of(edits.map(apply), st.binary(max_size=200))
-
+from .damage import damaged, fuzz
 
 HEADER = Header(kind=Kind.A2F, epoch=1, step=7, layer=0, ubatch=0, dtype=1, rows=2, num_bytes=64).pack()
 
