@@ -244,6 +244,8 @@ def _mixture_layers(fields: _Fields, num_layers: int) -> list[bool]:
         except (TypeError, ValueError, OverflowError):
             raise InvalidInput(f"{name}: {str(listed)[:64]!r} is no list of layers", name) from None
         return [index in indices for index in range(num_layers)]
+    if raw.get("mlp_layer_types") is not None:
+        return [kind == "sparse" for kind in fields.listed("mlp_layer_types", num_layers)[:num_layers]]
     first = fields.integer("first_k_dense_replace", "moe_layer_start_index", default=0)
     last = fields.integer("moe_layer_end_index", default=num_layers - 1)
     every = fields.integer("interleave_moe_layer_step", "decoder_sparse_step", "moe_layer_freq", "moe_layer_interval", default=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ def test_each_role_counts_its_weights_and_only_attention_the_cache() -> None:
     assert ffn.weights == 30 * LAYER_FFN, "half of it each, over two slices"
     assert (attention.kv_cache, ffn.kv_cache) == (1 << 30, 0)
     assert ffn.total == pytest.approx((30 * LAYER_FFN + RUNTIME_BYTES + RAY_BYTES) * 1.1, abs=1)
+
+
+def test_a_draft_model_counts_where_answers_are_generated() -> None:
+    attention, ffn = (memory_need(spec(), pool, replace(SMOLLM2, draft_bytes=1000)).weights for pool in spec().pools)
+    assert (attention, ffn) == (TOTAL - 2 * 30 * LAYER_FFN + 1000, 30 * LAYER_FFN)
 
 
 def test_blocks_count_as_many_tokens_as_they_hold() -> None:

@@ -40,6 +40,8 @@ def test_an_unknown_name_lists_the_known_ones():
         ("mixtral", transformers.MixtralConfig),
         ("deepseek_v3", transformers.DeepseekV3Config),
         ("ernie4_5_moe", transformers.Ernie4_5_MoeConfig),
+        ("glm4_moe", transformers.Glm4MoeConfig),
+        ("glm4_moe_lite", transformers.Glm4MoeLiteConfig),
     ],
 )
 def test_the_parameters_of_small_models_are_those_that_transformers_builds(name, kind):
@@ -53,6 +55,11 @@ def test_the_parameters_of_small_models_are_those_that_transformers_builds(name,
             "moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
             "q_lora_rank": 16, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
             "num_key_value_heads": 4, "n_group": 1, "topk_group": 1,
+        },
+        "glm4_moe": {"moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 2, "use_qk_norm": True},
+        "glm4_moe_lite": {
+            "moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 2, "q_lora_rank": 16, "kv_lora_rank": 12,
+            "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 4,
         },
         "ernie4_5_moe": {
             "moe_intermediate_size": 24, "moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1,
