@@ -119,6 +119,21 @@ def test_weights_on_one_claim_are_mounted_once_and_copies_lie_in_memory(world: W
     assert shm["emptyDir"]["medium"] == "Memory"
 
 
+def test_an_expert_that_drafts_with_another_deployment_has_its_weights_on_the_model_pool(world: World) -> None:
+    drafting = {"drafter": "model", "model": {"deploymentRef": "small"}}
+    world.edit(LLM_DEPLOYMENT, "code", speculation=drafting)
+    world.reconcile()
+    assert "LLMDeployment/code: spec.speculation.model.deploymentRef" in world.condition("Ready")["message"]
+    world.create(LLM_DEPLOYMENT, "small", deployment("pvc://others/small"))
+    world.reconcile()
+    claims = [v["persistentVolumeClaim"]["claimName"] for v in world.pod["volumes"] if "persistentVolumeClaim" in v]
+    assert claims == ["models", "others"]
+    speculation = next(d.spec.speculation for d in served(world).deployments if d.metadata.name == "code")
+    assert speculation is not None
+    assert speculation.model is not None
+    assert speculation.model.uri == "/models/others/small"
+
+
 def test_the_pod_asks_for_the_tiers_and_every_members_cache(world: World) -> None:
     world.reconcile()
     (container,) = world.pod["containers"]
