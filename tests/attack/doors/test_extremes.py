@@ -240,7 +240,8 @@ def test_no_line_of_a_log_is_a_clients(http: httpx.Client) -> None:
     handler.setFormatter(TextFormatter({}))
     root = logging.getLogger()
     root.addHandler(handler)
-    before, _ = root.level, root.setLevel(logging.DEBUG)
+    before = root.level
+    root.setLevel(logging.DEBUG)
     try:
         for end in ("\n", "\r", "\r\n", "\u2028", "\u0085", "\x1b[2J", "\x0b"):
             text = f"x{end}{forged}"
