@@ -23,7 +23,7 @@ class DraftAsked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
-    """The tokens that may come next, in order. Proposals of equal ``confidence`` are accepted about equally often."""
+    """The tokens that may come next, in order. Drafts of equal confidence are accepted about equally often."""
 
     token_ids: tuple[int, ...]
-    confidence: int = 0  # an index into the drafter's ``priors``
+    confidences: tuple[int, ...] = ()  # of each of them an index into the drafter's ``priors``; () = the first, of all

@@ -281,7 +281,7 @@ class Oracle:
             if self.chance.random() < 0.6:
                 drafts[self.chance.randrange(len(drafts))] += 1
             if self.chance.random() < 0.8:
-                found[request_id] = Proposal(token_ids=tuple(drafts), confidence=self.chance.randrange(2))
+                found[request_id] = Proposal(token_ids=tuple(drafts), confidences=tuple(self.chance.randrange(2) for _ in drafts))
         return found
 
     def forget(self, request_id: RequestId) -> None:

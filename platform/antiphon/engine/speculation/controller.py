@@ -2,13 +2,15 @@
 
 A step of B requests and n drafts makes B tokens and those drafts that are taken, and costs what a step of B + n rows costs. Drafts
 are added by falling chance, and so many are kept that tokens per second are most: none where rows cost more than they bring. Both
-sides are measured: ``StepCosts`` by rows, ``Acceptance`` by a proposal's confidence, for one request and for all.
+sides are measured: ``StepCosts`` by rows, ``Acceptance`` by a draft's confidence, for one request and for all.
 Must not know: requests' tokens, drafters, clocks.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -90,11 +92,10 @@ class Share:
     taken: float
     seen: float
 
-    def note(self, num_seen: int, num_taken: int, fade: float) -> None:
-        """Take in one proposal's."""
-        keep = fade**num_seen
-        self.seen = self.seen * keep + num_seen
-        self.taken = self.taken * keep + num_taken
+    def note(self, is_taken: bool, fade: float) -> None:
+        """Take in one draft."""
+        self.seen = self.seen * fade + 1.0
+        self.taken = self.taken * fade + is_taken
 
 
 @dataclass(slots=True)
@@ -111,7 +112,7 @@ class Acceptance:
         self._all = [Share(2.0 * prior, 2.0) for prior in priors]
 
     def share(self, confidence: int, own: RequestAcceptance) -> float:
-        """The chance of each further draft of a proposal, given those before it."""
+        """The chance of a draft, given those before it."""
         everyone = self._all[confidence]
         general = everyone.taken / everyone.seen
         mine = own.shares.get(confidence)
@@ -119,11 +120,11 @@ class Acceptance:
             return general
         return (mine.taken + _OWN_AFTER * general) / (mine.seen + _OWN_AFTER)
 
-    def note(self, confidence: int, own: RequestAcceptance, *, num_drafts: int, num_taken: int) -> None:
-        """Of a proposal's first ``num_drafts`` the first ``num_taken`` were taken: those after the first miss say nothing."""
-        num_seen = min(num_drafts, num_taken + 1)
-        self._all[confidence].note(num_seen, num_taken, _FADE_ALL)
-        own.shares.setdefault(confidence, Share(0.0, 0.0)).note(num_seen, num_taken, _FADE)
+    def note(self, confidences: Sequence[int], own: RequestAcceptance, *, num_taken: int) -> None:
+        """Of drafts of such confidences the first ``num_taken`` were taken: those after the first miss say nothing."""
+        for place, confidence in enumerate(confidences[: num_taken + 1]):
+            self._all[confidence].note(place < num_taken, _FADE_ALL)
+            own.shares.setdefault(confidence, Share(0.0, 0.0)).note(place < num_taken, _FADE)
 
 
 class DraftingCosts:
@@ -158,8 +159,7 @@ def _free(_depth: int) -> float:
 def choose(
     cost: Callable[[int], float],
     num_rows: int,
-    shares: Sequence[float],
-    limits: Sequence[int],
+    shares: Sequence[Sequence[float]],
     room: int,
     drafting: Callable[[int], float] = _free,
 ) -> list[int]:
@@ -167,16 +167,18 @@ def choose(
 
     Args:
         cost: of a step by its rows.
-        shares: by proposal, the chance of each further draft, given those before it.
-        limits: by proposal, its length.
+        shares: by proposal, the chance of each of its drafts, given those before it.
         room: rows that the step may have besides.
         drafting: what drafts cost to make, by the most that one request gets.
     """
     chances = sorted(
-        ((share**place, -place, index) for index, (share, limit) in enumerate(zip(shares, limits, strict=True))
-         for place in range(1, limit + 1)),
+        (
+            (chance, -place, index)
+            for index, each in enumerate(shares)
+            for place, chance in enumerate(itertools.accumulate(each, operator.mul), 1)
+        ),
         reverse=True,
-    )[: max(0, room)]  # fmt: skip
+    )[: max(0, room)]
     tokens = float(num_rows)
     best_rate, best, depth = LEAST_GAIN * tokens / cost(num_rows), 0, 0
     for number, (chance, place, _) in enumerate(chances, 1):

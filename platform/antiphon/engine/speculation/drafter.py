@@ -33,7 +33,7 @@ class Drafter(Protocol):
 
     @property
     def priors(self) -> Sequence[float]:
-        """By confidence, the share of drafts that are taken, before anything was measured."""
+        """By confidence, the share of drafts that are taken where those before them were, before anything was measured."""
         ...
 
     def propose(self, asked: Mapping[RequestId, DraftAsked]) -> Mapping[RequestId, Proposal]:

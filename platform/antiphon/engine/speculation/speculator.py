@@ -135,12 +135,11 @@ class Speculator:
             request = self._requests.get(request_id)
             if request is None:
                 request = self._requests[request_id] = _Request()
-            shares.append(self._acceptance.share(proposal.confidence, request.acceptance))
-        limits = [len(p.token_ids) for p in proposals]
+            shares.append([self._acceptance.share(each, request.acceptance) for each in _confidences(proposal)])
         if self.drafter.is_free:
-            return choose(self._costs.estimate, num_rows, shares, limits, room)
+            return choose(self._costs.estimate, num_rows, shares, room)
         step_s = self._costs.estimate(1)
-        return choose(self._costs.estimate, num_rows, shares, limits, room, lambda depth: self._drafting.estimate(depth, step_s))
+        return choose(self._costs.estimate, num_rows, shares, room, lambda depth: self._drafting.estimate(depth, step_s))
 
     def withdraw(self, request_id: RequestId) -> None:
         """The request's drafts were not scheduled after all."""
@@ -161,14 +160,18 @@ class Speculator:
                 self.stats.num_verifications += 1
                 self.stats.num_drafts += used
                 self.stats.num_taken += num_taken
-                self._acceptance.note(proposal.confidence, request.acceptance, num_drafts=used, num_taken=num_taken)
+                self._acceptance.note(_confidences(proposal)[:used], request.acceptance, num_taken=num_taken)
                 if num_taken:
                     request.trial_after = _FIRST_TRIAL
             elif drawn and proposal.token_ids:
                 num_taken = int(drawn[0] == proposal.token_ids[0])
-                self._acceptance.note(proposal.confidence, request.acceptance, num_drafts=1, num_taken=num_taken)
+                self._acceptance.note(_confidences(proposal)[:1], request.acceptance, num_taken=num_taken)
 
     def forget(self, request_id: RequestId) -> None:
         """The request has ended; unknown ids are ignored."""
         self._requests.pop(request_id, None)
         self.drafter.forget(request_id)
+
+
+def _confidences(proposal: Proposal) -> Sequence[int]:
+    return proposal.confidences or (0,) * len(proposal.token_ids)

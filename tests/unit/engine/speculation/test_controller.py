@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 
@@ -24,15 +25,15 @@ def steep(num_rows: int) -> float:
 
 
 def test_where_rows_cost_nothing_all_likely_drafts_are_taken_and_where_they_cost_their_share_none() -> None:
-    assert choose(flat, 1, [0.9], [8], 100) == [8]
-    assert choose(steep, 1, [0.9], [8], 100) == [0]
-    assert choose(flat, 1, [0.0], [8], 100) == [0]
-    assert choose(flat, 4, [], [], 100) == []
+    assert choose(flat, 1, [[0.9] * 8], 100) == [8]
+    assert choose(steep, 1, [[0.9] * 8], 100) == [0]
+    assert choose(flat, 1, [[0.0] * 8], 100) == [0]
+    assert choose(flat, 4, [], 100) == []
 
 
 def test_room_goes_to_the_likeliest_drafts() -> None:
-    assert choose(flat, 3, [0.5, 0.95, 0.2], [8, 4, 8], 5) == [1, 4, 0]
-    assert choose(flat, 1, [0.9], [8], 0) == [0]
+    assert choose(flat, 3, [[0.5] * 8, [0.95] * 4, [0.2] * 8], 5) == [1, 4, 0]
+    assert choose(flat, 1, [[0.9] * 8], 0) == [0]
 
 
 def test_the_choice_is_the_best_of_all_choices() -> None:
@@ -43,16 +44,23 @@ def test_the_choice_is_the_best_of_all_choices() -> None:
         def cost(rows: int, base: float = base, row: float = row, jump: float = jump) -> float:
             return base + row * rows + jump * (rows > 8)
 
-        shares, limits = [chance.random() for _ in range(3)], [chance.randint(1, 4) for _ in range(3)]
+        shares = [[chance.random() for _ in range(chance.randint(1, 4))] for _ in range(3)]
         rows, room = 3, chance.randint(0, 12)
 
-        def rate(counts: tuple[int, ...], rows: int = rows, shares: list[float] = shares, cost: object = cost) -> float:
-            gained = sum(share**place for share, count in zip(shares, counts, strict=True) for place in range(1, count + 1))
-            return (rows + gained) / cost(rows + sum(counts))  # type: ignore[operator]
+        def rate(
+            counts: tuple[int, ...],
+            rows: int = rows,
+            shares: list[list[float]] = shares,
+            cost: Callable[[int], float] = cost,
+        ) -> float:
+            gained = sum(
+                math.prod(each[:place], start=1.0) for each, n in zip(shares, counts, strict=True) for place in range(1, n + 1)
+            )
+            return (rows + gained) / cost(rows + sum(counts))
 
-        possible = [c for c in itertools.product(*(range(limit + 1) for limit in limits)) if sum(c) <= room]
+        possible = [c for c in itertools.product(*(range(len(each) + 1) for each in shares)) if sum(c) <= room]
         best = max(rate(counts) for counts in possible)
-        found = tuple(choose(cost, rows, shares, limits, room))
+        found = tuple(choose(cost, rows, shares, room))
         assert found in possible
         if found == (0, 0, 0):
             assert best <= LEAST_GAIN * rate(found) + 1e-9
@@ -84,13 +92,13 @@ def test_a_request_is_judged_by_itself_once_enough_is_seen_and_by_all_before() -
     good, bad = RequestAcceptance(), RequestAcceptance()
     assert acceptance.share(1, good) == pytest.approx(0.9)
     for _ in range(40):
-        acceptance.note(1, good, num_drafts=4, num_taken=4)
-        acceptance.note(1, bad, num_drafts=4, num_taken=0)
+        acceptance.note((1,) * 4, good, num_taken=4)
+        acceptance.note((1,) * 4, bad, num_taken=0)
     assert acceptance.share(1, good) > 0.85
     assert acceptance.share(1, bad) < 0.45
     assert acceptance.share(0, bad) == pytest.approx(0.3)
     for _ in range(60):
-        acceptance.note(1, good, num_drafts=4, num_taken=0)
+        acceptance.note((1,) * 4, good, num_taken=0)
     assert acceptance.share(1, good) < 0.3, "the old fades"
 
 
@@ -157,9 +165,9 @@ def test_drafts_that_were_not_scheduled_count_as_not_used() -> None:
 
 
 def test_drafts_that_cost_more_to_make_than_they_bring_are_not_made() -> None:
-    assert choose(flat, 1, [0.9], [8], 100, lambda depth: 0.1 * depth)[0] > 2
-    assert choose(flat, 1, [0.9], [8], 100, lambda depth: 5.0 * depth) == [3]
-    assert choose(flat, 1, [0.9], [8], 100, lambda depth: 20.0 * depth) == [0]
+    assert choose(flat, 1, [[0.9] * 8], 100, lambda depth: 0.1 * depth)[0] > 2
+    assert choose(flat, 1, [[0.9] * 8], 100, lambda depth: 5.0 * depth) == [3]
+    assert choose(flat, 1, [[0.9] * 8], 100, lambda depth: 20.0 * depth) == [0]
     costs = DraftingCosts()
     assert costs.estimate(0, 0.01) == 0.0
     assert costs.estimate(4, 0.01) > costs.estimate(1, 0.01) > 0.0

@@ -37,7 +37,7 @@ def test_new_tokens_get_no_draft() -> None:
 def test_two_equal_tokens_count_for_more_than_a_newer_one_and_one_is_the_least_sure() -> None:
     assert drafts([1, 2, 50, 9, 2, 60, 1, 2], 1) == (50,)
     found = propose(NgramDrafter(), [1, 2, 50, 9, 3, 2], 2)
-    assert found == Proposal(token_ids=(50, 9), confidence=0)
+    assert found == Proposal(token_ids=(50, 9), confidences=(0, 3))
 
 
 def test_a_form_goes_on_after_a_value_that_it_did_not_have_before() -> None:
@@ -61,11 +61,21 @@ def test_a_copy_goes_on_where_it_is_and_gets_surer() -> None:
         found = propose(drafter, tokens, 3)
         assert found is not None
         assert found.token_ids[0] == token
-        confidences.append(found.confidence)
+        confidences.append(found.confidences[0] // 3)  # the length of the match
         tokens.append(token)
     assert confidences == sorted(confidences)
     assert confidences[0] == 1
-    assert confidences[-1] == len(drafter.priors) - 1
+    assert confidences[-1] == len(drafter.priors) // 3 - 1
+
+
+def test_what_followed_alike_before_is_surer_and_what_changed_is_less_sure() -> None:
+    label, value = [11, 12, 13], [20]
+    form = [*label, 101, *value, *label, 102, *value, *label, 103, *value, *label[:2]]
+    found = propose(NgramDrafter(), form, 3)
+    assert found is not None
+    assert found.token_ids == (13, 103, 20)
+    priors = [NgramDrafter.priors[each] for each in found.confidences]
+    assert priors[0] > 2 * priors[1], "the label was the same each time, its value was not"
 
 
 def test_an_index_that_grows_with_the_answer_is_the_one_of_the_whole() -> None:
@@ -80,6 +90,7 @@ def test_an_index_that_grows_with_the_answer_is_the_one_of_the_whole() -> None:
         for drafter in (grown, whole):
             propose(drafter, tokens)
         assert grown._indices[A].places == whole._indices[A].places
+        assert grown._indices[A].followed == whole._indices[A].followed
 
 
 def test_a_long_prompt_is_taken_in_over_several_steps_and_only_its_newest_part_at_all() -> None:
@@ -92,7 +103,7 @@ def test_a_long_prompt_is_taken_in_over_several_steps_and_only_its_newest_part_a
     assert sizes[0] < 5000
     assert sizes[-1] == sizes[-2] < 40_000
     tokens += tokens[-200:-190]
-    assert propose(drafter, tokens, 3) == Proposal(token_ids=(99_810, 99_811, 99_812), confidence=3)
+    assert propose(drafter, tokens, 3) == Proposal(token_ids=(99_810, 99_811, 99_812), confidences=(9, 9, 9))
 
 
 def test_nothing_is_kept_of_a_request_that_ended() -> None:
