@@ -108,7 +108,7 @@ template <int Count, typename Each>
 // What vector units have fetched while they multiply rows with a block: more of it, where it comes from memory, and so many lines of what is
 // ahead every kSteps.
 struct Beside {
-  static constexpr int64_t kSteps = 32;
+  static constexpr int64_t kSteps = 8;
   Prefetch& ahead;
   int64_t lines = 0;
   bool is_cold = true;
@@ -331,8 +331,17 @@ void sums_of_few(const X* x, int64_t stride, int64_t rows, const T* block, int64
   }
 }
 
-constexpr int64_t kRowsAtOnce = 8;  // as many as multiply fastest, where registers are 32
-constexpr int64_t kFewRows = 12;    // rows that memory is slower than: it is read in whole lines, two rows at a time
+#if defined(__AVX512F__)
+constexpr int64_t kRowsAtOnce = 12;  // whose sums registers hold beside what is multiplied
+#elif ANTIPHON_HALF_LANES
+constexpr int64_t kRowsAtOnce = 6;
+#else
+constexpr int64_t kRowsAtOnce = 8;
+#endif
+constexpr int64_t kFewRows = 12;  // rows that memory is slower than, where registers are half as long: they are taken two at a time
+
+// How often a block is gone through for so many rows.
+constexpr int64_t passes_of(int64_t rows) { return (rows + kRowsAtOnce - 1) / kRowsAtOnce; }
 
 // sums of up to 32 rows with ``k`` inputs of one block, without tiles.
 template <typename T>
@@ -358,8 +367,11 @@ void sums_by_vectors(const T* x, int64_t stride, int64_t rows, const T* block, i
   for (; r + 6 <= rows; r += 6) sums_of_rows<6>(wide + r * stride, stride, block, k, sums + r, beside);
   sums_of_few<5>(wide + r * stride, stride, rows - r, block, k, sums + r, beside);
 #else
-  for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce) sums_of_rows<kRowsAtOnce>(x + r * stride, stride, block, k, sums + r, beside);
-  sums_of_few<kRowsAtOnce - 1>(x + r * stride, stride, rows - r, block, k, sums + r, beside);
+  for (int64_t passes = passes_of(rows); passes > 0; --passes) {  // of rows as equal as may be: one alone waits for each of its products
+    const int64_t count = (rows - r + passes - 1) / passes;
+    sums_of_few<kRowsAtOnce>(x + r * stride, stride, count, block, k, sums + r, beside);
+    r += count;
+  }
 #endif
 }
 

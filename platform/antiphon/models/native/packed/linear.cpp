@@ -26,13 +26,12 @@ using antiphon::Bits;
 using antiphon::data;
 using antiphon::exp_negative;
 using antiphon::kBlock;
-using antiphon::kFewRows;
 using antiphon::kLanes;
 using antiphon::Lanes;
-using antiphon::kRowsAtOnce;
 using antiphon::load;
 using antiphon::multiply;
 using antiphon::padded;
+using antiphon::passes_of;
 using antiphon::Prefetch;
 using antiphon::Scratch;
 using antiphon::store;
@@ -43,6 +42,7 @@ using at::Tensor;
 constexpr int64_t kPanelRows = 128;  // rows that go through a thread's blocks together: they stay in its L2
 constexpr int64_t kMostInputs = 1024;  // of blocks that are fetched whole while the one before is multiplied
 constexpr int64_t kLinesAStep = 2;   // that a step of a pass takes of a block
+constexpr int64_t kMemoryRows = 4;   // that computing isn't slower for than memory: nothing is fetched beside them but what comes next
 
 // Runs of blocks for each thread, which takes as many as it gets to.
 int64_t runs_a_thread(int64_t rows) { return rows > kPanelRows ? 6 : 2; }
@@ -108,11 +108,12 @@ void multiply_blocks(const T* x, int64_t rows, int64_t k, int64_t begin, int64_t
   const Tiles none(false);
   Prefetch ahead;
   for (int64_t panel = 0; panel < rows; panel += kPanelRows) {
-    const int64_t last = std::min(panel + kPanelRows, rows), passes = (last - panel + kRowsAtOnce - 1) / kRowsAtOnce;
+    const int64_t last = std::min(panel + kPanelRows, rows), whole = (last - panel) / kBlock;
+    const int64_t passes = whole * passes_of(kBlock) + passes_of((last - panel) % kBlock);
     for (int64_t b = begin; b < end; ++b) {
       const T* block = at(b);
       // The first panel's rows take turns with a block in the nearest caches, while the next one comes from memory.
-      const bool expects = panel == 0 && last - panel > kFewRows && k <= kMostInputs;
+      const bool expects = panel == 0 && last - panel > kMemoryRows && k <= kMostInputs;
       if (expects) ahead.start(reinterpret_cast<const char*>(at(std::min(b + 1, end - 1))), b + 1 < end ? k * kBlock * sizeof(T) : 0);
       const Beside beside{ahead, expects ? (kLinesAStep * Beside::kSteps + passes - 1) / passes : 0, b == begin};
       for (int64_t r = panel; r < last; r += kBlock) {
