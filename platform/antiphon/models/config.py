@@ -329,3 +329,4 @@ class PredictionConfig:
     embedding_norm: str  # checkpoint names
     hidden_norm: str
     projection: str
+    hands_on_normed: bool = False  # behind its own norm: what the next module, or it once more, reads of it

@@ -1,5 +1,6 @@
 """Drafts of a checkpoint's layers for multi-token prediction are what the description of DeepSeek-V3 (arXiv 2412.19437 §2.2) gives.
 
+Qwen3-Next's differ in names, in sharing one projection and norms, and in that a module goes on from what it made behind its norm.
 transformers does not run these layers. The reference here computes the equations on whole sequences, without any cache, around
 transformers' own decoder layers; checkpoints are random, of few tokens, so that drafts are taken now and then.
 """
@@ -72,6 +73,28 @@ def step(num_layers: int) -> Any:
     return hf.Step3p7ForConditionalGeneration(hf.Step3p7Config(text_config=text, vision_config=vision))
 
 
+DELTA: dict[str, Any] = {
+    "head_dim": 16, "num_key_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}  # fmt: skip
+
+
+def hybrid(num_layers: int) -> dict[str, Any]:
+    kinds = ["linear_attention", "full_attention", *["full_attention"] * (num_layers - 2)]
+    known = {name: value for name, value in SHAPE.items() if name != "n_routed_experts"}
+    return {**known, **DELTA, "num_hidden_layers": num_layers, "layer_types": kinds}
+
+
+def qwen3_next(num_layers: int) -> Any:
+    experts: dict[str, Any] = {"num_experts": 6, "shared_expert_intermediate_size": 20, "mlp_only_layers": [0]}
+    return hf.Qwen3NextForCausalLM(hf.Qwen3NextConfig(**hybrid(num_layers), **experts))
+
+
+def qwen3_5(num_layers: int) -> Any:
+    left = ("moe_intermediate_size", "num_experts_per_tok")
+    return hf.Qwen3_5ForCausalLM(hf.Qwen3_5TextConfig(**{k: v for k, v in hybrid(num_layers).items() if k not in left}))
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     make: Callable[[int], Any]
@@ -79,6 +102,7 @@ class Kind:
     head: str = "shared_head.head"
     own_heads: bool = False
     plus_one: bool = False  # norms centred on zero
+    is_apart: bool = False  # modules are under "mtp.", and share all but their layers
 
 
 KINDS = {
@@ -86,6 +110,8 @@ KINDS = {
     "glm4_moe": Kind(glm),
     "glm4_moe_lite": Kind(glm_flash),
     "step3p5": Kind(step, inner="transformer.", head="shared_head.output", own_heads=True, plus_one=True),
+    "qwen3_next": Kind(qwen3_next, plus_one=True, is_apart=True),
+    "qwen3_5": Kind(qwen3_5, plus_one=True, is_apart=True),
 }
 
 
@@ -129,6 +155,7 @@ class Reference:
             made = self.blocks[number](inputs_embeds=(joined @ module["eh_proj"].T)[None], use_cache=False).last_hidden_state[0]
             head = module.get("head", self.head)
             known.append(int((self.norm(made[-1], module["shared_norm"]) @ head.T).argmax()))
+            made = self.norm(made, module["shared_norm"]) if self.kind.is_apart else made
             hidden = made
         return known[len(tokens) :]
 
@@ -151,6 +178,9 @@ def write(path: Path, kind: Kind, num_modules: int) -> Reference:
         unit = 0.0 if kind.plus_one else 1.0
         module = {name: unit + 0.2 * torch.randn(size) for name in ("enorm", "hnorm", "shared_norm")}
         module["eh_proj"] = torch.randn(size, 2 * size) * 0.2
+        if kind.is_apart:
+            modules.append(modules[0] if modules else module)
+            continue
         prefix = f"{layers}{LAYERS + i}."
         tensors |= {f"{prefix}{name}.weight": module[name] for name in ("enorm", "hnorm", "eh_proj")}
         tensors[f"{prefix}{kind.inner}shared_head.norm.weight"] = module["shared_norm"]
@@ -158,10 +188,20 @@ def write(path: Path, kind: Kind, num_modules: int) -> Reference:
             module["head"] = torch.randn(VOCAB, size)
             tensors[f"{prefix}{kind.inner}{kind.head}.weight"] = module["head"]
         modules.append(module)
+    if kind.is_apart:
+        names = {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "shared_norm": "norm", "eh_proj": "fc"}
+        for i in range(num_modules):
+            own = f"{layers}{LAYERS + i}."
+            tensors = {name.replace(own, f"mtp.layers.{i}."): tensor for name, tensor in tensors.items()}
+        tensors |= {f"mtp.{theirs}.weight": modules[0][ours] for ours, theirs in names.items()}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     raw = json.loads((path / "config.json").read_text())
     section = raw.get("text_config", raw)
-    section |= {"num_hidden_layers": LAYERS, "num_nextn_predict_layers": num_modules}
+    section |= {"num_hidden_layers": LAYERS}
+    if kind.is_apart:  # the published configs of Qwen3-Next do not count them
+        section["layer_types"] = section["layer_types"][:LAYERS]
+    else:
+        section["num_nextn_predict_layers"] = num_modules
     section.pop("per_layer_config", None)
     if section is raw and "mlp_layer_types" in raw:
         raw["mlp_layer_types"] = raw["mlp_layer_types"][:LAYERS]
@@ -230,7 +270,10 @@ def run(
         return [cluster.outputs[each].token_ids for each in ids], recordings
 
 
-PUBLISHED_AND_MORE = [("deepseek_v3", 1), ("deepseek_v3", 2), ("glm4_moe", 1), ("glm4_moe_lite", 1), ("step3p5", 3)]
+PUBLISHED_AND_MORE = [
+    *[("deepseek_v3", 1), ("deepseek_v3", 2), ("glm4_moe", 1), ("glm4_moe_lite", 1), ("step3p5", 3)],
+    *[("qwen3_next", 1), ("qwen3_next", 2), ("qwen3_5", 1)],
+]
 
 
 @pytest.fixture(scope="module", params=PUBLISHED_AND_MORE, ids=str)
@@ -300,3 +343,21 @@ def test_a_checkpoint_without_such_layers_is_refused_by_name(tmp_path: Path) -> 
     with pytest.raises(InvalidInput, match="multi-token prediction") as refused:
         LocalCluster(wiring(path, "monolith", speculation={"drafter": "mtp"}), path)
     assert refused.value.field == "spec.speculation.drafter"
+
+
+def test_a_text_beside_a_vision_tower_has_the_same_modules(tmp_path: Path) -> None:
+    reference = write(tmp_path / "text", KINDS["qwen3_5"], 1)
+    path = tmp_path / "published"
+    path.mkdir()
+    tensors = load_file(tmp_path / "text" / "model.safetensors")
+    beside = {"model.language_model." + name.removeprefix("model.") if name.startswith("model.") else name: tensor
+              for name, tensor in tensors.items()}  # fmt: skip
+    save_file(beside, path / "model.safetensors", metadata={"format": "pt"})
+    text = json.loads((tmp_path / "text" / "config.json").read_text())
+    raw = {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "text_config": text}
+    (path / "config.json").write_text(json.dumps(raw))
+    _, (recording,) = run(path, "monolith", drafts=2)
+    assert len(recording.said) > 15
+    for tokens, count, proposal in recording.said:
+        assert proposal is not None
+        assert list(proposal.token_ids) == reference.drafts(tokens, count)

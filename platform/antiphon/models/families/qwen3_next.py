@@ -1,7 +1,7 @@
 """Qwen3-Next: three layers of gated delta nets to one of gated attention, norms centred on zero, a shared expert (control speed).
 
-Sources: the model card of Qwen3-Next-80B-A3B, arXiv 2412.06464 (gated delta nets), 2505.06708 (gated attention). The tensors of
-the head that predicts a second token ("mtp.") are known and not read.
+Sources: the model card of Qwen3-Next-80B-A3B, arXiv 2412.06464 (gated delta nets), 2505.06708 (gated attention). Layers that
+predict a second token ("mtp.") are described in families.prediction.
 """
 
 from __future__ import annotations

@@ -42,10 +42,15 @@ class Module:
     hidden_norm: Norm
     projection: Linear
     decoder: LocalDecoder
+    hands_on_normed: bool = False
 
     def enter(self, embedded_RD: torch.Tensor, hidden_RD: torch.Tensor) -> torch.Tensor:
         """What the layer gets, [R, D]."""
         return self.projection(torch.cat([self.embedding_norm(embedded_RD), self.hidden_norm(hidden_RD)], dim=-1))
+
+    def leave(self, made_RD: torch.Tensor) -> torch.Tensor:
+        """What is gone on from, of what the layer made, [R, D]."""
+        return self.decoder.halves.hidden(made_RD) if self.hands_on_normed else made_RD
 
 
 class _Tokens(Sequence[int]):
@@ -101,7 +106,7 @@ class _Chain:
     inputs: list[torch.Tensor | None]  # by module, from its ``seen.num_done`` on
     num_done: list[int]  # by module, behind this asking
     drafts: list[int] = field(default_factory=list)
-    last_1D: torch.Tensor | None = None  # what was made of the last row
+    last_1D: torch.Tensor | None = None  # what is gone on from, of the last row
     is_bad: bool = False
 
     def tokens(self, depth: int) -> _Tokens:
@@ -241,19 +246,21 @@ class PredictionDrafter:
         ]
         hidden_RD = torch.cat([hidden for _, _, _, hidden in due])
         made_RD = module.decoder.run(runs, lambda embedded_RD: module.enter(embedded_RD, hidden_RD))
+        handed_on_RD, at = module.leave(made_RD), 0
         drawing: list[_Chain] = []
-        for (chain, first, _, _), mine_RD in zip(
-            due, torch.split_with_sizes(made_RD, [num_rows for _, _, num_rows, _ in due]), strict=True
-        ):
+        drawn_at: list[int] = []  # rows
+        for chain, first, num_rows, _ in due:
+            mine_RD, at = handed_on_RD[at : at + num_rows], at + num_rows
             if depth <= len(self._modules):
                 chain.note(number, first, mine_RD)
             chain.last_1D = mine_RD[-1:]
             if len(chain.drafts) == depth - 1 and chain.num_drafts >= depth:
                 drawing.append(chain)
+                drawn_at.append(at - 1)
         if not drawing:
             return
         tokens = module.decoder.draw(
-            torch.cat([chain.last_1D for chain in drawing if chain.last_1D is not None]),
+            made_RD[torch.tensor(drawn_at, device=made_RD.device)],
             [chain.drawing for chain in drawing],
             [chain.first_position + len(chain.drafts) for chain in drawing],
         )

@@ -149,6 +149,7 @@ def _modules(spec: SpeculationSpec, facts: ModelFacts, halves: AttentionHalves) 
                 hidden_norm=read_norm(config.norm, weights, each.hidden_norm, config.norm_eps),
                 projection=Linear(weights.read(each.projection + ".weight")),
                 decoder=LocalDecoder(own, ffns, _cache(spec, facts, config)),
+                hands_on_normed=each.hands_on_normed,
             )
         )
     weights.rest()
