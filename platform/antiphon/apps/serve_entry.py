@@ -17,7 +17,6 @@ from pydantic import Field, ValidationError
 from ray import serve
 from ray.serve import Application
 
-from antiphon.apps.coe_serve import CoeArgs, router_deployment
 from antiphon.apps.process.config import LogSettings
 from antiphon.apps.serve.deployment_set import Serving
 from antiphon.apps.serve.gateway_app import GatewayReplica, Routing, SetGatewayReplica
@@ -132,6 +131,8 @@ def application_of(
             others.append(deployment.bind(document.model_dump_json(by_alias=True), pool.name, mine, tier_pool_json))
     routing: Routing = "here"
     if any(composition.spec.router.artifact is not None for composition in serving.compositions):
+        from antiphon.apps.coe_serve import CoeArgs, router_deployment  # doors and routers, which most documents have no use for
+
         routing = "replicas"
         args = CoeArgs(
             documents=serving.compositions,
