@@ -18,6 +18,7 @@ PRIOR_ROW = 1 / 16  # of a step of one row, what a further row costs before it w
 PRIOR_DRAFTING = 1 / 8  # of a step of one row, what each further place of drafts costs to make where they aren't free
 LEAST_GAIN = 1.02  # drafts that promise less are left out: estimates are no better than that
 _WEIGHT = 0.15  # of the newest time in a size's mean
+_BELIEVED = 2  # steps of a size from which its mean is
 _OUTLIER = 3.0  # times further from the mean count as so far
 _EXACT_ROWS = 32  # above, sizes of one eighth of an octave share a mean
 _OWN_AFTER = 6.0  # drafts after which a request's own share weighs as much as that of all
@@ -39,11 +40,15 @@ class _Mean:
 
 
 class StepCosts:
-    """Seconds of a step of decodes by its rows, as measured; on a line between sizes that were seen, by ``PRIOR_ROW`` beyond."""
+    """Seconds of a step of decodes by its rows, as measured; on a line between sizes that were seen, by ``PRIOR_ROW`` beyond.
+
+    A size counts from its second step on: the first one warms up, and would make its neighbours look so dear that they are never
+    tried, and it never again.
+    """
 
     def __init__(self) -> None:
         self._means: dict[int, _Mean] = {}
-        self._sizes: list[int] = []
+        self._sizes: list[int] = []  # that are believed
 
     def note(self, num_rows: int, seconds: float) -> None:
         """A step took so long; times that are not above 0 are of a clock that stands."""
@@ -53,8 +58,9 @@ class StepCosts:
         mean = self._means.get(size)
         if mean is None:
             mean = self._means[size] = _Mean(seconds)
-            bisect.insort(self._sizes, size)
         mean.add(seconds)
+        if mean.num_seen == _BELIEVED:
+            bisect.insort(self._sizes, size)
 
     def estimate(self, num_rows: int) -> float:
         """What a step of so many rows costs; in seconds, or before any was seen in those of one row."""

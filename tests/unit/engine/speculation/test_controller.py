@@ -87,6 +87,19 @@ def test_costs_are_those_measured_between_them_on_a_line_and_beyond_them_growing
         assert costs.estimate(rows) > 0.014
 
 
+def test_one_slow_step_of_a_size_does_not_keep_drafts_from_being_tried() -> None:
+    costs = StepCosts()
+    for _ in range(30):
+        costs.note(8, 0.015)
+        costs.note(14, 0.020)
+    likely = [[0.9, 0.9]] * 3
+    before = choose(costs.estimate, 8, likely, 6)
+    costs.note(9, 0.040)  # the first of its size: memory for it was taken
+    assert choose(costs.estimate, 8, likely, 6) == before != [0, 0, 0]
+    costs.note(9, 0.016)
+    assert costs.estimate(9) == pytest.approx(0.016)
+
+
 def test_a_request_is_judged_by_itself_once_enough_is_seen_and_by_all_before() -> None:
     acceptance = Acceptance((0.3, 0.9))
     good, bad = RequestAcceptance(), RequestAcceptance()
