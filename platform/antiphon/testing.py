@@ -267,6 +267,16 @@ class LocalCluster:
                 got.error = output.error
 
 
+def unsettle(model: torch.nn.Module) -> None:
+    """Fresh models have zero biases, unit norms and weights so small that experts hardly matter: a mistake would hide."""
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("bias") or "norm" in name:
+                tensor.add_(torch.randn_like(tensor) * 0.2)
+            elif tensor.dim() > 1 and "embed" not in name:
+                tensor.mul_(4.0)
+
+
 def write_tiny_llama(path: Path, *, vocab_size: int = 384, seed: int = 0) -> Path:
     """A checkpoint directory of a random two-layer Llama with a byte-level tokenizer and a chat template; about 200 kB.
 

@@ -18,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from antiphon.core.errors import UnsupportedModel
 from antiphon.models.families import describe
+from antiphon.testing import unsettle
 
 MODELS = Path(__file__).parent / "test_families.py"
 FAMILIES: tuple[str, ...] = (
@@ -106,7 +107,7 @@ def logits_with(model: Any, raw: Mapping[str, Any]) -> torch.Tensor | None:
 def test_a_value_that_ours_makes_nothing_of_changes_nothing_in_transformers(models: Any, family: str) -> None:
     torch.manual_seed(3)
     model = models.FAMILIES[family]().eval()
-    models.unsettle(model)
+    unsettle(model)
     raw = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     base, expected = describe(raw), logits_with(model, raw)
     assert expected is not None

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from antiphon.models.experts.placement import ExpertPlacement
 from antiphon.models.head import SlicedHead
-from antiphon.testing import LocalCluster, wiring
+from antiphon.testing import LocalCluster, unsettle, wiring
 
 WIRINGS: dict[str, tuple[str, dict[str, int]]] = {
     "monolith": ("monolith", {}),
@@ -275,16 +275,6 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         )
     ),
 }
-
-
-def unsettle(model: torch.nn.Module) -> None:
-    """Fresh models have zero biases, unit norms and weights so small that experts hardly matter: a mistake would hide."""
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if name.endswith("bias") or "norm" in name:
-                tensor.add_(torch.randn_like(tensor) * 0.2)
-            elif tensor.dim() > 1 and "embed" not in name:
-                tensor.mul_(4.0)
 
 
 @pytest.fixture(scope="module")

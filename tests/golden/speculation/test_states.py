@@ -20,7 +20,7 @@ from antiphon.core.request import OutputRules, RequestId
 from antiphon.engine.speculation.drafter import DraftAsked, Proposal
 from antiphon.engine.speculation.speculator import Speculator
 from antiphon.models.native.library import available
-from antiphon.testing import LocalCluster, wiring, write_tiny_llama
+from antiphon.testing import LocalCluster, unsettle, wiring, write_tiny_llama
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 92, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -154,12 +154,7 @@ def near(found: Answers) -> list[Any]:
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
     model = FAMILIES[request.param]().eval()
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if name.endswith("bias") or "norm" in name:
-                tensor.add_(torch.randn_like(tensor) * 0.2)
-            elif tensor.dim() > 1 and "embed" not in name:
-                tensor.mul_(4.0)
+    unsettle(model)
     path = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(path)
     words = write_tiny_llama(tmp_path_factory.mktemp("words"))
