@@ -130,9 +130,9 @@ admission.LEASE_S, admission.RENEW_S = 6.0, 1.0
 async def main(address, used, *held):
     limits = TenantLimits(tokens_per_min=1000, num_streams=4)
     one = admission.Admission(open_directory(address).budgets, lambda _tenant: limits, disabled())
-    turns = [await one.enter("alice", int(num_tokens), None) for num_tokens in (used, *held)]
     use = Use(tenant="alice", model="m", num_requests=1, num_prompt_tokens=int(used), num_cached_tokens=0, num_output_tokens=0)
-    await turns[0].finish(use)
+    await (await one.enter("alice", int(used), None)).finish(use)  # before the others: both gateways begin at once
+    turns = [await one.enter("alice", int(num_tokens), None) for num_tokens in held]
     print("has them", flush=True)
     await one.run()
 
