@@ -62,6 +62,16 @@ def glm_flash(num_layers: int) -> Any:
     )  # fmt: skip
 
 
+def glm_sparse(num_layers: int) -> Any:
+    return hf.GlmMoeDsaForCausalLM(
+        hf.GlmMoeDsaConfig(
+            **SHAPE, num_hidden_layers=num_layers, num_key_value_heads=4, q_lora_rank=20, kv_lora_rank=16, qk_nope_head_dim=8,
+            qk_rope_head_dim=8, v_head_dim=12, first_k_dense_replace=1, index_topk=12, index_head_dim=20,
+            index_n_heads=64,  # few would all be negative for some tokens: their scores would be 0 alike, and any choice right
+        )
+    )  # fmt: skip
+
+
 def step(num_layers: int) -> Any:
     text = {
         **SHAPE, "num_hidden_layers": num_layers, "num_key_value_heads": 2, "head_dim": 12, "share_expert_dim": 20,
@@ -109,6 +119,7 @@ KINDS = {
     "deepseek_v3": Kind(deepseek),
     "glm4_moe": Kind(glm),
     "glm4_moe_lite": Kind(glm_flash),
+    "glm_moe_dsa": Kind(glm_sparse),
     "step3p5": Kind(step, inner="transformer.", head="shared_head.output", own_heads=True, plus_one=True),
     "qwen3_next": Kind(qwen3_next, plus_one=True, is_apart=True),
     "qwen3_5": Kind(qwen3_5, plus_one=True, is_apart=True),
@@ -203,8 +214,9 @@ def write(path: Path, kind: Kind, num_modules: int) -> Reference:
     else:
         section["num_nextn_predict_layers"] = num_modules
     section.pop("per_layer_config", None)
-    if section is raw and "mlp_layer_types" in raw:
-        raw["mlp_layer_types"] = raw["mlp_layer_types"][:LAYERS]
+    for name in ("layer_types", "mlp_layer_types", "indexer_types") if section is raw else ():
+        if raw.get(name):
+            raw[name] = raw[name][:LAYERS]
     (path / "config.json").write_text(json.dumps(raw))
     return Reference(kind, model, modules)
 
@@ -271,8 +283,8 @@ def run(
 
 
 PUBLISHED_AND_MORE = [
-    *[("deepseek_v3", 1), ("deepseek_v3", 2), ("glm4_moe", 1), ("glm4_moe_lite", 1), ("step3p5", 3)],
-    *[("qwen3_next", 1), ("qwen3_next", 2), ("qwen3_5", 1)],
+    *[("deepseek_v3", 1), ("deepseek_v3", 2), ("glm4_moe", 1), ("glm4_moe_lite", 1), ("glm_moe_dsa", 1)],
+    *[("step3p5", 3), ("qwen3_next", 1), ("qwen3_next", 2), ("qwen3_5", 1)],
 ]
 
 
