@@ -3,6 +3,7 @@
     Absent --Create--> Starting --ready--> Settled
     Settled --serve differs--> ApplyServe --> Starting (in place, no pod is replaced)
     Settled --cluster differs, Surge fits the budget--> ApplyCluster --> Starting (two clusters) --ready, old one gone--> Settled
+    Settled --another is wanted whose weights are still on their way--> Wait (what serves is left alone) --> Settled
     Settled --cluster differs, else--> Suspend --> Suspending --suspended--> Resume --> Starting
     Starting --another cluster wanted, two run--> ReplacePending --> DeletePending --> Starting (never a third cluster)
     Starting --no progress until the deadline, a good revision is known--> MarkFailed (the good one is wanted from now on)
@@ -67,6 +68,7 @@ class World:
     num_clusters: int = 0
     stale_pending: str = ""  # pending cluster that is not of the revision to bring in
     deadline_passed: bool = False
+    awaited: str = ""  # what the wanted revision's weights still wait for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,9 +107,11 @@ def next_step(world: World) -> Step:
         return Step(action=Action.CREATE, revision=target, why="no RayService exists")
     if world.suspend:
         return _suspended(world, applied)
+    if world.suspended_spec and not world.suspended:
+        return Step(action=Action.WAIT, revision=target, why="waiting for the old pods to stop", strategy=_RECREATE)
+    if world.awaited and target.name == world.wanted.name != applied.name:
+        return Step(action=Action.WAIT, revision=target, why=f"waiting for its weights: {world.awaited}")
     if world.suspended_spec:
-        if not world.suspended:
-            return Step(action=Action.WAIT, revision=target, why="waiting for the old pods to stop", strategy=_RECREATE)
         return Step(action=Action.RESUME, revision=target, why="the old pods are gone", strategy=_RECREATE)
     if applied.cluster != target.cluster:
         return _replace_cluster(world, applied, target)

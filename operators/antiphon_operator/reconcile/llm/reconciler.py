@@ -199,18 +199,19 @@ class LLMReconciler:
             return await self._wait_for_model(writer, world, found.model)
         revision = self._revision(world, found)
         note(revision=revision.name)
-        if revision.name not in world.revisions:  # what runs already has shown that it fits
-            short = "; ".join(memory_problems(document.spec, found.sizes))
+        awaited = "" if found.model.ready else found.model.message
+        if revision.name not in world.revisions and not awaited:  # what runs already has shown that it fits
+            short = "; ".join(memory_problems(document.spec, found.sizes))  # known once the weights are there
             if short:
                 raise Refused(Reason.INSUFFICIENT_MEMORY, short)
-        await self._keep_revision(writer, world, revision)
+            await self._keep_revision(writer, world, revision)
         metrics = await self._metrics.read(document.metadata.namespace or "default", document) if _measures(document) else {}
         home = _home_cluster(observed)
         plan = plan_pools(document, world.pools, observed, metrics, cluster=home, now_s=writer.now_s)
         previous: Mapping[str, Any] = world.live.get("status", {})
         if self._gateways is not None:
             observed = await with_proof(self._gateways, document, plan, observed, previous, writer.now_s)
-        planned = plan_rollout(document, observed, world.revisions, plan, revision, previous, writer.now_s)
+        planned = plan_rollout(document, observed, world.revisions, plan, revision, previous, writer.now_s, awaited=awaited)
         step = next_step(planned)
         if step.action not in (Action.NOTHING, Action.WAIT):
             _LOG.info("%s: %s", step.action.value, step.why)

@@ -29,8 +29,13 @@ def plan_rollout(
     revision: Revision,
     previous: Mapping[str, Any],
     now_s: float,
+    *,
+    awaited: str = "",
 ) -> World:
-    """What the rollout planner must know. ``revisions`` are the kept ControllerRevisions, ``previous`` the last status."""
+    """What the rollout planner must know. ``revisions`` are the kept ControllerRevisions, ``previous`` the last status.
+
+    ``awaited``: what the weights of ``revision`` still wait for.
+    """
     spec = document.spec
     service = observed.service
     refs = {name: _ref(from_object(value), plan.sizes.replicas) for name, value in revisions.items()}
@@ -55,6 +60,7 @@ def plan_rollout(
         suspended=service is not None and service.suspended and not observed.clusters and all(pod.ended for pod in observed.pods),
         num_clusters=len(observed.clusters),
         deadline_passed=_deadline_passed(previous, observed, spec.rollout.progress_deadline_s, now_s),
+        awaited=awaited,
     )
     if service is None or not service.pending:
         return planned

@@ -352,6 +352,7 @@ def _ready_condition(
 ) -> None:
     """Whether what was asked for is applied and serves; never true while an older revision still answers in its place."""
     service = observed.service
+    is_applied = service is not None and service.revision == step.revision.name  # else another waits, as for its weights
     if unapplied:
         conditions.set(Type.READY, False, unapplied[0].reason, f"not applied: {_told(unapplied)}")
     elif failed and step.action is not Action.STALL and step.revision.name != failed and not document.spec.suspend:
@@ -363,7 +364,7 @@ def _ready_condition(
         conditions.set(Type.READY, False, Reason.SUSPENDED, "the document asks for it")
     elif is_serving and step.action is Action.STALL:
         conditions.set(Type.READY, False, Reason.PROGRESS_DEADLINE_EXCEEDED, step.why)
-    elif is_serving and not ((is_complete or is_resizing) and step.action in (Action.NOTHING, Action.WAIT)):
+    elif is_serving and not ((is_complete or is_resizing) and step.action in (Action.NOTHING, Action.WAIT) and is_applied):
         awaited = (step.action is Action.WAIT and observed.unproven) or step.why
         why = f"revision {step.revision.name} is on its way, requests are answered meanwhile: {awaited}"
         conditions.set(Type.READY, False, Reason.NEW_REVISION, why + _trouble(conditions))
@@ -392,9 +393,8 @@ def _progress_conditions(
         conditions.set(Type.PROGRESSING, False, Reason.SUSPENDED, step.why)
     else:
         conditions.set(Type.PROGRESSING, True, on_its_way, f"{step.action.value}: {step.why}")
-    busy = conditions.holds(Type.PROGRESSING)
+    busy, stalled = conditions.holds(Type.PROGRESSING), step.action is Action.STALL
     conditions.set(Type.ROLLBACK_IN_PROGRESS, rolled_back and busy, Reason.PROGRESS_DEADLINE_EXCEEDED if failed else Reason.HEALTHY)
     conditions.set(Type.RECONCILING, busy, on_its_way if busy else Reason.COMPLETE)
-    stalled = step.action is Action.STALL
     why = (Reason.PROGRESS_DEADLINE_EXCEEDED, step.why) if stalled else (Reason.HEALTHY, "")
     conditions.set(Type.STALLED, stalled, *why)

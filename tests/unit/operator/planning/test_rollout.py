@@ -38,6 +38,19 @@ def test_a_change_within_serve_touches_no_cluster() -> None:
     assert steps(replace(RUNNING, wanted=SERVE_ONLY)) == ["ApplyServe new 4", "Wait new 4", "Nothing new 4"]
 
 
+def test_what_serves_is_left_alone_until_the_wanted_revisions_weights_are_there() -> None:
+    for wanted in (NEW, SERVE_ONLY):
+        waiting = replace(RUNNING, wanted=wanted, awaited="ModelArtifact large: the download Job runs")
+        step = next_step(waiting)
+        assert (step.action, step.revision) == (Action.WAIT, wanted)
+        assert "ModelArtifact large" in step.why
+        assert next_step(replace(waiting, awaited="")).action is not Action.WAIT
+    asleep = replace(RUNNING, suspended_spec=True, suspended=True, ready=False, num_clusters=0, gpus_held=0)
+    assert next_step(replace(asleep, wanted=NEW, awaited="them")).action is Action.WAIT
+    assert next_step(replace(RUNNING, awaited="them")).action is Action.NOTHING, "what runs already has its weights"
+    assert next_step(replace(RUNNING, wanted=NEW, awaited="them", failed="new")).revision == OLD
+
+
 def test_a_paused_rollout_keeps_what_is_applied() -> None:
     assert steps(replace(RUNNING, wanted=NEW, paused=True)) == ["Nothing old 4"]
 

@@ -803,6 +803,26 @@ def test_an_artifact_that_is_loading_is_waited_for(cluster: Cluster) -> None:
     assert "/models/smol/artifacts/smol" in cluster.ray_service["spec"]["serveConfigV2"]
 
 
+def test_a_running_deployment_serves_on_until_another_models_weights_are_there(cluster: Cluster) -> None:
+    """Its new pods came up beside it before the download had ended, failed, and were given up."""
+    cluster.run()
+    before = cluster.ray_service["spec"]
+    artifact = {"metadata": {"name": "large", "namespace": "default"}, "spec": {"uri": "hf://a/large", "revision": "v1"}}
+    made = cluster.api.create(MODEL_ARTIFACT, artifact)
+    cluster.edit(lambda s: s["model"].update(uri="hf://a/large", revision="v1"))
+    cluster.run(400)  # longer than a rollout may stand still
+    assert cluster.ray_service["spec"] == before
+    assert cluster.condition("ModelReady") == ("False", "Downloading")
+    assert cluster.condition("Available") == ("True", "Ready")
+    assert cluster.condition("Ready") == ("False", "NewRevision")
+    assert "waiting for its weights: ModelArtifact large" in cluster.message("Ready")
+    assert cluster.condition("Stalled")[0] == "False"
+    cluster.api.update(MODEL_ARTIFACT, {**made, "status": {"phase": "Cached"}}, manager="x", subresource="status")
+    cluster.run()
+    assert cluster.condition("Ready") == ("True", "Ready")
+    assert "artifacts/large" in cluster.ray_service["spec"]["serveConfigV2"]
+
+
 def test_model_and_url_are_told_while_the_weights_are_still_coming(cluster: Cluster) -> None:
     """Both columns of ``kubectl get`` stood empty for the minutes of a download."""
     cluster.api.create(MODEL_ARTIFACT, {"metadata": {"name": "smol", "namespace": "default"}, "spec": {"uri": "/models/smol"}})
