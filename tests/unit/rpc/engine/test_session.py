@@ -40,7 +40,7 @@ def request(name: str) -> Request:
     return Request(request_id=RequestId(name), prompt_token_ids=(1, 2), sampling=SamplingParams(max_tokens=4))
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.005)
