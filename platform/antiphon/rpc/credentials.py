@@ -70,13 +70,18 @@ def files_for(share: float, most: int) -> int:
     return max(8, min(most, int((soft - _FILES_FOR_OTHERS) * share)))
 
 
+def max_connections() -> int:
+    """That a gRPC door holds: a quarter of the process' files, so that neither files nor ports of its own run out."""
+    return files_for(0.25, _MAX_CONNECTIONS)
+
+
 def knocking_options() -> list[tuple[str, int]]:
-    """What a gRPC door bears of those who have not proven themselves: a silent connection is closed soon, and beyond a quarter of
-    the process' files further ones are closed at once, so that neither files nor ports of its own run out.
+    """What a gRPC door bears of those who have not proven themselves: a silent connection is closed soon, and further ones than it
+    may hold are closed at once; ``rpc.doors.crowd`` sees to it that others go before.
     """
     return [
         ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
-        ("grpc.max_allowed_incoming_connections", files_for(0.25, _MAX_CONNECTIONS)),
+        ("grpc.max_allowed_incoming_connections", max_connections()),
     ]
 
 

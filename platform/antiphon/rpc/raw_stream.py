@@ -17,6 +17,7 @@ import grpc
 from antiphon.core.errors import PeerLost, Unavailable
 from antiphon.core.identity import Identity
 from antiphon.rpc.credentials import TARGET_OPTIONS, channel_credentials, knocking_options, server_credentials
+from antiphon.rpc.doors.crowd import Crowd, RunningCalls
 
 _SERVICE, _METHOD = "antiphon.transport.RawStream", "Open"
 _MAX_STREAMS = 256  # a thread each, for as long as it is open
@@ -225,19 +226,25 @@ class RawServer:
         except RuntimeError as error:
             self._pool.shutdown(wait=False)
             raise Unavailable(f"can't listen on {address}: {error}") from error
+        self._running = RunningCalls()
+        self._crowd = Crowd(self.port, self._running)
         self._server.start()
 
     def close(self) -> None:
         """Refuse new streams; stop once the last open one closes. Idempotent."""
         with self._lock:
             self._closed = True
+        self._crowd.close()
         self._join_if_done()
 
     def _handle(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         ended = threading.Event()
+        peer = context.peer()
+        self._running.begin(peer)
 
         def end() -> None:
             ended.set()
+            self._running.end(peer)
             with self._lock:
                 self._num_streams -= 1
                 last = self._closed and self._num_streams == 0
@@ -249,8 +256,9 @@ class RawServer:
             refused = self._closed or not context.add_callback(end)
             self._num_streams += not refused
         if refused:
+            self._running.end(peer)
             context.abort(grpc.StatusCode.UNAVAILABLE, "the listener is closed")
-        stream = RawStream(context.peer())
+        stream = RawStream(peer)
         reader = stream._start_reader(frames)
 
         def finish() -> None:

@@ -5,30 +5,28 @@ Must not know: what the services do.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # the stubs miss it
 from grpc_reflection.v1alpha import reflection
 
-from antiphon.core.errors import AntiphonError, InvalidInput, Unavailable
+from antiphon.core.errors import Unavailable
 from antiphon.core.identity import Identity
 from antiphon.rpc.certificates import DoorCertificate
 from antiphon.rpc.channels import DEFAULT_LIMITS, ChannelLimits, server_options
 from antiphon.rpc.credentials import server_credentials
-from antiphon.rpc.errors import status_of
+from antiphon.rpc.doors.calls import Admit, Calls
+from antiphon.rpc.doors.crowd import Crowd, RunningCalls
 
 # A client waits for the others by itself; of many more that wait here gRPC drops some without a word.
 _STREAMS_OF_A_CONNECTION = 800
 _IDLE_MS = 120_000  # without a call; clients open another for their next one
-
-Admit = Callable[[str | None], object]  # raises an error of the tree for an authorization that may not come in
 
 
 class Service(Protocol):
@@ -42,69 +40,6 @@ class Service(Protocol):
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register the method handlers."""
         ...
-
-
-def _refusing(error: AntiphonError) -> grpc.RpcMethodHandler[Any, Any]:
-    """Ends a call by its metadata alone: a handler of one message would first wait for that, as long as it pleases its client."""
-    status = status_of(error)
-
-    async def refuse(_raws: object, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        await context.abort(status.code, status.message, status.trailing_metadata)
-
-    return grpc.stream_unary_rpc_method_handler(refuse)
-
-
-_TWO_KEYS = _refusing(InvalidInput("authorization may be given once"))
-_KEYLESS = tuple(f"/{name}/" for name in (HEALTH_SERVICE, reflection.SERVICE_NAME))
-
-
-class BadBytes(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
-    """Bytes that are no message are refused as bad input, also by services whose messages grpc parses: it says UNKNOWN. So is who
-    brings two keys, or a key that ``admit`` does not let in, before a byte of the message is waited for.
-    """
-
-    def __init__(self, admit: Admit | None = None) -> None:
-        self._admit = admit
-
-    async def intercept_service(
-        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
-    ) -> Any:
-        """A handler that parses by itself."""
-        handler = await continuation(handler_call_details)
-        keys = [str(value) for key, value in handler_call_details.invocation_metadata or () if key == "authorization"]
-        if len(keys) > 1:
-            return _TWO_KEYS  # what stands before this door may count another of them than we do
-        if self._admit is not None and handler is not None and not handler_call_details.method.startswith(_KEYLESS):
-            try:
-                self._admit(keys[0] if keys else None)
-            except AntiphonError as error:
-                return _refusing(error)
-        if handler is None or handler.request_deserializer is None:
-            return handler
-        parse, call = handler.request_deserializer, handler.unary_unary
-
-        async def parsed(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            try:
-                return parse(raw)
-            except DecodeError as error:
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the bytes are no message: {error}")
-
-        async def unary(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            return await call(await parsed(raw, context), context)
-
-        async def both(raws: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            async def messages() -> AsyncIterator[Any]:
-                async for raw in raws:
-                    yield await parsed(raw, context)
-
-            async for response in handler.stream_stream(messages(), context):
-                yield response
-
-        if handler_call_details.method.startswith(f"/{reflection.SERVICE_NAME}/"):
-            return grpc.stream_stream_rpc_method_handler(both, None, handler.response_serializer)
-        if handler.request_streaming or handler.response_streaming:
-            return handler  # these may read and write by themselves; whoever sends such bytes ends its own stream
-        return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
 
 
 class RpcServer:
@@ -153,6 +88,7 @@ class RpcServer:
         # Made when it starts: gRPC's shutdown of a server that never started leaves an event that nobody takes, and whoever ends
         # gRPC's poller later in this process waits for it.
         self._server: grpc.aio.Server | None = None
+        self._crowd: Crowd | None = None
         self._services = tuple(services)
         self._health = health.HealthServicer()
         self._names = [service.name for service in services]
@@ -176,9 +112,9 @@ class RpcServer:
         Raises:
             Unavailable: the address can't be bound.
         """
-        server = grpc.aio.server(
-            interceptors=[BadBytes(self._admit)], options=self._options, maximum_concurrent_rpcs=self._max_concurrent_calls
-        )
+        running = RunningCalls()
+        calls = Calls(running, self._admit, is_public=self._public)
+        server = grpc.aio.server(interceptors=[calls], options=self._options, maximum_concurrent_rpcs=self._max_concurrent_calls)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         for service in self._services:
             service.add_to(server)
@@ -194,6 +130,7 @@ class RpcServer:
         except RuntimeError as error:
             raise Unavailable(f"can't listen on {_join(self._host, self._port)}: {error}") from error
         self._server = server
+        self._crowd = Crowd(self._port, running)
         await server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
@@ -206,6 +143,8 @@ class RpcServer:
         if self._closed:
             return
         self._closed = True
+        if self._crowd is not None:
+            self._crowd.close()
         if self._server is not None:
             await self._server.stop(grace_s if grace_s > 0 else None)
 

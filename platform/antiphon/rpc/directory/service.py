@@ -18,7 +18,8 @@ from antiphon.core.ids import Epoch, WorkerId
 from antiphon.core.worker_info import WorkerInfo
 from antiphon.rpc.credentials import knocking_options, server_credentials
 from antiphon.rpc.directory.budgets import rows_of, uses_of, wish_of
-from antiphon.rpc.services import BadBytes
+from antiphon.rpc.doors.calls import Calls
+from antiphon.rpc.doors.crowd import Crowd, RunningCalls
 from antiphon.rpc.v1 import directory_pb2 as pb
 from antiphon.rpc.v1 import directory_pb2_grpc as pb_grpc
 
@@ -119,8 +120,9 @@ class DirectoryService(pb_grpc.DirectoryServicer):
 class DirectoryServer:
     """A listening DirectoryService; ``address`` is what ``open_directory`` takes."""
 
-    def __init__(self, server: grpc.aio.Server, address: str) -> None:
+    def __init__(self, server: grpc.aio.Server, address: str, crowd: Crowd) -> None:
         self._server = server
+        self._crowd = crowd
         self.address = address
 
     @classmethod
@@ -132,17 +134,19 @@ class DirectoryServer:
         Raises:
             Unavailable: the port is taken.
         """
-        server = grpc.aio.server(interceptors=[BadBytes()], options=[("grpc.so_reuseport", 0), *knocking_options()])
+        running = RunningCalls()
+        server = grpc.aio.server(interceptors=[Calls(running)], options=[("grpc.so_reuseport", 0), *knocking_options()])
         pb_grpc.add_DirectoryServicer_to_server(DirectoryService(store), server)  # type: ignore[no-untyped-call]  # generated
         try:
             bound = server.add_secure_port(f"{host}:{port}", server_credentials(identity))
         except RuntimeError as error:
             raise Unavailable(f"the directory can't listen on {host}:{port}: {error}") from error
         await server.start()
-        return cls(server, f"grpc://{host}:{bound}")
+        return cls(server, f"grpc://{host}:{bound}", Crowd(bound, running))
 
     async def close(self, grace_s: float = 0.5) -> None:
         """Stop after at most ``grace_s`` seconds; idempotent."""
+        self._crowd.close()
         await self._server.stop(grace_s)
 
 
