@@ -37,6 +37,9 @@ WEIGHT_FIELDS = ("ffnBytes", "kvBytesPerToken", "stateBytes")  # what the weight
 BUSY_S = 10.0
 REST_S = 600.0
 
+_DIGEST_LENGTH = len("sha256:") + 64
+_LARGEST = 2**63 - 1
+
 
 class ArtifactReconciler:
     """Reconciles ModelArtifacts through ``kube``. Holds nothing between calls."""
@@ -122,11 +125,11 @@ class ArtifactReconciler:
             phase=phase,
             claim_name=place.claim,
             path=place.path,
-            digest=str(result.get("digest", "")),
-            size_bytes=int(result.get("sizeBytes", 0)),
-            ffn_bytes=int(result.get("ffnBytes", 0)),
-            kv_bytes_per_token=int(result.get("kvBytesPerToken", 0)),
-            state_bytes=int(result.get("stateBytes", 0)),
+            digest=str(result.get("digest", ""))[:_DIGEST_LENGTH],
+            size_bytes=_count(result, "sizeBytes"),
+            ffn_bytes=_count(result, "ffnBytes"),
+            kv_bytes_per_token=_count(result, "kvBytesPerToken"),
+            state_bytes=_count(result, "stateBytes"),
             used_by=used_by[:256],
         )
         return status, conditions
@@ -173,11 +176,17 @@ def _result(pods: Sequence[Object]) -> Mapping[str, Any]:
         if ended.get("exitCode") == 0:
             try:
                 value = json.loads(ended.get("message", ""))
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(value, dict):
                 return value
     return {}
+
+
+def _count(result: Mapping[str, Any], key: str) -> int:
+    """A number of what the download said, whose image is the document's choice; 0 where it is none that a status can hold."""
+    value = result.get(key)
+    return value if isinstance(value, int) and 0 <= value <= _LARGEST else 0
 
 
 def _why_failed(pods: Sequence[Object]) -> str:

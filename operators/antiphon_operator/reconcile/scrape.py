@@ -7,6 +7,8 @@ the label of their pool. Must not know: what follows from them.
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +19,8 @@ from antiphon.core.document.spec import LLMDeployment
 from antiphon_operator.planning.autoscaler import Metrics
 from antiphon_operator.render.names import http_port, http_scheme, http_service
 
+_log = logging.getLogger(__name__)
+
 TTFT = "gen_ai_server_time_to_first_token_seconds"
 TPOT = "gen_ai_server_time_per_output_token_seconds"
 WAITING = "vllm:num_requests_waiting"
@@ -25,6 +29,7 @@ HELD = "antiphon_requests_held"  # for a sleeping pool's first worker
 KV_USAGE = "vllm:kv_cache_usage_perc"
 POOL_LABEL = "antiphon_pool"
 _DEADLINE_S = 5.0
+_MAX_BYTES = 8 << 20  # of an answer; what answers is an image that a document's writer chose
 _SAME_S = 5.0  # asked again this soon, the answer is the same: a second pass decides on the figures of the first
 _FORGET_S = 600.0  # a deployment not asked for this long is gone
 _ALL = ""  # samples without a pool label speak of the whole deployment
@@ -48,7 +53,8 @@ class ScrapedMetrics:
         self._clock = clock
         self._url_of = url_of if url_of is not None else _service_url
         # Of a door with a certificate whose authority is not known here: counts are read, and nothing is shown to it.
-        self._client = httpx2.AsyncClient(timeout=_DEADLINE_S, verify=False)
+        # Nothing is asked for in a packed form, which unpacks to more than it says.
+        self._client = httpx2.AsyncClient(timeout=_DEADLINE_S, verify=False, headers={"accept-encoding": "identity"})
         self._last: dict[tuple[str, str], _Scrape] = {}
 
     async def __aenter__(self) -> ScrapedMetrics:
@@ -65,14 +71,30 @@ class ScrapedMetrics:
             return last.metrics
         try:
             async with asyncio.timeout(_DEADLINE_S):
-                response = await self._client.get(self._url_of(namespace, document))
-            response.raise_for_status()
-        except (httpx2.HTTPError, TimeoutError):
+                text = await self._text(self._url_of(namespace, document))
+                before = {} if last is None else last.histograms
+                found = await asyncio.to_thread(_parse, text, document, before, self._clock())
+        except (httpx2.HTTPError, TimeoutError, ValueError, KeyError) as error:
+            _log.warning("%s/%s: the gateway's measures can't be read: %.200s", namespace, document.metadata.name, repr(error))
             return {} if last is None else last.metrics
         for other in [other for other, scrape in self._last.items() if now_s - scrape.at_s > _FORGET_S]:
             del self._last[other]
-        found = self._last[key] = _parse(response.text, document, {} if last is None else last.histograms, self._clock())
+        self._last[key] = found
         return found.metrics
+
+    async def _text(self, url: str) -> str:
+        """An answer's body. Raises ValueError: it is too long, packed, or no text."""
+        async with self._client.stream("GET", url) as response:
+            response.raise_for_status()
+            if response.headers.get("content-encoding", "identity") != "identity":
+                raise ValueError("the answer is packed")
+            parts, size = [], 0
+            async for part in response.aiter_raw():
+                parts.append(part)
+                size += len(part)
+                if size > _MAX_BYTES:
+                    raise ValueError(f"the answer has more than {_MAX_BYTES} bytes")
+        return b"".join(parts).decode()
 
 
 def _parse(text: str, document: LLMDeployment, before: Mapping[str, Buckets], now_s: float) -> _Scrape:
@@ -81,6 +103,8 @@ def _parse(text: str, document: LLMDeployment, before: Mapping[str, Buckets], no
     busy: list[float] = []
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
+            if not math.isfinite(sample.value):
+                raise ValueError(f"{sample.name} is {sample.value}")
             name = sample.name.removesuffix("_bucket")
             if name in histograms and sample.name.endswith("_bucket"):
                 bound = float(sample.labels["le"])

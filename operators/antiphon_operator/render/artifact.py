@@ -8,7 +8,7 @@ result, or why it failed. Must not know: how fetching works.
 from __future__ import annotations
 
 from antiphon.core.document.artifact import ModelArtifact
-from antiphon_operator.render.canonical import Json
+from antiphon_operator.render.canonical import Json, literal
 from antiphon_operator.render.names import LABEL_ARTIFACT, MANAGER
 from antiphon_operator.render.pods import CONTAINER_SECURITY, POD_SECURITY
 from antiphon_operator.render.settings import Settings, Weights
@@ -43,7 +43,7 @@ def download_job(document: ModelArtifact, owner: Json, place: Weights, settings:
         "name": "download",
         "image": spec.image or settings.artifact_image or settings.runtime.image,
         "command": ["antiphon-operator"],
-        "args": arguments,
+        "args": [literal(argument) for argument in arguments],
         "env": [{"name": "HOME", "value": "/tmp"}],  # noqa: S108 - an emptyDir of the pod's own
         "resources": {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": "4Gi"}},
         "securityContext": CONTAINER_SECURITY,

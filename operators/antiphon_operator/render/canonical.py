@@ -23,6 +23,11 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
+def literal(text: str) -> str:
+    """``text`` for a container's arguments and variables, where $(NAME) would become what the variable has: a Secret, say."""
+    return text.replace("$", "$$")
+
+
 def fingerprint(value: Any, length: int = 10) -> str:
     """``length`` hexadecimal digits that change when ``value`` does."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:length]

@@ -13,7 +13,7 @@ from antiphon.core.document.pools import PoolSpec, Resources, parse_quantity
 from antiphon.core.document.spec import LLMDeployment, LLMDeploymentSpec
 from antiphon.core.ids import Role
 from antiphon_operator.planning.memory import NOTHING_KNOWN, memory_need
-from antiphon_operator.render.canonical import Json
+from antiphon_operator.render.canonical import Json, literal
 from antiphon_operator.render.names import (
     AGENT_PORT,
     DASHBOARD_PORT,
@@ -244,7 +244,7 @@ def _container(
         {"name": "ANTIPHON_POOL", "value": pool},
         {"name": "HOME", "value": "/tmp"},  # noqa: S108 - an emptyDir of the pod's own
     ]
-    variables += [{"name": key, "value": value} for key, value in sorted((_ENVIRONMENT | env).items())]
+    variables += [{"name": key, "value": literal(value)} for key, value in sorted((_ENVIRONMENT | env).items())]
     variables += [
         {"name": ref.name, "valueFrom": {"secretKeyRef": {"name": ref.secret, "key": ref.key}}}
         for ref in sorted(kubernetes.secret_env, key=lambda ref: ref.name)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from antiphon.core.document.pools import PoolSpec, Resources, parse_quantity
 from antiphon.core.document.spec import LLMDeployment
-from antiphon_operator.render.canonical import Json, fingerprint
+from antiphon_operator.render.canonical import Json, fingerprint, literal
 from antiphon_operator.render.names import (
     GATEWAY,
     METRICS_PORT,
@@ -80,9 +80,9 @@ def _fault_tolerance(document: LLMDeployment) -> Json:
     if parts.scheme == "rediss":
         options["redisAddress"] = f"rediss://{options['redisAddress']}"
     if parts.username:
-        options["redisUsername"] = {"value": urllib.parse.unquote(parts.username)}
+        options["redisUsername"] = {"value": literal(urllib.parse.unquote(parts.username))}
     if parts.password:
-        options["redisPassword"] = {"value": urllib.parse.unquote(parts.password)}
+        options["redisPassword"] = {"value": literal(urllib.parse.unquote(parts.password))}
     return {"gcsFaultToleranceOptions": options}
 
 

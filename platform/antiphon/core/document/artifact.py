@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from antiphon.core.document.part import LINE_REST, Line, Metadata, Model, OneLine
+from antiphon.core.document.part import LINE_REST, Line, Metadata, Model, OneLine, check_address
 from antiphon.core.document.policies import SecretName
 from antiphon.core.document.pools import Quantity
 
@@ -55,7 +55,12 @@ class ModelArtifactSpec(Model):
         default=None,
         description="Secret whose keys become environment variables of the download (HF_TOKEN, AWS_ACCESS_KEY_ID, …).",
     )
-    endpoint_url: Line | None = Field(default=None, description="Address of an S3-compatible store; None = AWS.", max_length=1024)
+    endpoint_url: Annotated[str, OneLine] | None = Field(
+        default=None,
+        description="http:// or https:// address of an S3-compatible store; None = AWS.",
+        pattern=f"^https?://{LINE_REST}$",
+        max_length=1024,
+    )
     retries: int = Field(default=3, ge=0, le=20, description="How often a failed download is tried again.")
     deadline_s: int = Field(default=21_600, ge=60, le=604_800, description="A download that takes longer has failed.")
 
@@ -63,6 +68,13 @@ class ModelArtifactSpec(Model):
     def scheme(self) -> str:
         """The uri's scheme, one of ARTIFACT_SCHEMES."""
         return self.uri.partition("://")[0]
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _is_a_store(cls, url: str | None) -> str | None:
+        if url is not None:
+            check_address(url)
+        return url
 
     @model_validator(mode="after")
     def _in_place_needs_no_storage(self) -> ModelArtifactSpec:

@@ -7,6 +7,7 @@ documents and snake_case here; unknown keys are refused. Must not know: how a ro
 from __future__ import annotations
 
 from typing import Literal
+from urllib.parse import unquote
 
 from pydantic import Field, field_validator, model_validator
 
@@ -35,6 +36,13 @@ class ArtifactRef(Model):
     digest: str | None = Field(
         default=None, pattern=r"^sha256:[0-9a-f]{64}$", description="Digest that it must have; None = not checked."
     )
+
+    @field_validator("uri")
+    @classmethod
+    def _stays_in_its_claim(cls, uri: str) -> str:
+        if uri.startswith("pvc://") and ".." in unquote(uri).split("/"):
+            raise ValueError("must not leave its claim by ..")
+        return uri
 
 
 class RouterSpec(Model):
@@ -183,7 +191,9 @@ class AuthSpec(Model):
     """Which experts a caller may reach."""
 
     allow_experts_header: Line | None = Field(
-        default=None, description="Trusted header (set by a proxy) that lists the allowed experts, comma-separated; None = all."
+        default=None,
+        description="Trusted header (set by a proxy) that lists the allowed experts, comma-separated; None = all.",
+        max_length=256,
     )
 
 

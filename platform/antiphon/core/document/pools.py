@@ -99,9 +99,9 @@ class PoolSpec(Model):
         default="auto", description="What its workers compute on; auto = cuda where resources.gpu is 1, else cpu."
     )
     node_selector: dict[str, LabelValue] = Field(
-        default_factory=dict, description="Labels of the nodes it may run on (Kubernetes)."
+        default_factory=dict, description="Labels of the nodes it may run on (Kubernetes).", max_length=64
     )
-    env: dict[str, EnvValue] = Field(default_factory=dict, description="Environment variables of its workers.")
+    env: dict[str, EnvValue] = Field(default_factory=dict, description="Environment variables of its workers.", max_length=256)
     scaling: ScalingSpec = Field(default_factory=ScalingSpec, description="How its size is decided (Kubernetes).")
     tolerations: tuple[TolerationSpec, ...] = Field(
         default=(), description="Taints that its pods tolerate (Kubernetes).", max_length=16

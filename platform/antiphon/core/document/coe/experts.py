@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from antiphon.core.document.part import Line, Model, as_tuple
+from antiphon.core.document.part import Line, Model, as_tuple, check_address
 from antiphon.core.document.pools import Quantity, parse_quantity
 
 Modality = Literal["text", "image", "audio", "video"]
@@ -44,6 +44,7 @@ class ExternalEndpoint(Model):
     def _is_http(cls, url: str) -> str:
         if not url.startswith(EXTERNAL_SCHEMES):
             raise ValueError("must start with http:// or https://")
+        check_address(url)
         return url.rstrip("/")
 
     @model_validator(mode="after")

@@ -1,0 +1,1 @@
+"""What custom resources, and pods that they name, can do to the operator and through it."""
