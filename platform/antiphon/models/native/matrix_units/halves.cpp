@@ -311,9 +311,9 @@ const TileShapes& sixteen() {
   return shapes;
 }
 
-// One decoding row: q [N, H] over its context, KV heads [head, head + count), a group of lanes at a time. V is fetched while scores are
-// weighed, and the K of ``next``, the thread's next row, while values are gathered.
-void decode_row(const bits16* q, const paged::Cache& cache, const paged::Context& context, const paged::Context* next,
+// One decoding row: q [N, H] over its context, KV heads [head, head + count), a group of lanes at a time. K and V of ``next``, the thread's
+// next row, are fetched meanwhile, and of the thread's first row (``is_first``) V while scores are weighed.
+void decode_row(const bits16* q, const paged::Cache& cache, const paged::Context& context, bool is_first, const paged::Context* next,
                 const Heads& heads, int64_t head, int64_t count, float scale, int64_t window, bits16* out) {
   Workspace& ws = workspace;
   const int64_t groups = heads.groups(), depth = heads.dim / kDepth;
@@ -327,9 +327,15 @@ void decode_row(const bits16* q, const paged::Cache& cache, const paged::Context
   float* scores = ws.scores.get<float>((spans + 1) * 512);
   bits16* weights = ws.weights.get<bits16>(spans * kTile);
   bits16* keys = ws.keys.get<bits16>(4 * kLanes * heads.dim);
-  bits16* values = ws.values.get<bits16>(heads.dim / kLanes * kTile);
+  bits16* values = ws.values.get<bits16>(paged::kDimsAtOnce / kLanes * kTile);
   bits16* queries = ws.queries.get<bits16>(heads_a_pass * depth * kTile);
   alignas(64) float inverse[kLanes];
+  const int64_t pairs = spans * paged::kSpan / 2, lane_groups = divide_up(groups, kLanes);
+  const int64_t weighed = divide_up(count, heads_a_pass) * lane_groups * pairs;
+  const int64_t gathered = count * lane_groups * divide_up(heads.dim, paged::kDimsAtOnce) * pairs;
+  paged::Feed own, soon;
+  if (fetches && is_first) own = paged::Feed(cache, context, cache.v, nullptr, pairs);
+  if (fetches && next != nullptr) soon = paged::Feed(cache, *next, cache.k, cache.v, gathered + (is_first ? 0 : weighed));
   for (int64_t h = head; h < head + count; h += heads_a_pass) {
     const int64_t here = std::min(heads_a_pass, head + count - h);
     for (int64_t g = 0; g < groups; g += kLanes) {  // more than 16 query heads of one KV head take several passes
@@ -337,19 +343,15 @@ void decode_row(const bits16* q, const paged::Cache& cache, const paged::Context
       paged::place_queries([&](int64_t l) { return q + ((h + l / lanes) * groups + g + l % lanes) * heads.dim; }, here * lanes, here,
                            heads.dim, queries);
       sixteen().load();
-      const bool first_pass = fetches && h == head && g == 0;
       paged::score(cache, context, sight.first, sight.end, h, here, queries, scores, keys);
-      paged::Feed values_soon = first_pass ? paged::Feed(cache.v, cache, context) : paged::Feed();
-      paged::weigh(sight, scale, scores, weights, inverse, values_soon);
-      paged::Feed keys_soon = first_pass && next != nullptr ? paged::Feed(cache.k, cache, *next) : paged::Feed();
-      const int64_t lines = divide_up(keys_soon.lines_of(2), here);
+      paged::weigh(sight, scale, scores, weights, inverse, is_first ? own : soon);
       const int rows = static_cast<int>(lanes);
       TileShapes{16, rows, 16, 16, rows, rows, rows, rows}.load();
       for (int64_t j = 0; j < here; ++j) {
         paged::gather_values(
             sight, heads.dim, j * lanes, lanes, weights, inverse,
-            [&](int64_t span) {
-              paged::interleave_values(cache, context, span, h + j, values, keys_soon, lines);
+            [&](int64_t span, int64_t from, int64_t end) {
+              paged::interleave_values(cache, context, span, h + j, from, end, values, soon);
               return values;
             },
             [&](int64_t r) { return out + ((h + j) * groups + g + r) * heads.dim; });
@@ -371,7 +373,7 @@ void attend_chunk(const bits16* q, int64_t width, int64_t rows, const paged::Cac
   parallel_for(0, heads.keys * spans, 8, [&](int64_t begin, int64_t end) {
     paged::Feed nothing;
     for (int64_t i = begin; i < end; ++i) {
-      paged::interleave_values(cache, context, from + i % spans * paged::kSpan, i / spans, values + i * span_size, nothing, 0);
+      paged::interleave_values(cache, context, from + i % spans * paged::kSpan, i / spans, 0, heads.dim, values + i * span_size, nothing);
     }
   });
   const int64_t tiles = divide_up(rows * groups, kLanes), num_tasks = tiles * heads.keys;
@@ -402,7 +404,9 @@ void attend_chunk(const bits16* q, int64_t width, int64_t rows, const paged::Cac
       paged::weigh(sight, scale, scores, weights, inverse, nothing);
       paged::gather_values(
           sight, heads.dim, 0, lanes, weights, inverse,
-          [&](int64_t span) { return values + (head * spans + (span - from) / paged::kSpan) * span_size; },
+          [&](int64_t span, int64_t dim, int64_t) {
+            return values + (head * spans + (span - from) / paged::kSpan) * span_size + dim / kLanes * kTile;
+          },
           [&](int64_t r) {
             return out + ((first + r) / groups * heads.queries + head * groups + (first + r) % groups) * heads.dim;
           });
@@ -443,7 +447,7 @@ void attend_rows(const bits16* qkv, const Tensor& k_cache, const Tensor& v_cache
         const bool has_next = task + 1 < end;
         Scratch& beside = (task - begin) % 2 == 0 ? ws.starts_beside : ws.starts;
         const paged::Context next = has_next ? context_of(task + 1, beside) : context;
-        decode_row(qkv + b * width, cache, context, has_next ? &next : nullptr, heads, head, stop - head, scale, window,
+        decode_row(qkv + b * width, cache, context, task == begin, has_next ? &next : nullptr, heads, head, stop - head, scale, window,
                    out + b * out_width);
         context = next;
       }

@@ -20,6 +20,7 @@
 namespace antiphon::paged {
 
 constexpr int64_t kSpan = 32;  // tokens of a context tile
+constexpr int64_t kDimsAtOnce = 4 * kLanes;  // of a head's results, which tile registers hold beside weights and values
 
 struct Cache {
   const bits16 *k, *v;
@@ -63,36 +64,42 @@ struct Sight {
   }
 };
 
-// Fetches one plane of a context into the L2 cache a few lines at a time, so that memory works while the caller computes: a burst
-// would fill the processor's miss buffers and make it wait. Up to eight blocks are fetched side by side, as in prefetch.h.
+// Fetches planes of a context into the L2 cache, evenly over so many calls, so that memory works while the caller computes: a burst would
+// fill the processor's miss buffers and make it wait. Up to eight blocks are fetched side by side, as in prefetch.h.
 class Feed {
  public:
   Feed() = default;
-  Feed(const bits16* plane, const Cache& cache, const Context& context)
-      : plane_(reinterpret_cast<const char*>(plane)), starts_(context.starts), row_bytes_(cache.row() * 2),
-        left_(context.starts == nullptr ? 0 : divide_up(context.tokens, kLanes)) {}
+  // ``first`` and then ``second`` (none where it is nullptr), planes of the cache, are there once ``some`` was called ``calls`` times.
+  Feed(const Cache& cache, const Context& context, const bits16* first, const bits16* second, int64_t calls)
+      : plane_(reinterpret_cast<const char*>(first)), second_(reinterpret_cast<const char*>(second)), starts_(context.starts),
+        row_bytes_(cache.row() * 2), num_blocks_(divide_up(context.tokens, kLanes)), left_(num_blocks_) {
+    const int64_t lines = (second == nullptr ? 1 : 2) * num_blocks_ * kLanes * divide_up(row_bytes_, kLine);
+    rate_ = divide_up(lines * kUnit, std::max<int64_t>(1, calls));
+  }
 
-  // The next ``lines`` cache lines, rounded up to a line of each of the blocks.
-  void some(int64_t lines) {
-    while (lines > 0) {
-      if (at_ == end_) {
-        if (left_ == 0) return;
-        count_ = std::min(left_, kBeside);
-        for (int64_t i = 0; i < count_; ++i) blocks_[i] = plane_ + *starts_++ * row_bytes_;
-        left_ -= count_;
-        at_ = 0, end_ = kLanes * row_bytes_;
-      }
+  void some() {
+    for (owed_ += rate_; owed_ > 0; at_ += kLine, owed_ -= count_ * kUnit) {
+      if (at_ >= end_ && !begins()) return;
       for (int64_t i = 0; i < count_; ++i) _mm_prefetch(blocks_[i] + at_, _MM_HINT_T1);
-      at_ += 64, lines -= count_;
     }
   }
-  int64_t lines_of(int64_t tokens) const { return divide_up(tokens * row_bytes_, 64); }
 
  private:
-  static constexpr int64_t kBeside = 8;
-  const char *plane_ = nullptr, *blocks_[kBeside];
+  // The next blocks, or false where all were fetched.
+  bool begins() {
+    if (left_ == 0 && second_ != nullptr) plane_ = second_, second_ = nullptr, left_ = num_blocks_;
+    if (left_ == 0) return rate_ = owed_ = 0, false;
+    count_ = std::min(left_, kBeside);
+    for (int64_t i = 0; i < count_; ++i) blocks_[i] = plane_ + starts_[num_blocks_ - left_ + i] * row_bytes_;
+    left_ -= count_;
+    at_ = 0, end_ = kLanes * row_bytes_;
+    return true;
+  }
+
+  static constexpr int64_t kBeside = 8, kLine = 64, kUnit = 256;  // parts of a line that rates are counted in
+  const char *plane_ = nullptr, *second_ = nullptr, *blocks_[kBeside];
   const int64_t* starts_ = nullptr;
-  int64_t row_bytes_ = 0, left_ = 0, count_ = 0, at_ = 0, end_ = 0;
+  int64_t row_bytes_ = 0, num_blocks_ = 0, left_ = 0, count_ = 0, at_ = 0, end_ = 0, rate_ = 0, owed_ = 0;
 };
 
 // 16 tokens of one head as rows of a tile: in place where they are consecutive, else gathered; tokens past the end are zero.
@@ -113,9 +120,9 @@ inline const bits16* key_rows(const Cache& cache, const Context& context, int64_
   return gathered;
 }
 
-// V of 32 tokens of one head as tiles [H/16][16 pairs of tokens][16 dims][2]; tokens past the end are zero.
-inline void interleave_values(const Cache& cache, const Context& context, int64_t token, int64_t head, bits16* to, Feed& feed,
-                              int64_t lines) {
+// V of 32 tokens of one head, its dims [from, end), as tiles [16 dims each][16 pairs of tokens][16 dims][2]; tokens past the end are zero.
+inline void interleave_values(const Cache& cache, const Context& context, int64_t token, int64_t head, int64_t from, int64_t end, bits16* to,
+                              Feed& feed) {
   alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
@@ -131,12 +138,12 @@ inline void interleave_values(const Cache& cache, const Context& context, int64_
     }
   }
   for (int64_t pair = 0; pair < kSpan / 2; ++pair) {
-    feed.some(lines);
+    feed.some();
     const bool has_first = 2 * pair < count, has_second = 2 * pair + 1 < count;
-    for (int64_t d = 0; d < cache.dim; d += kDepth) {
+    for (int64_t d = from; d < end; d += kDepth) {
       const __m512i x = has_first ? _mm512_loadu_si512(rows[2 * pair] + d) : _mm512_setzero_si512();
       const __m512i y = has_second ? _mm512_loadu_si512(rows[2 * pair + 1] + d) : _mm512_setzero_si512();
-      bits16* out = to + d / kLanes * kTile + pair * kDepth;
+      bits16* out = to + (d - from) / kLanes * kTile + pair * kDepth;
       _mm512_store_si512(out, _mm512_permutex2var_epi16(x, low, y));
       _mm512_store_si512(out + kTile, _mm512_permutex2var_epi16(x, high, y));
     }
@@ -246,7 +253,6 @@ inline void score(const Cache& cache, const Context& context, int64_t first, int
 // Turn scores [tokens][lanes] from sight.first on into weight tiles [spans][lanes][32 tokens] and 1/sum per lane.
 inline void weigh(const Sight& sight, float scale, const float* scores, bits16* weights, float* inverse, Feed& feed) {
   const __m512i low = _mm512_load_si512(sight.low), high = _mm512_load_si512(sight.high);
-  const int64_t lines = feed.lines_of(2);
   const auto seen = [&](int64_t c) {
     const __m512i at = _mm512_set1_epi32(static_cast<int32_t>(c));
     return _mm512_mask_cmple_epi32_mask(_mm512_cmple_epi32_mask(low, at), at, high);
@@ -271,7 +277,7 @@ inline void weigh(const Sight& sight, float scale, const float* scores, bits16* 
     __m512i turned[16];
     const bool clear = span >= sight.clear_from && span + kSpan <= sight.clear_to;
     for (int64_t p = 0; p < kSpan / 2; ++p) {
-      feed.some(lines);
+      feed.some();
       const int64_t token = span + 2 * p;
       __m512 even = exp2(_mm512_fmsub_ps(_mm512_load_ps(from + token * kLanes), factor, offset));
       __m512 odd = exp2(_mm512_fmsub_ps(_mm512_load_ps(from + (token + 1) * kLanes), factor, offset));
@@ -290,20 +296,20 @@ inline void weigh(const Sight& sight, float scale, const float* scores, bits16* 
 }
 
 // result [lanes][H] of one KV head, its lanes from ``lane`` on; tiles 4-7 have as many rows as ``rows`` lanes, tile 1 too.
-// values(span) gives the span's interleaved V.
+// values(span, from, end) gives the span's interleaved V of dims [from, end).
 template <typename Values, typename Out>
 void gather_values(const Sight& sight, int64_t dim, int64_t lane, int64_t rows, const bits16* weights, const float* inverse,
                    const Values& values, const Out& out) {
   alignas(64) float result[4 * 256];
-  for (int64_t d = 0; d < dim; d += 4 * kLanes) {
-    const int64_t tiles = std::min<int64_t>(4, (dim - d) / kLanes);
+  for (int64_t d = 0; d < dim; d += kDimsAtOnce) {
+    const int64_t end = std::min(dim, d + kDimsAtOnce), tiles = (end - d) / kLanes;
     _tile_zero(4);
     _tile_zero(5);
     _tile_zero(6);
     _tile_zero(7);
     const bits16* w = weights + lane * kDepth;
     for (int64_t span = sight.first; span < sight.end; span += kSpan, w += kTile) {
-      const bits16* v = values(span) + d / kLanes * kTile;
+      const bits16* v = values(span, d, end);
       order_memory();
       _tile_loadd(1, w, 64);
       _tile_loadd(2, v, 64);
