@@ -3,12 +3,13 @@
 On prompts of known kinds the plain router is hard to beat, on foreign ones the general expert often is: leads over either that
 are nothing but noise cost more than they bring. So a departure has to be proven, on models that had not seen the prompts: those of
 inner folds stand for known kinds, those that had one more dataset left out for foreign ones. A gain is counted by half, since it is
-the best of several that were looked at, and less twice its standard error. Must not know: embeddings.
+the best of several that were looked at, and less twice its standard error. How careful to be with strange prompts is not looked
+for at all: the best of many degrees is the luckiest. There is one, and less only where known prompts can't afford it. Must not
+know: embeddings.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,30 +18,21 @@ import numpy.typing as npt
 from scipy.stats import t as student
 from sklearn.linear_model import LogisticRegression
 
-from antiphon.coe.routing.assessment import Floats, Gate, Ints
+from antiphon.coe.routing.assessment import Floats, Gate
 
 Doubles = npt.NDArray[np.float64]
 
 OPEN = Gate(weight=1.0, bias=0.0, threshold=0.0)
 NEVER = 1.0  # a lead that nothing reaches: scores are 0..1
-# Expected scores by which another expert must be ahead of the plain router's pick, on familiar prompts and on strange ones.
+# Expected scores by which another expert must be ahead of the plain router's pick, on familiar prompts.
 _HOLDS = (0.0, 0.02, 0.04, 0.08, NEVER)
-_STRANGE_HOLDS = (0.0, 0.02, 0.05)
-# The same of the general expert, on the strangest. Few choices: the best of many is the luckiest.
-_CAUTIONS = (0.0, 0.06, 0.12, 0.3)
-_BELOW = (0.5, 0.25, 0.12, 0.04)  # shares of known prompts that are strange at all
-# Shares of prompts of known kinds that the gate may close on. The least is not none: what is like nothing that was learnt from is
-# not known, and the least familiar of all known prompts may be like nothing either.
-_SHARES = (0.005, 0.02, 0.08)
 _COUNTED = 0.5  # share of a gain that is counted
 _SURE = 1.96  # standard errors
-# What known prompts may lose to the plain router, at 95 %, so that foreign ones are safe. Less than the 0.2 points that a judge
-# may find: of many departures the one that is taken has been lucky on the rows that it was taken by.
-_MAY_LOSE = 0.0014
-# How much more a loss to the general expert counts there: who knows nothing of a kind of prompt would ask it.
-_TO_GENERAL = 4.0
-_LIKELY = 0.95  # how likely the next foreign dataset must be to gain for foreign prompts to be routed as known ones are
-_BY_GAIN = 0.1  # how much a mean gain weighs beside what datasets lose
+# What known prompts may lose to the plain router, at 95 %, so that foreign ones are safe. Of few prompts that is nearly nothing but
+# doubt: there, the router is hardly careful at all, and close to the plain one.
+_MAY_LOSE = 0.006
+_LIKELY = 0.9  # how likely the next foreign dataset must be to gain for foreign prompts to be routed as known ones are
+_NOTHING_LIKE_IT = 0.005  # share of prompts that the gate closes on where foreign ones are routed as known ones are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +47,23 @@ class Rehearsal:
     score_4B: Doubles  # what that expert scored
     plain_B: Doubles  # what the plain router's pick scored
     general_B: Doubles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Degree:
+    """How careful the router is with what is strange."""
+
+    strange: float  # share of known prompts that are strange at all
+    caution: float  # expected score by which others must be ahead of the general expert, on the strangest
+    closed: float  # share of known prompts that the gate may close on
+
+
+# The most careful degree that known prompts can afford is taken.
+_DEGREES = (
+    _Degree(strange=0.25, caution=0.12, closed=0.02),
+    _Degree(strange=0.12, caution=0.12, closed=0.005),
+    _Degree(strange=0.04, caution=0.12, closed=0.002),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,34 +108,35 @@ def choose_departure(scale: Gate, inside: Sequence[Rehearsal], outside: Sequence
 
     First the lead on familiar prompts: the one whose gain over the plain router is proven and greatest, else none is in reach.
     Where the next foreign dataset may be expected to gain by that too, foreign prompts are routed as known ones are, and the gate
-    closes on what is stranger than almost all of them. Else, among what loses known prompts no more than it may, what loses
-    left-out datasets least, to the plain router and to the general expert. ``scale`` is open and has the scale of familiarity.
+    closes on what is stranger than almost all of them. Else the most careful degree by which known prompts lose no more than they
+    may; if there is none, the gate closes on what is stranger than all that is known. ``scale`` is open and has the scale of
+    familiarity.
     """
     outside = [one for one in outside if len(one.plain_B)]
-    known, foreign = _joined(inside), _joined(outside)
-    known_B = known.signal_B.astype(np.float64)
-    thresholds = [float(least) for least in scale.familiarity(np.quantile(known_B, _SHARES).astype(np.float32))]
-    below = [max(float(b), 1e-6) for b in np.quantile(scale.familiarity(known.signal_B), _BELOW)]
-    cautions = [caution for caution in _CAUTIONS if outside or caution]  # what nothing is known of is not trusted
-    gates = [
-        replace(scale, threshold=threshold, caution=caution, caution_below=limit)
-        for limit, threshold, caution in itertools.product(below, thresholds, cautions)
-    ]
+    known = _joined(inside)
+    known_B = scale.familiarity(known.signal_B)
     hold, best = NEVER, 0.0
     for one in _HOLDS[:-1]:
-        held = Departure(gate=replace(scale, caution_below=below[0]), hold=one, strange_hold=one)
-        mean, error = _mean(_gain(known, held).over_plain_B)
+        mean, error = _mean(_gain(known, Departure(gate=scale, hold=one, strange_hold=one)).over_plain_B)
         if _COUNTED * mean >= _SURE * error and mean > best:
             hold, best = one, mean
     if outside:
-        least = min(float(np.quantile(signal_B, _SHARES[0])) for signal_B in (known_B, foreign.signal_B))
-        open_gate = replace(scale, threshold=float(scale.familiarity(np.array([least], np.float32))[0]))
-        alike = Departure(gate=open_gate, hold=hold, strange_hold=hold)
+        strangest = [np.quantile(one, _NOTHING_LIKE_IT) for one in (known_B, scale.familiarity(_joined(outside).signal_B))]
+        alike = Departure(gate=replace(scale, threshold=float(min(strangest))), hold=hold, strange_hold=hold)
         if _helps(alike, outside):
             return alike
-    departures = [Departure(gate=gate, hold=hold, strange_hold=strange) for strange in (hold, *_STRANGE_HOLDS) for gate in gates]
-    place_B = np.repeat(np.arange(len(outside)), [len(one.plain_B) for one in outside])
-    return max(departures, key=lambda one: _worth(one, known, foreign, place_B))
+    for degree in _DEGREES:
+        gate = replace(
+            scale,
+            threshold=float(np.quantile(known_B, degree.closed)),
+            caution=degree.caution,
+            caution_below=max(float(np.quantile(known_B, degree.strange)), 1e-6),
+        )
+        careful = Departure(gate=gate, hold=hold, strange_hold=0.0)
+        mean, error = _mean(_gain(known, careful).over_plain_B)
+        if mean - _SURE * error >= -_MAY_LOSE:
+            return careful
+    return Departure(gate=replace(scale, threshold=float(known_B.min())), hold=hold, strange_hold=hold)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,24 +158,6 @@ def _helps(departure: Departure, outside: Sequence[Rehearsal]) -> bool:
         return False
     spread = float(gain_G.std(ddof=1)) * np.sqrt(1.0 + 1.0 / num)
     return bool(gain_G.mean() > student.ppf(_LIKELY, num - 1) * spread)
-
-
-def _worth(one: Departure, known: Rehearsal, foreign: Rehearsal, place_B: Ints) -> float:
-    """What foreign prompts lose by dataset, negative, and a little of what all gain; far less where known ones lose too much.
-
-    To the plain router in some datasets, to the general expert in others: who of the two will be the better one in the next is not
-    known, so what is lost to either counts.
-    """
-    here = _gain(known, one).over_plain_B
-    mean, error = _mean(here)
-    worth = 1000.0 * min(0.0, mean - _SURE * error + _MAY_LOSE) + _BY_GAIN * mean
-    if len(foreign.plain_B):
-        there = _gain(foreign, one)
-        size_G = np.maximum(1, np.bincount(place_B))
-        for weight, gain_B in ((1.0, there.over_plain_B), (_TO_GENERAL, there.over_general_B)):
-            gain_G = np.bincount(place_B, gain_B) / size_G
-            worth += weight * float(np.minimum(0.0, gain_G).mean()) + _BY_GAIN / 2 * float(gain_G.mean())
-    return worth
 
 
 def _gain(rehearsal: Rehearsal, one: Departure) -> _Gain:

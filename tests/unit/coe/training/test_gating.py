@@ -66,6 +66,32 @@ def test_known_prompts_lose_no_more_than_they_may_for_foreign_ones() -> None:
     assert _to_general(_chosen(known, foreign), known[0]) < 0.02
 
 
+def test_how_careful_the_router_is_does_not_hang_on_which_datasets_were_there_to_be_left_out() -> None:
+    """Foreign datasets that lose little, much, or nothing for sure: a table's few are no reason to be bolder with the next."""
+    known = [_rehearsal(8.0, plain=0.6, general=0.6, other=0.5, lead=0.0, seed=1)]
+    scale = scale_of([known[0].signal_B], [known[0].signal_B - 8])
+    lost = [_foreign_that(0.0, *gains) for gains in ((-0.02, 0.02, -0.03), (-0.3, -0.2, 0.1), (-0.5, 0.01, 0.01))]
+    first, *rest = (choose_departure(scale, known, foreign) for foreign in lost)
+    assert rest == [first] * 2
+    assert first.gate.caution > 0
+
+
+def test_few_known_prompts_that_may_lose_are_routed_as_the_plain_router_would() -> None:
+    """What the general expert costs them is in doubt by more than they may lose: it is not tried on them."""
+    one = _rehearsal(2.0, plain=0.6, general=0.5, other=0.5, lead=0.0, seed=1)
+    known = [
+        Rehearsal(
+            signal_B=one.signal_B[:100],
+            expected_4B=one.expected_4B[:, :100],
+            score_4B=one.score_4B[:, :100],
+            plain_B=one.plain_B[:100],
+            general_B=one.general_B[:100],
+        )
+    ]
+    foreign = [_rehearsal(0.0, plain=0.4, general=0.6, other=0.5, lead=0.0, seed=2 + i) for i in range(4)]
+    assert _to_general(_chosen(known, foreign), known[0]) < 0.02
+
+
 def _foreign_that(familiar: float, *gains: float) -> list[Rehearsal]:
     """One dataset per gain of the plain router's pick over the general expert."""
     return [_rehearsal(familiar, plain=0.4 + gain, general=0.4, other=0.3, lead=0.0, seed=40 + i) for i, gain in enumerate(gains)]
