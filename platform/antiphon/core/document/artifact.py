@@ -13,6 +13,7 @@ from antiphon.core.document.part import LINE_REST, Line, Metadata, Model, OneLin
 from antiphon.core.document.policies import SecretName
 from antiphon.core.document.pools import Quantity
 
+StoreAddress = Annotated[str, Field(pattern=f"^https?://{LINE_REST}$"), OneLine]
 ARTIFACT_SCHEMES = ("hf", "s3", "file", "pvc")
 
 
@@ -55,11 +56,8 @@ class ModelArtifactSpec(Model):
         default=None,
         description="Secret whose keys become environment variables of the download (HF_TOKEN, AWS_ACCESS_KEY_ID, …).",
     )
-    endpoint_url: Annotated[str, OneLine] | None = Field(
-        default=None,
-        description="http:// or https:// address of an S3-compatible store; None = AWS.",
-        pattern=f"^https?://{LINE_REST}$",
-        max_length=1024,
+    endpoint_url: StoreAddress | None = Field(
+        default=None, description="http:// or https:// address of an S3-compatible store; None = AWS.", max_length=1024
     )
     retries: int = Field(default=3, ge=0, le=20, description="How often a failed download is tried again.")
     deadline_s: int = Field(default=21_600, ge=60, le=604_800, description="A download that takes longer has failed.")
