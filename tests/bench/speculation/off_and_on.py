@@ -4,6 +4,8 @@
         [--kind edit extract quote novel]
         [--drafter ngram | model --draft-model URI | layers --draft-layers N | mtp]
     python tests/bench/speculation/off_and_on.py --cell 1A1F:edit:8 --rounds 9        one case; --list names them all
+    python tests/bench/speculation/off_and_on.py --model DIR --wiring monolith        one with a state per sequence, as
+        moe/random_moe.py --hybrid writes it; its answers go in circles, so that most guesses hold
 
 A deployment of real worker processes that speculates is asked the same prompts in turns with ``speculates`` and without; a quotient
 is of neighbours in time, figures are medians over rounds. The median quotient has an interval that holds it with a confidence of
