@@ -6,6 +6,7 @@ Must not know: exporters.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from antiphon.core.worker_info import WorkerInfo
@@ -66,7 +67,12 @@ class GatewayMetrics:
             explicit_bucket_boundaries_advisory=_QUEUE_BUCKETS_S,
         )
         self._prompt_tokens = meter.create_counter("antiphon.prompt_tokens", description="Prompt tokens of requests.")
-        self._generation_tokens = meter.create_counter("antiphon.generation_tokens", description="Tokens generated.")
+        self._generated: Counter[str] = Counter()  # by model; observed when somebody scrapes, since it grows with every token
+        meter.create_observable_counter(
+            "antiphon.generation_tokens",
+            callbacks=[lambda _options: [Observation(n, {semconv.REQUEST_MODEL: each}) for each, n in tuple(self._generated.items())]],
+            description="Tokens generated.",
+        )
         self._cached_tokens = meter.create_counter("antiphon.cached_tokens", description="Prompt tokens found in a prefix cache.")
         self._finished = meter.create_counter("antiphon.requests.finished", description="Choices by finish reason.")
         self._failed = meter.create_counter("antiphon.requests.failed", description="Requests by error code.")
@@ -99,8 +105,8 @@ class GatewayMetrics:
             self._inter_token.record(seconds / num_tokens, {semconv.REQUEST_MODEL: model})
 
     def generated(self, model: str, num_tokens: int) -> None:
-        """Tokens came."""
-        self._generation_tokens.add(num_tokens, {semconv.REQUEST_MODEL: model})
+        """Tokens came. On the event loop."""
+        self._generated[model] += num_tokens
 
     def choice_finished(self, model: str, reason: str, queue_s: float | None) -> None:
         """A choice ended: stop, length, abort or error."""

@@ -78,8 +78,11 @@ class WorkerConnection:
         Raises:
             Unavailable: it isn't within ``timeout_s`` seconds.
         """
-        # As a task of its own, so that a burst is placed as a whole before its first is counted:
-        # what an engine refuses is tried again, what finds queues full is not.
+        # A burst is placed as a whole before its first is counted: what an engine refuses is tried again, what finds queues full
+        # is not.
+        await asyncio.sleep(0)
+        if self._session is not None:
+            return
         opened = asyncio.ensure_future(self._connected.wait())
         try:
             await asyncio.wait({opened}, timeout=timeout_s)
