@@ -70,7 +70,9 @@ class GatewayMetrics:
         self._generated: Counter[str] = Counter()  # by model; observed when somebody scrapes, since it grows with every token
         meter.create_observable_counter(
             "antiphon.generation_tokens",
-            callbacks=[lambda _options: [Observation(n, {semconv.REQUEST_MODEL: each}) for each, n in tuple(self._generated.items())]],
+            callbacks=[
+                lambda _options: [Observation(n, {semconv.REQUEST_MODEL: each}) for each, n in tuple(self._generated.items())]
+            ],
             description="Tokens generated.",
         )
         self._cached_tokens = meter.create_counter("antiphon.cached_tokens", description="Prompt tokens found in a prefix cache.")

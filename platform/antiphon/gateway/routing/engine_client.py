@@ -81,7 +81,7 @@ class WorkerConnection:
         # A burst is placed as a whole before its first is counted: what an engine refuses is tried again, what finds queues full
         # is not.
         await asyncio.sleep(0)
-        if self._session is not None:
+        if self._session is not None and self._closed is None:
             return
         opened = asyncio.ensure_future(self._connected.wait())
         try:

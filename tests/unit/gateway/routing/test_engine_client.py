@@ -226,3 +226,13 @@ async def test_a_connection_that_is_dropped_just_as_its_session_opens_is_dropped
             await opening.wait()
             await client.close()
         assert not [task for task in asyncio.all_tasks() if task.get_name() == f"engine session {A}"]
+
+
+async def test_a_request_that_finds_its_connection_closed_is_told_and_does_not_wait() -> None:
+    async with started() as engine, client_of(engine) as client:
+        closing = asyncio.create_task(client.close())
+        connection = client._connections[A]
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable):
+            await connection.wait_connected(5.0)
+        await closing
