@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 
 from antiphon.core.errors import UnsupportedModel
 from antiphon.device.device import is_card
@@ -24,8 +25,10 @@ from antiphon.models.attention.kv_cache import KVCache
 from antiphon.models.attention.paged import AttentionBatch, Chunk, attend_context, attend_rows, chunk_attention, slot_attention
 from antiphon.models.config import LatentAttentionConfig, LayerConfig
 from antiphon.models.layers.functional import RMSNorm, Rope
-from antiphon.models.layers.linear import Linear
+from antiphon.models.layers.linear import Linear, has_tiles
 from antiphon.models.loading.weights import Weights
+
+_ROWS = 16  # of a tile
 
 
 class LatentAttention:
@@ -127,7 +130,7 @@ class LatentAttention:
                 *(q_BNx, plane, plane[..., : self._config.kv_rank], slots_BC.gather(1, order_BK)),
                 *(lens_B.clamp(max=indexer.top_k), self._scale),
             )
-            parts.append(torch.matmul(out_BNR.transpose(0, 1), self._v_up_NRV).transpose(0, 1))
+            parts.append(_by_head(out_BNR, self._v_up_NRV))
         for chunk in batch.chunks:
             rows = slice(chunk.first_row, chunk.first_row + chunk.num_rows)
             columns_C = torch.arange(chunk.context_slots.numel())
@@ -137,7 +140,7 @@ class LatentAttention:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _in_latent_space(self, q_BNH: torch.Tensor, q_BNP: torch.Tensor) -> torch.Tensor:
-        q_BNR = torch.matmul(q_BNH.transpose(0, 1), self._k_up_NHR).transpose(0, 1)
+        q_BNR = _by_head(q_BNH, self._k_up_NHR)
         return torch.cat((q_BNR, q_BNP), dim=2)
 
     def _decode(self, q_BNH: torch.Tensor, q_BNP: torch.Tensor, plane: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
@@ -148,7 +151,7 @@ class LatentAttention:
         q_BNx = self._in_latent_space(q_BNH, q_BNP)
         out_BW = attend_rows(q_BNx.flatten(1), c.num_heads, plane, plane[..., : c.kv_rank], decodes, self._scale, None)
         out_BNR = out_BW.view(-1, c.num_heads, c.kv_rank)
-        return torch.matmul(out_BNR.transpose(0, 1), self._v_up_NRV).transpose(0, 1)
+        return _by_head(out_BNR, self._v_up_NRV)
 
     def _prefill(
         self, q_CNx: torch.Tensor, plane: torch.Tensor, chunk: Chunk, chosen_TC: torch.Tensor | None = None
@@ -162,6 +165,22 @@ class LatentAttention:
         if chosen_TC is None:
             return attend_context(q_CNx, k_CNx, v, chunk, self._scale)
         return chunk_attention(q_CNx, k_CNx, v, chunk, self._scale, None, chosen_TC)
+
+
+def _by_head(x_BNI: torch.Tensor, weight_NIO: torch.Tensor) -> torch.Tensor:
+    """Each head's product, [B, N, O].
+
+    oneDNN chooses among its products on matrix units by the number of rows, and they round differently. There it gets the same
+    number at a time, so that a row's bits do not depend on those beside it.
+    """
+    if not has_tiles(weight_NIO):
+        return torch.matmul(x_BNI.transpose(0, 1), weight_NIO).transpose(0, 1)
+    num_rows = x_BNI.shape[0]
+    x_NBI = F.pad(x_BNI, (0, 0, 0, 0, 0, -num_rows % _ROWS)).transpose(0, 1)
+    firsts = range(0, x_NBI.shape[1], _ROWS)
+    runs = [torch.matmul(x_NBI[:, first : first + _ROWS].contiguous(), weight_NIO) for first in firsts]
+    out_NBO = runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)
+    return out_NBO[:, :num_rows].transpose(0, 1)
 
 
 def _num_seen(batch: AttentionBatch) -> int:
