@@ -294,7 +294,9 @@ def test_clients_that_leave_at_any_moment_leave_nothing_behind(target: Target, h
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(leave, range(150)))
-    assert settled() == before
+    end_s = time.monotonic() + 60.0
+    while (now := settled()) != before:  # what a worker tells may be of a moment before
+        assert time.monotonic() < end_s, (now, before)
 
 
 def test_ids_that_two_tenants_share_mix_up_nothing(keyed: BoundPorts) -> None:

@@ -23,7 +23,7 @@ from urllib.parse import unquote
 from antiphon.rpc.credentials import max_connections
 
 _MANY_CALLERS: Final = 4096  # connections that had a call; those that are gone are forgotten at a look
-_CALM_S: Final = 0.1  # between two looks
+_CALM_S: Final = 0.5  # between two looks
 _CROWDED_S: Final = 0.01  # where a door holds more than half of what it may
 _TCP_INFO_BYTES: Final = 64
 _LAST_DATA_RECV: Final = struct.Struct("@52xI")  # of the kernel's tcp_info: milliseconds since the peer sent anything
