@@ -1,11 +1,12 @@
 """Two tenants of one deployment, one floods at ten times the other's rate: what the other waits for its first token, in one run.
 
     python tests/bench/trust/two_tenants.py [--rate 3] [--flood 10] [--phase-s 12] [--phases 4] [--tokens 32] [--max-num-seqs 4]
+        [--model DIR]
 
-A served deployment of its own processes (a tiny model, two API keys), asked over HTTP from here, by as little code as it takes: a
-client that parses each event would have the processor that the deployment needs. Phases take turns: the calm tenant alone, then
-beside the flood, with the same arrivals (Poisson). What is refused is not sent again; the calm tenant's refusals are counted. One
-JSON line: p50 and p99 of its time to first token in milliseconds, and ``p99_ratio`` of beside to alone. The flood's
+A served deployment of its own processes (a tiny model or ``--model``, two API keys), asked over HTTP from here, by as little code
+as it takes: a client that parses each event would have the processor that the deployment needs. Phases take turns: the calm tenant
+alone, then beside the flood, with the same arrivals (Poisson). What is refused is not sent again; the calm tenant's refusals are
+counted. One JSON line: p50 and p99 of its time to first token in milliseconds, and ``p99_ratio`` of beside to alone. The flood's
 own p50 shows that there was a queue to stand in.
 """
 
@@ -45,11 +46,11 @@ def document(base: Path, args: argparse.Namespace) -> Path:
     from antiphon.gateway.access.key_lines import key_line
     from antiphon.testing import write_tiny_llama
 
-    write_tiny_llama(base / "model")
+    model = Path(args.model) if args.model else write_tiny_llama(base / "model")
     (base / "keys").write_text("\n".join(str(key_line(tenant, "user", key)) for tenant, key in KEYS.items()))
     (base / "keys").chmod(0o600)
     spec: dict[str, Any] = {
-        "model": {"uri": str(base / "model")},
+        "model": {"uri": str(model)},
         "pools": [{"name": "monolith", "role": "monolith"}],
         "scheduler": {"maxNumSeqs": args.max_num_seqs, "maxQueuedRequests": 64},
         "endpoint": {"httpPort": 0, "grpcPort": 0, "apiKeysFile": str(base / "keys")},
@@ -209,6 +210,7 @@ def main() -> None:
     parser.add_argument("--phases", type=int, default=4, help="of each kind")
     parser.add_argument("--tokens", type=int, default=32, help="of an answer")
     parser.add_argument("--max-num-seqs", type=int, default=4)
+    parser.add_argument("--model", default="", help="a checkpoint's folder; a tiny one is made without it")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
