@@ -31,7 +31,7 @@ from antiphon.directory.workers import WorkerView
 from antiphon.gateway.access.admission import Admission
 from antiphon.gateway.config import GatewayConfig
 from antiphon.gateway.generation.choice_run import ChoiceRun, ChoiceSpec
-from antiphon.gateway.generation.preparing import Preparer, check_ids, max_tokens_of, prompt_text
+from antiphon.gateway.generation.preparing import Preparer, check_ids, prompt_text
 from antiphon.gateway.generation.request import (
     ChoiceDelta,
     Completed,
@@ -225,9 +225,7 @@ class Generator:
         prepared = await self._preparer.prepare(request, max_model_len)
         prompts = [each.token_ids for each in prepared]
         check_ids(request, prompts, vocab_size)
-        max_tokens = [
-            max_tokens_of(request, prompt, ids, max_model_len) for prompt, ids in zip(request.prompts, prompts, strict=True)
-        ]
+        max_tokens = [each.max_tokens for each in prepared]
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
         deadline_s = arrival_s + left_s
         job = _Job(

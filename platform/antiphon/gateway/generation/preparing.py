@@ -36,6 +36,7 @@ class Prepared:
 
     token_ids: tuple[int, ...]
     plan: AnswerPlan
+    max_tokens: int  # what its choice may generate
     end_ids: frozenset[int] = frozenset()
 
     @property
@@ -76,6 +77,7 @@ class Preparer:
 
         Raises:
             InvalidInput: the model can't do what is asked, or something asked for is wrong; the field is named.
+            ContextLengthExceeded: the first prompt that is too long; those after it were not looked at.
         """
         dialect = self._dialects[request.model]
         dialect.check(request.options)
@@ -88,7 +90,9 @@ class Preparer:
                 await self._checker.check(plan.grammar, plan.grammar_field)
             fills = isinstance(prompt, TextPrompt) and prompt.suffix is not None
             ends = infilling_ends(self._models[request.model]) if fills else frozenset()
-            found.append(Prepared(token_ids=(*ids, *plan.extra_token_ids), plan=plan, end_ids=ends))
+            ids = (*ids, *plan.extra_token_ids)
+            max_tokens = max_tokens_of(request, prompt, ids, max_model_len)  # too long: what follows needs no tokens either
+            found.append(Prepared(token_ids=ids, plan=plan, max_tokens=max_tokens, end_ids=ends))
         return found
 
     async def _plan(self, dialect: Dialect, options: ChatOptions, ids: Sequence[int], prompt: Prompt) -> AnswerPlan:
