@@ -185,6 +185,32 @@ async def test_very_many_mistakes_are_not_described_one_by_one(tmp_path: Path) -
             assert took_s < 1.0, name
 
 
+async def test_what_is_made_of_a_large_body_takes_the_event_loop_s_time_of_nobody(tmp_path: Path) -> None:
+    """Typed fields and messages of a body within all limits took it a second, one body after the other."""
+    parts, blocks = ["a"] * 4000, [{"type": "text", "text": "a"}] * 2000
+    calls = [{"type": "tool_use", "id": "a", "name": "f", "input": {"a": 1}}] * 2000
+    cases: dict[str, tuple[str, dict[str, Any]]] = {
+        "parts": ("/v1/chat/completions", {"messages": [{"role": "user", "content": parts}] * 55}),
+        "parts to look at": ("/tokenize", {"messages": [{"role": "user", "content": parts}] * 55}),
+        "items": ("/v1/responses", {"input": [{"role": "user", "content": parts}] * 55}),
+        "blocks": ("/v1/messages", {"max_tokens": 1, "messages": [{"role": "user", "content": blocks}] * 40}),
+        "calls": ("/v1/messages/count_tokens", {"messages": [USER, *[{"role": "assistant", "content": calls}] * 10]}),
+    }
+    async with fake.world(tmp_path) as world, httpx.AsyncClient(base_url=world.url, timeout=60) as http:
+        for name, (path, body) in cases.items():
+            text = json.dumps({"model": "tiny", **body})
+            gc.collect()
+            gc.disable()  # as above
+            try:
+                began = time.thread_time()  # of the event loop alone
+                answer = await http.post(path, content=text)
+                took_s = time.thread_time() - began
+            finally:
+                gc.enable()
+            assert answer.status_code in (200, 400), f"{name}: {answer.text[:200]}"
+            assert took_s < 0.3, name
+
+
 async def test_a_long_query_is_not_tokenized_once_for_each_document(tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint/config.json").write_text(json.dumps(RANKER))

@@ -36,9 +36,13 @@ def add_message_routes(app: FastAPI, gateway: Gateway) -> None:
         try:
             tenant = gateway.admit(authorization_of(request))
             raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
-            body, ignored = parse_tolerant(MessagesBody, raw, gateway.config.unknown_fields)
-            generation = body.request(
-                request_id=request.state.request_id, deadline_s=deadline_of(request), traceparent=request.headers.get("traceparent")
+            body, ignored = await gateway.bodies.work(request, parse_tolerant, MessagesBody, raw, gateway.config.unknown_fields)
+            generation = await gateway.bodies.work(
+                request,
+                body.request,
+                request_id=request.state.request_id,
+                deadline_s=deadline_of(request),
+                traceparent=request.headers.get("traceparent"),
             )
             stream = EventStream(gateway.for_tenant(generation, tenant), request.headers.get(LAST_EVENT_HEADER))
         except Exception as error:  # noqa: BLE001 - the door: whatever happens, the client gets Anthropic's error shape
@@ -52,9 +56,10 @@ def add_message_routes(app: FastAPI, gateway: Gateway) -> None:
         try:
             tenant = gateway.admit(authorization_of(request))
             raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
-            body, ignored = parse_tolerant(CountBody, raw, gateway.config.unknown_fields)
+            body, ignored = await gateway.bodies.work(request, parse_tolerant, CountBody, raw, gateway.config.unknown_fields)
             async with gateway.admission.unasked(tenant):
-                ids = await gateway.prompt_ids(body.model, body.prompt(), body.options())
+                prompt = await gateway.bodies.work(request, body.prompt)
+                ids = await gateway.prompt_ids(body.model, prompt, body.options())
         except Exception as error:  # noqa: BLE001 - the door, as above
             gateway.refused(error, raw.get("model"))
             return anthropic_error(error)

@@ -11,6 +11,7 @@ from antiphon.core.errors import InvalidInput
 from antiphon.gateway.generation.request import MAX_STOPS, ChatMessage, ChatPrompt, GenerationRequest
 from antiphon.gateway.generation.sampling_fields import MAX_TOKEN_ID, SamplingFields, Stop
 from antiphon.gateway.openai.bodies.tools import MAX_TOOLS
+from antiphon.gateway.openai.messages import MAX_PARTS
 from antiphon.gateway.openai.parsing import refuse_unsupported
 from antiphon.gateway.openai.schema import MAX_MESSAGES
 from antiphon.gateway.text.chat_options import AnswerShape, ChatOptions, Tool, ToolCall, ToolChoice
@@ -24,6 +25,8 @@ class _Part(BaseModel):
 def _as_blocks(value: object) -> object:
     if value is None:
         return []
+    if isinstance(value, list) and len(value) > MAX_PARTS:
+        raise ValueError(f"{len(value)} blocks are more than {MAX_PARTS}")
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 

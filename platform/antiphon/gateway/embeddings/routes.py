@@ -48,7 +48,7 @@ async def _answered(
     try:
         tenant = gateway.admit(request.headers.get("authorization"))
         given = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
-        body, ignored = parse_tolerant(kind, given, gateway.config.unknown_fields)
+        body, ignored = await gateway.bodies.work(request, parse_tolerant, kind, given, gateway.config.unknown_fields)
         salt = "" if body.model in gateway.config.shared_cache_models else cache_salt(tenant, "")
         call = VectorCall(
             request_id=request.state.request_id,

@@ -2,7 +2,8 @@
 
     bytes ─► few enough? ─► few enough values? ─► JSON, large ones off the event loop ─► an object
 
-Parsing costs memory and time by the number of values, not by bytes: the number is bounded before anything is made of them.
+Parsing costs memory and time by the number of values, not by bytes: the number is bounded before anything is made of them. What is
+made of a large body's object afterwards (typed fields, messages) costs more than reading it did, and is off the event loop as well.
 Must not know: what is in a body.
 """
 
@@ -12,14 +13,17 @@ import asyncio
 import json
 import math
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, ParamSpec, TypeVar
 
 from fastapi import Request
 
 from antiphon.core.errors import InvalidInput, Overloaded
 from antiphon.gateway.json_text import MAX_DEPTH, is_deeper
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 MAX_CONTAINERS: Final = 100_000  # lists and objects in one body
 MAX_VALUES: Final = 1_500_000  # token ids of many prompts are the most that makes sense
@@ -82,10 +86,15 @@ class Bodies:
             InvalidInput: it isn't UTF-8, JSON or an object, or holds too many values.
         """
         body = await self.read(request, max_bytes)
-        if len(body) <= LARGE_BYTES:
-            return parse_object(body)
-        async with self.turn(len(body)):
-            return await asyncio.to_thread(parse_object, body)
+        request.state.num_body_bytes = len(body)
+        return await self.work(request, parse_object, body)
+
+    async def work(self, request: Request, make: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """``make(...)`` of a body that ``read_json`` read from a request; that of a large one holds nobody else up."""
+        if request.state.num_body_bytes <= LARGE_BYTES:
+            return make(*args, **kwargs)
+        async with self.turn(request.state.num_body_bytes):
+            return await asyncio.to_thread(make, *args, **kwargs)
 
     @asynccontextmanager
     async def turn(self, num_bytes: int) -> AsyncIterator[None]:

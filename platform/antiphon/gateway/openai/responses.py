@@ -51,10 +51,12 @@ def add_response_routes(app: FastAPI, gateway: Gateway, notes: Notes) -> None:
         try:
             tenant = gateway.admit(request.headers.get("authorization"))
             raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
-            body, ignored = parse_tolerant(ResponsesBody, raw, gateway.config.unknown_fields)
+            body, ignored = await gateway.bodies.work(request, parse_tolerant, ResponsesBody, raw, gateway.config.unknown_fields)
             before = [] if body.previous_response_id is None else await store.conversation(tenant, body.previous_response_id)
-            said = body.messages()
-            generation = body.request(
+            said = await gateway.bodies.work(request, body.messages)
+            generation = await gateway.bodies.work(
+                request,
+                body.request,
                 await _fitting(gateway, body, [*before, *said]),
                 request_id=request.state.request_id,
                 deadline_s=deadline_of(request),
@@ -78,10 +80,11 @@ def add_response_routes(app: FastAPI, gateway: Gateway, notes: Notes) -> None:
         try:
             tenant = gateway.admit(request.headers.get("authorization"))
             raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
-            body, ignored = parse_tolerant(ResponsesBody, raw, gateway.config.unknown_fields)
+            body, ignored = await gateway.bodies.work(request, parse_tolerant, ResponsesBody, raw, gateway.config.unknown_fields)
             async with gateway.admission.unasked(tenant):
                 before = [] if body.previous_response_id is None else await store.conversation(tenant, body.previous_response_id)
-                ids = await _prompt_ids(gateway, body, await _fitting(gateway, body, [*before, *body.messages()]))
+                said = await gateway.bodies.work(request, body.messages)
+                ids = await _prompt_ids(gateway, body, await _fitting(gateway, body, [*before, *said]))
         except Exception as error:  # noqa: BLE001 - the door, as above
             gateway.refused(error, raw.get("model"))
             return error_response(error)

@@ -145,9 +145,13 @@ async def _complete(gateway: Gateway, request: Request, kind: type[ChatBody] | t
     try:
         tenant = gateway.admit(request.headers.get("authorization"))
         given = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
-        body, ignored = parse_tolerant(kind, given, gateway.config.unknown_fields)
-        generation = body.request(
-            request_id=request.state.request_id, deadline_s=deadline_of(request), traceparent=request.headers.get("traceparent")
+        body, ignored = await gateway.bodies.work(request, parse_tolerant, kind, given, gateway.config.unknown_fields)
+        generation = await gateway.bodies.work(
+            request,
+            body.request,
+            request_id=request.state.request_id,
+            deadline_s=deadline_of(request),
+            traceparent=request.headers.get("traceparent"),
         )
         generation = dataclasses.replace(
             gateway.for_tenant(generation, tenant), placement_timeout_s=getattr(request.state, "placement_timeout_s", None)

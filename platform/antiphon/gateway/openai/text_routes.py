@@ -78,7 +78,7 @@ def add_text_routes(app: FastAPI, gateway: Gateway) -> None:
         try:
             tenant = gateway.admit(request.headers.get("authorization"))
             raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
-            body, ignored = parse_tolerant(TokenizeBody, raw, gateway.config.unknown_fields)
+            body, ignored = await gateway.bodies.work(request, parse_tolerant, TokenizeBody, raw, gateway.config.unknown_fields)
             async with gateway.admission.unasked(tenant):
                 ids = await _ids(gateway, body)
                 answer: dict[str, Any] = {
@@ -99,7 +99,7 @@ def add_text_routes(app: FastAPI, gateway: Gateway) -> None:
         try:
             tenant = gateway.admit(request.headers.get("authorization"))
             raw = await gateway.bodies.read_json(request, gateway.config.max_request_bytes)
-            body, ignored = parse_tolerant(DetokenizeBody, raw, gateway.config.unknown_fields)
+            body, ignored = await gateway.bodies.work(request, parse_tolerant, DetokenizeBody, raw, gateway.config.unknown_fields)
             async with gateway.admission.unasked(tenant):
                 text = await gateway.text_of(body.model, body.tokens)
         except Exception as error:  # noqa: BLE001 - the door, as above

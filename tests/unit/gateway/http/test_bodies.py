@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 import time
 import tracemalloc
 from typing import Any
 
 import pytest
+from fastapi import Request
 
 from antiphon.core.errors import InvalidInput
-from antiphon.gateway.http.bodies import parse_object
+from antiphon.gateway.anthropic.schema import CountBody
+from antiphon.gateway.http.bodies import LARGE_BYTES, Bodies, parse_object
+from antiphon.gateway.openai.messages import MAX_PARTS
 from antiphon.gateway.openai.parsing import parse, parse_tolerant
 from antiphon.gateway.openai.schema import ChatBody, CompletionBody
 
@@ -69,3 +74,47 @@ def test_thousands_of_unknown_fields_are_refused_for_little_where_unknown_ones_a
     with pytest.raises(InvalidInput):
         parse_tolerant(ChatBody, {"model": "m", "messages": [message]}, "ignore")
     assert time.process_time() - started_s < 5
+
+
+async def test_what_is_made_of_a_large_body_is_off_the_event_loop_and_two_at_once() -> None:
+    at_once = most = 0
+    lock = threading.Lock()
+    begun = threading.Barrier(2)
+
+    def make(value: dict[str, Any]) -> int:
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        begun.wait(30)
+        with lock:
+            at_once -= 1
+        assert value == {"a": "x" * (LARGE_BYTES * 2)}
+        return threading.get_ident()
+
+    bodies = Bodies()
+
+    async def asked(text: bytes, work: Any) -> int:
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": text, "more_body": False}
+
+        request = Request({"type": "http", "headers": []}, receive)
+        value = await bodies.read_json(request, 2**20)
+        return int(await bodies.work(request, work, value))
+
+    large = json.dumps({"a": "x" * (LARGE_BYTES * 2)}).encode()
+    threads = await asyncio.gather(*(asked(large, make) for _ in range(6)))
+    assert threading.get_ident() not in threads
+    assert most == 2, "each holds memory, and the interpreter's lock"
+    assert await asked(b"{}", lambda _: threading.get_ident()) == threading.get_ident(), (
+        "a small one takes less than handing it over"
+    )
+
+
+def test_more_blocks_than_any_message_has_are_refused_before_they_are_looked_at() -> None:
+    block = {"type": "text", "text": "a"}
+    for content in ([block] * (MAX_PARTS + 1), [{"type": "tool_result", "content": [block] * (MAX_PARTS + 1)}]):
+        with pytest.raises(InvalidInput, match="blocks are more than"):
+            parse(CountBody, {"model": "m", "messages": [{"role": "user", "content": content}]})
+    body = parse(CountBody, {"model": "m", "messages": [{"role": "user", "content": [block] * MAX_PARTS}]})
+    assert body.prompt().messages[0].content.count("a") == MAX_PARTS
