@@ -310,6 +310,15 @@ def test_nothing_listens_beyond_this_machine(doors: Doors) -> None:
     assert_on_loopback(doors.serve.processes())
 
 
+def test_what_answers_and_what_restarts_is_not_behind_other_programs_of_the_machine(doors: Doors) -> None:
+    """Ray gives its workers a niceness of 15: on two busy processors the gateway had a thirtieth of one."""
+    own = psutil.Process(doors.serve.process.pid).nice()
+    served = {" ".join(process.cmdline()).strip(): process.nice() for process in doors.serve.processes()}
+    replicas = {title: nice for title, nice in served.items() if title.startswith("ray::Serve")}
+    assert sum("gateway" in title or "pool-" in title for title in replicas) == 4, served
+    assert set(replicas.values()) == {own}, replicas
+
+
 def assert_on_loopback(processes: list[psutil.Process]) -> None:
     found = []
     for process in processes:

@@ -54,6 +54,9 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    # Ray puts its workers, here the gateway and the supervisors, behind everything else on the machine: where our own workers leave
+    # no processor idle, or others do, doors and restarts would wait for it.
+    "RAY_worker_niceness": "0",
     # Ray takes the loopback address that it is given for a mistake, and puts the machine's own in its place, but where clusters of
     # several machines are turned off. With it, none of its processes listens beyond this machine.
     _LOOPBACK: "0",
