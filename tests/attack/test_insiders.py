@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import gc
 import json
 import math
 import random
@@ -125,17 +124,6 @@ def test_two_thousand_commands_at_once_are_answered_or_refused(target: Target) -
     assert set(ends.values()) <= {"length", "overloaded"}
 
 
-@pytest.fixture
-def no_collection() -> Iterator[None]:
-    """The directory is in this process: its parser's deepest call might collect, with no stack left to finalize by, which pytest
-    counts as failures of the test.
-    """
-    gc.disable()
-    yield
-    gc.enable()
-
-
-@pytest.mark.usefixtures("no_collection")
 def test_records_that_are_none_are_refused_and_break_no_reading(target: Target) -> None:
     chance = random.Random(4)
     address = target.deployment.directory_address.removeprefix("grpc://")

@@ -15,6 +15,7 @@ from typing import Any
 
 from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import Endpoint, Epoch, FFNShard, Role, WorkerId
+from antiphon.core.text.json_text import read_json_text
 
 MAX_RECORD_BYTES = 1 << 18
 _MAX_NAME_CHARS = 512
@@ -99,7 +100,7 @@ class WorkerInfo:
         if len(text) > MAX_RECORD_BYTES:
             raise InvalidInput(f"not a worker record: {len(text)} bytes, at most {MAX_RECORD_BYTES} are taken", "worker_info")
         try:
-            raw = json.loads(text)
+            raw = read_json_text(text, unique_keys=True)
             value = _checked(cls, raw)
             value["role"] = Role(raw["role"])
             value["endpoint"] = Endpoint(**_checked(Endpoint, raw["endpoint"]))
@@ -108,7 +109,7 @@ class WorkerInfo:
             return cls(**value)
         except InvalidInput:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InvalidInput(f"not a worker record: {error}", "worker_info") from error
 
 

@@ -30,6 +30,7 @@ from antiphon.core.budget import (
 )
 from antiphon.core.directory import check_lease, check_names
 from antiphon.core.errors import InvalidInput
+from antiphon.core.text.json_text import read_json_text
 
 _FIELDS: Final = ("num_requests", "num_prompt_tokens", "num_cached_tokens", "num_output_tokens")
 
@@ -187,7 +188,7 @@ class RedisBudgets:
         rows: dict[tuple[str, str], dict[str, int]] = {}
         for key, value in (await self._translated(self._redis.hgetall(f"{self._prefix}use:{day}"))).items():
             try:
-                tenant, model, name = json.loads(key)
+                tenant, model, name = read_json_text(key)
                 rows.setdefault((str(tenant), str(model)), dict.fromkeys(_FIELDS, 0))[_FIELDS[_FIELDS.index(name)]] = int(value)
             except (ValueError, TypeError):
                 continue  # nobody of ours wrote it

@@ -6,12 +6,12 @@ not know: where a number came from.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from antiphon.core.errors import InvalidInput
+from antiphon.core.text.json_text import read_json_text
 
 MAX_TOKENS = 100_000_000  # as in the document's spec.planning.traffic
 # Least and most of each; the least of counts is 1, of rates and times a share that is still told from nothing.
@@ -111,6 +111,6 @@ def parse_json(text: str, where: str, field: str) -> Any:
         InvalidInput: it is no JSON, or nested too deeply to be read.
     """
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return read_json_text(text, unique_keys=True)
+    except ValueError as error:
         raise InvalidInput(f"{where}: {error}", field) from error

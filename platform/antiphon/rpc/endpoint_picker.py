@@ -4,12 +4,14 @@
     response headers, body, trailers ──► as they come                                end of the stream ──► request ended
 
 The pick stands in the header ``x-gateway-destination-endpoint`` and in the dynamic metadata ``envoy.lb``, first choice first; a
-subset in the metadata ``envoy.lb.subset_hint`` is kept to. Nobody to pick: 503. Source: the extension's proposal 004, and
-envoy/service/ext_proc/v3. Must not know: how a pick is made.
+subset in the metadata ``envoy.lb.subset_hint`` is kept to. Nobody to pick: 503. A stream without a message for ASK_S before its
+pick, or for ANSWER_S behind it, is ended. Source: the extension's proposal 004, and envoy/service/ext_proc/v3. Must not know: how a
+pick is made.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Protocol
@@ -17,6 +19,7 @@ from typing import Protocol
 import grpc.aio
 from google.protobuf.struct_pb2 import Struct
 
+from antiphon.core.errors import DeadlineExceeded
 from antiphon.rpc.v1 import ext_proc_pb2 as pb
 
 DESTINATION_HEADER = "x-gateway-destination-endpoint"
@@ -25,6 +28,8 @@ SUBSET_KEY = "x-gateway-destination-endpoint-subset"
 PICK_NAMESPACE = "envoy.lb"
 SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
 MAX_KEY_BYTES = 64 * 1024  # of a body are looked at; the rest streams on
+ASK_S = 60.0  # between two messages of a request that nothing was picked for
+ANSWER_S = 3600.0  # between two of one that is being answered, which may be silent until the answer is whole
 _MOST_ENDPOINTS = 3  # a gateway that can't reach the first tries the next
 
 
@@ -71,7 +76,16 @@ class PickerServicer:
         """One HTTP request and its answer."""
         with ExitStack() as stack:
             turn = _Turn(self, stack)
-            async for message in requests:
+            arriving = aiter(requests)
+            while True:
+                silent_s = ANSWER_S if turn.picked else ASK_S
+                try:
+                    async with asyncio.timeout(silent_s):
+                        message = await anext(arriving, None)
+                except TimeoutError:
+                    raise DeadlineExceeded(f"no message came within {silent_s:g} s") from None
+                if message is None:
+                    return
                 for answer in turn.take(message):
                     yield answer
 
@@ -95,7 +109,7 @@ class _Turn:
         self._buffered = False  # the gateway sends a body only when its headers are answered
         self._body = b""
         self._chunks: list[tuple[bytes, bool]] = []
-        self._picked = False
+        self.picked = False
 
     def take(self, message: pb.ProcessingRequest) -> list[pb.ProcessingResponse]:
         if message.HasField("protocol_config"):
@@ -111,7 +125,7 @@ class _Turn:
                 return self._take_body(message.request_body)
             case "request_trailers":
                 trailers = pb.ProcessingResponse(request_trailers=pb.TrailersResponse())
-                return [*self._flush(), trailers] if not self._picked else [trailers]
+                return [*self._flush(), trailers] if not self.picked else [trailers]
             case "response_headers":
                 return [pb.ProcessingResponse(response_headers=pb.HeadersResponse())]
             case "response_body":
@@ -126,9 +140,10 @@ class _Turn:
             self._body = body.body[:MAX_KEY_BYTES]
             return [self._pick(pb.ProcessingResponse(request_body=pb.BodyResponse()))]
         chunk = (body.body, body.end_of_stream)
-        if self._picked:
+        if self.picked:
             return [_body_of(chunk)]
-        self._chunks.append(chunk)
+        if body.body or body.end_of_stream:  # others say nothing, and may be without number
+            self._chunks.append(chunk)
         self._body += body.body[: MAX_KEY_BYTES - len(self._body)]
         return self._flush() if body.end_of_stream or len(self._body) >= MAX_KEY_BYTES else []
 
@@ -141,7 +156,7 @@ class _Turn:
         return [first, *map(_body_of, chunks)]
 
     def _pick(self, answer: pb.ProcessingResponse) -> pb.ProcessingResponse:
-        self._picked = True
+        self.picked = True
         endpoints = self._picker.pick(self._body, self._subset, self._stack)
         if not endpoints:
             text = b'{"error": {"message": "no replica can take the request", "type": "unavailable", "code": "unavailable"}}'

@@ -176,3 +176,14 @@ async def test_a_call_without_its_message_ends_in_time(monkeypatch: pytest.Monke
         call = channel.stream_stream("/test.Echo/Say", None, None)(None, timeout=20.0)
         await call.done_writing()
         assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_stream_of_reflection_that_asks_no_more_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "SILENT_S", 0.3)
+    async with RpcServer([_Echo()], host="127.0.0.1", public=True) as server, open_channel(server.address) as channel:
+        call = channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", None, None)(timeout=20.0)
+        for _ in range(2):  # who goes on asking is answered
+            await call.write(b"\x3a\x00")  # list_services
+            assert b"test.Echo" in await call.read()
+        assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "no message came within 0.3 s" in await call.details()

@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 import grpc.aio
 import pytest
 
 from antiphon.gateway.routing.endpoints import EndpointBoard, key_of
+from antiphon.rpc import endpoint_picker
 from antiphon.rpc.endpoint_picker import DESTINATION_HEADER, MAX_KEY_BYTES, PickerServicer
 from antiphon.rpc.services import RpcServer
 from antiphon.rpc.v1 import ext_proc_pb2 as pb
@@ -178,3 +179,34 @@ def test_its_messages_are_those_of_envoy(envoy_path: str) -> None:
     num_messages, different = json.loads(done.stdout)
     assert num_messages > 15
     assert different == []
+
+
+@pytest.mark.parametrize("is_picked", [False, True])
+async def test_a_gateway_that_says_no_more_is_ended_and_counts_no_more(monkeypatch: pytest.MonkeyPatch, is_picked: bool) -> None:
+    monkeypatch.setattr(endpoint_picker, "ANSWER_S" if is_picked else "ASK_S", 0.3)
+    async with picker() as gateway:
+        call = gateway._process(timeout=20.0)
+        await call.write(headers())
+        if is_picked:
+            await call.write(body(CHAT))
+            picked(await call.read())
+            assert gateway.board._inflight  # it is on its way
+        assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert not gateway.board._inflight
+
+
+def test_pieces_without_a_byte_are_not_kept() -> None:
+    service = PickerServicer(board=EndpointBoard(), key_of=key_of, endpoints=lambda: THREE)
+    with ExitStack() as stack:
+        turn = endpoint_picker._Turn(service, stack)
+        turn.take(headers())
+        for _ in range(10_000):
+            assert turn.take(body(b"", end=False)) == []
+        assert len(turn.take(body(CHAT))) == 2  # the pick, and what there is of a body
+
+
+async def test_half_of_a_surrogate_pair_is_picked_for_as_other_text() -> None:
+    async with picker() as gateway:
+        for text in (rb'{"model": "\ud800", "prompt": "x"}', rb'{"model": "m", "messages": "\udfff"}'):
+            first, *_ = await gateway.ask(headers(), body(text))
+            assert set(picked(first)) == set(THREE)

@@ -6,11 +6,12 @@ Must not know: families, tensors' uses, documents.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
 from typing import Any
+
+from antiphon.core.text.json_text import read_json_text
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -64,13 +65,13 @@ def _bytes_of(path: Path, float_bytes: int) -> int:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
                 raise FilesWrong(f"{path} is not a whole safetensors file: it has {size} bytes, its header would have {length}")
-            header = json.loads(file.read(length))
+            header = read_json_text(file.read(length), unique_keys=True)
         entries = [value for name, value in header.items() if name != "__metadata__"]
         wanted = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries), default=0)
         total = sum(math.prod(map(int, entry["shape"])) * _item_bytes(str(entry["dtype"]), float_bytes) for entry in entries)
     except OSError as error:
         raise FilesWrong(f"{path} can't be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
         raise FilesWrong(f"{path} is not a safetensors file: its header can't be read") from error
     if size != wanted:
         raise FilesWrong(f"{path} is not whole: it has {size:,} bytes, its header says {wanted:,}; fetch it again")
@@ -99,10 +100,10 @@ def _exists(path: Path) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        value = read_json_text(path.read_bytes())
     except OSError as error:
         raise FilesWrong(f"{path} can't be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise FilesWrong(f"{path}: can't be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise FilesWrong(f"{path}: expected a JSON object, found {type(value).__name__}")

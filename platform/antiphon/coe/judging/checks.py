@@ -6,7 +6,6 @@ worth is measured on answers that a fold kept from it. Must not know: services, 
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 
 from antiphon.coe.judging.judge import calibration_error
 from antiphon.core.errors import InvalidInput
+from antiphon.core.text.json_text import read_json_text
 
 Doubles = npt.NDArray[np.float64]
 
@@ -61,7 +61,7 @@ def checks_from(path: Path, accept: float) -> list[Check]:
 
 def _answer(line: str, where: str) -> tuple[str, float, float]:
     try:
-        value = json.loads(line)
+        value = read_json_text(line, unique_keys=True)
         expert, logprob, score = value["expert"], float(value["mean_logprob"]), float(value["score"])
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidInput(f"{where}: expected expert, mean_logprob and score: {error}", "answers") from error

@@ -5,7 +5,6 @@ Must not know: how figures are computed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from antiphon.coe.judging.judge import Estimate, Judged, Say, TwoModels, Verdict
 from antiphon.coe.training.fit import Recipe
 from antiphon.coe.training.train import Prepared
 from antiphon.core.errors import InvalidInput
+from antiphon.core.text.json_text import read_json_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,7 +196,7 @@ def broken_promises(report: Mapping[str, Any], promises_file: Path) -> list[str]
         InvalidInput: the file is no such file, or names a figure that the report doesn't have.
     """
     try:
-        promises = json.loads(promises_file.read_bytes())
+        promises = read_json_text(promises_file.read_bytes(), unique_keys=True)
     except (OSError, ValueError) as error:
         raise InvalidInput(f"gate file {promises_file} can't be read: {error}", "gate") from error
     if not isinstance(promises, dict):

@@ -32,6 +32,7 @@ from antiphon.coe.routing.embedding import StaticEmbedding, TokenVectors, WordVe
 from antiphon.coe.routing.encoder import SentenceEncoder
 from antiphon.coe.routing.wordpiece import WordPiece
 from antiphon.core.errors import CheckpointInvalid
+from antiphon.core.text.json_text import read_json_text
 
 FORMAT = "antiphon-coe-router"
 FORMAT_VERSION = 8
@@ -277,7 +278,7 @@ def load_artifact(directory: Path, *, slow_path: bool = True, digest: str | None
     """
     listed = _checked_manifest(directory, digest)
     try:
-        value = json.loads((directory / _JSON).read_bytes())
+        value = read_json_text((directory / _JSON).read_bytes())
         arrays: dict[str, Array] = load_file(directory / _ARRAYS)
         tokens = WordPiece.from_file(directory / _VOCABULARY)
         encoder = None
@@ -315,7 +316,7 @@ def load_artifact(directory: Path, *, slow_path: bool = True, digest: str | None
 
 def _checked_manifest(directory: Path, digest: str | None) -> dict[str, Any]:
     try:
-        manifest = json.loads((directory / MANIFEST).read_bytes())
+        manifest = read_json_text((directory / MANIFEST).read_bytes())
     except OSError as error:
         raise CheckpointInvalid(f"artifact {directory}: {MANIFEST} can't be read: {error}") from error
     except ValueError as error:

@@ -22,6 +22,7 @@ from antiphon.core.directory import Notes
 from antiphon.core.document.coe.experts import ExternalEndpoint
 from antiphon.core.document.composition import CompositionOfExperts
 from antiphon.core.errors import AntiphonError
+from antiphon.core.text.json_text import read_json_text
 from antiphon.core.worker_info import WorkerInfo
 
 _log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class Report:
     def from_json(cls, text: str) -> Report:
         """The report of a note; what can't be read says nothing."""
         try:
-            value = json.loads(text)
+            value = read_json_text(text)
             return cls(
                 open=frozenset(map(str, value["open"])),
                 running={str(k): int(n) for k, n in value["running"].items()},

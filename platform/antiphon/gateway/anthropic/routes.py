@@ -12,12 +12,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from antiphon.core.request import FinishReason
+from antiphon.core.text.json_text import read_json_text
 from antiphon.gateway.anthropic.errors import anthropic_error
 from antiphon.gateway.anthropic.schema import CountBody, MessagesBody
 from antiphon.gateway.gateway import Gateway
 from antiphon.gateway.generation.request import ChoiceDelta, Started, Usage
 from antiphon.gateway.http.event_stream import LAST_EVENT_HEADER, EventStream
-from antiphon.gateway.json_text import read_json_text
 from antiphon.gateway.openai.http_io import deadline_of
 from antiphon.gateway.openai.parsing import parse_tolerant, warning_header
 from antiphon.gateway.openai.serving import answered, parts_of

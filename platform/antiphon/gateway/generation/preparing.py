@@ -15,9 +15,9 @@ from typing import Any
 
 from antiphon.core.errors import ContextLengthExceeded, InvalidInput
 from antiphon.core.request import OutputRules
+from antiphon.core.text.json_text import read_json_text
 from antiphon.gateway.generation.infilling import infilling, infilling_ends
 from antiphon.gateway.generation.request import ChatMessage, ChatPrompt, GenerationRequest, Prompt, TextPrompt, TokenPrompt
-from antiphon.gateway.json_text import read_json_text
 from antiphon.gateway.text.answer_grammar import is_long
 from antiphon.gateway.text.chat_options import ChatOptions
 from antiphon.gateway.text.dialect import AnswerPlan, Dialect

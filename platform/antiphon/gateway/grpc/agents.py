@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from antiphon.core.errors import InvalidInput
+from antiphon.core.text.json_text import read_json_text
 from antiphon.gateway.generation.request import ChatMessage
-from antiphon.gateway.json_text import read_json_text
 from antiphon.gateway.openai.bodies.shapes import StructuredOutputs
 from antiphon.gateway.openai.bodies.tools import (
     MAX_TOOLS,
@@ -159,6 +159,6 @@ def _shape(shape: pb.Shape) -> AnswerShape | None:
 
 def _json(text: str, field: str) -> Any:
     try:
-        return read_json_text(text)
+        return read_json_text(text, unique_keys=True)
     except ValueError as error:
         raise InvalidInput(f"not valid JSON: {error}", field) from error

@@ -1,6 +1,6 @@
 """Reads bodies within limits: bytes of one and of all, values in one, large ones few at once (request speed).
 
-    bytes ─► few enough? ─► few enough values? ─► JSON, large ones off the event loop ─► an object
+    bytes ─► few enough? ─► few enough values, not too deep? ─► JSON, large ones off the event loop ─► an object, no key in it twice
 
 Parsing costs memory and time by the number of values, not by bytes: the number is bounded before anything is made of them. What is
 made of a large body's object afterwards (typed fields, messages) costs more than reading it did, and is off the event loop as well.
@@ -20,7 +20,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 from fastapi import Request
 
 from antiphon.core.errors import InvalidInput, Overloaded
-from antiphon.gateway.json_text import MAX_DEPTH, is_deeper
+from antiphon.core.text.json_text import MAX_DEPTH, READABLE_DEPTH, KeyCount, depth_bound, is_deeper, structure
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -30,10 +30,6 @@ MAX_VALUES: Final = 1_500_000  # token ids of many prompts are the most that mak
 MAX_BUFFERED_BYTES: Final = 256 * 2**20  # of all bodies that are being read
 LARGE_BYTES: Final = 64 * 2**10
 _LARGE_AT_ONCE: Final = 2
-
-# Strings, the last one also without its end: what is left is the structure. Each byte is looked at once.
-_STRINGS: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
-
 
 # Half of a surrogate pair has no other way into JSON that is UTF-8.
 _SURROGATES: Final = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -110,9 +106,12 @@ def parse_object(body: bytes) -> dict[str, Any]:
     """JSON text as an object.
 
     Raises:
-        InvalidInput: it isn't UTF-8, JSON or an object, holds too many values, or what no answer could repeat.
+        InvalidInput: it isn't UTF-8, JSON or an object, holds too many values, a key twice, or what no answer could repeat.
     """
     check_structure(body)
+    if (depth := depth_bound(body)) > READABLE_DEPTH:
+        raise InvalidInput("the body is nested too deeply")
+    keys = KeyCount()
     endless: list[str] = []  # 1e999: JSON can write it, but no answer could repeat it
 
     def number(text: str) -> float:
@@ -122,11 +121,10 @@ def parse_object(body: bytes) -> dict[str, Any]:
         return found
 
     try:
-        value = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_float=number)
+        text = body.decode("utf-8-sig")
+        value = json.loads(text, object_hook=keys.count, parse_constant=_refuse_constant, parse_float=number)
     except UnicodeDecodeError as error:
         raise InvalidInput(f"the body is not valid UTF-8: byte {error.start}") from error
-    except RecursionError as error:
-        raise InvalidInput("the body is nested too deeply") from error
     except ValueError as error:
         raise InvalidInput(f"the body is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -134,11 +132,13 @@ def parse_object(body: bytes) -> dict[str, Any]:
     if endless:
         field = next((name for name, inner in value.items() if _holds_infinity(inner)), None)
         raise InvalidInput(f"{endless[0][:32]} is beyond every float", field)
-    if is_deeper(value, MAX_DEPTH):
+    if depth > MAX_DEPTH and is_deeper(value, MAX_DEPTH):
         field = next(name for name, inner in value.items() if is_deeper(inner, MAX_DEPTH - 1))
         raise InvalidInput(f"{field[:64]}: nested more than {MAX_DEPTH} deep", field)
-    if _SURROGATES.search(body) and (path := _half_a_pair(value)) is not None:
+    if b"\\" in body and _SURROGATES.search(body) and (path := _half_a_pair(value)) is not None:
         raise InvalidInput(f"{path or 'the body'}: not valid Unicode: it holds half of a surrogate pair", path or None)
+    if (key := keys.repeated(body)) is not None:
+        raise InvalidInput(f"the key {key[:64]!r} is there twice", key[:64])
     return value
 
 
@@ -148,12 +148,12 @@ def check_structure(body: bytes) -> None:
     Raises:
         InvalidInput: it holds more than MAX_CONTAINERS lists and objects, or MAX_VALUES values.
     """
-    if body.count(b"[") + body.count(b"{") <= MAX_CONTAINERS and body.count(b",") <= MAX_VALUES:
+    if len(body) <= MAX_CONTAINERS or (body.count(b"[") + body.count(b"{") <= MAX_CONTAINERS and body.count(b",") <= MAX_VALUES):
         return
-    structure = _STRINGS.sub(b"", body)  # brackets and commas within texts are no structure
-    if structure.count(b"[") + structure.count(b"{") > MAX_CONTAINERS:
+    signs = structure(body)  # brackets and commas within texts are no structure
+    if signs.count(b"[") + signs.count(b"{") > MAX_CONTAINERS:
         raise InvalidInput(f"the body holds more than {MAX_CONTAINERS} lists and objects")
-    if structure.count(b",") > MAX_VALUES:
+    if signs.count(b",") > MAX_VALUES:
         raise InvalidInput(f"the body holds more than {MAX_VALUES} values")
 
 

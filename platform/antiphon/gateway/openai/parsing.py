@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from antiphon.core.errors import InvalidInput
-from antiphon.gateway.json_text import containers
+from antiphon.core.text.json_text import containers
 
 _M = TypeVar("_M", bound=BaseModel)
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from antiphon.core.text.json_text import read_json_text
+
 KEY_CHARS = 1024  # of the first messages: system prompt and first question tell conversations apart
 _MAX_SHARE = 1.25  # of the mean load, and one request: the usual bound of consistent hashing with bounded loads
 
@@ -49,7 +51,7 @@ def rank_endpoints(key: str, endpoints: Sequence[str], inflight: Mapping[str, in
 
 
 def _score(key: str, endpoint: str) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{endpoint}\n{key}".encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(f"{endpoint}\n{key}".encode(errors="surrogatepass"), digest_size=8).digest(), "big")
 
 
 def key_of(body: bytes) -> str:
@@ -58,8 +60,8 @@ def key_of(body: bytes) -> str:
     A body that is no JSON object is its own key: the replica will say what is wrong with it.
     """
     try:
-        value: Any = json.loads(body)
-    except (ValueError, RecursionError):
+        value: Any = read_json_text(body)
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         return body[:KEY_CHARS].decode(errors="replace")

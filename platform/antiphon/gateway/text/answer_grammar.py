@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from antiphon.core.errors import InvalidInput
-from antiphon.gateway.json_text import is_deeper
+from antiphon.core.text.json_text import is_deeper
 from antiphon.gateway.text.chat_options import AnswerShape, ChatOptions, Tool
 from antiphon.gateway.text.formats.base import CallFormat, ChannelFormat, Rules, ThoughtMarkers, lark
 from antiphon.gateway.text.schemas.narrowing import closed

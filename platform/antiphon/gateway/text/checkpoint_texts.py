@@ -5,13 +5,13 @@ Must not know: how text becomes tokens.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from antiphon.core.errors import CheckpointInvalid
+from antiphon.core.text.json_text import read_json_text
 from antiphon.gateway.generation.request import SAMPLING_DEFAULTS
 
 _log = logging.getLogger(__name__)
@@ -24,8 +24,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
+        value = read_json_text(_read_text(path))
+    except ValueError as error:
         raise CheckpointInvalid(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointInvalid(f"{path}: expected an object")

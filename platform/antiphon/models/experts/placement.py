@@ -14,6 +14,7 @@ from pathlib import Path
 
 from antiphon.core.errors import InvalidInput
 from antiphon.core.ids import slice_bounds
+from antiphon.core.text.json_text import read_json_text
 from antiphon.models.config import DecoderConfig, MoEConfig
 from antiphon.models.experts.balance import Owners, balance
 
@@ -93,13 +94,13 @@ class ExpertPlacement:
             InvalidInput: it is none, or is for another model.
         """
         try:
-            raw = json.loads(text)
+            raw = read_json_text(text, unique_keys=True)
             if raw["format"] != _FORMAT:
                 raise InvalidInput(f"{source}: format {raw['format']!r}, expected {_FORMAT!r}", "placement")
             groups = tuple(tuple(tuple(int(g) for g in held) for held in layer) for layer in raw["groups"])
             placement = cls(num_groups=int(raw["numGroups"]), groups=groups)
             made_for = raw["model"]
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise InvalidInput(f"{source}: not a placement file: {error!r}", "placement") from error
         if made_for != config.fingerprint:
             raise InvalidInput(f"{source}: made for model {made_for}, this one is {config.fingerprint}", "placement")

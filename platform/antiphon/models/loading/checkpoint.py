@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from antiphon.core.errors import CheckpointInvalid
+from antiphon.core.text.json_text import read_json_text
 
 CONFIG: Final = "config.json"
 GENERATION_CONFIG: Final = "generation_config.json"
@@ -220,10 +221,10 @@ def _canonical(value: object) -> bytes:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        value = read_json_text(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointInvalid(f"{path.parent}: has no {path.name}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointInvalid(f"{path}: can't be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointInvalid(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -261,8 +262,8 @@ def _read_header(path: Path, file: str, digest: hashlib.blake2b) -> dict[str, _E
     try:
         with safe_open(full, framework="pt", device="cpu"):
             pass  # checks offsets against the file's length
-        parsed: dict[str, Any] = json.loads(header)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        parsed: dict[str, Any] = read_json_text(header, unique_keys=True)
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointInvalid(f"{full}: not a whole safetensors file: {error}") from error
     except (RuntimeError, MemoryError) as error:  # torch's word for a file that can't be mapped
         raise CheckpointInvalid(f"{full}: its {size_bytes / 2**30:.1f} GiB can't be mapped into this machine's memory") from error

@@ -9,7 +9,6 @@ Read by workers and gateways alike, so that both know the same. Must not know: t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Literal
 from antiphon.core.document.spec import ROLES_OF, Topology
 from antiphon.core.errors import CheckpointInvalid, InvalidInput, UnsupportedModel
 from antiphon.core.ids import Role
+from antiphon.core.text.json_text import read_json_text
 
 Task = Literal["generate", "embed", "rerank"]
 Place = Literal["mean", "cls", "last", "max"]
@@ -191,6 +191,6 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 def _load(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json_text(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise CheckpointInvalid(f"{path}: can't be read as JSON: {error}") from error

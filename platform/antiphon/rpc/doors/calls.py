@@ -24,6 +24,7 @@ from antiphon.rpc.errors import status_of
 
 READ_S: Final = 60.0  # from a call's headers to the end of its message, as a body of HTTP has
 WRITE_S: Final = 60.0  # that a client may leave its one answer unread
+SILENT_S: Final = 60.0  # between two messages of a stream that needs no key: whoever asks so has his next question at once
 _LAST_WORD_S: Final = 1.0
 
 Admit = Callable[[str | None], object]  # raises an error of the tree for an authorization that may not come in
@@ -61,9 +62,9 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
                 self._admit(keys[0] if keys else None)
             except AntiphonError as error:
                 return _refusing(error)
-        return None if handler is None else self._taken(handler, counts=not is_keyless)
+        return None if handler is None else self._taken(handler, is_keyless=is_keyless)
 
-    def _taken(self, handler: Any, *, counts: bool) -> grpc.RpcMethodHandler[Any, Any]:
+    def _taken(self, handler: Any, *, is_keyless: bool) -> grpc.RpcMethodHandler[Any, Any]:
         parse = handler.request_deserializer or (lambda raw: raw)
 
         async def messages(context: Context) -> AsyncIterator[Any]:
@@ -76,7 +77,7 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
                     raise DeadlineExceeded(f"no message came within {timeout_s:g} s") from None
                 if raw is grpc.aio.EOF:  # type: ignore[attr-defined]  # the stubs miss it
                     return
-                timeout_s = None  # a stream may be silent between two
+                timeout_s = SILENT_S if is_keyless else None  # other streams may be silent between two; their services see to it
                 try:
                     yield parse(raw)
                 except DecodeError as error:
@@ -89,7 +90,7 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
                 message = await anext(arriving, None)
                 if message is None:
                     raise InvalidInput("the call has no message")
-            with self._running.of(context.peer()) if counts else nullcontext():
+            with nullcontext() if is_keyless else self._running.of(context.peer()):
                 if not handler.response_streaming:
                     response = await (handler.stream_unary or handler.unary_unary)(message, context)
                     await _write(response, context)

@@ -20,6 +20,7 @@ from typing import Any
 
 from antiphon.core.errors import AntiphonError, CorruptMessage, LayoutMismatch, PeerLost, Unavailable
 from antiphon.core.ids import Epoch, WorkerId
+from antiphon.core.text.json_text import read_json_text
 from antiphon.transport.base import Hello, LinkLayout
 
 _PREFIX = struct.Struct("<IHHII")  # magic, version, kind, length of the text, length of the attachment
@@ -81,8 +82,8 @@ def decode_greeting(frame: bytes, peer: str) -> Greeting:
     if len(frame) != end + attachment_bytes:
         raise CorruptMessage(peer, f"a greeting of {len(frame)} bytes instead of {end + attachment_bytes}")
     try:
-        text = json.loads(frame[_PREFIX.size : end])
-    except (ValueError, RecursionError) as error:
+        text = read_json_text(bytes(frame[_PREFIX.size : end]), unique_keys=True)
+    except ValueError as error:
         raise CorruptMessage(peer, f"greeting is not JSON: {error}") from None
     if not isinstance(text, dict):
         raise CorruptMessage(peer, "greeting is not a JSON object")

@@ -118,3 +118,27 @@ def test_more_blocks_than_any_message_has_are_refused_before_they_are_looked_at(
             parse(CountBody, {"model": "m", "messages": [{"role": "user", "content": content}]})
     body = parse(CountBody, {"model": "m", "messages": [{"role": "user", "content": [block] * MAX_PARTS}]})
     assert body.prompt().messages[0].content.count("a") == MAX_PARTS
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"model":"m","prompt":"x","model":"n"}', "model"),
+        ('{"model":"m","prompt":"x","mod\\u0065l":"n"}', "model"),
+        ('{"model":"m","prompt":"x","model" \n :"n"}', "model"),
+        ('{"model":"m","messages":[{"role":"user","content":"x","content":"y"}]}', "content"),
+        ('{"model":"m","logit_bias":{"1":5,"2":"\\":","1":-5}}', "1"),
+        ('{"model":"m","metadata":{"a\\\\":1,"a\\\\":2,"b":":"}}', "a\\"),
+        ('{"model":"m","a":' + "[" * 200 + "]" * 200 + ',"a":1}', "a"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused_by_its_name(text: str, key: str) -> None:
+    with pytest.raises(InvalidInput, match="is there twice") as refused:
+        parse_object(text.encode())
+    assert repr(key) in str(refused.value)
+    assert refused.value.field == key
+
+
+def test_equal_keys_of_different_objects_and_within_texts_are_taken() -> None:
+    value = {"a": {"a": [{"a": 1}, {"a": 2}]}, "text": '{"a": 1, "a": 2}', "colon": ":", "b\\": '":', "c": ' " : '}
+    assert parse_object(json.dumps(value, indent=1).encode()) == value

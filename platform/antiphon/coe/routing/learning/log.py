@@ -14,6 +14,7 @@ from pathlib import Path
 
 from antiphon.coe.routing.learning.online import Feedback
 from antiphon.core.errors import CheckpointInvalid
+from antiphon.core.text.json_text import read_json_text
 
 MAX_REPLAYED = 100_000  # the newest
 
@@ -50,7 +51,7 @@ def append_feedback(path: Path, feedback: Feedback) -> None:
 
 def _feedback(line: str) -> Feedback | None:
     try:
-        value = json.loads(line)
+        value = read_json_text(line)
         found = Feedback(
             category=value["category"], expert=value["expert"], expected=float(value["expected"]), score=float(value["score"])
         )

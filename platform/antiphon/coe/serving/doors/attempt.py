@@ -6,7 +6,6 @@ Must not know: which expert comes next.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Coroutine, Mapping
 from typing import Any
 from urllib.parse import quote
@@ -20,6 +19,7 @@ from antiphon.coe.serving.composition import Composition
 from antiphon.coe.serving.doors.expert_key import key_headers
 from antiphon.core.document.coe.experts import ExternalEndpoint
 from antiphon.core.errors import InvalidInput
+from antiphon.core.text.json_text import read_json_text
 from antiphon.gateway.http.bodies import check_structure
 from antiphon.gateway.http.event_stream import LAST_EVENT_HEADER, is_of
 
@@ -235,7 +235,7 @@ def json_object(raw: bytes) -> dict[str, Any] | None:
     """The JSON object that a body is, or None; also None where it holds more values than any door takes."""
     try:
         check_structure(raw)
-        value = json.loads(raw)
-    except (ValueError, RecursionError, InvalidInput):
+        value = read_json_text(raw)
+    except (ValueError, InvalidInput):
         return None
     return value if isinstance(value, dict) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
@@ -14,6 +13,7 @@ from antiphon.core.document.coe.experts import ExternalEndpoint
 from antiphon.core.document.composition import LimitsSpec
 from antiphon.core.errors import InvalidInput, Overloaded, Unavailable, UnknownModel
 from antiphon.core.request import FinishReason
+from antiphon.core.text.json_text import read_json_text
 from antiphon.gateway.generation.request import (
     ChatPrompt,
     ChoiceDelta,
@@ -118,8 +118,8 @@ async def _server_sent(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
         if not line.startswith("data:") or data == "[DONE]":
             continue
         try:
-            event = json.loads(data)
-        except (ValueError, RecursionError) as error:
+            event = read_json_text(data)
+        except ValueError as error:
             raise Unavailable("the external expert sent what is not JSON") from error
         if not isinstance(event, dict) or "error" in event:
             raise Unavailable(f"the external expert failed: {str(event)[:_MAX_ERROR_CHARS]}")

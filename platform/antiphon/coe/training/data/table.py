@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from antiphon.core.errors import InvalidInput
+from antiphon.core.text.json_text import TooDeep, read_json_text
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -214,8 +215,8 @@ def _parse(lines: Iterable[str], name: str) -> ScoreTable:
             continue
         where = f"table {name}, line {number}"
         try:
-            value = json.loads(line)
-        except RecursionError as error:
+            value = read_json_text(line, unique_keys=True)
+        except TooDeep as error:
             raise InvalidInput(f"{where}: nested too deeply", "table") from error
         except ValueError as error:
             raise InvalidInput(f"{where}: not JSON: {error}", "table") from error

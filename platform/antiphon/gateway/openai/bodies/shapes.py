@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from antiphon.core.errors import InvalidInput
-from antiphon.gateway.json_text import read_json_text
+from antiphon.core.text.json_text import read_json_text
 from antiphon.gateway.openai.parsing import refuse_unsupported
 from antiphon.gateway.text.chat_options import AnswerShape
 
@@ -70,7 +70,7 @@ def _as_schema(value: object) -> object:
     if not isinstance(value, str):
         return value
     try:
-        return read_json_text(value)
+        return read_json_text(value, unique_keys=True)
     except ValueError as error:
         raise ValueError(f"not valid JSON: {error}") from error
 

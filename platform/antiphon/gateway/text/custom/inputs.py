@@ -12,7 +12,7 @@ import re
 from collections.abc import Generator
 from typing import Final, Literal
 
-from antiphon.gateway.json_text import read_json_text
+from antiphon.core.text.json_text import read_json_text
 from antiphon.gateway.text.chat_options import Tool
 
 INPUT: Final = "input"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from antiphon.gateway.json_text import read_json_text
+from antiphon.core.text.json_text import read_json_text
 from antiphon.gateway.text.chat_options import Tool, ToolCall
 from antiphon.gateway.text.custom.inputs import INPUT
 from antiphon.gateway.text.custom.lark import quoted

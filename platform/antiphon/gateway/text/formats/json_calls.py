@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from antiphon.gateway.json_text import read_json_text
+from antiphon.core.text.json_text import read_json_text
 from antiphon.gateway.text.chat_options import Tool, ToolCall
 from antiphon.gateway.text.formats.base import SPACE, CallMachine, Malformed, Rules, Steps, example_arguments
 from antiphon.gateway.text.parts import Part

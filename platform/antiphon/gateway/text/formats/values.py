@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from antiphon.gateway.json_text import MAX_DEPTH, is_deeper, read_json_text
+from antiphon.core.text.json_text import MAX_DEPTH, is_deeper, read_json_text
 from antiphon.gateway.text.chat_options import Tool
 from antiphon.gateway.text.schemas.refs import NOTES, Root, kind_of, values_of
 
@@ -81,13 +81,7 @@ def _value(raw: str) -> Any:
     text = raw.strip()
     if text in _WORDS:
         return _WORDS[text]
-    try:
-        value = json.loads(text, strict=False, parse_constant=_no_number, parse_float=_finite)
-    except RecursionError:
-        raise ValueError("too deep") from None
-    if is_deeper(value, MAX_DEPTH):
-        raise ValueError("too deep")
-    return value
+    return read_json_text(text, strict=False, parse_constant=_no_number, parse_float=_finite)
 
 
 def _python_value(raw: str) -> Any:

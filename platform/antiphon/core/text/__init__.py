@@ -1,0 +1,1 @@
+"""Text that strangers wrote, made values within limits (request speed; no I/O)."""
