@@ -99,6 +99,8 @@ def _from_s3(rest: str, into: Path, endpoint_url: str | None) -> None:
     from minio.error import MinioException
     from urllib3.exceptions import HTTPError
 
+    from antiphon_operator.store_connections import open_pool
+
     bucket, _, prefix = rest.partition("/")
     prefix = prefix.strip("/")
     address = urllib.parse.urlsplit(endpoint_url if endpoint_url is not None else "https://s3.amazonaws.com")
@@ -108,6 +110,7 @@ def _from_s3(rest: str, into: Path, endpoint_url: str | None) -> None:
             credentials=EnvAWSProvider() if "AWS_ACCESS_KEY_ID" in os.environ else None,
             region=os.environ.get("AWS_REGION"),
             secure=address.scheme == "https",
+            http_client=open_pool(),
         )
         for item in client.list_objects(bucket_name=bucket, prefix=f"{prefix}/" if prefix else "", recursive=True):
             key = str(item.object_name)

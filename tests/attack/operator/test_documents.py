@@ -136,6 +136,8 @@ ADDRESSES = [
     "http://[fe80::1]/v1",
     "http://[::ffff:169.254.169.254]/v1",
     "http://[fd00:ec2::254]/v1",
+    "http://[64:ff9b::169.254.169.254]/v1",
+    "http://168.63.129.16/v1",
     "http://0.0.0.0/v1",
     "https://user:password@law/v1",
     "https://law@evil.example/v1",

@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from antiphon.core.document.part import LINE_REST, Line, Metadata, Model, OneLine, check_address
+from antiphon.core.document.part import LINE_REST, Line, Metadata, Model, OneLine
 from antiphon.core.document.policies import SecretName
 from antiphon.core.document.pools import Quantity
+from antiphon.core.text.addresses import check_address
 
 StoreAddress = Annotated[str, Field(pattern=f"^https?://{LINE_REST}$"), OneLine]
 ARTIFACT_SCHEMES = ("hf", "s3", "file", "pvc")

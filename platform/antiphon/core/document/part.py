@@ -6,11 +6,8 @@ Must not know: any kind of document.
 from __future__ import annotations
 
 import re
-import socket
 from collections.abc import Mapping, Sequence
-from ipaddress import ip_address
 from typing import Annotated, Final
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 from pydantic.alias_generators import to_camel
@@ -33,8 +30,6 @@ LINE_PATTERN: Final = f"^{_NO_BLANK}({LINE_REST})?$"
 PROSE_PATTERN: Final = r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]*$"
 ENV_PATTERN: Final = r"^[^\x00]*$"
 LABEL_PATTERN: Final = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
-
-_METADATA: Final = frozenset({ip_address("fd00:ec2::254"), ip_address("100.100.100.200")})  # of AWS and Alibaba Cloud
 
 # Line and paragraph separators, marks that turn the direction of text around, a byte order mark.
 _OTHER_CONTROLS: Final = frozenset("\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
@@ -62,28 +57,6 @@ LabelValue = Annotated[str, Field(pattern=LABEL_PATTERN, max_length=63)]
 
 EnvValue = Annotated[str, Field(pattern=ENV_PATTERN, max_length=32_768)]
 """What an environment variable can hold."""
-
-
-def check_address(url: str) -> None:
-    """Refuse an address with a password in it, and addresses of the node's own network, where clouds keep the node's credentials.
-
-    Raises:
-        ValueError: so it is, or it has no host.
-    """
-    parts = urlsplit(url)
-    if "@" in parts.netloc:
-        raise ValueError("has a user or a password; those belong in a Secret")
-    host = parts.hostname
-    if not host or parts.port == 0:
-        raise ValueError("has no host, or port 0")
-    try:
-        # Also spelled 2852039166 or 0xa9fea9fe, as resolvers take it.
-        address = ip_address(host.partition("%")[0]) if ":" in host else ip_address(socket.inet_aton(host.rstrip(".")))
-    except (OSError, ValueError):
-        return  # a name
-    plain = getattr(address, "ipv4_mapped", None) or address
-    if plain.is_link_local or plain.is_multicast or plain.is_unspecified or plain in _METADATA:
-        raise ValueError(f"{host} is link-local or no host's address")
 
 
 class Model(BaseModel):

@@ -14,12 +14,11 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-import httpx
-
 from antiphon.coe.routing.router import Record
 from antiphon.coe.serving.combining import Answer, AskFailed, combine, decline_early, experts_to_combine
 from antiphon.coe.serving.composition import Composition
 from antiphon.coe.serving.doors.attempt import answer_headers, quoted
+from antiphon.coe.serving.doors.connections import open_client
 from antiphon.coe.serving.doors.external import external_events
 from antiphon.coe.serving.doors.held_events import given_events, held_answer, total_of
 from antiphon.coe.serving.doors.question import question_of
@@ -59,7 +58,7 @@ class CoeGenerator:
         self._compositions = compositions
         self._generate = generate
         self._notes = notes
-        self._client = httpx.AsyncClient(follow_redirects=False, limits=httpx.Limits(max_connections=None))
+        self._client = open_client()
 
     async def close(self) -> None:
         """Close connections to external experts."""

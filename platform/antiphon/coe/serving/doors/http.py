@@ -45,6 +45,7 @@ from antiphon.coe.serving.doors.attempt import (
     while_connected,
 )
 from antiphon.coe.serving.doors.combined import answer_combined
+from antiphon.coe.serving.doors.connections import open_client
 from antiphon.coe.serving.doors.held import asked_json
 from antiphon.coe.serving.doors.question import question_of
 from antiphon.coe.serving.fallback import Fallback, Turn
@@ -96,7 +97,7 @@ class CoeDoor:
         self._keys = keys
         self._max_bytes = max_request_bytes
         self._created = int(time.time())
-        self._client = httpx.AsyncClient(follow_redirects=False, limits=httpx.Limits(max_connections=None))
+        self._client = open_client()
 
     async def close(self) -> None:
         """Close connections to external experts."""

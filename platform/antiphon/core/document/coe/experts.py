@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from antiphon.core.document.part import Line, Model, as_tuple, check_address
+from antiphon.core.document.part import Line, Model, as_tuple
 from antiphon.core.document.pools import Quantity, parse_quantity
+from antiphon.core.text.addresses import check_address
 
 Modality = Literal["text", "image", "audio", "video"]
 EXTERNAL_SCHEMES = ("http://", "https://")
