@@ -5,6 +5,7 @@ Briefly in ``make test``; ``make fuzz`` sets ANTIPHON_FUZZ_EXAMPLES and runs the
 
 from __future__ import annotations
 
+import math
 import socket
 import struct
 import time
@@ -23,13 +24,13 @@ from antiphon.connectors.headers import Header, Kind, unpack
 from antiphon.core.errors import AntiphonError
 from antiphon.core.identity import Identity, new_key
 from antiphon.core.ids import Endpoint, Epoch, Role, WorkerId
-from antiphon.core.request import RequestOutput
+from antiphon.core.request import RequestOutput, TokenLogprob
 from antiphon.core.step import KVEvents, ModelRunnerOutput, SchedulerOutput
 from antiphon.core.worker_info import WorkerInfo, WorkerLoad
 from antiphon.engine.core import EngineCore
 from antiphon.engine.limits import SchedulerConfig
 from antiphon.engine.scheduler import Scheduler
-from antiphon.rpc.engine.codec import decode_submit
+from antiphon.rpc.engine.codec import decode_submit, decode_update
 from antiphon.rpc.v1 import engine_pb2 as pb
 from antiphon.transport.base import HEADER_BYTES, Hello, LinkLayout
 from antiphon.transport.connect.hello import Greeting, decode_greeting, encode_greeting
@@ -226,11 +227,52 @@ def test_commands(commands: list[bytes]) -> None:
     assert engine.scheduler.blocks.num_free_blocks == config.num_blocks
 
 
+UPDATE = pb.EngineUpdate(
+    requests=[
+        pb.RequestUpdate(
+            request_id="r",
+            new_token_ids=[1, 2],
+            logprobs=[pb.TokenLogprob(token_id=1, logprob=-0.5, rank=1, top_token_ids=[1, 2], top_logprobs=[-0.5, -1.0])],
+            finish_reason="length",
+            stop_token_id=2,
+            times=pb.RequestTimes(queue_s=0.1, first_token_s=0.2, finished_s=0.3),
+            prompt_logprobs={1: pb.TokenLogprob(token_id=3, logprob=-2.0, rank=4)},
+            vector=[0.5, -0.5],
+        ),
+        pb.RequestUpdate(request_id="s", error_code="overloaded", error_message="full", retry_after_s=0.5),
+    ]
+).SerializeToString()
+
+
+@fuzz
+@given(data=damaged(UPDATE))
+def test_updates(data: bytes) -> None:
+    """What a worker answers is a value that JSON has, or an error of the tree."""
+    try:
+        update = pb.EngineUpdate.FromString(data)
+    except DecodeError:
+        return
+    try:
+        answers = decode_update(update, "peer")
+    except AntiphonError:
+        return
+    for output in (answer.output for answer in answers):
+        numbers = [value for logprob in (*output.logprobs, *output.prompt_logprobs.values()) for value in told(logprob)]
+        times = [] if output.times is None else [output.times.scheduled_s, output.times.first_token_s, output.times.finished_s]
+        assert all(math.isfinite(value) for value in (*numbers, *output.vector, *(time for time in times if time is not None)))
+        assert output.error is None or len(output.error.message) <= 4096
+
+
+def told(logprob: TokenLogprob) -> list[float]:
+    return [logprob.logprob, *(value for _, value in logprob.top)]
+
+
 def test_the_bytes_that_are_changed_are_good_ones() -> None:
     """Otherwise nothing behind the first check would be tried."""
     unpack(HEADER, "peer")
     decode_greeting(GREETING, "peer")
     WorkerInfo.from_json(RECORD)
     decode_submit(pb.SubmitCommand.FromString(SUBMIT), now_s=0.0)
+    assert [answer.error is None for answer in decode_update(pb.EngineUpdate.FromString(UPDATE), "peer")] == [True, False]
     assert len(HEADER) == HEADER_BYTES
     assert zlib.crc32(HEADER[:60]) == int.from_bytes(HEADER[60:], "little")

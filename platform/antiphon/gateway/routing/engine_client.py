@@ -157,15 +157,21 @@ class WorkerConnection:
                         await asyncio.gather(watch, return_exceptions=True)
                     raise Unavailable(f"it was silent for {_SILENT_S:g} s and did not answer (stopped, or cut off)")
             except AntiphonError as error:
-                if self._session is not None:
-                    _log.warning("session with %s lost: %s", self.worker_id, error)
-                    self._fail_all(PeerLost(self.worker_id, str(error)))
+                self._lose(str(error))
+            except Exception as error:  # noqa: BLE001 - whatever one worker says, its requests go on elsewhere
+                _log.error("session with %s", self.worker_id, exc_info=error)
+                self._lose(type(error).__name__)
             finally:
                 self._session = None
                 if self._closed is None:
                     self._connected.clear()
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
             backoff_s = min(_MAX_BACKOFF_S, backoff_s * 2)
+
+    def _lose(self, why: str) -> None:
+        if self._session is not None:
+            _log.warning("session with %s lost: %s", self.worker_id, why)
+            self._fail_all(PeerLost(self.worker_id, why))
 
     async def _watch(self, session: EngineSession) -> None:
         """End the session of a worker that has requests or no lease, and answers nobody."""

@@ -38,6 +38,7 @@ _log = logging.getLogger(__name__)
 
 _PIECE_CHARS = 64 * 2**10  # a text is measured in pieces of so many characters before it is tokenized whole
 _CUT_TOKENS = 64
+_MAX_TOKEN_ID = 2**24  # the library lays tables out by the largest id: one of 2**31 takes gigabytes
 INLINE_CHARS = 2048  # shorter texts are tokenized on the event loop; that takes less than handing them over
 
 
@@ -66,6 +67,9 @@ class TextModel:
         eos_token_ids: ids that end a text.
         markers_are_text: control markers in chats' messages are text; False = they become control tokens.
         sampling_defaults: what the checkpoint says about sampling, by ``Sampling``'s field names; None = nothing.
+
+    Raises:
+        CheckpointInvalid: an id that no vocabulary has.
     """
 
     def __init__(
@@ -81,11 +85,14 @@ class TextModel:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._chat_template = chat_template
-        self._byte_level = _is_byte_level(tokenizer)
+        self._byte_level = _is_byte_level(_written(tokenizer.decoder))
         self._markers_are_text = markers_are_text
         self.sampling_defaults = {} if sampling_defaults is None else dict(sampling_defaults)
         self._plain: Tokenizer | None = None  # made when a client first writes a marker
-        self._longest_token: int | None = None
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        if (largest := max(vocabulary.values(), default=0)) > _MAX_TOKEN_ID:
+            raise CheckpointInvalid(f"a token has the id {largest}, of a vocabulary of {len(vocabulary)}")
+        self._longest_token = max(map(len, vocabulary), default=1)
         self.eos_token_ids = frozenset(eos_token_ids)
         special = {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self.special_token_ids = frozenset(special)
@@ -113,7 +120,10 @@ class TextModel:
             raise CheckpointInvalid(f"{directory} has no tokenizer.json")
         try:
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
+            tokenizer.encode_batch(["a", ("a", "b")])  # what it puts around a text is there
+        except BaseException as error:  # tokenizers raises bare Exception, and what Rust panics with is none
+            if not (isinstance(error, Exception) or _is_panic(error)):
+                raise
             raise CheckpointInvalid(f"{path}: {error}") from error
         config = read_json(directory / "tokenizer_config.json")
         special_tokens = read_special_tokens(config)
@@ -175,8 +185,6 @@ class TextModel:
         """
         if len(text) <= _PIECE_CHARS:
             return
-        if self._longest_token is None:
-            self._longest_token = max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=1)
         if len(text) > max_tokens * self._longest_token:
             raise ContextLengthExceeded(f"{len(text)} characters are more than {max_tokens} tokens can hold", "prompt")
         num_tokens = 0
@@ -190,11 +198,7 @@ class TextModel:
 
     @staticmethod
     def _ids(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        try:
-            (encoding,) = tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)  # lets other threads run
-        except (UnicodeEncodeError, TypeError) as error:
-            raise InvalidInput("the text is not valid Unicode: it holds half of a surrogate pair", "prompt") from error
-        return tuple(encoding.ids)
+        return tuple(_encoded(tokenizer, text, add_special_tokens=add_special_tokens).ids)
 
     def render_chat(
         self,
@@ -294,11 +298,7 @@ class TextModel:
         return EncodedText(token_ids=ids, num_first_tokens=num_first)
 
     def _encoding(self, text: str) -> Encoding:
-        try:
-            (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
-        except (UnicodeEncodeError, TypeError) as error:
-            raise InvalidInput("the text is not valid Unicode: it holds half of a surrogate pair", "prompt") from error
-        return encoding
+        return _encoded(self._tokenizer, text, add_special_tokens=False)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token by its name in the vocabulary."""
@@ -360,8 +360,29 @@ def _control_markers(tokenizer: Tokenizer, special: Iterable[str]) -> ControlMar
     return ControlMarkers(special, normalise=normalise, normalised=map(normalise, normalised))
 
 
-def _is_byte_level(tokenizer: Tokenizer) -> bool:
-    decoder = json.loads(tokenizer.to_str()).get("decoder")
+def _encoded(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> Encoding:
+    """A text's tokens. Raises InvalidInput."""
+    try:
+        (encoding,) = tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)  # lets other threads run
+    except (UnicodeEncodeError, TypeError) as error:
+        raise InvalidInput("the text is not valid Unicode: it holds half of a surrogate pair", "prompt") from error
+    except BaseException as error:  # as in ``load``
+        if not (isinstance(error, Exception) or _is_panic(error)):
+            raise
+        raise InvalidInput("the model's tokenizer has no tokens for this text", "prompt") from error
+    return encoding
+
+
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"
+
+
+def _written(part: Any) -> Any:
+    """A part of a tokenizer as tokenizer.json has it, without its vocabulary, which takes seconds to write; None = it has none."""
+    return None if part is None else json.loads(part.__getstate__())
+
+
+def _is_byte_level(decoder: Any) -> bool:
     while isinstance(decoder, dict) and decoder.get("type") == "Sequence" and len(decoder.get("decoders", ())) == 1:
         decoder = decoder["decoders"][0]
     return isinstance(decoder, dict) and decoder.get("type") == "ByteLevel"
@@ -369,6 +390,6 @@ def _is_byte_level(tokenizer: Tokenizer) -> bool:
 
 def _literal_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Added tokens that are found in a text as they are written, before it becomes bytes: they stand for their own text."""
-    normalised_to_bytes = '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str()).get("normalizer"))
+    normalised_to_bytes = '"ByteLevel"' in json.dumps(_written(tokenizer.normalizer))
     added = tokenizer.get_added_tokens_decoder().items()
     return frozenset(token_id for token_id, token in added if not (normalised_to_bytes and token.normalized))

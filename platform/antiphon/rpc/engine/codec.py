@@ -5,10 +5,11 @@ Used at both ends of an engine session. Must not know: sessions, channels, or wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from antiphon.core.errors import AntiphonError, ErrorInfo, Overloaded, Unavailable
+from antiphon.core.errors import AntiphonError, CorruptMessage, ErrorInfo, Overloaded, Unavailable
 from antiphon.core.request import (
     FinishReason,
     OutputRules,
@@ -23,6 +24,10 @@ from antiphon.core.request import (
 )
 from antiphon.rpc.errors import error_of
 from antiphon.rpc.v1 import engine_pb2 as pb
+
+_MAX_CODE_CHARS = 100  # of an error's name and words: they go into logs and to clients
+_MAX_MESSAGE_CHARS = 2000
+_LEAST_LOGPROB = -9999.0  # as vLLM has it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +109,16 @@ def encode_refusal(request_id: RequestId, error: AntiphonError) -> pb.EngineUpda
     )
 
 
-def decode_update(update: pb.EngineUpdate) -> list[Answer]:
-    """The answers of an update, in order. An unknown finish reason counts as an error."""
-    return [_decode_answer(part) for part in update.requests]
+def decode_update(update: pb.EngineUpdate, peer: str) -> list[Answer]:
+    """The answers of an update, in order. An unknown finish reason counts as an error.
+
+    Raises:
+        CorruptMessage: what stands there can't be right.
+    """
+    try:
+        return [_decode_answer(part) for part in update.requests]
+    except ValueError as error:
+        raise CorruptMessage(peer, str(error)) from error
 
 
 def _encode_sampling(sampling: SamplingParams) -> pb.EngineSampling:
@@ -242,25 +254,33 @@ def _encode_logprob(logprob: TokenLogprob) -> pb.TokenLogprob:
 
 def _decode_answer(part: pb.RequestUpdate) -> Answer:
     finish_reason = _decode_finish(part.finish_reason)
-    message = part.error_message or part.error_code or f"the engine ended the request with {part.finish_reason!r}"
+    code = part.error_code[:_MAX_CODE_CHARS]
+    message = part.error_message[:_MAX_MESSAGE_CHARS] or code or f"the engine ended the request with {part.finish_reason[:40]!r}"
     error: AntiphonError | None = None
-    if finish_reason is FinishReason.ERROR or part.error_code:
-        error = error_of(part.error_code, message, retry_after_s=part.retry_after_s if part.retry_after_s > 0 else None)
+    if finish_reason is FinishReason.ERROR or code:
+        error = error_of(code, message, retry_after_s=part.retry_after_s if part.retry_after_s > 0 else None)
     output = RequestOutput(
         request_id=RequestId(part.request_id),
         new_token_ids=tuple(part.new_token_ids),
         logprobs=tuple(_decode_logprob(logprob) for logprob in part.logprobs),
         finish_reason=finish_reason,
-        error=None if error is None else ErrorInfo(code=part.error_code or error.code, message=message, retryable=error.retryable),
+        error=None if error is None else ErrorInfo(code=code or error.code, message=message, retryable=error.retryable),
         stop_token_id=part.stop_token_id if part.HasField("stop_token_id") else None,
         num_cached_tokens=part.num_cached_tokens,
         num_remote_tokens=part.num_remote_tokens,
         num_preemptions=part.num_preemptions,
         times=_decode_times(part.times) if part.HasField("times") else None,
         prompt_logprobs={position: _decode_logprob(logprob) for position, logprob in part.prompt_logprobs.items()},
-        vector=tuple(part.vector),
+        vector=_decode_vector(part.vector),
     )
     return Answer(output=output, error=error)
+
+
+def _decode_vector(values: Sequence[float]) -> tuple[float, ...]:
+    vector = tuple(values)
+    if not math.isfinite(sum(vector)):
+        raise ValueError("a vector with a number that is none")
+    return vector
 
 
 def _decode_finish(text: str) -> FinishReason | None:
@@ -275,16 +295,27 @@ def _decode_finish(text: str) -> FinishReason | None:
 def _decode_times(times: pb.RequestTimes) -> RequestTimes:
     return RequestTimes(
         arrival_s=0.0,
-        scheduled_s=times.queue_s or None,
-        first_token_s=times.first_token_s or None,
-        finished_s=times.finished_s or None,
+        scheduled_s=_time(times.queue_s),
+        first_token_s=_time(times.first_token_s),
+        finished_s=_time(times.finished_s),
     )
+
+
+def _time(value_s: float) -> float | None:
+    return value_s if 0.0 < value_s < math.inf else None
 
 
 def _decode_logprob(logprob: pb.TokenLogprob) -> TokenLogprob:
     return TokenLogprob(
         token_id=logprob.token_id,
-        logprob=logprob.logprob,
+        logprob=_finite(logprob.logprob),
         rank=logprob.rank,
-        top=tuple(zip(logprob.top_token_ids, logprob.top_logprobs, strict=True)),
+        top=tuple(zip(logprob.top_token_ids, map(_finite, logprob.top_logprobs), strict=True)),
     )
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity, and what a grammar forbids has minus that."""
+    if logprob < math.inf:
+        return max(logprob, _LEAST_LOGPROB)
+    raise ValueError(f"a log probability of {logprob}")

@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 from grpc.aio import EOF  # type: ignore[attr-defined]  # the stubs miss it
 
-from antiphon.core.errors import PeerLost, Unavailable
+from antiphon.core.errors import CorruptMessage, PeerLost, Unavailable
 from antiphon.core.identity import Identity
 from antiphon.core.request import Request, RequestId
 from antiphon.rpc.channels import DEFAULT_LIMITS, ChannelLimits, open_part_channel, wait_until_connected
@@ -75,6 +75,7 @@ class EngineSession:
 
         Raises:
             PeerLost: the stream ended in any way but ``close``.
+            CorruptMessage: an update that can't be right; nothing of the stream is worth reading any more.
         """
         while True:
             try:
@@ -90,7 +91,9 @@ class EngineSession:
                 if self._closed:
                     return
                 raise PeerLost(self._address, "the engine ended the session")
-            answers = decode_update(update)
+            if update is None:  # what grpc gives for bytes that it could not read
+                raise CorruptMessage(self._address, "it is no EngineUpdate")
+            answers = decode_update(update, self._address)
             if num_updates := self._taken.took(len(answers)):
                 self._send(encode_taken(num_updates))
             yield answers

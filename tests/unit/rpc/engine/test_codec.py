@@ -89,7 +89,7 @@ def test_an_output_arrives_as_it_was_sent() -> None:
         times=RequestTimes(arrival_s=0.0, scheduled_s=0.5, first_token_s=1.5, finished_s=2.0),
     )
     wire = pb.EngineUpdate.FromString(encode_update([output]).SerializeToString())
-    (answer,) = decode_update(wire)
+    (answer,) = decode_update(wire, "w")
     assert answer.output == output
     assert answer.error is None
 
@@ -97,7 +97,7 @@ def test_an_output_arrives_as_it_was_sent() -> None:
 def test_times_are_counted_from_the_arrival() -> None:
     times = RequestTimes(arrival_s=1000.0, scheduled_s=1000.25, first_token_s=1001.0)
     wire = encode_update([RequestOutput(request_id=RequestId("r"), finish_reason=FinishReason.ABORT, times=times)])
-    decoded = decode_update(wire)[0].output.times
+    decoded = decode_update(wire, "w")[0].output.times
     assert decoded == RequestTimes(arrival_s=0.0, scheduled_s=0.25, first_token_s=1.0, finished_s=None)
 
 
@@ -111,19 +111,19 @@ def test_times_are_counted_from_the_arrival() -> None:
 )
 def test_the_reason_of_an_end_becomes_an_error(error: ErrorInfo, kind: type[AntiphonError], message: str) -> None:
     output = RequestOutput(request_id=RequestId("r"), finish_reason=FinishReason.ERROR, error=error)
-    answer = decode_update(encode_update([output]))[0]
+    answer = decode_update(encode_update([output]), "w")[0]
     assert type(answer.error) is kind
     assert str(answer.error) == message
 
 
 def test_an_abort_of_the_gateways_own_carries_no_error() -> None:
     output = RequestOutput(request_id=RequestId("r"), finish_reason=FinishReason.ABORT)
-    assert decode_update(encode_update([output]))[0].error is None
+    assert decode_update(encode_update([output]), "w")[0].error is None
 
 
 def test_a_refusal_keeps_kind_message_and_retry_after() -> None:
     wire = encode_refusal(RequestId("r"), Overloaded("the queue is full", retry_after_s=2.5))
-    answer = decode_update(wire)[0]
+    answer = decode_update(wire, "w")[0]
     assert answer.output.finish_reason is FinishReason.ERROR
     assert isinstance(answer.error, Overloaded)
     assert answer.error.retry_after_s == 2.5
@@ -131,6 +131,6 @@ def test_a_refusal_keeps_kind_message_and_retry_after() -> None:
 
 def test_an_unknown_finish_reason_is_an_error_and_no_silence() -> None:
     update = pb.EngineUpdate(requests=[pb.RequestUpdate(request_id="r", finish_reason="melted")])
-    answer = decode_update(update)[0]
+    answer = decode_update(update, "w")[0]
     assert answer.output.finish_reason is FinishReason.ERROR
     assert isinstance(answer.error, InternalError)

@@ -259,7 +259,7 @@ async def test_a_gateway_that_does_not_tell_what_it_takes_gets_every_step() -> N
             if token % 10 == 9:
                 while len(seen) <= token:
                     async with asyncio.timeout(5.0):
-                        seen += [t for answer in decode_update(await call.read()) for t in answer.output.new_token_ids]
+                        seen += [t for answer in decode_update(await call.read(), "w") for t in answer.output.new_token_ids]
         assert seen == list(range(100))
         call.cancel()
 
