@@ -86,8 +86,10 @@ class WorkerInfo:
 
     def to_json(self) -> str:
         """The wire form; round-trips through ``from_json``."""
-        value = dataclasses.asdict(self)
+        value = _plain(self)  # dataclasses.asdict copies all the way down, at every renewal
         value["role"] = self.role.value
+        for name in ("endpoint", "shard", "load"):
+            value[name] = _plain(value[name])
         return json.dumps(value, separators=(",", ":"), sort_keys=True)
 
     @classmethod
@@ -111,6 +113,10 @@ class WorkerInfo:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InvalidInput(f"not a worker record: {error}", "worker_info") from error
+
+
+def _plain(part: Any) -> dict[str, Any]:
+    return {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
 
 
 def _checked(kind: type[Any], raw: Mapping[str, Any]) -> dict[str, Any]:

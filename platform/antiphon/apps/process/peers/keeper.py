@@ -12,6 +12,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from antiphon.apps.process.peers.watch import Creditor, PeerWatch
 from antiphon.core.errors import AntiphonError, LayoutMismatch, kept
@@ -23,6 +24,7 @@ from antiphon.transport.base import Hello, Link
 logger = logging.getLogger(__name__)
 
 INTERVAL_S = 0.25
+CALM_TURNS: Final = 4  # between two looks into the directory while every wish has its peers and none of them went
 CONNECT_TIMEOUT_S = 5.0
 _RETRY_AFTER_REFUSAL_S = 5.0
 
@@ -55,6 +57,8 @@ class PeerKeeper:
         self._stop = threading.Event()
         self._refused: dict[tuple[WorkerId, Epoch], int] = {}  # turns to leave a peer alone that refused us
         self._error: BaseException | None = None
+        self._linked: list[set[tuple[WorkerId, Epoch]]] = []  # as the last look left it; empty = somebody is wanted still
+        self._num_calm = 0  # turns since
         self.last_refusal: AntiphonError | None = None
         self._watch = PeerWatch([wish.creditor for wish in wishes])
         self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
@@ -83,16 +87,27 @@ class PeerKeeper:
             self._error = error
 
     def _turn(self) -> None:
-        if not self._wishes:
+        if not self._wishes or self._is_calm():
             return
+        self._linked, self._num_calm = [], 0
         records = self._directory.workers(self._deployment)
+        found, num_missing = [], 0
         for wish in self._wishes:
             linked = wish.linked()
+            found.append(linked)
             for record in records:
                 info = record.info
                 wanted = info.role is wish.role and info.ready and info.revision == self._revision
                 if wanted and (info.worker_id, info.epoch) not in linked:
+                    num_missing += 1
                     self._link(wish, info)
+        if not num_missing and all(found):
+            self._linked = found
+
+    def _is_calm(self) -> bool:
+        """Whether a look can wait: an idle worker is to sleep."""
+        self._num_calm += 1
+        return self._num_calm < CALM_TURNS and bool(self._linked) and self._linked == [wish.linked() for wish in self._wishes]
 
     def _link(self, wish: PeerWish, info: WorkerInfo) -> None:
         key = (info.worker_id, info.epoch)
