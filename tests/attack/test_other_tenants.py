@@ -69,6 +69,24 @@ def test_a_stream_is_gone_on_with_by_its_own_key_alone(door: str) -> None:
             assert blue.post("/v1/completions", json=body, headers=headers).status_code == 400, forged
 
 
+def test_cached_tokens_tell_nobody_what_another_key_has_asked(door: str) -> None:
+    """Guesses at another's prompt, as it is and under salts that could be its own (CVE-2025-46570)."""
+    secret = [7 + number * 5 % 300 for number in range(96)]  # six blocks
+
+    def cached(client: httpx.Client, prompt: list[int], **more: Any) -> int:
+        body = {"model": "target", "prompt": prompt, "max_tokens": 1, "temperature": 0, **more}
+        answer = client.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        return int((answer.json()["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+
+    with as_(door, "red") as red, as_(door, "blue") as blue:
+        assert cached(red, secret) == 0
+        assert cached(red, secret) >= 64, "a key's own prompts are cached, or nothing is shown here"
+        for salt in ("", "red", KEYS["red"], "red-key", "\0", "0" * 32):
+            assert cached(blue, secret, **({"cache_salt": salt} if salt else {})) == 0, salt
+        assert cached(blue, secret) >= 64, "blue's own by now"
+
+
 def test_stored_responses_are_their_keys_own(door: str) -> None:
     chance = random.Random(4)
     body = {"model": ASKED["model"], "input": "a secret", "max_output_tokens": 2}
