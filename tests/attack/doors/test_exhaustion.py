@@ -17,8 +17,7 @@ import pytest
 
 from antiphon.apps.serve.deployment_set import Serving
 from antiphon.apps.serve.gateway_app import GatewayThread, serving_config
-
-from .conftest import Target
+from attack.conftest import Target
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280)]
 
