@@ -167,7 +167,20 @@ def test_any_accelerator_is_taken_or_refused(changed):
         assert make_plan(asked.planner).reason
 
 
-@pytest.mark.parametrize("text", [b"\xff\xfe\x00", b"a: [", b"H800: {bandwidth: .inf}", b"1: {}", b"x: 2020-99-99", b"- 1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\xff\xfe\x00",
+        b"a: [",
+        b"H800: {bandwidth: .inf}",
+        b"1: {}",
+        b"x: 2020-99-99",
+        b"- 1",
+        b"",
+        b"H800: {nic_bandwidth: 1:30}",
+        b"H800: {title: a}\nH800: {title: b}",
+    ],
+)
 def test_a_broken_hardware_file_is_one_error(tmp_path, text):
     file = tmp_path / "cards.yaml"
     file.write_bytes(text)

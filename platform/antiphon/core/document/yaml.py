@@ -90,13 +90,22 @@ def _scalar(node: yaml.ScalarNode) -> Value:
     """
     name = node.tag.removeprefix(_TAG)
     if name == "str":
-        return str(node.value)
+        return _whole(node.value)
     found = plain_value(node.value)
     if name == "float" and isinstance(found, int) and not isinstance(found, bool):
         return float(found)
     if name != next((kind for type_, kind in _KINDS if isinstance(found, type_)), "null"):
         raise ValueError(name)
     return found
+
+
+def _whole(text: str) -> str:
+    """Text whose characters beyond U+FFFF may stand as JSON writes them, in two halves.
+
+    Raises:
+        ValueError: one half is missing.
+    """
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,7 +222,11 @@ class _Reader:
                 shown = repr(key_node.value[:60]) if isinstance(key_node, yaml.ScalarNode) else "this key"
                 self._problem(key_node, path, f"{shown} is not a string: put keys in quotes")
                 continue
-            key = str(key_node.value)
+            try:
+                key = _whole(key_node.value)
+            except ValueError:
+                self._problem(key_node, path, f"{key_node.value[:60]!r} is no text: it holds half of a character")
+                continue
             if key in lines:
                 self._problem(key_node, (*path, key), f"the key is there already, in line {lines[key]}")
                 continue

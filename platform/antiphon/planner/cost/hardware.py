@@ -13,9 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from antiphon.core.errors import InvalidInput
+from antiphon.core.document.yaml import load_yaml
+from antiphon.core.errors import InvalidInput, SpecInvalid
 from antiphon.planner.bounds import number, read_text
 from antiphon.planner.cost.formats import BYTES_PER_VALUE, FALLBACK
 from antiphon.planner.cost.formula import formula
@@ -152,9 +151,10 @@ class Catalogue:
         """
         text = read_text(path, "hardware_file")
         try:
-            entries = yaml.safe_load(text)
-        except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date or number that is none
+            documents = load_yaml(text, str(path))
+        except SpecInvalid as error:
             raise InvalidInput(f"{path}: {error}", "hardware_file") from error
+        entries = documents[0].value if len(documents) == 1 else None
         if not isinstance(entries, Mapping):
             raise InvalidInput(f"{path}: must map names of accelerators to their figures", "hardware_file")
         return self.extended(entries)

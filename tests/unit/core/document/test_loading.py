@@ -356,3 +356,15 @@ def test_no_text_at_all_raises_anything_else(noise: str | bytes, start: int, len
     middle = noise.encode("utf-8", "replace") if isinstance(noise, str) else noise
     for text in (middle, GOOD[:start].encode() + middle + GOOD[start + length :].encode()):
         _problems(functools.partial(parse_documents, text, "test"))  # raises whatever is not SpecInvalid
+
+
+@pytest.mark.parametrize("text", ['{"k\\ud83d\\ude00": "\\ud83d\\ude00"}', json.dumps({"k😀": "😀"}), 'k😀: "\\U0001F600"'])
+def test_a_character_may_stand_in_the_two_halves_that_json_writes(text: str) -> None:
+    (document,) = load_yaml(text, "t")
+    assert document.value == {"k😀": "😀"}
+
+
+@pytest.mark.parametrize("text", ['{"k": "\\ud83d"}', '{"k": "\\ude00\\ud83d"}', '{"\\ud83d": 1}'])
+def test_half_a_character_is_refused(text: str) -> None:
+    with pytest.raises(SpecInvalid, match="line 1"):
+        load_yaml(text, "t")
