@@ -35,10 +35,10 @@ from antiphon.core.errors import CheckpointInvalid
 from antiphon.core.text.json_text import read_json_text
 
 FORMAT = "antiphon-coe-router"
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 # 2 has no words, 3 no points harmless only for familiar prompts, 4 no caution, 5 no plain router, 6 words of a window and no leads,
-# 7 no likeness.
-READ_VERSIONS = (2, 3, 4, 5, 6, 7, 8)
+# 7 no likeness, 8 no spelling.
+READ_VERSIONS = (2, 3, 4, 5, 6, 7, 8, 9)
 MANIFEST = "manifest.json"
 _JSON, _ARRAYS, _VOCABULARY, _ENCODER = "router.json", "router.safetensors", "vocab.txt", "encoder.onnx"
 _WORDS = "words.txt"
@@ -183,7 +183,10 @@ def _read_words(directory: Path, arrays: Mapping[str, Array]) -> WordVectors | N
     if "words.table" not in arrays:
         return None
     text = (directory / _WORDS).read_text(encoding="utf-8")
-    return WordVectors(words=tuple(text.removesuffix("\n").split("\n")), vectors=_read_vectors("words", arrays))
+    num_texts_U = arrays.get("words.num_texts")  # from format 9
+    return WordVectors(
+        words=tuple(text.removesuffix("\n").split("\n")), vectors=_read_vectors("words", arrays), num_texts_U=num_texts_U
+    )
 
 
 def write_artifact(artifact: Artifact, directory: Path, extra: Mapping[str, bytes]) -> str:
@@ -204,6 +207,7 @@ def write_artifact(artifact: Artifact, directory: Path, extra: Mapping[str, byte
     words = artifact.embedding.words
     if words is not None:
         arrays |= _vectors("words", words.vectors)
+        arrays |= {} if words.num_texts_U is None else {"words.num_texts": words.num_texts_U}
     files = {
         _JSON: _router_json(artifact),
         _ARRAYS: save({name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}),
@@ -372,7 +376,10 @@ def _check_shapes(artifact: Artifact, directory: Path) -> None:
     num_tokens = len(artifact.embedding.tokens.vocabulary)
     vectors = [artifact.embedding.near, *([] if artifact.embedding.topics is None else [artifact.embedding.topics])]
     known = artifact.embedding.words
-    if known is not None and not len(known.words) == len(known.vectors.scale_V) == len(known.vectors.table_VD):
+    if known is not None and (
+        not len(known.words) == len(known.vectors.scale_V) == len(known.vectors.table_VD)
+        or (known.num_texts_U is not None and known.num_texts_U.shape != (len(known.words),))
+    ):
         raise CheckpointInvalid(f"artifact {directory}: the words' vectors don't fit {_WORDS}")
     if len(artifact.fast.fitted.heads_DH) != artifact.embedding.num_dimensions or any(
         len(found.scale_V) != num_tokens or len(found.table_VD) != num_tokens for found in vectors

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from antiphon.coe.routing.framing.core import without_framing
 from antiphon.coe.routing.native import build
+from antiphon.coe.routing.spelling import Spelling
 from antiphon.coe.routing.wordpiece import WordPiece, window
 
 Floats = npt.NDArray[np.float32]
@@ -82,15 +83,32 @@ class WordVectors:
 
     words: tuple[str, ...]
     vectors: TokenVectors
+    num_texts_U: npt.NDArray[np.int32] | None = None  # training prompts that have each; None: misspelt words are not corrected
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made from the rest."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("index", "spelling")}
+
+    @cached_property
+    def spelling(self) -> Spelling | None:
+        """Says which word a misspelt one was meant to be; None where none is corrected."""
+        return None if self.num_texts_U is None else Spelling(self.words, self.num_texts_U)
 
     @cached_property
     def index(self) -> dict[str, int]:
         """The place of each word."""
         return {word: place for place, word in enumerate(self.words)}
 
-    def direction(self, words: Iterable[str], into_D: Floats) -> None:
+    def place_of(self, word: str, tokens: WordPiece) -> int:
+        """The place of a word, or of the one that it was meant to be where neither training prompts nor tokens know it."""
+        place = self.index.get(word)
+        if place is None and self.spelling is not None and word not in tokens:
+            place = self.spelling.meant(word)
+        return _UNKNOWN if place is None else place
+
+    def direction(self, words: Iterable[str], tokens: WordPiece, into_D: Floats) -> None:
         """Write the normalised sum of the words' vectors, each by one plus the logarithm of its count, into ``into_D``."""
-        counts = Counter(map(self.index.get, words, itertools.repeat(_UNKNOWN)))
+        counts = Counter(map(self.place_of, words, itertools.repeat(tokens)))
         counts.pop(_UNKNOWN, None)
         if not counts:
             return
@@ -145,6 +163,7 @@ class StaticEmbedding:
             self.max_tokens,
             _GROUP_OF,
             float(_SHAPE_SCALE),
+            None if words is None or words.num_texts_U is None else np.ascontiguousarray(words.num_texts_U, np.int32),
         )
 
     def make_ready(self) -> None:
@@ -221,7 +240,7 @@ class StaticEmbedding:
                 self.topics.direction(id_U, embedding[begin:end])
                 begin = end
             if self.words is not None:
-                self.words.direction(self._words(whole) if self.whole_words else pieces, embedding[begin:])
+                self.words.direction(self._words(whole) if self.whole_words else pieces, self.tokens, embedding[begin:])
 
     def encode_all(self, texts: Sequence[str]) -> Floats:
         """Embeddings [len(texts), num_dimensions]; row by row the same arithmetic as ``encode``."""

@@ -48,6 +48,10 @@ class WordPiece:
         self.unk_id, self.cls_id, self.sep_id = self._ids["[UNK]"], self._ids["[CLS]"], self._ids["[SEP]"]
         self._cache: dict[str, tuple[int, ...]] = {}
 
+    def __contains__(self, word: str) -> bool:
+        """Whether the word is a token by itself."""
+        return word in self._ids
+
     @classmethod
     def from_file(cls, path: Path) -> WordPiece:
         """Read a ``vocab.txt``: one token per line, the line's number is the id.

@@ -9,6 +9,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "spelling.h"
+
 enum { MAX_WORD_CHARS = 100, MAX_WORD_BYTES = 4 * MAX_WORD_CHARS, NUM_GROUPS = 6, NUM_SHAPE = NUM_GROUPS + 2, LINE_BYTES = 64 };
 
 // ---- arrays of the caller
@@ -65,6 +67,8 @@ typedef struct {
     char *keys;
     uint32_t num_key_bytes, longest_bytes;  // of tokens
     vectors near, topics, words;            // width 0 = none
+    spelling spelling;                      // of words
+    array num_texts;
     Py_ssize_t num_tokens, num_words;
     uint32_t *count;  // of each token, then of each word; all 0 between calls
     int32_t *ids;     // distinct tokens in order of their first place
@@ -108,11 +112,11 @@ static void see_token(reader *self, reading *seen, int32_t id) {
     for (Py_ssize_t at = 0; at < self->near.width; at += LINE_BYTES) __builtin_prefetch(row + at);
 }
 
-// Count a word.
+// Count a word, or the one that it was meant to be where neither training prompts nor tokens know it.
 static void see_word(reader *self, reading *seen, const char *text, size_t num_bytes) {
     entry *whole = find(self, hash_of(BEGIN, text, num_bytes), "", 0, text, num_bytes);
-    if (whole->num_bytes && whole->word >= 0 && !self->count[self->num_tokens + whole->word]++)
-        seen->words[seen->num_words++] = whole->word;
+    int32_t word = whole->num_bytes ? whole->word : meant(&self->spelling, text, num_bytes);
+    if (word >= 0 && !self->count[self->num_tokens + word]++) seen->words[seen->num_words++] = word;
 }
 
 // Count the tokens of a piece: the longest that begin it, one after the other; the unknown token where one is missing.
@@ -310,14 +314,35 @@ static int take_vectors(vectors *into, PyObject *pair, Py_ssize_t num, int wide,
     return into->width * num == into->table.num ? 0 : (PyErr_Format(PyExc_ValueError, "%s: rows of unequal length", what), -1);
 }
 
-// Reader(tokens, words, near, topics, words' vectors, unknown, max_tokens, group_of, shape_scale): vectors as (table, scales), the
-// words' of int16, the others of int8.
+// Room for words under what a slip makes of them; the words' keys stay where they are.
+static int make_spelling(reader *self, PyObject *num_texts) {
+    if (num_texts == Py_None) return 0;
+    if (take(&self->num_texts, num_texts, sizeof(int32_t), self->num_words, "num_texts")) return -1;
+    size_t num_spelt = 0, num_slots = 16;
+    for (uint64_t at = 0; at <= self->mask; at++)
+        if (self->slots[at].num_bytes <= MOST_LETTERS && self->slots[at].word >= 0) num_spelt += self->slots[at].num_bytes + 1;
+    while (num_slots < 2 * num_spelt) num_slots *= 2;
+    spelling *made = &self->spelling;
+    made->mask = num_slots - 1;
+    made->num_texts = self->num_texts.view.buf;
+    made->words = PyMem_Calloc((size_t)self->num_words + 1, sizeof(spelt_word));
+    made->slots = PyMem_Calloc(num_slots, sizeof(spelt));
+    if (!made->words || !made->slots) return PyErr_NoMemory(), -1;
+    for (uint64_t at = 0; at <= self->mask; at++) {
+        const entry *slot = &self->slots[at];
+        if (slot->num_bytes && slot->word >= 0) learn_spelling(made, self->keys + slot->begin, slot->num_bytes, slot->word);
+    }
+    return 0;
+}
+
+// Reader(tokens, words, near, topics, words' vectors, unknown, max_tokens, group_of, shape_scale, num_texts): vectors as (table,
+// scales), the words' of int16, the others of int8; num_texts of int32 per word, None where words stand for themselves alone.
 static int reader_init(reader *self, PyObject *args, PyObject *kwargs) {
-    PyObject *tokens, *words, *near, *topics, *by_word;
+    PyObject *tokens, *words, *near, *topics, *by_word, *num_texts;
     Py_buffer groups;
     if (self->slots) return PyErr_Format(PyExc_RuntimeError, "already made"), -1;
-    if (!PyArg_ParseTuple(args, "O!O!OOOiny*f", &PyTuple_Type, &tokens, &PyTuple_Type, &words, &near, &topics, &by_word,
-                          &self->unknown, &self->max_tokens, &groups, &self->shape_scale))
+    if (!PyArg_ParseTuple(args, "O!O!OOOiny*fO", &PyTuple_Type, &tokens, &PyTuple_Type, &words, &near, &topics, &by_word,
+                          &self->unknown, &self->max_tokens, &groups, &self->shape_scale, &num_texts))
         return -1;
     int good = groups.len == (Py_ssize_t)sizeof self->group_of;
     if (good) memcpy(self->group_of, groups.buf, sizeof self->group_of);
@@ -342,12 +367,15 @@ static int reader_init(reader *self, PyObject *args, PyObject *kwargs) {
     if (take_vectors(&self->near, near, self->num_tokens, 0, "near")) return -1;
     if (take_vectors(&self->topics, topics, self->num_tokens, 0, "topics")) return -1;
     if (take_vectors(&self->words, by_word, self->num_words, 1, "words")) return -1;
-    return learn(self, tokens, 1) || learn(self, words, 0) ? -1 : 0;
+    return learn(self, tokens, 1) || learn(self, words, 0) || make_spelling(self, num_texts) ? -1 : 0;
 }
 
 static void reader_dealloc(reader *self) {
     vectors *all[] = {&self->near, &self->topics, &self->words};
     for (int i = 0; i < 3; i++) let_go(&all[i]->table), let_go(&all[i]->scale);
+    let_go(&self->num_texts);
+    PyMem_Free(self->spelling.slots);
+    PyMem_Free(self->spelling.words);
     PyMem_Free(self->slots);
     PyMem_Free(self->keys);
     PyMem_Free(self->count);

@@ -10,7 +10,7 @@ labels, scores.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,8 @@ from sklearn.utils.extmath import randomized_svd
 from antiphon.coe.routing.assessment import Floats, Ints
 from antiphon.coe.routing.embedding import StaticEmbedding, WordVectors, frame_of, quantised
 from antiphon.coe.routing.framing.core import without_framing
+from antiphon.coe.routing.spelling import can_be_misspelt
+from antiphon.coe.routing.wordpiece import WordPiece
 
 Doubles = npt.NDArray[np.float64]
 
@@ -37,19 +39,23 @@ class WordCounts:
 
     words: tuple[str, ...]  # U
     count_BU: csr_matrix
+    tokens: WordPiece  # what is one of them is not misspelt
 
     def of(self, embedding: StaticEmbedding, texts: Sequence[str]) -> WordCounts:
-        """The same words in other texts."""
-        return _counted({word: place for place, word in enumerate(self.words)}, embedding.words_of, texts)
+        """The same words, and misspelt ones, in other texts."""
+        found = [embedding.words_of(text) for text in texts]
+        misspelt = {word for words in found for word in words if can_be_misspelt(word)} - set(self.words)
+        return _counted((*self.words, *sorted(misspelt)), found, self.tokens)
 
 
 def word_counts(embedding: StaticEmbedding, texts: Sequence[str]) -> WordCounts:
     """Words of ``texts`` to learn from, in order of letters; the 50,000 of most texts."""
     in_texts: Counter[str] = Counter()
-    for text in texts:
-        in_texts.update(set(embedding.words_learnt(text)))
+    learnt = [embedding.words_learnt(text) for text in texts]
+    for words in learnt:
+        in_texts.update(set(words))
     frequent = sorted(in_texts.items(), key=lambda item: (-item[1], item[0]))[:_MAX_WORDS]
-    return _counted({word: place for place, word in enumerate(sorted(word for word, _ in frequent))}, embedding.words_learnt, texts)
+    return _counted(sorted(word for word, _ in frequent), learnt, embedding.tokens)
 
 
 def known_frames(texts: Sequence[str]) -> frozenset[str]:
@@ -58,18 +64,19 @@ def known_frames(texts: Sequence[str]) -> frozenset[str]:
     return frozenset(frame for frame, num in framed.items() if num >= _MIN_FRAMED)
 
 
-def _counted(index: dict[str, int], words_of: Callable[[str], list[str]], texts: Sequence[str]) -> WordCounts:
+def _counted(words: Sequence[str], texts: Sequence[Sequence[str]], tokens: WordPiece) -> WordCounts:
+    index = {word: place for place, word in enumerate(words)}
     columns: list[int] = []
     counts: list[int] = []
     starts = [0]
     for text in texts:
-        found = Counter(index[word] for word in words_of(text) if word in index)
+        found = Counter(index[word] for word in text if word in index)
         columns += found.keys()
         counts += found.values()
         starts.append(len(columns))
     shape = (len(texts), len(index))
     count_BU = csr_matrix((np.array(counts, np.float32), np.array(columns, np.int32), np.array(starts)), shape=shape)
-    return WordCounts(words=tuple(index), count_BU=count_BU)
+    return WordCounts(words=tuple(words), count_BU=count_BU, tokens=tokens)
 
 
 def fit_words(known: WordCounts, rows: Ints, num_directions: int, seed: int) -> tuple[WordVectors, Doubles]:
@@ -86,16 +93,24 @@ def fit_words(known: WordCounts, rows: Ints, num_directions: int, seed: int) -> 
         weighted = logarithmic.multiply(rarity_U).tocsr()
         _, _, directions_DU = randomized_svd(normalize(weighted), num, n_iter=_NUM_PASSES, random_state=seed)
         table_UD[:, :num] = directions_DU.T * rarity_U[:, None]
-    vectors = WordVectors(words=tuple(known.words[u] for u in used), vectors=quantised(table_UD, np.int16))
+    vectors = WordVectors(
+        words=tuple(known.words[u] for u in used),
+        vectors=quantised(table_UD, np.int16),
+        num_texts_U=num_texts_U[used].astype(np.int32),
+    )
     return vectors, normalize(logarithmic @ table_UD)
 
 
 def word_rows(known: WordCounts, rows: Ints, words: WordVectors) -> Floats:
     """What ``StaticEmbedding.encode`` puts behind the topics, for many texts at once."""
-    place = {word: u for u, word in enumerate(known.words)}
-    columns = np.array([place[word] for word in words.words], np.int64)
+    count_RU = known.count_BU[rows]
+    place_U = np.full(len(known.words), -1)
+    for u in np.unique(count_RU.indices):
+        place_U[u] = words.place_of(known.words[u], known.tokens)
+    seen: Ints = np.flatnonzero(place_U >= 0)
+    meant = csr_matrix((np.ones(len(seen), np.float32), (seen, place_U[seen])), shape=(len(place_U), len(words.words)))
     table_UD = words.vectors.scale_V[:, None] * words.vectors.table_VD.astype(np.float32)
-    result: Floats = normalize(np.asarray(_logarithmic(known.count_BU[rows][:, columns]) @ table_UD, np.float32))
+    result: Floats = normalize(np.asarray(_logarithmic(count_RU @ meant) @ table_UD, np.float32))
     return result
 
 

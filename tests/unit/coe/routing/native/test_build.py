@@ -24,7 +24,25 @@ VOCABULARY = (
     *PIECES,
     *("##" + piece for piece in PIECES),
 )
-WORDS = ("the", "river", "12", "café", "где", "中", "x" * 101, "a", "the", "ed_12", "中中", "sing")
+WORDS = (
+    "the",
+    "river",
+    "12",
+    "café",
+    "где",
+    "中",
+    "x" * 101,
+    "a",
+    "the",
+    "ed_12",
+    "中中",
+    "sing",
+    "rivers",
+    "diver",
+    "dine",
+    "dinner",
+)
+NUM_TEXTS = np.array([9, 5, 5, 5, 5, 5, 5, 5, 9, 5, 5, 3, 5, 7, 3, 2], np.int32)
 TEXTS = (
     *(
         "",
@@ -34,6 +52,7 @@ TEXTS = (
         "Café café CAFÉ cafe\u0301 где\u200b ГДЕ",
         "a\ud800b \udfff",
     ),
+    *("rivre riverx rver riber RIVERS ivers dever", "sign snig singe ding din dinne dinneer xdinner", "café riv\u00e9r rivre"),
     *("x" * 99, "x" * 100, "x" * 101, "é" * 100, "в" * 401, "ing#ed_12", "f(x) = {3: [1, 2]}; $\\alpha^2$ 'and' \"so\" - */"),
     *(
         "a" * 200_000,
@@ -53,7 +72,9 @@ def _embedding(*, topics: bool = True, words: bool = True) -> StaticEmbedding:
         tokens=WordPiece(VOCABULARY),
         near=quantised(_source.normal(size=(len(VOCABULARY), 33))),
         topics=quantised(_source.normal(size=(len(VOCABULARY), 16))) if topics else None,
-        words=WordVectors(words=WORDS, vectors=quantised(_source.normal(size=(len(WORDS), 9)), np.int16)) if words else None,
+        words=WordVectors(words=WORDS, vectors=quantised(_source.normal(size=(len(WORDS), 9)), np.int16), num_texts_U=NUM_TEXTS)
+        if words
+        else None,
     )
 
 
@@ -74,9 +95,16 @@ def test_any_text_has_the_same_embedding(text: str) -> None:
     assert np.allclose(EMBEDDING.encode(text), PLAIN.encode(text), rtol=0, atol=1e-6)
 
 
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(st.sampled_from("rivedsng "), max_size=120))
+def test_any_misspelt_word_is_meant_to_be_the_same(text: str) -> None:
+    assert np.allclose(EMBEDDING.encode(text), PLAIN.encode(text), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: repr(text[:12]))
 def test_artifacts_of_older_formats_are_read_with_the_words_of_the_window(text: str) -> None:
-    older = replace(EMBEDDING, whole_words=False)
+    assert EMBEDDING.words is not None
+    older = replace(EMBEDDING, whole_words=False, words=replace(EMBEDDING.words, num_texts_U=None))
     assert np.allclose(older.encode(text), replace(older, native=False).encode(text), rtol=0, atol=1e-6)
 
 

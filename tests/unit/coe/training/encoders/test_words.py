@@ -9,7 +9,13 @@ from antiphon.coe.training.encoders.static import from_prompts
 from antiphon.coe.training.encoders.words import fit_words, known_frames, word_counts, word_rows
 
 PROMPTS = example_table(num_per_dataset=12, num_datasets=2).prompts
-ASKED = ("add the sums and add the numbers 3 and 39", "which river flows through town 8?", "", "zzz")
+ASKED = (
+    "add the sums and add the numbers 3 and 39",
+    "which river flows through town 8?",
+    "whihc rivr flowss thruogh twon 8?",
+    "",
+    "zzz",
+)
 
 
 def test_texts_are_as_near_as_in_plain_tf_idf() -> None:
@@ -30,7 +36,7 @@ def test_one_text_at_a_time_is_seen_as_many_are() -> None:
     many = word_rows(known.of(embedding, ASKED), np.arange(len(ASKED)), words)
     for row, text in zip(many, ASKED, strict=True):
         alone = np.zeros(16, np.float32)
-        words.direction(embedding.words_of(text), alone)
+        words.direction(embedding.words_of(text), embedding.tokens, alone)
         assert alone == pytest.approx(row, abs=1e-5)
 
 
@@ -47,3 +53,15 @@ def test_a_template_of_the_prompts_stays_and_what_somebody_puts_around_comes_off
     assert embedding.words_of(texts[3]) == embedding.words_learnt(texts[3])
     polite = "Hello, could you help me with this please? " + PROMPTS[0]
     assert "hello" not in embedding.words_of(polite)
+
+
+def test_a_misspelt_prompt_is_seen_as_it_was_meant() -> None:
+    texts = [f"{word} {other} question" for word in ("river", "mountain", "village") for other in ("where", "which", "whose")]
+    embedding = from_prompts(texts, 0)
+    known = word_counts(embedding, texts)
+    words, _ = fit_words(known, np.arange(len(texts)), 6, 0)
+    asked = ("river where question", "rivre whree qeustion", "rive wheree questipn", "rumour whence quotation")
+    meant, swapped, slipped, other = word_rows(known.of(embedding, asked), np.arange(4), words)
+    assert swapped == pytest.approx(meant, abs=1e-6)
+    assert slipped == pytest.approx(meant, abs=1e-6)
+    assert not other.any()
