@@ -34,7 +34,10 @@ def _as_token_biases(value: object) -> object:
         raise ValueError(f"{len(value)} tokens are more than {MAX_LOGIT_BIASES}")
     if not all(isinstance(key, int) or _TOKEN_ID.fullmatch(key) for key in value):
         raise ValueError("keys must be token ids")
-    return {int(key): bias for key, bias in value.items()}
+    biases = {int(key): bias for key, bias in value.items()}
+    if len(biases) != len(value):
+        raise ValueError("a token is there twice, by two spellings of its id")
+    return biases
 
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]

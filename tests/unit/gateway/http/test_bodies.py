@@ -142,3 +142,12 @@ def test_a_key_that_is_there_twice_is_refused_by_its_name(text: str, key: str) -
 def test_equal_keys_of_different_objects_and_within_texts_are_taken() -> None:
     value = {"a": {"a": [{"a": 1}, {"a": 2}]}, "text": '{"a": 1, "a": 2}', "colon": ":", "b\\": '":', "c": ' " : '}
     assert parse_object(json.dumps(value, indent=1).encode()) == value
+
+
+@pytest.mark.parametrize("kind", [ChatBody, CompletionBody])
+def test_a_token_has_one_bias(kind: Any) -> None:
+    body = {"model": "m", "logit_bias": {"5": 100, "05": -100}, "prompt": "x", "messages": [{"role": "user", "content": "x"}]}
+    body.pop("prompt" if kind is ChatBody else "messages")
+    with pytest.raises(InvalidInput, match="logit_bias: a token is there twice"):
+        parse(kind, body)
+    assert parse(kind, {**body, "logit_bias": {"05": 1}}).logit_bias == {5: 1}
