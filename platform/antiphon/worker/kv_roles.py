@@ -41,6 +41,9 @@ class KVRole(Protocol):
     def is_due(self, batch: Sequence[Scheduled]) -> bool:
         """Whether ``offer`` must be called after every layer of a step with this batch."""
 
+    def is_worth_it(self, batch: Sequence[Scheduled]) -> bool:
+        """Whether ``offer`` does something after a layer of such a step, where layers come one by one."""
+
     def offer(self, layer: int, batch: Sequence[Scheduled], run: Sequence[Segment], state: StepState) -> None:
         """``layer`` of one ubatch, whose rows ``run`` says, has written its K and V to the cache."""
 
@@ -65,6 +68,10 @@ class NoHandOff:
         """Nothing to do."""
 
     def is_due(self, batch: Sequence[Scheduled]) -> bool:
+        """Never."""
+        return False
+
+    def is_worth_it(self, batch: Sequence[Scheduled]) -> bool:
         """Never."""
         return False
 
@@ -94,6 +101,14 @@ class ReceivesKV(NoHandOff):
             self._side.abort(request_id)
         for load in step.kv_loads:
             self._side.start(load)
+
+    def is_worth_it(self, batch: Sequence[Scheduled]) -> bool:
+        """While KV is on its way: taken in between steps alone, prompts would wait for four steps each."""
+        return self._side.is_loading
+
+    def offer(self, layer: int, batch: Sequence[Scheduled], run: Sequence[Segment], state: StepState) -> None:
+        """Take in what has come; its blocks are those of requests that are in no step yet."""
+        self._side.take_in()
 
     def close(self) -> None:
         """Close links; idempotent."""
@@ -131,6 +146,10 @@ class SendsKV:
     def is_due(self, batch: Sequence[Scheduled]) -> bool:
         """Where a request of the batch is for another worker."""
         return any(part.row.kv_target is not None for part in batch)
+
+    def is_worth_it(self, batch: Sequence[Scheduled]) -> bool:
+        """As ``is_due``."""
+        return self.is_due(batch)
 
     def offer(self, layer: int, batch: Sequence[Scheduled], run: Sequence[Segment], state: StepState) -> None:
         """Offer the rows' KV, but of requests whose rows are non-finite: such KV never leaves."""

@@ -286,7 +286,7 @@ class AttentionWorker:
         def attended(layer: int, ubatch: int) -> None:
             self._kv.offer(layer, batch, runs[ubatch], states[ubatch])
 
-        self._layers.run(exchange_id, states, attended if self._kv.is_due(batch) else None)
+        self._layers.run(exchange_id, states, attended if self._kv.is_worth_it(batch) else None)
         for state in states:
             state.settle()
         if tuner is not None:

@@ -85,6 +85,11 @@ class DecodeSide:
         """Transfers under way."""
         return len(self._loads)
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether KV that was asked for is still to come."""
+        return bool(self._loads)
+
     def start(self, load: KVLoad) -> None:
         """Ask for KV; the outcome comes with ``poll``."""
         self._take_arrivals()
@@ -128,6 +133,25 @@ class DecodeSide:
             self._drop_silent()
         if self._aborts:
             self._send_aborts()
+        self.take_in()
+        if self._loads:
+            now_s = self._clock()
+            for transfer, load in tuple(self._loads.items()):
+                if now_s - load.progress_s > load.load.deadline_s:
+                    self.abort(load.load.request_id)
+                    self._loads.pop(transfer, None)
+                    self._failed.append((load.load.request_id, f"no KV for {load.load.deadline_s:g} s"))
+        if not self._loaded and not self._failed:
+            return NOTHING_HAPPENED
+        events = KVEvents(loaded=tuple(self._loaded), failed=tuple(self._failed))
+        self._loaded, self._failed = [], []
+        return events
+
+    def take_in(self) -> None:
+        """Take in what has arrived, also in the middle of a step: a link has far fewer slots than a prompt has messages.
+
+        What ended is told by ``poll``.
+        """
         for sender in tuple(self._senders.values()):
             link = sender.link
             try:
@@ -142,18 +166,6 @@ class DecodeSide:
                 self._drop(link, error)
             except Exception as error:  # noqa: BLE001 - whatever one peer's bytes do, the others are heard
                 self._drop(link, CorruptMessage(link.peer, f"{type(error).__name__}: {error}"))
-        if self._loads:
-            now_s = self._clock()
-            for transfer, load in tuple(self._loads.items()):
-                if now_s - load.progress_s > load.load.deadline_s:
-                    self.abort(load.load.request_id)
-                    self._loads.pop(transfer, None)
-                    self._failed.append((load.load.request_id, f"no KV for {load.load.deadline_s:g} s"))
-        if not self._loaded and not self._failed:
-            return NOTHING_HAPPENED
-        events = KVEvents(loaded=tuple(self._loaded), failed=tuple(self._failed))
-        self._loaded, self._failed = [], []
-        return events
 
     def close(self) -> None:
         """Close all links; idempotent."""

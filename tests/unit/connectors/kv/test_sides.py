@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import deque
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from antiphon.core.step import KVEvents
 from antiphon.models.attention.kv_cache import KVCache
 from antiphon.transport.base import Hello, Link, LinkLayout
 from antiphon.transport.loopback import LoopbackTransport
+from antiphon.worker.kv_roles import ReceivesKV
 
 DECODES, PREFILLS = WorkerId("d/decode/0"), WorkerId("d/prefill/0")
 LAYOUT = KVLayout(
@@ -185,3 +188,35 @@ def test_no_lease_is_longer_than_an_hour() -> None:
     (request,) = side.poll().arrived
     assert request.deadline_s is not None
     assert request.deadline_s <= 3700.0
+
+
+def test_a_prompt_of_more_messages_than_a_link_has_slots_comes_within_one_step() -> None:
+    """Between steps alone it came eight messages at a time: behind slow steps a prompt waited for seconds, whoever computed it."""
+    side = DecodeSide(epoch=Epoch(1), cache=cache())
+    link = linked(side)
+    role = ReceivesKV(side)
+    load = KVLoad(
+        request_id=RequestId("r"),
+        prefill_worker=PREFILLS,
+        token_ids=tuple(range(TOKENS)),
+        first_token=0,
+        num_tokens=TOKENS,
+        block_ids=(0, 1),
+        deadline_s=30.0,
+        state_slot=1,
+    )
+    assert not role.is_worth_it([])
+    side.start(load)
+    heard(link)
+    messages = deque([kv(layer, token, 1) for layer in (0, 1) for token in range(TOKENS)] + [state(0, 32), DONE])
+    assert len(messages) > NUM_SLOTS
+    for layer in range(LAYOUT.num_layers):  # of a step of other requests
+        while messages and (slot := link.acquire()) is not None:
+            header, data = messages.popleft()
+            slot.data[: len(data)].copy_(torch.frombuffer(bytearray(data or b"0"), dtype=torch.uint8)[: len(data)])
+            link.commit(slot, header.pack(), len(data))
+        if role.is_worth_it([]):
+            role.offer(layer, [], [], cast(Any, None))
+    assert not messages
+    assert not role.is_worth_it([]), "all is there: layers are left alone again"
+    assert role.poll().loaded == (RequestId("r"),)
