@@ -1,4 +1,4 @@
-"""The deployment's key is changed under load, step by step, while its workers are killed: no stream is lost, on any kind of link."""
+"""The deployment's key is changed under load, step by step, while its workers are killed: no stream is lost, whatever its links."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A deployment of real processes over a Redis behind TLS, with a user and a password: who has neither gets nowhere, and neither shows."""
+"""A deployment over a Redis behind TLS, with a user and a password: who has neither gets nowhere, and neither shows."""
 
 from __future__ import annotations
 

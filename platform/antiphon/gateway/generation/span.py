@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from antiphon.core.errors import AntiphonError
+from antiphon.core.errors import AntiphonError, InvalidInput
 from antiphon.gateway.generation.choice_run import ChoiceRun
 from antiphon.gateway.generation.request import (
     ChatPrompt,
@@ -92,9 +92,10 @@ class RequestSpan:
             self._span.set_attribute(semconv.WORKER, workers)
 
     def failed(self, error: AntiphonError) -> None:
-        """Note how it failed."""
+        """Note how it failed. What is wrong with a request quotes it: its schema, its grammar, what its template says of it."""
         self._span.set_attribute(semconv.ERROR_TYPE, error.code)
-        self._span.set_status(Status(StatusCode.ERROR, str(error)))
+        told = _without_quotes(error) if isinstance(error, InvalidInput) and self._texts is None else str(error)
+        self._span.set_status(Status(StatusCode.ERROR, told))
 
     def end(self) -> None:
         """The request is over."""
@@ -105,6 +106,10 @@ class RequestSpan:
             ]
             self._span.set_attribute(semconv.OUTPUT_MESSAGES, json.dumps(said, ensure_ascii=False))
         self._span.end()
+
+
+def _without_quotes(error: InvalidInput) -> str:
+    return error.code if error.field is None else f"{error.field.partition('[')[0]}: {error.code}"
 
 
 def captures_content(environment: Mapping[str, str] = os.environ) -> bool:
