@@ -1,7 +1,7 @@
 """Two tenants of one deployment, one floods at ten times the other's rate: what the other waits for its first token, in one run.
 
     python tests/bench/trust/two_tenants.py [--rate 3] [--flood 10] [--phase-s 12] [--phases 4] [--tokens 32] [--max-num-seqs 4]
-        [--model DIR]
+        [--model DIR] [--topology monolith]
 
 A served deployment of its own processes (a tiny model or ``--model``, two API keys), asked over HTTP from here, by as little code
 as it takes: a client that parses each event would have the processor that the deployment needs. Phases take turns: the calm tenant
@@ -29,6 +29,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+ROLES = {"monolith": ["monolith"], "afd": ["attention", "ffn"], "pd-afd": ["prefill", "attention", "ffn"]}
 START_S, ANSWER_S = 300.0, 120.0
 KEYS = {"calm": "calm-key-of-random-text", "flood": "flood-key-of-random-text"}
 
@@ -51,7 +52,8 @@ def document(base: Path, args: argparse.Namespace) -> Path:
     (base / "keys").chmod(0o600)
     spec: dict[str, Any] = {
         "model": {"uri": str(model)},
-        "pools": [{"name": "monolith", "role": "monolith"}],
+        "topology": args.topology,
+        "pools": [{"name": role, "role": role} for role in ROLES[args.topology]],
         "scheduler": {"maxNumSeqs": args.max_num_seqs, "maxQueuedRequests": 64},
         "endpoint": {"httpPort": 0, "grpcPort": 0, "apiKeysFile": str(base / "keys")},
     }
@@ -188,6 +190,7 @@ async def measure(port: int, args: argparse.Namespace) -> dict[str, Any]:
         await phase(port, args, number, beside, flood)
     line: dict[str, Any] = {
         "bench": "two-tenants",
+        "topology": args.topology,
         "rate": args.rate,
         "flood": args.flood * args.rate,
         "num_calm": len(beside.first_s),
@@ -211,6 +214,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="of an answer")
     parser.add_argument("--max-num-seqs", type=int, default=4)
     parser.add_argument("--model", default="", help="a checkpoint's folder; a tiny one is made without it")
+    parser.add_argument("--topology", choices=ROLES, default="monolith", help="pools of one worker each")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
