@@ -39,6 +39,7 @@ from antiphon.models.families import (
     step3p7,
 )
 from antiphon.models.families.fields import Fields
+from antiphon.models.families.sane import check_sane, check_written
 from antiphon.models.loading.stored.quantization import check_quantization
 
 _MODULES = (
@@ -91,10 +92,12 @@ def describe(raw: Mapping[str, Any]) -> DecoderConfig:
         if isinstance(name, str) and name in _FAMILIES:
             fields = Fields({**raw, "architectures": [name]})
             try:
+                check_written(raw)
                 _check_size(fields)
                 check_quantization(fields)
                 config = _FAMILIES[name](fields)
                 fields.refuse_unread()
+                check_sane(config)
             except (KeyError, TypeError, ValueError, IndexError, ArithmeticError, AttributeError) as error:
                 raise UnsupportedModel(f"config.json of {name}: {error!r}", str(error).strip("'")) from error
             return config
