@@ -380,6 +380,75 @@ def test_a_killed_ffn_worker_comes_back_under_its_id_with_a_higher_epoch(doors: 
         assert "Paris" in answer.choices[0].text
 
 
+def run_dir_of(running: Serve) -> Path:
+    (found,) = [path for path in running.temp.iterdir() if path.name.startswith("antiphon-")]
+    return found
+
+
+STRANGER = """
+import os, sys
+run_dir, *pids = sys.argv[1:]
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+got = []
+for name, attack in {
+    "list": lambda: os.listdir(run_dir),
+    "write": lambda: open(f"{run_dir}/mine", "w"),
+    "move": lambda: os.rename(f"{run_dir}/ffn-0.json", f"{run_dir}/x"),
+    "link": lambda: os.symlink("/etc/passwd", f"{run_dir}/ffn-0.json.new"),
+    "replace": lambda: os.rename(run_dir, run_dir + "-mine"),
+    "key": lambda: open(f"{run_dir}/key").read(),
+    "Ray's": lambda: os.listdir(f"{run_dir}/r"),
+    **{f"environment of {pid}": lambda pid=pid: open(f"/proc/{pid}/environ").read() for pid in pids},
+    **{f"memory of {pid}": lambda pid=pid: open(f"/proc/{pid}/mem", "rb") for pid in pids},
+}.items():
+    try:
+        attack()
+    except (PermissionError, FileNotFoundError, ProcessLookupError):
+        continue
+    got.append(name)
+print(os.geteuid(), got)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="another user's eyes need root")
+def test_another_user_of_this_machine_gets_at_nothing_of_a_run(doors: Doors) -> None:
+    """While Ray serves, which opens what it is given to everybody."""
+    run_dir = run_dir_of(doors.serve)
+    assert run_dir.lstat().st_mode & 0o7777 == 0o700
+    assert not [path for path in run_dir.iterdir() if path.is_file() and path.lstat().st_mode & 0o077]
+    pids = [str(process.pid) for process in doors.serve.processes()]
+    assert len(pids) > 4
+    doors.serve.temp.chmod(0o1777)  # as /tmp is, where run directories lie otherwise
+    try:
+        command = [sys.executable, "-I", "-S", "-c", STRANGER, str(run_dir), *pids]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    finally:
+        doors.serve.temp.chmod(0o700)
+    assert done.stdout.split(maxsplit=1) == ["65534", "[]\n"], done.stdout + done.stderr
+
+
+def test_a_worker_that_starts_again_writes_through_no_link(doors: Doors, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    planted = [path for path in run_dir_of(doors.serve).rglob("ffn-0.*") if path.suffix in (".json", ".log")]
+    assert {path.suffix for path in planted} >= {".json"}
+    for path in planted:
+        if path.suffix == ".json":
+            path.unlink()
+            path.symlink_to(victim)
+    with Client(doors.grpc) as client:
+        (before,) = [worker for worker in client.status().workers if worker.role == "ffn"]
+        os.kill(before.pid, signal.SIGKILL)
+        match = doors.serve.wait_for(rf"ffn/0 \(pid (?!{before.pid}\))(\d+)\) is ready, epoch (?!{before.epoch}\b)\d+")
+        assert int(match[1]) != before.pid
+    assert victim.read_text() == "precious"
+    for path in planted:
+        assert not path.is_symlink()
+        assert path.lstat().st_mode & 0o077 == 0
+
+
 def test_ctrl_c_stops_it_and_leaves_nothing_behind(doors: Doors) -> None:
     assert len(doors.serve.processes()) > 4
     doors.serve.process.send_signal(signal.SIGINT)
@@ -474,6 +543,21 @@ def test_a_model_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
         assert_nothing_left(running)
 
 
+@pytest.mark.parametrize("uri", ["pvc://%2Fetc", "pvc://..%2f..%2fetc", "pvc://claim/%2e%2e/%2e%2e/etc", "pvc:////etc"])
+def test_a_claims_path_leads_nowhere_else(uri: str, tmp_path: Path) -> None:
+    """Unquoted only after it was checked, the first became /etc."""
+    document = yaml.safe_load((EXAMPLES / "smollm2-monolith.yaml").read_text())
+    document["spec"]["model"]["uri"] = uri
+    path = tmp_path / "claim.yaml"
+    path.write_text(yaml.safe_dump(document))
+    with serve(document=path) as running:
+        assert running.wait(60) == 1
+        assert re.search(r"error: .*expected pvc://claim/path", running.output), running.output
+        assert "Traceback" not in running.output
+        assert "config.json" not in running.output, "it looked there"
+        assert_nothing_left(running)
+
+
 def test_a_worker_that_can_not_start_is_named_with_the_end_of_its_log(tmp_path: Path) -> None:
     with serve("--no-ray", document=make_document(tmp_path, cores=[4000])) as running:
         assert running.wait(START_S) == 1
@@ -523,10 +607,18 @@ def test_a_deployment_drafts_with_the_checkpoint_of_another_in_the_same_file(tmp
     assert [re.findall(r'antiphon_deployment="(\w+)"|drafter="(\w+)"', line) for line in series] == [[("large", ""), ("", "model")]]
 
 
-def test_logs_are_kept_where_asked(tmp_path: Path) -> None:
-    with serve("--no-ray", "--log-dir", str(tmp_path / "logs"), "--ask", "Hi", document=make_document(tmp_path)) as running:
+def test_logs_are_kept_where_asked_and_never_written_through_a_link_that_lies_there(tmp_path: Path) -> None:
+    (victim := tmp_path / "victim").write_text("precious")
+    (logs := tmp_path / "logs").mkdir()
+    names = {"monolith-0.log", "host.log", "journal.jsonl"}
+    for name in names:
+        (logs / name).symlink_to(victim)
+    with serve("--no-ray", "--log-dir", str(logs), "--ask", "Hi", document=make_document(tmp_path)) as running:
         assert running.wait(START_S) == 0
-    assert {path.name for path in (tmp_path / "logs").iterdir()} >= {"monolith-0.log", "host.log", "journal.jsonl"}
+    assert {path.name for path in logs.iterdir()} >= names
+    assert not [path for path in logs.iterdir() if path.is_symlink() or path.lstat().st_mode & 0o077]
+    assert (logs / "journal.jsonl").stat().st_size
+    assert victim.read_text() == "precious"
 
 
 def test_workers_register_in_the_redis_that_the_document_names(tmp_path: Path) -> None:

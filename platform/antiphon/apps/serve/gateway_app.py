@@ -20,6 +20,7 @@ from antiphon.apps.on_ray.joining import take_environment
 from antiphon.apps.process.config import LogSettings
 from antiphon.apps.serve.deployment_set import Serving
 from antiphon.apps.serve.door_thread import DoorThread, OnBound
+from antiphon.apps.serve.host import open_private
 from antiphon.apps.serve.plan import GATEWAY, ServeSettings
 from antiphon.apps.serve.ray_runtime import keep_serve_on_loopback
 from antiphon.apps.serve.stop_signals import wait_for_stop
@@ -194,7 +195,8 @@ class GatewayThread(DoorThread):
 
 def log_to(path: Path, log: LogSettings) -> None:
     """Send this process's logs to a file of the run directory, as JSON: the console reads it too."""
-    configure_logging(log.level, json=True, worker=GATEWAY, stream=path.open("a", buffering=1, encoding="utf-8"))
+    stream = os.fdopen(open_private(path, append=True), "a", buffering=1, encoding="utf-8")
+    configure_logging(log.level, json=True, worker=GATEWAY, stream=stream)
 
 
 class GatewayReplica:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from antiphon.apps.serve.host import open_private
+
 _BLOCK_BYTES = 2**20
 
 
@@ -15,7 +17,7 @@ class LogMirror:
 
     Args:
         sources: the logs there are now, by the name of their copy.
-        directory: where the copies go; None = nowhere.
+        directory: where the copies go, files of this user alone, never through a link that somebody left; None = nowhere.
     """
 
     def __init__(self, sources: Callable[[], Mapping[str, Path]], directory: Path | None) -> None:
@@ -34,7 +36,7 @@ class LogMirror:
 
     def _append(self, source: Path, target: Path, name: str) -> None:
         start = self._copied.get(name)
-        with source.open("rb") as reading, target.open("wb" if start is None else "ab") as writing:
+        with source.open("rb") as reading, os.fdopen(open_private(target, append=start is not None), "ab") as writing:
             reading.seek(0 if start is None or start > os.fstat(reading.fileno()).st_size else start)
             while block := reading.read(_BLOCK_BYTES):
                 writing.write(block)
