@@ -493,6 +493,20 @@ def test_sigterm_lets_a_running_request_end(tmp_path: Path) -> None:
         assert_nothing_left(running)
 
 
+def test_sigterm_lets_streams_of_split_workers_end_where_ray_serves_them() -> None:
+    """Serve ends all replicas at once: FFN workers, which hold no requests, left, and streams stood still until the end."""
+    with serve("--drain", "60") as running:
+        doors = Doors.of(running)
+        body = {"model": "smollm2", "prompt": "Once upon a time", "max_tokens": 64, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{doors.http}/v1/completions", json=body, timeout=120) as response:
+            lines = response.iter_lines()
+            next(line for line in lines if line.startswith("data: {"))
+            running.process.send_signal(signal.SIGTERM)
+            assert "data: [DONE]" in list(lines)
+        assert running.wait() == 0
+        assert_nothing_left(running)
+
+
 def test_streams_end_first_when_ray_loses_its_control_process_and_the_end_names_it(tmp_path: Path) -> None:
     with serve(document=make_document(tmp_path)) as running:
         doors = Doors.of(running)

@@ -293,6 +293,8 @@ class RayDeployment:
             if graceful and self._deployed:
                 self._end_requests()
         elif self._deployed and (graceful or self._runtime.is_joined):  # somebody else's Ray goes on
+            if graceful:
+                self._end_requests()  # Serve ends all at once, and workers without requests of their own, as FFN's are, leave first
             with contextlib.suppress(AntiphonError):  # what does not end by itself is ended with Ray
                 self._runtime.delete(_APPLICATION)
         self._deployed = False
@@ -307,7 +309,7 @@ class RayDeployment:
         return self._runtime.is_lost
 
     def _end_requests(self) -> None:
-        """Let gateways close without Ray: when they have, nobody waits for an answer."""
+        """Let gateways close, before Ray ends workers or without it: when they have, nobody waits for an answer."""
         tell_to_stop(self._run_dir)
         deadline = time.monotonic() + self._settings.drain_s + _GATEWAY_MARGIN_S
         while time.monotonic() < deadline:
