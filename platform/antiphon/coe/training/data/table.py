@@ -10,13 +10,14 @@ import gzip
 import hashlib
 import json
 import math
+import re
 import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ from antiphon.core.text.json_text import TooDeep, read_json_text
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
+_HALVES: Final = re.compile(r"[\ud800-\udfff]")  # of characters, without the other
 DEFAULT_DATASET = "all"
 _MAX_PARAMS_B = 100_000.0  # as in documents
 _FILL_PRIOR_ROWS = 5.0  # rows of an expert's mean that draw what stands for a missing score
@@ -250,6 +252,7 @@ def _experts(value: dict[str, Any], where: str) -> list[TableExpert]:
     for entry in raw:
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not entry["name"]:
             raise InvalidInput(f"{where}: every expert needs a 'name'", "table")
+        _check_name("an expert's name", entry["name"], where)
         params = entry.get("active_params_b")
         if params is not None and not (_is_number(params) and 0 < params <= _MAX_PARAMS_B):
             raise InvalidInput(
@@ -278,12 +281,21 @@ def _row(value: dict[str, Any], num_experts: int, where: str) -> tuple[str, str,
         raise InvalidInput(f"{where}: expected 'dataset', a string", "table")
     if category is not None and not isinstance(category, str):
         raise InvalidInput(f"{where}: 'category' must be a string", "table")
+    _check_name("'dataset'", dataset, where)
+    _check_name("'category'", category or "", where)
+    if _HALVES.search(prompt):
+        raise InvalidInput(f"{where}: 'prompt' is not valid Unicode: it holds half of a surrogate pair", "table")
     if not isinstance(scores, list) or len(scores) != num_experts:
         raise InvalidInput(f"{where}: expected 'scores', a list of {num_experts} numbers", "table")
     for score in scores:
         if score is not None and not (_is_number(score) and 0.0 <= score <= 1.0):
             raise InvalidInput(f"{where}: score {str(score)[:40]} is not a number between 0 and 1", "table")
     return prompt, dataset, category or None, [math.nan if score is None else float(score) for score in scores]
+
+
+def _check_name(what: str, name: str, where: str) -> None:
+    if name != name.strip() or not name.isprintable():  # it goes into headers, labels and documents
+        raise InvalidInput(f"{where}: {what}, {name[:64]!r}, has control characters, or blanks at its ends", "table")
 
 
 def _is_number(value: object) -> bool:

@@ -120,3 +120,23 @@ def test_duplicates_of_which_one_has_the_score_agree(tmp_path: Path) -> None:
     table, found = drop_duplicates(read_table(_write(tmp_path / "t.jsonl", [HEAD, *rows])))
     assert table.scores.tolist() == [[0.0, 1.0]]
     assert found.num_conflicting == 0
+
+
+@pytest.mark.parametrize(
+    ("head", "row"),
+    [
+        ({"experts": [{"name": "a\nb"}, {"name": "c"}]}, {}),
+        ({"experts": [{"name": "a "}, {"name": "c"}]}, {}),
+        ({"experts": [{"name": "\u202ea"}, {"name": "c"}]}, {}),
+        (HEAD, {"dataset": "d\r\nx-forged: 1"}),
+        (HEAD, {"category": "law\u2028"}),
+        (HEAD, {"category": "\ud800"}),
+        (HEAD, {"prompt": "p\udc00"}),
+    ],
+)
+def test_names_that_are_no_line_and_prompts_that_are_no_text_are_refused(
+    tmp_path: Path, head: dict[str, object], row: dict[str, object]
+) -> None:
+    rows = [head, {"prompt": "p", "dataset": "d", "scores": [0, 1], **row}]
+    with pytest.raises(InvalidInput, match=r"t\.jsonl, line [12]: "):
+        read_table(_write(tmp_path / "t.jsonl", rows))
