@@ -5,10 +5,9 @@ ARG BASE=python:3.11.14-slim-bookworm
 FROM ${BASE} AS build
 RUN python -m venv /opt/antiphon
 ENV PATH=/opt/antiphon/bin:$PATH
-COPY deploy/constraints.txt /src/constraints.txt
-# What the running operator imports, and nothing of the data plane: no torch, no Ray; downloads run in the worker's image.
-RUN pip install --no-cache-dir -c /src/constraints.txt \
-    kopf lightkube prometheus_client pydantic pyyaml typer jsonpatch aiohttp hatchling
+COPY deploy/constraints.txt deploy/images/operator.lock /src/
+# By version and by hash, whatever index or mirror it comes from; hatchling builds and goes.
+RUN pip install --no-cache-dir --require-hashes --no-deps -r /src/operator.lock && pip install --no-cache-dir -c /src/constraints.txt hatchling
 COPY pyproject.toml README.md LICENSE /src/
 COPY platform /src/platform
 COPY operators /src/operators

@@ -1,22 +1,30 @@
-"""Writes deploy/images/requirements.lock: what images install, by version and by the hashes of the index's files (control speed).
+"""Writes requirements.lock and operator.lock of deploy/images: what they install, by version and by files' hashes (control speed).
 
     python deploy/supply/lock.py          after a change of constraints.txt or of pyproject.toml's dependencies; needs uv on PATH
 
 Versions are those of constraints.txt. torch and what it brings for cards are left out: they come from an index of their own, which
-differs by the kind of image. Must not know: which image takes what.
+differs by the kind of image. The operator's lock is a part of the other: what its packages need here, where all are installed.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 DEPLOY = Path(__file__).parents[1]
 LOCK = DEPLOY / "images" / "requirements.lock"
+OPERATOR_LOCK = DEPLOY / "images" / "operator.lock"
 EXTRAS = ("route", "convert", "operator")
+# What the running operator imports, and nothing of the data plane: no torch, no Ray; downloads run in the worker's image.
+OPERATOR = ("aiohttp", "jsonpatch", "kopf", "lightkube", "prometheus-client", "pydantic", "pyyaml", "typer")
 _LEFT_OUT = re.compile(r"(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)==")
 _HEAD = "# Written by deploy/supply/lock.py. Versions as in constraints.txt; torch comes from an index of its own.\n"
 _TIMEOUT_S = 600
@@ -40,6 +48,28 @@ def kept(text: str) -> str:
     return _HEAD + "".join(entry for entry in entries(text) if not _LEFT_OUT.match(entry))
 
 
+def needed(names: Iterable[str]) -> set[str]:
+    """``names`` and all that they need, as installed here."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name in found:
+            continue
+        found.add(name)
+        for text in importlib.metadata.requires(name) or ():
+            need = Requirement(text)
+            if need.marker is None or need.marker.evaluate({"extra": ""}):
+                waiting.append(need.name)
+    return found
+
+
+def operators(lock: str) -> str:
+    """The part of the lock that the operator's image installs."""
+    names = needed(OPERATOR)
+    return _HEAD + "".join(entry for entry in entries(lock) if entry.partition("==")[0] in names)
+
+
 def main() -> int:
     """Write it; the exit status."""
     uv = shutil.which("uv")
@@ -55,6 +85,7 @@ def main() -> int:
         sys.stderr.write(made.stderr)
         return 1
     LOCK.write_text(kept(made.stdout))
+    OPERATOR_LOCK.write_text(operators(LOCK.read_text()))
     return 0
 
 

@@ -83,8 +83,17 @@ def test_images_install_by_hash_what_is_pinned_and_all_of_it() -> None:
     extras = [need for extra in script("lock").EXTRAS for need in project["optional-dependencies"][extra]]
     wanted = {re.split(r"[\[><=;]", need)[0].strip().lower().replace("_", "-") for need in [*project["dependencies"], *extras]}
     assert wanted - {"torch"} <= locked.keys()
-    for name in ("worker", "worker-gpu"):
+    for name in ("worker", "worker-gpu", "operator"):
         assert "--require-hashes" in (ROOT / f"deploy/images/{name}.Dockerfile").read_text()
+
+
+def test_the_operators_image_installs_what_its_packages_need_by_the_same_hashes() -> None:
+    lock = script("lock")
+    whole = (ROOT / "deploy/images/requirements.lock").read_text()
+    assert (ROOT / "deploy/images/operator.lock").read_text() == lock.operators(whole)
+    names = {entry.partition("==")[0] for entry in lock.entries(lock.operators(whole))}
+    assert names == lock.needed(lock.OPERATOR)
+    assert not names & {"torch", "ray", "transformers", "grpcio"}
 
 
 @pytest.mark.parametrize(
