@@ -315,7 +315,7 @@ def _decode_logprob(logprob: pb.TokenLogprob) -> TokenLogprob:
 
 
 def _finite(logprob: float) -> float:
-    """JSON has no infinity, and what a grammar forbids has minus that."""
+    """JSON has no infinity."""
     if logprob < math.inf:
         return max(logprob, _LEAST_LOGPROB)
     raise ValueError(f"a log probability of {logprob}")
