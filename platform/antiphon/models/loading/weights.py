@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from antiphon.core.errors import CheckpointInvalid
 from antiphon.models.loading.checkpoint import Checkpoint
 from antiphon.models.loading.stored.formats import is_four_bit, is_stored, read_four_bit, read_stored, shape_of
 from antiphon.models.loading.stored.four_bit import FourBit
@@ -28,11 +29,20 @@ class Weights:
         cols: tuple[int, int] | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """A tensor, or a slice of its rows and columns, in the worker's dtype unless told another. Raises CheckpointInvalid."""
+        """A tensor, or a slice of its rows and columns, in the worker's dtype unless told another.
+
+        Raises:
+            CheckpointInvalid: it is not there, or holds whole numbers where no format says what they stand for.
+        """
         dtype = self.dtype if dtype is None else dtype
         if is_stored(self.checkpoint, name):
             tensor = read_stored(self.checkpoint, name, rows, cols, dtype)
         else:
+            stored = self.checkpoint.dtype(name)
+            if dtype.is_floating_point and not stored.is_floating_point:
+                raise CheckpointInvalid(
+                    f"{self.checkpoint.path}: tensor {name!r} is stored as {stored}: codes of an unknown format"
+                )
             tensor = self.checkpoint.tensor(name, rows=rows, cols=cols, dtype=dtype)
         tensor = tensor.to(self.device)
         self.resident_bytes[name] = tensor.numel() * tensor.element_size()
