@@ -147,6 +147,8 @@ class DirectDeployment:
         """See ``LocalDeployment``."""
         for supervisor in self._supervisors:
             supervisor.check()
+        if self._forks is not None:
+            self._forks.revive()
         assert self._gateway is not None
         self._gateway.check()
         if not self._gateway_ready and self._gateway.is_open:
@@ -273,6 +275,8 @@ class RayDeployment:
     def poll(self) -> bool:
         """See ``LocalDeployment``."""
         self._runtime.check()
+        if self._forks is not None:
+            self._forks.revive()
         entries = read_event_logs(self._serving, self._run_dir)
         failed = [entry for entry in entries if entry.kind == "failed"]
         if failed:

@@ -28,6 +28,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -47,6 +48,7 @@ _LENGTH = struct.Struct("!I")
 _NUM_DESCRIPTORS = 3
 _UCRED = struct.Struct("3i")
 _STOP_S = 5.0
+_AGAIN_S = 5.0  # between two beginnings of a server that ends
 # Read when numpy and torch are imported: pools of threads that exist before the fork would be missing after it. A worker sets the
 # number of its own compute threads.
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
@@ -62,19 +64,26 @@ class ForkServer:
     """
 
     def __init__(self, run_dir: Path, environment: Mapping[str, str] | None = None, modules: tuple[str, ...] = _MODULES) -> None:
+        self._run_dir = run_dir
+        self._environment = {**(environment or {}), **_ONE_THREAD, "PYTHONUNBUFFERED": "1"}
+        self._modules = modules
+        self.address = str(run_dir / _SOCKET_NAME)
+        self._process = self._begin()
+
+    def _begin(self) -> subprocess.Popen[bytes]:
         from antiphon.apps.serve.host import open_private
 
-        self.address = str(run_dir / _SOCKET_NAME)
+        self._began_s = time.monotonic()
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(self.address)
             listener.listen(_BACKLOG)  # before it has imported anything: requests wait for it
-            with os.fdopen(open_private(run_dir / "fork-server.log", append=True), "ab") as log:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", _LAUNCHER, str(os.getpid()), sys.executable, "-m", __name__, *modules],
+            with os.fdopen(open_private(self._run_dir / "fork-server.log", append=True), "ab") as log:
+                return subprocess.Popen(
+                    [sys.executable, "-I", "-S", _LAUNCHER, str(os.getpid()), sys.executable, "-m", __name__, *self._modules],
                     stdin=listener.fileno(),
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env={**os.environ, **(environment or {}), **_ONE_THREAD, "PYTHONUNBUFFERED": "1"},
+                    env={**os.environ, **self._environment},
                     start_new_session=True,
                 )
 
@@ -96,13 +105,30 @@ class ForkServer:
         """Process id."""
         return self._process.pid
 
+    def revive(self) -> None:
+        """Another one at the same address where this one has ended, ``_AGAIN_S`` seconds after it began at the soonest.
+
+        Workers that it forked live on, and meanwhile new ones start from nothing.
+        """
+        if self._process.poll() is None or time.monotonic() < self._began_s + _AGAIN_S:
+            return
+        logger.warning("the fork server has ended (%s), another one is started", self._process.returncode)
+        self._forget_address()
+        try:
+            self._process = self._begin()
+        except OSError as error:
+            logger.warning("no fork server, workers start from nothing: %s", error)
+
+    def _forget_address(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.address)
+
     def close(self) -> None:
         """End the server, and no worker; idempotent."""
         self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired, ChildProcessError):
             self._process.wait(_STOP_S)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.address)
+        self._forget_address()
 
     def __enter__(self) -> Self:
         return self

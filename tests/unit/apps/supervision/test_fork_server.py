@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from antiphon.apps.supervision import fork_server
 from antiphon.apps.supervision.fork_server import ForkServer
 from antiphon.apps.supervision.forked_process import ForkedProcess
 from antiphon.core.errors import Unavailable
@@ -132,6 +133,35 @@ def test_a_server_that_is_killed_takes_no_worker_along_and_makes_no_more(tmp_pat
     assert worker.process.wait(timeout=DEADLINE_S) != 0  # nobody is left who could know the signal
     server.close()
     assert not Path(server.address).exists()
+
+
+def test_a_server_that_was_killed_is_replaced_at_the_same_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fork_server, "_AGAIN_S", 0.0)
+    with a_server(tmp_path) as server:
+        worker, first = Worker(server.address, tmp_path / "log").ready(), server.pid
+        server.revive()
+        assert server.pid == first  # it lives
+        os.kill(first, signal.SIGKILL)
+        assert gone(first)
+        server.revive()
+        assert server.pid != first
+        second = Worker(server.address, tmp_path / "second").ready()
+        assert worker.process.poll() is None
+        for process in (worker.process, second.process):
+            process.kill()
+            process.wait(timeout=DEADLINE_S)
+
+
+def test_a_server_that_ends_at_once_is_not_started_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fork_server, "_AGAIN_S", 3600.0)
+    server = ForkServer(tmp_path, modules=("no_such_module",))
+    try:
+        pid = server.pid
+        assert gone(pid)
+        server.revive()
+        assert server.pid == pid
+    finally:
+        server.close()
 
 
 def test_a_server_with_threads_refuses_and_says_why(tmp_path: Path) -> None:
