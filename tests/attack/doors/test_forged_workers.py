@@ -129,6 +129,7 @@ class ForgedWorker:
         self._do(end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10.0)
+        self._loop.close()
 
 
 def _serialized(update: pb.EngineUpdate | bytes) -> bytes:

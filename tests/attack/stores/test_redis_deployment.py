@@ -83,6 +83,7 @@ class Guarded(directories.RedisServer):  # type: ignore[misc]
         asyncio.run_coroutine_threadsafe(self.door.stop(), self._loop).result(20.0)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10.0)
+        self._loop.close()
         super().stop()
 
 
