@@ -19,6 +19,8 @@ import bisect
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from antiphon.core.request import RequestId, RequestStatus
@@ -30,6 +32,14 @@ _LATELY: Final = 65536.0  # tokens served while somebody waited, until one count
 # Of an equal share of what was served lately: whoever has less is light. Below 1 by more than chance makes between tenants that
 # ask for all they can get, since requests are served whole: these are equals.
 _LIGHT: Final = 0.8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadyTurn:
+    """A request that gets a place now."""
+
+    state: RequestState
+    giver: RequestState | None  # whose place; None = one is free
 
 
 class FairQueue:
@@ -88,6 +98,29 @@ class FairQueue:
                 return state, victim
         return None
 
+    def next_ready(
+        self, ready: Sequence[RequestState], running: Sequence[RequestState], kept: Iterable[str], *, is_full: bool
+    ) -> ReadyTurn | None:
+        """Whose turn it is of requests that need nothing but a place, and no longer wait here; None = nobody's.
+
+        Args:
+            ready: these requests.
+            running: the batch.
+            kept: ids of requests that stay in it.
+            is_full: whether a place has to be somebody's.
+        """
+        places, light = self._places(running, ready)
+        for state in sorted(ready, key=partial(self._turn, light=light)):
+            giver = _giver(running, places, light, state.request.tenant, kept) if is_full else None
+            if giver is not None or not is_full:
+                return ReadyTurn(state=state, giver=giver)
+        return None
+
+    def has_light(self, running: Sequence[RequestState], ready: Sequence[RequestState]) -> bool:
+        """Whether a light tenant's request waits here."""
+        _, light = self._places(running, ready)
+        return not light.isdisjoint(self._queues)
+
     def take(self, state: RequestState, num_tokens: int) -> None:
         """It is served now, with so many tokens of its prompt to compute."""
         self.remove(state)
@@ -120,10 +153,10 @@ class FairQueue:
             (s for s in reversed(self._queues[longest]) if s.status is RequestStatus.WAITING and s.scheduled_s is None), None
         )
 
-    def _places(self, running: Sequence[RequestState]) -> tuple[Counter[str], AbstractSet[str]]:
-        """Places by tenant, and the light tenants, of those who wait or run."""
+    def _places(self, running: Sequence[RequestState], ready: Sequence[RequestState] = ()) -> tuple[Counter[str], AbstractSet[str]]:
+        """Places by tenant, and the light tenants, of those who wait, run, or are ready to."""
         places = Counter(state.request.tenant for state in running)
-        return places, self._light({*self._queues, *places})
+        return places, self._light({*self._queues, *places, *(state.request.tenant for state in ready)})
 
     def _light(self, tenants: AbstractSet[str]) -> AbstractSet[str]:
         """Of these, who was served clearly less than an equal share lately."""
@@ -145,9 +178,9 @@ class FairQueue:
         self._served += num_tokens
         self._lately[tenant] = served, self._served
 
-    def _turn(self, state: RequestState) -> tuple[bool, float, int, float]:
+    def _turn(self, state: RequestState, light: AbstractSet[str] | None = None) -> tuple[bool, float, int, float]:
         tenant = state.request.tenant
-        return tenant not in self.light, self._counters[tenant], *_order(state)
+        return tenant not in (self.light if light is None else light), self._counters.get(tenant, 0.0), *_order(state)
 
     def _forget_idle(self) -> None:
         """Of too many idle tenants those are forgotten who came back least lately."""

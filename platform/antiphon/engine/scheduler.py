@@ -161,17 +161,8 @@ class Scheduler:
         return step
 
     def _decided(self, plan: StepPlan) -> SchedulerOutput:
-        output = SchedulerOutput(
-            step_id=self._step_id,
-            new_requests=tuple(plan.new.values()),
-            cached_requests=tuple(plan.cached.values()),
-            num_scheduled_tokens=plan.num_tokens,
-            drafts=plan.drafts,
-            finished_request_ids=tuple(self._forgotten),
-            kv_loads=tuple(plan.loads),
-            kv_load_aborts=tuple(self._load_aborts),
-            states=self._blocks_of.plan_states(self._states, plan.num_tokens),
-        )
+        states = self._blocks_of.plan_states(self._states, plan.num_tokens)
+        output = plan.output(self._step_id, finished=self._forgotten, aborts=self._load_aborts, states=states)
         self._forgotten.clear()
         self._load_aborts.clear()
         return output
@@ -262,8 +253,7 @@ class Scheduler:
         """Give a running request blocks for ``num_tokens`` more, preempting from the tail; False if it was itself preempted."""
         while not self._blocks_of.grow(state, state.num_computed_tokens + num_tokens):
             victim = self._running[-1]
-            plan.leave_out(victim)
-            self._preempt(victim)
+            self._preempt(victim, plan)
             if victim is state:
                 return False
         return True
@@ -272,11 +262,17 @@ class Scheduler:
         chosen: RequestState | None = None  # whom a place was made for
         while plan.budget > 0 and (self._ready or self._waiting):
             full = len(self._running) >= self.config.max_num_seqs
-            if self._ready:  # they hold blocks that others wait for, so they go first
-                if full:
+            if self._ready and chosen is None:  # they hold blocks that others wait for, so they go first
+                turn = self._waiting.next_ready(self._ready, self._running, plan.new, is_full=full)
+                if turn is not None:
+                    if turn.giver is not None:
+                        plan.gone.add(turn.giver.request_id)
+                        self._preempt(turn.giver, plan)
+                    self._ready.remove(turn.state)
+                    self._admit(turn.state, plan)
+                    continue
+                if not self._waiting.has_light(self._running, self._ready):
                     break
-                self._admit(self._ready.pop(0), plan)
-                continue
             state = self._waiting.head() if chosen is None else chosen
             if state.request_id in plan.gone or shares.keeps_out(state):
                 break
@@ -291,8 +287,7 @@ class Scheduler:
                     break
                 chosen, victim = exchange
                 plan.gone.add(victim.request_id)
-                plan.leave_out(victim)
-                self._preempt(victim)
+                self._preempt(victim, plan)
                 continue
             chosen = None
             self._waiting.take(state, len(state.token_ids) - num_cached_tokens)
@@ -305,8 +300,10 @@ class Scheduler:
     def _is_anyone_due(self) -> bool:
         """Whether a request that waits would get a place now."""
         full = len(self._running) >= self.config.max_num_seqs
-        if self._ready or not self._waiting:
-            return bool(self._ready) and not full
+        if self._ready and self._waiting.next_ready(self._ready, self._running, (), is_full=full) is not None:
+            return True
+        if not self._waiting or (self._ready and not self._waiting.has_light(self._running, self._ready)):
+            return False
         least = self.config.remote_prefill_min_tokens if full else None
         return self._blocks_of.could_begin(self._waiting.head(), least) or self._waiting.exchange(self._running, ()) is not None
 
@@ -329,7 +326,8 @@ class Scheduler:
         self._remote[state.request_id] = state
         plan.loads.append(load_asked(state, state.prefill_worker, self.config.kv_lease_s))
 
-    def _preempt(self, state: RequestState) -> None:
+    def _preempt(self, state: RequestState, plan: StepPlan) -> None:
+        plan.leave_out(state)
         self._running.remove(state)
         self._blocks_of.release(state)
         state.num_cached_blocks = 0

@@ -5,13 +5,13 @@ Must not know: queues, budgets, blocks that are free.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from antiphon.core.ids import WorkerId
 from antiphon.core.kv import KVLoad
 from antiphon.core.request import RequestId
-from antiphon.core.step import CachedRequestData, Drafts, NewRequestData
+from antiphon.core.step import CachedRequestData, Drafts, NewRequestData, SchedulerOutput, StateStep
 from antiphon.engine.request_state import RequestState
 
 
@@ -49,6 +49,22 @@ class StepPlan:
         for request_id, each in drafts.items():
             self.drafts[request_id] = each
             self.num_tokens[request_id] += len(each.token_ids)
+
+    def output(
+        self, step_id: int, *, finished: Sequence[RequestId], aborts: Sequence[RequestId], states: dict[RequestId, StateStep]
+    ) -> SchedulerOutput:
+        """The step as it is sent: with the requests that the runner forgets, and the loads that end."""
+        return SchedulerOutput(
+            step_id=step_id,
+            new_requests=tuple(self.new.values()),
+            cached_requests=tuple(self.cached.values()),
+            num_scheduled_tokens=self.num_tokens,
+            drafts=self.drafts,
+            finished_request_ids=tuple(finished),
+            kv_loads=tuple(self.loads),
+            kv_load_aborts=tuple(aborts),
+            states=states,
+        )
 
 
 def announced(state: RequestState) -> NewRequestData:
