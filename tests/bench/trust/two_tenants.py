@@ -201,7 +201,7 @@ async def measure(port: int, args: argparse.Namespace) -> dict[str, Any]:
     line["p50_ratio"] = round(line["beside_p50_ms"] / line["alone_p50_ms"], 2)
     line["p99_ratio"] = round(line["beside_p99_ms"] / line["alone_p99_ms"], 2)
     line |= {"num_calm_refused": alone.num_refused + beside.num_refused, "num_flood_refused": flood.num_refused}
-    line["flood_p50_ms"] = round(statistics.median(flood.first_s) * 1e3, 1)
+    line |= {"num_flood": len(flood.first_s), "flood_p50_ms": round(statistics.median(flood.first_s) * 1e3, 1)}
     return line | {"cores": len(os.sched_getaffinity(0)), "load_1m": round(os.getloadavg()[0], 1)}
 
 
