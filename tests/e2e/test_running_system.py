@@ -362,6 +362,6 @@ def test_an_idle_system_sleeps(system: System) -> None:
         start = [sum(p.cpu_times()[:2]) for p in processes]
         time.sleep(window_s)  # real time: processor time over it is what is measured
         for process, used in zip(processes, start, strict=True):
-            assert (sum(process.cpu_times()[:2]) - used) / window_s < 0.03, process
+            assert (sum(process.cpu_times()[:2]) - used) / window_s < 0.05, process
 
     eventually(asleep)
